@@ -1,0 +1,144 @@
+"""One tree of errors; each class carries its exit code, each instance its cure.
+
+::
+
+    OvrError                     1
+    ├── UsageError               2   the command line makes no sense
+    ├── Unreachable              3
+    │   ├── VmUnreachable        3   no such VM, no QMP
+    │   └── AgentUnreachable     3   no agent in the guest, or the link broke
+    ├── CheckFailed              4   this VM cannot be restored into
+    │   ├── RamNotShared         4
+    │   └── KernelNotFound       4   no kernel, or one whose types do not fit
+    ├── ImagesUnsupported        5   valid images with content we cannot restore
+    ├── ImagesDamaged            6
+    ├── VerifyMismatch           7
+    ├── GuestFault               1   guest memory says something impossible
+    ├── RestoreFailed            1   the restore was aborted, the tree killed
+    │   ├── PidTaken             1
+    │   └── CriuFailed           1
+    └── LabError                 1   the lab's own set-up
+
+The message says what is wrong; `hint` says what to do. Both are single lines.
+"""
+
+from typing import ClassVar
+
+__all__ = [
+    "AgentUnreachable",
+    "CheckFailed",
+    "CriuFailed",
+    "GuestFault",
+    "ImagesDamaged",
+    "ImagesUnsupported",
+    "KernelNotFound",
+    "LabError",
+    "OvrError",
+    "PidTaken",
+    "RamNotShared",
+    "RestoreFailed",
+    "Unreachable",
+    "UsageError",
+    "VerifyMismatch",
+    "VmUnreachable",
+]
+
+
+class OvrError(Exception):
+    """Something went wrong that the user can understand.
+
+    Attributes:
+        exit_code: what the command exits with.
+        hint: what the user can do about it, or an empty string.
+    """
+
+    exit_code: ClassVar[int] = 1
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.hint = hint
+
+    @property
+    def kind(self) -> str:
+        """The class name: what scripts match on in JSON output."""
+        return type(self).__name__
+
+
+class UsageError(OvrError):
+    """The command line makes no sense."""
+
+    exit_code = 2
+
+
+class Unreachable(OvrError):
+    """Something that we must talk to does not answer."""
+
+    exit_code = 3
+
+
+class VmUnreachable(Unreachable):
+    """There is no such VM, or its QMP socket does not answer."""
+
+
+class AgentUnreachable(Unreachable):
+    """No agent answers in the guest, or the link to it broke."""
+
+
+class CheckFailed(OvrError):
+    """This VM cannot be restored into."""
+
+    exit_code = 4
+
+
+class RamNotShared(CheckFailed):
+    """The guest's RAM is not backed by a shared mapping of a file."""
+
+
+class KernelNotFound(CheckFailed):
+    """No Linux kernel was found in guest RAM, or its types do not fit."""
+
+
+class ImagesUnsupported(OvrError):
+    """The images are valid but hold content that cannot be restored."""
+
+    exit_code = 5
+
+
+class ImagesDamaged(OvrError):
+    """The images contradict themselves or the format."""
+
+    exit_code = 6
+
+
+class VerifyMismatch(OvrError):
+    """What was read back is not what was written."""
+
+    exit_code = 7
+
+
+class GuestFault(OvrError):
+    """Guest memory holds something impossible, or an address is not mapped.
+
+    Attributes:
+        address: the guest address (virtual or physical) at fault.
+    """
+
+    def __init__(self, message: str, address: int, hint: str = "") -> None:
+        super().__init__(message, hint)
+        self.address = address
+
+
+class RestoreFailed(OvrError):
+    """The restore was aborted; the half-restored tree was killed."""
+
+
+class PidTaken(RestoreFailed):
+    """A pid that the images need is in use in the guest."""
+
+
+class CriuFailed(RestoreFailed):
+    """CRIU in the guest failed before the skeleton stood."""
+
+
+class LabError(OvrError):
+    """The lab could not be set up or used."""
