@@ -1,0 +1,135 @@
+"""The native loops: map guest RAM, walk page tables, copy and compare pages.
+
+Arrays are one-dimensional, C-contiguous structured numpy arrays:
+
+* ``PIECE`` (``gva``, ``size``, ``offset``): a range of guest virtual addresses, in bytes, whole
+  pages, and where its content starts in the source.
+* ``RUN`` (``gva``, ``gpa``, ``size``, ``offset``, ``flags``, ``page_shift``): a piece, or a part of
+  one, that is contiguous in guest physical memory. ``flags`` is a sum of ``WRITE`` and ``USER``
+  (the PTE's bits), ``PROTNONE`` (mapped, but not for the MMU) and ``EXCLUSIVE`` (the guest kernel
+  says that the anonymous page belongs to one process alone); ``page_shift`` is 12, 21 or 30.
+
+All loops over pages run with the GIL released, so that threads can share the work.
+"""
+
+from collections.abc import Iterable
+from typing import Any, Final, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from typing_extensions import Buffer
+
+WRITE: Final[int]
+USER: Final[int]
+PROTNONE: Final[int]
+EXCLUSIVE: Final[int]
+PIECE: Final[np.dtype[Any]]
+RUN: Final[np.dtype[Any]]
+
+class _Frames(Protocol):
+    @property
+    def root(self) -> int: ...
+    @property
+    def levels(self) -> int: ...
+    @property
+    def vmemmap(self) -> int: ...
+    @property
+    def stride(self) -> int: ...
+    @property
+    def flags(self) -> int: ...
+    @property
+    def mapping(self) -> int: ...
+    @property
+    def compound_head(self) -> int: ...
+    @property
+    def exclusive(self) -> int: ...
+
+class RamMap:
+    """Guest RAM, mapped into this process.
+
+    `slots` holds (GPA, size, file descriptor, offset), all in bytes; the descriptors may be
+    closed afterwards. Addresses from the guest are checked against the slots at every use.
+    """
+
+    def __init__(
+        self, slots: Iterable[tuple[int, int, int, int]], *, writable: bool
+    ) -> None:
+        """Map the slots.
+
+        Raises:
+            ValueError: a slot reaches past the end of its file.
+            OSError: a file cannot be mapped.
+        """
+
+    def close(self) -> None:
+        """Unmap; later accesses raise `GuestFault`.
+
+        Raises:
+            BufferError: another thread is inside one of the loops.
+        """
+
+    def read(self, gpa: int, size: int) -> bytes:
+        """Read `size` bytes. Raises `GuestFault` if any of them is not RAM."""
+
+    def write(self, gpa: int, data: Buffer) -> None:
+        """Write `data`; aligned 4- and 8-byte values are stored whole.
+
+        Raises:
+            GuestFault: some byte would not land in RAM; nothing was written.
+            PermissionError: the map is read-only.
+        """
+
+    def find(self, gpa: int, end: int, needle: Buffer, step: int) -> int:
+        """Return the GPA of the first `needle` in ``[gpa, end)``, or -1.
+
+        The search ends with the slot that holds `gpa`. With `step` > 1 only addresses
+        ``gpa + n * step`` are looked at.
+        """
+
+    def translate(self, root: int, levels: int, gva: int) -> int:
+        """Return the GPA of `gva` (Intel SDM vol. 3, 4.5). Raises `GuestFault` if unmapped."""
+
+    def walk(
+        self,
+        root: int,
+        levels: int,
+        pieces: NDArray[np.void],
+        frames: _Frames | None = None,
+    ) -> NDArray[np.void]:
+        """Return the `RUN` array of all pages of `pieces` that are mapped, in order.
+
+        `frames` says where the guest's struct page array is; without it no run is
+        ``EXCLUSIVE``. Holes are simply absent from the result.
+
+        Raises:
+            GuestFault: a page table lies outside of RAM or has a reserved bit set, or a piece
+                is not canonical.
+            ValueError: a piece is empty or not page-aligned, or `frames` makes no sense.
+        """
+
+    def prefault(self, runs: NDArray[np.void]) -> None:
+        """Map the host pages behind `runs` ahead of the copy (``MADV_POPULATE_WRITE``)."""
+
+    def copy_in(self, runs: NDArray[np.void], source: Buffer) -> int:
+        """Copy ``source[run.offset:][:run.size]`` to ``run.gpa`` for every run.
+
+        Returns the number of bytes copied.
+
+        Raises:
+            GuestFault: a run is not RAM; nothing was written.
+            ValueError: a run reaches past the end of `source`; nothing was written.
+            PermissionError: the map is read-only.
+        """
+
+    def first_difference(self, runs: NDArray[np.void], source: Buffer) -> int | None:
+        """Compare what `copy_in` would write with what is there.
+
+        Returns the GVA of the first page that differs, or None. Raises as `copy_in`.
+        """
+
+def populate_read(source: Buffer) -> None:
+    """Fault in the pages behind `source` (``MADV_POPULATE_READ``).
+
+    Raises:
+        OSError: a page cannot be read, as in a file that was truncated meanwhile.
+    """

@@ -1,0 +1,176 @@
+"""x86-64 page tables: address spaces on top of guest RAM, and the reference walk.
+
+`AddressSpace` is what the rest of the code uses; it calls the native walk. `reference_walk` is
+the same walk in plain Python, slow and plain, that the native one is tested against.
+
+Source: Intel SDM volume 3, chapter "Paging"; arch/x86/include/asm/pgtable_types.h.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Final, NamedTuple
+
+import numpy as np
+
+from ovr._fastcopy import PIECE, PROTNONE, USER, WRITE
+from ovr.addresses import PAGE_SHIFT, PAGE_SIZE, Gpa, Gva
+from ovr.errors import GuestFault
+from ovr.ram import GuestRam, Runs
+
+__all__ = ["AddressSpace", "Frames", "Leaf", "pieces", "reference_walk"]
+
+PTE_PRESENT: Final = 1 << 0
+PTE_RW: Final = 1 << 1
+PTE_USER: Final = 1 << 2
+PTE_PSE: Final = 1 << 7
+PTE_PROTNONE: Final = 1 << 8
+PTE_ADDRESS: Final = 0x000F_FFFF_FFFF_F000
+
+
+@dataclass(frozen=True)
+class Frames:
+    """Where the guest kernel keeps its `struct page` array and how to read an element.
+
+    Attributes:
+        root: GPA of the kernel's top page table, `levels` of them.
+        vmemmap: GVA of the element for frame number 0.
+        stride: ``sizeof(struct page)``, in bytes.
+        flags: offset of ``page->flags`` in bytes; likewise `mapping` and `compound_head`.
+        exclusive: mask of ``PG_anon_exclusive`` in the flags.
+    """
+
+    root: Gpa
+    levels: int
+    vmemmap: Gva
+    stride: int
+    flags: int
+    mapping: int
+    compound_head: int
+    exclusive: int
+
+
+class AddressSpace:
+    """Guest RAM seen through one top-level page table.
+
+    Args:
+        ram: the guest's RAM.
+        root: GPA of the top-level table (what CR3 holds, without its flag bits).
+        levels: 4 or 5.
+    """
+
+    def __init__(self, ram: GuestRam, root: Gpa, levels: int) -> None:
+        if levels not in (4, 5):
+            raise ValueError(f"x86-64 page tables have 4 or 5 levels, not {levels}")
+        self.ram = ram
+        self.root = root
+        self.levels = levels
+
+    def translate(self, gva: Gva) -> Gpa:
+        """Return the GPA behind `gva`. Raises `GuestFault` if it is not mapped."""
+        _check(gva, 1)
+        return self.ram.translate(self.root, self.levels, gva)
+
+    def read(self, gva: Gva, size: int) -> bytes:
+        """Read `size` bytes, across pages. Raises `GuestFault` if one is not mapped."""
+        if size == 0:
+            return b""
+        if gva % PAGE_SIZE + size <= PAGE_SIZE:
+            return self.ram.read(self.translate(gva), size)
+        return b"".join(
+            self.ram.read(gpa, length) for gpa, length in self._chunks(gva, size)
+        )
+
+    def write(self, gva: Gva, data: bytes) -> None:
+        """Write `data`, across pages; nothing is written if one of them is not mapped."""
+        if not data:
+            return
+        done = 0
+        # SAFETY: who owns the object at `gva` and what keeps it still is for the caller to say;
+        # here the bytes are only kept inside of guest RAM.
+        for gpa, length in list(self._chunks(gva, len(data))):
+            self.ram.write(gpa, data[done : done + length])
+            done += length
+
+    def walk(self, ranges: Runs, frames: Frames | None = None) -> Runs:
+        """Return the mapped runs of `ranges` (see `_fastcopy.RamMap.walk`)."""
+        return self.ram.walk(self.root, self.levels, ranges, frames)
+
+    def _chunks(self, gva: Gva, size: int) -> Iterator[tuple[Gpa, int]]:
+        # Physically contiguous parts: one walk, not one translation a page.
+        _check(gva, size)
+        first = gva - gva % PAGE_SIZE
+        until = -(-(gva + size) // PAGE_SIZE) * PAGE_SIZE
+        at = int(gva)
+        for run in self.walk(pieces([(first, until - first, 0)])).tolist():
+            run_gva, gpa, length = run[:3]
+            if run_gva > at:
+                break
+            part = min(run_gva + length, gva + size) - at
+            yield Gpa(gpa + at - run_gva), part
+            at += part
+        if at < gva + size:
+            raise GuestFault(f"guest virtual address {at:#x} is not mapped", at)
+
+
+def _check(gva: int, size: int) -> None:
+    # Addresses computed from guest data may be anything.
+    if gva < 0 or size < 1 or gva + size > 1 << 64:
+        raise GuestFault(f"{gva:#x}+{size:#x} is no guest virtual range", gva)
+
+
+def pieces(ranges: Iterable[tuple[int, int, int]]) -> Runs:
+    """Return a `_fastcopy.PIECE` array from (GVA, size in bytes, source offset) tuples."""
+    return np.array(list(ranges), dtype=PIECE)
+
+
+class Leaf(NamedTuple):
+    """One mapped page, or the part of it that lies in the walked range. Sizes in bytes."""
+
+    gva: int
+    gpa: int
+    size: int
+    flags: int
+    page_shift: int
+
+
+def reference_walk(
+    ram: GuestRam, root: Gpa, levels: int, ranges: Sequence[tuple[int, int]]
+) -> Iterator[Leaf]:
+    """Yield every leaf in the ``[start, end)`` ranges of GVAs; the plain Python twin of `walk`.
+
+    Raises:
+        GuestFault: a table lies outside of RAM or has a reserved bit set.
+    """
+    for start, end in ranges:
+        yield from _table(ram, root, levels, start, end)
+
+
+def _table(ram: GuestRam, table: int, level: int, start: int, end: int) -> Iterator[Leaf]:
+    shift = PAGE_SHIFT + 9 * (level - 1)
+    try:
+        entries = np.frombuffer(ram.read(Gpa(table), PAGE_SIZE), dtype="<u8")
+    except GuestFault as error:
+        raise GuestFault(f"no page table at GPA {table:#x}", table) from error
+    at = start
+    while at < end:
+        until = min(((at >> shift) + 1) << shift, end)
+        entry = int(entries[(at >> shift) & 511])
+        leaf = level == 1 or (level <= 3 and bool(entry & PTE_PSE))
+        if entry & PTE_PRESENT and not leaf:
+            if entry & PTE_PSE:
+                raise GuestFault(f"reserved bit set in page table at GPA {table:#x}", table)
+            yield from _table(ram, entry & PTE_ADDRESS, level - 1, at, until)
+        elif leaf and entry & (PTE_PRESENT | PTE_PROTNONE):
+            yield _leaf(entry, shift, at, until)
+        at = until
+
+
+def _leaf(entry: int, shift: int, start: int, end: int) -> Leaf:
+    mask = (1 << shift) - 1
+    if entry & PTE_PRESENT:
+        flags = (WRITE if entry & PTE_RW else 0) | (USER if entry & PTE_USER else 0)
+        frame = entry & PTE_ADDRESS
+    else:
+        flags = PROTNONE
+        frame = ~entry & PTE_ADDRESS
+    return Leaf(start, (frame & ~mask) + (start & mask), end - start, flags, shift)

@@ -1,0 +1,313 @@
+"""The native walk against the reference, on hand-made page tables, good and bad."""
+
+import struct
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from ovr._fastcopy import EXCLUSIVE, PROTNONE, USER, WRITE
+from ovr.addresses import PAGE_SIZE, Gpa, Gva
+from ovr.errors import GuestFault
+from ovr.paging import (
+    PTE_PRESENT,
+    PTE_PSE,
+    AddressSpace,
+    Frames,
+    Leaf,
+    pieces,
+    reference_walk,
+)
+from tests.unit.machine import Machine, canonical
+
+GIB = 1 << 30
+MIB2 = 1 << 21
+
+
+def merged(leaves):
+    """What `walk` promises: neighbours in both spaces with the same flags are one run."""
+    runs = []
+    for leaf in leaves:
+        if runs:
+            gva, gpa, size, flags, shift = runs[-1]
+            if (
+                gva + size == leaf.gva and gpa + size == leaf.gpa
+                and (flags, shift) == (leaf.flags, leaf.page_shift)
+            ):
+                runs[-1] = Leaf(gva, gpa, size + leaf.size, flags, shift)
+                continue
+        runs.append(leaf)
+    return runs
+
+
+def native(space, ranges, frames=None):
+    found = space.walk(
+        pieces((start, end - start, start - ranges[0][0]) for start, end in ranges), frames
+    )
+    return [
+        Leaf(int(r["gva"]), int(r["gpa"]), int(r["size"]), int(r["flags"]), int(r["page_shift"]))
+        for r in found
+    ]
+
+
+@pytest.fixture(params=[4, 5])
+def machine(request, tmp_path):
+    machine = Machine.build(tmp_path, levels=request.param, sizes=(4 << 20, 4 << 20))
+    yield machine
+    machine.ram.close()
+
+
+def test_one_page_of_each_size(machine):
+    space = AddressSpace(machine.ram, machine.root, machine.levels)
+    machine.map(0x7F00_0000_1000, 0x5000)
+    machine.map(0x7F00_0020_0000, 4 * MIB2, shift=21)
+    machine.map(0x7F80_0000_0000, GIB, shift=30, flags=0)
+    assert space.translate(Gva(0x7F00_0000_1234)) == 0x5234
+    assert space.translate(Gva(0x7F00_0020_1234)) == 4 * MIB2 + 0x1234
+    assert space.translate(Gva(0x7F80_1234_5678)) == GIB + 0x1234_5678
+    assert native(space, [(0x7F80_0000_1000, 0x7F80_0000_3000)]) == [
+        Leaf(0x7F80_0000_1000, GIB + 0x1000, 0x2000, 0, 30)
+    ]
+    with pytest.raises(GuestFault):
+        space.translate(Gva(0x7F00_0000_2000))
+
+
+def test_runs_carry_the_source_offset(machine):
+    space = AddressSpace(machine.ram, machine.root, machine.levels)
+    for page in (0, 1, 3):
+        machine.map(0x1000_0000 + page * PAGE_SIZE, 0x10000 + page * PAGE_SIZE)
+    runs = space.walk(pieces([(0x1000_0000, 4 * PAGE_SIZE, 777)]))
+    assert runs["offset"].tolist() == [777, 777 + 3 * PAGE_SIZE]
+    assert runs["size"].tolist() == [2 * PAGE_SIZE, PAGE_SIZE]
+
+
+def test_neighbours_with_foreign_offsets_do_not_merge(machine):
+    space = AddressSpace(machine.ram, machine.root, machine.levels)
+    machine.map(0x1000_0000, 0x10000)
+    machine.map(0x1000_1000, 0x11000)
+    runs = space.walk(pieces([(0x1000_0000, PAGE_SIZE, 0), (0x1000_1000, PAGE_SIZE, 9 * PAGE_SIZE)]))
+    assert runs["offset"].tolist() == [0, 9 * PAGE_SIZE]
+
+
+def test_protnone_entries_are_inverted(machine):
+    space = AddressSpace(machine.ram, machine.root, machine.levels)
+    machine.map(0x2000_0000, 0x7000, protnone=True)
+    assert native(space, [(0x2000_0000, 0x2000_1000)]) == [
+        Leaf(0x2000_0000, 0x7000, PAGE_SIZE, PROTNONE, 12)
+    ]
+    with pytest.raises(GuestFault):
+        space.translate(Gva(0x2000_0000))
+
+
+def test_the_last_page_of_the_address_space(machine):
+    space = AddressSpace(machine.ram, machine.root, machine.levels)
+    top = canonical(-PAGE_SIZE, machine.levels)
+    machine.map(top, 0x9000, flags=0)
+    assert native(space, [(top, top + PAGE_SIZE)]) == [Leaf(top, 0x9000, PAGE_SIZE, 0, 12)]
+    machine.ram.write(Gpa(0x9FF8), b"the end!")
+    assert space.read(Gva(top + 0xFF8), 8) == b"the end!"
+    with pytest.raises(GuestFault):
+        space.read(Gva(top + 0xFF8), 9)
+
+
+@pytest.mark.parametrize("gva", [0x8000_0000_0000 << 9, -1, 1 << 64])
+def test_addresses_that_cannot_be(machine, gva):
+    space = AddressSpace(machine.ram, machine.root, machine.levels)
+    with pytest.raises(GuestFault):
+        space.translate(gva)
+    with pytest.raises(GuestFault):
+        space.read(gva, 5000)
+
+
+def test_a_table_outside_of_ram(machine):
+    space = AddressSpace(machine.ram, machine.root, machine.levels)
+    machine.map(0x1000, 0x5000)
+    machine.set_entry(machine.tables[1], 0, 0xDEAD_0000_0000 | PTE_PRESENT)
+    with pytest.raises(GuestFault, match="page table"):
+        native(space, [(0, MIB2)])
+    with pytest.raises(GuestFault):
+        space.translate(Gva(0x1000))
+    with pytest.raises(GuestFault):
+        list(reference_walk(machine.ram, machine.root, machine.levels, [(0, MIB2)]))
+
+
+def test_a_huge_bit_where_none_may_be(machine):
+    space = AddressSpace(machine.ram, machine.root, machine.levels)
+    machine.set_entry(machine.root, 0, 0x5000 | PTE_PRESENT | PTE_PSE)
+    with pytest.raises(GuestFault):
+        native(space, [(0, MIB2)])
+    with pytest.raises(GuestFault):
+        list(reference_walk(machine.ram, machine.root, machine.levels, [(0, MIB2)]))
+
+
+def test_tables_that_point_to_themselves_end(machine):
+    space = AddressSpace(machine.ram, machine.root, machine.levels)
+    for index in range(512):
+        machine.set_entry(machine.root, index, machine.root | PTE_PRESENT)
+    runs = native(space, [(0, 64 * MIB2)])
+    assert runs == merged(
+        reference_walk(machine.ram, machine.root, machine.levels, [(0, 64 * MIB2)])
+    )
+
+
+def test_read_and_write_across_pages(machine):
+    space = AddressSpace(machine.ram, machine.root, machine.levels)
+    machine.map(0x4000_0000, 0x20000)
+    machine.map(0x4000_1000, 0x31000)
+    data = bytes(range(200))
+    space.write(Gva(0x4000_0FA0), data)
+    assert space.read(Gva(0x4000_0FA0), 200) == data
+    assert machine.ram.read(Gpa(0x20FA0), 0x60) == data[:0x60]
+    assert machine.ram.read(Gpa(0x31000), 200 - 0x60) == data[0x60:]
+
+
+def test_a_write_that_would_fault_writes_nothing(machine):
+    space = AddressSpace(machine.ram, machine.root, machine.levels)
+    machine.map(0x4000_0000, 0x20000)
+    with pytest.raises(GuestFault):
+        space.write(Gva(0x4000_0FF0), bytes([255]) * 32)
+    assert machine.ram.read(Gpa(0x20FF0), 16) == bytes(16)
+
+
+VMEMMAP, STRIDE = 0xFFFF_EA00_0000_0000, 64
+PG_ANON_EXCLUSIVE = 1 << 17
+
+
+def frames_of(machine):
+    return Frames(
+        root=machine.root, levels=machine.levels, vmemmap=Gva(VMEMMAP), stride=STRIDE,
+        flags=0, mapping=24, compound_head=8, exclusive=PG_ANON_EXCLUSIVE,
+    )
+
+
+def set_page(machine, pfn, *, flags=0, mapping=0, head=0):
+    gpa = 0x30_0000 + pfn * STRIDE
+    machine.ram.write(Gpa(gpa), struct.pack("<QQQQ", flags, head, 0, mapping))
+
+
+@pytest.mark.parametrize(
+    ("flags", "mapping", "mine"),
+    [
+        (PG_ANON_EXCLUSIVE, 0xFFFF_8880_0000_0001, True),
+        (0, 0xFFFF_8880_0000_0001, False),  # shared with a child
+        (PG_ANON_EXCLUSIVE, 0xFFFF_8880_0000_0000, False),  # page cache: the bit means another thing
+        (PG_ANON_EXCLUSIVE, 0xFFFF_8880_0000_0003, False),  # KSM
+    ],
+)
+def test_only_exclusive_anonymous_pages_are_the_tasks_own(machine, flags, mapping, mine):
+    space = AddressSpace(machine.ram, machine.root, machine.levels)
+    machine.map(VMEMMAP, 0x30_0000)
+    machine.map(0x5000_0000, 0x7000)
+    set_page(machine, 7, flags=flags, mapping=mapping)
+    [leaf] = native(space, [(0x5000_0000, 0x5000_1000)], frames_of(machine))
+    assert leaf.flags == WRITE | USER | (EXCLUSIVE if mine else 0)
+
+
+def test_the_mapping_of_a_tail_page_is_in_its_head(machine):
+    space = AddressSpace(machine.ram, machine.root, machine.levels)
+    machine.map(VMEMMAP, 0x30_0000)
+    machine.map(0x5000_0000, 0x7000)
+    set_page(machine, 4, mapping=0xFFFF_8880_0000_0001)
+    set_page(machine, 7, flags=PG_ANON_EXCLUSIVE, head=VMEMMAP + 4 * STRIDE + 1)
+    [leaf] = native(space, [(0x5000_0000, 0x5000_1000)], frames_of(machine))
+    assert leaf.flags & EXCLUSIVE
+    set_page(machine, 7, flags=PG_ANON_EXCLUSIVE, head=0x1234_5678_9ABC_DEF1)
+    [leaf] = native(space, [(0x5000_0000, 0x5000_1000)], frames_of(machine))
+    assert not leaf.flags & EXCLUSIVE
+
+
+def test_a_struct_page_that_is_not_mapped_is_nobodys(machine):
+    space = AddressSpace(machine.ram, machine.root, machine.levels)
+    machine.map(0x5000_0000, 0x7000)
+    [leaf] = native(space, [(0x5000_0000, 0x5000_1000)], frames_of(machine))
+    assert not leaf.flags & EXCLUSIVE
+
+
+layouts = st.lists(
+    st.tuples(
+        st.integers(0, 2047),  # where, in 4 KiB steps (or in huge steps for huge pages)
+        st.integers(0, 3000),  # frame
+        st.sampled_from([12, 12, 12, 21]),
+        st.booleans(),  # protnone
+        st.sampled_from([0, 2, 4, 6]),
+    ),
+    max_size=60,
+)
+cuts = st.lists(st.integers(0, 2048), min_size=2, max_size=6, unique=True)
+
+
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(layout=layouts, cut=cuts, top=st.booleans(), levels=st.sampled_from([4, 5]))
+def test_walk_agrees_with_the_reference(tmp_path_factory, layout, cut, top, levels):
+    machine = Machine.build(tmp_path_factory.mktemp("ram"), levels=levels, sizes=(4 << 20,))
+    base = canonical(-(8 << 20), levels) if top else 0x7FFF_FF00_0000
+    small, huge = set(), set()
+    for where, frame, shift, protnone, flags in layout:
+        block = where // 512
+        if shift == 21 and block not in small:
+            huge.add(block)
+            machine.map(base + block * MIB2, frame * MIB2, shift=21, flags=flags, protnone=protnone)
+        elif shift == 12 and block not in huge:
+            small.add(block)
+            machine.map(base + where * PAGE_SIZE, frame * PAGE_SIZE, flags=flags, protnone=protnone)
+    cut = sorted(cut)
+    ranges = [
+        (base + a * PAGE_SIZE, base + b * PAGE_SIZE)
+        for a, b in zip(cut[::2], cut[1::2], strict=False)
+    ]
+    space = AddressSpace(machine.ram, machine.root, levels)
+    expected = merged(reference_walk(machine.ram, machine.root, levels, ranges))
+    assert native(space, ranges) == expected
+    machine.ram.close()
+
+
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(seed=st.integers(0, 1 << 32), small=st.booleans(), gva=st.integers(0, (1 << 64) - 1))
+def test_noise_as_page_tables_never_crashes(tmp_path_factory, seed, small, gva):
+    machine = Machine.build(tmp_path_factory.mktemp("ram"), sizes=(1 << 20,))
+    noise = np.random.default_rng(seed).integers(0, 1 << 64, 512, dtype=np.uint64)
+    if small:  # mostly inside of RAM, so that the walks get further
+        noise &= np.uint64(0xFFFFF)
+    noise = noise.tobytes()
+    for table in range(0, 1 << 20, PAGE_SIZE):
+        machine.ram.write(Gpa(table), noise)
+    space = AddressSpace(machine.ram, machine.root, 4)
+    try:
+        space.translate(Gva(gva))
+    except GuestFault:
+        pass
+    start = 0x1000_0000
+    outcome = []
+    for walk in (
+        lambda: native(space, [(start, start + 8 * MIB2)]),
+        lambda: merged(reference_walk(machine.ram, machine.root, 4, [(start, start + 8 * MIB2)])),
+    ):
+        try:
+            outcome.append(walk())
+        except GuestFault:
+            outcome.append("fault")
+    assert outcome[0] == outcome[1]
+    machine.ram.close()
+
+
+def test_pieces_must_be_whole_pages(machine):
+    space = AddressSpace(machine.ram, machine.root, machine.levels)
+    for piece in ((1, PAGE_SIZE, 0), (0, 100, 0), (0, 0, 0)):
+        with pytest.raises(ValueError, match="whole pages"):
+            space.walk(pieces([piece]))
+    with pytest.raises(GuestFault, match="canonical"):
+        hole = 1 << (11 + 9 * machine.levels)
+        space.walk(pieces([(hole - PAGE_SIZE, 2 * PAGE_SIZE, 0)]))
+
+
+def test_levels(machine):
+    with pytest.raises(ValueError, match="4 or 5"):
+        AddressSpace(machine.ram, machine.root, 3)
+
+
+def test_empty_walk(machine):
+    space = AddressSpace(machine.ram, machine.root, machine.levels)
+    assert len(space.walk(pieces([]))) == 0
+    assert space.read(Gva(0), 0) == b""
+    assert np.array_equal(space.walk(pieces([(0, PAGE_SIZE, 0)])), space.walk(pieces([])))

@@ -1,0 +1,215 @@
+"""Slots, bounds, copy and compare."""
+
+import os
+import threading
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from ovr._fastcopy import RUN, RamMap, populate_read
+from ovr.addresses import PAGE_SIZE, Gpa, Offset
+from ovr.errors import GuestFault, RamNotShared
+from ovr.ram import GuestRam, Slot
+from tests.unit.machine import Machine
+
+
+@pytest.fixture
+def machine(tmp_path):
+    machine = Machine.build(tmp_path, sizes=(1 << 20, 1 << 20))
+    yield machine
+    machine.ram.close()
+
+
+def run(gpa, size, offset, gva=0):
+    return (gva, gpa, size, offset, 0, 12)
+
+
+def runs(*rows):
+    return np.array(list(rows), dtype=RUN)
+
+
+def test_slots_map_to_their_files(machine):
+    second = machine.ram.slots[1]
+    assert second.gpa == 3 << 20
+    machine.ram.write(Gpa(second.gpa + 5), b"hello")
+    with open(second.path, "rb") as file:
+        file.seek(second.offset + 5)
+        assert file.read(5) == b"hello"
+
+
+@pytest.mark.parametrize("gpa", [(1 << 20) - 4, 1 << 20, 2 << 20, 4 << 20, (1 << 64) - 4])
+def test_nothing_lands_in_a_hole(machine, gpa):
+    before = [machine.ram.read(slot.gpa, slot.size) for slot in machine.ram.slots]
+    with pytest.raises(GuestFault):
+        machine.ram.write(Gpa(gpa), b"12345678")
+    with pytest.raises(GuestFault):
+        machine.ram.read(Gpa(gpa), 8)
+    assert [machine.ram.read(slot.gpa, slot.size) for slot in machine.ram.slots] == before
+
+
+def test_adjacent_slots_are_one_memory(tmp_path):
+    slots = []
+    for number in range(2):
+        path = tmp_path / str(number)
+        path.write_bytes(bytes(PAGE_SIZE))
+        slots.append(Slot(Gpa(number * PAGE_SIZE), PAGE_SIZE, str(path), Offset(0)))
+    with GuestRam(slots[::-1], writable=True) as ram:
+        data = os.urandom(PAGE_SIZE)
+        ram.copy_in(runs(run(2048, PAGE_SIZE, 0)), data)
+        assert ram.read(Gpa(2048), PAGE_SIZE) == data
+        assert ram.first_difference(runs(run(2048, PAGE_SIZE, 0)), data) is None
+        ram.write(Gpa(PAGE_SIZE - 2), b"abcd")
+        assert ram.read(Gpa(PAGE_SIZE - 2), 4) == b"abcd"
+
+
+def test_a_read_only_map_cannot_write(machine):
+    with GuestRam(machine.ram.slots) as ram:
+        with pytest.raises(PermissionError):
+            ram.write(Gpa(0), b"x")
+        with pytest.raises(PermissionError):
+            ram.copy_in(runs(run(0, 1, 0)), b"x")
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        run(0, PAGE_SIZE, 1),  # past the end of the source
+        run(0, PAGE_SIZE, -1),
+        run(0, 2 * PAGE_SIZE, 0),
+        run(0, 1 << 63, 0),
+        run(0, PAGE_SIZE, (1 << 63) - 1),
+    ],
+)
+def test_a_bad_source_range_copies_nothing(machine, bad):
+    with pytest.raises((ValueError, GuestFault)):
+        machine.ram.copy_in(runs(run(PAGE_SIZE, 16, 0), bad), b"\xff" * PAGE_SIZE)
+    assert machine.ram.read(Gpa(PAGE_SIZE), 16) == bytes(16)
+
+
+def test_a_run_outside_of_ram_copies_nothing(machine):
+    with pytest.raises(GuestFault):
+        machine.ram.copy_in(runs(run(0, 16, 0), run((1 << 20) - 8, 16, 0)), b"\xff" * 16)
+    assert machine.ram.read(Gpa(0), 16) == bytes(16)
+
+
+def test_first_difference_names_the_page(machine):
+    data = os.urandom(4 * PAGE_SIZE)
+    rows = runs(run(0, 4 * PAGE_SIZE, 0, gva=0x7000_0000))
+    machine.ram.copy_in(rows, data)
+    assert machine.ram.first_difference(rows, data) is None
+    machine.ram.write(Gpa(2 * PAGE_SIZE + 77), bytes([data[2 * PAGE_SIZE + 77] ^ 1]))
+    assert machine.ram.first_difference(rows, data) == 0x7000_0000 + 2 * PAGE_SIZE
+
+
+page_runs = st.lists(
+    st.tuples(st.integers(0, 255), st.integers(0, 63), st.integers(1, 5)), max_size=20
+)
+
+
+@settings(max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(rows=page_runs)
+def test_copy_agrees_with_a_plain_one(tmp_path_factory, rows):
+    machine = Machine.build(tmp_path_factory.mktemp("ram"), sizes=(1 << 20,))
+    machine.ram.write(Gpa(0), bytes(1 << 20))
+    source = os.urandom(70 * PAGE_SIZE)
+    model = bytearray(1 << 20)
+    native = []
+    for page, start, count in rows:
+        count = min(count, 256 - page)
+        size = count * PAGE_SIZE
+        native.append(run(page * PAGE_SIZE, size, start * PAGE_SIZE))
+        model[page * PAGE_SIZE :][:size] = source[start * PAGE_SIZE :][:size]
+        model = model[: 1 << 20]
+    for gpa, size, offset in ((r[1], r[2], r[3]) for r in native):
+        model[gpa : gpa + size] = source[offset : offset + size]
+    machine.ram.prefault(runs(*native))
+    assert machine.ram.copy_in(runs(*native), source) == sum(r[2] for r in native)
+    assert machine.ram.read(Gpa(0), 1 << 20) == bytes(model)
+    machine.ram.close()
+
+
+def test_find_looks_at_allocated_memory_only(tmp_path):
+    path = tmp_path / "sparse"
+    with path.open("wb") as file:
+        file.truncate(1 << 40)  # a terabyte of hole: a full scan would not end
+    with GuestRam([Slot(Gpa(0), 1 << 40, str(path), Offset(0))], writable=True) as ram:
+        ram.write(Gpa(5 << 30), b"needle here, needle there")
+        ram.write(Gpa((7 << 30) + PAGE_SIZE), b"needle")
+        assert list(ram.find(b"needle")) == [
+            5 << 30, (5 << 30) + 13, (7 << 30) + PAGE_SIZE,
+        ]
+        assert list(ram.find(b"needle", step=PAGE_SIZE)) == [5 << 30, (7 << 30) + PAGE_SIZE]
+        assert path.stat().st_blocks * 512 < 1 << 20
+
+
+def test_missing_and_short_files(tmp_path):
+    with pytest.raises(RamNotShared, match="cannot be opened"):
+        GuestRam([Slot(Gpa(0), PAGE_SIZE, str(tmp_path / "gone"), Offset(0))])
+    short = tmp_path / "short"
+    short.write_bytes(b"x")
+    with pytest.raises(RamNotShared, match="inside its RAM file"):
+        GuestRam([Slot(Gpa(0), PAGE_SIZE, str(short), Offset(0))])
+    with pytest.raises(RamNotShared):
+        GuestRam([])
+
+
+def test_slots_must_not_overlap(tmp_path):
+    path = tmp_path / "ram"
+    path.write_bytes(bytes(4 * PAGE_SIZE))
+    slots = [
+        Slot(Gpa(0), 2 * PAGE_SIZE, str(path), Offset(0)),
+        Slot(Gpa(PAGE_SIZE), PAGE_SIZE, str(path), Offset(0)),
+    ]
+    with pytest.raises(ValueError, match="overlap"):
+        GuestRam(slots)
+
+
+def test_a_closed_map_has_no_memory(machine):
+    machine.ram.close()
+    with pytest.raises(GuestFault):
+        machine.ram.read(Gpa(0), 1)
+
+
+def test_close_waits_for_nobody_but_refuses_while_used(tmp_path):
+    size = 512 << 20
+    path = tmp_path / "big"
+    with path.open("wb") as file:
+        file.truncate(size)
+    with path.open("rb") as file:
+        ram = RamMap([(0, size, file.fileno(), 0)], writable=False)
+    started, refused = threading.Event(), threading.Event()
+
+    def search():
+        started.set()
+        while not refused.is_set():
+            ram.find(0, size, b"nothing like it", 1)
+
+    thread = threading.Thread(target=search)
+    thread.start()
+    started.wait()
+    for _ in range(10_000):
+        try:
+            ram.close()
+        except BufferError:
+            refused.set()
+            break
+        else:
+            break
+    busy = refused.is_set()
+    refused.set()
+    thread.join()
+    assert busy
+
+
+def test_populate_read_of_a_truncated_file_is_an_error_not_a_crash(tmp_path):
+    import mmap
+
+    path = tmp_path / "pages"
+    path.write_bytes(bytes(4 * PAGE_SIZE))
+    with path.open("r+b") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
+        populate_read(view)
+        file.truncate(PAGE_SIZE)
+        with pytest.raises(OSError):
+            populate_read(view)
