@@ -1,7 +1,9 @@
 """Slots, bounds, copy and compare."""
 
+import mmap
 import os
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -34,7 +36,7 @@ def test_slots_map_to_their_files(machine):
     second = machine.ram.slots[1]
     assert second.gpa == 3 << 20
     machine.ram.write(Gpa(second.gpa + 5), b"hello")
-    with open(second.path, "rb") as file:
+    with Path(second.path).open("rb") as file:
         file.seek(second.offset + 5)
         assert file.read(5) == b"hello"
 
@@ -117,12 +119,9 @@ def test_copy_agrees_with_a_plain_one(tmp_path_factory, rows):
     model = bytearray(1 << 20)
     native = []
     for page, start, count in rows:
-        count = min(count, 256 - page)
-        size = count * PAGE_SIZE
-        native.append(run(page * PAGE_SIZE, size, start * PAGE_SIZE))
-        model[page * PAGE_SIZE :][:size] = source[start * PAGE_SIZE :][:size]
-        model = model[: 1 << 20]
-    for gpa, size, offset in ((r[1], r[2], r[3]) for r in native):
+        size = min(count, 256 - page) * PAGE_SIZE
+        gpa, offset = page * PAGE_SIZE, start * PAGE_SIZE
+        native.append(run(gpa, size, offset))
         model[gpa : gpa + size] = source[offset : offset + size]
     machine.ram.prefault(runs(*native))
     assert machine.ram.copy_in(runs(*native), source) == sum(r[2] for r in native)
@@ -204,8 +203,6 @@ def test_close_waits_for_nobody_but_refuses_while_used(tmp_path):
 
 
 def test_populate_read_of_a_truncated_file_is_an_error_not_a_crash(tmp_path):
-    import mmap
-
     path = tmp_path / "pages"
     path.write_bytes(bytes(4 * PAGE_SIZE))
     with path.open("r+b") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
