@@ -1,0 +1,184 @@
+"""Reading a directory of images that may have been made by an enemy.
+
+Every file is opened relative to one directory descriptor, without following symbolic links, and
+only if it is a regular file, so that nothing outside the directory can be reached. The one link
+that is followed is CRIU's own ``parent``, and only within the directory that the images lie in.
+"""
+
+import os
+import stat
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Final, Self
+
+from ovr.errors import ImagesDamaged, ImagesUnsupported, UsageError
+from ovr.images.framing import DUMP_AGAIN
+
+__all__ = ["ImageDirectory", "ImageFile"]
+
+_MAX_READ: Final = 64 << 20  # an mm image with a million areas; protobuf objects need much more
+_MAX_FILES: Final = 1 << 20
+_PARENT: Final = "parent"  # CR_PARENT_LINK
+
+
+class ImageDirectory:
+    """An open directory of image files.
+
+    Attributes:
+        label: what messages call it: empty, or ``parent/`` once for each level.
+        path: where it is.
+        sizes: the size in bytes of each regular file that was there when it was opened.
+        others: names that are neither regular files nor directories.
+    """
+
+    def __init__(self, path: Path, label: str = "") -> None:
+        self.label = label
+        self.path = path
+        try:
+            self._fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError as error:
+            raise UsageError(
+                f"{path}: cannot be opened as a directory of images: {error.strerror}",
+                "give the directory that `criu dump -D` wrote",
+            ) from error
+        self.sizes: dict[str, int] = {}
+        self.others: set[str] = set()
+        with os.scandir(self._fd) as found:
+            for file in sorted(islice(found, _MAX_FILES), key=lambda file: file.name):
+                if file.is_file(follow_symlinks=False):
+                    self.sizes[file.name] = file.stat(follow_symlinks=False).st_size
+                elif not file.is_dir(follow_symlinks=False):
+                    self.others.add(file.name)
+
+    def file(self, name: str) -> "ImageFile":
+        """The image `name`.
+
+        Raises:
+            ImagesDamaged: it is not there.
+            ImagesUnsupported: it is a symbolic link or another special file.
+        """
+        if name in self.others:
+            raise ImagesUnsupported(
+                f"{self.label}{name}: not a regular file",
+                "replace links in the image directory by the files themselves",
+            )
+        if name not in self.sizes:
+            raise ImagesDamaged(f"{self.label}{name}: missing", DUMP_AGAIN)
+        return ImageFile(self, name, self.sizes[name])
+
+    def open(self, name: str) -> int:
+        """A new read-only descriptor of a regular file; the caller closes it."""
+        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        try:
+            fd = os.open(name, flags, dir_fd=self._fd)
+        except OSError as error:
+            raise ImagesDamaged(
+                f"{self.label}{name}: cannot be opened: {error.strerror}", DUMP_AGAIN
+            ) from error
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            os.close(fd)
+            raise ImagesDamaged(f"{self.label}{name}: changed while it was read", DUMP_AGAIN)
+        return fd
+
+    def read(self, name: str, limit: int = _MAX_READ) -> bytes:
+        """The whole content of a file of at most `limit` bytes."""
+        file = self.file(name)
+        if file.size > limit:
+            raise ImagesUnsupported(
+                f"{self.label}{name}: {file.size} bytes, more than the {limit} that are read",
+                "is this an image? If it is, please report it",
+            )
+        return file.read(0, file.size)
+
+    def parent(self) -> "ImageDirectory | None":
+        """The directory of the dump that this one builds on, if it is incremental.
+
+        Raises:
+            ImagesDamaged: ``parent`` leads nowhere.
+            ImagesUnsupported: it leads out of the directory that the images lie in.
+        """
+        home = self.path.resolve()
+        if not os.path.lexists(home / _PARENT):
+            return None
+        target = (home / _PARENT).resolve()
+        if not target.is_dir():
+            raise ImagesDamaged(
+                f"{self.label}parent: leads to {target}, which is no directory",
+                "put the images of the earlier dumps where the link says",
+            )
+        if not target.is_relative_to(home.parent):
+            raise ImagesUnsupported(
+                f"{self.label}parent: leads to {target}, outside of {home.parent}",
+                "keep the images of a chain of dumps side by side in one directory",
+            )
+        return ImageDirectory(target, f"{self.label}parent/")
+
+    def close(self) -> None:
+        """Close the directory; files that are open stay open."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+@dataclass(frozen=True)
+class ImageFile:
+    """A file of an image directory, opened only when needed.
+
+    Attributes:
+        directory: where it lies.
+        name: its name there.
+        size: its size in bytes when the directory was opened.
+    """
+
+    directory: ImageDirectory
+    name: str
+    size: int
+
+    @property
+    def label(self) -> str:
+        """What messages call it."""
+        return f"{self.directory.label}{self.name}"
+
+    def open(self) -> int:
+        """A new read-only descriptor; the caller closes it.
+
+        Raises:
+            ImagesDamaged: the file was replaced by something else, or became shorter.
+        """
+        fd = self.directory.open(self.name)
+        present = os.fstat(fd).st_size
+        if present < self.size:
+            os.close(fd)
+            raise ImagesDamaged(f"{self.label}: shrank while it was read", DUMP_AGAIN)
+        return fd
+
+    def read(self, offset: int, size: int) -> bytes:
+        """`size` bytes from `offset`.
+
+        Raises:
+            ImagesDamaged: the file ends before that.
+        """
+        fd = self.open()
+        try:
+            return read_exactly(fd, offset, size, self.label)
+        finally:
+            os.close(fd)
+
+
+def read_exactly(fd: int, offset: int, size: int, label: str) -> bytes:
+    """`size` bytes from `offset` of an open file, however the kernel cuts them up."""
+    parts = []
+    while size:
+        part = os.pread(fd, size, offset)
+        if not part:
+            raise ImagesDamaged(f"{label}: ends at byte {offset}, {size} more needed", DUMP_AGAIN)
+        parts.append(part)
+        offset, size = offset + len(part), size - len(part)
+    return b"".join(parts)

@@ -1,0 +1,234 @@
+"""Pagemap images: which pages of a task lie where in its pages image.
+
+A fragmented process has more than a million entries, so they are decoded in blocks into one numpy
+array instead of one protobuf object each. The rules are those of ``criu/pagemap.c``
+(``init_compat_pagemap_entry``, ``advance``): an entry has data in the pages image, behind the data
+of the entries before it, exactly if it has PE_PRESENT.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ovr.addresses import PAGE_SHIFT, PAGE_SIZE
+from ovr.errors import ImagesDamaged, ImagesUnsupported
+from ovr.images.framing import DUMP_AGAIN, check_header, decode, encode, image_bytes
+from ovr.images.messages import PagemapEntry, PagemapHead
+from ovr.images.varint import BadVarint, read_varints
+
+__all__ = [
+    "PAGEMAP_DTYPE",
+    "PE_LAZY",
+    "PE_PARENT",
+    "PE_PRESENT",
+    "USER_END",
+    "Entries",
+    "Pagemap",
+    "check_pages_size",
+    "decode_pagemap",
+    "encode_pagemap",
+    "offsets_of",
+]
+
+PE_PARENT: Final = 1
+PE_LAZY: Final = 2
+PE_PRESENT: Final = 4
+
+PAGEMAP_DTYPE: Final = np.dtype(
+    [("vaddr", "<u8"), ("nr_pages", "<u8"), ("flags", "<u4"), ("level", "<u4"), ("offset", "<i8")]
+)
+"""One run of pages. `vaddr` in bytes; `offset` in bytes into the pages image of level `level`, or
+-1 if the data is not there; level 0 is the image set itself, 1 its parent, and so on."""
+
+Entries = NDArray[np.void]
+"""An array of `PAGEMAP_DTYPE`."""
+
+USER_END: Final = 1 << 56
+"""End of user addresses with 5-level paging, the most that x86-64 has."""
+
+_BLOCK: Final = 1 << 16  # entries decoded at a time: small enough for the processor's cache
+_FIELDS: Final = {0x08: "vaddr", 0x10: "compat", 0x18: "in_parent", 0x20: "flags", 0x28: "nr_pages"}
+_UINT32: Final = 0xFFFFFFFF
+
+
+@dataclass(frozen=True)
+class Pagemap:
+    """A decoded pagemap image.
+
+    Attributes:
+        pages_id: N of the ``pages-N.img`` that holds the data.
+        entries: the runs, in ascending order; read-only.
+        compat: written by CRIU before 4.2, which counts pages in field 2 and cannot read field 5.
+    """
+
+    pages_id: int
+    entries: Entries
+    compat: bool
+
+
+def decode_pagemap(data: bytes, name: str) -> Pagemap:
+    """Decode a whole pagemap image.
+
+    Args:
+        data: the file.
+        name: what to call it in messages; its base name says what magic is due.
+
+    Raises:
+        ImagesDamaged: cut off, out of order, overlapping, unaligned, or outside user addresses.
+        ImagesUnsupported: an unknown field or flag (compressed pages), or pages that are in none of
+            the images (a lazy dump).
+    """
+    begin = check_header(data, name.rpartition("/")[2])
+    size = _entry_size(data, begin, name)
+    head = decode(PagemapHead, data[begin + 4 : begin + 4 + size], name)
+    blocks = [_decode_block(data, at, name) for at in _entry_starts(data, begin + 4 + size, name)]
+    entries = np.concatenate([block for block, _ in blocks] or [np.empty(0, PAGEMAP_DTYPE)])
+    _check(entries, name)
+    entries["offset"] = offsets_of(entries)
+    entries.flags.writeable = False
+    return Pagemap(head.pages_id, entries, not any(modern for _, modern in blocks))
+
+
+def _entry_size(data: bytes, position: int, name: str) -> int:
+    size = int.from_bytes(data[position : position + 4], "little")
+    if position + 4 + size > len(data):
+        raise ImagesDamaged(f"{name}: cut off at byte {len(data)}", DUMP_AGAIN)
+    return size
+
+
+def _entry_starts(data: bytes, position: int, name: str) -> Iterator[NDArray[np.int64]]:
+    """Positions of the entries' size fields, in blocks.
+
+    Only the lowest byte of each size is looked at: no entry is as long as 256 bytes. That the
+    other three are zero is checked in bulk by `_decode_block`.
+    """
+    last = len(data) - 4
+    while position <= last:
+        starts: list[int] = []
+        while position <= last and len(starts) < _BLOCK:
+            starts.append(position)
+            position += 4 + data[position]
+        yield np.array(starts, np.int64)
+    if position != len(data):
+        raise ImagesDamaged(f"{name}: cut off at byte {len(data)}", DUMP_AGAIN)
+
+
+def _decode_block(data: bytes, starts: NDArray[np.int64], name: str) -> tuple[Entries, bool]:
+    """Decode the entries at `starts`; also say whether any counts pages in field 5."""
+    raw = np.frombuffer(data, np.uint8)
+    high = raw[starts + 1] | raw[starts + 2] | raw[starts + 3]
+    if high.any():
+        raise ImagesUnsupported(
+            f"{name}: an entry too long for a pagemap at byte {starts[high.argmax()]}",
+            "compressed pages? Dump without --compress; if the file is damaged, dump again",
+        )
+    at, stop = starts + 4, starts + 4 + raw[starts]
+    if stop[-1] > len(data):
+        raise ImagesDamaged(f"{name}: cut off at byte {len(data)}", DUMP_AGAIN)
+    try:
+        return _columns(raw, at, stop, name)
+    except BadVarint as error:
+        raise ImagesDamaged(f"{name}: an entry that is not protobuf", DUMP_AGAIN) from error
+
+
+def _columns(
+    raw: NDArray[np.uint8], at: NDArray[np.int64], stop: NDArray[np.int64], name: str
+) -> tuple[Entries, bool]:
+    value = {field: np.zeros(len(at), np.uint64) for field in _FIELDS.values()}
+    seen = {field: np.zeros(len(at), bool) for field in _FIELDS.values()}
+    live = np.arange(len(at))
+    while live.size:
+        tags, at[live] = read_varints(raw, at[live], stop[live])
+        values, at[live] = read_varints(raw, at[live], stop[live])
+        known = 0
+        for tag, field in _FIELDS.items():
+            here = tags == tag
+            known += int(np.count_nonzero(here))
+            value[field][live[here]] = values[here]
+            seen[field][live[here]] = True
+        if known != live.size:
+            raise ImagesUnsupported(
+                f"{name}: an entry with a field that CRIU 4.2 does not have",
+                "compressed pages? Dump without --compress; if the file is damaged, dump again",
+            )
+        live = live[at[live] < stop[live]]
+    _check_required(seen, name)
+    return _entries(value, seen), bool(seen["nr_pages"].any())
+
+
+def _check_required(seen: dict[str, NDArray[np.bool_]], name: str) -> None:
+    if not seen["vaddr"].all() or not (seen["compat"] | seen["nr_pages"]).all():
+        raise ImagesDamaged(f"{name}: an entry without address or number of pages", DUMP_AGAIN)
+
+
+def _entries(value: dict[str, NDArray[np.uint64]], seen: dict[str, NDArray[np.bool_]]) -> Entries:
+    """Apply init_compat_pagemap_entry of criu/pagemap.c."""
+    entries = np.zeros(len(value["vaddr"]), PAGEMAP_DTYPE)
+    entries["vaddr"] = value["vaddr"]
+    entries["nr_pages"] = np.where(seen["nr_pages"], value["nr_pages"], value["compat"] & _UINT32)
+    in_parent = value["in_parent"] != 0
+    entries["flags"] = value["flags"] & _UINT32
+    entries["flags"][~in_parent & ~seen["flags"]] = PE_PRESENT
+    entries["flags"][in_parent] |= PE_PARENT
+    return entries
+
+
+def _check(entries: Entries, name: str) -> None:
+    """Raise unless addresses, order and flags are such that all arithmetic on them is safe."""
+    start, pages, flags = entries["vaddr"], entries["nr_pages"], entries["flags"]
+    wrong = (start % PAGE_SIZE != 0) | (start >= USER_END) | (pages == 0)
+    wrong |= pages > (USER_END - np.minimum(start, USER_END)) >> PAGE_SHIFT
+    _refuse(wrong, entries, name, "impossible run of pages")
+    end = start + (pages << PAGE_SHIFT)
+    _refuse(np.append(False, start[1:] < end[:-1]), entries, name, "entry not above the one before")
+    where = flags & (PE_PARENT | PE_PRESENT)
+    unknown = (flags > (PE_PARENT | PE_LAZY | PE_PRESENT)) | (where == PE_PARENT | PE_PRESENT)
+    for bad, what, cure in (
+        (unknown, "have unknown flags", "dump with CRIU 3.17 to 4.2, without --compress"),
+        (where == 0, "are in none of the images", "dump without --lazy-pages"),
+    ):
+        if bad.any():
+            raise ImagesUnsupported(f"{name}: the pages at {start[bad.argmax()]:#x} {what}", cure)
+
+
+def _refuse(wrong: NDArray[np.bool_], entries: Entries, name: str, what: str) -> None:
+    if wrong.any():
+        first = entries[wrong.argmax()]
+        raise ImagesDamaged(
+            f"{name}: {what} at {first['vaddr']:#x} ({first['nr_pages']} pages)", DUMP_AGAIN
+        )
+
+
+def offsets_of(entries: Entries) -> NDArray[np.int64]:
+    """Where in the pages image the data of each entry lies: -1 unless it has PE_PRESENT."""
+    present = entries["flags"] & PE_PRESENT != 0
+    sizes = np.where(present, entries["nr_pages"] << PAGE_SHIFT, 0).astype(np.int64)
+    return np.where(present, np.cumsum(sizes) - sizes, -1)
+
+
+def check_pages_size(pagemap: Pagemap, size: int, name: str) -> None:
+    """Check that a pages image of `size` bytes holds all that `pagemap` says.
+
+    Raises:
+        ImagesDamaged: it is shorter.
+    """
+    present = pagemap.entries["flags"] & PE_PRESENT != 0
+    needed = int(pagemap.entries["nr_pages"][present].sum()) << PAGE_SHIFT
+    if size < needed:
+        raise ImagesDamaged(f"{name}: {needed} bytes needed, {size} present", DUMP_AGAIN)
+
+
+def encode_pagemap(pagemap: Pagemap, name: str) -> bytes:
+    """Encode a pagemap image in the style of the CRIU generation that wrote the original.
+
+    The order of the entries is that of their data; `offset` and `level` are not looked at.
+    """
+    made = [encode(PagemapHead(pages_id=pagemap.pages_id))]
+    for vaddr, pages, flags in pagemap.entries[["vaddr", "nr_pages", "flags"]].tolist():
+        entry = PagemapEntry(vaddr=vaddr, compat_nr_pages=0, flags=flags)
+        setattr(entry, "compat_nr_pages" if pagemap.compat else "nr_pages", pages)
+        made.append(encode(entry))
+    return image_bytes(name, made)

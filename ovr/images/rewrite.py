@@ -1,0 +1,180 @@
+"""Making the inside image set: some images changed, the rest passed on byte for byte."""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+
+from ovr.addresses import PAGE_SHIFT
+from ovr.errors import ImagesUnsupported
+from ovr.images.directory import ImageFile, read_exactly
+from ovr.images.framing import encode, image_bytes, is_raw, write_image
+from ovr.images.imageset import ImageSet
+from ovr.images.pagemap import PE_LAZY, PE_PRESENT, Entries, Pagemap, encode_pagemap
+from ovr.images.runs import clip, ends_of, page_count
+from ovr.images.task import Memory
+from ovr.images.wire import Message
+
+__all__ = ["Extents", "InsideImages", "image_chunks"]
+
+_CHUNK: Final = 1 << 20
+_SMALL: Final = 1 << 16  # larger files that do not change are not read into memory
+
+
+@dataclass(frozen=True)
+class Extents:
+    """An image made of pieces of the user's images, which are read when it is sent.
+
+    Attributes:
+        pieces: what it consists of: file, offset, size, in order.
+    """
+
+    pieces: tuple[tuple[ImageFile, int, int], ...]
+
+    @property
+    def size(self) -> int:
+        """Size in bytes."""
+        return sum(size for _, _, size in self.pieces)
+
+    def chunks(self, limit: int = _CHUNK) -> Iterator[bytes]:
+        """The content, in chunks of at most `limit` bytes.
+
+        Raises:
+            ImagesDamaged: a file is no longer as long as it was.
+        """
+        file, fd = None, -1
+        try:
+            for wanted, offset, size in self.pieces:
+                if wanted is not file:
+                    _close(fd)
+                    file, fd = wanted, -1
+                    fd = wanted.open()
+                for at in range(offset, offset + size, limit):
+                    yield read_exactly(fd, at, min(limit, offset + size - at), wanted.label)
+        finally:
+            _close(fd)
+
+
+def _close(fd: int) -> None:
+    if fd >= 0:
+        os.close(fd)
+
+
+def image_chunks(image: bytes | Extents) -> Iterator[bytes]:
+    """The content of an image of the inside set, piece by piece."""
+    return iter((image,)) if isinstance(image, bytes) else image.chunks()
+
+
+class InsideImages:
+    """Builds the image set that CRIU restores inside the guest.
+
+    Starts as the given image set; `replace`, `omit` and `keep_pages` change it. The same calls give
+    the same bytes. A pages image is always written whole, because CRIU reads one that is too short
+    for ever, and no pagemap of a task loses all its entries, because CRIU crashes on that.
+    """
+
+    def __init__(self, images: ImageSet) -> None:
+        self._images = images
+        self._changed: dict[str, bytes | Extents] = {}
+        self._omitted: set[str] = set()
+
+    def replace(self, name: str, *entries: Message) -> None:
+        """Let the image `name` consist of these entries.
+
+        For images without raw bytes between the entries; not for pagemaps.
+
+        Raises:
+            ValueError: `name` is such an image.
+        """
+        if is_raw(name) or name.startswith("pagemap-"):
+            raise ValueError(f"{name} is not made of messages alone")
+        self._omitted.discard(name)
+        self._changed[name] = image_bytes(name, map(encode, entries))
+
+    def omit(self, name: str) -> None:
+        """Leave the image `name` out: for readers in CRIU most missing images are empty ones."""
+        self._changed.pop(name, None)
+        self._omitted.add(name)
+
+    def keep_pages(self, memory: Memory, kept: Entries) -> None:
+        """Keep only some pages of a task or of shared memory.
+
+        Pages of parent images that are kept move into the new pages image.
+
+        Args:
+            memory: whose pages.
+            kept: ascending runs of pages, all of them in ``memory.entries``; only `vaddr` and
+                `nr_pages` are looked at.
+
+        Raises:
+            ValueError: pages that are not there, or none at all of a task.
+        """
+        runs = clip(memory.entries, kept["vaddr"], ends_of(kept))
+        if page_count(runs) != page_count(kept):
+            raise ValueError(f"pages to keep that are not in {memory.name}, or twice")
+        if not len(runs) and not memory.name.startswith("pagemap-shmem-"):
+            raise ValueError(f"no pages kept in {memory.name}: CRIU would crash")
+        runs["flags"] = runs["flags"] & PE_LAZY | PE_PRESENT
+        pagemap = Pagemap(memory.pages_id, runs, memory.compat)
+        self._changed[memory.name] = encode_pagemap(pagemap, memory.name)
+        self._changed[memory.pages_name] = _pages(memory, runs)
+
+    def build(self) -> dict[str, bytes | Extents]:
+        """The inside image set, by file name in order. Pass values to `image_chunks`.
+
+        Raises:
+            ImagesUnsupported: a task without any pages.
+        """
+        for task in self._images.tasks:
+            if task.memory is not None and not len(task.memory.entries):
+                raise ImagesUnsupported(
+                    f"{task.memory.name}: no pages at all, which CRIU cannot restore",
+                    "dump again: every process has at least its vDSO",
+                )
+        self._flatten()
+        names = {*self._images.names, *self._changed} - self._omitted - self._stale()
+        return {name: self._changed.get(name) or self._original(name) for name in sorted(names)}
+
+    def write_to(self, directory: Path) -> None:
+        """Write the inside image set to an existing directory, each file whole or not at all."""
+        for name, image in self.build().items():
+            write_image(directory, name, image_chunks(image))
+
+    def _flatten(self) -> None:
+        """Give images that build on a parent all their pages: the guest gets no parent images."""
+        for memory in self._images.memories:
+            if memory.name not in self._changed and memory.entries["level"].any():
+                self.keep_pages(memory, memory.entries)
+
+    def _stale(self) -> set[str]:
+        """Memory images that nothing refers to, as an earlier dump into the directory leaves."""
+        used = {
+            name for memory in self._images.memories for name in (memory.name, memory.pages_name)
+        }
+        return {n for n in self._images.names if n.startswith(("pagemap-", "pages-"))} - used
+
+    def _original(self, name: str) -> bytes | Extents:
+        file = self._images.file(name)
+        if file.size <= _SMALL:
+            return self._images.read(name)
+        return Extents(((file, 0, file.size),))
+
+
+def _pages(memory: Memory, runs: Entries) -> Extents:
+    """The pages of `runs`, in order, with neighbours in the same file taken together."""
+    level, offset = runs["level"], runs["offset"]
+    size = (runs["nr_pages"] << PAGE_SHIFT).astype(np.int64)
+    joined = (level[1:] == level[:-1]) & (offset[1:] == offset[:-1] + size[:-1])
+    first = np.flatnonzero(np.append(True, ~joined)[: len(runs)])
+    sizes = np.add.reduceat(size, first) if len(first) else size
+    pieces = zip(level[first].tolist(), offset[first].tolist(), sizes.tolist(), strict=True)
+    return Extents(tuple((_file(memory, lv), at, length) for lv, at, length in pieces))
+
+
+def _file(memory: Memory, level: int) -> ImageFile:
+    file = memory.files[level]
+    assert file is not None  # resolve() gave the level because the file is used
+    return file

@@ -1,0 +1,171 @@
+"""One task of an image set: what the images say about it, decoded and checked."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+
+from ovr.errors import ImagesDamaged, ImagesUnsupported
+from ovr.images.directory import ImageFile
+from ovr.images.framing import DUMP_AGAIN
+from ovr.images.messages import CoreEntry, FsEntry, MmEntry
+from ovr.images.pagemap import Entries
+from ovr.images.runs import covered
+from ovr.images.vma import Vmas, is_private
+
+__all__ = ["Memory", "Task", "TaskState"]
+
+
+class TaskState(IntEnum):
+    """``tc.task_state`` of a core image (``compel/include/uapi/task-state.h``)."""
+
+    ALIVE = 1
+    DEAD = 2
+    STOPPED = 3
+    ZOMBIE = 6
+
+
+@dataclass(frozen=True)
+class Memory:
+    """The pages that one pagemap image describes: a task's private ones, or shared memory.
+
+    Attributes:
+        name: file name of the pagemap image.
+        pages_id: N of its ``pages-N.img``.
+        compat: written by CRIU before 4.2 (see `Pagemap`).
+        entries: where every page's data lies, parent images taken into account; ascending,
+            read-only, all present.
+        files: the pages images by `level`: of the image set itself, of its parent, and so on;
+            None where no data of that level is used.
+    """
+
+    name: str
+    pages_id: int
+    compat: bool
+    entries: Entries
+    files: tuple[ImageFile | None, ...]
+
+    @property
+    def pages_name(self) -> str:
+        """File name of the pages image."""
+        return f"pages-{self.pages_id}.img"
+
+    def open(self, level: int = 0) -> int:
+        """A new read-only descriptor of the pages image of that level; the caller closes it."""
+        file = self.files[level]
+        if file is None:
+            raise ValueError(f"{self.name} uses no data of level {level}")
+        return file.open()
+
+
+@dataclass(frozen=True)
+class Task:
+    """A process.
+
+    Attributes:
+        pid, ppid, pgid, sid: as in its pid namespace; `ppid` is 0 for the root.
+        threads: thread ids, the leader's (`pid`) first; it alone for a dead task.
+        cores: the core image of each thread.
+        mm: memory descriptor; None for a dead task.
+        vmas: its memory areas: row i is ``mm.vmas[i]``; None for a dead task.
+        memory: its private pages; None for a dead task.
+        fs: working directory, root and umask; None if the images do not say.
+    """
+
+    pid: int
+    ppid: int
+    pgid: int
+    sid: int
+    threads: tuple[int, ...]
+    cores: Mapping[int, CoreEntry]
+    mm: MmEntry | None
+    vmas: Vmas | None
+    memory: Memory | None
+    fs: FsEntry | None
+
+    @property
+    def core(self) -> CoreEntry:
+        """The core image of the leader."""
+        return self.cores[self.pid]
+
+    @property
+    def state(self) -> TaskState:
+        """Alive, stopped or dead."""
+        return TaskState(self.core.tc.task_state)
+
+    @property
+    def alive(self) -> bool:
+        """Whether the task has memory, files and threads: it is no zombie."""
+        return self.mm is not None
+
+    @property
+    def comm(self) -> str:
+        """Its name, with bytes that are not text shown as escapes."""
+        return self.core.tc.comm.decode("utf-8", "backslashreplace")
+
+    @property
+    def umask(self) -> int | None:
+        """The file mode creation mask, or None if the images do not say."""
+        return self.fs.umask if self.fs is not None and self.fs.HasField("umask") else None
+
+
+def check_core(core: CoreEntry, name: str, leader: bool) -> None:
+    """Check that a core image is one of an x86-64 thread with all that CRIU needs.
+
+    Raises:
+        ImagesDamaged: a part is missing.
+        ImagesUnsupported: another architecture, or an unknown task state.
+    """
+    if core.mtype != 1:
+        names = {2: "arm", 3: "aarch64", 4: "ppc64", 5: "s390", 6: "mips", 7: "loongarch64"}
+        raise ImagesUnsupported(
+            f"{name}: a thread of architecture {names.get(core.mtype, core.mtype)}",
+            "only x86-64 checkpoints can be restored",
+        )
+    if leader and not core.HasField("tc"):
+        raise ImagesDamaged(f"{name}: no task state for a thread group leader", DUMP_AGAIN)
+    if leader and core.tc.task_state not in set(TaskState):
+        raise ImagesUnsupported(
+            f"{name}: unknown task state {core.tc.task_state}", "dump with CRIU 3.17 to 4.2"
+        )
+    dead = leader and core.tc.task_state in (TaskState.DEAD, TaskState.ZOMBIE)
+    if not dead and not (core.HasField("thread_info") and core.HasField("thread_core")):
+        raise ImagesDamaged(f"{name}: no registers or no thread state", DUMP_AGAIN)
+
+
+def check_memory(pid: int, memory: Memory, vmas: Vmas) -> None:
+    """Check that every page lies in a private memory area.
+
+    Raises:
+        ImagesDamaged: one does not; CRIU would refuse it too ("Page entry address outside of VMA").
+    """
+    private = vmas[is_private(vmas)]
+    inside = covered(memory.entries, private["start"], private["end"])
+    if not inside.all():
+        stray = memory.entries[inside.argmin()]
+        raise ImagesDamaged(
+            f"{memory.name}: the {stray['nr_pages']} pages at {stray['vaddr']:#x} are not all in"
+            f" private memory areas of task {pid}",
+            DUMP_AGAIN,
+        )
+
+
+def check_tree(tasks: Sequence[Task]) -> None:
+    """Check that the tasks form one tree and that no id is used twice.
+
+    Raises:
+        ImagesDamaged: they do not.
+    """
+    seen: set[int] = set()
+    parents = {0}
+    for task in tasks:
+        if task.ppid not in parents:
+            raise ImagesDamaged(
+                f"pstree.img: task {task.pid} has the parent {task.ppid}, which is none", DUMP_AGAIN
+            )
+        parents = parents - {0} | {task.pid}  # one root, and parents come first, as in CRIU
+        for tid in task.threads:
+            if not 0 < tid < 1 << 22:  # PID_MAX_LIMIT
+                raise ImagesDamaged(f"pstree.img: impossible thread id {tid}", DUMP_AGAIN)
+            if tid in seen:
+                raise ImagesDamaged(f"pstree.img: thread id {tid} occurs twice", DUMP_AGAIN)
+            seen.add(tid)

@@ -1,0 +1,38 @@
+import json
+import shutil
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+DATA = Path(__file__).parent / "data"
+SUITES = ("bookworm", "trixie", "forky")
+
+
+@pytest.fixture(scope="session", params=SUITES)
+def dumps(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Real dumps of one CRIU generation (see data/README.md); not to be changed."""
+    where = tmp_path_factory.mktemp(request.param)
+    with tarfile.open(DATA / f"{request.param}.tar.xz") as archive:
+        archive.extractall(where, filter="data")
+    return where
+
+
+@pytest.fixture(scope="session")
+def crit(dumps: Path) -> dict[str, list[dict[str, Any]]]:
+    """What crit makes of the images, by path below `dumps`."""
+    loaded: dict[str, list[dict[str, Any]]] = json.loads((dumps / "crit.json").read_text())
+    return loaded
+
+
+@pytest.fixture
+def one(dumps: Path, tmp_path: Path) -> Path:
+    """A copy of the single-process dump, to be damaged."""
+    return Path(shutil.copytree(dumps / "one", tmp_path / "one", symlinks=True))
+
+
+@pytest.fixture
+def tree(dumps: Path, tmp_path: Path) -> Path:
+    """A copy of the dump of a parent, a child and a zombie, to be damaged."""
+    return Path(shutil.copytree(dumps / "tree", tmp_path / "tree", symlinks=True))
