@@ -359,13 +359,18 @@ cdef class RamMap:
     cdef bint _exclusive(self, Frames *f, uint64_t pfn) noexcept nogil:
         # True if the kernel itself says that this anonymous page belongs to one process alone:
         # PageAnon(page) && PageAnonExclusive(page), include/linux/page-flags.h.
-        cdef char *page = self._page(f, f.vmemmap + pfn * f.stride)
+        cdef uint64_t gva = f.vmemmap + pfn * f.stride
+        cdef char *page = self._page(f, gva)
         cdef uint64_t head
         if page == NULL or not read_once(page + f.flags) & f.exclusive:
             return False
         head = read_once(page + f.compound_head)
         if head & 1:
-            page = self._page(f, head - 1)
+            # Newer kernels keep a mask there instead of the head's address, where a struct page
+            # is 64 bytes (compound_info, in v7.1): its upper half is all ones, no address's is.
+            if (head >> 32) == <uint64_t>0xFFFFFFFF:
+                head &= gva
+            page = self._page(f, head & ~<uint64_t>1)
             if page == NULL:
                 return False
         # PAGE_MAPPING_ANON is bit 0; bit 1 as well would mean KSM.

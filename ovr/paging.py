@@ -76,9 +76,7 @@ class AddressSpace:
             return b""
         if gva % PAGE_SIZE + size <= PAGE_SIZE:
             return self.ram.read(self.translate(gva), size)
-        return b"".join(
-            self.ram.read(gpa, length) for gpa, length in self._chunks(gva, size)
-        )
+        return b"".join(self.ram.read(gpa, length) for gpa, length in self._chunks(gva, size))
 
     def write(self, gva: Gva, data: bytes) -> None:
         """Write `data`, across pages; nothing is written if one of them is not mapped."""

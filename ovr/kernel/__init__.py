@@ -1,0 +1,101 @@
+"""The kernel view: a guest's Linux kernel, read and written from outside with nothing but its RAM.
+
+::
+
+    kernel = Kernel.find(ram)
+    task = find_task(kernel, 4242)
+    task.fs.umask = 0o137
+
+`kernel` finds it; `vmcoreinfo`, `kallsyms` and `btf` are the three sources it knows itself from;
+`view`, `codec` and `types` make C objects of guest memory; the rest are the kernel's own
+containers and objects under the kernel's own names.
+"""
+
+from ovr.kernel.kernel import Kernel
+from ovr.kernel.list import hlist_for_each_entry, list_for_each_entry
+from ovr.kernel.live import settled
+from ovr.kernel.mm import (
+    Vma,
+    for_each_vma,
+    mm_space,
+    pfn_to_page,
+    transparent_hugepages,
+    vmas,
+)
+from ovr.kernel.percpu import for_each_possible_cpu, per_cpu, per_cpu_ptr
+from ovr.kernel.pid import (
+    find_pid_ns,
+    find_task_by_pid_ns,
+    pid_nr_ns,
+    task_active_pid_ns,
+    task_pid_nr_ns,
+)
+from ovr.kernel.rbtree import rbtree_for_each_entry
+from ovr.kernel.tasks import (
+    Process,
+    find_task,
+    for_each_process,
+    for_each_thread,
+    is_kernel_thread,
+    is_traced,
+    is_zombie,
+    processes,
+    task_comm,
+    task_state,
+)
+from ovr.kernel.types import NoSuchType, Types
+from ovr.kernel.view import (
+    Array,
+    DoesNotFit,
+    NoSuchMember,
+    OutOfBounds,
+    Pointer,
+    Struct,
+    address_of,
+    container_of,
+)
+from ovr.kernel.xarray import idr_find, xa_load
+
+__all__ = [
+    "Array",
+    "DoesNotFit",
+    "Kernel",
+    "NoSuchMember",
+    "NoSuchType",
+    "OutOfBounds",
+    "Pointer",
+    "Process",
+    "Struct",
+    "Types",
+    "Vma",
+    "address_of",
+    "container_of",
+    "find_pid_ns",
+    "find_task",
+    "find_task_by_pid_ns",
+    "for_each_possible_cpu",
+    "for_each_process",
+    "for_each_thread",
+    "for_each_vma",
+    "hlist_for_each_entry",
+    "idr_find",
+    "is_kernel_thread",
+    "is_traced",
+    "is_zombie",
+    "list_for_each_entry",
+    "mm_space",
+    "per_cpu",
+    "per_cpu_ptr",
+    "pfn_to_page",
+    "pid_nr_ns",
+    "processes",
+    "rbtree_for_each_entry",
+    "settled",
+    "task_active_pid_ns",
+    "task_comm",
+    "task_pid_nr_ns",
+    "task_state",
+    "transparent_hugepages",
+    "vmas",
+    "xa_load",
+]

@@ -51,7 +51,12 @@ class Machine:
         return table
 
     def map(
-        self, gva: int, gpa: int, *, shift: int = 12, flags: int = PTE_RW | PTE_USER,
+        self,
+        gva: int,
+        gpa: int,
+        *,
+        shift: int = 12,
+        flags: int = PTE_RW | PTE_USER,
         protnone: bool = False,
     ) -> None:
         """Map one page of 2**shift bytes, as the kernel would."""

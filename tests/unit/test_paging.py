@@ -33,7 +33,8 @@ def merged(leaves):
         if runs:
             gva, gpa, size, flags, shift = runs[-1]
             if (
-                gva + size == leaf.gva and gpa + size == leaf.gpa
+                gva + size == leaf.gva
+                and gpa + size == leaf.gpa
                 and (flags, shift) == (leaf.flags, leaf.page_shift)
             ):
                 runs[-1] = Leaf(gva, gpa, size + leaf.size, flags, shift)
@@ -87,7 +88,9 @@ def test_neighbours_with_foreign_offsets_do_not_merge(machine):
     space = AddressSpace(machine.ram, machine.root, machine.levels)
     machine.map(0x1000_0000, 0x10000)
     machine.map(0x1000_1000, 0x11000)
-    runs = space.walk(pieces([(0x1000_0000, PAGE_SIZE, 0), (0x1000_1000, PAGE_SIZE, 9 * PAGE_SIZE)]))
+    runs = space.walk(
+        pieces([(0x1000_0000, PAGE_SIZE, 0), (0x1000_1000, PAGE_SIZE, 9 * PAGE_SIZE)])
+    )
     assert runs["offset"].tolist() == [0, 9 * PAGE_SIZE]
 
 
@@ -177,8 +180,14 @@ PG_ANON_EXCLUSIVE = 1 << 17
 
 def frames_of(machine):
     return Frames(
-        root=machine.root, levels=machine.levels, vmemmap=Gva(VMEMMAP), stride=STRIDE,
-        flags=0, mapping=24, compound_head=8, exclusive=PG_ANON_EXCLUSIVE,
+        root=machine.root,
+        levels=machine.levels,
+        vmemmap=Gva(VMEMMAP),
+        stride=STRIDE,
+        flags=0,
+        mapping=24,
+        compound_head=8,
+        exclusive=PG_ANON_EXCLUSIVE,
     )
 
 
@@ -192,7 +201,11 @@ def set_page(machine, pfn, *, flags=0, mapping=0, head=0):
     [
         (PG_ANON_EXCLUSIVE, 0xFFFF_8880_0000_0001, True),
         (0, 0xFFFF_8880_0000_0001, False),  # shared with a child
-        (PG_ANON_EXCLUSIVE, 0xFFFF_8880_0000_0000, False),  # page cache: the bit means another thing
+        (
+            PG_ANON_EXCLUSIVE,
+            0xFFFF_8880_0000_0000,
+            False,
+        ),  # page cache: the bit means another thing
         (PG_ANON_EXCLUSIVE, 0xFFFF_8880_0000_0003, False),  # KSM
     ],
 )
@@ -211,6 +224,10 @@ def test_the_mapping_of_a_tail_page_is_in_its_head(machine):
     machine.map(0x5000_0000, 0x7000)
     set_page(machine, 4, mapping=0xFFFF_8880_0000_0001)
     set_page(machine, 7, flags=PG_ANON_EXCLUSIVE, head=VMEMMAP + 4 * STRIDE + 1)
+    [leaf] = native(space, [(0x5000_0000, 0x5000_1000)], frames_of(machine))
+    assert leaf.flags & EXCLUSIVE
+    # As a mask (compound_info): frames 4 to 7 have their head at a multiple of 4 pages.
+    set_page(machine, 7, flags=PG_ANON_EXCLUSIVE, head=-4 * STRIDE + 1 & (1 << 64) - 1)
     [leaf] = native(space, [(0x5000_0000, 0x5000_1000)], frames_of(machine))
     assert leaf.flags & EXCLUSIVE
     set_page(machine, 7, flags=PG_ANON_EXCLUSIVE, head=0x1234_5678_9ABC_DEF1)

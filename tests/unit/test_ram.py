@@ -137,7 +137,9 @@ def test_find_looks_at_allocated_memory_only(tmp_path):
         ram.write(Gpa(5 << 30), b"needle here, needle there")
         ram.write(Gpa((7 << 30) + PAGE_SIZE), b"needle")
         assert list(ram.find(b"needle")) == [
-            5 << 30, (5 << 30) + 13, (7 << 30) + PAGE_SIZE,
+            5 << 30,
+            (5 << 30) + 13,
+            (7 << 30) + PAGE_SIZE,
         ]
         assert list(ram.find(b"needle", step=PAGE_SIZE)) == [5 << 30, (7 << 30) + PAGE_SIZE]
         assert path.stat().st_blocks * 512 < 1 << 20

@@ -1,0 +1,237 @@
+"""Finding the Linux kernel in guest RAM, with nothing but the RAM.
+
+VMCOREINFO says where the kernel's page table and symbol table are; the symbol table says where
+its BTF is; BTF says what its memory looks like. Everything VMCOREINFO claims is checked against
+the kernel itself first.
+"""
+
+from collections.abc import Mapping
+from functools import cached_property
+from types import MappingProxyType
+from typing import Any, Final
+
+from ovr.addresses import Gva
+from ovr.errors import GuestFault, KernelNotFound
+from ovr.kernel.btf import Btf
+from ovr.kernel.kallsyms import Kallsyms, read_kallsyms
+from ovr.kernel.types import Types
+from ovr.kernel.view import NoSuchMember, Struct
+from ovr.kernel.vmcoreinfo import START_KERNEL_MAP, VmcoreInfo, candidates
+from ovr.paging import AddressSpace, Frames, pieces
+from ovr.ram import GuestRam
+
+__all__ = ["GLOBALS", "Kernel"]
+
+GLOBALS: Final[Mapping[str, str]] = MappingProxyType(
+    {
+        "__cpu_possible_mask": "struct cpumask",
+        "__per_cpu_offset": "unsigned long",
+        "init_nsproxy": "struct nsproxy",
+        "init_pid_ns": "struct pid_namespace",
+        "init_task": "struct task_struct",
+        "init_uts_ns": "struct uts_namespace",
+        "page_offset_base": "unsigned long",
+        "transparent_hugepage_flags": "unsigned long",
+        "vmemmap_base": "unsigned long",
+    }
+)
+"""BTF has no types for global variables: these are the ones that we use."""
+
+MAX_BTF: Final = 1 << 26
+RELEASE_OFFSET: Final = 2 * 65
+"""``offsetof(struct new_utsname, release)``: user space ABI."""
+
+
+class _Stale(KernelNotFound):
+    # VMCOREINFO without a kernel: the least helpful of several reasons.
+    pass
+
+
+class Kernel:
+    """A running Linux kernel, seen through guest RAM; `find` makes one.
+
+    Attributes:
+        ram: the guest's RAM.
+        space: the kernel's address space.
+        info: the VMCOREINFO that it was found by.
+        symbols: its symbol table.
+        types: its types.
+    """
+
+    def __init__(
+        self, ram: GuestRam, space: AddressSpace, info: VmcoreInfo, symbols: Kallsyms, types: Types
+    ) -> None:
+        self.ram = ram
+        self.space = space
+        self.info = info
+        self.symbols = symbols
+        self.types = types
+        self._boot = self._boot_mark()
+
+    @classmethod
+    def find(cls, ram: GuestRam) -> "Kernel":
+        """Find the kernel that runs in this RAM.
+
+        Raises:
+            KernelNotFound: there is none, or it cannot be used; the hint says what it lacks.
+        """
+        found: list[Kernel] = []
+        reasons: list[KernelNotFound] = []
+        for info in candidates(ram):
+            try:
+                found.append(_attach(cls, ram, info))
+            except KernelNotFound as reason:
+                reasons.append(reason)
+            except GuestFault as fault:
+                reasons.append(
+                    KernelNotFound(
+                        f"the guest's kernel makes no sense: {fault}", "has it booted? try again"
+                    )
+                )
+        if found:
+            # A kernel that was left by a reboot or kexec may still be whole in RAM.
+            return found[0] if len(found) == 1 else max(found, key=cls.wall_clock)
+        if reasons:
+            raise min(reasons, key=lambda reason: isinstance(reason, _Stale))
+        raise KernelNotFound(
+            "no Linux kernel in guest RAM: there is no VMCOREINFO",
+            "has the guest booted? its kernel must have CONFIG_VMCORE_INFO (or CONFIG_CRASH_CORE)",
+        )
+
+    @property
+    def release(self) -> str:
+        """What ``uname -r`` prints in the guest."""
+        return self.info.release
+
+    @property
+    def build_id(self) -> str:
+        """The build id of the kernel in hexadecimal; empty if it has none."""
+        return self.info.build_id
+
+    def symbol(self, name: str) -> Gva:
+        """Return the address of a symbol.
+
+        Raises:
+            KernelNotFound: the kernel has no such symbol.
+        """
+        address = self.symbols.get(name)
+        if address is None:
+            raise KernelNotFound(
+                f"the guest's kernel has no symbol {name}",
+                "it must have CONFIG_KALLSYMS_ALL; else see the support matrix",
+            )
+        return address
+
+    def object(self, type_name: str, address: Gva) -> Any:
+        """Return the object at `address`: a `Struct`, an `Array`, or the value of a scalar."""
+        return self.types.object(type_name, self.space, address)
+
+    def pointer(self, type_name: str, address: Gva) -> Any:
+        """Return a pointer to `address`: ``pointer("unsigned long", at)[0] = 1`` writes there."""
+        return self.types.pointer(type_name, self.space, address)
+
+    def __getitem__(self, name: str) -> Any:
+        """Return a global variable of `GLOBALS`: a view, or a scalar's value."""
+        return self.object(GLOBALS[name], self.symbol(name))
+
+    @cached_property
+    def frames(self) -> Frames:
+        """Where the kernel keeps its ``struct page`` array and how to read an element."""
+        types = self.types
+        try:
+            # Linux kernel commit "mm: rename the 'compound_head' field in the 'struct page' to
+            # 'compound_info'" (before v7.2)
+            compound_head = types.offsetof("struct page", "compound_info")
+        except NoSuchMember:
+            compound_head = types.offsetof("struct page", "compound_head")
+        return Frames(
+            root=self.space.root,
+            levels=self.space.levels,
+            vmemmap=Gva(self["vmemmap_base"]),
+            stride=types.sizeof("struct page"),
+            flags=types.offsetof("struct page", "flags"),
+            mapping=types.offsetof("struct page", "mapping"),
+            compound_head=compound_head,
+            exclusive=1 << types.enum("enum pageflags")["PG_anon_exclusive"],
+        )
+
+    def wall_clock(self) -> int:
+        """Return the time of day that this kernel has, in seconds since 1970.
+
+        Source: struct timekeeper, kernel/time/timekeeping.c.
+        """
+        # Linux kernel commit 22c62b9a84b8 ("timekeeping: Introduce auxiliary timekeepers")
+        # (in v6.17) made tk_core an element of timekeeper_data.
+        base = self.symbols.get("timekeeper_data") or self.symbol("tk_core")
+        if "struct tk_data" in self.types:
+            offset = self.types.offsetof("struct tk_data", "timekeeper")
+        else:
+            offset = 8  # after the sequence count, in a struct without a name
+        seconds: int = self.pointer("struct timekeeper", Gva(base + offset)).xtime_sec
+        return seconds
+
+    def still_same(self) -> bool:
+        """Tell whether the kernel that was found still runs: not another one, nor another boot."""
+        try:
+            _check(self.space, self.info)
+            return self._boot == self._boot_mark()
+        except (KernelNotFound, GuestFault):
+            return False
+
+    def _boot_mark(self) -> tuple[bytes, int, int, int]:
+        # What no two boots have in common: when, to the nanosecond, pid 1 started; and where.
+        text = self.ram.read(self.info.gpa, len(self.info.text))
+        reaper: Struct = self["init_pid_ns"].child_reaper
+        if not reaper:
+            raise KernelNotFound(
+                "the guest's kernel has not started its first process", "wait until it has booted"
+            )
+        return text, self["page_offset_base"], reaper.address_, reaper.start_boottime
+
+
+def _attach(cls: type[Kernel], ram: GuestRam, info: VmcoreInfo) -> Kernel:
+    if info.numbers.get("sme_mask", 0):
+        raise KernelNotFound(
+            "the guest's memory is encrypted (SME or SEV)", "boot it without memory encryption"
+        )
+    space = AddressSpace(ram, info.page_table, info.levels)
+    _check(space, info)
+    symbols = read_kallsyms(space, info)
+    return cls(ram, space, info, symbols, Types(_read_btf(space, symbols)))
+
+
+def _check(space: AddressSpace, info: VmcoreInfo) -> None:
+    # A page of text proves nothing: it must describe what its own page table leads to.
+    uts = Gva(info.symbols["init_uts_ns"] + info.offsets["uts_namespace.name"])
+    try:
+        release = space.read(Gva(uts + RELEASE_OFFSET), 65).partition(b"\0")[0]
+        there = release == info.release.encode() and _in_one_piece(space, info)
+    except GuestFault:
+        there = False
+    if not there:
+        raise _Stale(
+            f"the VMCOREINFO at GPA {info.gpa:#x} describes no kernel that is there",
+            "was the guest rebooted? wait until it has booted",
+        )
+
+
+def _in_one_piece(space: AddressSpace, info: VmcoreInfo) -> bool:
+    # x86-64 maps nothing but the kernel image here, physically contiguous. After a reboot the page
+    # tables of the kernel that is gone may serve the next one, and lead from one to the other.
+    runs = space.walk(pieces([(START_KERNEL_MAP, info.numbers["KERNEL_IMAGE_SIZE"], 0)]))
+    stext = info.symbols["_stext"]
+    starts = {(gva - gpa) % (1 << 64) for gva, gpa in runs[["gva", "gpa"]].tolist()}
+    covered = any(gva <= stext < gva + size for gva, size in runs[["gva", "size"]].tolist())
+    return covered and starts == {stext - info.image_gpa(stext)}
+
+
+def _read_btf(space: AddressSpace, symbols: Kallsyms) -> Btf:
+    start, stop = symbols.get("__start_BTF"), symbols.get("__stop_BTF")
+    if start is None or stop is None or start == stop:
+        raise KernelNotFound(
+            "the guest's kernel does not describe its types",
+            "it must have CONFIG_DEBUG_INFO_BTF and CONFIG_KALLSYMS_ALL",
+        )
+    if not 0 < stop - start <= MAX_BTF:
+        raise KernelNotFound(f"the guest kernel's BTF is damaged: it has {stop - start} bytes")
+    return Btf(space.read(start, stop - start))

@@ -1,0 +1,128 @@
+"""Memory: a process's page table and VMAs, and the kernel's array of page frames.
+
+Source: include/linux/mm_types.h, include/linux/mm.h, include/linux/page-flags.h.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Final
+
+from ovr.addresses import PAGE_SIZE, Gva
+from ovr.errors import GuestFault
+from ovr.kernel.kernel import Kernel
+from ovr.kernel.live import settled
+from ovr.kernel.maple import mt_for_each
+from ovr.kernel.view import Struct
+from ovr.paging import AddressSpace
+
+__all__ = [
+    "VM_EXEC",
+    "VM_READ",
+    "VM_SHARED",
+    "VM_WRITE",
+    "Vma",
+    "for_each_vma",
+    "mm_space",
+    "pfn_to_page",
+    "transparent_hugepages",
+    "vmas",
+]
+
+VM_READ: Final = 0x1
+VM_WRITE: Final = 0x2
+VM_EXEC: Final = 0x4
+VM_SHARED: Final = 0x8
+
+
+@dataclass(frozen=True)
+class Vma:
+    """One mapping of a process.
+
+    Attributes:
+        start: its first address; `end`: the first address after it.
+        flags: ``vm_flags``.
+        offset: where in the file it starts, in bytes; means nothing without a file.
+        file: whether a file is mapped.
+        anonymous: whether its pages are anonymous from the start (``vma_is_anonymous()``).
+        protection: ``vm_page_prot``: the bits that its page table entries get.
+    """
+
+    start: Gva
+    end: Gva
+    flags: int
+    offset: int
+    file: bool
+    anonymous: bool
+    protection: int
+
+    @property
+    def shared(self) -> bool:
+        """Whether writes are meant to be seen by others."""
+        return bool(self.flags & VM_SHARED)
+
+
+def mm_space(kernel: Kernel, mm: Struct) -> AddressSpace:
+    """Return guest memory as the tasks of a ``struct mm_struct`` see it.
+
+    With page table isolation ``mm->pgd`` is the kernel's half of a pair of tables; it maps all
+    that the user's half maps.
+    """
+    root = kernel.space.translate(mm.pgd.address_)
+    if root % PAGE_SIZE:
+        raise GuestFault(f"mm_struct.pgd is {mm.pgd.address_:#x}, no page table", mm.pgd.address_)
+    return AddressSpace(kernel.ram, root, kernel.space.levels)
+
+
+def for_each_vma(mm: Struct) -> Iterator[Any]:
+    """Yield every ``struct vm_area_struct`` of a ``struct mm_struct``, ascending.
+
+    Raises:
+        GuestFault: the tree makes no sense, or changed while it was read.
+    """
+    # Linux kernel commit d4af56c5c7c6 ("mm: start tracking VMAs with maple tree") (in v6.1)
+    for first, last, entry in mt_for_each(mm.mm_mt):
+        vma = mm.types_.pointer("struct vm_area_struct", mm.space_, entry)
+        if (vma.vm_start, vma.vm_end) != (first, last + 1):
+            raise GuestFault(f"the VMA at {entry:#x} is not the one for {first:#x}", entry)
+        yield vma
+
+
+def vmas(mm: Struct) -> list[Vma]:
+    """Return all mappings of a process, ascending.
+
+    Raises:
+        GuestFault: they make no sense, however often they are read.
+    """
+    return settled(lambda: [_describe(vma) for vma in for_each_vma(mm)])
+
+
+def _describe(vma: Struct) -> Vma:
+    return Vma(
+        start=Gva(vma.vm_start),
+        end=Gva(vma.vm_end),
+        flags=vma.vm_flags,
+        offset=vma.vm_pgoff * PAGE_SIZE,
+        file=bool(vma.vm_file),
+        anonymous=not vma.vm_ops,
+        protection=vma.vm_page_prot.pgprot,
+    )
+
+
+def pfn_to_page(kernel: Kernel, pfn: int) -> Any:
+    """Return the ``struct page`` of a frame number (``pfn_to_page()``)."""
+    return kernel.pointer("struct page", kernel.frames.vmemmap)[pfn]
+
+
+def transparent_hugepages(kernel: Kernel) -> str:
+    """Return what ``/sys/kernel/mm/transparent_hugepage/enabled`` says: when THP is used.
+
+    Returns:
+        ``always``, ``madvise`` or ``never``.
+    """
+    flags = kernel["transparent_hugepage_flags"]
+    bits = kernel.types.enum("enum transparent_hugepage_flag")
+    if flags >> bits["TRANSPARENT_HUGEPAGE_FLAG"] & 1:
+        return "always"
+    if flags >> bits["TRANSPARENT_HUGEPAGE_REQ_MADV_FLAG"] & 1:
+        return "madvise"
+    return "never"
