@@ -1,0 +1,217 @@
+/*
+ * ovr-agent: the part of ovr that runs in the guest.
+ *
+ * One thread, one poll loop, no allocation that a peer could make grow. Every
+ * file offers the loop the descriptors it waits for (xxx_watch) and is called
+ * back; a callback may end any session or restore, so callbacks find their
+ * object again by descriptor and do nothing when it is gone.
+ */
+#ifndef OVR_AGENT_H
+#define OVR_AGENT_H
+
+#include <poll.h>
+#include <stdarg.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <sys/types.h>
+
+#include "msgpack.h"
+#include "protocol.h"
+
+#define AGENT_VERSION "0.1.0"
+#define ARRAY_SIZE(array) (sizeof(array) / sizeof((array)[0]))
+
+/* Sessions whose host sends nothing more than a hello keep others out: few, but not one. */
+#define MAX_SESSIONS 16
+
+struct options {
+	unsigned vsock_port;
+	const char *serial;	/* the port's name, or NULL */
+	const char *dir;
+	const char *criu;
+	const char *unix_path, *unix_serial;	/* lab builds, for tests without a VM */
+};
+
+extern struct options options;
+
+/* loop.c */
+typedef void (*callback)(int fd, short events, void *context);
+
+struct loop {
+	struct pollfd fds[8 + 5 * MAX_SESSIONS];
+	callback calls[8 + 5 * MAX_SESSIONS];
+	void *contexts[8 + 5 * MAX_SESSIONS];
+	int count;
+	int64_t deadline;	/* ms, or -1 */
+};
+
+int64_t now_ms(void);
+void loop_watch(struct loop *loop, int fd, short events, callback call, void *context);
+void loop_wake_at(struct loop *loop, int64_t deadline);
+void loop_run(struct loop *loop);
+void complain(const char *format, ...) __attribute__((format(printf, 1, 2)));
+void reap_children(void);
+void sleep_ms(int ms);
+
+/* message.c: the schema of protocol.py, decoded and encoded */
+struct message {
+	enum op op;
+	uint64_t present;	/* bit KEY_x: the field is there */
+	struct mp_value field[KEY_COUNT];
+};
+
+const char *message_parse(struct message *message, const uint8_t *body, size_t size);
+bool message_has(const struct message *message, enum key key);
+uint64_t message_uint(const struct message *message, enum key key);
+void message_str(const struct message *message, enum key key, char text[MAX_STRING]);
+/* An array of strings as argv wants it; one block to free, NULL when memory is short. */
+char **message_strings(const struct message *message, enum key key);
+/* A reader of an array field's elements. */
+struct mp_reader message_list(const struct message *message, enum key key, uint32_t *count);
+
+struct writer {
+	uint8_t *start, *at, *end;
+	unsigned fields;
+	bool overflow;
+};
+
+void message_open(struct writer *writer, uint8_t *buffer, size_t size, enum op op);
+void message_add_uint(struct writer *writer, enum key key, uint64_t number);
+void message_add_bool(struct writer *writer, enum key key, bool value);
+void message_add_str(struct writer *writer, enum key key, const char *text);
+void message_add_bin(struct writer *writer, enum key key, const void *data, size_t size);
+void message_add_list(struct writer *writer, enum key key, uint32_t count);
+void message_item_uint(struct writer *writer, uint64_t number);
+void message_item_str(struct writer *writer, const char *text);
+/* Completes the frame; its size, or 0 when it did not fit. */
+size_t message_close(struct writer *writer);
+
+/* session.c */
+struct session;
+
+enum link {
+	LINK_STREAM,	/* a connection is a session */
+	LINK_SERIAL,	/* sessions follow each other on one connection, each begins with a sync */
+	LINK_PORT,	/* the same, and the descriptor outlives the host's connection */
+};
+
+bool session_start(int fd, enum link link);
+void session_watch(struct loop *loop);
+/* Everything that can be done without waiting; sessions end only here. */
+void session_work(void);
+int session_index(const struct session *session);
+struct writer session_writer(struct session *session, enum op op);
+void session_send(struct session *session, struct writer *writer);
+/* Room for bulk output without crowding out answers. */
+bool session_has_room(const struct session *session);
+/* Answer with an error; the session goes on. */
+void session_refuse(struct session *session, const char *format, ...)
+	__attribute__((format(printf, 2, 3)));
+/* Answer with an error and end the session. */
+void session_break(struct session *session, const char *format, ...)
+	__attribute__((format(printf, 2, 3)));
+
+/* transport.c */
+void transport_watch(struct loop *loop);
+/* The serial port itself is gone. */
+void transport_port_lost(void);
+/* A descriptor that becomes readable when the host comes back to the port. */
+int transport_port_waiter(void);
+bool transport_port_connected(int fd);
+
+/* restore.c */
+void restore_message(struct session *session, const struct message *message);
+void restore_session_ended(struct session *session);
+void restore_session_heard(struct session *session);
+bool restore_reaped(pid_t pid, int status);
+void restore_watch(struct loop *loop);
+/* Deadlines and the end of CRIU. */
+void restore_work(void);
+void restore_shutdown(void);
+
+/* images.c: the private directory of a restore */
+struct directory {
+	char path[256];		/* empty: there is none */
+	int images;		/* descriptor of path/images */
+	unsigned files;
+	uint64_t bytes;
+};
+
+bool directory_prepare_base(void);
+const char *directory_make(struct directory *directory);
+const char *directory_append(struct directory *directory, const struct mp_value *name,
+			     const struct mp_value *data);
+void directory_remove(struct directory *directory, bool keep_log);
+
+/* criu.c */
+/* CRIU's pid, or -1 and errno. */
+pid_t criu_start(const struct directory *directory, const struct message *begin);
+#define LOG_LINES 16
+#define LOG_WIDTH 256
+int criu_log_errors(const struct directory *directory, char lines[LOG_LINES][LOG_WIDTH]);
+const char *criu_version(void);
+
+/* hook.c */
+#define HOOK_SOCKET "OVR_HOOK_SOCKET"
+#define HOOK_GO 'g'		/* the agent's only word: go on */
+
+struct hook_report {
+	int32_t root, criu;	/* 0: post-restore, nothing is held yet */
+};
+
+int hook_main(const char *action);
+
+/* tree.c: finding and killing the tree that CRIU makes */
+#define MAX_TREE MAX_LIST
+
+struct tree {
+	pid_t criu, root;	/* 0: none, or gone */
+	bool orphans;		/* unknown children of this process belong to it too */
+};
+
+bool tree_stop_criu(pid_t criu);
+/* Kill and wait until no task lives; CRIU must be stopped or gone. */
+bool tree_kill(struct tree tree);
+/* Ids of the threads that CRIU traces; -1 when there are too many. */
+int tree_traced(pid_t criu, uint32_t ids[MAX_TREE]);
+/* The tracer of a task, or 0. */
+pid_t tree_tracer(pid_t pid);
+
+/* child.c */
+struct child_io {
+	int in, out, err;	/* what becomes its standard descriptors; -1: /dev/null */
+};
+
+/*
+ * Start a program in a session of its own with a clean signal state.
+ * Its pid, or -1 with errno of the failed fork or exec.
+ */
+pid_t child_start(char *const argv[], char *const env[], struct child_io io);
+
+/* lab.c */
+#ifdef OVR_LAB
+#define LAB_BUILD true
+bool lab_message(struct session *session, const struct message *message);
+void lab_session_ended(struct session *session);
+bool lab_wants_input(const struct session *session);
+bool lab_reaped(pid_t pid, int status);
+bool lab_owns(pid_t pid);
+void lab_watch(struct loop *loop);
+void lab_work(void);
+#else
+#define LAB_BUILD false
+static inline bool lab_message(struct session *session, const struct message *message)
+{
+	(void)session, (void)message;
+	return false;
+}
+static inline void lab_session_ended(struct session *session) { (void)session; }
+static inline bool lab_wants_input(const struct session *session) { (void)session; return true; }
+static inline bool lab_reaped(pid_t pid, int status) { (void)pid, (void)status; return false; }
+static inline bool lab_owns(pid_t pid) { (void)pid; return false; }
+static inline void lab_watch(struct loop *loop) { (void)loop; }
+static inline void lab_work(void) {}
+#endif
+
+#endif

@@ -1,0 +1,58 @@
+/* Starting programs. */
+#include <errno.h>
+#include <fcntl.h>
+#include <signal.h>
+#include <stdlib.h>
+#include <unistd.h>
+
+#include "agent.h"
+
+static void become(char *const argv[], char *const env[], struct child_io io)
+{
+	int null = open("/dev/null", O_RDWR | O_CLOEXEC);
+	int from[3] = {io.in, io.out, io.err};
+	sigset_t none;
+
+	sigemptyset(&none);
+	sigprocmask(SIG_SETMASK, &none, NULL);
+	signal(SIGPIPE, SIG_DFL);
+	setsid();
+	for (int i = 0; i < 3; i++)
+		if (dup2(from[i] < 0 ? null : from[i], i) < 0)
+			return;
+	execvpe(argv[0], argv, env);
+}
+
+/* The other end of this pipe closes when exec succeeds, and says why when it does not. */
+static int exec_error(int pipe_end)
+{
+	int error = 0;
+	ssize_t size;
+
+	do
+		size = read(pipe_end, &error, sizeof(error));
+	while (size < 0 && errno == EINTR);
+	return size == (ssize_t)sizeof(error) ? error : 0;
+}
+
+pid_t child_start(char *const argv[], char *const env[], struct child_io io)
+{
+	int news[2], error;
+	pid_t pid;
+
+	if (pipe2(news, O_CLOEXEC) < 0)
+		return -1;
+	pid = fork();
+	if (pid == 0) {
+		become(argv, env, io);
+		error = errno;
+		_exit(write(news[1], &error, sizeof(error)) < 0 ? 126 : 127);
+	}
+	error = pid < 0 ? errno : 0;
+	close(news[1]);
+	if (pid > 0)
+		error = exec_error(news[0]);
+	close(news[0]);
+	errno = error;
+	return error ? -1 : pid;
+}

@@ -1,0 +1,64 @@
+"""Compile the guest agent on the host."""
+
+import hashlib
+import os
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from ovr.errors import LabError
+from ovr.guest.wire import header
+
+__all__ = ["build"]
+
+_SOURCES = Path(__file__).parent
+_CFLAGS = ("-std=c11", "-D_GNU_SOURCE", "-O2", "-g", "-Wall", "-Wextra", "-Werror")
+_INSTALL = "apt-get install gcc libc6-dev"
+
+
+def build(
+    *, lab: bool = False, output: Path | None = None, flags: Sequence[str] = ("-static",)
+) -> Path:
+    """Compile the agent for guests with this machine's architecture; cached by its sources.
+
+    Args:
+        lab: with the part that runs commands and moves files.
+        output: where to put the binary instead of the cache.
+        flags: what to compile and link it with besides the usual: linking, sanitizers.
+
+    Raises:
+        LabError: there is no compiler or no C library to link with, or it refuses the sources.
+    """
+    sources = sorted(_SOURCES.glob("*.c"))
+    command = ["gcc", *_CFLAGS, *(["-DOVR_LAB"] if lab else []), *flags]
+    target = output or _cache() / f"ovr-agent-{_digest(command)}"
+    if output is None and target.exists():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+        Path(scratch, "protocol.h").write_text(header())
+        binary = Path(scratch, "ovr-agent")
+        command += [f"-I{scratch}", *map(str, sources), "-o", str(binary)]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+        except FileNotFoundError:
+            raise LabError("no C compiler to build the guest agent with", _INSTALL) from None
+        if done.returncode != 0:
+            complaint = next((line for line in done.stderr.splitlines() if "error" in line), "")
+            raise LabError(f"gcc cannot build the guest agent: {complaint.strip()}", _INSTALL)
+        # Renamed into place whole: somebody else may build or start it at the same moment.
+        binary.rename(target)
+    return target
+
+
+def _cache() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base, "ovr", "agent")
+
+
+def _digest(command: Sequence[str]) -> str:
+    digest = hashlib.sha256("\0".join([*command, header()]).encode())
+    for source in sorted([*_SOURCES.glob("*.c"), *_SOURCES.glob("*.h")]):
+        digest.update(source.name.encode() + b"\0" + source.read_bytes())
+    return digest.hexdigest()[:16]

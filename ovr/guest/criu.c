@@ -1,0 +1,180 @@
+/* Running CRIU, and reading why it failed. */
+#include <errno.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include "agent.h"
+
+#define LOG_TAIL (64 << 10)
+#define FIXED_ARGUMENTS 16
+
+/* The path of this very program, which CRIU will start as its action script. */
+static bool own_path(char path[256])
+{
+	ssize_t size = readlink("/proc/self/exe", path, 255);
+	struct stat named, running;
+
+	if (size <= 0)
+		return false;
+	path[size] = 0;
+	/* After an upgrade the name may lead to another program, or nowhere. */
+	if (stat(path, &named) < 0 || stat("/proc/self/exe", &running) < 0 ||
+	    named.st_dev != running.st_dev || named.st_ino != running.st_ino) {
+		errno = ESTALE;
+		return false;
+	}
+	return true;
+}
+
+static pid_t start(char *const argv[], const struct directory *directory)
+{
+	char output[300], socket[300], *env[] = {NULL, NULL, NULL};
+	struct child_io io = {-1, -1, -1};
+	pid_t pid;
+
+	snprintf(output, sizeof(output), "%s/criu.out", directory->path);
+	io.out = io.err = open(output, O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0600);
+	if (io.out < 0)
+		return -1;
+	snprintf(socket, sizeof(socket), HOOK_SOCKET "=%s/hook", directory->path);
+	env[0] = socket;
+	env[1] = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+	pid = child_start(argv, env, io);
+	close(io.out);
+	return pid;
+}
+
+pid_t criu_start(const struct directory *directory, const struct message *begin)
+{
+	char self[256], images[300], level[16];
+	char **extra = message_strings(begin, KEY_CRIU_OPTIONS);
+	uint32_t extras = begin->field[KEY_CRIU_OPTIONS].size;
+	char **argv = calloc(FIXED_ARGUMENTS + extras + 1, sizeof(*argv));
+	pid_t pid = -1;
+
+	if (extra && argv && own_path(self)) {
+		const char *const fixed[FIXED_ARGUMENTS] = {
+			options.criu, "restore", "--no-default-config", "-D", images,
+			"-W", directory->path, "-d", "-o", "restore.log", level,
+			"--action-script", self,
+		};
+
+		snprintf(images, sizeof(images), "%s/images", directory->path);
+		snprintf(level, sizeof(level), "-v%llu",
+			 (unsigned long long)message_uint(begin, KEY_LOG_LEVEL));
+		for (int i = 0; i < FIXED_ARGUMENTS && fixed[i]; i++)
+			argv[i] = (char *)(uintptr_t)fixed[i];
+		memcpy(argv + 13, extra, extras * sizeof(*argv));
+		pid = start(argv, directory);
+	}
+	free(argv);
+	free(extra);
+	return pid;
+}
+
+/* ------------------------------------------------------------------------ its log */
+
+static size_t read_tail(const char *path, char text[LOG_TAIL + 1])
+{
+	int fd = open(path, O_RDONLY | O_NOFOLLOW | O_CLOEXEC);
+	ssize_t size = 0;
+	off_t end;
+
+	if (fd >= 0) {
+		end = lseek(fd, 0, SEEK_END);
+		size = pread(fd, text, LOG_TAIL, end > LOG_TAIL ? end - LOG_TAIL : 0);
+		close(fd);
+	}
+	text[size > 0 ? size : 0] = 0;
+	return size > 0 ? (size_t)size : 0;
+}
+
+static void keep_line(char lines[LOG_LINES][LOG_WIDTH], int *count, const char *line)
+{
+	if (*count == LOG_LINES) {
+		memmove(lines[0], lines[1], (LOG_LINES - 1) * LOG_WIDTH);
+		--*count;
+	}
+	snprintf(lines[*count], LOG_WIDTH, "%.*s", LOG_WIDTH - 1, line);
+	for (char *c = lines[*count]; *c; c++)
+		if (*c < ' ' || *c > '~')
+			*c = '?';
+	++*count;
+}
+
+static int collect(const char *path, const char *word, char lines[LOG_LINES][LOG_WIDTH])
+{
+	static char text[LOG_TAIL + 1];
+	size_t size = read_tail(path, text);
+	char *rest = NULL, *line;
+	int count = 0;
+
+	/* A NUL in it would end it early. */
+	for (size_t i = 0; i < size; i++)
+		if (!text[i])
+			text[i] = '?';
+	for (line = strtok_r(text, "\n", &rest); line; line = strtok_r(NULL, "\n", &rest))
+		if (strstr(line, word))
+			keep_line(lines, &count, line);
+	return count;
+}
+
+int criu_log_errors(const struct directory *directory, char lines[LOG_LINES][LOG_WIDTH])
+{
+	char path[300];
+	int count;
+
+	snprintf(path, sizeof(path), "%s/restore.log", directory->path);
+	count = collect(path, "Error", lines);
+	if (count)
+		return count;
+	/* It did not get as far as its log: bad options, a missing library. */
+	snprintf(path, sizeof(path), "%s/criu.out", directory->path);
+	return collect(path, "", lines);
+}
+
+/* ------------------------------------------------------------------------ its version */
+
+static bool read_version(int fd, char version[64])
+{
+	char text[512], *line;
+	ssize_t size;
+	size_t done = 0;
+
+	while (done < sizeof(text) - 1 &&
+	       (size = read(fd, text + done, sizeof(text) - 1 - done)) > 0)
+		done += (size_t)size;
+	text[done] = 0;
+	line = strstr(text, "Version: ");
+	if (!line)
+		return false;
+	snprintf(version, 64, "%.*s", (int)strcspn(line + 9, "\n"), line + 9);
+	return true;
+}
+
+const char *criu_version(void)
+{
+	static char version[64];
+	char *argv[] = {(char *)(uintptr_t)options.criu, "--version", NULL};
+	char *env[] = {"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", NULL};
+	int out[2];
+
+	if (version[0])
+		return version;
+	if (pipe2(out, O_CLOEXEC) < 0)
+		return NULL;
+	if (child_start(argv, env, (struct child_io){-1, out[1], -1}) > 0) {
+		close(out[1]);
+		out[1] = -1;
+		read_version(out[0], version);
+	}
+	close(out[0]);
+	if (out[1] >= 0)
+		close(out[1]);
+	return version[0] ? version : NULL;
+}

@@ -1,0 +1,62 @@
+#include <getopt.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <unistd.h>
+
+#include "agent.h"
+
+struct options options = {.dir = "/run/ovr", .criu = "criu"};
+
+static void usage(void)
+{
+	fputs("usage: ovr-agent [--vsock-port N] [--serial NAME] [--dir DIR] [--criu PROGRAM]\n"
+	      "Serves ovr on the host of this VM; --vsock-port 1024 --serial org.ovr.0 is usual.\n",
+	      stderr);
+	exit(2);
+}
+
+static void parse(int argc, char **argv)
+{
+	static const struct option known[] = {
+		{"vsock-port", required_argument, NULL, 'v'},
+		{"serial", required_argument, NULL, 's'},
+		{"dir", required_argument, NULL, 'd'},
+		{"criu", required_argument, NULL, 'c'},
+#ifdef OVR_LAB
+		{"unix", required_argument, NULL, 'u'},
+		{"unix-serial", required_argument, NULL, 'U'},
+#endif
+		{NULL, 0, NULL, 0},
+	};
+	int option;
+
+	while ((option = getopt_long(argc, argv, "", known, NULL)) != -1)
+		switch (option) {
+		case 'v': options.vsock_port = (unsigned)strtoul(optarg, NULL, 10); break;
+		case 's': options.serial = optarg; break;
+		case 'd': options.dir = optarg; break;
+		case 'c': options.criu = optarg; break;
+#ifdef OVR_LAB
+		case 'u': options.unix_path = optarg; break;
+		case 'U': options.unix_serial = optarg; break;
+#endif
+		default: usage();
+		}
+	if (optind != argc || options.dir[0] != '/')
+		usage();
+}
+
+int main(int argc, char **argv)
+{
+	static struct loop loop;
+	const char *action = getenv("CRTOOLS_SCRIPT_ACTION");
+
+	/* CRIU gives its action script no arguments: the environment tells it apart. */
+	if (action && getenv(HOOK_SOCKET))
+		return hook_main(action);
+	parse(argc, argv);
+	if (!directory_prepare_base())
+		return 1;
+	loop_run(&loop);
+	return 0;
+}

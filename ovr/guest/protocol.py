@@ -1,0 +1,326 @@
+"""The one source of the agent protocol: messages and limits.
+
+`wire` encodes and decodes these dataclasses and makes `protocol.h` for the C side from them.
+
+Frame
+    a 32-bit big-endian length (1 … `MAX_FRAME`), then that many bytes: one msgpack map.
+    Its key ``"op"`` is the message's name; the other keys are the fields of that message's
+    dataclass below: `int` is an unsigned msgpack integer, `str`, `bytes` and `bool` are
+    themselves, a tuple is an array of the first three. ``| None`` fields may be left out.
+    Unknown, repeated and missing keys are errors: both sides have the same `VERSION`.
+
+Session
+    The host speaks first, with `Hello`; the agent answers with `Welcome`, which carries the
+    same token. On vsock a session is a connection. On a serial port nothing marks the end of a
+    killed peer's bytes, so the host begins with `SYNC_ZEROS` zero bytes (longer than any frame,
+    so they end whatever a dead predecessor began and can be part of no frame), then `MAGIC`,
+    then frames; the agent answers with `MAGIC`, the token of the `Hello`, then frames, and the
+    host discards everything before that token, which no older session can have known.
+
+Restore (one at a time, owned by one session)
+    `Files`… `Begin` → `Stopped` | `Failed` | `Aborted`; then `Go` → `Restored` | `Failed`,
+    or `Abort` → `Aborted`. `Aborted` may come unasked. After `Begin` any frame, such as
+    `Alive`, which has no answer, holds off the silence deadline.
+
+Lab (agents built with ``OVR_LAB`` only; one job a session)
+    `Run`, `Stdin`… (empty: end of file) → `Output`… `Exited`; `Spawn` → `Spawned`;
+    `Put`, `Data`… (empty: end of file) → `Stored`; `Get` → `Data`… `End`.
+
+Instead of an answer there may be `Error`. A session that broke the protocol gets one and is
+closed; its restore, if it had one, is aborted.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+__all__ = [
+    "CHUNK",
+    "MAGIC",
+    "MAX_FILES",
+    "MAX_FRAME",
+    "MAX_IMAGE_BYTES",
+    "MAX_LIST",
+    "MAX_STRING",
+    "SYNC_ZEROS",
+    "TOKEN_SIZE",
+    "VERSION",
+    "Abort",
+    "Aborted",
+    "Alive",
+    "Begin",
+    "Data",
+    "End",
+    "Error",
+    "Exited",
+    "Failed",
+    "Files",
+    "Get",
+    "Go",
+    "Hello",
+    "Message",
+    "Output",
+    "Ping",
+    "Pong",
+    "Put",
+    "Restored",
+    "Run",
+    "Spawn",
+    "Spawned",
+    "Stdin",
+    "Stopped",
+    "Stored",
+    "Welcome",
+]
+
+VERSION = 1
+MAGIC = b"OVRSYNC1"
+TOKEN_SIZE = 16
+
+MAX_FRAME = 256 << 10
+CHUNK = MAX_FRAME - (4 << 10)
+"""Most bytes of bulk data in one frame: leaves room for the map around them."""
+MAX_STRING = 4096
+MAX_LIST = 32768
+MAX_FILES = 65536
+MAX_IMAGE_BYTES = 1 << 30
+SYNC_ZEROS = MAX_FRAME + 64
+
+
+@dataclass(frozen=True)
+class Message:
+    """Any message; `op` is its name on the wire."""
+
+    op: ClassVar[str] = ""
+    lab: ClassVar[bool] = False
+
+    def __init_subclass__(cls) -> None:
+        cls.op = cls.__name__.lower()
+
+
+# Host to agent -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Hello(Message):
+    """The first message of a session; `token` is 16 random bytes."""
+
+    version: int
+    token: bytes
+
+
+@dataclass(frozen=True)
+class Ping(Message):
+    """Asks for a `Pong` with the same number."""
+
+    number: int
+
+
+@dataclass(frozen=True)
+class Alive(Message):
+    """The host lives; no answer."""
+
+
+@dataclass(frozen=True)
+class Files(Message):
+    """Image files: `data[i]` is appended to the file `names[i]`, made at its first mention."""
+
+    names: tuple[str, ...]
+    data: tuple[bytes, ...]
+
+
+@dataclass(frozen=True)
+class Begin(Message):
+    """Start CRIU on the files sent so far.
+
+    Attributes:
+        criu_options: put at the end of CRIU's command line.
+        silence_ms: abort when the host says nothing for so long.
+        timeout_ms: abort when CRIU has not reached the hook after so long.
+        log_level: CRIU's ``-v``.
+        keep_log: leave the restore's directory (without the images) in the guest.
+    """
+
+    criu_options: tuple[str, ...]
+    silence_ms: int
+    timeout_ms: int
+    log_level: int
+    keep_log: bool
+
+
+@dataclass(frozen=True)
+class Go(Message):
+    """Let the tree run."""
+
+
+@dataclass(frozen=True)
+class Abort(Message):
+    """Kill the tree."""
+
+
+@dataclass(frozen=True)
+class Run(Message):
+    """Run a command; `env` is a list of ``NAME=value`` that replaces the default environment."""
+
+    lab = True
+    argv: tuple[str, ...]
+    env: tuple[str, ...] | None
+    timeout_ms: int
+
+
+@dataclass(frozen=True)
+class Stdin(Message):
+    """Bytes for the running command's standard input; none: end of file."""
+
+    lab = True
+    data: bytes
+
+
+@dataclass(frozen=True)
+class Spawn(Message):
+    """Start a detached process: own session, no standard input, output to a file or nowhere."""
+
+    lab = True
+    argv: tuple[str, ...]
+    env: tuple[str, ...] | None
+    output: str | None
+
+
+@dataclass(frozen=True)
+class Put(Message):
+    """Replace the file `path` by the `Data` that follow."""
+
+    lab = True
+    path: str
+    mode: int
+
+
+@dataclass(frozen=True)
+class Get(Message):
+    """Send the file `path`."""
+
+    lab = True
+    path: str
+
+
+# Both ways -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Data(Message):
+    """A piece of a file; empty from the host: end of file."""
+
+    lab = True
+    data: bytes
+
+
+# Agent to host ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Welcome(Message):
+    """The answer to `Hello`: who is there."""
+
+    version: int
+    token: bytes
+    agent: str
+    lab_build: bool
+    kernel: str
+    criu: str | None
+    pid: int
+    page_size: int
+    boot_id: str
+
+
+@dataclass(frozen=True)
+class Pong(Message):
+    """The answer to `Ping`."""
+
+    number: int
+
+
+@dataclass(frozen=True)
+class Stopped(Message):
+    """The skeleton stands: pids as the agent sees them, `tasks` are the held threads' ids."""
+
+    root_pid: int
+    criu_pid: int
+    tasks: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Restored(Message):
+    """CRIU has let the tree go and is gone."""
+
+    pid: int
+
+
+@dataclass(frozen=True)
+class Failed(Message):
+    """CRIU ended badly.
+
+    Attributes:
+        status: its exit status, or 128 plus the signal that killed it.
+        log: the error lines of its log, oldest first.
+        gone: no task of the tree is left.
+    """
+
+    status: int
+    log: tuple[str, ...]
+    gone: bool
+
+
+@dataclass(frozen=True)
+class Aborted(Message):
+    """The tree was killed; `gone`: and no task of it is left."""
+
+    reason: str
+    gone: bool
+
+
+@dataclass(frozen=True)
+class Error(Message):
+    """The request was refused."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Output(Message):
+    """A piece of the running command's output (`stream` 1) or error output (2)."""
+
+    lab = True
+    stream: int
+    data: bytes
+
+
+@dataclass(frozen=True)
+class Exited(Message):
+    """The command has ended: its exit status, or 128 plus the signal that killed it."""
+
+    lab = True
+    status: int
+    timed_out: bool
+
+
+@dataclass(frozen=True)
+class Spawned(Message):
+    """The detached process runs."""
+
+    lab = True
+    pid: int
+
+
+@dataclass(frozen=True)
+class Stored(Message):
+    """All of a `Put` is in its file."""
+
+    lab = True
+    size: int
+
+
+@dataclass(frozen=True)
+class End(Message):
+    """All of a `Get` has been sent."""
+
+    lab = True
+    size: int

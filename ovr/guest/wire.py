@@ -1,0 +1,173 @@
+"""Messages to bytes and back, and the C header with the same schema."""
+
+import types
+from dataclasses import dataclass, fields
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+import msgpack
+
+from ovr.guest import protocol
+from ovr.guest.protocol import Message
+
+__all__ = ["ProtocolError", "decode", "encode", "header"]
+
+
+class ProtocolError(Exception):
+    """The peer sent something that is no message of this protocol."""
+
+
+_KINDS: dict[Any, str] = {
+    int: "UINT",
+    str: "STR",
+    bytes: "BIN",
+    bool: "BOOL",
+    tuple[int, ...]: "UINTS",
+    tuple[str, ...]: "STRS",
+    tuple[bytes, ...]: "BINS",
+}
+
+
+@dataclass(frozen=True)
+class _Field:
+    name: str
+    kind: str
+    optional: bool
+
+    def check(self, value: Any) -> Any:
+        """Return the value as the dataclass wants it."""
+        if self.kind in ("UINTS", "STRS", "BINS"):
+            if not isinstance(value, list | tuple) or len(value) > protocol.MAX_LIST:
+                raise ProtocolError(f"field {self.name} is no array")
+            return tuple(_check_scalar(self.name, self.kind[:-1], item) for item in value)
+        return _check_scalar(self.name, self.kind, value)
+
+
+def _check_scalar(name: str, kind: str, value: Any) -> Any:
+    wanted = {"UINT": int, "STR": str, "BIN": bytes, "BOOL": bool}[kind]
+    good = type(value) is wanted
+    if good and kind == "UINT":
+        good = 0 <= value < 1 << 64
+    if good and kind == "STR":
+        # C strings at the other end: a NUL would cut them short. No lone surrogates, either.
+        size = len(value.encode(errors="replace"))
+        good = size < protocol.MAX_STRING and "\0" not in value and _is_utf8(value)
+    if not good:
+        raise ProtocolError(f"field {name} is no {kind.lower()}, or too long")
+    return value
+
+
+def _is_utf8(text: str) -> bool:
+    return not any("\ud800" <= c <= "\udfff" for c in text)
+
+
+def _schema(message: type[Message]) -> tuple[_Field, ...]:
+    hints = get_type_hints(message)
+    result = []
+    for field in fields(message):
+        hint = hints[field.name]
+        optional = get_origin(hint) in (Union, types.UnionType)
+        if optional:
+            (hint,) = (arm for arm in get_args(hint) if arm is not types.NoneType)
+        result.append(_Field(field.name, _KINDS[hint], optional))
+    return tuple(result)
+
+
+_MESSAGES: dict[str, type[Message]] = {cls.op: cls for cls in Message.__subclasses__()}
+_SCHEMAS: dict[str, tuple[_Field, ...]] = {op: _schema(cls) for op, cls in _MESSAGES.items()}
+
+
+def encode(message: Message) -> bytes:
+    """Return the whole frame, length included.
+
+    Raises:
+        ProtocolError: the message cannot be sent: a field too long, the frame too big.
+    """
+    body: dict[str, Any] = {"op": message.op}
+    for field in _SCHEMAS[message.op]:
+        value = getattr(message, field.name)
+        if value is not None or not field.optional:
+            body[field.name] = field.check(value)
+    packed: bytes = msgpack.packb(body)
+    if len(packed) > protocol.MAX_FRAME:
+        raise ProtocolError(f"message {message.op} of {len(packed)} bytes is too big")
+    return len(packed).to_bytes(4, "big") + packed
+
+
+def decode(body: bytes) -> Message:
+    """Return the message in a frame's body (the bytes after the length).
+
+    Raises:
+        ProtocolError: it is none.
+    """
+    try:
+        found = msgpack.unpackb(body, strict_map_key=True, object_pairs_hook=_without_repeats)
+    except (ValueError, RecursionError, msgpack.UnpackException) as error:
+        raise ProtocolError("not msgpack") from error
+    if not isinstance(found, dict):
+        raise ProtocolError("no map")
+    op = found.pop("op", None)
+    if not isinstance(op, str) or op not in _MESSAGES:
+        raise ProtocolError("no message of this protocol")
+    values = {}
+    for field in _SCHEMAS[op]:
+        if field.name in found:
+            values[field.name] = field.check(found.pop(field.name))
+        elif field.optional:
+            values[field.name] = None
+        else:
+            raise ProtocolError(f"message {op} without {field.name}")
+    if found:
+        raise ProtocolError(f"message {op} with unknown fields")
+    return _MESSAGES[op](**values)
+
+
+def _without_repeats(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("repeated key")
+    return found
+
+
+# The same for C ----------------------------------------------------------------------------------
+
+
+def header() -> str:
+    """Return `protocol.h`: limits, message and field numbers, and the table of messages."""
+    names = sorted({field.name for schema in _SCHEMAS.values() for field in schema})
+    if len(names) > 64:
+        raise AssertionError("the C side keeps present fields in 64 bits")
+    limits = {
+        "PROTOCOL_VERSION": protocol.VERSION,
+        "TOKEN_SIZE": protocol.TOKEN_SIZE,
+        "MAX_FRAME": protocol.MAX_FRAME,
+        "CHUNK": protocol.CHUNK,
+        "MAX_STRING": protocol.MAX_STRING,
+        "MAX_LIST": protocol.MAX_LIST,
+        "MAX_FILES": protocol.MAX_FILES,
+        "MAX_IMAGE_BYTES": protocol.MAX_IMAGE_BYTES,
+        "SYNC_ZEROS": protocol.SYNC_ZEROS,
+    }
+    lines = ["/* Made from ovr/guest/protocol.py: change that. */", "#ifndef OVR_PROTOCOL_H"]
+    lines += ["#define OVR_PROTOCOL_H", "", f'#define MAGIC "{protocol.MAGIC.decode()}"']
+    lines += [f"#define MAGIC_SIZE {len(protocol.MAGIC)}"]
+    lines += [f"#define {name} {value}" for name, value in limits.items()]
+    lines += ["", "enum kind { KIND_UINT, KIND_STR, KIND_BIN, KIND_BOOL,"]
+    lines += ["\t    KIND_UINTS, KIND_STRS, KIND_BINS };", "", "enum key {"]
+    lines += [f"\tKEY_{name.upper()}," for name in names]
+    lines += ["\tKEY_COUNT", "};", "", "enum op {"]
+    lines += [f"\tOP_{op.upper()}," for op in _MESSAGES]
+    lines += ["\tOP_COUNT", "};", "", "#ifdef PROTOCOL_TABLES"]
+    lines += ["static const char *const key_names[KEY_COUNT] = {"]
+    lines += [f'\t[KEY_{name.upper()}] = "{name}",' for name in names]
+    lines += ["};", ""]
+    lines += ["struct field { enum key key; enum kind kind; int optional; };"]
+    lines += ["struct schema { const char *name; int count; struct field fields[16]; };", ""]
+    lines += ["static const struct schema schemas[OP_COUNT] = {"]
+    for op, schema in _SCHEMAS.items():
+        cells = ", ".join(
+            f"{{KEY_{field.name.upper()}, KIND_{field.kind}, {int(field.optional)}}}"
+            for field in schema
+        )
+        lines += [f'\t[OP_{op.upper()}] = {{"{op}", {len(schema)}, {{{cells or "{0}"}}}}},']
+    lines += ["};", "#endif", "", "#endif", ""]
+    return "\n".join(lines)

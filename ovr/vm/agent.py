@@ -1,0 +1,233 @@
+"""The agent in the guest, as a restore sees it."""
+
+import re
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from ovr.errors import (
+    AgentUnreachable,
+    CriuFailed,
+    ImagesUnsupported,
+    PidTaken,
+    RestoreFailed,
+)
+from ovr.guest import protocol
+from ovr.guest.protocol import Message
+from ovr.guest.wire import ProtocolError
+from ovr.vm.lab_agent import Completed, LabSession
+from ovr.vm.session import Hello, one_line
+
+__all__ = ["Agent", "Completed", "Hello", "Restored", "Skeleton"]
+
+MessageT = TypeVar("MessageT", bound=Message)
+
+_FILES_PER_FRAME = 512
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """The stopped tree that CRIU holds; pids in the guest's initial pid namespace.
+
+    Attributes:
+        root_pid: the root task.
+        criu_pid: CRIU, which traces all of them and is itself stopped.
+        tasks: the ids of all held threads, leaders included.
+    """
+
+    root_pid: int
+    criu_pid: int
+    tasks: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Restored:
+    """The tree runs; `pid` is its root."""
+
+    pid: int
+
+
+class Agent(LabSession):
+    """A restore, step by step: `begin`, then `go` or `abort`.
+
+    ::
+
+        with Agent.connect("vsock:3") as agent:
+            skeleton = agent.begin(images)
+            with agent.keep_alive():
+                ...  # write memory and state from outside
+            agent.go()
+    """
+
+    def begin(
+        self,
+        images: Mapping[str, bytes | Iterable[bytes]],
+        *,
+        criu_options: Sequence[str] = (),
+        silence: float = 10.0,
+        timeout: float = 60.0,
+        log_level: int = 2,
+        keep_log: bool = False,
+    ) -> Skeleton:
+        """Have the guest's CRIU build the tree from `images`, up to its pre-resume hook.
+
+        From here on the agent kills the tree when it hears nothing for `silence`: stay within
+        `keep_alive`.
+
+        Args:
+            images: the inside image set: plain file names and contents, whole or in pieces.
+            criu_options: added to ``criu restore -d …``.
+            silence: seconds without a frame after which the agent kills the tree.
+            timeout: seconds that CRIU may take.
+            log_level: CRIU's ``-v``.
+            keep_log: leave CRIU's log in the guest.
+
+        Raises:
+            PidTaken: a pid of the images is in use in the guest.
+            CriuFailed: CRIU failed; a note on the error has the end of its log.
+            RestoreFailed: the agent aborted, or is busy with another session's restore.
+            ImagesUnsupported: the inside image set cannot be sent.
+            AgentUnreachable: the link broke.
+        """
+        begin = protocol.Begin(
+            tuple(criu_options),
+            silence_ms=int(silence * 1000),
+            timeout_ms=int(timeout * 1000),
+            log_level=log_level,
+            keep_log=keep_log,
+        )
+        with self.keep_alive(silence / 4):
+            try:
+                for files in _file_frames(images):
+                    self._send_or_hear_why(files)
+                self._send_or_hear_why(begin)
+            except ProtocolError as error:
+                self.close()
+                raise ImagesUnsupported(f"the inside image set cannot be sent: {error}") from error
+            stopped = self._outcome(protocol.Stopped, self._deadline(timeout + self._timeout))
+        return Skeleton(stopped.root_pid, stopped.criu_pid, stopped.tasks)
+
+    def go(self, timeout: float | None = None) -> Restored:
+        """Let the tree run; returns when CRIU has detached and ended.
+
+        Raises:
+            RestoreFailed: the tree had been killed before, or CRIU failed at the last moment.
+            AgentUnreachable: the link broke.
+        """
+        self._send(protocol.Go())
+        return Restored(self._outcome(protocol.Restored, self._deadline(timeout)).pid)
+
+    def abort(self, timeout: float | None = None) -> None:
+        """Kill the tree; returns when all of it is gone.
+
+        Raises:
+            RestoreFailed: some task could not be killed.
+            AgentUnreachable: the link broke (the agent then kills the tree as well).
+        """
+        self._send(protocol.Abort())
+        deadline = self._deadline(timeout)
+        message = self._receive(deadline)
+        if isinstance(message, protocol.Aborted | protocol.Failed):
+            if not message.gone:
+                raise _still_there()
+        elif not isinstance(message, protocol.Error):
+            raise self._broken(f"{message.op} instead of {protocol.Aborted.op}")
+        self.ping()  # an end of its own accord may have crossed our words
+
+    def _send_or_hear_why(self, message: Message) -> None:
+        """Send during an upload, when the agent hangs up on what it does not like."""
+        try:
+            self._send(message)
+        except AgentUnreachable:
+            # Its reason may still be in the line.
+            self._outcome(protocol.Stopped, time.monotonic())
+            raise
+
+    def _outcome(self, kind: type[MessageT], deadline: float) -> MessageT:
+        """Return the `kind` message that a step should end with."""
+        message = self._receive(deadline)
+        if isinstance(message, kind):
+            return message
+        if isinstance(message, protocol.Failed):
+            raise _failure(message)
+        if isinstance(message, protocol.Aborted):
+            raise _aborted(message)
+        if isinstance(message, protocol.Error):
+            raise RestoreFailed(
+                f"the agent refused: {one_line(message.text)}",
+                "the guest is as it was; try again when the reason is gone",
+            )
+        raise self._broken(f"{message.op} instead of {kind.op}")
+
+
+def _file_frames(images: Mapping[str, bytes | Iterable[bytes]]) -> Iterator[protocol.Files]:
+    """Pack the files into few frames; large ones go in pieces."""
+    names: list[str] = []
+    pieces: list[bytes] = []
+    size = 0
+    for name, content in images.items():
+        for piece in _pieces(content):
+            cost = 4 * len(name) + len(piece) + 16
+            if names and (size + cost > protocol.CHUNK or len(names) == _FILES_PER_FRAME):
+                yield protocol.Files(tuple(names), tuple(pieces))
+                names, pieces, size = [], [], 0
+            names.append(name)
+            pieces.append(piece)
+            size += cost
+    if names:
+        yield protocol.Files(tuple(names), tuple(pieces))
+
+
+def _pieces(content: bytes | Iterable[bytes]) -> Iterator[bytes]:
+    step = protocol.CHUNK // 2
+    parts = (content,) if isinstance(content, bytes) else content
+    yield b""  # an empty file is one too
+    for part in parts:
+        for start in range(0, len(part), step):
+            yield part[start : start + step]
+
+
+# What CRIU says when clone3(set_tid) fails with EEXIST (fork_with_pid in criu/cr-restore.c), or,
+# on kernels without set_tid, when the kernel handed out another pid than the one asked for.
+_PID_TAKEN = (
+    re.compile(r"Can't fork for (\d+): File exists"),
+    re.compile(r"Pid \d+ do not match expected (\d+)"),
+    re.compile(r"Thread pid mismatch (\d+)/\d+"),
+)
+
+
+def _failure(message: protocol.Failed) -> RestoreFailed:
+    log = tuple(one_line(line) for line in message.log)
+    taken = [match[1] for line in log for known in _PID_TAKEN if (match := known.search(line))]
+    error: RestoreFailed
+    if taken:
+        error = PidTaken(
+            f"pid {taken[0]} is in use in the guest",
+            f"end the guest's process {taken[0]}, or restore into a pid namespace of its own",
+        )
+    elif log:
+        error = CriuFailed(f"criu in the guest failed ({message.status}): {log[0]}", log[-1])
+    else:
+        error = CriuFailed(
+            f"criu in the guest ended with status {message.status} and said nothing",
+            "try criu check in the guest",
+        )
+    error.add_note("\n".join(log))
+    return error if message.gone else _still_there()
+
+
+def _aborted(message: protocol.Aborted) -> RestoreFailed:
+    if not message.gone:
+        return _still_there()
+    return RestoreFailed(
+        f"the agent killed the tree: {one_line(message.reason)}",
+        "the guest is as it was; the restore can be tried again",
+    )
+
+
+def _still_there() -> RestoreFailed:
+    return RestoreFailed(
+        "the tree was killed, but some of its tasks do not go away",
+        "look for uninterruptible tasks in the guest",
+    )

@@ -1,0 +1,184 @@
+"""What only lab builds of the agent do: run commands in the guest and move files."""
+
+import contextlib
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from ovr.errors import AgentUnreachable, LabError
+from ovr.guest import protocol
+from ovr.guest.protocol import Message
+from ovr.guest.wire import ProtocolError
+from ovr.vm.session import Session, one_line
+
+__all__ = ["Completed", "LabSession"]
+
+
+@dataclass(frozen=True)
+class Completed:
+    """A command has ended.
+
+    Attributes:
+        status: its exit status, or 128 plus the signal that killed it.
+        stdout: what it wrote to standard output.
+        stderr: what it wrote to standard error.
+    """
+
+    status: int
+    stdout: bytes
+    stderr: bytes
+
+
+class LabSession(Session):
+    """A session with an agent of the lab; one command or file at a time."""
+
+    def run(
+        self,
+        argv: Sequence[str],
+        *,
+        input: bytes = b"",
+        timeout: float = 60.0,
+        env: Sequence[str] | None = None,
+    ) -> Completed:
+        """Run a command in the guest, as root in ``/``.
+
+        Args:
+            argv: the program (looked up in PATH) and its arguments.
+            input: its standard input.
+            timeout: seconds after which it is killed with all of its process group.
+            env: ``NAME=value``, instead of a small default environment.
+
+        Raises:
+            LabError: it cannot be started, or took too long.
+            AgentUnreachable: the link broke.
+        """
+        self._request(protocol.Run(tuple(argv), _env(env), int(timeout * 1000)))
+        output: dict[int, list[bytes]] = {1: [], 2: []}
+        deadline = self._deadline(timeout + self._timeout)
+        with self._feeding(input):
+            while True:
+                message = self._answer(deadline)
+                if isinstance(message, protocol.Exited):
+                    break
+                if not isinstance(message, protocol.Output) or message.stream not in output:
+                    raise self._broken(f"{message.op} while a command runs")
+                output[message.stream].append(message.data)
+        if message.timed_out:
+            raise LabError(f"{argv[0]} in the guest took longer than {timeout} s", "give it longer")
+        return Completed(message.status, b"".join(output[1]), b"".join(output[2]))
+
+    def spawn(
+        self,
+        argv: Sequence[str],
+        *,
+        output: str | None = None,
+        env: Sequence[str] | None = None,
+    ) -> int:
+        """Start a detached process in the guest and return its pid.
+
+        It has a session of its own, nothing to read, and writes to the guest's file `output`
+        or nowhere.
+
+        Raises:
+            LabError: it cannot be started.
+            AgentUnreachable: the link broke.
+        """
+        self._request(protocol.Spawn(tuple(argv), _env(env), output))
+        message = self._answer(self._deadline(None))
+        if not isinstance(message, protocol.Spawned):
+            raise self._broken(f"{message.op} instead of {protocol.Spawned.op}")
+        return message.pid
+
+    def put(self, local: Path, remote: str, mode: int = 0o644) -> None:
+        """Copy a file into the guest; an old one of that name is replaced.
+
+        Raises:
+            LabError: the guest cannot store it, or it cannot be read here.
+            AgentUnreachable: the link broke.
+        """
+        size = 0
+        self._request(protocol.Put(remote, mode))
+        with _opened(local, "rb") as file:
+            while piece := file.read(protocol.CHUNK):
+                if self._has_news():
+                    break  # an early answer is a refusal
+                self._send(protocol.Data(piece))
+                size += len(piece)
+            self._send(protocol.Data(b""))
+        # What was sent last may still be on its way to a slow disk.
+        message = self._answer(self._deadline(self._timeout + 60))
+        if not isinstance(message, protocol.Stored) or message.size != size:
+            raise self._broken(f"{message.op} instead of {protocol.Stored.op}")
+
+    def get(self, remote: str, local: Path) -> None:
+        """Copy a file out of the guest.
+
+        Raises:
+            LabError: the guest cannot read it, or it cannot be written here.
+            AgentUnreachable: the link broke.
+        """
+        size = 0
+        self._request(protocol.Get(remote))
+        message = self._answer(self._deadline(None))
+        with _opened(local, "wb") as file:
+            while isinstance(message, protocol.Data):
+                file.write(message.data)
+                size += len(message.data)
+                message = self._answer(self._deadline(None))
+        if not isinstance(message, protocol.End) or message.size != size:
+            raise self._broken(f"{message.op} instead of {protocol.End.op}")
+
+    def _request(self, message: Message) -> None:
+        if not self.hello.lab:
+            raise LabError(
+                "the agent in this guest does not run commands",
+                "that is for lab VMs: python -m ovr lab up",
+            )
+        try:
+            self._send(message)
+        except ProtocolError as error:
+            raise LabError(f"this cannot be sent to the guest: {error}") from error
+
+    def _answer(self, deadline: float) -> Message:
+        message = self._receive(deadline)
+        if isinstance(message, protocol.Error):
+            raise LabError(f"in the guest: {one_line(message.text)}")
+        return message
+
+    @contextmanager
+    def _feeding(self, data: bytes) -> Iterator[None]:
+        """Send a command's input from a thread: it may write before it has read all."""
+        stop = threading.Event()
+
+        def feed() -> None:
+            # A broken link is for whoever reads.
+            with contextlib.suppress(AgentUnreachable):
+                for start in range(0, len(data), protocol.CHUNK):
+                    if stop.is_set():
+                        return
+                    self._send(protocol.Stdin(data[start : start + protocol.CHUNK]))
+                self._send(protocol.Stdin(b""))
+
+        thread = threading.Thread(target=feed, name="ovr-stdin", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join()
+
+
+@contextmanager
+def _opened(path: Path, mode: str) -> Iterator[IO[bytes]]:
+    try:
+        with path.open(mode) as file:
+            yield file
+    except OSError as error:
+        raise LabError(f"{path}: {error.strerror or error}") from error
+
+
+def _env(env: Sequence[str] | None) -> tuple[str, ...] | None:
+    return None if env is None else tuple(env)

@@ -1,0 +1,227 @@
+"""A session with the agent in the guest: greeting, frames, heartbeat."""
+
+import os
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Self, TypeVar
+
+from ovr.errors import AgentUnreachable
+from ovr.guest import protocol
+from ovr.guest.protocol import Message
+from ovr.guest.wire import ProtocolError, decode, encode
+from ovr.vm.link import Link, open_link
+
+__all__ = ["Hello", "Session", "one_line"]
+
+MessageT = TypeVar("MessageT", bound=Message)
+
+_SEND_SECONDS = 60.0
+
+
+@dataclass(frozen=True)
+class Hello:
+    """Who answered.
+
+    Attributes:
+        protocol: the version of the protocol that both sides speak.
+        agent: the agent's own version.
+        lab: it was built with the lab part.
+        kernel: the guest's kernel release.
+        criu: the version of the guest's CRIU, None without one.
+        pid: the agent's pid.
+        page_size: in bytes.
+        boot_id: a UUID that changes with every boot of the guest.
+    """
+
+    protocol: int
+    agent: str
+    lab: bool
+    kernel: str
+    criu: str | None
+    pid: int
+    page_size: int
+    boot_id: str
+
+
+class Session:
+    """One session with an agent: frames and the heartbeat.
+
+    One thread reads; `keep_alive` adds one that only writes.
+    """
+
+    def __init__(self, link: Link, timeout: float) -> None:
+        self._link = link
+        self._timeout = timeout
+        self._input = bytearray()
+        self._writing = threading.Lock()
+        self._pings = 0
+        self.hello = self._greet(time.monotonic() + timeout)
+
+    @classmethod
+    def connect(cls, address: str, timeout: float = 10.0) -> Self:
+        """Open a session; one attempt.
+
+        Args:
+            address: ``vsock:CID[:PORT]``, ``unix:PATH[:PORT]`` or ``serial:PATH``.
+            timeout: how long an answer may take, now and later, in seconds.
+
+        Raises:
+            UsageError: the address makes no sense.
+            AgentUnreachable: no agent answers there, or one that speaks otherwise.
+        """
+        link = open_link(address, timeout)
+        try:
+            return cls(link, timeout)
+        except BaseException:
+            link.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Hang up; a restore that is still held is killed by the agent."""
+        self._link.close()
+
+    def ping(self, timeout: float | None = None) -> None:
+        """Wait until the agent has answered everything that was sent before.
+
+        Raises:
+            AgentUnreachable: it does not answer.
+        """
+        self._pings += 1
+        self._send(protocol.Ping(self._pings))
+        deadline = self._deadline(timeout)
+        while True:
+            message = self._receive(deadline)
+            if isinstance(message, protocol.Pong) and message.number == self._pings:
+                return
+
+    @contextmanager
+    def keep_alive(self, interval: float = 1.0) -> Iterator[None]:
+        """Let a thread tell the agent every `interval` seconds that the host lives."""
+        stop = threading.Event()
+
+        def beat() -> None:
+            while not stop.wait(interval):
+                try:
+                    self._send(protocol.Alive())
+                except AgentUnreachable:
+                    return  # whoever reads next learns it
+
+        thread = threading.Thread(target=beat, name="ovr-keep-alive", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join()
+
+    def _deadline(self, timeout: float | None) -> float:
+        return time.monotonic() + (self._timeout if timeout is None else timeout)
+
+    # Greeting ------------------------------------------------------------------------------
+
+    def _greet(self, deadline: float) -> Hello:
+        token = os.urandom(protocol.TOKEN_SIZE)
+        hello = encode(protocol.Hello(protocol.VERSION, token))
+        if self._link.serial:
+            self._synchronise(hello, token, deadline)
+        else:
+            self._link.send(hello, deadline)
+        answer = self._expect(protocol.Welcome, deadline)
+        if answer.token != token or answer.version != protocol.VERSION:
+            raise self._broken("an answer to somebody else's hello")
+        return Hello(
+            protocol=answer.version,
+            agent=answer.agent,
+            lab=answer.lab_build,
+            kernel=answer.kernel,
+            criu=answer.criu,
+            pid=answer.pid,
+            page_size=answer.page_size,
+            boot_id=answer.boot_id,
+        )
+
+    def _synchronise(self, hello: bytes, token: bytes, deadline: float) -> None:
+        """Discard what older sessions left in the line, in both directions."""
+        marker = protocol.MAGIC + token
+
+        def keep_tail(data: bytes) -> None:
+            self._input += data
+            found = self._input.find(marker)
+            if found < 0:
+                del self._input[: -len(marker)]
+
+        start = bytes(protocol.SYNC_ZEROS) + protocol.MAGIC + hello
+        # Read while writing: an agent stuck on its old output would not take our bytes.
+        self._link.send(start, deadline, on_input=keep_tail)
+        while marker not in self._input:
+            keep_tail(self._link.receive(deadline))
+        del self._input[: self._input.index(marker) + len(marker)]
+
+    # Frames --------------------------------------------------------------------------------
+
+    def _send(self, message: Message) -> None:
+        frame = encode(message)
+        with self._writing:
+            self._link.send(frame, time.monotonic() + _SEND_SECONDS)
+
+    def _receive(self, deadline: float) -> Message:
+        """Return the next message.
+
+        Raises:
+            AgentUnreachable: none came, or nonsense.
+        """
+        while (frame := self._take_frame()) is None:
+            self._input += self._link.receive(deadline)
+        try:
+            return decode(frame)
+        except ProtocolError as error:
+            raise self._broken(str(error)) from error
+
+    def _take_frame(self) -> bytes | None:
+        if len(self._input) < 4:
+            return None
+        size = int.from_bytes(self._input[:4], "big")
+        if not 0 < size <= protocol.MAX_FRAME:
+            raise self._broken(f"a frame of {size} bytes")
+        if len(self._input) < 4 + size:
+            return None
+        frame = bytes(self._input[4 : 4 + size])
+        del self._input[: 4 + size]
+        return frame
+
+    def _has_news(self) -> bool:
+        """Whether the agent has said something that nobody has read."""
+        return bool(self._input) or self._link.readable()
+
+    def _expect(self, kind: type[MessageT], deadline: float) -> MessageT:
+        """Return the next message, which must be a `kind`."""
+        message = self._receive(deadline)
+        if isinstance(message, kind):
+            return message
+        if isinstance(message, protocol.Error):
+            raise AgentUnreachable(
+                f"the agent at {self._link.address} refused: {one_line(message.text)}",
+                "check that ovr on the host and ovr-agent in the guest have the same version",
+            )
+        raise self._broken(f"{message.op} instead of {kind.op}")
+
+    def _broken(self, how: str) -> AgentUnreachable:
+        self.close()
+        return AgentUnreachable(
+            f"the agent at {self._link.address} broke the protocol: {how}",
+            "check that ovr on the host and ovr-agent in the guest have the same version",
+        )
+
+
+def one_line(text: str) -> str:
+    """Return what the guest said as one harmless line."""
+    return "".join(c if c.isprintable() else "?" for c in text)[:256]

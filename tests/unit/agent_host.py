@@ -1,0 +1,220 @@
+"""The guest agent on this very machine, reached over Unix sockets, with a CRIU of our own.
+
+The stand-in for CRIU makes a real tree (a root and its child), holds it with real ptrace stops,
+calls the action script where CRIU does and treats its exit status as CRIU does. What each task
+does first when it is let go is to make a directory: a mark that shows that it ran.
+"""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from ovr.guest import build
+from ovr.vm.agent import Agent
+from ovr.vm.link import Address, Link
+
+SANITIZED = (
+    "-fsanitize=address,undefined",
+    "-fno-sanitize-recover=all",
+    "-fno-omit-frame-pointer",
+)
+
+IMAGES = {"inventory.img": b"inventory", "core-1.img": b"\x00" * 5000, "empty.img": b""}
+
+_FAKE_CRIU = """#!{python} -Ss
+import ctypes, os, signal, sys, time
+
+if "--version" in sys.argv:
+    print("Version: 9.9.9")
+    raise SystemExit
+libc = ctypes.CDLL(None, use_errno=True)
+libc.ptrace.argtypes = [ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p]
+SEIZE, INTERRUPT, DETACH = 0x4206, 0x4207, 17
+options = dict(zip(sys.argv[2:], sys.argv[3:]))
+work, script, marks = options["-W"], options["--action-script"], options["--marks"]
+mode = options["--mode"]
+log = open(work + "/restore.log", "w")
+
+
+def say(line):
+    print(line, file=log, flush=True)
+
+
+def run_script(action, root=None):
+    env = dict(os.environ, CRTOOLS_SCRIPT_ACTION=action, CRTOOLS_IMAGE_DIR=options["-D"])
+    if root:
+        env["CRTOOLS_INIT_PID"] = str(root)
+    pid = os.fork()
+    if not pid:
+        os.execve(script, [script], env)
+    return os.waitpid(pid, 0)[1]
+
+
+def task(gate):
+    os.read(gate, 1)
+    while True:
+        try:
+            os.mkdir(marks + "/" + str(os.getpid()))
+        except FileExistsError:
+            pass
+
+
+if mode == "fail":
+    say("(00.1) Warn  something else")
+    say("(00.2) Error (criu/files.c:1): Can't open /nowhere: No such file\\x01")
+    say("(00.3) Error (criu/cr-restore.c:2): Restoring FAILED.")
+    raise SystemExit(1)
+if mode == "pid-taken":
+    say("(00.2) Error (criu/cr-restore.c:1): Can't fork for 4711: File exists")
+    raise SystemExit(1)
+if mode == "silent":
+    raise SystemExit(3)
+if run_script("pre-restore"):
+    raise SystemExit(1)
+gate, opener = os.pipe()
+pids, reporter = os.pipe()
+root = os.fork()
+if not root:
+    os.setsid()
+    os.write(reporter, (str(os.fork() or os.getpid()) + " ").encode())
+    task(gate)
+while (found := os.read(pids, 100)).count(b" ") < 2:
+    os.write(reporter, found)
+    time.sleep(0.01)
+tree = {{int(word) for word in found.split()}} | {{root}}
+if mode == "slow":
+    time.sleep(60)
+if mode == "crash":
+    os.kill(os.getpid(), signal.SIGKILL)
+if run_script("post-restore", root):
+    for pid in tree:
+        os.kill(pid, signal.SIGKILL)
+    raise SystemExit(1)
+for pid in tree:
+    if libc.ptrace(SEIZE, pid, None, None) or libc.ptrace(INTERRUPT, pid, None, None):
+        raise OSError(ctypes.get_errno(), "ptrace")
+    os.waitpid(pid, 0x40000000)
+os.write(opener, b"go")
+if mode != "no-hook":
+    run_script("pre-resume", root)
+for pid in tree:
+    libc.ptrace(DETACH, pid, None, None)
+if mode == "fail-late":
+    for pid in tree:
+        os.kill(pid, signal.SIGKILL)
+    raise SystemExit(1)
+"""
+
+
+@dataclass
+class AgentHost:
+    """A running agent and what it works with."""
+
+    directory: Path
+    process: subprocess.Popen[bytes]
+
+    @property
+    def stream(self) -> Path:
+        """The socket where a connection is a session, as on vsock."""
+        return self.directory / "stream"
+
+    @property
+    def serial(self) -> Path:
+        """The socket with the serial port's synchronisation."""
+        return self.directory / "serial"
+
+    @property
+    def marks(self) -> set[int]:
+        """The pids of the tasks that ran."""
+        return {int(path.name) for path in (self.directory / "marks").iterdir()}
+
+    @property
+    def restores(self) -> list[Path]:
+        """The directories of restores."""
+        return list((self.directory / "run").glob("restore-*"))
+
+    def criu_options(self, mode: str = "ok") -> tuple[str, ...]:
+        """What tells the stand-in how to behave."""
+        return ("--marks", str(self.directory / "marks"), "--mode", mode)
+
+    def socket(self, *, serial: bool = False) -> socket.socket:
+        """A raw connection."""
+        connection = socket.socket(socket.AF_UNIX)
+        connection.connect(str(self.serial if serial else self.stream))
+        connection.settimeout(10)
+        return connection
+
+    def connect(self, *, serial: bool = False, timeout: float = 10.0) -> Agent:
+        """A session."""
+        kind = Address("serial" if serial else "unix", path="test")
+        return Agent(Link(kind, self.socket(serial=serial)), timeout)
+
+    def hook(self, criu_pid: int) -> int:
+        """The pid of the action script that holds the tree."""
+        (hook,) = [
+            pid for pid in _children(criu_pid) if Path(f"/proc/{pid}/exe").samefile(self._exe)
+        ]
+        return hook
+
+    @property
+    def _exe(self) -> Path:
+        return Path(f"/proc/{self.process.pid}/exe").resolve()
+
+
+@contextmanager
+def agent_host(directory: Path, binary: Path | None = None) -> Iterator[AgentHost]:
+    """Run an agent below `directory`; it must end well."""
+    criu = directory / "criu"
+    criu.write_text(_FAKE_CRIU.format(python=sys.executable))
+    criu.chmod(0o755)
+    (directory / "marks").mkdir()
+    command = [binary or build(lab=True), "--dir", directory / "run", "--criu", criu]
+    command += ["--unix", directory / "stream", "--unix-serial", directory / "serial"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE) as process:
+        assert process.stderr is not None
+        assert b"ready" in process.stderr.readline()
+        host = AgentHost(directory, process)
+        wait_for(host.serial.exists)
+        try:
+            yield host
+        finally:
+            running = process.poll() is None
+            process.terminate()
+            rest = process.stderr.read()
+    assert not running or process.returncode == 0, rest.decode()
+
+
+def wait_for(condition: Callable[[], object], patience: float = 10.0) -> None:
+    """Wait until `condition()` holds."""
+    deadline = time.monotonic() + patience
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.01)
+
+
+def alive(*pids: int) -> bool:
+    """Whether any of the processes lives (a zombie does not)."""
+    return any(_state(pid) not in ("", "Z", "X") for pid in pids)
+
+
+def kill(pid: int) -> None:
+    """SIGKILL."""
+    os.kill(pid, signal.SIGKILL)
+
+
+def _state(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
+
+
+def _children(pid: int) -> list[int]:
+    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]

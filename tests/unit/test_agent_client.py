@@ -1,0 +1,286 @@
+"""The host's side against peers that lie, and the protocol by itself."""
+
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import msgpack
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ovr.errors import AgentUnreachable, CriuFailed, LabError, RestoreFailed
+from ovr.guest import protocol, wire
+from ovr.guest.protocol import Message
+from ovr.vm.agent import Agent
+from ovr.vm.link import Address, Link
+
+WELCOME: dict[str, Any] = {
+    "op": "welcome",
+    "version": protocol.VERSION,
+    "agent": "0",
+    "lab_build": True,
+    "kernel": "6",
+    "pid": 1,
+    "page_size": 4096,
+    "boot_id": "x",
+}
+
+
+def frame(content: object) -> bytes:
+    body: bytes = msgpack.packb(content)
+    return len(body).to_bytes(4, "big") + body
+
+
+def read_message(connection: socket.socket) -> Message:
+    head = connection.recv(4, socket.MSG_WAITALL)
+    return wire.decode(connection.recv(int.from_bytes(head, "big"), socket.MSG_WAITALL))
+
+
+@contextmanager
+def peer(script: Callable[[socket.socket], None], *, greet: bool = True) -> Iterator[Link]:
+    """A link to an agent that does what `script` says, after a proper greeting."""
+    ours, theirs = socket.socketpair()
+    theirs.settimeout(5)
+
+    def play() -> None:
+        with theirs, suppress(OSError, wire.ProtocolError):
+            if greet:
+                hello = read_message(theirs)
+                assert isinstance(hello, protocol.Hello)
+                theirs.sendall(frame({**WELCOME, "token": hello.token}))
+            script(theirs)
+            while theirs.recv(1 << 16):
+                pass
+
+    thread = threading.Thread(target=play)
+    thread.start()
+    with Link(Address("unix", path="fake"), ours) as link:
+        yield link
+    thread.join()
+
+
+def replying(*answers: bytes) -> Callable[[socket.socket], None]:
+    """Answer each message with the next bytes."""
+
+    def script(connection: socket.socket) -> None:
+        for answer in answers:
+            read_message(connection)
+            connection.sendall(answer)
+
+    return script
+
+
+NONSENSE = {
+    "garbage": b"\0\0\0\x03abc",
+    "empty frame": bytes(4),
+    "huge frame": b"\xff\xff\xff\xff",
+    "no map": frame([]),
+    "no op": frame({"a": 1}),
+    "op of another type": frame({"op": []}),
+    "unknown op": frame({"op": "bogus"}),
+    "unknown field": frame({"op": "pong", "number": 1, "x": 2}),
+    "missing field": frame({"op": "pong"}),
+    "wrong type": frame({"op": "pong", "number": "1"}),
+    "bool for a number": frame({"op": "pong", "number": True}),
+    "negative": frame({"op": "pong", "number": -1}),
+    "no utf-8": b"\0\0\0\x10\x82\xa2op\xa5error\xa4text\xa1\xff",
+    "repeated field": b"\0\0\0\x19\x83\xa2op\xa4pong\xa6number\x01\xa6number\x01",
+    "not hashable key": b"\0\0\0\x03\x81\x90\x01",
+    "deep": b"\0\0\x10\0" + b"\x91" * 4096,
+    "a lie about a length": b"\0\0\0\x05\xdd\xff\xff\xff\xff",
+    "extension type": b"\0\0\0\x03\xd4\x01\x02",
+    "a question": frame({"op": "go"}),
+}
+
+
+@pytest.mark.parametrize("answer", NONSENSE.values(), ids=NONSENSE.keys())
+def test_nonsense(answer: bytes) -> None:
+    with peer(replying(answer), greet=False) as link, pytest.raises(AgentUnreachable):
+        Agent(link, 2.0)
+    with peer(replying(answer)) as link:
+        agent = Agent(link, 2.0)
+        with pytest.raises(AgentUnreachable, match="broke the protocol") as caught:
+            agent.go()
+        assert "\n" not in str(caught.value)
+        assert caught.value.hint
+
+
+@given(noise=st.binary(max_size=200))
+def test_random_answers(noise: bytes) -> None:
+    with peer(replying(len(noise).to_bytes(4, "big") + noise)) as link:
+        agent = Agent(link, 2.0)
+        with pytest.raises((AgentUnreachable, RestoreFailed)):
+            agent.go()
+
+
+def test_somebody_elses_welcome() -> None:
+    answer = frame({**WELCOME, "token": b"not the one given"[:16]})
+    with (
+        peer(replying(answer), greet=False) as link,
+        pytest.raises(AgentUnreachable, match="somebody else"),
+    ):
+        Agent(link, 2.0)
+
+
+def test_refused_hello() -> None:
+    answer = frame({"op": "error", "text": "the agent speaks\nversion 9"})
+    with (
+        peer(replying(answer), greet=False) as link,
+        pytest.raises(AgentUnreachable, match=r"speaks\?version 9"),
+    ):
+        Agent(link, 2.0)
+
+
+def test_silence() -> None:
+    with peer(lambda connection: None) as link:
+        agent = Agent(link, 0.3)
+        start = time.monotonic()
+        with pytest.raises(AgentUnreachable, match="does not answer"):
+            agent.ping()
+        assert time.monotonic() - start < 2
+
+
+def test_an_answer_drop_by_drop_has_no_more_time() -> None:
+    def script(connection: socket.socket) -> None:
+        for _ in range(100):
+            connection.sendall(b"\0")
+            time.sleep(0.05)
+
+    with peer(script) as link:
+        agent = Agent(link, 0.5)
+        start = time.monotonic()
+        with pytest.raises(AgentUnreachable):
+            agent.ping()
+        assert time.monotonic() - start < 3
+
+
+def test_hang_up() -> None:
+    with peer(lambda connection: connection.close()) as link:
+        agent = Agent(link, 2.0)
+        with pytest.raises(AgentUnreachable):
+            agent.ping()
+
+
+def test_hostile_text_becomes_one_line() -> None:
+    log = ["Error \x1b[31m\r\n" + "x" * 4000]
+    failed = {"op": "failed", "status": 1, "log": log, "gone": True}
+    with peer(replying(frame(failed))) as link, pytest.raises(CriuFailed) as caught:
+        Agent(link, 2.0).go()
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize("op", ["failed", "aborted"])
+def test_tasks_that_do_not_go_away(op: str) -> None:
+    rest = {"status": 1, "log": ["Error"]} if op == "failed" else {"reason": "why"}
+    with (
+        peer(replying(frame({"op": op, "gone": False, **rest}))) as link,
+        pytest.raises(RestoreFailed, match="do not go away"),
+    ):
+        Agent(link, 2.0).go()
+
+
+def test_keep_alive_and_requests_do_not_mix_their_bytes() -> None:
+    seen: list[Message] = []
+
+    def script(connection: socket.socket) -> None:
+        while True:
+            message = read_message(connection)
+            seen.append(message)
+            if isinstance(message, protocol.Ping):
+                connection.sendall(frame({"op": "pong", "number": message.number}))
+
+    with peer(script) as link:
+        agent = Agent(link, 5.0)
+        with agent.keep_alive(0.001):
+            for _ in range(200):
+                agent.ping()
+    assert sum(isinstance(message, protocol.Ping) for message in seen) == 200
+    assert any(isinstance(message, protocol.Alive) for message in seen)
+
+
+def test_keep_alive_survives_the_link() -> None:
+    with peer(lambda connection: connection.close()) as link:
+        agent = Agent(link, 2.0)
+        with agent.keep_alive(0.01):
+            time.sleep(0.1)
+
+
+def test_lab_methods_need_a_lab_build() -> None:
+    def script(connection: socket.socket) -> None:
+        hello = read_message(connection)
+        assert isinstance(hello, protocol.Hello)
+        connection.sendall(frame({**WELCOME, "lab_build": False, "token": hello.token}))
+
+    with peer(script, greet=False) as link, pytest.raises(LabError):
+        Agent(link, 2.0).run(["true"])
+
+
+def test_output_on_a_stream_that_is_none() -> None:
+    with (
+        peer(replying(frame({"op": "output", "stream": 3, "data": b"x"}))) as link,
+        pytest.raises(AgentUnreachable),
+    ):
+        Agent(link, 2.0).run(["true"])
+
+
+# The protocol by itself ----------------------------------------------------------------------
+
+TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=50)
+NUMBER = st.integers(0, (1 << 64) - 1)
+
+
+@given(
+    st.one_of(
+        st.builds(protocol.Hello, NUMBER, st.binary(max_size=20)),
+        st.builds(protocol.Go),
+        st.builds(
+            protocol.Begin,
+            st.lists(TEXT, max_size=5).map(tuple),
+            NUMBER,
+            NUMBER,
+            NUMBER,
+            st.booleans(),
+        ),
+        st.builds(
+            protocol.Files,
+            st.lists(TEXT, max_size=5).map(tuple),
+            st.lists(st.binary(max_size=99), max_size=5).map(tuple),
+        ),
+        st.builds(protocol.Stopped, NUMBER, NUMBER, st.lists(NUMBER, max_size=9).map(tuple)),
+        st.builds(protocol.Run, st.just(("a",)), st.none() | st.just(("B=c",)), NUMBER),
+    )
+)
+def test_round_trip(message: Message) -> None:
+    data = wire.encode(message)
+    assert int.from_bytes(data[:4], "big") == len(data) - 4
+    assert wire.decode(data[4:]) == message
+
+
+def test_what_cannot_be_sent() -> None:
+    for message in (
+        protocol.Data(bytes(protocol.MAX_FRAME)),
+        protocol.Get("x" * protocol.MAX_STRING),
+        protocol.Get("a\0b"),
+        protocol.Ping(-1),
+        protocol.Ping(1 << 64),
+        protocol.Files(("\udcff",), (b"",)),
+    ):
+        with pytest.raises(wire.ProtocolError):
+            wire.encode(message)
+    wire.encode(protocol.Data(bytes(protocol.CHUNK)))
+
+
+def test_header_compiles(tmp_path: Path) -> None:
+    (tmp_path / "protocol.h").write_text(wire.header())
+    (tmp_path / "x.c").write_text('#define PROTOCOL_TABLES\n#include "protocol.h"\n')
+    subprocess.run(
+        ["gcc", "-std=c11", "-Wall", "-Wno-unused", "-Werror", "-fsyntax-only", tmp_path / "x.c"],
+        check=True,
+    )
