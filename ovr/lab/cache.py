@@ -1,0 +1,67 @@
+"""The lab's cache: things that are slow to make, made once, whole or not at all.
+
+An entry is a directory or file whose name says what went into it. It is built beside its place
+and renamed into it under a lock, so that builders may race and die.
+"""
+
+import fcntl
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+__all__ = ["cache_directory", "cached", "digest"]
+
+
+def cache_directory() -> Path:
+    """Return the lab's cache directory (``$XDG_CACHE_HOME/ovr``, ``~/.cache/ovr``), made if new."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    path = (Path(base) if base else Path.home() / ".cache") / "ovr"
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return path
+
+
+def digest(*ingredients: str | bytes) -> str:
+    """Return a short name for exactly these ingredients."""
+    total = hashlib.sha256()
+    for one in ingredients:
+        data = one.encode() if isinstance(one, str) else one
+        total.update(len(data).to_bytes(8, "little") + data)
+    return total.hexdigest()[:16]
+
+
+def cached(name: str, build: Callable[[Path], None]) -> Path:
+    """Return the cache entry `name`; if there is none, `build` makes it.
+
+    Args:
+        name: one path component that names the ingredients.
+        build: called with an empty directory of its own; its content becomes the entry.
+
+    Raises:
+        LabError: whatever `build` raises.
+    """
+    entry = cache_directory() / name
+    if entry.exists():
+        return entry
+    with _lock(cache_directory() / f".{name}.lock"):
+        if entry.exists():
+            return entry
+        for stale in cache_directory().glob(f".{name}.tmp-*"):  # its builder died
+            shutil.rmtree(stale, ignore_errors=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{name}.tmp-", dir=cache_directory()))
+        try:
+            build(work)
+            work.rename(entry)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+    return entry
+
+
+@contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,122 @@
+"""Guest images: a Debian suite with its stock kernel and stock CRIU, built once and cached.
+
+The disk holds the suite alone; our init and agent come with the initramfs, so that a new agent
+does not need a new disk. Two VMs of one suite boot from the very same disk file, each with a
+throw-away overlay: CRIU compares the files that a process had open.
+"""
+
+import os
+import tarfile
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ovr.errors import LabError
+from ovr.lab.cache import cached, digest
+from ovr.lab.initramfs import initramfs, module_plan, unpacked_module
+from ovr.lab.tools import mmdebstrap, need_tool, run_tool
+
+__all__ = ["SUITES", "GuestImage", "guest_image"]
+
+SUITES = ("trixie", "bookworm")
+_PACKAGES = ("linux-image-cloud-amd64", "criu", "iproute2", "kmod", "procps")
+_MODULES = ("virtio_pci", "virtio_blk", "ext4", "virtio_rng", "virtio_console", "virtiofs",
+            "vmw_vsock_virtio_transport")  # fmt: skip
+_DISK_SIZE = "16G"  # sparse
+_RECIPE = "2"  # to be raised when the way of building changes what is built
+
+
+@dataclass(frozen=True)
+class GuestImage:
+    """What lab VMs boot from. The files are shared: nobody may write to them.
+
+    Attributes:
+        suite: the Debian suite.
+        disk: raw ext4 file system.
+        kernel: the suite's ``vmlinuz``.
+        modules: directory of the kernel modules to load first; their names sort in load order.
+    """
+
+    suite: str
+    disk: Path
+    kernel: Path
+    modules: Path
+
+    def initramfs(self, agent: Path) -> bytes:
+        """Return an initramfs with our init, the kernel modules and this agent program."""
+        modules = [path.read_bytes() for path in sorted(self.modules.iterdir())]
+        return initramfs(_init_program(), agent.read_bytes(), modules)
+
+
+def guest_image(suite: str, packages: Sequence[str] = ()) -> GuestImage:
+    """Return the image of a suite with further Debian packages; build what is not cached.
+
+    Raises:
+        LabError: unknown suite, a tool of the host is missing, or the build failed.
+    """
+    if suite not in SUITES:
+        raise LabError(f"the lab has no suite {suite}", f"take one of {', '.join(SUITES)}")
+    wanted = sorted({*_PACKAGES, *packages})
+    base = cached(
+        f"guest-{suite}-{digest(_RECIPE, suite, *wanted)}",
+        lambda work: _build_base(work, suite, wanted),
+    )
+    return GuestImage(suite, base / "disk", base / "vmlinuz", base / "modules")
+
+
+def _build_base(work: Path, suite: str, packages: Sequence[str]) -> None:
+    system = work / "system.tar"
+    mmdebstrap(suite, "minbase", packages, system)
+    _take_kernel(system, work)
+    _make_disk(system, work / "disk")
+    system.unlink()
+
+
+def _take_kernel(system: Path, work: Path) -> None:
+    with tarfile.open(system) as tar:
+        files = {member.name.removeprefix("./"): member for member in tar if member.isfile()}
+
+        def content(name: str) -> bytes:
+            file = tar.extractfile(files[name])
+            return file.read() if file else b""
+
+        kernels = [name for name in files if name.startswith("boot/vmlinuz-")]
+        listings = [name for name in files if name.endswith("/modules.dep")]
+        if len(kernels) != 1 or len(listings) != 1:
+            raise LabError(f"the guest would have {len(kernels)} kernels", "name no kernel package")
+        (work / "vmlinuz").write_bytes(content(kernels[0]))
+        listing = listings[0]
+        folder = listing.removesuffix("modules.dep")
+        builtin = content(folder + "modules.builtin").decode()
+        (work / "modules").mkdir()
+        for number, path in enumerate(module_plan(content(listing).decode(), builtin, _MODULES)):
+            data = unpacked_module(path, content(folder + path))
+            (work / "modules" / f"{number:02}.ko").write_bytes(data)
+
+
+def _make_disk(system: Path, disk: Path) -> None:
+    # mke2fs copies a directory, owners and all: who is not root makes one in a user namespace.
+    # No journal and few inodes: the disk is thrown away after each boot.
+    mke2fs = need_tool("mke2fs", "e2fsprogs")
+    with tempfile.TemporaryDirectory(prefix="root-", dir=disk.parent) as root:
+        script = """trap 'rm -rf "$1/tree"' EXIT
+            mkdir "$1/tree"
+            tar -C "$1/tree" --exclude='./dev/*' --numeric-owner -xpf "$2"
+            "$4" -q -F -t ext4 -O ^has_journal -m 0 -N 200000 -d "$1/tree" "$3" "$5"
+        """
+        namespace = [] if os.geteuid() == 0 else ["unshare", "--map-root-user", "--map-auto"]
+        values = [root, str(system), str(disk), mke2fs, _DISK_SIZE]
+        run_tool([*namespace, "sh", "-ec", script, "sh", *values])
+
+
+def _init_program() -> bytes:
+    source = Path(__file__).with_name("init.c")
+    flags = ["-std=c11", "-O2", "-Wall", "-Wextra", "-Werror", "-static"]
+
+    def build(work: Path) -> None:
+        compiler = need_tool("gcc", "gcc libc6-dev")
+        run_tool([compiler, *flags, "-o", str(work / "init"), str(source)])
+
+    key = digest(source.read_bytes(), *flags)
+    return (cached(f"init-{key}", build) / "init").read_bytes()

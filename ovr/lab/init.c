@@ -1,0 +1,240 @@
+// PID 1 of a lab guest, in two halves.
+//
+// As /init of the initramfs: load the modules that the cloud kernel needs to reach its disk and
+// its vsock device, mount the disk, put the agent on it, move in. Then: mount what a Debian
+// system has mounted, bring up the loopback, keep the agent running and reap every child (CRIU
+// cannot give a process the pid of a zombie). SIGTERM powers the machine off.
+//
+// The lab reads READY on the console.
+
+#define _GNU_SOURCE
+#include <errno.h>
+#include <fcntl.h>
+#include <glob.h>
+#include <net/if.h>
+#include <signal.h>
+#include <stdbool.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/mount.h>
+#include <sys/reboot.h>
+#include <sys/sendfile.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <sys/wait.h>
+#include <time.h>
+#include <unistd.h>
+
+#define AGENT "/usr/local/sbin/ovr-agent"
+#define DISK "/dev/vda"
+#define READY "ovr-init: ready"
+
+static void report(const char *what, const char *which)
+{
+	fprintf(stderr, "ovr-init: %s %s: %s\n", what, which, strerror(errno));
+}
+
+// The kernel panics when PID 1 exits, and the lab sees QEMU end.
+static void need(bool done, const char *what, const char *which)
+{
+	if (done)
+		return;
+	report(what, which);
+	exit(1);
+}
+
+static void rest(long milliseconds)
+{
+	struct timespec time = {milliseconds / 1000, milliseconds % 1000 * 1000000};
+
+	nanosleep(&time, NULL);
+}
+
+static void load_modules(const char *pattern)
+{
+	glob_t files;
+
+	if (glob(pattern, 0, NULL, &files) != 0)
+		return;
+	for (size_t i = 0; i < files.gl_pathc; i++) {
+		int fd = open(files.gl_pathv[i], O_RDONLY | O_CLOEXEC);
+
+		if (fd < 0 || (syscall(SYS_finit_module, fd, "", 0) != 0 && errno != EEXIST))
+			report("load", files.gl_pathv[i]);
+		close(fd);
+		unlink(files.gl_pathv[i]);
+	}
+	globfree(&files);
+}
+
+static void copy_program(const char *from, const char *to)
+{
+	struct stat info;
+	int in = open(from, O_RDONLY | O_CLOEXEC);
+	int out = open(to, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0755);
+
+	need(in >= 0 && fstat(in, &info) == 0, "read", from);
+	need(out >= 0, "write", to);
+	for (off_t left = info.st_size; left > 0;) {
+		ssize_t sent = sendfile(out, in, NULL, left);
+
+		need(sent > 0, "copy", from);
+		left -= sent;
+	}
+	close(in);
+	need(close(out) == 0, "write", to);
+	unlink(from);
+}
+
+static void enter_disk(void)
+{
+	mkdir("/dev", 0755);
+	mkdir("/disk", 0755);
+	need(mount("dev", "/dev", "devtmpfs", 0, "") == 0 || errno == EBUSY, "mount", "/dev");
+	load_modules("/modules/*.ko");
+	for (int i = 0; i < 1000 && access(DISK, F_OK) != 0; i++)
+		rest(10);
+	need(mount(DISK, "/disk", "ext4", MS_NOATIME, "noinit_itable") == 0, "mount", DISK);
+	copy_program("/ovr-agent", "/disk" AGENT);
+	need(mount("/dev", "/disk/dev", NULL, MS_MOVE, NULL) == 0, "move", "/dev");
+	need(chdir("/disk") == 0, "enter", "/disk");
+	need(mount(".", "/", NULL, MS_MOVE, NULL) == 0, "move", "/disk");
+	need(chroot(".") == 0 && chdir("/") == 0, "enter", "/");
+}
+
+static void mount_all(void)
+{
+	static const struct {
+		const char *type, *path, *options;
+		unsigned long flags;
+	} mounts[] = {
+		{"proc", "/proc", "", MS_NOSUID | MS_NODEV | MS_NOEXEC},
+		{"sysfs", "/sys", "", MS_NOSUID | MS_NODEV | MS_NOEXEC},
+		{"cgroup2", "/sys/fs/cgroup", "", MS_NOSUID | MS_NODEV | MS_NOEXEC},
+		{"devpts", "/dev/pts", "mode=620,gid=5,ptmxmode=666", MS_NOSUID | MS_NOEXEC},
+		{"tmpfs", "/dev/shm", "mode=1777", MS_NOSUID | MS_NODEV},
+		{"tmpfs", "/run", "mode=755", MS_NOSUID | MS_NODEV},
+		{"tmpfs", "/tmp", "mode=1777", MS_NOSUID | MS_NODEV},
+	};
+
+	for (size_t i = 0; i < sizeof(mounts) / sizeof(mounts[0]); i++) {
+		mkdir(mounts[i].path, 0755);
+		if (mount(mounts[i].type, mounts[i].path, mounts[i].type, mounts[i].flags,
+			  mounts[i].options) != 0)
+			report("mount", mounts[i].path);
+	}
+}
+
+// A directory of the host, when the VM was given one: the device's tag is "share".
+static void mount_share(void)
+{
+	mkdir("/mnt/share", 0755);
+	if (mount("share", "/mnt/share", "virtiofs", MS_NOATIME, "") == 0)
+		fprintf(stderr, "ovr-init: /mnt/share is a directory of the host\n");
+}
+
+static void loopback_up(void)
+{
+	struct ifreq request = {.ifr_name = "lo", .ifr_flags = IFF_UP | IFF_RUNNING};
+	int fd = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0);
+
+	if (fd < 0 || ioctl(fd, SIOCSIFFLAGS, &request) != 0)
+		report("bring up", "lo");
+	close(fd);
+}
+
+static void surroundings(void)
+{
+	static const char *const links[][2] = {
+		{"/proc/self/fd", "/dev/fd"},
+		{"/proc/self/fd/0", "/dev/stdin"},
+		{"/proc/self/fd/1", "/dev/stdout"},
+		{"/proc/self/fd/2", "/dev/stderr"},
+	};
+
+	for (size_t i = 0; i < sizeof(links) / sizeof(links[0]); i++)
+		if (symlink(links[i][0], links[i][1]) != 0 && errno != EEXIST)
+			report("link", links[i][1]);
+	clearenv();
+	setenv("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", 1);
+	setenv("HOME", "/root", 1);
+	setenv("LANG", "C.UTF-8", 1);
+}
+
+static pid_t start_agent(void)
+{
+	static char *const argv[] = {AGENT, "--vsock-port", "1024", "--serial", "org.ovr.0", NULL};
+	pid_t pid = fork();
+
+	if (pid != 0)
+		return pid;
+	sigset_t none;
+
+	sigemptyset(&none);
+	sigprocmask(SIG_SETMASK, &none, NULL);
+	setsid();
+	execv(AGENT, argv);
+	report("start", AGENT);
+	_exit(127);
+}
+
+// Returns whether the agent was among the dead.
+static bool reap(pid_t agent)
+{
+	bool ended = false;
+	pid_t child;
+	int status;
+
+	while ((child = waitpid(-1, &status, WNOHANG)) > 0) {
+		if (child != agent)
+			continue;
+		fprintf(stderr, "ovr-init: the agent ended (status %#x)\n", status);
+		ended = true;
+	}
+	return ended;
+}
+
+static void power_off(void)
+{
+	fprintf(stderr, "ovr-init: power off\n");
+	kill(-1, SIGKILL);
+	sync();
+	reboot(RB_POWER_OFF);
+}
+
+int main(void)
+{
+	sigset_t signals;
+
+	if (getpid() != 1) {
+		fprintf(stderr, "ovr-init: I am PID 1 of a lab guest or nothing\n");
+		return 2;
+	}
+	sigemptyset(&signals);
+	sigaddset(&signals, SIGCHLD);
+	sigaddset(&signals, SIGTERM);
+	sigprocmask(SIG_BLOCK, &signals, NULL);
+	umask(0);
+	enter_disk();
+	mount_all();
+	umask(022);
+	mount_share();
+	loopback_up();
+	surroundings();
+	fprintf(stderr, READY "\n");
+	for (pid_t agent = 0;;) {
+		const struct timespec second = {1, 0};
+
+		if (agent <= 0)
+			agent = start_agent();
+		if (sigtimedwait(&signals, NULL, &second) == SIGTERM)
+			power_off();
+		if (reap(agent)) {
+			rest(200);
+			agent = 0;
+		}
+	}
+}

@@ -1,0 +1,94 @@
+"""The QEMU command line of a lab VM."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ovr.lab.accel import Engine, cpu_model, qemu_program
+from ovr.lab.image import GuestImage
+
+__all__ = ["READY", "Hardware", "boot_arguments", "machine_arguments", "service_arguments"]
+
+READY = b"ovr-init: ready"
+"""What our init writes to the console when the guest is up."""
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """What a VM is made of.
+
+    Attributes:
+        memory: bytes of RAM.
+        cpus: number of virtual CPUs.
+        engine: what runs them.
+        la57: with or without 5-level paging; None takes what the CPU model has.
+        numa: number of NUMA nodes; each gets an equal part of the RAM, in a file of its own.
+    """
+
+    memory: int
+    cpus: int
+    engine: Engine
+    la57: bool | None
+    numa: int
+
+
+def boot_arguments(image: GuestImage, initramfs: Path, hostname: str, console: str) -> list[str]:
+    """Return what boots the image: kernel, disk with a throw-away overlay, console.
+
+    Args:
+        image: the guest image; not written to.
+        initramfs: see `ovr.lab.initramfs`.
+        hostname: of the guest.
+        console: a QEMU chardev specification without its id, such as ``stdio``.
+    """
+    # A guest that crashes ends QEMU, so that nobody waits for it.
+    options = f"console=ttyS0 oops=panic panic=-1 hostname={hostname}"
+    return [
+        "-nodefaults", "-no-user-config", "-no-reboot", "-display", "none",
+        "-kernel", str(image.kernel), "-initrd", str(initramfs), "-append", options,
+        "-drive", f"if=none,id=disk,format=raw,snapshot=on,file={image.disk}",
+        "-device", "virtio-blk-pci,drive=disk",
+        "-device", "virtio-rng-pci",
+        "-chardev", f"{console},id=console", "-serial", "chardev:console",
+    ]  # fmt: skip
+
+
+def machine_arguments(hardware: Hardware, ram: Sequence[Path]) -> list[str]:
+    """Return QEMU's path and what makes the machine: CPUs, and RAM in shared files.
+
+    Args:
+        hardware: what to make.
+        ram: one file a NUMA node.
+    """
+    return [
+        qemu_program(),
+        "-accel", "kvm" if hardware.engine == "kvm" else "tcg,thread=multi,tb-size=256",
+        "-cpu", cpu_model(hardware.engine, hardware.la57),
+        "-smp", str(hardware.cpus), "-m", f"size={hardware.memory}B",
+        *_ram_arguments(hardware, ram),
+    ]  # fmt: skip
+
+
+def service_arguments(directory: Path) -> list[str]:
+    """Return what the host reaches the VM by: QMP, the agent's serial port, QEMU's own log."""
+    return [
+        "-qmp", f"unix:{directory / 'qmp'},server=on,wait=off",
+        "-device", "virtio-serial-pci",
+        "-chardev", f"socket,id=serial,path={directory / 'serial'},server=on,wait=off",
+        "-device", "virtserialport,chardev=serial,name=org.ovr.0",
+        "-D", str(directory / "qemu.log"),
+    ]  # fmt: skip
+
+
+def _ram_arguments(hardware: Hardware, ram: Sequence[Path]) -> Iterator[str]:
+    part = hardware.memory // len(ram)
+    for number, path in enumerate(ram):
+        yield "-object"
+        yield (f"memory-backend-file,id=ram{number},size={part}B,mem-path={path},"
+               "share=on,prealloc=on,align=2M")  # fmt: skip
+    if len(ram) == 1:
+        yield from ("-machine", "q35,memory-backend=ram0")
+        return
+    yield from ("-machine", "q35")
+    for number in range(len(ram)):
+        yield from ("-numa", f"node,nodeid={number},memdev=ram{number}")

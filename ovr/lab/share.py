@@ -1,0 +1,56 @@
+"""A directory of the host inside a lab VM, by virtio-fs: CRIU dumps straight to the host."""
+
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+from ovr.errors import LabError
+from ovr.lab.process import Process, await_socket, spawn
+from ovr.lab.tools import need_tool
+
+__all__ = ["SHARE", "add_share", "share_device"]
+
+SHARE = "/mnt/share"
+"""Where the guest has it."""
+
+_PLACES = ("/usr/libexec/virtiofsd", "/usr/lib/qemu/virtiofsd")
+
+
+def add_share(shared: Path, directory: Path) -> Process:
+    """Start virtiofsd for the directory `shared`; its socket and log go to `directory`.
+
+    Raises:
+        LabError: no such directory, no virtiofsd, or it does not start.
+    """
+    if not shared.is_dir():
+        raise LabError(f"{shared} is not a directory to share with a VM")
+    log = directory / "virtiofsd.log"
+    daemon = spawn(_command(_program(), shared.resolve(), _socket(directory)), log)
+    await_socket(_socket(directory), daemon, log)
+    return daemon
+
+
+def share_device(directory: Path) -> tuple[str, ...]:
+    """Return QEMU's arguments for the device; init knows the tag."""
+    return ("-chardev", f"socket,id=share,path={_socket(directory)}",
+            "-device", "vhost-user-fs-pci,chardev=share,tag=share")  # fmt: skip
+
+
+def _socket(directory: Path) -> Path:
+    return directory / "virtiofs.vhost"
+
+
+def _program() -> str:
+    # Neither of the two places is on PATH.
+    for path in _PLACES:
+        if Path(path).exists():
+            return path
+    return need_tool("virtiofsd", "virtiofsd")
+
+
+def _command(program: str, shared: Path, socket: Path) -> Sequence[str]:
+    # The C virtiofsd that came with QEMU up to 7.2 takes the directory as a mount option.
+    usage = subprocess.run([program, "--help"], capture_output=True, text=True, check=False).stdout
+    if "--shared-dir" in usage:
+        return [program, f"--socket-path={socket}", f"--shared-dir={shared}", "--cache=auto"]
+    return [program, f"--socket-path={socket}", "-o", f"source={shared}", "-o", "cache=auto"]

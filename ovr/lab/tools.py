@@ -1,0 +1,63 @@
+"""Programs of the host that the lab runs, with an error that says what to install."""
+
+import os
+import shutil
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+from ovr.errors import LabError
+
+__all__ = ["mmdebstrap", "need_tool", "run_tool"]
+
+
+def need_tool(program: str, package: str) -> str:
+    """Return the path of a program of the host.
+
+    Raises:
+        LabError: it is not installed; the hint is the line to type.
+    """
+    path = shutil.which(program) or shutil.which(program, path="/usr/sbin:/sbin:/usr/libexec")
+    if path is None:
+        raise LabError(f"{program} is not installed", f"apt-get install {package}")
+    return path
+
+
+def run_tool(command: Sequence[str]) -> None:
+    """Run a program to its end.
+
+    Raises:
+        LabError: it failed; the message has its last word, or the last that it marks as an error.
+    """
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise LabError(f"{command[0]} cannot be run: {error.strerror}") from error
+    if done.returncode:
+        lines = (done.stderr or done.stdout).strip().splitlines() or ["no message"]
+        problems = [line for line in lines if line.startswith("E:")] or lines
+        raise LabError(f"{Path(command[0]).name} failed: {problems[-1]}")
+
+
+def mmdebstrap(suite: str, variant: str, packages: Sequence[str], target: Path) -> None:
+    """Write a tar archive `target` of a Debian suite; mmdebstrap itself knows mirrors and keys.
+
+    Args:
+        suite: such as ``trixie``.
+        variant: mmdebstrap's: ``minbase`` installs, ``extract`` only unpacks.
+        packages: what to have, with all that it depends on.
+        target: the archive to write.
+
+    Raises:
+        LabError: a tool is missing, or packages cannot be had.
+    """
+    program = need_tool("mmdebstrap", "mmdebstrap")
+    if os.geteuid() != 0:
+        need_tool("newuidmap", "uidmap")  # it then works in a user namespace
+    run_tool(
+        [program, f"--variant={variant}", "--format=tar", f"--include={','.join(packages)}",
+         # Mirrors that are snapshots have Release files older than they say they are good for.
+         '--aptopt=Acquire::Check-Valid-Until "false"',
+         "--dpkgopt=path-exclude=/usr/share/doc/*", "--dpkgopt=path-exclude=/usr/share/man/*",
+         "--dpkgopt=path-exclude=/usr/share/locale/*", suite, str(target)]
+    )  # fmt: skip

@@ -1,0 +1,209 @@
+"""QMP, QEMU's machine protocol: one command at a time, over a unix socket.
+
+What comes back is checked as far as it is used: a peer that is not QEMU, talks nonsense, hangs
+up or falls silent is `VmUnreachable`. Protocol: QEMU's docs/interop/qmp-spec.rst.
+"""
+
+import json
+import socket
+import struct
+import time
+from collections import deque
+from itertools import count
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from ovr.errors import OvrError, VmUnreachable
+
+__all__ = ["ExecuteError", "Qmp"]
+
+_MESSAGE_LIMIT = 16 << 20  # bytes; QEMU's largest answers (query-qmp-schema) have 200 KiB
+_EVENTS_KEPT = 1000
+_HINT = "is this the QMP socket of a running QEMU, and is nobody else connected to it?"
+
+
+class ExecuteError(OvrError):
+    """QEMU refused a command.
+
+    Attributes:
+        error_class: QMP's error class, such as ``GenericError`` or ``CommandNotFound``.
+        desc: QEMU's own words.
+    """
+
+    def __init__(self, command: str, error_class: str, desc: str) -> None:
+        super().__init__(f"QEMU refused {command}: {desc}")
+        self.error_class = error_class
+        self.desc = desc
+
+
+class Qmp:
+    """A QMP connection, past the greeting and ready for commands; a context manager.
+
+    Args:
+        connection: a connected unix stream socket.
+        timeout: seconds to wait for the greeting and for each answer.
+        name: what error messages call the VM.
+
+    Attributes:
+        events: what QEMU announced meanwhile, oldest first; the last thousand.
+
+    Raises:
+        VmUnreachable: the peer does not greet as QMP.
+    """
+
+    def __init__(self, connection: socket.socket, timeout: float, name: str) -> None:
+        self._socket = connection
+        self._timeout = timeout
+        self._name = name
+        self._buffer = bytearray()
+        self._ids = count(1)
+        self.events: deque[dict[str, Any]] = deque(maxlen=_EVENTS_KEPT)
+        greeting = self._receive(time.monotonic() + timeout)
+        if not isinstance(greeting.get("QMP"), dict):
+            raise self._unreachable("does not greet as QMP")
+        self.execute("qmp_capabilities")
+
+    @classmethod
+    def connect(cls, path: str | Path, timeout: float = 10.0) -> Self:
+        """Connect to the QMP socket at `path`.
+
+        Raises:
+            VmUnreachable: nobody listens there, or it is not QMP.
+        """
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        connection.settimeout(timeout)
+        try:
+            connection.connect(str(path))
+            return cls(connection, timeout, str(path))
+        except OSError as error:
+            connection.close()
+            reason = error.strerror or str(error)
+            raise VmUnreachable(f"no VM answers at {path}: {reason}", _HINT) from error
+        except BaseException:
+            connection.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Hang up; the VM runs on."""
+        self._socket.close()
+
+    def fileno(self) -> int:
+        """The socket's file descriptor."""
+        return self._socket.fileno()
+
+    @property
+    def peer_pid(self) -> int:
+        """The pid of the process that listens at the socket (``SO_PEERCRED``): QEMU.
+
+        0 if that process is in a pid namespace that cannot be seen from here.
+        """
+        size = struct.calcsize("3i")
+        credentials = self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size)
+        pid: int = struct.unpack("3i", credentials)[0]
+        return pid
+
+    def execute(self, command: str, **arguments: Any) -> Any:
+        """Run a QMP command and return its ``return`` value.
+
+        Python's ``_`` in the names of arguments stands for QMP's ``-``.
+
+        Raises:
+            ExecuteError: QEMU refused the command.
+            VmUnreachable: the connection broke, or no answer came in time.
+        """
+        identity = next(self._ids)
+        message: dict[str, Any] = {"execute": command, "id": identity}
+        if arguments:
+            message["arguments"] = {key.replace("_", "-"): arguments[key] for key in arguments}
+        self._send(json.dumps(message).encode() + b"\n")
+        answer = self._answer(identity)
+        if "return" in answer:
+            return answer["return"]
+        error = answer.get("error")
+        if not isinstance(error, dict):
+            raise self._unreachable("sent an answer that is not QMP")
+        raise ExecuteError(command, str(error.get("class")), str(error.get("desc")))
+
+    def human(self, command_line: str) -> str:
+        """Run a command of the human monitor and return what it prints."""
+        return str(self.execute("human-monitor-command", command_line=command_line))
+
+    def status(self) -> str:
+        """Return the VM's run state, such as ``running``, ``paused`` or ``inmigrate``."""
+        answer = self.execute("query-status")
+        if not isinstance(answer, dict):
+            raise self._unreachable("sent an answer that is not QMP")
+        return str(answer.get("status"))
+
+    def stop(self) -> None:
+        """Stop all vCPUs; returns once they stand."""
+        self.execute("stop")
+
+    def cont(self) -> None:
+        """Let the vCPUs run."""
+        self.execute("cont")
+
+    def _answer(self, identity: int) -> dict[str, Any]:
+        # Answers to earlier commands that timed out here may still come: their ids tell.
+        deadline = time.monotonic() + self._timeout
+        while True:
+            message = self._receive(deadline)
+            if "event" in message:
+                self.events.append(message)
+            elif message.get("id") == identity:
+                return message
+            elif "error" in message and "id" not in message:
+                raise self._unreachable("did not understand our QMP")
+
+    def _send(self, data: bytes) -> None:
+        self._socket.settimeout(self._timeout)
+        try:
+            self._socket.sendall(data)
+        except OSError as error:
+            raise self._unreachable(f"does not take commands: {error}") from error
+
+    def _receive(self, deadline: float) -> dict[str, Any]:
+        # One message: QEMU ends each with a newline and has none inside.
+        while (end := self._buffer.find(b"\n")) < 0:
+            if len(self._buffer) > _MESSAGE_LIMIT:
+                raise self._unreachable("sends without end")
+            self._buffer += self._some_bytes(deadline)
+        line = bytes(self._buffer[:end])
+        del self._buffer[: end + 1]
+        try:
+            message = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise self._unreachable("does not speak QMP") from error
+        if not isinstance(message, dict):
+            raise self._unreachable("does not speak QMP")
+        return message
+
+    def _some_bytes(self, deadline: float) -> bytes:
+        try:
+            left = deadline - time.monotonic()
+            if left <= 0:  # a peer that sends a byte now and then must not hold us
+                raise TimeoutError
+            self._socket.settimeout(left)
+            data = self._socket.recv(1 << 16)
+        except TimeoutError as error:
+            raise self._unreachable(f"gave no answer within {self._timeout:g} s") from error
+        except OSError as error:
+            raise self._unreachable(f"broke the connection: {error}") from error
+        if not data:
+            raise self._unreachable("closed the connection")
+        return data
+
+    def _unreachable(self, what: str) -> VmUnreachable:
+        return VmUnreachable(f"the VM at {self._name} {what}", _HINT)

@@ -1,0 +1,51 @@
+"""What is missing or fails on the host is said in one line."""
+
+import os
+
+import pytest
+
+from ovr.errors import LabError
+from ovr.lab import tools
+from ovr.lab.tools import mmdebstrap, need_tool, run_tool
+
+
+def test_missing_tool_says_what_to_type(monkeypatch):
+    monkeypatch.setenv("PATH", os.devnull)
+    with pytest.raises(LabError, match="no-such-tool is not installed") as caught:
+        need_tool("no-such-tool", "its-package")
+    assert caught.value.hint == "apt-get install its-package"
+    assert need_tool("mke2fs", "e2fsprogs").endswith("sbin/mke2fs")
+
+
+def test_failing_tool_gives_its_last_word(tmp_path):
+    run_tool(["/bin/true"])
+    with pytest.raises(LabError, match="sh failed: two$"):
+        run_tool(["/bin/sh", "-c", "echo one >&2; echo two >&2; exit 1"])
+    with pytest.raises(LabError, match="sh failed: E: it$"):
+        run_tool(["/bin/sh", "-c", "echo E: it; echo I: cleaning up; exit 1"])
+    with pytest.raises(LabError, match="false failed: no message"):
+        run_tool(["/bin/false"])
+    with pytest.raises(LabError, match="cannot be run"):
+        run_tool([str(tmp_path / "none")])
+
+
+def fake_program(path, script=""):
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+
+
+def test_mmdebstrap_for_who_is_not_root(tmp_path, monkeypatch):
+    monkeypatch.setattr(tools.os, "geteuid", lambda: 1000)
+    monkeypatch.setattr(
+        tools.shutil, "which",
+        lambda name, path=None: str(tmp_path / name) if (tmp_path / name).exists() else None,
+    )  # fmt: skip
+    fake_program(tmp_path / "mmdebstrap", 'printf "%s\\n" "$@" > "$0.args"')
+    with pytest.raises(LabError, match="newuidmap is not installed") as caught:
+        mmdebstrap("trixie", "minbase", ["criu"], tmp_path / "tar")
+    assert caught.value.hint == "apt-get install uidmap"
+    fake_program(tmp_path / "newuidmap")
+    mmdebstrap("trixie", "minbase", ["criu", "perl"], tmp_path / "tar")
+    words = (tmp_path / "mmdebstrap.args").read_text().splitlines()
+    assert words[-2:] == ["trixie", str(tmp_path / "tar")]
+    assert {"--variant=minbase", "--format=tar", "--include=criu,perl"} <= set(words)
