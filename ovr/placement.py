@@ -59,8 +59,11 @@ _TEXTS: Final = {
     Reason.ANCHOR: "CRIU cannot restore a task without any page of its own",
 }
 
-PLACED = np.dtype([("start", "<u8"), ("size", "<u8"), ("offset", "<i8"), ("reason", "<u1")])
-"""A run of pages: GVA and size in bytes, position in the pages image, a `Reason`."""
+PLACED = np.dtype(
+    [("start", "<u8"), ("size", "<u8"), ("offset", "<i8"), ("level", "<u4"), ("reason", "<u1")]
+)
+"""A run of pages: GVA and size in bytes, position in the pages image of that level (0: the image
+set's own, 1: its parent's, …), a `Reason`."""
 
 # More runs than this in one area would mean as many entries in mm.img and as many madvise calls.
 # The largest go outside; what is left is small.
@@ -82,8 +85,8 @@ def place(
     """Return the `PLACED` runs of one task, sorted by address.
 
     Args:
-        pagemap: entries ``(vaddr, nr_pages, flags, offset)``, sorted, all with data in the image.
-        areas: the task's VMAs, sorted; every entry lies inside of them.
+        pagemap: entries of dtype `images.PAGEMAP_DTYPE`, sorted, all with data in an image.
+        areas: the task's private VMAs, sorted; every entry lies inside of them.
         late: GVAs whose pages are touched after the copy.
     """
     late_pages = np.unique(np.array([gva & -PAGE_SIZE for gva in late], dtype="<u8"))
@@ -112,6 +115,7 @@ def _cut(pagemap: NDArray[np.void], borders: NDArray[np.uint64]) -> NDArray[np.v
     runs = np.zeros(len(entry), dtype=PLACED)
     runs["start"] = cut_start
     runs["size"] = cut_end - cut_start
+    runs["level"] = pagemap["level"][entry]
     runs["offset"] = pagemap["offset"][entry] + (cut_start - start[entry]).astype("<i8")
     return runs
 
@@ -127,6 +131,7 @@ def _join(
     new[1:] = (
         (runs["start"][1:] != end[:-1])
         | (runs["offset"][1:] != runs["offset"][:-1] + runs["size"][:-1].astype("<i8"))
+        | (runs["level"][1:] != runs["level"][:-1])
         | (runs["reason"][1:] != runs["reason"][:-1])
         | (owner[1:] != owner[:-1])
     )
@@ -136,9 +141,7 @@ def _join(
     return joined, owner[firsts]
 
 
-def _spare_the_fragmented(
-    runs: NDArray[np.void], owner: NDArray[np.intp]
-) -> NDArray[np.void]:
+def _spare_the_fragmented(runs: NDArray[np.void], owner: NDArray[np.intp]) -> NDArray[np.void]:
     outside = np.flatnonzero(runs["reason"] == Reason.OUTSIDE)
     # Rank the outside runs of each area by size, largest first.
     order = outside[np.lexsort((-runs["size"][outside].astype("<i8"), owner[outside]))]

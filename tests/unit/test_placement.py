@@ -7,18 +7,18 @@ from hypothesis import strategies as st
 
 from ovr import placement
 from ovr.addresses import PAGE_SIZE
+from ovr.images.pagemap import PAGEMAP_DTYPE
 from ovr.placement import Area, Reason, place
 
-ENTRY = np.dtype([("vaddr", "<u8"), ("nr_pages", "<u8"), ("flags", "<u4"), ("offset", "<i8")])
 BASE = 0x7000_0000_0000
 
 
 def pagemap(*entries):
     rows, offset = [], 0
     for page, count in entries:
-        rows.append((BASE + page * PAGE_SIZE, count, 4, offset))
+        rows.append((BASE + page * PAGE_SIZE, count, 4, 0, offset))
         offset += count * PAGE_SIZE
-    return np.array(rows, dtype=ENTRY)
+    return np.array(rows, dtype=PAGEMAP_DTYPE)
 
 
 def area(first, last, reason=Reason.OUTSIDE):
@@ -28,7 +28,7 @@ def area(first, last, reason=Reason.OUTSIDE):
 def pages_of(runs):
     return {
         start + n * PAGE_SIZE: (offset + n * PAGE_SIZE, Reason(reason))
-        for start, size, offset, reason in runs.tolist()
+        for start, size, offset, _, reason in runs.tolist()
         for n in range(size // PAGE_SIZE)
     }
 
@@ -36,8 +36,8 @@ def pages_of(runs):
 def test_an_entry_across_two_areas_is_cut():
     runs = place(pagemap((0, 10)), [area(0, 4), area(4, 10, Reason.STACK)], [])
     assert runs.tolist() == [
-        (BASE, 4 * PAGE_SIZE, 0, Reason.OUTSIDE),
-        (BASE + 4 * PAGE_SIZE, 6 * PAGE_SIZE, 4 * PAGE_SIZE, Reason.STACK),
+        (BASE, 4 * PAGE_SIZE, 0, 0, Reason.OUTSIDE),
+        (BASE + 4 * PAGE_SIZE, 6 * PAGE_SIZE, 4 * PAGE_SIZE, 0, Reason.STACK),
     ]
 
 
@@ -45,17 +45,19 @@ def test_late_pages_stay_inside():
     late = BASE + 5 * PAGE_SIZE + 77
     runs = place(pagemap((0, 10)), [area(0, 10)], [late, late + 1, BASE - 1])
     assert [(int(r["size"]) // PAGE_SIZE, Reason(r["reason"])) for r in runs] == [
-        (5, Reason.OUTSIDE), (1, Reason.LATE), (4, Reason.OUTSIDE),
+        (5, Reason.OUTSIDE),
+        (1, Reason.LATE),
+        (4, Reason.OUTSIDE),
     ]
 
 
 def test_something_always_stays_inside():
     runs = place(pagemap((0, 10), (20, 2)), [area(0, 10), area(20, 22)], [])
     inside = runs[runs["reason"] != Reason.OUTSIDE]
-    assert inside.tolist() == [(BASE + 20 * PAGE_SIZE, PAGE_SIZE, 10 * PAGE_SIZE, Reason.ANCHOR)]
+    assert inside.tolist() == [(BASE + 20 * PAGE_SIZE, PAGE_SIZE, 10 * PAGE_SIZE, 0, Reason.ANCHOR)]
     assert int(runs["size"].sum()) == 12 * PAGE_SIZE
     assert place(pagemap((3, 1)), [area(0, 10)], []).tolist() == [
-        (BASE + 3 * PAGE_SIZE, PAGE_SIZE, 0, Reason.ANCHOR)
+        (BASE + 3 * PAGE_SIZE, PAGE_SIZE, 0, 0, Reason.ANCHOR)
     ]
 
 
@@ -66,11 +68,13 @@ def test_a_task_without_pages():
 
 def test_the_largest_runs_of_an_area_go_outside(monkeypatch):
     monkeypatch.setattr(placement, "_MAX_RUNS_PER_AREA", 2)
-    runs = place(
-        pagemap((0, 1), (2, 3), (6, 2), (9, 1), (20, 1)), [area(0, 15), area(15, 30)], []
-    )
+    runs = place(pagemap((0, 1), (2, 3), (6, 2), (9, 1), (20, 1)), [area(0, 15), area(15, 30)], [])
     assert [Reason(r) for r in runs["reason"]] == [
-        Reason.FRAGMENTED, Reason.OUTSIDE, Reason.OUTSIDE, Reason.FRAGMENTED, Reason.OUTSIDE,
+        Reason.FRAGMENTED,
+        Reason.OUTSIDE,
+        Reason.OUTSIDE,
+        Reason.FRAGMENTED,
+        Reason.OUTSIDE,
     ]
 
 
@@ -102,7 +106,7 @@ def test_place_agrees_with_a_page_by_page_model(task):
     table = pagemap(*entries)
     runs = place(table, areas, late)
     expected = {}
-    for vaddr, count, _, offset in table.tolist():
+    for vaddr, count, _, _, offset in table.tolist():
         for n in range(count):
             page = vaddr + n * PAGE_SIZE
             [owner] = [a for a in areas if a.start <= page < a.end]

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parent / "images" / "data"
 SUITES = ("bookworm", "trixie", "forky")
 
 

@@ -1,0 +1,47 @@
+# Each of demo, test and bench does all of its own set-up, on a fresh Debian machine too.
+
+PYTHON ?= python3
+BIN := .venv/bin
+PACKAGES := gcc libc6-dev python3-dev python3-venv qemu-system-x86 qemu-system-common \
+	mmdebstrap e2fsprogs cpio zstd xz-utils util-linux debian-archive-keyring
+C_SOURCES := $(wildcard ovr/guest/*.c ovr/lab/*.c)
+
+.PHONY: demo test bench lint unit vm setup packages clean
+
+demo: setup
+	$(BIN)/python -m ovr demo $(DEMO)
+
+test: lint unit vm
+
+bench: setup
+	$(BIN)/python -m pytest bench --benchmark-only $(BENCH)
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	PATH=$(BIN):$$PATH cython-lint ovr/_fastcopy.pyx
+	$(BIN)/python -m mypy.stubtest ovr._fastcopy --ignore-disjoint-bases
+
+unit: setup
+	$(BIN)/python -m pytest tests/unit -q $(PYTEST)
+
+vm: setup
+	$(BIN)/python -m pytest tests/vm -v -rs $(PYTEST)
+
+setup: packages .venv/ready
+
+packages:
+	@missing=$$(for p in $(PACKAGES); do dpkg-query -W -f '$${db:Status-Abbrev}' $$p 2>/dev/null \
+		| grep -q '^ii' || echo $$p; done); \
+	[ -z "$$missing" ] || { sudo=$$([ $$(id -u) = 0 ] || echo sudo); set -x; \
+		$$sudo apt-get update -q && $$sudo apt-get install -qy --no-install-recommends $$missing; }
+
+.venv/ready: pyproject.toml setup.py ovr/_fastcopy.pyx
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install -q --upgrade pip
+	$(BIN)/pip install -q --group dev
+	$(BIN)/pip install -q --no-build-isolation --editable .
+	touch $@
+
+clean:
+	rm -rf .venv build ovr/_fastcopy.c ovr/*.so *.egg-info

@@ -1,0 +1,60 @@
+"""The Python interface, for scripts that wrap CRIU.
+
+::
+
+    import ovr
+    with ovr.attach("qmp:/run/vm/qmp.sock") as vm:
+        report = vm.restore("images/", agent="vsock:3")
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from ovr.report import Report, Stopwatch
+from ovr.restore import restore
+from ovr.vm.attach import AttachedVm
+
+__all__ = ["Vm", "attach"]
+
+
+class Vm(AttachedVm):
+    """A VM that can be restored into; a context manager. Made by `attach`."""
+
+    def __init__(self, spec: str) -> None:
+        self._watch = Stopwatch()
+        with self._watch("attach"):
+            super().__init__(spec, writable=True)
+
+    def restore(
+        self,
+        images: str | Path,
+        *,
+        agent: str | None = None,
+        outside: Sequence[str] = ("all",),
+        verify: str = "sample",
+        criu_options: Sequence[str] = (),
+    ) -> Report:
+        """Restore what ``criu dump -D`` wrote and let it run; see `ovr.restore.restore`.
+
+        Raises:
+            OvrError: what went wrong. The tree was killed, the VM runs on, the images are as they
+                were.
+        """
+        watch, self._watch = self._watch, Stopwatch()
+        return restore(
+            self, Path(images), agent=agent, outside=outside, verify=verify,
+            criu_options=criu_options, watch=watch,
+        )  # fmt: skip
+
+
+def attach(spec: str) -> Vm:
+    """Attach to a running VM for restoring.
+
+    Args:
+        spec: ``qmp:PATH``, ``pid:N`` or ``lab:NAME``.
+
+    Raises:
+        VmUnreachable: no such VM.
+        CheckFailed: it cannot be restored into.
+    """
+    return Vm(spec)

@@ -1,0 +1,65 @@
+"""The command line: ``python -m ovr COMMAND …``, one module a command.
+
+Results go to stdout, everything else to stderr. An `OvrError` becomes one line and its exit code;
+with ``--json`` it is also an object on stdout.
+"""
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from typing import Final
+
+from ovr.cli import check, demo, lab, output, plan, ps, restore
+from ovr.errors import OvrError
+
+__all__ = ["main"]
+
+_COMMANDS: Final = (restore, plan, ps, check, lab, demo)
+
+_EPILOG: Final = """\
+VM is qmp:PATH (a QMP socket), pid:N (a QEMU process) or lab:NAME.
+ADDR is vsock:CID[:PORT], unix:PATH[:PORT] or serial:PATH; lab VMs know their own.
+
+exit codes:
+  0 done   1 failed, tree killed, VM unharmed   2 usage   3 VM or agent not reachable
+  4 check says no   5 images hold what cannot be restored   6 images damaged
+  7 verify mismatch
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    options = _parser().parse_args(arguments)
+    _log_to_stderr(options.verbose)
+    try:
+        code: int = options.run(options)
+    except OvrError as error:
+        output.error(error, as_json=options.json)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("ovr: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        return 141
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="ovr",
+        description="Restore checkpointed processes into a running QEMU VM, from outside the VM.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    for command in _COMMANDS:
+        command.add(commands)
+    return parser
+
+
+def _log_to_stderr(verbosity: int) -> None:
+    level = (logging.WARNING, logging.INFO, logging.DEBUG)[min(verbosity, 2)]
+    logging.basicConfig(
+        stream=sys.stderr, level=level, format="(%(relativeCreated)010.3f) %(name)s: %(message)s"
+    )

@@ -1,0 +1,95 @@
+"""``ovr check``: can this VM be restored into? What is missing, and how to get it."""
+
+import argparse
+import platform
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ovr.cli.output import common, document, size
+from ovr.errors import OvrError
+from ovr.kernel import Kernel
+from ovr.ram import GuestRam
+from ovr.vm.agent import Agent
+from ovr.vm.find import find_vm
+from ovr.vm.memory_map import guest_slots, refusals
+from ovr.vm.qmp import Qmp
+
+__all__ = ["add"]
+
+
+@dataclass(frozen=True)
+class Item:
+    """One thing that must be so; `fix` says what to do if it is not."""
+
+    what: str
+    ok: bool
+    found: str
+    fix: str = ""
+
+
+def add(commands: Any) -> None:
+    """Add the command to the parser."""
+    parser = commands.add_parser("check", help="say whether a VM can be restored into")
+    parser.add_argument("--vm", required=True, metavar="VM")
+    parser.add_argument("--agent", metavar="ADDR", help="where the guest's agent listens")
+    common(parser)
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Check one thing after the other, as far as what was found carries."""
+    address = find_vm(options.vm)
+    with ExitStack() as stack:
+        qmp = stack.enter_context(Qmp.connect(address.qmp))
+        items = [*_vm(qmp, stack), _agent(options.agent or address.agent)]
+    ok = all(item.ok for item in items)
+    if options.json:
+        document("ovr.check/1", {"ok": ok, "items": [asdict(item) for item in items]})
+    else:
+        for item in items:
+            cure = f"  → {item.fix}" if item.fix else ""
+            print(f"{'ok  ' if item.ok else 'FAIL'}  {item.what:<16} {item.found}{cure}")
+        print("Looks good." if ok else "Does not look good.")
+    return 0 if ok else 4
+
+
+def _vm(qmp: Qmp, stack: ExitStack) -> Iterator[Item]:
+    version = qmp.execute("query-version")["qemu"]
+    yield Item("QMP", True, f"QEMU {version['major']}.{version['minor']}.{version['micro']}")
+    yield Item("host", platform.machine() == "x86_64", platform.machine())
+    reasons = refusals(qmp)
+    for reason in reasons:
+        yield Item("VM state", False, str(reason), reason.hint)
+    if not reasons:
+        yield Item("VM state", qmp.status() == "running", qmp.status())
+    what = "guest RAM"
+    try:
+        ram = stack.enter_context(GuestRam(guest_slots(qmp), writable=True))
+        files = {slot.path for slot in ram.slots}
+        yield Item(what, True, f"{size(ram.size)} in {len(files)} shared files")
+        what = "guest kernel"
+        yield from _kernel(Kernel.find(ram))
+    except OvrError as error:
+        yield Item(what, False, str(error), error.hint)
+
+
+def _kernel(kernel: Kernel) -> Iterator[Item]:
+    yield Item("guest kernel", True, f"{kernel.release}, {kernel.space.levels}-level paging")
+    frames = kernel.frames
+    mask = f"PG_anon_exclusive is {frames.exclusive:#x}"
+    yield Item("struct page", True, f"{frames.stride} bytes, {mask}")
+
+
+def _agent(address: str | None) -> Item:
+    if address is None:
+        return Item("agent", False, "nobody said where it is", "give --agent ADDR")
+    try:
+        with Agent.connect(address) as agent:
+            hello = agent.hello
+    except OvrError as error:
+        return Item("agent", False, str(error), error.hint)
+    if hello.criu is None:
+        return Item("agent", False, "the guest has no CRIU", "apt-get install criu, in the guest")
+    return Item("agent", True, f"version {hello.agent}, CRIU {hello.criu}, at {address}")

@@ -1,0 +1,53 @@
+"""``ovr demo``: the main job on lab VMs, end to end."""
+
+import argparse
+import shutil
+from typing import Any
+
+from ovr import demo
+from ovr.cli.output import common, document, size
+from ovr.lab.image import SUITES
+from ovr.lab.ram import memory_size
+from ovr.restore import VERIFY_MODES
+
+__all__ = ["add"]
+
+
+def add(commands: Any) -> None:
+    """Add the command to the parser."""
+    parser = commands.add_parser(
+        "demo", help="dump a process in one lab VM, restore it into another from outside"
+    )
+    parser.add_argument("--size", default="1G", metavar="SIZE", help="its memory (1G)")
+    parser.add_argument("--memory", default="4G", metavar="SIZE", help="RAM of each VM (4G)")
+    parser.add_argument("--umask", default="0137", type=lambda text: int(text, 8), metavar="OCTAL")
+    parser.add_argument("--suite", choices=sorted(SUITES), default="trixie")
+    parser.add_argument("--accel", choices=("auto", "kvm", "tcg"), default="auto")
+    parser.add_argument("--verify", choices=VERIFY_MODES, default="sample")
+    common(parser)
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run the demo and say what came out."""
+    outcome = demo.run(
+        size=memory_size(options.size), memory=options.memory, umask=options.umask,
+        suite=options.suite, accel=options.accel, verify=options.verify,
+    )  # fmt: skip
+    if options.json:
+        document("ovr.demo/1", outcome.as_json())
+        return 0
+    report, answer = outcome.report, outcome.answer
+    print(f"The process answers from VM B: {answer.words} words checked, {answer.wrong} wrong,")
+    print(f"umask {answer.umask}.")
+    share = report.bytes_outside / report.bytes_total
+    print(f"Written from outside: {size(report.bytes_outside)} ({share:.2%}), at")
+    print(f"{report.copy_gb_per_s:.1f} GB/s; left to CRIU: {size(report.bytes_inside)}.")
+    for phase, seconds in report.seconds.items():
+        print(f"  {phase:<9}{seconds:8.3f} s  {'█' * _bar(seconds, report.seconds['total'])}")
+    return 0
+
+
+def _bar(seconds: float, total: float) -> int:
+    width = min(shutil.get_terminal_size().columns, 80) - 30
+    return round(width * seconds / total) if total else 0

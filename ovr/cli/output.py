@@ -1,0 +1,64 @@
+"""What all commands share: the common options, results on stdout, errors on stderr."""
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ovr.errors import OvrError
+
+__all__ = ["common", "document", "error", "size", "table"]
+
+
+def common(parser: argparse.ArgumentParser) -> None:
+    """Add the options that every command has."""
+    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
+    parser.add_argument(
+        "-v", dest="verbose", action="count", default=0, help="say more on stderr (-vv: all)"
+    )
+
+
+def document(schema: str, fields: Mapping[str, Any]) -> None:
+    """Print a JSON object with its ``schema``."""
+    print(json.dumps({"schema": schema, **fields}))
+
+
+def error(problem: OvrError, *, as_json: bool) -> None:
+    """Report `problem` in one line; with `as_json` also as an object on stdout."""
+    cure = f" ({problem.hint})" if problem.hint else ""
+    print(f"ovr: {_one_line(str(problem))}{_one_line(cure)}", file=sys.stderr)
+    if as_json:
+        document(
+            "ovr.error/1",
+            {
+                "kind": problem.kind,
+                "message": str(problem),
+                "hint": problem.hint,
+                "exit_code": problem.exit_code,
+            },
+        )
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """Print left-aligned columns, as ps(1) does."""
+    cells = [[str(cell) for cell in row] for row in (head, *rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
+    for row in cells:
+        columns = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        print("  ".join(columns).rstrip())
+
+
+def size(count: int) -> str:
+    """Say a number of bytes the way people do: ``1.5 GiB``."""
+    value = float(count)
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if value < 1024 or unit == "TiB":
+            break
+        value /= 1024
+    return f"{count} B" if unit == "B" else f"{value:.1f} {unit}"
+
+
+def _one_line(text: str) -> str:
+    # Messages may quote the guest: keep its control characters off the terminal.
+    return "".join(char if char.isprintable() else "?" for char in text.replace("\n", " "))

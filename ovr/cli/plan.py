@@ -1,0 +1,96 @@
+"""``ovr plan``: what would go where, and why."""
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ovr.cli.output import common, document, size, table
+from ovr.images import ImageSet
+from ovr.placement import Reason
+from ovr.plan import Plan, TaskPlan, make_plan
+from ovr.vm.attach import AttachedVm
+
+__all__ = ["add", "add_outside", "show"]
+
+
+def add(commands: Any) -> None:
+    """Add the command to the parser."""
+    parser = commands.add_parser("plan", help="show what would be restored where, and why")
+    parser.add_argument("-D", "--images-dir", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--vm", metavar="VM", help="also check that this VM can be reached")
+    add_outside(parser)
+    common(parser)
+    parser.set_defaults(run=run)
+
+
+def add_outside(parser: argparse.ArgumentParser) -> None:
+    """Add ``--outside``, which `plan` and `restore` share."""
+    parser.add_argument(
+        "--outside", default="all", metavar="KIND,…", type=lambda text: tuple(text.split(",")),
+        help="kinds of state to write from outside: memory, umask, … or all (the default)",
+    )  # fmt: skip
+
+
+def run(options: argparse.Namespace) -> int:
+    """Show the plan."""
+    if options.vm:
+        with AttachedVm(options.vm):
+            pass
+    with ImageSet.open(options.images_dir) as images:
+        show(make_plan(images, options.outside), options)
+    return 0
+
+
+def show(plan: Plan, options: argparse.Namespace) -> None:
+    """Print a plan, in full with ``-v`` or ``--json``."""
+    if options.json:
+        document("ovr.plan/1", _fields(plan))
+        return
+    share = plan.bytes_outside / plan.bytes_total if plan.bytes_total else 0
+    print(f"outside: {size(plan.bytes_outside)} of {size(plan.bytes_total)} ({share:.2%})")
+    print(f"states outside: {', '.join(plan.states) or 'none'}")
+    for task in plan.tasks:
+        print(f"\npid {task.task.pid} {task.task.comm!r}, {len(task.task.threads)} threads")
+        for name, value in task.values.items():
+            print(f"  outside  {name} = {value}")
+        for reason, count in sorted(task.by_reason().items()):
+            print(f"  {_where(reason):<8} {size(count):>10}  {reason.text}")
+        if options.verbose:
+            rows = [(hex(r["start"]), hex(r["end"]), r["where"], r["reason"]) for r in _runs(task)]
+            table(("START", "END", "WHERE", "REASON"), rows)
+
+
+def _fields(plan: Plan) -> dict[str, Any]:
+    return {
+        "bytes_total": plan.bytes_total,
+        "bytes_outside": plan.bytes_outside,
+        "bytes_inside": plan.bytes_total - plan.bytes_outside,
+        "states": list(plan.states),
+        "tasks": [
+            {
+                "pid": task.task.pid,
+                "comm": task.task.comm,
+                "threads": list(task.task.threads),
+                "values": dict(task.values),
+                "runs": list(_runs(task)),
+            }
+            for task in plan.tasks
+        ],
+    }
+
+
+def _runs(task: TaskPlan) -> Iterator[dict[str, Any]]:
+    for start, length, _, _, code in task.runs.tolist():
+        reason = Reason(code)
+        yield {
+            "start": start,
+            "end": start + length,
+            "where": _where(reason),
+            "reason": reason.name.lower(),
+            "text": reason.text,
+        }
+
+
+def _where(reason: Reason) -> str:
+    return "outside" if reason == Reason.OUTSIDE else "inside"

@@ -1,0 +1,46 @@
+"""``ovr ps``: the guest's processes, read from outside."""
+
+import argparse
+from typing import Any
+
+from ovr.cli.output import common, document, table
+from ovr.kernel import Process, processes
+from ovr.vm.attach import AttachedVm
+
+__all__ = ["add"]
+
+
+def add(commands: Any) -> None:
+    """Add the command to the parser."""
+    parser = commands.add_parser("ps", help="show the guest's processes, read from outside")
+    parser.add_argument("--vm", required=True, metavar="VM")
+    common(parser)
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """List every process once; kernel threads are in brackets, as ps(1) has them."""
+    with AttachedVm(options.vm) as vm:
+        release, found = vm.kernel.release, processes(vm.kernel)
+    if options.json:
+        document("ovr.ps/1", {"kernel": release, "processes": [_fields(one) for one in found]})
+        return 0
+    table(
+        ("PID", "PPID", "S", "THREADS", "NAME"),
+        [
+            (one.pid, one.ppid, one.state, one.threads, f"[{one.comm}]" if one.kernel else one.comm)
+            for one in found
+        ],
+    )
+    return 0
+
+
+def _fields(process: Process) -> dict[str, Any]:
+    return {
+        "pid": process.pid,
+        "ppid": process.ppid,
+        "threads": list(process.tids),
+        "state": process.state,
+        "name": process.comm,
+        "kernel": process.kernel,
+    }

@@ -1,0 +1,80 @@
+"""What a restore did and how long each phase took."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+__all__ = ["Report", "Stopwatch"]
+
+
+class Stopwatch:
+    """Seconds by phase, in the order in which the phases began."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._start = time.perf_counter()
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        """Measure the body of the ``with`` as `phase`."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.add(phase, time.perf_counter() - start)
+
+    def add(self, phase: str, seconds: float) -> None:
+        """Add to what `phase` took."""
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
+
+    def total(self) -> float:
+        """Return the seconds since the stopwatch was made."""
+        return time.perf_counter() - self._start
+
+
+@dataclass
+class Report:
+    """One restore. Bytes are page bytes of all tasks; times are seconds.
+
+    Attributes:
+        pid: the root task's pid, as the guest's agent sees it.
+        tasks: how many tasks have been restored, threads not counted.
+        states: the kinds of state written from outside.
+        verified: ``none``, ``sample`` or ``full``.
+        held: what the VM was held for: ``count``, ``seconds`` in all, ``longest``.
+    """
+
+    pid: int = 0
+    tasks: int = 0
+    states: tuple[str, ...] = ()
+    bytes_total: int = 0
+    bytes_outside: int = 0
+    bytes_inside: int = 0
+    verified: str = "none"
+    bytes_verified: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+    held: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def copy_gb_per_s(self) -> float:
+        """Bytes written outside by the seconds of the whole memory phase, in 10^9 bytes."""
+        spent = self.seconds.get("memory", 0.0)
+        return self.bytes_outside / spent / 1e9 if spent else 0.0
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the fields of ``ovr.restore/1``."""
+        return {
+            "pid": self.pid,
+            "tasks": self.tasks,
+            "states": list(self.states),
+            "bytes_total": self.bytes_total,
+            "bytes_outside": self.bytes_outside,
+            "bytes_inside": self.bytes_inside,
+            "verify": self.verified,
+            "bytes_verified": self.bytes_verified,
+            "seconds": {name: round(value, 6) for name, value in self.seconds.items()},
+            "held": {name: round(value, 6) for name, value in self.held.items()},
+            "copy_gb_per_s": round(self.copy_gb_per_s, 3),
+        }

@@ -1,0 +1,213 @@
+"""One restore, step by step: docs/architecture.md, section 1, as code."""
+
+import logging
+import mmap
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from ovr.errors import AgentUnreachable, OvrError, PidTaken, RestoreFailed, VerifyMismatch
+from ovr.images import ImageSet, image_chunks
+from ovr.kernel import find_task, is_traced, mm_space
+from ovr.plan import Plan, TaskPlan, make_plan
+from ovr.report import Report, Stopwatch
+from ovr.state import KINDS
+from ovr.state.memory import Copier, TaskMemory
+from ovr.vm.agent import Agent, Skeleton
+from ovr.vm.attach import AttachedVm
+from ovr.vm.hold import Holder
+from ovr.vm.memory_map import refusals
+
+__all__ = ["VERIFY_MODES", "restore"]
+
+VERIFY_MODES: Final = ("none", "sample", "full")
+
+log = logging.getLogger("ovr.restore")
+
+
+@dataclass(frozen=True)
+class _Restoree:
+    """A task of the plan, found in the guest; `task` is its ``task_struct``."""
+
+    plan: TaskPlan
+    task: Any
+    memory: tuple[TaskMemory, ...]
+
+
+def restore(
+    vm: AttachedVm,
+    images: Path,
+    *,
+    agent: str | None = None,
+    outside: Sequence[str] = ("all",),
+    verify: str = "sample",
+    criu_options: Sequence[str] = (),
+    watch: Stopwatch | None = None,
+) -> Report:
+    """Restore the images into the VM and let the tree run.
+
+    Args:
+        vm: attached writable.
+        images: a directory that ``criu dump -D`` wrote; it is only read.
+        agent: the agent's address; lab VMs know their own.
+        outside: the kinds of state to write from outside, or ``all``.
+        verify: read back none of the memory, a ``sample``, or all (``full``).
+        criu_options: further options for the guest's ``criu restore``.
+        watch: goes on counting where attaching left off.
+
+    Raises:
+        OvrError: what went wrong; whatever was built in the guest is gone, the VM runs on.
+    """
+    watch = watch or Stopwatch()
+    with ExitStack() as stack:
+        with watch("plan"):
+            image_set = stack.enter_context(ImageSet.open(images))
+            plan = make_plan(image_set, outside)
+            inside = {name: image_chunks(image) for name, image in plan.inside_images().items()}
+        _refuse(vm, plan)
+        link = stack.enter_context(Agent.connect(_address(vm, agent)))
+        with watch("skeleton"):
+            skeleton = link.begin(inside, criu_options=criu_options)
+        log.info("skeleton stands: pid %d, %d threads", skeleton.root_pid, len(skeleton.tasks))
+        with _killed_on_error(link), link.keep_alive():
+            copier = stack.enter_context(_copier(vm))
+            tree = _find_tree(vm, skeleton, plan, stack)
+            with watch("memory"):
+                _write_memory(copier, tree)
+            with watch("state"):
+                _write_states(tree)
+            with watch("verify"):
+                _verify_states(tree)
+                compared = _verify_memory(copier, tree, verify)
+        with watch("commit"):
+            root = link.go()
+        watch.seconds["total"] = watch.total()
+        return Report(
+            pid=root.pid,
+            tasks=len(tree),
+            states=plan.states,
+            bytes_total=plan.bytes_total,
+            bytes_outside=plan.bytes_outside,
+            bytes_inside=plan.bytes_total - plan.bytes_outside,
+            verified=verify,
+            bytes_verified=compared,
+            seconds=watch.seconds,
+            held=copier.holder.as_json(),
+        )
+
+
+def _address(vm: AttachedVm, agent: str | None) -> str:
+    address = agent or vm.address.agent
+    if address is None:
+        raise AgentUnreachable(
+            f"nobody said where the agent of {vm.address.spec} is", "give --agent ADDR"
+        )
+    return address
+
+
+def _refuse(vm: AttachedVm, plan: Plan) -> None:
+    for reason in refusals(vm.qmp):
+        raise reason
+    # CRIU would find a taken pid too, but only after it has built half of a tree. A tree whose
+    # root is pid 1 brings a pid namespace of its own, where nothing is taken.
+    tasks = plan.images.tasks
+    if tasks[0].pid == 1:
+        return
+    for tid in (tid for task in tasks for tid in task.threads):
+        if taken := find_task(vm.kernel, tid):
+            raise PidTaken(
+                f"pid {tid} is taken in the guest by {taken.comm!r}",
+                "end that process and restore again; images can only come back with their pids",
+            )
+
+
+@contextmanager
+def _killed_on_error(link: Agent) -> Iterator[None]:
+    # Nothing half-restored ever runs: whatever happens before the commit, the tree goes.
+    try:
+        yield
+    except BaseException:
+        try:
+            link.abort()
+        except OvrError as error:
+            # The link is broken; the agent sees that too, and kills the tree by itself.
+            log.warning("the agent does not confirm the abort: %s", error)
+        raise
+
+
+@contextmanager
+def _copier(vm: AttachedVm) -> Iterator[Copier]:
+    threads = min(len(os.sched_getaffinity(0)), 8)
+    with Holder(vm.qmp) as holder, ThreadPoolExecutor(threads) as pool:
+        yield Copier(holder, vm.kernel.frames, pool, threads)
+
+
+def _find_tree(
+    vm: AttachedVm, skeleton: Skeleton, plan: Plan, stack: ExitStack
+) -> tuple[_Restoree, ...]:
+    root = find_task(vm.kernel, skeleton.root_pid)
+    found = []
+    for task_plan in plan.tasks:
+        pid = task_plan.task.pid
+        task = find_task(vm.kernel, pid, namespace_of=root) if root else None
+        if not (task and task.mm and is_traced(task)):
+            raise RestoreFailed(
+                f"the agent says that the skeleton stands, but pid {pid} is not there, stopped",
+                "is this agent in the VM that --vm names?",
+            )
+        space = mm_space(vm.kernel, task.mm)
+        memory = tuple(
+            TaskMemory(pid, space, pieces, *_source(task_plan, level, stack))
+            for level, pieces in task_plan.pieces.items()
+        )
+        found.append(_Restoree(task_plan, task, memory))
+    return tuple(found)
+
+
+def _source(plan: TaskPlan, level: int, stack: ExitStack) -> tuple[memoryview, str]:
+    memory = plan.task.memory
+    assert memory is not None
+    fd = memory.open(level)
+    stack.callback(os.close, fd)
+    pages = stack.enter_context(mmap.mmap(fd, 0, access=mmap.ACCESS_READ))
+    view = memoryview(pages)
+    stack.callback(view.release)
+    return view, memory.pages_name
+
+
+def _write_memory(copier: Copier, tree: Sequence[_Restoree]) -> None:
+    for restoree in tree:
+        for memory in restoree.memory:
+            copier.write(memory)
+
+
+def _write_states(tree: Sequence[_Restoree]) -> None:
+    for restoree in tree:
+        for kind in KINDS:
+            if kind.name in restoree.plan.values:
+                kind.write(restoree.task, restoree.plan.values[kind.name])
+
+
+def _verify_states(tree: Sequence[_Restoree]) -> None:
+    for restoree in tree:
+        for kind in KINDS:
+            wanted = restoree.plan.values.get(kind.name)
+            if wanted is not None and (got := kind.read(restoree.task)) != wanted:
+                raise VerifyMismatch(
+                    f"pid {restoree.plan.task.pid}: {kind.name} is {got!r} instead of {wanted!r}",
+                    "restore again; if it happens again, report it",
+                )
+
+
+def _verify_memory(copier: Copier, tree: Sequence[_Restoree], mode: str) -> int:
+    if mode == "none":
+        return 0
+    return sum(
+        copier.verify(memory, full=mode == "full")
+        for restoree in tree
+        for memory in restoree.memory
+    )

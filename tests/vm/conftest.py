@@ -1,0 +1,122 @@
+"""Lab VMs, booted once a session and shared; their consoles are shown when a test fails."""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from ovr import demo, lab
+
+UMASK = 0o137
+SIZE = 192 << 20
+SUITES = ("trixie", "bookworm")
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if "tests/vm" in str(item.fspath):
+            item.add_marker("vm")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = yield
+    if report.failed:
+        for vm in lab.ls():
+            if vm.name.startswith(PREFIX):
+                text = vm.console.read_text(errors="replace") if vm.console.exists() else "(none)"
+                report.sections.append((f"console of {vm.name}", text[-6000:]))
+    return report
+
+
+PREFIX = f"test-{os.getpid()}-"
+
+
+@dataclass(frozen=True)
+class Dump:
+    """Images on the host, and the pid that they are of."""
+
+    path: Path
+    pid: int
+    size: int = SIZE
+    umask: int = UMASK
+
+
+class Pool:
+    """VMs by what they are made of. Only as many at once as memory allows: oldest goes first."""
+
+    LIMIT = 2
+
+    def __init__(self) -> None:
+        self._vms: dict[tuple, lab.LabVm] = {}
+        self._count = 0
+
+    def get(self, suite: str, memory: str = "1G", **hardware) -> lab.LabVm:
+        key = (suite, memory, *sorted(hardware.items()))
+        vm = self._vms.get(key)
+        if vm is not None and vm.alive:
+            return vm
+        while len(self._vms) >= self.LIMIT:
+            self._vms.pop(next(iter(self._vms))).down()
+        self._count += 1
+        vm = lab.up(f"{PREFIX}{self._count}", suite=suite, memory=memory, **hardware)
+        demo.prepare(vm)
+        self._vms[key] = vm
+        return vm
+
+    def close(self) -> None:
+        for vm in self._vms.values():
+            vm.down()
+
+
+@pytest.fixture(scope="session")
+def pool() -> Iterator[Pool]:
+    pool = Pool()
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(scope="session")
+def dumps(tmp_path_factory) -> Iterator[dict[str, Dump]]:
+    """A dump of the workload by each suite, made when first asked for."""
+
+    class Dumps(dict):
+        def __missing__(self, suite: str) -> Dump:
+            path = tmp_path_factory.mktemp(f"images-{suite}")
+            with demo.lab_vm(f"{PREFIX}a", suite=suite, memory="1G", share=path) as vm:
+                pid = demo.start_workload(vm, SIZE, UMASK)
+                demo.dump_workload(vm, pid)
+            self[suite] = Dump(path, pid)
+            return self[suite]
+
+    yield Dumps()
+
+
+@pytest.fixture(params=SUITES)
+def suite(request) -> str:
+    return request.param
+
+
+@pytest.fixture
+def dump(suite, dumps) -> Dump:
+    return dumps[suite]
+
+
+@pytest.fixture
+def vm(suite, pool) -> Iterator[lab.LabVm]:
+    """A running VM of the suite, without anything of an earlier test."""
+    vm = pool.get(suite)
+    end_workload(vm)
+    yield vm
+    end_workload(vm)
+
+
+def end_workload(vm: lab.LabVm) -> None:
+    if vm.alive:
+        vm.sh("pkill -9 -x ovr-workload; while pgrep -x ovr-workload; do sleep 0.1; done")
+
+
+def alive(vm: lab.LabVm, pid: int) -> bool:
+    return vm.sh(f"test -d /proc/{pid}").status == 0

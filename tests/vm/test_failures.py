@@ -1,0 +1,209 @@
+"""Failures: one line with the cure, the right exit code, and a VM that is none the worse."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+import ovr
+from ovr import lab
+from ovr.demo import answer_of
+from ovr.images import PAGEMAP_DTYPE
+from ovr.images.pagemap import Pagemap, decode_pagemap, encode_pagemap
+from tests.vm.conftest import PREFIX, SIZE, UMASK, alive
+
+KILLED_IN_THE_MIDDLE = """
+import os, signal, sys
+import ovr
+from ovr.state import memory
+
+memory.HOLD_BYTES = 16 << 20
+copied = 0
+original = memory.Copier._copy
+
+def copy(self, task, runs):
+    global copied
+    original(self, task, runs)
+    copied += 1
+    if copied == 4:
+        os.kill(os.getpid(), signal.SIGKILL)  # with the VM held, a third of the pages written
+
+memory.Copier._copy = copy
+with ovr.attach(sys.argv[1]) as vm:
+    vm.restore(sys.argv[2])
+"""
+
+
+def ovr_command(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "ovr", *map(str, arguments)], capture_output=True, text=True,
+        check=False, timeout=120,
+    )  # fmt: skip
+
+
+def refused(done, code, *words):
+    assert done.returncode == code, done.stderr
+    [line] = done.stderr.splitlines()
+    for word in words:
+        assert word in line
+    return line
+
+
+def unharmed(vm, dump):
+    """The VM runs, nothing of the tree is left, and a restore succeeds."""
+    assert not alive(vm, dump.pid)
+    with ovr.attach(f"lab:{vm.name}") as attached:
+        assert attached.qmp.status() == "running"
+        attached.restore(dump.path)
+    answer = answer_of(vm, dump.pid)
+    assert (answer.words, answer.wrong, int(answer.umask, 8)) == (SIZE // 8, 0, UMASK)
+    assert "BUG" not in vm.console.read_text(errors="replace")
+
+
+@pytest.fixture
+def copy(dump, tmp_path):
+    path = tmp_path / "images"
+    shutil.copytree(dump.path, path)
+    return path
+
+
+def test_killed_in_the_middle_of_the_memory_step(vm, dump):
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED_IN_THE_MIDDLE, f"lab:{vm.name}", dump.path], check=False
+    )
+    assert done.returncode == -signal.SIGKILL
+    deadline = time.monotonic() + 15
+    while alive(vm, dump.pid) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert vm.sh("pgrep -x criu").status != 0
+    unharmed(vm, dump)
+
+
+def test_interrupted(vm, dump):
+    script = KILLED_IN_THE_MIDDLE.replace("SIGKILL", "SIGINT")
+    done = subprocess.run(
+        [sys.executable, "-c", script, f"lab:{vm.name}", dump.path], check=False,
+        stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    assert done.returncode not in (0, -signal.SIGKILL)
+    assert not alive(vm, dump.pid)
+    unharmed(vm, dump)
+
+
+def test_truncated_pages(vm, dump, copy):
+    [pages] = copy.glob("pages-*.img")
+    os.truncate(pages, SIZE // 2)
+    done = ovr_command("restore", "-D", copy, "--vm", f"lab:{vm.name}")
+    refused(done, 6, pages.name, "dump again")
+    unharmed(vm, dump)
+
+
+def test_a_pagemap_outside_of_every_area(vm, dump, copy):
+    path = copy / f"pagemap-{dump.pid}.img"
+    old = decode_pagemap(path.read_bytes(), path.name)
+    entries = old.entries.astype(PAGEMAP_DTYPE)
+    entries["vaddr"][0] = 0x1000
+    path.write_bytes(encode_pagemap(Pagemap(old.pages_id, entries, old.compat), path.name))
+    done = ovr_command("restore", "-D", copy, "--vm", f"lab:{vm.name}")
+    refused(done, 6, path.name, "0x1000")
+    unharmed(vm, dump)
+
+
+def test_unknown_magic(vm, dump, copy):
+    path = copy / f"core-{dump.pid}.img"
+    path.write_bytes(b"\xde\xad\xbe\xef" + path.read_bytes()[4:])
+    done = ovr_command("restore", "-D", copy, "--vm", f"lab:{vm.name}")
+    refused(done, 6, path.name)
+    unharmed(vm, dump)
+
+
+def test_no_agent(vm, dump):
+    done = ovr_command(
+        "restore", "-D", dump.path, "--vm", f"lab:{vm.name}", "--agent", f"{vm.agent}77"
+    )
+    refused(done, 3, "agent")
+    unharmed(vm, dump)
+
+
+def test_no_vm(dump):
+    refused(ovr_command("ps", "--vm", "qmp:/nowhere/qmp"), 3, "/nowhere/qmp")
+    refused(ovr_command("ps", "--vm", "lab:nobody"), 3, "nobody")
+
+
+def test_pid_taken(vm, dump):
+    vm.sh(f"echo {dump.pid - 1} > /proc/sys/kernel/ns_last_pid; sleep 1000 & echo $! > /tmp/taken")
+    assert int(vm.sh("cat /tmp/taken").stdout) == dump.pid
+    done = ovr_command("restore", "--json", "-D", dump.path, "--vm", f"lab:{vm.name}")
+    refused(done, 1, str(dump.pid), "sleep")
+    assert json.loads(done.stdout)["kind"] == "PidTaken"
+    vm.sh(f"kill -9 {dump.pid}")
+    unharmed(vm, dump)
+
+
+def test_criu_in_the_guest_fails(vm, dump):
+    vm.sh("mv /usr/local/bin/ovr-workload /usr/local/bin/hidden")
+    done = ovr_command("restore", "-D", dump.path, "--vm", f"lab:{vm.name}")
+    vm.sh("mv /usr/local/bin/hidden /usr/local/bin/ovr-workload")
+    refused(done, 1, "criu", "ovr-workload")
+    unharmed(vm, dump)
+
+
+def test_ram_not_shared(dump, tmp_path):
+    """A real QEMU whose RAM is nobody's file. It needs no guest to be refused."""
+    qmp = tmp_path / "qmp"
+    with subprocess.Popen(
+        ["qemu-system-x86_64", "-accel", "tcg", "-m", "128M", "-display", "none", "-nodefaults",
+         "-qmp", f"unix:{qmp},server=on,wait=off", "-S"],
+    ) as qemu:  # fmt: skip
+        try:
+            deadline = time.monotonic() + 20
+            while not qmp.exists() and time.monotonic() < deadline:
+                time.sleep(0.05)
+            done = ovr_command(
+                "restore", "-D", dump.path, "--vm", f"qmp:{qmp}", "--agent", "vsock:9"
+            )
+            refused(done, 4, "share=on")
+        finally:
+            qemu.kill()
+
+
+def test_check(vm):
+    done = ovr_command("check", "--json", "--vm", f"lab:{vm.name}")
+    found = json.loads(done.stdout)
+    assert done.returncode == 0
+    assert found["ok"] is True
+    assert {"QMP", "guest RAM", "guest kernel", "agent"} <= {
+        item["what"] for item in found["items"]
+    }
+    vm.sh("mv /usr/sbin/criu /usr/sbin/criu.away; pkill -x ovr-agent")
+    time.sleep(2)  # init starts the agent again
+    done = ovr_command("check", "--vm", f"lab:{vm.name}")
+    vm.sh("mv /usr/sbin/criu.away /usr/sbin/criu; pkill -x ovr-agent")
+    time.sleep(2)
+    assert done.returncode == 4
+    assert "apt-get install criu" in done.stdout
+
+
+def test_lab_commands(tmp_path):
+    name = f"{PREFIX}cli"
+    assert ovr_command("lab", "up", name, "--memory", "512M").returncode == 0
+    try:
+        assert name in ovr_command("lab", "ls").stdout
+        sent, back = tmp_path / "sent", tmp_path / "back"
+        sent.write_bytes(os.urandom(3_000_000))
+        assert ovr_command("lab", "put", name, sent, "/tmp/file").returncode == 0
+        done = ovr_command("lab", "sh", name, "stat -c %s /tmp/file; exit 3")
+        assert (done.returncode, done.stdout) == (3, "3000000\n")
+        assert ovr_command("lab", "get", name, "/tmp/file", back).returncode == 0
+        assert back.read_bytes() == sent.read_bytes()
+        refused(ovr_command("lab", "up", name), 1, "runs already")
+        ram = lab.get(name).ram
+    finally:
+        assert ovr_command("lab", "down", name).returncode == 0
+    assert name not in ovr_command("lab", "ls").stdout
+    assert not any(path.exists() for path in ram)
