@@ -3,8 +3,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PACKAGES := gcc libc6-dev python3-dev python3-venv qemu-system-x86 qemu-system-common \
-	mmdebstrap e2fsprogs cpio zstd xz-utils util-linux debian-archive-keyring
-C_SOURCES := $(wildcard ovr/guest/*.c ovr/lab/*.c)
+	mmdebstrap e2fsprogs debian-archive-keyring
+# Where virtiofsd is no part of QEMU any more it is a package of its own.
+PACKAGES += $(shell apt-cache show virtiofsd >/dev/null 2>&1 && echo virtiofsd)
 
 .PHONY: demo test bench lint unit vm setup packages clean
 

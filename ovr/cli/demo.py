@@ -41,9 +41,7 @@ def run(options: argparse.Namespace) -> int:
         return 0
     report, answer = outcome.report, outcome.answer
     share = report.bytes_outside / report.bytes_total
-    print(
-        f"The process says: {answer.words} words checked, {answer.wrong} wrong; umask {answer.umask}"
-    )
+    print(f"It says: {answer.words} words checked, {answer.wrong} wrong, umask {answer.umask}")
     print(f"outside: {size(report.bytes_outside)} ({share:.3%}), {report.copy_gb_per_s:.1f} GB/s")
     print(f"inside:  {size(report.bytes_inside)}")
     for phase, seconds in report.seconds.items():
