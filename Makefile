@@ -19,9 +19,11 @@ bench: setup
 
 lint: setup
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	PATH=$(BIN):$$PATH cython-lint ovr/_fastcopy.pyx
-	$(BIN)/python -m mypy.stubtest ovr._fastcopy --ignore-disjoint-bases
+	$(BIN)/python -m mypy.stubtest ovr._fastcopy --mypy-config-file pyproject.toml \
+		--ignore-disjoint-bases --allowlist tests/stubtest.allow
 
 unit: setup
 	$(BIN)/python -m pytest tests/unit -q $(PYTEST)
