@@ -13,7 +13,8 @@ from typing import Any, Final
 from ovr.addresses import Gva
 from ovr.errors import GuestFault, KernelNotFound
 from ovr.kernel.btf import Btf
-from ovr.kernel.kallsyms import Kallsyms, read_kallsyms
+from ovr.kernel.kallsyms import read_kallsyms
+from ovr.kernel.symbols import SymbolTable
 from ovr.kernel.types import Types
 from ovr.kernel.view import NoSuchMember, Struct
 from ovr.kernel.vmcoreinfo import START_KERNEL_MAP, VmcoreInfo, candidates
@@ -59,7 +60,12 @@ class Kernel:
     """
 
     def __init__(
-        self, ram: GuestRam, space: AddressSpace, info: VmcoreInfo, symbols: Kallsyms, types: Types
+        self,
+        ram: GuestRam,
+        space: AddressSpace,
+        info: VmcoreInfo,
+        symbols: SymbolTable,
+        types: Types,
     ) -> None:
         self.ram = ram
         self.space = space
@@ -197,7 +203,7 @@ def _attach(cls: type[Kernel], ram: GuestRam, info: VmcoreInfo) -> Kernel:
     space = AddressSpace(ram, info.page_table, info.levels)
     _check(space, info)
     symbols = read_kallsyms(space, info)
-    return cls(ram, space, info, symbols, Types(_read_btf(space, symbols)))
+    return cls(ram, space, info, symbols, Types(_read_btf(space, info, symbols)))
 
 
 def _check(space: AddressSpace, info: VmcoreInfo) -> None:
@@ -225,7 +231,7 @@ def _in_one_piece(space: AddressSpace, info: VmcoreInfo) -> bool:
     return covered and starts == {stext - info.image_gpa(stext)}
 
 
-def _read_btf(space: AddressSpace, symbols: Kallsyms) -> Btf:
+def _read_btf(space: AddressSpace, info: VmcoreInfo, symbols: SymbolTable) -> Btf:
     start, stop = symbols.get("__start_BTF"), symbols.get("__stop_BTF")
     if start is None or stop is None or start == stop:
         raise KernelNotFound(
@@ -234,4 +240,4 @@ def _read_btf(space: AddressSpace, symbols: Kallsyms) -> Btf:
         )
     if not 0 < stop - start <= MAX_BTF:
         raise KernelNotFound(f"the guest kernel's BTF is damaged: it has {stop - start} bytes")
-    return Btf(space.read(start, stop - start))
+    return Btf(space.read(start, stop - start), info.build_id)
