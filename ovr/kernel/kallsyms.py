@@ -61,7 +61,7 @@ def read_kallsyms(space: Readable, info: VmcoreInfo) -> SymbolTable:
         # and its neighbours put these into VMCOREINFO.
         raise KernelNotFound(
             "the guest kernel does not say where its symbol table is",
-            "it must have CONFIG_KALLSYMS and be Linux 6.0 or newer",
+            "it must have CONFIG_KALLSYMS and be Linux 6.0 or newer; or give its --vmlinux",
         )
     count = int.from_bytes(space.read(where["num_syms"], 4), "little")
     # The tokens come after the names in every layout so far (with the markers in between).
