@@ -20,10 +20,10 @@ __all__ = ["Vm", "attach"]
 class Vm(AttachedVm):
     """A VM that can be restored into; a context manager. Made by `attach`."""
 
-    def __init__(self, spec: str) -> None:
+    def __init__(self, spec: str, *, vmlinux: str | Path | None = None) -> None:
         self._watch = Stopwatch()
         with self._watch("attach"):
-            super().__init__(spec, writable=True)
+            super().__init__(spec, writable=True, vmlinux=vmlinux)
 
     def restore(
         self,
@@ -47,14 +47,16 @@ class Vm(AttachedVm):
         )  # fmt: skip
 
 
-def attach(spec: str) -> Vm:
+def attach(spec: str, *, vmlinux: str | Path | None = None) -> Vm:
     """Attach to a running VM for restoring.
 
     Args:
         spec: ``qmp:PATH``, ``pid:N`` or ``lab:NAME``.
+        vmlinux: the guest's kernel, if the guest keeps no symbols or types in its memory.
 
     Raises:
+        UsageError: `vmlinux` is no such file.
         VmUnreachable: no such VM.
         CheckFailed: it cannot be restored into.
     """
-    return Vm(spec)
+    return Vm(spec, vmlinux=vmlinux)

@@ -5,9 +5,11 @@ import platform
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from ovr.cli.output import common, document, size
+from ovr.cli.vm_options import add_vm_options
 from ovr.errors import OvrError
 from ovr.kernel import Kernel
 from ovr.ram import GuestRam
@@ -32,7 +34,7 @@ class Item:
 def add(commands: Any) -> None:
     """Add the command to the parser."""
     parser = commands.add_parser("check", help="say whether a VM can be restored into")
-    parser.add_argument("--vm", required=True, metavar="VM")
+    add_vm_options(parser)
     parser.add_argument("--agent", metavar="ADDR", help="where the guest's agent listens")
     common(parser)
     parser.set_defaults(run=run)
@@ -43,7 +45,7 @@ def run(options: argparse.Namespace) -> int:
     address = find_vm(options.vm)
     with ExitStack() as stack:
         qmp = stack.enter_context(Qmp.connect(address.qmp))
-        items = [*_vm(qmp, stack), _agent(options.agent or address.agent)]
+        items = [*_vm(qmp, stack, options.vmlinux), _agent(options.agent or address.agent)]
     ok = all(item.ok for item in items)
     if options.json:
         document("ovr.check/1", {"ok": ok, "items": [asdict(item) for item in items]})
@@ -55,7 +57,7 @@ def run(options: argparse.Namespace) -> int:
     return 0 if ok else 4
 
 
-def _vm(qmp: Qmp, stack: ExitStack) -> Iterator[Item]:
+def _vm(qmp: Qmp, stack: ExitStack, vmlinux: Path | None) -> Iterator[Item]:
     version = qmp.execute("query-version")["qemu"]
     yield Item("QMP", True, f"QEMU {version['major']}.{version['minor']}.{version['micro']}")
     yield Item("host", platform.machine() == "x86_64", platform.machine())
@@ -70,7 +72,7 @@ def _vm(qmp: Qmp, stack: ExitStack) -> Iterator[Item]:
         files = {slot.path for slot in ram.slots}
         yield Item(what, True, f"{size(ram.size)} in {len(files)} shared files")
         what = "guest kernel"
-        yield from _kernel(Kernel.find(ram))
+        yield from _kernel(Kernel.find(ram, vmlinux))
     except OvrError as error:
         yield Item(what, False, str(error), error.hint)
 

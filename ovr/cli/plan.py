@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ovr.cli.output import common, document, size, table
+from ovr.cli.vm_options import add_vm_options
 from ovr.images import ImageSet
 from ovr.placement import Reason
 from ovr.plan import Plan, TaskPlan, make_plan
@@ -18,7 +19,7 @@ def add(commands: Any) -> None:
     """Add the command to the parser."""
     parser = commands.add_parser("plan", help="show what would be restored where, and why")
     parser.add_argument("-D", "--images-dir", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--vm", metavar="VM", help="also check that this VM can be reached")
+    add_vm_options(parser, required=False)
     add_outside(parser)
     common(parser)
     parser.set_defaults(run=run)
@@ -35,7 +36,7 @@ def add_outside(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Show the plan."""
     if options.vm:
-        with AttachedVm(options.vm):
+        with AttachedVm(options.vm, vmlinux=options.vmlinux):
             pass
     with ImageSet.open(options.images_dir) as images:
         show(make_plan(images, options.outside), options)

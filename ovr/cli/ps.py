@@ -4,6 +4,7 @@ import argparse
 from typing import Any
 
 from ovr.cli.output import common, document, table
+from ovr.cli.vm_options import add_vm_options
 from ovr.kernel import Process, processes
 from ovr.vm.attach import AttachedVm
 
@@ -13,14 +14,14 @@ __all__ = ["add"]
 def add(commands: Any) -> None:
     """Add the command to the parser."""
     parser = commands.add_parser("ps", help="show the guest's processes, read from outside")
-    parser.add_argument("--vm", required=True, metavar="VM")
+    add_vm_options(parser)
     common(parser)
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
     """List every process once; kernel threads are in brackets, as ps(1) has them."""
-    with AttachedVm(options.vm) as vm:
+    with AttachedVm(options.vm, vmlinux=options.vmlinux) as vm:
         release, found = vm.kernel.release, processes(vm.kernel)
     if options.json:
         document("ovr.ps/1", {"kernel": release, "processes": [_fields(one) for one in found]})

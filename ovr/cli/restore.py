@@ -7,6 +7,7 @@ from typing import Any
 from ovr.api import attach
 from ovr.cli.output import common, document, size
 from ovr.cli.plan import add_outside, show
+from ovr.cli.vm_options import add_vm_options
 from ovr.images import ImageSet
 from ovr.plan import make_plan
 from ovr.report import Report
@@ -21,7 +22,7 @@ def add(commands: Any) -> None:
         "restore", help="restore images into a running VM, from outside, and let them run"
     )
     parser.add_argument("-D", "--images-dir", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--vm", required=True, metavar="VM")
+    add_vm_options(parser)
     parser.add_argument("--agent", metavar="ADDR", help="where the guest's agent listens")
     add_outside(parser)
     parser.add_argument(
@@ -37,7 +38,7 @@ def run(options: argparse.Namespace) -> int:
     """Restore, or with ``--dry-run`` go as far as is possible without touching the guest."""
     if options.dry_run:
         return _dry_run(options)
-    with attach(options.vm) as vm:
+    with attach(options.vm, vmlinux=options.vmlinux) as vm:
         report = vm.restore(
             options.images_dir, agent=options.agent, outside=options.outside, verify=options.verify
         )
@@ -49,7 +50,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _dry_run(options: argparse.Namespace) -> int:
-    with attach(options.vm), ImageSet.open(options.images_dir) as images:
+    with attach(options.vm, vmlinux=options.vmlinux), ImageSet.open(options.images_dir) as images:
         plan = make_plan(images, options.outside)
         plan.inside_images()
         show(plan, options)

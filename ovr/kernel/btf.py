@@ -14,8 +14,11 @@ from enum import IntEnum
 from typing import Final
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ovr.errors import KernelNotFound
+from ovr.kernel.cache import remembered
+from ovr.kernel.symbols import matching
 
 __all__ = [
     "Alias",
@@ -178,19 +181,23 @@ class Btf:
 
     Args:
         data: the content of section .BTF.
+        build_id: of the kernel: what was found out about the data is remembered under it.
 
     Raises:
         KernelNotFound: the data is damaged or of a kind that we do not know.
     """
 
-    def __init__(self, data: bytes) -> None:
+    def __init__(self, data: bytes, build_id: str = "") -> None:
         types, self._strings, layout = _sections(data)
         self._data = types
-        self._starts = _starts(types, FOLLOWS | layout)
+        (starts,) = remembered(
+            build_id, "btf", (data,), lambda: (_starts(types, FOLLOWS | layout),)
+        )
+        self._starts = starts
         words = np.frombuffer(types, "<u4")
-        starts = np.array(self._starts)
         self._names = words[starts]
         self._kinds = words[starts + 1] >> 24 & KIND_MASK
+        self._of_kind: dict[tuple[int, ...], NDArray[np.intp]] = {}
         self._types: dict[int, Type] = {VOID: Opaque("void")}
 
     def __len__(self) -> int:
@@ -199,12 +206,15 @@ class Btf:
 
     def find(self, name: str, *kinds: int) -> Iterator[int]:
         """Yield the ids of the types that have this name and one of these kinds, ascending."""
-        # pahole (libbpf) stores each string once and whole; the section begins with a NUL
-        at = self._strings.find(b"\0" + name.encode() + b"\0")
-        if at >= 0:
-            for index in np.flatnonzero(self._names == at + 1).tolist():
-                if self._kinds[index] in kinds:
-                    yield index + 1
+        if not name:
+            return
+        wanted = self._of_kind.get(kinds)
+        if wanted is None:
+            of_kind = np.isin(np.arange(KIND_MASK + 1), kinds)[self._kinds]
+            wanted = self._of_kind[kinds] = np.flatnonzero(of_kind)
+        text = np.frombuffer(self._strings, np.uint8)
+        for index in matching(text, self._names[wanted], name.encode() + b"\0"):
+            yield int(wanted[index]) + 1
 
     def type(self, type_id: int) -> Type:
         """Return the type with this id."""
@@ -241,7 +251,7 @@ class Btf:
     def _parse(self, type_id: int) -> Type:  # noqa: PLR0911 - one for each kind
         if not 1 <= type_id < len(self):
             raise _damaged(f"there is no type {type_id}")
-        at = 4 * self._starts[type_id - 1]
+        at = 4 * int(self._starts[type_id - 1])
         name_offset, info, size_or_type = struct.unpack_from("<III", self._data, at)
         kind, vlen, flag = info >> 24 & KIND_MASK, info & VLEN_MASK, bool(info >> 31)
         name = self._string(name_offset)
@@ -332,7 +342,7 @@ def _layout(section: bytes) -> dict[int, tuple[int, int]]:
     return {kind: (once // 4, each // 4) for kind, (once, each, _) in enumerate(sizes) if kind}
 
 
-def _starts(types: bytes, follows: dict[int, tuple[int, int]]) -> list[int]:
+def _starts(types: bytes, follows: dict[int, tuple[int, int]]) -> NDArray[np.int32]:
     # Where each type begins, in words. The one loop over all types: keep it tight.
     words = memoryview(types).cast("I")
     once = [3 + follows[kind][0] if kind in follows else 0 for kind in range(KIND_MASK + 1)]
@@ -349,7 +359,7 @@ def _starts(types: bytes, follows: dict[int, tuple[int, int]]) -> list[int]:
         at += once[kind] + each[kind] * (info & VLEN_MASK)
     if at != end or not starts:
         raise _damaged("its last type is cut off")
-    return starts
+    return np.array(starts, np.int32)
 
 
 def _integer(name: str, size: int, encoding: int) -> Int:

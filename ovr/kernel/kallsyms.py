@@ -5,8 +5,8 @@ stands for a token of one or more characters. Addresses are stored in one of fou
 depend on the kernel's configuration and age; which one it is follows from the address of `_stext`,
 known from VMCOREINFO.
 
-A restore needs a handful of the 150 000 symbols. All names are expanded at once into one buffer
-(numpy: about 50 ms), in which a name is then found by a plain search.
+A restore needs a handful of the 150 000 symbols. All names are expanded at once into one text
+(`remembered` for each kernel build), in which a name is then searched.
 
 Source: scripts/kallsyms.c, kernel/kallsyms.c.
 """
@@ -19,17 +19,20 @@ from numpy.typing import NDArray
 
 from ovr.addresses import Gva
 from ovr.errors import KernelNotFound
+from ovr.kernel.cache import remembered
+from ovr.kernel.symbols import Addresses, SymbolTable, matching
 from ovr.kernel.vmcoreinfo import VmcoreInfo
 
-__all__ = ["Kallsyms", "read_kallsyms"]
+__all__ = ["read_kallsyms"]
 
 MAX_SYMBOLS: Final = 1 << 22
 MAX_COMPRESSED: Final = 1 << 26
 MAX_EXPANDED: Final = 1 << 28
 MAX_TOKEN: Final = 512
 TOKENS: Final = 256
+NAME_BEGINS, NOTHING = TOKENS, TOKENS + 1  # codes of our own, for the bytes of a length
+CHUNK: Final = 1 << 15  # codes expanded at once: what that takes stays in the CPU's cache
 
-Addresses = NDArray[np.uint64]
 Places = NDArray[np.intp]
 
 
@@ -40,46 +43,7 @@ class Readable(Protocol):
         """Read guest virtual memory."""
 
 
-class Kallsyms:
-    r"""Symbols by name.
-
-    Args:
-        names: all names in the order of the table, each as ``\n``, its type letter, itself; and
-            a last ``\n``.
-        starts: where in `names` each of them starts (its ``\n``), ascending.
-        addresses: the address of each symbol.
-    """
-
-    def __init__(self, names: bytes, starts: NDArray[np.int32], addresses: Addresses) -> None:
-        self._names = names
-        self._starts = starts
-        self._addresses = addresses
-        self._known: dict[str, list[Gva]] = {}
-
-    def __len__(self) -> int:
-        """The number of symbols."""
-        return len(self._starts)
-
-    def __iter__(self) -> Iterator[tuple[str, Gva]]:
-        """Yield every (name, address) in the order of the table."""
-        names = self._names.decode("ascii", "surrogateescape").split("\n")[1:-1]
-        for name, address in zip(names, self._addresses.tolist(), strict=True):
-            yield name[1:], Gva(address)
-
-    def all(self, name: str) -> list[Gva]:
-        """Return the addresses of all symbols of this name: static ones may share it."""
-        known = self._known.get(name)
-        if known is None:
-            found = _find(self._names, self._starts, name)
-            known = self._known[name] = [Gva(int(self._addresses[index])) for index in found]
-        return known
-
-    def get(self, name: str) -> Gva | None:
-        """Return the address of the first symbol of this name, or None."""
-        return next(iter(self.all(name)), None)
-
-
-def read_kallsyms(space: Readable, info: VmcoreInfo) -> Kallsyms:
+def read_kallsyms(space: Readable, info: VmcoreInfo) -> SymbolTable:
     """Read the symbol table of a kernel.
 
     Raises:
@@ -97,7 +61,7 @@ def read_kallsyms(space: Readable, info: VmcoreInfo) -> Kallsyms:
         # and its neighbours put these into VMCOREINFO.
         raise KernelNotFound(
             "the guest kernel does not say where its symbol table is",
-            "it must have CONFIG_KALLSYMS and be Linux 6.0 or newer",
+            "it must have CONFIG_KALLSYMS and be Linux 6.0 or newer; or give its --vmlinux",
         )
     count = int.from_bytes(space.read(where["num_syms"], 4), "little")
     # The tokens come after the names in every layout so far (with the markers in between).
@@ -105,12 +69,19 @@ def read_kallsyms(space: Readable, info: VmcoreInfo) -> Kallsyms:
     if not 0 < count <= MAX_SYMBOLS or not 0 < size <= MAX_COMPRESSED:
         raise _damaged(f"{count} symbols in {size:#x} bytes")
     tokens = _tokens(space, where["token_table"], where["token_index"])
-    names, starts = _expand(space.read(where["names"], size), count, tokens)
-    stext = _find(names, starts, "_stext")
+    data = space.read(where["names"], size)
+    names, starts = remembered(
+        info.build_id,
+        "kallsyms",
+        (count.to_bytes(4, "little"), data, *tokens),
+        lambda: _expand(data, count, tokens),
+    )
+    sizes = np.diff(starts, append=len(names) + 1) - 1  # without the type letter
+    stext = matching(names, starts, b"_stext\n", sizes)
     if not stext:
         raise _damaged("it does not list _stext")
     addresses = _addresses(space, where, count, stext[0], info.symbols["_stext"])
-    return Kallsyms(names, starts, addresses)
+    return SymbolTable(names, starts, addresses, b"\n", sizes)
 
 
 def _damaged(what: str) -> KernelNotFound:
@@ -127,23 +98,38 @@ def _tokens(space: Readable, table: Gva, index: Gva) -> list[bytes]:
     return [text[start : start + MAX_TOKEN].partition(b"\0")[0] for start in offsets]
 
 
-def _expand(data: bytes, count: int, tokens: list[bytes]) -> tuple[bytes, NDArray[np.int32]]:
-    # Every byte of `data` becomes its token; the (first) byte of a length becomes a newline.
+def _expand(
+    data: bytes, count: int, tokens: list[bytes]
+) -> tuple[NDArray[np.uint8], NDArray[np.int32]]:
+    # All names, each with a newline after it, and where each starts (after its type letter).
     heads, seconds, end = _lengths(data, count)
-    stream = np.frombuffer(data, np.uint8, end)
-    characters = b"".join([*tokens, b"\n"])
-    sizes = np.array([*map(len, tokens), 1], np.int32)
+    codes = np.frombuffer(data, np.uint8, end).astype(np.uint16)
+    codes[heads], codes[seconds] = NAME_BEGINS, NOTHING
+    texts = [*tokens, b"\n", b""]
+    characters = np.frombuffer(b"".join(texts), np.uint8)
+    sizes = np.array([*map(len, texts)], np.int32)
     begins = np.cumsum(sizes, dtype=np.int32) - sizes
-    size, source = sizes[stream], begins[stream]
-    size[heads], source[heads] = 1, begins[-1]
-    size[seconds] = 0
-    total = int(size.sum(dtype=np.int64))
-    if total > MAX_EXPANDED:
-        raise _damaged(f"its names expand to {total} bytes")
+    ends = np.cumsum(sizes[codes], dtype=np.int64)
+    if ends[-1] > MAX_EXPANDED:
+        raise _damaged(f"its names expand to {ends[-1]} bytes")
+    parts = [_written_out(codes[at : at + CHUNK], characters, sizes, begins)
+             for at in range(0, end, CHUNK)]  # fmt: skip
+    names = np.concatenate([*parts, np.frombuffer(b"\n", np.uint8)])
+    return names, (ends[heads] + 1).astype(np.int32)
+
+
+def _written_out(
+    codes: NDArray[np.uint16],
+    characters: NDArray[np.uint8],
+    sizes: NDArray[np.int32],
+    begins: NDArray[np.int32],
+) -> NDArray[np.uint8]:
+    # Character n of the result is `begins` of its token, plus how far into the token it is.
+    size = sizes[codes]
     ends = np.cumsum(size, dtype=np.int32)
-    # Character n of the result is `source` of its token, plus how far into the token it is.
-    pick = np.arange(total, dtype=np.int32) + np.repeat(source - ends + size, size)
-    return np.frombuffer(characters, np.uint8)[pick].tobytes() + b"\n", ends[heads] - 1
+    pick = np.arange(ends[-1], dtype=np.int32) + np.repeat(begins[codes] - ends + size, size)
+    written: NDArray[np.uint8] = characters[pick]
+    return written
 
 
 def _lengths(data: bytes, count: int) -> tuple[Places, Places, int]:
@@ -167,19 +153,6 @@ def _lengths(data: bytes, count: int) -> tuple[Places, Places, int]:
     if at > len(data):
         raise _damaged("its names reach past their end")
     return np.array(heads, np.intp), np.array(seconds, np.intp), at
-
-
-def _find(names: bytes, starts: NDArray[np.int32], name: str) -> list[int]:
-    needle = name.encode("ascii", "surrogateescape") + b"\n"
-    found = []
-    at = names.find(needle)
-    while at >= 0:
-        if at >= 2 and names[at - 2] == ord("\n"):
-            index = int(np.searchsorted(starts, at - 2))
-            if index < len(starts) and starts[index] == at - 2:
-                found.append(index)
-        at = names.find(needle, at + 1)
-    return found
 
 
 def _addresses(

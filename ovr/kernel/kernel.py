@@ -7,16 +7,19 @@ the kernel itself first.
 
 from collections.abc import Mapping
 from functools import cached_property
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final
 
 from ovr.addresses import Gva
 from ovr.errors import GuestFault, KernelNotFound
 from ovr.kernel.btf import Btf
-from ovr.kernel.kallsyms import Kallsyms, read_kallsyms
+from ovr.kernel.kallsyms import read_kallsyms
+from ovr.kernel.symbols import SymbolTable
 from ovr.kernel.types import Types
 from ovr.kernel.view import NoSuchMember, Struct
 from ovr.kernel.vmcoreinfo import START_KERNEL_MAP, VmcoreInfo, candidates
+from ovr.kernel.vmlinux import Vmlinux
 from ovr.paging import AddressSpace, Frames, pieces
 from ovr.ram import GuestRam
 
@@ -59,7 +62,12 @@ class Kernel:
     """
 
     def __init__(
-        self, ram: GuestRam, space: AddressSpace, info: VmcoreInfo, symbols: Kallsyms, types: Types
+        self,
+        ram: GuestRam,
+        space: AddressSpace,
+        info: VmcoreInfo,
+        symbols: SymbolTable,
+        types: Types,
     ) -> None:
         self.ram = ram
         self.space = space
@@ -69,17 +77,23 @@ class Kernel:
         self._boot = self._boot_mark()
 
     @classmethod
-    def find(cls, ram: GuestRam) -> "Kernel":
+    def find(cls, ram: GuestRam, vmlinux: str | Path | None = None) -> "Kernel":
         """Find the kernel that runs in this RAM.
+
+        Args:
+            ram: the guest's RAM.
+            vmlinux: the kernel's file; what it has of symbols and types need not be in RAM.
 
         Raises:
             KernelNotFound: there is none, or it cannot be used; the hint says what it lacks.
+            UsageError: `vmlinux` cannot be used.
         """
+        file = Vmlinux.open(vmlinux) if vmlinux else None
         found: list[Kernel] = []
         reasons: list[KernelNotFound] = []
         for info in candidates(ram):
             try:
-                found.append(_attach(cls, ram, info))
+                found.append(_attach(cls, ram, info, file))
             except KernelNotFound as reason:
                 reasons.append(reason)
             except GuestFault as fault:
@@ -189,15 +203,17 @@ class Kernel:
         return text, self["page_offset_base"], reaper.address_, reaper.start_boottime
 
 
-def _attach(cls: type[Kernel], ram: GuestRam, info: VmcoreInfo) -> Kernel:
+def _attach(cls: type[Kernel], ram: GuestRam, info: VmcoreInfo, vmlinux: Vmlinux | None) -> Kernel:
     if info.numbers.get("sme_mask", 0):
         raise KernelNotFound(
             "the guest's memory is encrypted (SME or SEV)", "boot it without memory encryption"
         )
     space = AddressSpace(ram, info.page_table, info.levels)
     _check(space, info)
-    symbols = read_kallsyms(space, info)
-    return cls(ram, space, info, symbols, Types(_read_btf(space, symbols)))
+    symbols = vmlinux.symbols(vmlinux.slide(space, info)) if vmlinux else None
+    symbols = symbols or read_kallsyms(space, info)
+    data = (vmlinux and vmlinux.btf) or _read_btf(space, symbols)
+    return cls(ram, space, info, symbols, Types(Btf(data, info.build_id)))
 
 
 def _check(space: AddressSpace, info: VmcoreInfo) -> None:
@@ -225,13 +241,13 @@ def _in_one_piece(space: AddressSpace, info: VmcoreInfo) -> bool:
     return covered and starts == {stext - info.image_gpa(stext)}
 
 
-def _read_btf(space: AddressSpace, symbols: Kallsyms) -> Btf:
+def _read_btf(space: AddressSpace, symbols: SymbolTable) -> bytes:
     start, stop = symbols.get("__start_BTF"), symbols.get("__stop_BTF")
     if start is None or stop is None or start == stop:
         raise KernelNotFound(
             "the guest's kernel does not describe its types",
-            "it must have CONFIG_DEBUG_INFO_BTF and CONFIG_KALLSYMS_ALL",
+            "it must have CONFIG_DEBUG_INFO_BTF and CONFIG_KALLSYMS_ALL; or give its --vmlinux",
         )
     if not 0 < stop - start <= MAX_BTF:
         raise KernelNotFound(f"the guest kernel's BTF is damaged: it has {stop - start} bytes")
-    return Btf(space.read(start, stop - start))
+    return space.read(start, stop - start)

@@ -19,7 +19,7 @@ from ovr.lab.tools import mmdebstrap, need_tool, run_tool
 
 __all__ = ["SUITES", "GuestImage", "guest_image"]
 
-SUITES = ("trixie", "bookworm")
+SUITES = ("trixie", "bookworm", "forky")
 _PACKAGES = ("linux-image-cloud-amd64", "criu", "iproute2", "kmod", "procps")
 _MODULES = ("virtio_pci", "virtio_blk", "ext4", "virtio_rng", "virtio_console", "virtiofs",
             "vmw_vsock_virtio_transport")  # fmt: skip

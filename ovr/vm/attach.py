@@ -1,6 +1,7 @@
 """A running VM with everything that is needed to look at it and to write to it from outside."""
 
 from contextlib import ExitStack
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -19,18 +20,22 @@ class AttachedVm:
     Args:
         spec: ``qmp:PATH``, ``pid:N`` or ``lab:NAME``.
         writable: map guest RAM for writing.
+        vmlinux: the guest kernel's file, where its memory does not say enough.
 
     Raises:
+        UsageError: `spec` names no VM, or `vmlinux` is no such file.
         VmUnreachable: no VM there.
         CheckFailed: its RAM cannot be reached, or no known kernel runs in it.
     """
 
-    def __init__(self, spec: str, *, writable: bool = False) -> None:
+    def __init__(
+        self, spec: str, *, writable: bool = False, vmlinux: str | Path | None = None
+    ) -> None:
         self.address: VmAddress = find_vm(spec)
         with ExitStack() as stack:
             self.qmp = stack.enter_context(Qmp.connect(self.address.qmp))
             self.ram = stack.enter_context(GuestRam(guest_slots(self.qmp), writable=writable))
-            self.kernel = Kernel.find(self.ram)
+            self.kernel = Kernel.find(self.ram, vmlinux)
             self._stack = stack.pop_all()
 
     def __enter__(self) -> Self:

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from ovr.addresses import Gpa
 from ovr.errors import GuestFault, KernelNotFound
 from ovr.kernel import kallsyms
-from ovr.kernel.kallsyms import Kallsyms, read_kallsyms
+from ovr.kernel.kallsyms import read_kallsyms
+from ovr.kernel.symbols import SymbolTable
 from ovr.kernel.vmcoreinfo import VmcoreInfo, parse
 
 from .writers import ENCODINGS, KallsymsWriter, Memory, vmcoreinfo_text
@@ -41,7 +42,7 @@ def build(encoding: str, symbols: list[tuple[str, int]]) -> tuple[Memory, Vmcore
     return memory, info
 
 
-def read(encoding: str, symbols: list[tuple[str, int]] = SYMBOLS) -> Kallsyms:
+def read(encoding: str, symbols: list[tuple[str, int]] = SYMBOLS) -> SymbolTable:
     return read_kallsyms(*build(encoding, symbols))
 
 

@@ -196,3 +196,43 @@ def vmcoreinfo_text(symbols: dict[str, int], **changes: str | None) -> bytes:
         else:
             lines[key] = line
     return "".join(line + "\n" for line in lines.values()).encode()
+
+
+def elf(
+    sections: dict[str, tuple[int, bytes]],
+    symbols: list[tuple[str, int]],
+    build_id: tuple[int, bytes] | None,
+) -> bytes:
+    """A minimal ELF file as the kernel's linker leaves it, symbols at link-time addresses.
+
+    Args:
+        sections: (address, content) by name.
+        symbols: functions in the first section.
+        build_id: where the kernel has its id, and the id.
+    """
+    strings = BtfWriter()  # for its string table
+    table = bytes(24) + struct.pack("<IBBHQQ", strings.name("file.c"), 4, 0, 0xFFF1, 0, 0)
+    for name, value in symbols:
+        table += struct.pack("<IBBHQQ", strings.name(name), 0x12, 0, 1, value, 0)
+    parts = [(name, 1, at, content, 0, 0) for name, (at, content) in sections.items()]
+    if build_id:
+        note = struct.pack("<III4s", 4, len(build_id[1]), 3, b"GNU") + build_id[1]
+        other = struct.pack("<III8s4s", 6, 4, 7, b"Linux", b"\1\2\3\4")
+        parts.append((".notes", 7, build_id[0] - 16 - len(other), other + note, 0, 0))
+    if symbols:
+        parts.append((".symtab", 2, 0, table, len(parts) + 2, 24))
+        parts.append((".strtab", 3, 0, bytes(strings.strings), 0, 0))
+    names = BtfWriter()
+    offsets = [names.name(part[0]) for part in (*parts, (".shstrtab",))]
+    parts.append((".shstrtab", 3, 0, bytes(names.strings), 0, 0))
+    body, headers = b"", bytes(64)
+    for (_, kind, at, content, link, entry), offset in zip(parts, offsets, strict=True):
+        headers += struct.pack(
+            "<IIQQQQIIQQ", offset, kind, 0, at, 64 + len(body), len(content), link, 0, 8, entry
+        )
+        body += content + bytes(-len(content) % 8)
+    ident = b"\x7fELF\2\1\1".ljust(16, b"\0")
+    count = len(parts) + 1
+    where = 64 + len(body)
+    header = struct.pack("<HHIQQQIHHHHHH", 2, 62, 1, 0, 0, where, 0, 64, 0, 0, 64, count, count - 1)
+    return ident + header + body + headers
