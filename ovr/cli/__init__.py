@@ -10,12 +10,12 @@ import sys
 from collections.abc import Sequence
 from typing import Final
 
-from ovr.cli import check, demo, lab, output, plan, ps, restore
+from ovr.cli import check, demo, lab, output, plan, ps, restore, states
 from ovr.errors import OvrError
 
 __all__ = ["main"]
 
-_COMMANDS: Final = (restore, plan, ps, check, lab, demo)
+_COMMANDS: Final = (restore, plan, states, ps, check, lab, demo)
 
 _EPILOG: Final = """\
 VM is qmp:PATH (a QMP socket), pid:N (a QEMU process) or lab:NAME.
