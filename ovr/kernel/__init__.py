@@ -6,11 +6,19 @@
     task = find_task(kernel, 4242)
     task.fs.umask = 0o137
 
-`kernel` finds it; `vmcoreinfo`, `kallsyms` and `btf` are the three sources it knows itself from;
+`kernel` finds it; `vmcoreinfo`, `kallsyms` and `btf` are the three sources it knows itself from
+(`vmlinux` stands in for the latter two), `cache` remembers what was parsed of them;
 `view`, `codec` and `types` make C objects of guest memory; the rest are the kernel's own
 containers and objects under the kernel's own names.
 """
 
+from ovr.kernel.cgroup import (
+    cgroup_path,
+    mem_cgroup,
+    pids_cgroup,
+    task_css,
+    task_dfl_cgroup,
+)
 from ovr.kernel.kernel import Kernel
 from ovr.kernel.list import hlist_for_each_entry, list_for_each_entry
 from ovr.kernel.live import settled
@@ -69,6 +77,7 @@ __all__ = [
     "Types",
     "Vma",
     "address_of",
+    "cgroup_path",
     "container_of",
     "find_pid_ns",
     "find_task",
@@ -83,16 +92,20 @@ __all__ = [
     "is_traced",
     "is_zombie",
     "list_for_each_entry",
+    "mem_cgroup",
     "mm_space",
     "per_cpu",
     "per_cpu_ptr",
     "pfn_to_page",
     "pid_nr_ns",
+    "pids_cgroup",
     "processes",
     "rbtree_for_each_entry",
     "settled",
     "task_active_pid_ns",
     "task_comm",
+    "task_css",
+    "task_dfl_cgroup",
     "task_pid_nr_ns",
     "task_state",
     "transparent_hugepages",

@@ -11,7 +11,7 @@ from ovr import demo, lab
 
 UMASK = 0o137
 SIZE = 192 << 20
-SUITES = ("trixie", "bookworm")
+SUITES = ("trixie", "bookworm", "forky")
 
 
 def pytest_collection_modifyitems(items):

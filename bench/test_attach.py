@@ -1,0 +1,110 @@
+"""How long it takes to attach, and how fast the kernel view is beside drgn on the same RAM."""
+
+import shutil
+
+import drgn
+import pytest
+from drgn.helpers.linux.list import list_for_each_entry
+
+from ovr.kernel import for_each_process
+from ovr.vm.attach import AttachedVm
+from tests.vm.drgn_reader import drgn_program
+
+COLD, CACHED = 0.5, 0.05
+TIMES: dict[tuple[str, str], float] = {}
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path
+
+
+def attach(vm):
+    AttachedVm(f"lab:{vm.name}", writable=True).close()
+
+
+@pytest.mark.benchmark(group="attach")
+def test_attach_cold(benchmark, vm, cache, judge):
+    def forget():
+        shutil.rmtree(cache / "ovr", ignore_errors=True)
+
+    benchmark.pedantic(attach, (vm,), setup=forget, rounds=10)
+    assert len(list((cache / "ovr" / "kernel").iterdir())) == 2
+    judge(benchmark, COLD)
+
+
+@pytest.mark.benchmark(group="attach")
+def test_attach_from_cache(benchmark, vm, cache, judge):
+    attach(vm)
+    [made, *_] = (path.stat().st_ino for path in (cache / "ovr" / "kernel").iterdir())
+    benchmark.pedantic(attach, (vm,), rounds=20)
+    assert made in {path.stat().st_ino for path in (cache / "ovr" / "kernel").iterdir()}
+    judge(benchmark, CACHED)
+
+
+@pytest.fixture(scope="session", params=("ovr", "drgn"))
+def reader(request, attached):
+    """The same task as each of the two has it: (name, task, how to get a value, all processes)."""
+    task = attached.kernel["init_task"]
+    if request.param == "ovr":
+        return "ovr", task, lambda value: value, lambda: for_each_process(attached.kernel)
+    program = drgn_program(attached)
+    theirs = drgn.Object(program, "struct task_struct", address=task.address_)
+    tasks = theirs.tasks.address_of_()
+    return (
+        "drgn", theirs, lambda value: value.value_(),
+        lambda: list_for_each_entry("struct task_struct", tasks, "tasks"),
+    )  # fmt: skip
+
+
+def remember(benchmark, what, name):
+    if benchmark.stats is not None:
+        benchmark.extra_info["per_second"] = round(1 / benchmark.stats.stats.min)
+        TIMES[what, name] = benchmark.stats.stats.min
+
+
+@pytest.mark.benchmark(group="read a member: task->pid")
+def test_read_member(benchmark, reader):
+    name, task, value, _ = reader
+    assert benchmark(lambda: value(task.pid)) == 0
+    remember(benchmark, "member", name)
+
+
+@pytest.mark.benchmark(group="read through pointers: task->signal->rlim[7].rlim_cur")
+def test_read_path(benchmark, reader):
+    name, task, value, _ = reader
+    assert benchmark(lambda: value(task.signal.rlim[7].rlim_cur)) > 0
+    remember(benchmark, "path", name)
+
+
+@pytest.mark.benchmark(group="list all processes: pid, flags, mm")
+def test_list_processes(benchmark, reader):
+    name, _, value, processes = reader
+
+    def listing():
+        return [(value(task.pid), value(task.flags), value(task.mm)) for task in processes()]
+
+    assert len(benchmark(listing)) > 20
+    remember(benchmark, "list", name)
+
+
+@pytest.mark.benchmark(group="write a member: task->fs->umask (drgn cannot)")
+def test_write_member(benchmark, attached):
+    fs = attached.kernel["init_task"].fs
+
+    def write():
+        fs.umask = 0o022
+
+    assert fs.umask == 0o022
+    benchmark(write)
+    remember(benchmark, "write", "ovr")
+
+
+@pytest.mark.parametrize("what", ["member", "path", "list"])
+def test_reads_are_faster_than_drgns(benchmark, what):
+    if (what, "drgn") not in TIMES:
+        pytest.skip("times are not judged")
+    benchmark.extra_info["times_as_fast"] = TIMES[what, "drgn"] / TIMES[what, "ovr"]
+    benchmark.pedantic(lambda: None)
+    assert TIMES[what, "ovr"] < TIMES[what, "drgn"]
