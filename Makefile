@@ -7,12 +7,12 @@ PACKAGES := gcc libc6-dev python3-dev python3-venv qemu-system-x86 qemu-system-c
 # Where virtiofsd is no part of QEMU any more it is a package of its own.
 PACKAGES += $(shell apt-cache show virtiofsd >/dev/null 2>&1 && echo virtiofsd)
 
-.PHONY: demo test bench lint unit vm setup packages clean
+.PHONY: demo test bench lint unit smoke vm setup packages clean
 
 demo: setup
 	$(BIN)/python -m ovr demo $(DEMO)
 
-test: lint unit vm
+test: lint unit smoke vm
 
 bench: setup
 	$(BIN)/python -m pytest bench --benchmark-only $(BENCH)
@@ -27,6 +27,10 @@ lint: setup
 
 unit: setup
 	$(BIN)/python -m pytest tests/unit -q $(PYTEST)
+
+# The benchmarks run, small and once; nobody judges their times.
+smoke: setup
+	OVR_BENCH=smoke $(BIN)/python -m pytest bench -q
 
 vm: setup
 	$(BIN)/python -m pytest tests/vm -v -rs $(PYTEST)

@@ -1,7 +1,7 @@
 """One process with much memory: restored by CRIU inside the VM, and by ovr from outside it.
 
-Same guest, same images, warm page caches, an idle VM; the two take turns. ``OVR_BENCH_SIZE`` is the
-process's memory (1G), ``OVR_BENCH_MEMORY`` the VM's (4G), ``OVR_BENCH_ROUNDS`` how often (3).
+Same guest, same images, warm page caches, an idle VM; the two take turns. `bench/README.md`
+says what can be set.
 """
 
 import os
@@ -11,12 +11,13 @@ from pathlib import Path
 import pytest
 
 import ovr
+from bench.conftest import SMOKE
 from ovr import demo
 from ovr.lab import LabVm
 from ovr.lab.ram import memory_size
 
-SIZE = memory_size(os.environ.get("OVR_BENCH_SIZE", "1G"))
-MEMORY = os.environ.get("OVR_BENCH_MEMORY", "4G")
+SIZE = memory_size(os.environ.get("OVR_BENCH_SIZE", "64M" if SMOKE else "1G"))
+MEMORY = os.environ.get("OVR_BENCH_MEMORY", "512M" if SMOKE else "4G")
 ROUNDS = int(os.environ.get("OVR_BENCH_ROUNDS", "3"))
 IMAGES_IN_GUEST = "/mnt/share"
 

@@ -40,6 +40,12 @@ with ovr.attach(sys.argv[1]) as vm:
 """
 
 
+@pytest.fixture(params=("trixie", "bookworm"))
+def suite(request):
+    """What fails here does so before, or apart from, what a newer kernel has different."""
+    return request.param
+
+
 def ovr_command(*arguments):
     return subprocess.run(
         [sys.executable, "-m", "ovr", *map(str, arguments)], capture_output=True, text=True,

@@ -18,6 +18,7 @@ MACHINES = [
     ("trixie", {"memory": "1G", "numa": 2}),
     ("bookworm", {"memory": "1G", "la57": False}),
     ("bookworm", {"memory": "3G", "la57": True}),
+    ("forky", {"memory": "1G", "la57": True}),
 ]
 
 
