@@ -1,6 +1,6 @@
 """One process with much memory: restored by CRIU inside the VM, and by ovr from outside it.
 
-Same guest, same images, warm page caches, an idle VM; the two take turns. `bench/README.md`
+Same guest, same images, warm page caches, an idle VM, one after the other. `bench/README.md`
 says what can be set.
 """
 
