@@ -69,11 +69,18 @@ def write(settings: Sequence[Setting], tree: Callable[[], GuestTree], holder: Ho
         DoesNotFit: a value that this guest's kernel cannot hold.
         GuestFault: the guest's kernel objects make no sense.
     """
+    _rehearse(settings, tree())
     for start in range(0, len(settings), _AT_ONCE):
         with holder.held():
             guest = tree()
             for setting in settings[start : start + _AT_ONCE]:
                 setting.kind.write(setting.place.find(guest), setting.value)
+
+
+def _rehearse(settings: Iterable[Setting], guest: GuestTree) -> None:
+    # Reads all that will be written: types are parsed when first used, which must not be in a hold.
+    for setting in settings:
+        setting.kind.read(setting.place.find(guest))
 
 
 def verify(settings: Iterable[Setting], guest: GuestTree) -> None:

@@ -43,10 +43,15 @@ class NoNewPrivs(Kind):
     scope = THREAD
 
     def take(self, image: CoreEntry) -> bool | None:
-        """Return whether it is set; None under seccomp, whose filters CRIU installs with it."""
-        if image.thread_core.seccomp_mode or not image.thread_core.HasField("creds"):
+        """Return whether it is set.
+
+        None under seccomp, whose filters CRIU installs with it, and where CRIU dumped nothing: up
+        to 3.17 it knows nothing of it.
+        """
+        creds = image.thread_core.creds
+        if image.thread_core.seccomp_mode or not creds.HasField("no_new_privs"):
             return None
-        return bool(image.thread_core.creds.no_new_privs)
+        return bool(creds.no_new_privs)
 
     def neutralise(self, image: CoreEntry) -> None:
         """Absent: not set."""
@@ -103,7 +108,10 @@ class Capabilities(Kind):
     scope = THREAD
 
     def take(self, image: CoreEntry) -> tuple[int, ...] | None:
-        """Return the sets: inheritable, permitted, effective, bounding, ambient."""
+        """Return the sets: inheritable, permitted, effective, bounding, ambient.
+
+        CRIU up to 3.17 does not dump the last: then it is empty.
+        """
         if not image.thread_core.HasField("creds"):
             return None
         sets = tuple(_set(words) for words in _words(image.thread_core.creds))

@@ -12,6 +12,7 @@ from ovr.state.scope import PROCESS
 __all__ = ["KINDS", "ChildSubreaper", "Loginuid", "OomScoreAdj", "Personality"]
 
 _OOM_SCORE_ADJ_MAX: Final = 1000
+_PERSONALITIES: Final = 0x0FFE_00FF  # flags and PER_MASK of include/uapi/linux/personality.h
 
 
 class OomScoreAdj(Kind):
@@ -55,13 +56,22 @@ class Personality(Kind):
 
     name = "personality"
     groups = ("process",)
-    summary = "execution domain (task_struct.personality of all threads); CRIU loses it"
-    source = "dumped by criu/cr-dump.c, restored by nothing in CRIU; sys_personality()"
+    summary = "execution domain (task_struct.personality of all threads); CRIU never restores it"
+    source = "get_task_personality() in criu/cr-dump.c; sys_personality()"
     scope = PROCESS
 
     def take(self, image: CoreEntry) -> int:
-        """Return the personality."""
-        return image.tc.personality
+        """Return the personality.
+
+        CRIU reads the eight hexadecimal digits of /proc/PID/personality with atoi(): the image
+        has them as if they were decimal, and without what follows a letter. No flag has one;
+        where two flags make one, what CRIU has thrown away cannot come back.
+        """
+        value = image.tc.personality
+        for meant in (int(str(value), 16), value):  # the second: of a CRIU that has been mended
+            if not meant & ~_PERSONALITIES:
+                return meant
+        raise ImagesDamaged(f"there is no personality {value}", "dump again")
 
     def neutralise(self, image: CoreEntry) -> None:
         """Nothing to do: CRIU does not look at it."""

@@ -31,8 +31,9 @@ class WindowSize(Kind):
         return size
 
     def neutralise(self, image: TtyInfoEntry) -> None:
-        """Absent: none."""
-        image.ClearField("winsize")
+        """No rows and no columns; CRIU wants it to be there."""
+        for name in _FIELDS:
+            setattr(image.winsize, name, 0)
 
     def write(self, target: Any, value: tuple[int, ...]) -> None:
         """As pty_resize() does; no SIGWINCH, for the size is what the process knows."""
