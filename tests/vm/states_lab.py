@@ -79,9 +79,11 @@ def restore_neutral(vm: lab.LabVm, path: Path, outside: Sequence[str]) -> None:
 
 
 def end(vm: lab.LabVm, pids: list[int]) -> None:
-    """End the tree, children first, and wait until all pids are free again."""
-    numbers = " ".join(map(str, reversed(pids)))
-    vm.sh(f"for p in {numbers}; do kill -9 $p; while test -d /proc/$p; do sleep 0.05; done; done")
+    """End the tree, and wait until all pids are free again."""
+    numbers = " ".join(map(str, pids))
+    vm.sh(
+        f"kill -9 {numbers}; for p in {numbers}; do while test -d /proc/$p; do sleep 0.05; done; done"
+    )
 
 
 def tail(vm: lab.LabVm, log: str) -> str:

@@ -44,7 +44,7 @@ def test_memory_and_umask_come_back(pool, dumps, suite, hardware):
     assert report.pid == dump.pid
     assert report.bytes_outside / report.bytes_total >= 0.99
     assert report.bytes_verified == report.bytes_outside
-    assert report.states == ("memory", "umask")
+    assert {"memory", "umask"} <= set(report.states)
     whole(vm, dump)
 
 
@@ -108,7 +108,10 @@ def test_the_command(vm, dump):
 
 
 def test_dry_run_leaves_the_guest_alone(vm, dump):
-    assert "states outside: memory, umask" in restore_command(vm, dump, "--dry-run")
+    first = restore_command(vm, dump, "--dry-run").splitlines()[:2]
+    assert first[0].startswith("outside: ")
+    assert "memory" in first[1]
+    assert "umask" in first[1]
     assert vm.sh(f"test -d /proc/{dump.pid}").status != 0
 
 

@@ -40,7 +40,7 @@
 #define SIGNALS 64
 #define TFD_IOC_SET_TICKS _IOW('T', 0, uint64_t)
 #define SECBIT_NO_SETUID_FIXUP (1 << 2)
-#define SECBIT_NO_CAP_AMBIENT_RAISE (1 << 6)
+#define SECBIT_NOROOT (1 << 0)
 
 struct thread {
 	int number;
@@ -91,7 +91,7 @@ static void write_text(const char *path, const char *format, ...)
 
 static void set_thread(struct thread *self)
 {
-	int odd = 1 + self->number + 10 * number;
+	int odd = 1 + self->number + 11 * number;
 	struct __user_cap_header_struct header = {_LINUX_CAPABILITY_VERSION_3, 0};
 	struct __user_cap_data_struct caps[2];
 	struct robust_list_head *robust;
@@ -117,7 +117,7 @@ static void set_thread(struct thread *self)
 	check(syscall(SYS_capset, &header, caps), "capset");
 	check(prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_RAISE, CAP_KILL, 0, 0), "ambient");
 	check(prctl(PR_SET_SECUREBITS,
-		    SECBIT_NO_SETUID_FIXUP | (odd % 2 ? SECBIT_NO_CAP_AMBIENT_RAISE : 0)),
+		    SECBIT_NO_SETUID_FIXUP | (odd % 2 ? SECBIT_NOROOT : 0)),
 	      "PR_SET_SECUREBITS");
 	caps[1].permitted &= ~(1 << (number % 4)); /* MAC_OVERRIDE … SYSLOG */
 	caps[0].effective &= ~(1u << CAP_SYS_BOOT | 1u << (CAP_SYS_NICE + self->number));
