@@ -1,6 +1,7 @@
 """What we read from outside is what the guest's own /proc says."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -39,6 +40,11 @@ def snapshot(vm):
     return rows
 
 
+def restful(name):
+    """A name without the work that a kworker had last: it has another one every second."""
+    return re.sub(r"(?<=kworker/[0-9u]).*", "", name)
+
+
 def test_ps_agrees_with_proc(vm):
     vm.sh(BUSY + "sleep 1")
     before = snapshot(vm)
@@ -54,7 +60,8 @@ def test_ps_agrees_with_proc(vm):
     assert {row[1] for row in steady.values()} >= {"R", "S", "T", "Z", "I"}
     for pid, (ppid, state, threads, name) in steady.items():
         row = ours[pid]
-        assert (row["ppid"], sorted(row["threads"]), row["name"]) == (ppid, threads, name)
+        assert (row["ppid"], sorted(row["threads"])) == (ppid, threads)
+        assert restful(row["name"]) == restful(name)
         assert row["state"] == state, (pid, name)
 
 
