@@ -59,9 +59,14 @@ def reader(request, attached):
 
 
 def remember(benchmark, what, name):
-    if benchmark.stats is not None:
-        benchmark.extra_info["per_second"] = round(1 / benchmark.stats.stats.min)
-        TIMES[what, name] = benchmark.stats.stats.min
+    """Keep the best time; drgn's, which comes second, must not be better than ours."""
+    if benchmark.stats is None:
+        return
+    best = TIMES[what, name] = benchmark.stats.stats.min
+    benchmark.extra_info["per_second"] = round(1 / best)
+    if name == "drgn" and (what, "ovr") in TIMES:
+        benchmark.extra_info["ovr_times_as_fast"] = best / TIMES[what, "ovr"]
+        assert TIMES[what, "ovr"] < best
 
 
 @pytest.mark.benchmark(group="read a member: task->pid")
@@ -99,12 +104,3 @@ def test_write_member(benchmark, attached):
     assert fs.umask == 0o022
     benchmark(write)
     remember(benchmark, "write", "ovr")
-
-
-@pytest.mark.parametrize("what", ["member", "path", "list"])
-def test_reads_are_faster_than_drgns(benchmark, what):
-    if (what, "drgn") not in TIMES:
-        pytest.skip("times are not judged")
-    benchmark.extra_info["times_as_fast"] = TIMES[what, "drgn"] / TIMES[what, "ovr"]
-    benchmark.pedantic(lambda: None)
-    assert TIMES[what, "ovr"] < TIMES[what, "drgn"]
