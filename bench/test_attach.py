@@ -24,22 +24,27 @@ def attach(vm):
     AttachedVm(f"lab:{vm.name}", writable=True).close()
 
 
+def inodes(cache):
+    """Of the files that only a rebuild replaces."""
+    return {path.stat().st_ino for path in (cache / "ovr" / "kernel").glob("*.*")}
+
+
 @pytest.mark.benchmark(group="attach")
 def test_attach_cold(benchmark, vm, cache, judge):
     def forget():
         shutil.rmtree(cache / "ovr", ignore_errors=True)
 
     benchmark.pedantic(attach, (vm,), setup=forget, rounds=10)
-    assert len(list((cache / "ovr" / "kernel").iterdir())) == 2
+    assert len(list((cache / "ovr" / "kernel").iterdir())) == 3
     judge(benchmark, COLD)
 
 
 @pytest.mark.benchmark(group="attach")
 def test_attach_from_cache(benchmark, vm, cache, judge):
     attach(vm)
-    [made, *_] = (path.stat().st_ino for path in (cache / "ovr" / "kernel").iterdir())
+    made = inodes(cache)
     benchmark.pedantic(attach, (vm,), rounds=20)
-    assert made in {path.stat().st_ino for path in (cache / "ovr" / "kernel").iterdir()}
+    assert made <= inodes(cache)
     judge(benchmark, CACHED)
 
 

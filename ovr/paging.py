@@ -73,8 +73,10 @@ class AddressSpace:
 
     def read(self, gva: Gva, size: int) -> bytes:
         """Read `size` bytes, across pages. Raises `GuestFault` if one is not mapped."""
-        if 0 < size <= PAGE_SIZE - gva % PAGE_SIZE:
-            return self.ram.read(self.translate(gva), size)
+        if 0 < size <= PAGE_SIZE - gva % PAGE_SIZE and 0 <= gva < 1 << 64:
+            # the hot path of every member access: no call more than it needs
+            ram = self.ram
+            return ram.read(ram.translate(self.root, self.levels, gva), size)
         if size == 0:
             return b""
         return b"".join(self.ram.read(gpa, length) for gpa, length in self._chunks(gva, size))

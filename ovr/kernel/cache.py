@@ -25,7 +25,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["cache_directory", "remembered"]
+__all__ = ["cache_directory", "read_own", "remembered"]
 
 MAGIC: Final = b"ovr-kernel-1\n\0\0\0"
 HEADER: Final = struct.Struct("<16s32sII")  # magic, SHA-256 of the source, CRC and size of the rest
@@ -72,6 +72,24 @@ def remembered(
     return tables
 
 
+def read_own(path: Path, limit: int) -> bytes:
+    """Return what is in a file of this user's that nobody else can write to.
+
+    Raises:
+        OSError: it cannot be opened.
+        ValueError: it is no such file, or larger than `limit` bytes.
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    with os.fdopen(fd, "rb") as file:
+        status = os.fstat(fd)
+        others = stat.S_IWGRP | stat.S_IWOTH
+        if not stat.S_ISREG(status.st_mode) or status.st_size > limit:
+            raise ValueError("not a file of ours")
+        if status.st_uid != os.geteuid() or status.st_mode & others:
+            raise ValueError("somebody else may write to it")
+        return file.read(limit)
+
+
 def _digest(source: Sequence[bytes]) -> bytes:
     total = hashlib.sha256()
     for piece in source:
@@ -82,7 +100,7 @@ def _digest(source: Sequence[bytes]) -> bytes:
 
 def _load(path: Path, digest: bytes) -> tuple[Table, ...] | None:
     try:
-        data = _read(path)
+        data = read_own(path, MAX_SIZE)
         magic, of, crc, size = HEADER.unpack_from(data)
         body = memoryview(data)[HEADER.size :]
         if (magic, of, crc, size) == (MAGIC, digest, zlib.crc32(body), len(body)):
@@ -93,18 +111,6 @@ def _load(path: Path, digest: bytes) -> tuple[Table, ...] | None:
     except (OSError, ValueError, struct.error) as error:
         log.info("%s cannot be used (%s): it is made again", path, error)
     return None
-
-
-def _read(path: Path) -> bytes:
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-    with os.fdopen(fd, "rb") as file:
-        status = os.fstat(fd)
-        others = stat.S_IWGRP | stat.S_IWOTH
-        if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_SIZE:
-            raise ValueError("not a file of ours")
-        if status.st_uid != os.geteuid() or status.st_mode & others:
-            raise ValueError("somebody else may write to it")
-        return file.read(MAX_SIZE)
 
 
 def _store(path: Path, digest: bytes, tables: Sequence[Table]) -> None:

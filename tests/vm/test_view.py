@@ -280,4 +280,4 @@ def test_attach_is_quick_enough_to_be_bearable(vm, tmp_path, monkeypatch):
     for _ in range(2):
         AttachedVm(f"lab:{vm.name}").close()
     assert time.process_time() - began < 5
-    assert len(list((tmp_path / "ovr" / "kernel").iterdir())) == 2
+    assert len(list((tmp_path / "ovr" / "kernel").iterdir())) == 3
