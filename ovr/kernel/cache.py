@@ -6,7 +6,8 @@ bytes it was made from: it carries their SHA-256. So a guest that claims the BUI
 kernel can neither use that kernel's file nor spoil it for others. Addresses are not remembered:
 each guest's own tables give them, wherever KASLR put it.
 
-A file that is missing, damaged, of another version or another user is made again.
+A file that is missing, damaged, of another version or another user is made again. A guest's lies
+cannot fill the disk: what is too large is not kept, and only so many files are.
 """
 
 import hashlib
@@ -31,7 +32,8 @@ MAGIC: Final = b"ovr-kernel-1\n\0\0\0"
 HEADER: Final = struct.Struct("<16s32sII")  # magic, SHA-256 of the source, CRC and size of the rest
 LENGTH: Final = struct.Struct("<Q")
 ELEMENTS: Final = {"|u1", "<i4"}
-MAX_SIZE: Final = 1 << 29
+MAX_SIZE: Final = 1 << 25
+KEPT: Final = 64
 BUILD_ID: Final = re.compile(r"[0-9a-f]{16,128}")
 
 Table = NDArray[Any]
@@ -116,15 +118,23 @@ def _load(path: Path, digest: bytes) -> tuple[Table, ...] | None:
 def _store(path: Path, digest: bytes, tables: Sequence[Table]) -> None:
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     body = b"".join(_packed(table) for table in tables)
+    if len(body) > MAX_SIZE - HEADER.size:
+        return
     fd, fresh = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
         with os.fdopen(fd, "wb") as file:
             file.write(HEADER.pack(MAGIC, digest, zlib.crc32(body), len(body)) + body)
         Path(fresh).rename(path)
+        for old in sorted(path.parent.glob("*.*"), key=_age)[KEPT:]:
+            old.unlink(missing_ok=True)
     except BaseException:
         with suppress(OSError):
             Path(fresh).unlink()
         raise
+
+
+def _age(path: Path) -> float:
+    return -path.stat().st_mtime
 
 
 def _packed(table: Table) -> bytes:

@@ -269,7 +269,8 @@ def _read_btf(space: AddressSpace, symbols: SymbolTable) -> bytes:
     if start is None or stop is None or start == stop:
         raise KernelNotFound(
             "the guest's kernel does not describe its types",
-            "it must have CONFIG_DEBUG_INFO_BTF and CONFIG_KALLSYMS_ALL; or give its --vmlinux",
+            "it must have CONFIG_DEBUG_INFO_BTF and CONFIG_KALLSYMS_ALL; or give its --vmlinux "
+            "with a section .BTF (pahole -J makes one of DWARF)",
         )
     if not 0 < stop - start <= MAX_BTF:
         raise KernelNotFound(f"the guest kernel's BTF is damaged: it has {stop - start} bytes")
