@@ -95,7 +95,8 @@ class Kernel:
         kernel = _known(cls, ram, file)
         if kernel is None:
             kernel = _searched(cls, ram, file)
-            places.note(Place.now(kernel.info.gpa, kernel.wall_clock()))
+            with suppress(KernelNotFound, GuestFault):  # without a clock it is searched again
+                places.note(Place.now(kernel.info.gpa, kernel.wall_clock()))
         return kernel
 
     @property

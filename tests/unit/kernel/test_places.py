@@ -130,6 +130,13 @@ def test_places_outside_of_ram(toy, clock):
     assert Kernel.find(toy.machine.ram).info.gpa == toy.note
 
 
+def test_a_kernel_without_a_clock_is_searched_each_time(tmp_path, searches):
+    toy = ToyKernel(Machine.build(tmp_path), without=frozenset({"tk_core"}))
+    for _ in range(2):
+        assert Kernel.find(toy.machine.ram).release == "6.12.0-toy"
+    assert len(searches) == 2
+
+
 def test_no_home(toy, monkeypatch):
     def lost():
         raise RuntimeError("Could not determine home directory.")
