@@ -33,7 +33,7 @@ sh -c 'sleep 0.01 & exec sleep 1000' &
 
 def snapshot(vm):
     rows = {}
-    for line in vm.sh(SNAPSHOT).stdout.decode(errors="surrogateescape").splitlines():
+    for line in vm.sh(SNAPSHOT, timeout=300).stdout.decode(errors="surrogateescape").splitlines():
         pid, start, ppid, state, tids, name = line.split("|", 5)
         threads = sorted(int(tid) for tid in tids.split(",") if tid)
         rows[int(pid), start] = (int(ppid), state, threads, name)
