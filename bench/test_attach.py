@@ -70,7 +70,7 @@ def remember(benchmark, what, name):
     best = TIMES[what, name] = benchmark.stats.stats.min
     benchmark.extra_info["per_second"] = round(1 / best)
     if name == "drgn" and (what, "ovr") in TIMES:
-        benchmark.extra_info["ovr_times_as_fast"] = best / TIMES[what, "ovr"]
+        benchmark.extra_info["times_as_fast"] = best / TIMES[what, "ovr"]
         assert TIMES[what, "ovr"] < best
 
 
