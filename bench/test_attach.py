@@ -24,22 +24,27 @@ def attach(vm):
     AttachedVm(f"lab:{vm.name}", writable=True).close()
 
 
+def inodes(cache):
+    """Of the files that only a rebuild replaces."""
+    return {path.stat().st_ino for path in (cache / "ovr" / "kernel").glob("*.*")}
+
+
 @pytest.mark.benchmark(group="attach")
 def test_attach_cold(benchmark, vm, cache, judge):
     def forget():
         shutil.rmtree(cache / "ovr", ignore_errors=True)
 
     benchmark.pedantic(attach, (vm,), setup=forget, rounds=10)
-    assert len(list((cache / "ovr" / "kernel").iterdir())) == 2
+    assert len(list((cache / "ovr" / "kernel").iterdir())) == 3
     judge(benchmark, COLD)
 
 
 @pytest.mark.benchmark(group="attach")
 def test_attach_from_cache(benchmark, vm, cache, judge):
     attach(vm)
-    [made, *_] = (path.stat().st_ino for path in (cache / "ovr" / "kernel").iterdir())
+    made = inodes(cache)
     benchmark.pedantic(attach, (vm,), rounds=20)
-    assert made in {path.stat().st_ino for path in (cache / "ovr" / "kernel").iterdir()}
+    assert made <= inodes(cache)
     judge(benchmark, CACHED)
 
 
@@ -59,9 +64,14 @@ def reader(request, attached):
 
 
 def remember(benchmark, what, name):
-    if benchmark.stats is not None:
-        benchmark.extra_info["per_second"] = round(1 / benchmark.stats.stats.min)
-        TIMES[what, name] = benchmark.stats.stats.min
+    """Keep the best time; drgn's, which comes second, must not be better than ours."""
+    if benchmark.stats is None:
+        return
+    best = TIMES[what, name] = benchmark.stats.stats.min
+    benchmark.extra_info["per_second"] = round(1 / best)
+    if name == "drgn" and (what, "ovr") in TIMES:
+        benchmark.extra_info["times_as_fast"] = best / TIMES[what, "ovr"]
+        assert TIMES[what, "ovr"] < best
 
 
 @pytest.mark.benchmark(group="read a member: task->pid")
@@ -99,12 +109,3 @@ def test_write_member(benchmark, attached):
     assert fs.umask == 0o022
     benchmark(write)
     remember(benchmark, "write", "ovr")
-
-
-@pytest.mark.parametrize("what", ["member", "path", "list"])
-def test_reads_are_faster_than_drgns(benchmark, what):
-    if (what, "drgn") not in TIMES:
-        pytest.skip("times are not judged")
-    benchmark.extra_info["times_as_fast"] = TIMES[what, "drgn"] / TIMES[what, "ovr"]
-    benchmark.pedantic(lambda: None)
-    assert TIMES[what, "ovr"] < TIMES[what, "drgn"]

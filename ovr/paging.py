@@ -67,24 +67,30 @@ class AddressSpace:
 
     def translate(self, gva: Gva) -> Gpa:
         """Return the GPA behind `gva`. Raises `GuestFault` if it is not mapped."""
-        _check(gva, 1)
+        if not 0 <= gva < 1 << 64:
+            _check(gva, 1)
         return self.ram.translate(self.root, self.levels, gva)
 
     def read(self, gva: Gva, size: int) -> bytes:
         """Read `size` bytes, across pages. Raises `GuestFault` if one is not mapped."""
+        if 0 < size <= PAGE_SIZE - gva % PAGE_SIZE and 0 <= gva < 1 << 64:
+            # the hot path of every member access: no call more than it needs
+            ram = self.ram
+            return ram.read(ram.translate(self.root, self.levels, gva), size)
         if size == 0:
             return b""
-        if gva % PAGE_SIZE + size <= PAGE_SIZE:
-            return self.ram.read(self.translate(gva), size)
         return b"".join(self.ram.read(gpa, length) for gpa, length in self._chunks(gva, size))
 
     def write(self, gva: Gva, data: bytes) -> None:
         """Write `data`, across pages; nothing is written if one of them is not mapped."""
         if not data:
             return
-        done = 0
         # SAFETY: who owns the object at `gva` and what keeps it still is for the caller to say;
         # here the bytes are only kept inside of guest RAM.
+        if len(data) <= PAGE_SIZE - gva % PAGE_SIZE:
+            self.ram.write(self.translate(gva), data)
+            return
+        done = 0
         for gpa, length in list(self._chunks(gva, len(data))):
             self.ram.write(gpa, data[done : done + length])
             done += length

@@ -6,7 +6,8 @@ bytes it was made from: it carries their SHA-256. So a guest that claims the BUI
 kernel can neither use that kernel's file nor spoil it for others. Addresses are not remembered:
 each guest's own tables give them, wherever KASLR put it.
 
-A file that is missing, damaged, of another version or another user is made again.
+A file that is missing, damaged, of another version or another user is made again. A guest's lies
+cannot fill the disk: what is too large is not kept, and only so many files are.
 """
 
 import hashlib
@@ -25,13 +26,14 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["cache_directory", "remembered"]
+__all__ = ["cache_directory", "read_own", "remembered"]
 
 MAGIC: Final = b"ovr-kernel-1\n\0\0\0"
 HEADER: Final = struct.Struct("<16s32sII")  # magic, SHA-256 of the source, CRC and size of the rest
 LENGTH: Final = struct.Struct("<Q")
 ELEMENTS: Final = {"|u1", "<i4"}
-MAX_SIZE: Final = 1 << 29
+MAX_SIZE: Final = 1 << 25
+KEPT: Final = 64
 BUILD_ID: Final = re.compile(r"[0-9a-f]{16,128}")
 
 Table = NDArray[Any]
@@ -72,6 +74,24 @@ def remembered(
     return tables
 
 
+def read_own(path: Path, limit: int) -> bytes:
+    """Return what is in a file of this user's that nobody else can write to.
+
+    Raises:
+        OSError: it cannot be opened.
+        ValueError: it is no such file, or larger than `limit` bytes.
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    with os.fdopen(fd, "rb") as file:
+        status = os.fstat(fd)
+        others = stat.S_IWGRP | stat.S_IWOTH
+        if not stat.S_ISREG(status.st_mode) or status.st_size > limit:
+            raise ValueError("not a file of ours")
+        if status.st_uid != os.geteuid() or status.st_mode & others:
+            raise ValueError("somebody else may write to it")
+        return file.read(limit)
+
+
 def _digest(source: Sequence[bytes]) -> bytes:
     total = hashlib.sha256()
     for piece in source:
@@ -82,7 +102,7 @@ def _digest(source: Sequence[bytes]) -> bytes:
 
 def _load(path: Path, digest: bytes) -> tuple[Table, ...] | None:
     try:
-        data = _read(path)
+        data = read_own(path, MAX_SIZE)
         magic, of, crc, size = HEADER.unpack_from(data)
         body = memoryview(data)[HEADER.size :]
         if (magic, of, crc, size) == (MAGIC, digest, zlib.crc32(body), len(body)):
@@ -95,30 +115,26 @@ def _load(path: Path, digest: bytes) -> tuple[Table, ...] | None:
     return None
 
 
-def _read(path: Path) -> bytes:
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-    with os.fdopen(fd, "rb") as file:
-        status = os.fstat(fd)
-        others = stat.S_IWGRP | stat.S_IWOTH
-        if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_SIZE:
-            raise ValueError("not a file of ours")
-        if status.st_uid != os.geteuid() or status.st_mode & others:
-            raise ValueError("somebody else may write to it")
-        return file.read(MAX_SIZE)
-
-
 def _store(path: Path, digest: bytes, tables: Sequence[Table]) -> None:
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     body = b"".join(_packed(table) for table in tables)
+    if len(body) > MAX_SIZE - HEADER.size:
+        return
     fd, fresh = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
         with os.fdopen(fd, "wb") as file:
             file.write(HEADER.pack(MAGIC, digest, zlib.crc32(body), len(body)) + body)
         Path(fresh).rename(path)
+        for old in sorted(path.parent.glob("*.*"), key=_age)[KEPT:]:
+            old.unlink(missing_ok=True)
     except BaseException:
         with suppress(OSError):
             Path(fresh).unlink()
         raise
+
+
+def _age(path: Path) -> float:
+    return -path.stat().st_mtime
 
 
 def _packed(table: Table) -> bytes:

@@ -3,8 +3,10 @@
 x86-64 is little-endian and its pointers have 8 bytes.
 """
 
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from operator import index
 from typing import TYPE_CHECKING
 
@@ -27,6 +29,12 @@ __all__ = [
 ]
 
 POINTER_SIZE = 8
+POINTER = struct.Struct("<Q").unpack
+UNPACK = {
+    (size, signed): struct.Struct("<" + (letter.lower() if signed else letter)).unpack
+    for size, letter in ((1, "B"), (2, "H"), (4, "I"), (8, "Q"))
+    for signed in (False, True)
+}
 
 
 class Integer:
@@ -35,10 +43,15 @@ class Integer:
     def __init__(self, size: int, *, signed: bool) -> None:
         self.size = size
         self.signed = signed
+        self._unpack = UNPACK.get((size, signed), self._unpack_long)
 
     def load(self, space: Space, address: Gva, via: str) -> int:
         """Read it."""
-        return int.from_bytes(space.read(address, self.size), "little", signed=self.signed)
+        value: int = self._unpack(space.read(address, self.size))[0]
+        return value
+
+    def _unpack_long(self, data: bytes) -> tuple[int]:
+        return (int.from_bytes(data, "little", signed=self.signed),)
 
     def store(self, space: Space, address: Gva, value: int) -> None:
         """Write it."""
@@ -124,13 +137,18 @@ class Embedded:
     type_id: int
     size: int
 
+    @cached_property
+    def view(self) -> type[Struct]:
+        """Its view class: made when first used, as types may contain pointers to themselves."""
+        return self.types.classes[self.type_id]
+
     def load(self, space: Space, address: Gva, via: str) -> Struct:
         """Return the view; nothing is read."""
-        return self.types.classes[self.type_id](space, address, via)
+        return self.view(space, address, via)
 
     def store(self, space: Space, address: Gva, value: Struct) -> None:
         """Copy `value`, a view of the same type, wherever it lies."""
-        _check_type(value, self.types.classes[self.type_id])
+        _check_type(value, self.view)
         space.write(address, value.bytes_())
 
 
@@ -142,15 +160,19 @@ class Reference:
     type_id: int
     size: int = POINTER_SIZE
 
+    @cached_property
+    def view(self) -> type[Struct]:
+        """The view class of what it points to: made when first used."""
+        return self.types.classes[self.type_id]
+
     def load(self, space: Space, address: Gva, via: str) -> Struct:
         """Read the pointer and return the view of what it points to."""
-        target = int.from_bytes(space.read(address, POINTER_SIZE), "little")
-        return self.types.classes[self.type_id](space, Gva(target), via)
+        return self.view(space, POINTER(space.read(address, POINTER_SIZE))[0], via)
 
     def store(self, space: Space, address: Gva, value: Struct | Pointer | int | None) -> None:
         """Make it point to `value`; None is NULL."""
         if isinstance(value, Struct):
-            _check_type(value, self.types.classes[self.type_id])
+            _check_type(value, self.view)
         space.write(address, _address(value).to_bytes(POINTER_SIZE, "little"))
 
 
@@ -164,8 +186,8 @@ class Address:
 
     def load(self, space: Space, address: Gva, via: str) -> Pointer:
         """Read it."""
-        value = int.from_bytes(space.read(address, POINTER_SIZE), "little")
-        return Pointer(self.types, space, Gva(value), self.target, via)
+        target = POINTER(space.read(address, POINTER_SIZE))[0]
+        return Pointer(self.types, space, target, self.target, via)
 
     def store(self, space: Space, address: Gva, value: Struct | Pointer | int | None) -> None:
         """Make it point to `value`; None is NULL."""

@@ -6,6 +6,7 @@ the kernel itself first.
 """
 
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
@@ -13,12 +14,14 @@ from typing import Any, Final
 
 from ovr.addresses import Gva
 from ovr.errors import GuestFault, KernelNotFound
+from ovr.kernel import places
 from ovr.kernel.btf import Btf
 from ovr.kernel.kallsyms import read_kallsyms
+from ovr.kernel.places import Place
 from ovr.kernel.symbols import SymbolTable
 from ovr.kernel.types import Types
 from ovr.kernel.view import NoSuchMember, Struct
-from ovr.kernel.vmcoreinfo import START_KERNEL_MAP, VmcoreInfo, candidates
+from ovr.kernel.vmcoreinfo import START_KERNEL_MAP, VmcoreInfo, candidate_at, candidates
 from ovr.kernel.vmlinux import Vmlinux
 from ovr.paging import AddressSpace, Frames, pieces
 from ovr.ram import GuestRam
@@ -89,28 +92,12 @@ class Kernel:
             UsageError: `vmlinux` cannot be used.
         """
         file = Vmlinux.open(vmlinux) if vmlinux else None
-        found: list[Kernel] = []
-        reasons: list[KernelNotFound] = []
-        for info in candidates(ram):
-            try:
-                found.append(_attach(cls, ram, info, file))
-            except KernelNotFound as reason:
-                reasons.append(reason)
-            except GuestFault as fault:
-                reasons.append(
-                    KernelNotFound(
-                        f"the guest's kernel makes no sense: {fault}", "has it booted? try again"
-                    )
-                )
-        if found:
-            # A kernel that was left by a reboot or kexec may still be whole in RAM.
-            return found[0] if len(found) == 1 else max(found, key=cls.wall_clock)
-        if reasons:
-            raise min(reasons, key=lambda reason: isinstance(reason, _Stale))
-        raise KernelNotFound(
-            "no Linux kernel in guest RAM: there is no VMCOREINFO",
-            "has the guest booted? its kernel must have CONFIG_VMCORE_INFO (or CONFIG_CRASH_CORE)",
-        )
+        kernel = _known(cls, ram, file)
+        if kernel is None:
+            kernel = _searched(cls, ram, file)
+            with suppress(KernelNotFound, GuestFault):  # without a clock it is searched again
+                places.note(Place.now(kernel.info.gpa, kernel.wall_clock()))
+        return kernel
 
     @property
     def release(self) -> str:
@@ -203,6 +190,43 @@ class Kernel:
         return text, self["page_offset_base"], reaper.address_, reaper.start_boottime
 
 
+def _known(cls: type[Kernel], ram: GuestRam, vmlinux: Vmlinux | None) -> Kernel | None:
+    # A kernel that runs at a place where one was found before.
+    for place in places.recall():
+        info = candidate_at(ram, place.gpa)
+        with suppress(KernelNotFound, GuestFault):
+            if info is not None:
+                kernel = _attach(cls, ram, info, vmlinux)
+                if place.runs(kernel.wall_clock()):
+                    return kernel
+    return None
+
+
+def _searched(cls: type[Kernel], ram: GuestRam, vmlinux: Vmlinux | None) -> Kernel:
+    found: list[Kernel] = []
+    reasons: list[KernelNotFound] = []
+    for info in candidates(ram):
+        try:
+            found.append(_attach(cls, ram, info, vmlinux))
+        except KernelNotFound as reason:
+            reasons.append(reason)
+        except GuestFault as fault:
+            reasons.append(
+                KernelNotFound(
+                    f"the guest's kernel makes no sense: {fault}", "has it booted? try again"
+                )
+            )
+    if found:
+        # A kernel that was left by a reboot or kexec may still be whole in RAM.
+        return found[0] if len(found) == 1 else max(found, key=cls.wall_clock)
+    if reasons:
+        raise min(reasons, key=lambda reason: isinstance(reason, _Stale))
+    raise KernelNotFound(
+        "no Linux kernel in guest RAM: there is no VMCOREINFO",
+        "has the guest booted? its kernel must have CONFIG_VMCORE_INFO (or CONFIG_CRASH_CORE)",
+    )
+
+
 def _attach(cls: type[Kernel], ram: GuestRam, info: VmcoreInfo, vmlinux: Vmlinux | None) -> Kernel:
     if info.numbers.get("sme_mask", 0):
         raise KernelNotFound(
@@ -246,7 +270,8 @@ def _read_btf(space: AddressSpace, symbols: SymbolTable) -> bytes:
     if start is None or stop is None or start == stop:
         raise KernelNotFound(
             "the guest's kernel does not describe its types",
-            "it must have CONFIG_DEBUG_INFO_BTF and CONFIG_KALLSYMS_ALL; or give its --vmlinux",
+            "it must have CONFIG_DEBUG_INFO_BTF and CONFIG_KALLSYMS_ALL; or give its --vmlinux "
+            "with a section .BTF (pahole -J makes one of DWARF)",
         )
     if not 0 < stop - start <= MAX_BTF:
         raise KernelNotFound(f"the guest kernel's BTF is damaged: it has {stop - start} bytes")

@@ -185,7 +185,7 @@ class Array:
     def _at(self, index: int) -> Gva:
         if not 0 <= index < self._count:
             raise OutOfBounds(f"{self._via}[{index}]: it has {self._count} elements", self.address_)
-        return Gva(self.address_ + index * self._codec.size)
+        return self.address_ + index * self._codec.size  # type: ignore[return-value] # Gva() is slow
 
 
 class Pointer:
@@ -277,10 +277,11 @@ def member_property(path: str, offset: int, codec: Codec) -> property:
     load: Any = codec.load
 
     def get(view: Struct) -> Any:
-        if not view.address_:
+        address = view.address_
+        if not address:
             raise _null(view, path)
         try:
-            return load(view.space_, view.address_ + offset, path)
+            return load(view.space_, address + offset, path)
         except GuestFault as fault:
             raise _located(view, path, fault) from None
 

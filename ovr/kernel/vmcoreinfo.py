@@ -16,7 +16,7 @@ from ovr.addresses import PAGE_SIZE, Gpa, Gva
 from ovr.errors import GuestFault
 from ovr.ram import GuestRam
 
-__all__ = ["START_KERNEL_MAP", "VmcoreInfo", "candidates", "parse"]
+__all__ = ["START_KERNEL_MAP", "VmcoreInfo", "candidate_at", "candidates", "parse"]
 
 START_KERNEL_MAP: Final = 0xFFFF_FFFF_8000_0000
 """``__START_KERNEL_map``: where x86-64 maps the kernel image."""
@@ -84,9 +84,14 @@ def candidates(ram: GuestRam) -> Iterator[VmcoreInfo]:
     """Yield all well-formed VMCOREINFO texts in RAM, by address."""
     # The kernel gets the text's pages straight from the page allocator.
     for gpa in ram.find(FIRST_KEY, step=PAGE_SIZE):
-        info = parse(gpa, _text(ram, gpa))
+        info = candidate_at(ram, gpa)
         if info is not None:
             yield info
+
+
+def candidate_at(ram: GuestRam, gpa: Gpa) -> VmcoreInfo | None:
+    """Return the well-formed VMCOREINFO text that begins at `gpa`, or None."""
+    return parse(gpa, _text(ram, gpa))
 
 
 def parse(gpa: Gpa, text: bytes) -> VmcoreInfo | None:

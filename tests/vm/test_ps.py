@@ -1,6 +1,7 @@
 """What we read from outside is what the guest's own /proc says."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -32,11 +33,16 @@ sh -c 'sleep 0.01 & exec sleep 1000' &
 
 def snapshot(vm):
     rows = {}
-    for line in vm.sh(SNAPSHOT).stdout.decode(errors="surrogateescape").splitlines():
+    for line in vm.sh(SNAPSHOT, timeout=300).stdout.decode(errors="surrogateescape").splitlines():
         pid, start, ppid, state, tids, name = line.split("|", 5)
         threads = sorted(int(tid) for tid in tids.split(",") if tid)
         rows[int(pid), start] = (int(ppid), state, threads, name)
     return rows
+
+
+def restful(name):
+    """A name without the work that a kworker had last: it has another one every second."""
+    return re.sub(r"(?<=kworker/[0-9u]).*", "", name)
 
 
 def test_ps_agrees_with_proc(vm):
@@ -54,7 +60,8 @@ def test_ps_agrees_with_proc(vm):
     assert {row[1] for row in steady.values()} >= {"R", "S", "T", "Z", "I"}
     for pid, (ppid, state, threads, name) in steady.items():
         row = ours[pid]
-        assert (row["ppid"], sorted(row["threads"]), row["name"]) == (ppid, threads, name)
+        assert (row["ppid"], sorted(row["threads"])) == (ppid, threads)
+        assert restful(row["name"]) == restful(name)
         assert row["state"] == state, (pid, name)
 
 

@@ -28,6 +28,7 @@ from ovr.paging import PROTNONE, pieces
 from ovr.vm.attach import AttachedVm
 from tests.unit.kernel.writers import elf
 from tests.vm.drgn_reader import drgn_program
+from tests.vm.test_failures import ovr_command
 from tests.vm.test_ps import BUSY
 
 VM_PFNMAP = 0x400
@@ -256,6 +257,10 @@ def test_a_kernel_that_keeps_nothing_in_memory(vm, attached, tmp_path, monkeypat
     path.write_bytes(elf(sections, symbols, (at, build_id)))
     other.write_bytes(elf(sections, symbols, (at, build_id[::-1])))
 
+    for file, code in ((path, 0), (other, 4), ("/etc/passwd", 2)):
+        done = ovr_command("ps", "--vm", f"lab:{vm.name}", "--vmlinux", file)
+        assert done.returncode == code, done.stderr
+
     def hidden(*arguments):
         raise KernelNotFound("hidden")
 
@@ -280,4 +285,4 @@ def test_attach_is_quick_enough_to_be_bearable(vm, tmp_path, monkeypatch):
     for _ in range(2):
         AttachedVm(f"lab:{vm.name}").close()
     assert time.process_time() - began < 5
-    assert len(list((tmp_path / "ovr" / "kernel").iterdir())) == 2
+    assert len(list((tmp_path / "ovr" / "kernel").iterdir())) == 3

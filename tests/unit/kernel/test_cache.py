@@ -142,6 +142,21 @@ def test_too_large(maker, monkeypatch):
     assert maker.get() == 2
 
 
+def test_what_is_too_large_is_not_kept(maker, monkeypatch):
+    monkeypatch.setattr(cache, "MAX_SIZE", 100)
+    assert [maker.get(), maker.get()] == [1, 2]
+    assert list(cache_directory().iterdir()) == []
+
+
+def test_only_so_many_files_are_kept(maker, monkeypatch):
+    monkeypatch.setattr(cache, "KEPT", 5)
+    for number in range(9):
+        maker.get(build_id=f"{number:040x}")
+        os.utime(cache_directory() / f"{number:040x}.tables", (number, number))
+    left = {path.name for path in cache_directory().iterdir()}
+    assert left == {f"{number:040x}.tables" for number in range(4, 9)}
+
+
 def test_a_place_that_cannot_be_written_to(maker, home):
     home.write_text("a file where the directory should be")
     assert [maker.get(), maker.get()] == [1, 2]
@@ -174,7 +189,7 @@ def test_two_boots_of_a_kernel_share_what_does_not_move(home, tmp_path):
         kernel = Kernel.find(toy.machine.ram)
         assert [process.comm for process in processes(kernel)] == ["init"]
         assert kernel.symbol("init_task") == base + 0x2000
-        written.append({path.name: path.stat().st_ino for path in cache_directory().iterdir()})
+        written.append({path.name: path.stat().st_ino for path in cache_directory().glob("*.*")})
     assert written[0] == written[1]
     assert sorted(written[0]) == [f"{ID}.btf", f"{ID}.kallsyms"]
 
