@@ -83,12 +83,14 @@ def kernel_types(*, new: bool) -> Types:
         ("saved_auxv", array(ulong, 48)),
     )  # fmt: skip
     robust = _struct(w, "robust_list_head", ("list", node))
+    robust_list = ("robust_list", pointer(robust[0]))
+    futex = ("futex", _struct(w, "futex_sched_data", robust_list)) if new else robust_list
     uid = _struct(w, "", ("val", u32))
     task = _struct(
         w, "task_struct", ("pid", integer), ("personality", u32), ("loginuid", uid),
         ("atomic_flags", ulong), ("blocked", sigset), ("sas_ss_sp", ulong),
         ("sas_ss_size", ulong), ("sas_ss_flags", u32), ("pdeath_signal", integer),
-        ("comm", array(char, 16)), ("robust_list", pointer(robust[0])),
+        ("comm", array(char, 16)), futex,
         ("clear_child_tid", pointer(integer[0])), ("cred", pointer(cred[0])),
         ("real_cred", pointer(cred[0])), ("real_parent", task_pointer),
         ("signal", pointer(signal[0])), ("sighand", pointer(sighand[0])),
