@@ -78,11 +78,13 @@ def kernel_types(*, new: bool) -> Types:
         "arg_start", "arg_end", "env_start", "env_end",
     )  # fmt: skip
     flags = _struct(w, "mm_flags_t", ("__mm_flags", array(ulong, 1))) if new else ulong
-    _struct(
+    mm = _struct(
         w, "mm_struct", ("flags", flags), *((name, ulong) for name in bounds),
         ("saved_auxv", array(ulong, 48)),
     )  # fmt: skip
     robust = _struct(w, "robust_list_head", ("list", node))
+    exec_state = _struct(w, "task_exec_state", ("count", counter), ("dumpable", u32))
+    owned = (("exec_state", pointer(exec_state[0])),) if new else ()
     robust_list = ("robust_list", pointer(robust[0]))
     futex = ("futex", _struct(w, "futex_sched_data", robust_list)) if new else robust_list
     uid = _struct(w, "", ("val", u32))
@@ -93,8 +95,8 @@ def kernel_types(*, new: bool) -> Types:
         ("comm", array(char, 16)), futex,
         ("clear_child_tid", pointer(integer[0])), ("cred", pointer(cred[0])),
         ("real_cred", pointer(cred[0])), ("real_parent", task_pointer),
-        ("signal", pointer(signal[0])), ("sighand", pointer(sighand[0])),
-        ("thread_node", node), ("children", node), ("sibling", node),
+        *owned, ("mm", pointer(mm[0])), ("signal", pointer(signal[0])),
+        ("sighand", pointer(sighand[0])), ("thread_node", node), ("children", node), ("sibling", node),
     )  # fmt: skip
     w.point(task_pointer[0], task[0])
     names = _struct(w, "new_utsname", ("nodename", text), ("domainname", text))
@@ -129,6 +131,7 @@ class MiniKernel:
     """Memory, and zeroed objects in it."""
 
     def __init__(self, *, new: bool) -> None:
+        self.new = new
         self.types = kernel_types(new=new)
         self.memory = Memory(BASE, 1 << 18)
         self._free = BASE + 64
@@ -152,13 +155,15 @@ class MiniKernel:
 
     def process(self, threads: int = 1, parent: Any = None) -> Any:
         """Return the leader of a new process; the first process is everybody's ancestor."""
-        signal = self.make("struct signal_struct")
+        signal, mm = self.make("struct signal_struct"), self.make("struct mm_struct")
         sighand = self.make("struct sighand_struct")
         self.head(signal.thread_head)
         tasks = [self.make("struct task_struct") for _ in range(threads)]
         for number, task in enumerate(tasks):
             task.pid = 100 + number
-            task.signal, task.sighand = signal, sighand
+            task.signal, task.sighand, task.mm = signal, sighand, mm
+            if self.new:
+                task.exec_state = self.make("struct task_exec_state")
             task.cred = task.real_cred = cred = self.make("struct cred")
             cred.usage.counter = 2
             cred.cap_permitted.cast_("u64")[0] = 0 if parent else CAPABILITIES

@@ -5,7 +5,7 @@ import pytest
 from ovr.errors import ImagesDamaged, RestoreFailed
 from ovr.images import CoreEntry, FsEntry, ImageSet, MmEntry, copy_of
 from ovr.images.objects import FileEntry, IpcVarEntry, TtyInfoEntry, UtsnsEntry
-from ovr.kernel import DoesNotFit, for_each_thread
+from ovr.kernel import DoesNotFit, address_of, for_each_thread
 from ovr.state import KINDS, REFUSED
 from ovr.state.kinds.signals import NEVER_BLOCKED
 from ovr.state.scope import Descriptor
@@ -37,7 +37,7 @@ VALUES = {
     "code_bounds": ("mm", [(1, 2, 3, 4, 5)]),
     "comm": ("task", ["", "a name", "\udcff", "fifteen letters"]),
     "domainname": ("uts_namespace", ["", "x" * 64]),
-    "dumpable": ("mm", [0, 1, 2]),
+    "dumpable": ("task", [0, 1, 2]),
     "eventfd_counter": ("eventfd_ctx", [0, ONES - 1]),
     "file_position": ("file", [0, 1 << 62]),
     "ipc_limits": ("ipc_namespace", [IPC]),
@@ -269,6 +269,10 @@ def test_bits_beside_stay(kernel):
     task.atomic_flags = ONES & ~1
     BY_NAME["no_new_privs"].write(task, True)
     assert task.atomic_flags == ONES
+    flags = address_of(task.mm, "flags").cast_("unsigned long")
+    flags[0] = ONES
+    BY_NAME["dumpable"].write(task, 1)
+    assert flags[0] == (ONES if kernel.new else ONES & ~2)
     files = kernel.files()
     files.fdt.close_on_exec[1] = ONES
     BY_NAME["close_on_exec"].write(Descriptor(files, 70), False)

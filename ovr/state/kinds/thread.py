@@ -81,7 +81,7 @@ class RobustList(Kind):
 
 def _futex_data(thread: Any) -> Any:
     try:
-        # Linux kernel commit "futex: Move futex task related data into a struct" (before v7.2)
+        # struct futex_sched_data, include/linux/futex_types.h: since some kernel after v6.18
         return thread.futex
     except NoSuchMember:
         return thread
