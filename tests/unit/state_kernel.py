@@ -96,7 +96,8 @@ def kernel_types(*, new: bool) -> Types:
         ("clear_child_tid", pointer(integer[0])), ("cred", pointer(cred[0])),
         ("real_cred", pointer(cred[0])), ("real_parent", task_pointer),
         *owned, ("mm", pointer(mm[0])), ("signal", pointer(signal[0])),
-        ("sighand", pointer(sighand[0])), ("thread_node", node), ("children", node), ("sibling", node),
+        ("sighand", pointer(sighand[0])), ("thread_node", node), ("children", node),
+        ("sibling", node),
     )  # fmt: skip
     w.point(task_pointer[0], task[0])
     names = _struct(w, "new_utsname", ("nodename", text), ("domainname", text))
