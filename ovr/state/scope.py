@@ -22,6 +22,7 @@ __all__ = [
     "FS",
     "IPC",
     "MM",
+    "MM_OWNER",
     "PROCESS",
     "REGULAR_FILE",
     "SIGNALFD",
@@ -97,6 +98,12 @@ def _mms(images: ImageSet) -> Iterator[Place]:
     for task in _alive(images):
         assert task.mm is not None
         yield _of_task(task, f"mm-{task.pid}.img", task.mm, lambda leader: leader.mm)
+
+
+def _mm_owners(images: ImageSet) -> Iterator[Place]:
+    for task in _alive(images):
+        assert task.mm is not None
+        yield _of_task(task, f"mm-{task.pid}.img", task.mm, lambda leader: leader)
 
 
 def _of_task(task: Task, image: str, message: Message, part: Callable[[Any], Any]) -> Place:
@@ -268,6 +275,9 @@ FS: Final = Scope("fs", _fs)
 
 MM: Final = Scope("mm", _mms)
 """`MmEntry`; ``mm_struct``."""
+
+MM_OWNER: Final = Scope("mm owner", _mm_owners)
+"""`MmEntry`; the leader's ``task_struct``."""
 
 DESCRIPTOR: Final = Scope("descriptor", _descriptors)
 """`FdinfoEntry`; `Descriptor`."""

@@ -144,7 +144,8 @@ def vm(suite, pool) -> Iterator[lab.LabVm]:
 
 def end_workload(vm: lab.LabVm) -> None:
     if vm.alive:
-        vm.sh("pkill -9 -x ovr-workload; while pgrep -x ovr-workload; do sleep 0.1; done")
+        names = "'ovr-workload|ovr-neutral'"  # the second is what CRIU alone makes of it
+        vm.sh(f"pkill -9 -x {names}; while pgrep -x {names}; do sleep 0.1; done")
 
 
 def alive(vm: lab.LabVm, pid: int) -> bool:

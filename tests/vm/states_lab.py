@@ -81,9 +81,8 @@ def restore_neutral(vm: lab.LabVm, path: Path, outside: Sequence[str]) -> None:
 def end(vm: lab.LabVm, pids: list[int]) -> None:
     """End the tree, and wait until all pids are free again."""
     numbers = " ".join(map(str, pids))
-    vm.sh(
-        f"kill -9 {numbers}; for p in {numbers}; do while test -d /proc/$p; do sleep 0.05; done; done"
-    )
+    gone = "while test -d /proc/$p; do sleep 0.05; done"
+    vm.sh(f"kill -9 {numbers}; for p in {numbers}; do {gone}; done")
 
 
 def tail(vm: lab.LabVm, log: str) -> str:

@@ -14,11 +14,11 @@ import ovr
 from ovr.images import CoreEntry, ImageSet, copy_of
 from ovr.images.framing import encode, image_bytes
 from ovr.state import KINDS
+from tests.support_matrix import RECORD
 from tests.vm import states_lab as states
 from tests.vm.conftest import SUITES
 
 NAMES = [kind.name for kind in KINDS]
-MATRIX = Path(__file__).parents[2] / "docs" / "support-matrix.json"
 OF_THE_TREE = {"nodename", "domainname", "ipc_limits"}
 ONE_BIT = {"child_subreaper", "dumpable"}  # of two processes one has the neutral value
 AMBIENT = 1 << 5  # CAP_KILL
@@ -77,14 +77,16 @@ def record(vm, found: Experiment) -> None:
     """With OVR_RECORD set, note which kinds came back and are load-bearing on this kernel."""
     if not os.environ.get("OVR_RECORD"):
         return
-    matrix = json.loads(MATRIX.read_text()) if MATRIX.exists() else {}
-    release = vm.sh("uname -r").stdout.decode().strip()
-    criu = vm.sh("criu --version").stdout.decode().split()[1]
-    right = [name for name in NAMES if came_back(found, name) and load_bearing(found, name)]
-    before = matrix.get(release, {"kinds": right})["kinds"]
-    kinds = sorted({*before} & {*right})  # in all experiments
-    matrix[release] = {"criu": criu, "kinds": kinds}
-    MATRIX.write_text(json.dumps(matrix, indent=1, sort_keys=True) + "\n")
+    recorded = json.loads(RECORD.read_text()) if RECORD.exists() else {}
+    right = {name for name in NAMES if came_back(found, name) and load_bearing(found, name)}
+    if len(found.before) > 1:  # the tree comes second: what is right is so in both
+        right &= set(recorded.get(vm.suite, {}).get("kinds", ()))
+    recorded[vm.suite] = {
+        "kernel": vm.sh("uname -r").stdout.decode().strip(),
+        "criu": vm.sh("criu --version").stdout.decode().split()[1],
+        "kinds": sorted(right),
+    }
+    RECORD.write_text(json.dumps(recorded, indent=1, sort_keys=True) + "\n")
 
 
 def said(answers: states.Answers, name: str) -> list:

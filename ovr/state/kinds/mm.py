@@ -4,9 +4,9 @@ from typing import Any, Final
 
 from ovr.errors import ImagesDamaged, RestoreFailed
 from ovr.images import MmEntry
-from ovr.kernel import Struct, address_of
+from ovr.kernel import NoSuchMember, Struct, address_of
 from ovr.state.kind import Kind
-from ovr.state.scope import MM
+from ovr.state.scope import MM, MM_OWNER
 
 __all__ = ["KINDS", "Arguments", "Auxv", "Brk", "Code", "Dumpable"]
 
@@ -135,9 +135,9 @@ class Dumpable(Kind):
 
     name = "dumpable"
     groups = ("mm",)
-    summary = "whether others may look into the process (bits 0 and 1 of mm_struct.flags)"
+    summary = "who may look into the process (mm_struct.flags, task_exec_state.dumpable)"
     source = "restore_dumpable_flag() in criu/pie/restorer.c; set_dumpable()"
-    scope = MM
+    scope = MM_OWNER
 
     def take(self, image: MmEntry) -> int | None:
         """Return 0, 1, or 2 for root only."""
@@ -152,21 +152,28 @@ class Dumpable(Kind):
         image.dumpable = 0
 
     def write(self, target: Any, value: int) -> None:
-        """As set_dumpable() does."""
-        # SAFETY: the other flags in the word are set by atomic instructions, among others of
-        # khugepaged and KSM; the hold keeps them from coming between our read and our write. Who
-        # asks for dumpable reads it anew each time. Undone by killing the tree.
-        flags = _flags(target)
-        flags[0] = flags[0] & ~_MMF_DUMPABLE_MASK | value
+        """As set_dumpable() does, and what came after it."""
+        # SAFETY: mm and exec_state are the process's own, and it is stopped. The other flags in
+        # the mm's word are set by atomic instructions, among others of khugepaged and KSM; the
+        # hold keeps them from coming between our read and our write. Who asks for dumpable reads
+        # it anew each time. Undone by killing the tree.
+        try:
+            # Linux kernel commit 6b1c66c9cca9 ("exec_state: relocate dumpable information")
+            target.exec_state.dumpable = value
+        except NoSuchMember:
+            flags = _flags(target.mm)
+            flags[0] = flags[0] & ~_MMF_DUMPABLE_MASK | value
 
     def read(self, target: Any) -> int:
         """Read it."""
-        return int(_flags(target)[0] & _MMF_DUMPABLE_MASK)
+        try:
+            return int(target.exec_state.dumpable)
+        except NoSuchMember:
+            return int(_flags(target.mm)[0] & _MMF_DUMPABLE_MASK)
 
 
 def _flags(mm: Struct) -> Any:
-    # The word that has the old flags, as an array. It became the first of a bitmap in Linux kernel
-    # commit "mm: add bitmap mm->flags field" (in v6.18).
+    # Bits have no type: those of the old word are the first of the bitmap that it has become.
     return address_of(mm, "flags").cast_("unsigned long")
 
 

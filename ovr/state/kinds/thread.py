@@ -3,6 +3,7 @@
 from typing import Any, Final
 
 from ovr.images import CoreEntry
+from ovr.kernel import NoSuchMember
 from ovr.state.kind import Kind
 from ovr.state.scope import THREAD
 
@@ -71,11 +72,19 @@ class RobustList(Kind):
         """As sys_set_robust_list() does."""
         # SAFETY: one store into a field that only the thread itself uses, when it exits; whatever
         # the address is, the kernel reads it as user memory. Undone by killing the tree.
-        target.robust_list = value
+        _futex_data(target).robust_list = value
 
     def read(self, target: Any) -> int:
         """Read it."""
-        return int(target.robust_list.address_)
+        return int(_futex_data(target).robust_list.address_)
+
+
+def _futex_data(thread: Any) -> Any:
+    try:
+        # struct futex_sched_data, include/linux/futex_types.h: since some kernel after v6.18
+        return thread.futex
+    except NoSuchMember:
+        return thread
 
 
 class ClearChildTid(Kind):
