@@ -32,7 +32,7 @@ class CloseOnExec(Kind):
     scope = DESCRIPTOR
 
     def take(self, image: FdinfoEntry) -> bool | None:
-        """Return True if exec closes it; else it is as CRIU opens it, and there is nothing to do."""
+        """Return True if exec closes it; if not, it is as CRIU opens it."""
         return True if image.flags & _FD_CLOEXEC else None
 
     def neutralise(self, image: FdinfoEntry) -> None:
