@@ -44,8 +44,8 @@ REFUSED: Final = (
     ),
     Refused(
         "registers", ("thread",), "general registers, FS and GS base (pt_regs, thread_struct)",
-        "CRIU itself runs code on the leader's stack after the sigreturn that sets them; neutral"
-        " registers would make that code run wild if CRIU changes its order",
+        "CRIU runs code on the leader's registers after the sigreturn that sets them; where pt_regs"
+        " lies on the kernel stack (padding, FRED) is in no type of the kernel",
     ),
     Refused(
         "fpu", ("thread",), "FPU, SSE and AVX state (fpu.fpstate)",

@@ -31,9 +31,9 @@ class CloseOnExec(Kind):
     source = "F_SETFD in criu/files.c; __set_close_on_exec()"
     scope = DESCRIPTOR
 
-    def take(self, image: FdinfoEntry) -> bool:
-        """Return whether exec closes it."""
-        return bool(image.flags & _FD_CLOEXEC)
+    def take(self, image: FdinfoEntry) -> bool | None:
+        """Return True if exec closes it; if not, it is as CRIU opens it."""
+        return True if image.flags & _FD_CLOEXEC else None
 
     def neutralise(self, image: FdinfoEntry) -> None:
         """Not."""
