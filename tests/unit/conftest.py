@@ -5,6 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
+
+# Tests never judge times: this machine has other things to do.
+settings.register_profile("ovr", deadline=None)
+settings.load_profile("ovr")
 
 DATA = Path(__file__).parent / "images" / "data"
 SUITES = ("bookworm", "trixie", "forky")
