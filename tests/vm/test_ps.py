@@ -8,18 +8,16 @@ import sys
 from ovr.kernel import find_task, mm_space, vmas
 from ovr.vm.attach import AttachedVm
 
-# pid, starttime, then what we compare: ppid, state, thread ids, name.
+# pid, starttime, then what we compare: ppid, state, thread ids, name. All in the shell itself: the
+# guest is busy, and a process takes long to start in it.
 SNAPSHOT = r"""
 for d in /proc/[0-9]*; do
-    stat=$(cat $d/stat 2>/dev/null) || continue
-    rest=${stat##*) }
-    set -- $rest
-    tids=$(ls $d/task 2>/dev/null | tr '\n' ',')
-    name=$(cat $d/comm 2>/dev/null) || continue
-    shift 19 || continue
-    start=$1
-    set -- $rest
-    echo "${d#/proc/}|$start|$2|$1|$tids|$name"
+    { IFS= read -r stat < $d/stat && IFS= read -r name < $d/comm; } 2>/dev/null || continue
+    tids=$(cd $d/task 2>/dev/null && echo *)
+    set -- ${stat##*) }
+    state=$1; ppid=$2
+    shift 19
+    echo "${d#/proc/}|$1|$ppid|$state|$tids|$name"
 done
 """
 
@@ -35,8 +33,8 @@ def snapshot(vm):
     rows = {}
     for line in vm.sh(SNAPSHOT, timeout=300).stdout.decode(errors="surrogateescape").splitlines():
         pid, start, ppid, state, tids, name = line.split("|", 5)
-        threads = sorted(int(tid) for tid in tids.split(",") if tid)
-        rows[int(pid), start] = (int(ppid), state, threads, name)
+        threads = sorted(int(tid) for tid in tids.split())
+        rows[int(pid), start] = (int(ppid), state, threads, restful(name))
     return rows
 
 
@@ -45,24 +43,37 @@ def restful(name):
     return re.sub(r"(?<=kworker/[0-9u]).*", "", name)
 
 
+def reading(vm):
+    command = [sys.executable, "-m", "ovr", "ps", "--json", "--vm", f"lab:{vm.name}"]
+    done = subprocess.run(command, capture_output=True, check=True)
+    return {
+        row["pid"]: (row["ppid"], row["state"], sorted(row["threads"]), restful(row["name"]))
+        for row in json.loads(done.stdout)["processes"]
+    }
+
+
+def but_for_work(row):
+    """A row without what kernel threads, and the agent that we ask, change with work: the state."""
+    ppid, state, threads, name = row
+    works = (ppid in (0, 2) or name == "ovr-agent") and state in "RSDI"
+    return (ppid, "R, S, D or I" if works else state, threads, name)
+
+
 def test_ps_agrees_with_proc(vm):
     vm.sh(BUSY + "sleep 1")
     before = snapshot(vm)
-    done = subprocess.run(
-        [sys.executable, "-m", "ovr", "ps", "--json", "--vm", f"lab:{vm.name}"],
-        capture_output=True, check=True,
-    )  # fmt: skip
+    readings = [reading(vm) for _ in range(5)]
     after = snapshot(vm)
     vm.sh("pkill -9 -x sleep; pkill -9 -f 'while :'")
-    ours = {row["pid"]: row for row in json.loads(done.stdout)["processes"]}
     steady = {pid: row for (pid, start), row in before.items() if after.get((pid, start)) == row}
     assert len(steady) > 40
     assert {row[1] for row in steady.values()} >= {"R", "S", "T", "Z", "I"}
-    for pid, (ppid, state, threads, name) in steady.items():
-        row = ours[pid]
-        assert (row["ppid"], sorted(row["threads"])) == (ppid, threads)
-        assert restful(row["name"]) == restful(name)
-        assert row["state"] == state, (pid, name)
+    exact = 0
+    for pid, row in steady.items():
+        found = [reading[pid] for reading in readings if pid in reading]
+        assert but_for_work(row) in map(but_for_work, found), pid
+        exact += row in found
+    assert exact > 0.8 * len(steady)
 
 
 def test_areas_and_pages_agree_with_proc(vm):
