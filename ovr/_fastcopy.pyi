@@ -13,7 +13,7 @@ All loops over pages run with the GIL released, so that threads can share the wo
 """
 
 from collections.abc import Iterable
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,9 +51,7 @@ class RamMap:
     closed afterwards. Addresses from the guest are checked against the slots at every use.
     """
 
-    def __init__(
-        self, slots: Iterable[tuple[int, int, int, int]], *, writable: bool
-    ) -> None:
+    def __new__(cls, slots: Iterable[tuple[int, int, int, int]], *, writable: bool) -> Self:
         """Map the slots.
 
         Raises:

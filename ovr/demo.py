@@ -5,10 +5,9 @@ The process checks itself: it recomputes every word of its memory and reads its 
 """
 
 import json
-import logging
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,8 +28,6 @@ DUMP_OPTIONS: Final = ("-v2", "--log-file", "dump.log")
 _PROGRAM: Final = "/usr/local/bin/ovr-workload"
 _DIRECTORY: Final = "/var/lib/ovr-workload"
 _PID: Final = 20_000
-
-log = logging.getLogger("ovr.demo")
 
 
 @dataclass(frozen=True)
@@ -78,8 +75,11 @@ def run(
     suite: str = "trixie",
     accel: Accel = "auto",
     verify: str = "sample",
+    say: Callable[[str], None] = lambda _: None,
 ) -> Demo:
     """Run the demo and return its outcome; the VMs are gone afterwards.
+
+    `say` is called with one line before each step.
 
     Raises:
         OvrError: a step failed.
@@ -87,15 +87,19 @@ def run(
     """
     with tempfile.TemporaryDirectory(prefix="ovr-demo-", dir=cache_directory()) as scratch:
         images = Path(scratch)
+        say("booting VM A (the first time, its image is made first)")
         with lab_vm("demo-a", suite=suite, memory=memory, accel=accel, share=images) as source:
-            log.warning("VM A: dumping a process with %d bytes", size)
+            say(f"VM A: a process fills {size >> 20} MiB with generated data")
             pid = start_workload(source, size, umask)
+            say("VM A: its CRIU dumps the process")
             dump_workload(source, pid)
+        say("VM A is gone; booting VM B")
         with lab_vm("demo-b", suite=suite, memory=memory, accel=accel) as target:
             prepare(target)
-            log.warning("VM B: restoring it from outside")
+            say("VM B: restoring the process from outside")
             with attach(f"lab:{target.name}") as vm:
                 report = vm.restore(images, verify=verify)
+            say("VM B: the process checks itself")
             demo = Demo(report, answer_of(target, pid), size, umask)
     if not demo.verified:
         raise VerifyMismatch(f"the restored process says: {demo.answer}")

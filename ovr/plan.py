@@ -5,10 +5,10 @@ go outside are dropped from the inside pagemap, and their areas ask CRIU's resto
 (``MADV_POPULATE_WRITE`` in ``VmaEntry.madv``), cut so that only pages that existed are allocated.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,9 +18,11 @@ from ovr.addresses import PAGE_SHIFT
 from ovr.errors import UsageError
 from ovr.images import (
     PAGEMAP_DTYPE,
+    Draft,
     Extents,
     ImageSet,
     InsideImages,
+    MmEntry,
     Task,
     VmaEntry,
 )
@@ -41,10 +43,12 @@ from ovr.images.vma import (
 from ovr.placement import Area, Reason, place
 from ovr.ram import Runs
 from ovr.ranges import total
-from ovr.state import KINDS, InsideTask
+from ovr.state import KINDS, Setting
+from ovr.state.settings import neutralise, take
 
 __all__ = ["Plan", "TaskPlan", "make_plan"]
 
+ALL: Final = "all"
 MEMORY: Final = "memory"
 
 _MAP_LOCKED: Final = 0x2000
@@ -61,12 +65,10 @@ class TaskPlan:
     Attributes:
         task: what the images say.
         runs: all of its private pages, a `placement.PLACED` array.
-        values: what each kind of state will be set to, by the kind's name.
     """
 
     task: Task
     runs: NDArray[np.void]
-    values: Mapping[str, Any]
 
     @property
     def bytes_total(self) -> int:
@@ -103,25 +105,27 @@ class TaskPlan:
         outside: NDArray[np.void] = self.runs[self.runs["reason"] == Reason.OUTSIDE]
         return outside
 
-    def put(self, inside: InsideImages) -> None:
-        """Change the task's part of the inside image set."""
-        images = InsideTask.of(self.task)
+    def put(self, inside: InsideImages, draft: Draft) -> None:
+        """Leave the pages that go outside out of the inside image set."""
         if len(self._outside):
             assert self.task.memory is not None
             inside.keep_pages(self.task.memory, _as_entries(self.runs))
-            _populate(images, self._outside)
-        for kind in KINDS:
-            if kind.name in self.values:
-                kind.neutralise(images)
-        images.put(inside, self.task)
+            _populate(draft.message(f"mm-{self.task.pid}.img", 0, MmEntry), self._outside)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The plan for an image set; `tasks` are those that are alive, parents first."""
+    """The plan for an image set.
+
+    Attributes:
+        images: the image set.
+        tasks: those that are alive, parents first.
+        settings: the values of all kinds of state that go outside.
+    """
 
     images: ImageSet
     tasks: tuple[TaskPlan, ...]
+    settings: tuple[Setting, ...]
 
     @property
     def bytes_total(self) -> int:
@@ -137,14 +141,15 @@ class Plan:
     def states(self) -> tuple[str, ...]:
         """The kinds of state of which something goes outside."""
         memory = (MEMORY,) if self.bytes_outside else ()
-        used = {name for task in self.tasks for name in task.values}
-        return memory + tuple(kind.name for kind in KINDS if kind.name in used)
+        return memory + tuple(dict.fromkeys(setting.kind.name for setting in self.settings))
 
     def inside_images(self) -> dict[str, bytes | Extents]:
         """Build the inside image set, by file name."""
-        inside = InsideImages(self.images)
+        inside, draft = InsideImages(self.images), Draft(self.images)
         for task in self.tasks:
-            task.put(inside)
+            task.put(inside, draft)
+        neutralise(self.settings, draft)
+        draft.put(inside)
         return inside.build()
 
 
@@ -153,10 +158,10 @@ def make_plan(images: ImageSet, outside: Sequence[str] = ("all",)) -> Plan:
 
     Args:
         images: the image set; it must stay open as long as the plan is used.
-        outside: names of kinds of state, or ``all``.
+        outside: names of kinds of state, of groups of them, or ``all``.
 
     Raises:
-        UsageError: there is no such kind.
+        UsageError: there is no such kind or group.
         ImagesDamaged, ImagesUnsupported: as `ImageSet.tasks`.
     """
     asked = _asked(outside)
@@ -166,21 +171,23 @@ def make_plan(images: ImageSet, outside: Sequence[str] = ("all",)) -> Plan:
     for task in alive:
         assert task.memory is not None
         areas = _areas(task, inherited[task.pid], MEMORY in asked)
-        runs = place(task.memory.entries, areas, _late(task))
-        values = {kind.name: kind.take(task) for kind in KINDS if kind.name in asked}
-        taken = {name: value for name, value in values.items() if value is not None}
-        plans.append(TaskPlan(task, runs, taken))
-    return Plan(images, tuple(plans))
+        plans.append(TaskPlan(task, place(task.memory.entries, areas, _late(task))))
+    settings = take(images, (kind for kind in KINDS if kind.name in asked))
+    return Plan(images, tuple(plans), settings)
 
 
 def _asked(outside: Sequence[str]) -> set[str]:
-    known = {MEMORY, *(kind.name for kind in KINDS)}
-    if unknown := sorted({*outside} - known - {"all"}):
+    # The names of the kinds that are meant.
+    meant = {ALL: {MEMORY}, MEMORY: {MEMORY}}
+    for kind in KINDS:
+        for name in (ALL, kind.name, *kind.groups):
+            meant.setdefault(name, set()).add(kind.name)
+    if unknown := sorted({*outside} - {*meant}):
         raise UsageError(
             f"there is no kind of state called {unknown[0]!r}",
-            f"take some of: all, {', '.join(sorted(known))}",
+            f"take some of: {', '.join(sorted(meant))}; `ovr states` explains them",
         )
-    return known if "all" in outside else {*outside}
+    return {name for word in outside for name in meant[word]}
 
 
 def _inherited(tasks: Sequence[Task]) -> dict[int, set[tuple[int, int]]]:
@@ -256,11 +263,11 @@ def _as_entries(runs: NDArray[np.void]) -> NDArray[np.void]:
     return entries
 
 
-def _populate(images: InsideTask, outside: NDArray[np.void]) -> None:
+def _populate(mm: MmEntry, outside: NDArray[np.void]) -> None:
     starts = outside["start"].tolist()
     ends = (outside["start"] + outside["size"]).tolist()
     areas: list[VmaEntry] = []
-    for vma in images.mm.vmas:
+    for vma in mm.vmas:
         first = int(np.searchsorted(outside["start"], np.uint64(vma.start), side="left"))
         last = int(np.searchsorted(outside["start"], np.uint64(vma.end), side="left"))
         wanted = {*starts[first:last]}
@@ -270,5 +277,5 @@ def _populate(images: InsideTask, outside: NDArray[np.void]) -> None:
             if piece.start in wanted:
                 piece.madv |= 1 << MADV_POPULATE_WRITE
         areas += pieces
-    del images.mm.vmas[:]
-    images.mm.vmas.extend(areas)
+    del mm.vmas[:]
+    mm.vmas.extend(areas)

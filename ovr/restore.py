@@ -8,14 +8,14 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
-from ovr.errors import AgentUnreachable, OvrError, PidTaken, RestoreFailed, VerifyMismatch
+from ovr.errors import AgentUnreachable, OvrError, PidTaken, RestoreFailed
 from ovr.images import ImageSet, image_chunks
-from ovr.kernel import find_task, is_traced, mm_space
+from ovr.kernel import find_task, mm_space
 from ovr.plan import Plan, TaskPlan, make_plan
 from ovr.report import Report, Stopwatch
-from ovr.state import KINDS
+from ovr.state import GuestTree, settings
 from ovr.state.memory import Copier, TaskMemory
 from ovr.vm.agent import Agent, Skeleton
 from ovr.vm.attach import AttachedVm
@@ -31,10 +31,9 @@ log = logging.getLogger("ovr.restore")
 
 @dataclass(frozen=True)
 class _Restoree:
-    """A task of the plan, found in the guest; `task` is its ``task_struct``."""
+    """A task of the plan, found in the guest."""
 
     plan: TaskPlan
-    task: Any
     memory: tuple[TaskMemory, ...]
 
 
@@ -54,7 +53,7 @@ def restore(
         vm: attached writable.
         images: a directory that ``criu dump -D`` wrote; it is only read.
         agent: the agent's address; lab VMs know their own.
-        outside: the kinds of state to write from outside, or ``all``.
+        outside: the kinds of state to write from outside, groups of them, or ``all``.
         verify: read back none of the memory, a ``sample``, or all (``full``).
         criu_options: further options for the guest's ``criu restore``.
         watch: goes on counting where attaching left off.
@@ -79,9 +78,9 @@ def restore(
             with watch("memory"):
                 _write_memory(copier, tree)
             with watch("state"):
-                _write_states(tree)
+                settings.write(plan.settings, lambda: _guest(vm, skeleton), copier.holder)
             with watch("verify"):
-                _verify_states(tree)
+                settings.verify(plan.settings, _guest(vm, skeleton))
                 compared = _verify_memory(copier, tree, verify)
         with watch("commit"):
             root = link.go()
@@ -149,23 +148,27 @@ def _copier(vm: AttachedVm) -> Iterator[Copier]:
 def _find_tree(
     vm: AttachedVm, skeleton: Skeleton, plan: Plan, stack: ExitStack
 ) -> tuple[_Restoree, ...]:
-    root = find_task(vm.kernel, skeleton.root_pid)
+    guest = _guest(vm, skeleton)
     found = []
     for task_plan in plan.tasks:
         pid = task_plan.task.pid
-        task = find_task(vm.kernel, pid, namespace_of=root) if root else None
-        if not (task and task.mm and is_traced(task)):
-            raise RestoreFailed(
-                f"the agent says that the skeleton stands, but pid {pid} is not there, stopped",
-                "is this agent in the VM that --vm names?",
-            )
-        space = mm_space(vm.kernel, task.mm)
+        space = mm_space(vm.kernel, guest.task(pid).mm)
         memory = tuple(
             TaskMemory(pid, space, pieces, *_source(task_plan, level, stack))
             for level, pieces in task_plan.pieces.items()
         )
-        found.append(_Restoree(task_plan, task, memory))
+        found.append(_Restoree(task_plan, memory))
     return tuple(found)
+
+
+def _guest(vm: AttachedVm, skeleton: Skeleton) -> GuestTree:
+    root = find_task(vm.kernel, skeleton.root_pid)
+    if root is None:
+        raise RestoreFailed(
+            f"the agent says that the skeleton stands, but pid {skeleton.root_pid} is not there",
+            "is this agent in the VM that --vm names?",
+        )
+    return GuestTree(vm.kernel, root)
 
 
 def _source(plan: TaskPlan, level: int, stack: ExitStack) -> tuple[memoryview, str]:
@@ -183,24 +186,6 @@ def _write_memory(copier: Copier, tree: Sequence[_Restoree]) -> None:
     for restoree in tree:
         for memory in restoree.memory:
             copier.write(memory)
-
-
-def _write_states(tree: Sequence[_Restoree]) -> None:
-    for restoree in tree:
-        for kind in KINDS:
-            if kind.name in restoree.plan.values:
-                kind.write(restoree.task, restoree.plan.values[kind.name])
-
-
-def _verify_states(tree: Sequence[_Restoree]) -> None:
-    for restoree in tree:
-        for kind in KINDS:
-            wanted = restoree.plan.values.get(kind.name)
-            if wanted is not None and (got := kind.read(restoree.task)) != wanted:
-                raise VerifyMismatch(
-                    f"pid {restoree.plan.task.pid}: {kind.name} is {got!r} instead of {wanted!r}",
-                    "restore again; if it happens again, report it",
-                )
 
 
 def _verify_memory(copier: Copier, tree: Sequence[_Restoree], mode: str) -> int:

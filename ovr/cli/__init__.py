@@ -8,14 +8,14 @@ import argparse
 import logging
 import sys
 from collections.abc import Sequence
-from typing import Final
+from typing import Any, Final
 
-from ovr.cli import check, demo, lab, output, plan, ps, restore
+from ovr.cli import check, demo, lab, output, plan, ps, restore, states
 from ovr.errors import OvrError
 
 __all__ = ["main"]
 
-_COMMANDS: Final = (restore, plan, ps, check, lab, demo)
+_COMMANDS: Final = (restore, plan, states, ps, check, lab, demo)
 
 _EPILOG: Final = """\
 VM is qmp:PATH (a QMP socket), pid:N (a QEMU process) or lab:NAME.
@@ -45,6 +45,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return code
 
 
+class _Command(argparse.ArgumentParser):
+    # Every command's help ends with what is the same for all of them.
+    def __init__(self, **options: Any) -> None:
+        raw = argparse.RawDescriptionHelpFormatter
+        super().__init__(epilog=_EPILOG, formatter_class=raw, allow_abbrev=False, **options)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="ovr",
@@ -52,7 +59,9 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(
+        title="commands", required=True, metavar="COMMAND", parser_class=_Command
+    )
     for command in _COMMANDS:
         command.add(commands)
     return parser

@@ -2,6 +2,7 @@
 
 import argparse
 import shutil
+import sys
 from typing import Any
 
 from ovr import demo
@@ -20,7 +21,7 @@ def add(commands: Any) -> None:
     )
     parser.add_argument("--size", default="1G", metavar="SIZE", help="its memory (1G)")
     parser.add_argument("--memory", default="4G", metavar="SIZE", help="RAM of each VM (4G)")
-    parser.add_argument("--umask", default="0137", type=lambda text: int(text, 8), metavar="OCTAL")
+    parser.add_argument("--umask", default="0137", type=_octal, metavar="OCTAL")
     parser.add_argument("--suite", choices=sorted(SUITES), default="trixie")
     parser.add_argument("--accel", choices=("auto", "kvm", "tcg"), default="auto")
     parser.add_argument("--verify", choices=VERIFY_MODES, default="sample")
@@ -33,19 +34,23 @@ def run(options: argparse.Namespace) -> int:
     outcome = demo.run(
         size=memory_size(options.size), memory=options.memory, umask=options.umask,
         suite=options.suite, accel=options.accel, verify=options.verify,
+        say=lambda line: print(f"ovr demo: {line}", file=sys.stderr),
     )  # fmt: skip
     if options.json:
         document("ovr.demo/1", outcome.as_json())
         return 0
     report, answer = outcome.report, outcome.answer
-    print(f"The process answers from VM B: {answer.words} words checked, {answer.wrong} wrong,")
-    print(f"umask {answer.umask}.")
     share = report.bytes_outside / report.bytes_total
-    print(f"Written from outside: {size(report.bytes_outside)} ({share:.2%}), at")
-    print(f"{report.copy_gb_per_s:.1f} GB/s; left to CRIU: {size(report.bytes_inside)}.")
+    print(f"It says: {answer.words} words checked, {answer.wrong} wrong, umask {answer.umask}")
+    print(f"outside: {size(report.bytes_outside)} ({share:.3%}), {report.copy_gb_per_s:.1f} GB/s")
+    print(f"inside:  {size(report.bytes_inside)}")
     for phase, seconds in report.seconds.items():
         print(f"  {phase:<9}{seconds:8.3f} s  {'█' * _bar(seconds, report.seconds['total'])}")
     return 0
+
+
+def _octal(text: str) -> int:
+    return int(text, 8)
 
 
 def _bar(seconds: float, total: float) -> int:

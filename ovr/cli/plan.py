@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Iterator
 from pathlib import Path
+from reprlib import repr as short
 from typing import Any
 
 from ovr.cli.output import common, document, size, table
@@ -29,7 +30,8 @@ def add_outside(parser: argparse.ArgumentParser) -> None:
     """Add ``--outside``, which `plan` and `restore` share."""
     parser.add_argument(
         "--outside", default="all", metavar="KIND,…", type=lambda text: tuple(text.split(",")),
-        help="kinds of state to write from outside: memory, umask, … or all (the default)",
+        help="kinds of state to write from outside and groups of them (see `ovr states`), or all,"
+        " the default",
     )  # fmt: skip
 
 
@@ -53,13 +55,15 @@ def show(plan: Plan, options: argparse.Namespace) -> None:
     print(f"states outside: {', '.join(plan.states) or 'none'}")
     for task in plan.tasks:
         print(f"\npid {task.task.pid} {task.task.comm!r}, {len(task.task.threads)} threads")
-        for name, value in task.values.items():
-            print(f"  outside  {name} = {value}")
         for reason, count in sorted(task.by_reason().items()):
             print(f"  {_where(reason):<8} {size(count):>10}  {reason.text}")
         if options.verbose:
             rows = [(hex(r["start"]), hex(r["end"]), r["where"], r["reason"]) for r in _runs(task)]
             table(("START", "END", "WHERE", "REASON"), rows)
+    if options.verbose and plan.settings:
+        print()
+        values = [(s.place.label, s.kind.name, short(s.value)) for s in plan.settings]
+        table(("OF", "STATE", "VALUE"), values)
 
 
 def _fields(plan: Plan) -> dict[str, Any]:
@@ -73,10 +77,13 @@ def _fields(plan: Plan) -> dict[str, Any]:
                 "pid": task.task.pid,
                 "comm": task.task.comm,
                 "threads": list(task.task.threads),
-                "values": dict(task.values),
                 "runs": list(_runs(task)),
             }
             for task in plan.tasks
+        ],
+        "settings": [
+            {"of": setting.place.label, "state": setting.kind.name, "value": setting.value}
+            for setting in plan.settings
         ],
     }
 

@@ -194,7 +194,6 @@ pid_t child_start(char *const argv[], char *const env[], struct child_io io);
 #define LAB_BUILD true
 bool lab_message(struct session *session, const struct message *message);
 void lab_session_ended(struct session *session);
-bool lab_wants_input(const struct session *session);
 bool lab_reaped(pid_t pid, int status);
 bool lab_owns(pid_t pid);
 void lab_watch(struct loop *loop);
@@ -207,7 +206,6 @@ static inline bool lab_message(struct session *session, const struct message *me
 	return false;
 }
 static inline void lab_session_ended(struct session *session) { (void)session; }
-static inline bool lab_wants_input(const struct session *session) { (void)session; return true; }
 static inline bool lab_reaped(pid_t pid, int status) { (void)pid, (void)status; return false; }
 static inline bool lab_owns(pid_t pid) { (void)pid; return false; }
 static inline void lab_watch(struct loop *loop) { (void)loop; }

@@ -32,7 +32,13 @@ static struct job {
 
 static pid_t children[MAX_CHILDREN];
 
-static uint8_t chunk[CHUNK];
+/* By session: what is under way to the host. */
+static size_t under_way[MAX_SESSIONS];
+
+static bool may_send(const struct session *session)
+{
+	return session_has_room(session) && under_way[session_index(session)] < WINDOW;
+}
 
 static pid_t *child_slot(pid_t pid)
 {
@@ -67,6 +73,7 @@ void lab_session_ended(struct session *session)
 {
 	struct job *job = &jobs[session_index(session)];
 
+	under_way[session_index(session)] = 0;
 	if (job->what == NOTHING)
 		return;
 	if (job->what == RUN && !job->exited)
@@ -164,31 +171,36 @@ static void spawn(struct session *session, const struct message *message)
 	session_send(session, &writer);
 }
 
+static void say_taken(struct session *session)
+{
+	struct writer writer = session_writer(session, OP_TAKEN);
+
+	session_send(session, &writer);
+}
+
 static void add_input(struct session *session, struct job *job, const struct message *message)
 {
 	const struct mp_value *data = &message->field[KEY_DATA];
 
 	/* Late input of a command that has ended is nobody's mistake. */
-	if (job->what != RUN || job->in < 0)
+	if (job->what != RUN)
 		return;
-	if (!data->size) {
+	if (job->input) {
+		session_break(session, "more input before the last was taken");
+	} else if (!data->size) {
 		close_fd(&job->in);
-		return;
+	} else if (job->in < 0) {
+		say_taken(session);
+	} else {
+		job->input = malloc(data->size);
+		if (!job->input) {
+			session_break(session, "out of memory");
+			return;
+		}
+		memcpy(job->input, data->data, data->size);
+		job->input_at = 0;
+		job->input_size = data->size;
 	}
-	job->input = malloc(data->size);
-	if (!job->input) {
-		session_break(session, "out of memory");
-		return;
-	}
-	memcpy(job->input, data->data, data->size);
-	job->input_at = 0;
-	job->input_size = data->size;
-}
-
-static void drop_input(struct job *job)
-{
-	free(job->input);
-	job->input = NULL;
 }
 
 static void feed(struct job *job)
@@ -202,34 +214,48 @@ static void feed(struct job *job)
 		close_fd(&job->in);
 	else
 		job->input_at += (size_t)size;
-	if (size < 0 || job->input_at == job->input_size)
-		drop_input(job);
+	if (size >= 0 && job->input_at < job->input_size)
+		return;
+	free(job->input);
+	job->input = NULL;
+	say_taken(job->session);
 }
 
-static void send_data(struct session *session, enum op op, int stream, size_t size)
+static void send_data(struct session *session, enum op op, int stream, const uint8_t *data,
+		      size_t size)
 {
 	struct writer writer = session_writer(session, op);
 
 	if (op == OP_OUTPUT)
 		message_add_uint(&writer, KEY_STREAM, (uint64_t)stream);
-	message_add_bin(&writer, KEY_DATA, chunk, size);
+	message_add_bin(&writer, KEY_DATA, data, size);
 	session_send(session, &writer);
+	under_way[session_index(session)] += size + FRAME_COST;
+}
+
+static void add_credit(struct session *session, const struct message *message)
+{
+	size_t *size = &under_way[session_index(session)];
+	uint64_t credit = message_uint(message, KEY_SIZE);
+
+	*size = credit < *size ? *size - (size_t)credit : 0;
 }
 
 /* One piece of output; true when there may be more right now. */
 static bool pass_output(struct job *job, int *fd, int stream)
 {
+	uint8_t piece[PIECE];
 	ssize_t size;
 
 	if (*fd < 0)
 		return false;
-	size = read(*fd, chunk, sizeof(chunk));
+	size = read(*fd, piece, sizeof(piece));
 	if (size < 0 && (errno == EAGAIN || errno == EINTR))
 		return false;
 	if (size <= 0)
 		close_fd(fd);
 	else
-		send_data(job->session, OP_OUTPUT, stream, (size_t)size);
+		send_data(job->session, OP_OUTPUT, stream, piece, (size_t)size);
 	return size > 0;
 }
 
@@ -238,10 +264,10 @@ static void finish_run(struct job *job)
 	struct writer writer;
 
 	/* What it wrote before its end is in the pipes; its own children may keep them open. */
-	while (session_has_room(job->session))
+	while (may_send(job->session))
 		if (!pass_output(job, &job->out, 1) && !pass_output(job, &job->err, 2))
 			break;
-	if (!session_has_room(job->session))
+	if (!may_send(job->session))
 		return;
 	writer = session_writer(job->session, OP_EXITED);
 	message_add_uint(&writer, KEY_STATUS, (uint64_t)(WIFSIGNALED(job->status) ?
@@ -332,11 +358,12 @@ static void send_file(struct job *job)
 	struct session *session = job->session;
 	struct writer writer;
 
-	while (session_has_room(session)) {
-		ssize_t size = read(job->out, chunk, sizeof(chunk));
+	while (may_send(session)) {
+		uint8_t piece[PIECE];
+		ssize_t size = read(job->out, piece, sizeof(piece));
 
 		if (size > 0) {
-			send_data(session, OP_DATA, 0, (size_t)size);
+			send_data(session, OP_DATA, 0, piece, (size_t)size);
 			job->size += (uint64_t)size;
 			continue;
 		}
@@ -354,13 +381,6 @@ static void send_file(struct job *job)
 
 /* ------------------------------------------------------------------------ the loop */
 
-bool lab_wants_input(const struct session *session)
-{
-	const struct job *job = &jobs[session_index(session)];
-
-	return !job->input;
-}
-
 bool lab_message(struct session *session, const struct message *message)
 {
 	struct job *job = &jobs[session_index(session)];
@@ -371,6 +391,9 @@ bool lab_message(struct session *session, const struct message *message)
 		return true;
 	case OP_DATA:
 		add_data(session, job, message);
+		return true;
+	case OP_CREDIT:
+		add_credit(session, message);
 		return true;
 	case OP_RUN: case OP_PUT: case OP_GET: case OP_SPAWN:
 		break;
@@ -401,9 +424,9 @@ static void on_job(int fd, short events, void *context)
 		feed(job);
 	else if (fd == job->in)
 		close_fd(&job->in);
-	else if (fd == job->out && session_has_room(job->session))
+	else if (fd == job->out && may_send(job->session))
 		pass_output(job, &job->out, 1);
-	else if (fd == job->err && session_has_room(job->session))
+	else if (fd == job->err && may_send(job->session))
 		pass_output(job, &job->err, 2);
 }
 
@@ -429,7 +452,7 @@ void lab_watch(struct loop *loop)
 		struct job *job = &jobs[i];
 
 		/* Its output went out at once: there is more to do before anything happens. */
-		if ((job->what == GET || job->exited) && session_has_room(job->session))
+		if ((job->what == GET || job->exited) && may_send(job->session))
 			loop_wake_at(loop, now_ms());
 		if (job->what != RUN || job->exited)
 			continue;
@@ -437,7 +460,7 @@ void lab_watch(struct loop *loop)
 			loop_wake_at(loop, job->deadline);
 		if (job->in >= 0)
 			loop_watch(loop, job->in, job->input ? POLLOUT : 0, on_job, job);
-		if (!session_has_room(job->session))
+		if (!may_send(job->session))
 			continue;
 		if (job->out >= 0)
 			loop_watch(loop, job->out, POLLIN, on_job, job);

@@ -23,8 +23,11 @@ Restore (one at a time, owned by one session)
     `Alive`, which has no answer, holds off the silence deadline.
 
 Lab (agents built with ``OVR_LAB`` only; one job a session)
-    `Run`, `Stdin`… (empty: end of file) → `Output`… `Exited`; `Spawn` → `Spawned`;
-    `Put`, `Data`… (empty: end of file) → `Stored`; `Get` → `Data`… `End`.
+    `Run`, `Stdin`… (empty: end of file; the next one after `Taken`) → `Output`… `Exited`;
+    `Spawn` → `Spawned`; `Put`, `Data`… (empty: end of file) → `Stored`; `Get` → `Data`… `End`.
+    The host returns `Credit` for what it has read of `Output` and `Data`; the agent stops while
+    `WINDOW` bytes are under way: less than fills the Unix socket behind a vhost-device-vsock,
+    which (0.3) may lose its wake-up and stall the connection when it does fill.
 
 Instead of an answer there may be `Error`. A session that broke the protocol gets one and is
 closed; its restore, if it had one, is aborted.
@@ -35,19 +38,23 @@ from typing import ClassVar
 
 __all__ = [
     "CHUNK",
+    "FRAME_COST",
     "MAGIC",
     "MAX_FILES",
     "MAX_FRAME",
     "MAX_IMAGE_BYTES",
     "MAX_LIST",
     "MAX_STRING",
+    "PIECE",
     "SYNC_ZEROS",
     "TOKEN_SIZE",
     "VERSION",
+    "WINDOW",
     "Abort",
     "Aborted",
     "Alive",
     "Begin",
+    "Credit",
     "Data",
     "End",
     "Error",
@@ -69,6 +76,7 @@ __all__ = [
     "Stdin",
     "Stopped",
     "Stored",
+    "Taken",
     "Welcome",
 ]
 
@@ -79,6 +87,11 @@ TOKEN_SIZE = 16
 MAX_FRAME = 256 << 10
 CHUNK = MAX_FRAME - (4 << 10)
 """Most bytes of bulk data in one frame: leaves room for the map around them."""
+PIECE = 32 << 10
+"""Most bytes of bulk data in one frame from the agent."""
+WINDOW = 96 << 10
+FRAME_COST = 1024
+"""What a frame counts besides its bytes, in `WINDOW` and in `Credit`."""
 MAX_STRING = 4096
 MAX_LIST = 32768
 MAX_FILES = 65536
@@ -173,6 +186,14 @@ class Stdin(Message):
 
     lab = True
     data: bytes
+
+
+@dataclass(frozen=True)
+class Credit(Message):
+    """So many bytes of `Output` or `Data`, and `FRAME_COST` for each frame, have been read."""
+
+    lab = True
+    size: int
 
 
 @dataclass(frozen=True)
@@ -291,6 +312,13 @@ class Output(Message):
     lab = True
     stream: int
     data: bytes
+
+
+@dataclass(frozen=True)
+class Taken(Message):
+    """The command has taken the last `Stdin`, or will take no more."""
+
+    lab = True
 
 
 @dataclass(frozen=True)

@@ -285,11 +285,6 @@ static void dispatch(struct session *session, const uint8_t *body, size_t size)
 
 /* ------------------------------------------------------------------------ input */
 
-static bool wants_input(const struct session *session)
-{
-	return can_answer(session) && lab_wants_input(session);
-}
-
 /* The frame at `at`, with its head: 0 when there is not yet a whole one. */
 static size_t frame_at(const struct session *session, size_t at)
 {
@@ -306,7 +301,7 @@ static void process_frames(struct session *session)
 {
 	size_t at = 0, size;
 
-	while (session->state == STATE_FRAMES && !session->ended && wants_input(session)) {
+	while (session->state == STATE_FRAMES && !session->ended && can_answer(session)) {
 		size = frame_at(session, at);
 		if (!size)
 			break;
@@ -416,7 +411,7 @@ static void watch_one(struct loop *loop, struct session *session)
 		loop_watch(loop, transport_port_waiter(), POLLIN, on_port_news, session);
 		return;
 	}
-	events = session->state == STATE_FRAMES && !wants_input(session) ? 0 : POLLIN;
+	events = session->state == STATE_FRAMES && !can_answer(session) ? 0 : POLLIN;
 	if (events && session->state == STATE_FRAMES && frame_at(session, 0)) {
 		/* Since then there is room for its answer; and none to read any more. */
 		loop_wake_at(loop, now_ms());
@@ -443,7 +438,7 @@ void session_work(void)
 
 		if (!session->used)
 			continue;
-		/* What waited for room, or for a command to take its input, may go on now. */
+		/* What waited for room may go on now. */
 		if (session->in_size && !session->ended)
 			process_frames(session);
 		flush(session);

@@ -4,6 +4,7 @@
 The messages are in `messages` and `objects`, what VMAs say in `vma`, pagemaps in `pagemap`.
 """
 
+from ovr.images.draft import Draft
 from ovr.images.imageset import ImageSet
 from ovr.images.messages import CoreEntry, FsEntry, MmEntry, VmaEntry
 from ovr.images.pagemap import PAGEMAP_DTYPE
@@ -14,6 +15,7 @@ from ovr.images.wire import copy_of
 __all__ = [
     "PAGEMAP_DTYPE",
     "CoreEntry",
+    "Draft",
     "Extents",
     "FsEntry",
     "ImageSet",

@@ -11,7 +11,14 @@ from google.protobuf.message import Message
 from ovr.errors import ImagesDamaged, ImagesUnsupported, UsageError
 from ovr.images.directory import ImageDirectory, ImageFile
 from ovr.images.framing import DUMP_AGAIN, check_header, decode, frames, is_raw
-from ovr.images.messages import CoreEntry, FsEntry, InventoryEntry, MmEntry, PstreeEntry
+from ovr.images.messages import (
+    CoreEntry,
+    FsEntry,
+    IdsEntry,
+    InventoryEntry,
+    MmEntry,
+    PstreeEntry,
+)
 from ovr.images.objects import IpcShmEntry, MemfdInodeEntry
 from ovr.images.pagemap import Pagemap, check_pages_size, decode_pagemap
 from ovr.images.runs import resolve
@@ -140,6 +147,14 @@ class ImageSet:
                     DUMP_AGAIN,
                 )
         return memories
+
+    def ids(self, task: Task) -> IdsEntry:
+        """Which kernel objects a task that is alive shares with others.
+
+        Raises:
+            ImagesDamaged: the images do not say.
+        """
+        return self._only(f"ids-{task.pid}.img", IdsEntry)
 
     def _shmids(self) -> set[int]:
         """The shared memory that VMAs, memfds and SysV segments refer to."""

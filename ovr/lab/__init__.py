@@ -1,5 +1,6 @@
 """The lab: Debian guests in QEMU, made and booted by this repository to try things on."""
 
-from ovr.lab.machine import LabVm, get, ls, up
+from ovr.lab.boot import GuestDied, up
+from ovr.lab.machine import LabVm, get, ls
 
-__all__ = ["LabVm", "get", "ls", "up"]
+__all__ = ["GuestDied", "LabVm", "get", "ls", "up"]

@@ -11,6 +11,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <glob.h>
+#include <linux/perf_event.h>
 #include <net/if.h>
 #include <signal.h>
 #include <stdbool.h>
@@ -146,6 +147,22 @@ static void loopback_up(void)
 	close(fd);
 }
 
+// CRIU sets hardware breakpoints; with the first and the last one of a system, the kernel patches
+// its scheduler (the static key perf_sched_events). QEMU's TCG may then run a half-patched
+// instruction on another vCPU: the guest dies of an int3, after some hundreds of restores. One
+// event that is held for good keeps the key on.
+static void hold_perf_event(void)
+{
+	struct perf_event_attr event = {
+		.type = PERF_TYPE_SOFTWARE,
+		.size = sizeof(event),
+		.config = PERF_COUNT_SW_DUMMY,
+	};
+
+	if (syscall(SYS_perf_event_open, &event, 0, -1, -1, PERF_FLAG_FD_CLOEXEC) < 0)
+		report("open", "a perf event");
+}
+
 static void surroundings(void)
 {
 	static const char *const links[][2] = {
@@ -223,6 +240,7 @@ int main(void)
 	umask(022);
 	mount_share();
 	loopback_up();
+	hold_perf_event();
 	surroundings();
 	fprintf(stderr, READY "\n");
 	for (pid_t agent = 0;;) {

@@ -1,4 +1,4 @@
-"""Lab VMs: boot one, find it again, talk to it, end it without a trace.
+"""Lab VMs: find one again, talk to it, end it without a trace. `ovr.lab.boot` starts them.
 
 A VM outlives the command that started it. All that belongs to it is in one directory: state
 file, sockets, console log, the mount with its RAM; its processes are in the state file.
@@ -7,34 +7,19 @@ file, sockets, console log, the mount with its RAM; its processes are in the sta
 import fcntl
 import json
 import shutil
-import subprocess
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from ovr.errors import AgentUnreachable, LabError
-from ovr.guest import build as build_agent
-from ovr.lab.accel import Accel, choose
-from ovr.lab.cache import cache_directory
-from ovr.lab.image import GuestImage, guest_image
-from ovr.lab.process import Process, last_line
-from ovr.lab.qemu import (
-    READY,
-    Hardware,
-    boot_arguments,
-    machine_arguments,
-    service_arguments,
-)
-from ovr.lab.ram import drop_ram, make_ram, memory_size
-from ovr.lab.share import add_share, share_device
-from ovr.lab.trial import boots_under_kvm
-from ovr.lab.vsock import add_vsock
+from ovr.errors import LabError
+from ovr.lab.process import Process
+from ovr.lab.qemu import Hardware
+from ovr.lab.ram import drop_ram
 from ovr.vm.agent import Agent, Completed
 from ovr.vm.find import LAB_STATE, lab_directory
 
-__all__ = ["LabVm", "get", "ls", "up"]
+__all__ = ["LabVm", "claimed", "get", "ls"]
 
 
 @dataclass
@@ -106,56 +91,6 @@ class LabVm:
         fresh.rename(path)
 
 
-def up(
-    name: str,
-    *,
-    suite: str = "trixie",
-    memory: str | int = "4G",
-    cpus: int = 2,
-    accel: Accel = "auto",
-    la57: bool | None = None,
-    numa: int = 1,
-    share: Path | None = None,
-    packages: Sequence[str] = (),
-    patience: float = 180.0,
-) -> LabVm:
-    """Boot a VM and return once its agent answers.
-
-    Args:
-        name: unique among this user's lab VMs.
-        suite: Debian suite, one of `ovr.lab.image.SUITES`.
-        memory: bytes of RAM, or a text like ``4G``.
-        cpus: number of virtual CPUs.
-        accel: what runs them; ``auto`` takes KVM where a guest boots with it.
-        la57: with or without 5-level paging; None takes what the CPU model has.
-        numa: number of NUMA nodes, each with an equal part of the RAM in its own file.
-        share: directory of the host that the guest sees at `ovr.lab.share.SHARE`.
-        packages: Debian packages that the guest has besides the usual.
-        patience: seconds that the guest may take to boot.
-
-    Raises:
-        LabError: the name is taken, memory is short, a tool of the host is missing, a download
-            failed, or the guest does not come up.
-    """
-    size = memory_size(memory, numa)
-    image = guest_image(suite, packages)
-    program = image.initramfs(build_agent(lab=True))
-    engine = choose(accel, lambda: boots_under_kvm(image, program))
-    hardware = Hardware(size, cpus, engine, la57, numa)
-    with _claimed(name) as directory:
-        ram = make_ram(directory, size, numa)
-        vm = LabVm(
-            name, suite, hardware, directory / "qmp", "", f"serial:{directory / 'serial'}",
-            directory / "console.log", ram,
-        )  # fmt: skip
-        with _down_on_failure(vm):
-            (directory / "initramfs").write_bytes(program)
-            _start(vm, image, share)
-    with _down_on_failure(vm):
-        _await_agent(vm, time.monotonic() + patience)
-    return vm
-
-
 def get(name: str) -> LabVm:
     """Return a VM that runs, or ran until it crashed.
 
@@ -174,8 +109,14 @@ def ls() -> list[LabVm]:
 
 
 @contextmanager
-def _claimed(name: str) -> Iterator[Path]:
-    # The VM's new, empty directory, held against other commands; a dead VM's is cleaned up.
+def claimed(name: str) -> Iterator[Path]:
+    """Give a new VM its empty directory, held against other commands; remove it on an error.
+
+    A dead VM of that name is cleaned up.
+
+    Raises:
+        LabError: the name is taken.
+    """
     directory = lab_directory(name)
     directory.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     with (directory.parent / ".lock").open("w") as lock:
@@ -196,77 +137,6 @@ def _claimed(name: str) -> Iterator[Path]:
 def _clear(directory: Path) -> None:
     drop_ram(directory)
     shutil.rmtree(directory, ignore_errors=True)
-
-
-@contextmanager
-def _down_on_failure(vm: LabVm) -> Iterator[None]:
-    try:
-        yield
-    except BaseException:
-        vm.down()
-        raise
-
-
-def _start(vm: LabVm, image: GuestImage, share: Path | None) -> None:
-    # The state is saved after each process, so that whatever happens, `down` finds it.
-    directory = vm.console.parent
-    devices: list[str] = []
-    vm.save()
-    vsock = add_vsock(directory)
-    vm.agent = vsock.address
-    devices += vsock.arguments
-    if vsock.daemon:
-        vm.processes["vsock"] = vsock.daemon
-        vm.save()
-    if share is not None:
-        vm.processes["virtiofsd"] = add_share(share, directory)
-        vm.save()
-        devices += share_device(directory)
-    command = [
-        *machine_arguments(vm.hardware, vm.ram),
-        *boot_arguments(image, directory / "initramfs", vm.name, f"file,path={vm.console}"),
-        *service_arguments(directory),
-        *devices,
-    ]
-    vm.processes["qemu"] = _launch(command, directory)
-    vm.save()
-
-
-def _launch(command: Sequence[str], directory: Path) -> Process:
-    # With -daemonize QEMU returns when the machine stands, and reports errors until then.
-    pidfile = directory / "qemu.pid"
-    done = subprocess.run(
-        [*command, "-daemonize", "-pidfile", str(pidfile)],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if "warning:" not in line]
-        raise LabError(f"QEMU does not start: {(lines or ['no message'])[0]}")
-    return Process.find(int(pidfile.read_text()))
-
-
-def _await_agent(vm: LabVm, deadline: float) -> None:
-    trouble = "no word of our init"
-    while time.monotonic() < deadline:
-        if not vm.alive:
-            raise _not_up(vm, "died")
-        if READY in vm.console.read_bytes():
-            try:
-                with vm.connect(timeout=5) as agent:
-                    agent.run(["true"], timeout=5)
-                return
-            except AgentUnreachable as error:
-                trouble = str(error)
-        time.sleep(0.1)
-    raise _not_up(vm, f"does not come up ({trouble})")
-
-
-def _not_up(vm: LabVm, what: str) -> LabError:
-    kept = cache_directory() / f"failed-{vm.name}.log"
-    shutil.copyfile(vm.console, kept)
-    return LabError(
-        f"lab VM {vm.name} {what}: {last_line(vm.console)}", f"its console log is kept in {kept}"
-    )
 
 
 def _load(path: Path) -> LabVm | None:

@@ -1,5 +1,6 @@
 """A directory of the host inside a lab VM, by virtio-fs: CRIU dumps straight to the host."""
 
+import os
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +14,8 @@ __all__ = ["SHARE", "add_share", "share_device"]
 SHARE = "/mnt/share"
 """Where the guest has it."""
 
+# The other one, namespaces, needs pivot_root, which fails in a chroot and in many containers.
+_SANDBOX = "chroot" if os.geteuid() == 0 else "namespace"
 _PLACES = ("/usr/libexec/virtiofsd", "/usr/lib/qemu/virtiofsd")
 
 
@@ -52,5 +55,7 @@ def _command(program: str, shared: Path, socket: Path) -> Sequence[str]:
     # The C virtiofsd that came with QEMU up to 7.2 takes the directory as a mount option.
     usage = subprocess.run([program, "--help"], capture_output=True, text=True, check=False).stdout
     if "--shared-dir" in usage:
-        return [program, f"--socket-path={socket}", f"--shared-dir={shared}", "--cache=auto"]
-    return [program, f"--socket-path={socket}", "-o", f"source={shared}", "-o", "cache=auto"]
+        options = [f"--shared-dir={shared}", "--cache=auto", f"--sandbox={_SANDBOX}"]
+    else:
+        options = ["-o", f"source={shared}", "-o", f"cache=auto,sandbox={_SANDBOX}"]
+    return [program, f"--socket-path={socket}", *options]

@@ -1,11 +1,14 @@
-"""The kinds of state that are written from outside, one module a kind."""
+"""The state that is written from outside: memory in pages, everything else in values.
 
-from typing import Final
+A kind of state is one class in `kinds`; `scope` finds what it belongs to, in the images and in the
+guest; `settings` takes, neutralises, writes and verifies all of them; `refused` says which kinds
+are not there and why.
+"""
 
-from ovr.state.kind import InsideTask, Kind
-from ovr.state.umask import Umask
+from ovr.state.guest import GuestTree
+from ovr.state.kind import Kind
+from ovr.state.kinds import KINDS
+from ovr.state.refused import REFUSED, Refused
+from ovr.state.settings import Setting
 
-__all__ = ["KINDS", "InsideTask", "Kind"]
-
-KINDS: Final[tuple[Kind, ...]] = (Umask(),)
-"""All kinds but memory, which comes in pages and has a module of its own."""
+__all__ = ["KINDS", "REFUSED", "GuestTree", "Kind", "Refused", "Setting"]

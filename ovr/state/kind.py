@@ -1,63 +1,50 @@
-"""What a kind of state is: the interface that every module of this room implements."""
+"""What a kind of state is: the interface that every module in `kinds` implements.
 
-from dataclasses import dataclass
-from typing import Any, Protocol, Self
+A kind says what; where is the scope's business, and when is `settings`': the VM is held during each
+write, and every thread of the tree is stopped by CRIU in a ptrace stop.
+"""
 
-from ovr.images import CoreEntry, FsEntry, InsideImages, MmEntry, Task, copy_of
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
 
-__all__ = ["InsideTask", "Kind"]
+from ovr.state.scope import Scope
 
-
-@dataclass
-class InsideTask:
-    """A task's images as they will be inside: copies, to be changed in place."""
-
-    pid: int
-    cores: dict[int, CoreEntry]
-    mm: MmEntry
-    fs: FsEntry | None
-
-    @classmethod
-    def of(cls, task: Task) -> Self:
-        """Copy the images of a task that is alive."""
-        assert task.mm is not None
-        return cls(
-            task.pid,
-            {tid: copy_of(core) for tid, core in task.cores.items()},
-            copy_of(task.mm),
-            None if task.fs is None else copy_of(task.fs),
-        )
-
-    def put(self, inside: InsideImages, original: Task) -> None:
-        """Hand in what has changed; what has not is passed on byte for byte."""
-        for tid, core in self.cores.items():
-            if core != original.cores[tid]:
-                inside.replace(f"core-{tid}.img", core)
-        if self.mm != original.mm:
-            inside.replace(f"mm-{self.pid}.img", self.mm)
-        if self.fs is not None and self.fs != original.fs:
-            inside.replace(f"fs-{self.pid}.img", self.fs)
+__all__ = ["Kind"]
 
 
-class Kind(Protocol):
-    """A kind of state of one task, written from outside through the kernel view."""
+class Kind(ABC):
+    """A kind of state that is written from outside.
 
-    @property
-    def name(self) -> str:
-        """What ``--outside`` calls it."""
+    Attributes:
+        name: what ``--outside`` calls it.
+        groups: what it is called together with others.
+        summary: what it is, in one line, with the kernel's name for it.
+        source: where CRIU and the kernel do the same.
+        scope: what it belongs to.
+    """
 
-    @property
-    def summary(self) -> str:
-        """What it is, in one line, with the kernel's name for it."""
+    name: ClassVar[str]
+    groups: ClassVar[tuple[str, ...]]
+    summary: ClassVar[str]
+    source: ClassVar[str]
+    scope: ClassVar[Scope]
 
-    def take(self, task: Task) -> Any:
-        """Return the value to write outside, or None if the images carry none."""
+    @abstractmethod
+    def take(self, image: Any) -> Any:
+        """Return the value, of plain Python types; None if the message carries none.
 
-    def neutralise(self, inside: InsideTask) -> None:
-        """Leave the neutral value in the inside images."""
+        Raises:
+            ImagesDamaged: the kernel never has such a value.
+        """
 
-    def write(self, task: Any, value: Any) -> None:
-        """Write the value into the ``task_struct`` that the kernel view shows as `task`."""
+    @abstractmethod
+    def neutralise(self, image: Any) -> None:
+        """Leave the neutral value in a copy of the message."""
 
-    def read(self, task: Any) -> Any:
+    @abstractmethod
+    def write(self, target: Any, value: Any) -> None:
+        """Write the value into the kernel object."""
+
+    @abstractmethod
+    def read(self, target: Any) -> Any:
         """Return what `write` wrote, as the guest has it now."""

@@ -1,14 +1,12 @@
 """What only lab builds of the agent do: run commands in the guest and move files."""
 
-import contextlib
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from ovr.errors import AgentUnreachable, LabError
+from ovr.errors import LabError
 from ovr.guest import protocol
 from ovr.guest.protocol import Message
 from ovr.guest.wire import ProtocolError
@@ -56,16 +54,18 @@ class LabSession(Session):
             AgentUnreachable: the link broke.
         """
         self._request(protocol.Run(tuple(argv), _env(env), int(timeout * 1000)))
+        pieces = _pieces(input)
+        self._send(protocol.Stdin(next(pieces)))
         output: dict[int, list[bytes]] = {1: [], 2: []}
         deadline = self._deadline(timeout + self._timeout)
-        with self._feeding(input):
-            while True:
-                message = self._answer(deadline)
-                if isinstance(message, protocol.Exited):
-                    break
-                if not isinstance(message, protocol.Output) or message.stream not in output:
-                    raise self._broken(f"{message.op} while a command runs")
+        while not isinstance(message := self._answer(deadline), protocol.Exited):
+            if isinstance(message, protocol.Taken):
+                self._send(protocol.Stdin(next(pieces)))
+            elif isinstance(message, protocol.Output) and message.stream in output:
                 output[message.stream].append(message.data)
+                self._credit(message.data)
+            else:
+                raise self._broken(f"{message.op} while a command runs")
         if message.timed_out:
             raise LabError(f"{argv[0]} in the guest took longer than {timeout} s", "give it longer")
         return Completed(message.status, b"".join(output[1]), b"".join(output[2]))
@@ -127,6 +127,7 @@ class LabSession(Session):
             while isinstance(message, protocol.Data):
                 file.write(message.data)
                 size += len(message.data)
+                self._credit(message.data)
                 message = self._answer(self._deadline(None))
         if not isinstance(message, protocol.End) or message.size != size:
             raise self._broken(f"{message.op} instead of {protocol.End.op}")
@@ -148,27 +149,16 @@ class LabSession(Session):
             raise LabError(f"in the guest: {one_line(message.text)}")
         return message
 
-    @contextmanager
-    def _feeding(self, data: bytes) -> Iterator[None]:
-        """Send a command's input from a thread: it may write before it has read all."""
-        stop = threading.Event()
+    def _credit(self, data: bytes) -> None:
+        self._send(protocol.Credit(len(data) + protocol.FRAME_COST))
 
-        def feed() -> None:
-            # A broken link is for whoever reads.
-            with contextlib.suppress(AgentUnreachable):
-                for start in range(0, len(data), protocol.CHUNK):
-                    if stop.is_set():
-                        return
-                    self._send(protocol.Stdin(data[start : start + protocol.CHUNK]))
-                self._send(protocol.Stdin(b""))
 
-        thread = threading.Thread(target=feed, name="ovr-stdin", daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            stop.set()
-            thread.join()
+def _pieces(data: bytes) -> Iterator[bytes]:
+    """The input in pieces, and then ends of file."""
+    for start in range(0, len(data), protocol.CHUNK):
+        yield data[start : start + protocol.CHUNK]
+    while True:
+        yield b""
 
 
 @contextmanager

@@ -204,9 +204,11 @@ def alive(*pids: int) -> bool:
     return any(_state(pid) not in ("", "Z", "X") for pid in pids)
 
 
-def kill(pid: int) -> None:
-    """SIGKILL."""
-    os.kill(pid, signal.SIGKILL)
+def kill(*pids: int) -> None:
+    """SIGKILL, and wait: until a task is dead it goes on making its mark."""
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+    wait_for(lambda: not alive(*pids))
 
 
 def _state(pid: int) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 import msgpack
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ovr.errors import AgentUnreachable, CriuFailed, LabError, RestoreFailed
@@ -111,6 +111,11 @@ def test_nonsense(answer: bytes) -> None:
         assert caught.value.hint
 
 
+# The machine may be busy: what counts here is what happens, not how fast.
+patiently = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
+
+@patiently
 @given(noise=st.binary(max_size=200))
 def test_random_answers(noise: bytes) -> None:
     with peer(replying(len(noise).to_bytes(4, "big") + noise)) as link:
@@ -236,6 +241,7 @@ TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0")
 NUMBER = st.integers(0, (1 << 64) - 1)
 
 
+@patiently
 @given(
     st.one_of(
         st.builds(protocol.Hello, NUMBER, st.binary(max_size=20)),

@@ -1,5 +1,7 @@
 """A restore with the real agent, up to go, abort, and every way to die in between."""
 
+import os
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -44,8 +46,7 @@ def assert_gone(host: AgentHost, skeleton: Skeleton) -> None:
         assert not host.marks
         other.go()
         wait_for(lambda: host.marks == set(again.tasks))
-    for pid in again.tasks:
-        kill(pid)
+    kill(*again.tasks)
 
 
 def test_hello(agent: Agent, host: AgentHost) -> None:
@@ -74,8 +75,7 @@ def test_go(host: AgentHost, agent: Agent) -> None:
     # Not the agent's child any more: it may end or be replaced.
     status = Path(f"/proc/{skeleton.root_pid}/status").read_text()
     assert f"PPid:\t{host.process.pid}\n" not in status
-    for pid in skeleton.tasks:
-        kill(pid)
+    kill(*skeleton.tasks)
 
 
 def test_images_arrive_whole(host: AgentHost, agent: Agent) -> None:
@@ -145,7 +145,7 @@ def test_hook_dies_as_the_host_says_go(host: AgentHost, agent: Agent) -> None:
     # Whoever is heard first: all of the tree runs, or nothing of it ever did.
     for _ in range(5):
         skeleton = begin(host, agent)
-        kill(host.hook(skeleton.criu_pid))
+        os.kill(host.hook(skeleton.criu_pid), signal.SIGKILL)  # and do not wait
         try:
             agent.go()
         except RestoreFailed:
@@ -153,8 +153,7 @@ def test_hook_dies_as_the_host_says_go(host: AgentHost, agent: Agent) -> None:
             assert_gone(host, skeleton)
         else:
             wait_for(lambda tasks=skeleton.tasks: host.marks == set(tasks))
-            for pid in skeleton.tasks:
-                kill(pid)
+            kill(*skeleton.tasks)
         for mark in (host.directory / "marks").iterdir():
             mark.rmdir()
 
@@ -286,8 +285,7 @@ def test_two_sessions(host: AgentHost) -> None:
             begin(host, second)
         assert alive(*skeleton.tasks)
         assert first.go().pid == skeleton.root_pid
-        for pid in skeleton.tasks:
-            kill(pid)
+        kill(*skeleton.tasks)
 
 
 def test_only_the_owner_says_go(host: AgentHost) -> None:

@@ -12,10 +12,11 @@ import pytest
 from ovr import lab
 from ovr.addresses import Gpa
 from ovr.errors import LabError, UsageError, VmUnreachable
-from ovr.lab import accel, ram, share, vsock
+from ovr.lab import accel, boot, ram, share, vsock
 from ovr.lab.accel import choose, cpu_model
+from ovr.lab.boot import GuestDied, _launch
 from ovr.lab.image import GuestImage
-from ovr.lab.machine import _claimed, _launch
+from ovr.lab.machine import claimed
 from ovr.lab.process import spawn
 from ovr.lab.qemu import Hardware, boot_arguments, machine_arguments, service_arguments
 from ovr.lab.ram import memory_size
@@ -78,20 +79,20 @@ def test_down_leaves_nothing(vm):
 def test_a_dead_vm_is_listed_and_its_name_is_free(vm):
     vm.processes["qemu"].end()
     assert [one.alive for one in lab.ls()] == [False]
-    with _claimed("one") as directory:
+    with claimed("one") as directory:
         assert list(directory.iterdir()) == []
     assert not vm.processes["vsock"].alive
 
 
 def test_a_running_vms_name_is_taken(vm):
-    with pytest.raises(LabError, match="runs already") as caught, _claimed("one"):
+    with pytest.raises(LabError, match="runs already") as caught, claimed("one"):
         pass
     assert caught.value.hint == "ovr lab down one"
     assert vm.alive
 
 
 def test_a_claim_that_fails_leaves_nothing():
-    with pytest.raises(ZeroDivisionError), _claimed("two"):
+    with pytest.raises(ZeroDivisionError), claimed("two"):
         raise ZeroDivisionError
     assert not lab_directory("two").exists()
 
@@ -235,6 +236,44 @@ def test_real_qemu_takes_the_command_line_and_tells_its_memory(standing_vm):
 def test_real_qemu_says_why_it_does_not_start(tmp_path):
     with pytest.raises(LabError, match="machine type"):
         _launch(["qemu-system-x86_64", "-machine", "nosuchmachine"], tmp_path)
+
+
+@pytest.fixture
+def boots(monkeypatch, vm):
+    """Boots that end as the test says; nothing is built."""
+    outcomes = []
+
+    def one(*_, **__):
+        outcome = outcomes.pop(0)
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    image = GuestImage("trixie", Path(), Path(), Path())
+    monkeypatch.setattr(boot, "guest_image", lambda suite, packages: image)
+    monkeypatch.setattr(GuestImage, "initramfs", lambda self, agent: b"")
+    monkeypatch.setattr(boot, "build_agent", lambda lab: Path())
+    monkeypatch.setattr(boot, "_boot", one)
+    return outcomes
+
+
+def test_a_guest_that_dies_under_tcg_gets_another_try(boots, vm, caplog):
+    boots += [GuestDied("oops"), GuestDied("oops"), vm]
+    assert lab.up("two", accel="tcg") is vm
+    assert caplog.text.count("trying again") == 2
+    boots += [GuestDied("one"), GuestDied("two"), GuestDied("three")]
+    with pytest.raises(GuestDied, match="three"):
+        lab.up("two", accel="tcg")
+
+
+def test_no_other_failure_is_tried_again(boots, vm, monkeypatch):
+    boots += [LabError("does not come up"), vm]
+    with pytest.raises(LabError, match="does not come up"):
+        lab.up("two", accel="tcg")
+    boots[:] = [GuestDied("oops"), vm]
+    monkeypatch.setattr(boot, "choose", lambda accel, trial: "kvm")
+    with pytest.raises(GuestDied):
+        lab.up("two", accel="kvm")
 
 
 def test_tcg_by_name_never_tries_kvm():

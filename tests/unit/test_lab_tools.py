@@ -19,9 +19,9 @@ def test_missing_tool_says_what_to_type(monkeypatch):
 
 def test_failing_tool_gives_its_last_word(tmp_path):
     run_tool(["/bin/true"])
-    with pytest.raises(LabError, match="sh failed: two$"):
+    with pytest.raises(LabError, match=r"sh failed: two$"):
         run_tool(["/bin/sh", "-c", "echo one >&2; echo two >&2; exit 1"])
-    with pytest.raises(LabError, match="sh failed: E: it$"):
+    with pytest.raises(LabError, match=r"sh failed: E: it$"):
         run_tool(["/bin/sh", "-c", "echo E: it; echo I: cleaning up; exit 1"])
     with pytest.raises(LabError, match="false failed: no message"):
         run_tool(["/bin/false"])

@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ovr.errors import AgentUnreachable, UsageError
@@ -45,6 +45,7 @@ def test_no_addresses(text: str) -> None:
     assert caught.value.hint
 
 
+@settings(deadline=None)
 @given(st.text(max_size=30))
 def test_any_text_is_an_address_or_a_usage_error(text: str) -> None:
     for prefix in ("", "vsock:", "unix:", "serial:"):
@@ -95,7 +96,11 @@ def test_connect_by_line(tmp_path: Path) -> None:
     ],
 )
 def test_connect_refused(tmp_path: Path, answer: bytes, message: str) -> None:
-    with server(tmp_path / "s", lambda connection: connection.sendall(answer)):
+    def serve(connection: socket.socket) -> None:
+        assert connection.recv(100) == b"CONNECT 1024\n"
+        connection.sendall(answer)
+
+    with server(tmp_path / "s", serve):
         with pytest.raises(AgentUnreachable, match=message) as caught:
             open_link(f"unix:{tmp_path}/s", 5)
         assert caught.value.hint

@@ -18,6 +18,7 @@ MACHINES = [
     ("trixie", {"memory": "1G", "numa": 2}),
     ("bookworm", {"memory": "1G", "la57": False}),
     ("bookworm", {"memory": "3G", "la57": True}),
+    ("forky", {"memory": "1G", "la57": True}),
 ]
 
 
@@ -43,7 +44,7 @@ def test_memory_and_umask_come_back(pool, dumps, suite, hardware):
     assert report.pid == dump.pid
     assert report.bytes_outside / report.bytes_total >= 0.99
     assert report.bytes_verified == report.bytes_outside
-    assert report.states == ("memory", "umask")
+    assert {"memory", "umask"} <= set(report.states)
     whole(vm, dump)
 
 
@@ -70,9 +71,7 @@ def test_load_bearing(vm, dump, tmp_path):
         assert done.status == 0, agent.run(["tail", "/tmp/inside/restore.log"]).stdout.decode()
     answer = answer_of(vm, dump.pid)
     assert int(answer.umask, 8) != UMASK
-    # Every word but those on the few pages that stay inside; generated words are never zero.
-    assert answer.wrong >= (plan.bytes_outside - 4096) // 8
-    assert answer.first_wrong >= 0
+    assert (answer.wrong, answer.words) == (SIZE // 8, SIZE // 8)
 
 
 @pytest.mark.parametrize("transport", ["vsock", "serial"])
@@ -109,7 +108,10 @@ def test_the_command(vm, dump):
 
 
 def test_dry_run_leaves_the_guest_alone(vm, dump):
-    assert "states outside: memory, umask" in restore_command(vm, dump, "--dry-run")
+    first = restore_command(vm, dump, "--dry-run").splitlines()[:2]
+    assert first[0].startswith("outside: ")
+    assert "memory" in first[1]
+    assert "umask" in first[1]
     assert vm.sh(f"test -d /proc/{dump.pid}").status != 0
 
 

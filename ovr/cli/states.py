@@ -1,0 +1,68 @@
+"""``ovr states``: which kinds of state are written from outside, and why others are not."""
+
+import argparse
+from typing import Any, Final
+
+from ovr.cli.output import common, document, table
+from ovr.state import KINDS, REFUSED
+
+__all__ = ["MEMORY", "add", "run", "states"]
+
+MEMORY: Final = {
+    "name": "memory",
+    "outside": True,
+    "groups": [],
+    "summary": "private anonymous pages; `ovr plan` says which, and why others stay inside",
+    "source": "CRIU's restorer preads them; do_anonymous_page()",
+}
+
+
+def add(commands: Any) -> None:
+    """Add the command to the parser."""
+    parser = commands.add_parser("states", help="list all kinds of state: yes or no, and why")
+    common(parser)
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """List them."""
+    found = states()
+    if options.json:
+        document("ovr.states/1", {"states": found})
+    else:
+        rows = [
+            (
+                state["name"],
+                "yes" if state["outside"] else "no",
+                ",".join(state["groups"]) or "-",
+                state["summary"] if state["outside"] else state["reason"],
+            )
+            for state in found
+        ]
+        table(("STATE", "OUTSIDE", "GROUPS", "WHAT IT IS, OR WHY NOT"), rows)
+    return 0
+
+
+def states() -> list[dict[str, Any]]:
+    """Return all kinds of state, those that are written from outside first."""
+    yes = [
+        {
+            "name": kind.name,
+            "outside": True,
+            "groups": list(kind.groups),
+            "summary": kind.summary,
+            "source": kind.source,
+        }
+        for kind in KINDS
+    ]
+    no = [
+        {
+            "name": refused.name,
+            "outside": False,
+            "groups": list(refused.groups),
+            "summary": refused.summary,
+            "reason": refused.reason,
+        }
+        for refused in REFUSED
+    ]
+    return [MEMORY, *yes, *no]

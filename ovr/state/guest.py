@@ -1,0 +1,58 @@
+"""The restored tree in the guest, found by the numbers that the images have."""
+
+from typing import Any
+
+from ovr.errors import RestoreFailed
+from ovr.kernel import Kernel, Struct, find_task, is_traced
+from ovr.kernel.fdtable import files_lookup_fd
+
+__all__ = ["GuestTree"]
+
+
+class GuestTree:
+    """The skeleton's kernel objects. What it finds is good for as long as the VM is held.
+
+    Args:
+        kernel: the guest's kernel.
+        root: the ``task_struct`` of the tree's root; pids are those of its pid namespace.
+    """
+
+    def __init__(self, kernel: Kernel, root: Struct) -> None:
+        self.kernel = kernel
+        self._root = root
+        self._tasks: dict[int, Any] = {}
+
+    def task(self, tid: int) -> Any:
+        """Return the ``task_struct`` of a thread, which is stopped under CRIU.
+
+        Raises:
+            RestoreFailed: there is none, or it is not stopped.
+        """
+        if tid not in self._tasks:
+            task = find_task(self.kernel, tid, namespace_of=self._root)
+            if not (task and is_traced(task)):
+                raise RestoreFailed(
+                    f"thread {tid} of the skeleton is not there, stopped",
+                    "was it killed? look for the OOM killer in the guest's kernel log",
+                )
+            self._tasks[tid] = task
+        return self._tasks[tid]
+
+    def file(self, pid: int, fd: int, operations: str = "") -> Any:
+        """Return the ``struct file`` behind a descriptor.
+
+        Args:
+            pid: of a task that has it open.
+            fd: the descriptor.
+            operations: the symbol that its ``f_op`` must point to; empty for any.
+
+        Raises:
+            RestoreFailed: it is not open, or another kind of file.
+        """
+        file = files_lookup_fd(self.task(pid).files, fd)
+        if not file or (operations and file.f_op.address_ != self.kernel.symbol(operations)):
+            raise RestoreFailed(
+                f"fd {fd} of pid {pid} is not open, or another kind of file than in the images",
+                "report it, with the images",
+            )
+        return file

@@ -1,0 +1,20 @@
+"""The kinds of state that are written from outside: every module here declares its ``KINDS``."""
+
+from importlib import import_module
+from pkgutil import iter_modules
+from typing import Final
+
+from ovr.state.kind import Kind
+
+__all__ = ["KINDS"]
+
+
+def _discover() -> tuple[Kind, ...]:
+    names = sorted(module.name for module in iter_modules(__path__))
+    return tuple(
+        kind for name in names for kind in import_module(f"{__name__}.{name}").KINDS
+    )  # fmt: skip
+
+
+KINDS: Final = _discover()
+"""All kinds but memory, which comes in pages and has a module of its own; by module, in order."""

@@ -1,0 +1,171 @@
+"""Privileges: what of a thread's credentials is plain data."""
+
+from typing import Any, Final
+
+from ovr.errors import GuestFault, ImagesDamaged, RestoreFailed
+from ovr.images import CoreEntry
+from ovr.images.messages import CredsEntry
+from ovr.images.wire import Scalars
+from ovr.kernel import Struct
+from ovr.state.kind import Kind
+from ovr.state.scope import THREAD
+
+__all__ = ["KINDS", "Capabilities", "NoNewPrivs", "Securebits"]
+
+_PFA_NO_NEW_PRIVS: Final = 1  # bit 0
+_SETS: Final = ("inheritable", "permitted", "effective", "bset", "ambient")
+_MAX_PARENTS: Final = 1 << 16
+
+
+def _own_cred(thread: Struct) -> Any:
+    """Return a thread's ``struct cred``, which nobody else may have.
+
+    Credentials are copied, changed and then shared read-only (Documentation/security/credentials).
+    CRIU gives every thread a copy of its own (each of its capset() calls makes one), so that the
+    thread's two references are the only ones.
+    """
+    cred = thread.cred
+    if cred != thread.real_cred or cred.usage.counter != 2:
+        raise RestoreFailed(
+            f"the credentials of thread {thread.pid} are in use elsewhere in the guest",
+            "restore again; if it happens again, leave securebits and capabilities inside",
+        )
+    return cred
+
+
+class NoNewPrivs(Kind):
+    """PR_SET_NO_NEW_PRIVS."""
+
+    name = "no_new_privs"
+    groups = ("thread", "credentials")
+    summary = "no new privileges by exec (bit 0 of task_struct.atomic_flags)"
+    source = "restore_creds() in criu/pie/restorer.c; task_set_no_new_privs()"
+    scope = THREAD
+
+    def take(self, image: CoreEntry) -> bool | None:
+        """Return whether it is set.
+
+        None under seccomp, whose filters CRIU installs with it, and where CRIU dumped nothing: up
+        to 3.17 it knows nothing of it.
+        """
+        creds = image.thread_core.creds
+        if image.thread_core.seccomp_mode or not creds.HasField("no_new_privs"):
+            return None
+        return bool(creds.no_new_privs)
+
+    def neutralise(self, image: CoreEntry) -> None:
+        """Absent: not set."""
+        image.thread_core.creds.ClearField("no_new_privs")
+
+    def write(self, target: Any, value: bool) -> None:
+        """As task_set_no_new_privs() does."""
+        # SAFETY: the other bits of the word are set and cleared by atomic instructions, of this
+        # thread, which is stopped, and of cpuset writers, which the hold keeps from coming between
+        # our read and our write. The kernel never clears this bit: CRIU has left it clear. Undone
+        # by killing the tree.
+        target.atomic_flags = target.atomic_flags & ~_PFA_NO_NEW_PRIVS | value
+
+    def read(self, target: Any) -> bool:
+        """Read it."""
+        return bool(target.atomic_flags & _PFA_NO_NEW_PRIVS)
+
+
+class Securebits(Kind):
+    """PR_SET_SECUREBITS."""
+
+    name = "securebits"
+    groups = ("thread", "credentials")
+    summary = "securebits (cred.securebits)"
+    source = "restore_creds() in criu/pie/restorer.c; cap_task_prctl()"
+    scope = THREAD
+
+    def take(self, image: CoreEntry) -> int | None:
+        """Return the bits."""
+        return image.thread_core.creds.secbits if image.thread_core.HasField("creds") else None
+
+    def neutralise(self, image: CoreEntry) -> None:
+        """None."""
+        image.thread_core.creds.secbits = 0
+
+    def write(self, target: Any, value: int) -> None:
+        """As cap_task_prctl() does to its copy."""
+        # SAFETY: nobody but the stopped thread has these credentials (_own_cred, in this very
+        # hold). Nothing is derived from the bits. Undone by killing the tree.
+        _own_cred(target).securebits = value
+
+    def read(self, target: Any) -> int:
+        """Read them."""
+        return int(target.cred.securebits)
+
+
+class Capabilities(Kind):
+    """capset(2), PR_CAPBSET_DROP, PR_CAP_AMBIENT."""
+
+    name = "capabilities"
+    groups = ("thread", "credentials")
+    summary = "capability sets (cred.cap_inheritable, permitted, effective, bset, ambient)"
+    source = "restore_creds() in criu/pie/restorer.c; cap_capset()"
+    scope = THREAD
+
+    def take(self, image: CoreEntry) -> tuple[int, ...] | None:
+        """Return the sets: inheritable, permitted, effective, bounding, ambient.
+
+        CRIU up to 3.17 does not dump the last: then it is empty.
+        """
+        if not image.thread_core.HasField("creds"):
+            return None
+        sets = tuple(_set(words) for words in _words(image.thread_core.creds))
+        inheritable, permitted, effective, _, ambient = sets
+        if effective & ~permitted or ambient & ~(permitted & inheritable):
+            raise ImagesDamaged("capabilities that no thread can have", "dump again")
+        return sets
+
+    def neutralise(self, image: CoreEntry) -> None:
+        """None at all, which every thread may restrict itself to."""
+        for words in _words(image.thread_core.creds):
+            words[:] = [0] * len(words)
+
+    def write(self, target: Any, value: tuple[int, ...]) -> None:
+        """As cap_capset() does to its copy; capabilities that the kernel does not know are lost."""
+        # SAFETY: nobody but the stopped thread has these credentials (_own_cred, in this very
+        # hold). What commit_creds() does besides: dumpable and pdeath_signal, which are set by
+        # their own kinds or by CRIU after its commit_creds(). Undone by killing the tree.
+        cred, known = _own_cred(target), _all_capabilities(target)
+        for name, capabilities in zip(_SETS, value, strict=True):
+            if capabilities & ~known:
+                raise RestoreFailed(
+                    f"the guest's kernel does not know capabilities {capabilities & ~known:#x}",
+                    "restore with a newer kernel, or leave capabilities inside",
+                )
+            _field(cred, name)[0] = capabilities
+
+    def read(self, target: Any) -> tuple[int, ...]:
+        """Read them."""
+        return tuple(_field(target.cred, name)[0] for name in _SETS)
+
+
+def _words(creds: CredsEntry) -> tuple[Scalars[int], ...]:
+    return creds.cap_inh, creds.cap_prm, creds.cap_eff, creds.cap_bnd, creds.cap_amb
+
+
+def _set(words: Scalars[int]) -> int:
+    return sum(word << 32 * number for number, word in enumerate(list(words)[:2]))
+
+
+def _field(cred: Struct, name: str) -> Any:
+    # Linux kernel commit f122a08b197d ("capability: just use a 'single u64' instead of a
+    # 'u32[2]' array") (in v6.3): on a little-endian machine the same eight bytes.
+    return getattr(cred, f"cap_{name}").cast_("u64")
+
+
+def _all_capabilities(thread: Any) -> int:
+    # The idle task, everybody's ancestor and its own parent, has CAP_FULL_SET for ever.
+    for _ in range(_MAX_PARENTS):
+        parent = thread.real_parent
+        if parent == thread:
+            return int(_field(thread.cred, "permitted")[0])
+        thread = parent
+    raise GuestFault("a task without end of ancestors", thread.address_)
+
+
+KINDS: Final = (NoNewPrivs(), Securebits(), Capabilities())

@@ -1,0 +1,173 @@
+"""What the threads of a process have in common: ``signal_struct``, and what they agree on."""
+
+from collections.abc import Iterator
+from typing import Any, Final
+
+from ovr.errors import ImagesDamaged
+from ovr.images import CoreEntry
+from ovr.kernel import Struct, for_each_thread, list_for_each_entry
+from ovr.state.kind import Kind
+from ovr.state.scope import PROCESS
+
+__all__ = ["KINDS", "ChildSubreaper", "Loginuid", "OomScoreAdj", "Personality"]
+
+_OOM_SCORE_ADJ_MAX: Final = 1000
+_PERSONALITIES: Final = 0x0FFE_00FF  # flags and PER_MASK of include/uapi/linux/personality.h
+
+
+class OomScoreAdj(Kind):
+    """``/proc/PID/oom_score_adj``."""
+
+    name = "oom_score_adj"
+    groups = ("process",)
+    summary = "OOM score adjustment (signal_struct.oom_score_adj, oom_score_adj_min)"
+    source = "restore_oom_score_adj() in criu/cr-restore.c; __set_oom_adj()"
+    scope = PROCESS
+
+    def take(self, image: CoreEntry) -> int | None:
+        """Return the adjustment."""
+        if not image.tc.HasField("oom_score_adj"):
+            return None
+        value = image.tc.oom_score_adj
+        if abs(value) > _OOM_SCORE_ADJ_MAX:
+            raise ImagesDamaged(f"oom_score_adj {value} is outside of -1000 .. 1000", "dump again")
+        return value
+
+    def neutralise(self, image: CoreEntry) -> None:
+        """Absent."""
+        image.tc.ClearField("oom_score_adj")
+
+    def write(self, target: Any, value: int) -> None:
+        """As the kernel does for CRIU, which is privileged: the lower bound moves along."""
+        # SAFETY: the signal_struct is the process's own; no other process shares its mm, which
+        # would have to get the same value (CRIU refuses to dump CLONE_VM). Two stores; the OOM
+        # killer reads one of them, and either value is right. Undone by killing the tree.
+        target.signal.oom_score_adj = value
+        target.signal.oom_score_adj_min = value
+
+    def read(self, target: Any) -> int | None:
+        """Read it; None if the two fields differ."""
+        value: int = target.signal.oom_score_adj
+        return value if target.signal.oom_score_adj_min == value else None
+
+
+class Personality(Kind):
+    """personality(2), which CRIU dumps and never restores."""
+
+    name = "personality"
+    groups = ("process",)
+    summary = "execution domain (task_struct.personality of all threads); CRIU never restores it"
+    source = "get_task_personality() in criu/cr-dump.c; sys_personality()"
+    scope = PROCESS
+
+    def take(self, image: CoreEntry) -> int:
+        """Return the personality.
+
+        CRIU reads the eight hexadecimal digits of /proc/PID/personality with atoi(): the image
+        has them as if they were decimal, and without what follows a letter. No flag has one;
+        where two flags make one, what CRIU has thrown away cannot come back.
+        """
+        value = image.tc.personality
+        for meant in (int(str(value), 16), value):  # the second: of a CRIU that has been mended
+            if not meant & ~_PERSONALITIES:
+                return meant
+        raise ImagesDamaged(f"there is no personality {value}", "dump again")
+
+    def neutralise(self, image: CoreEntry) -> None:
+        """Nothing to do: CRIU does not look at it."""
+
+    def write(self, target: Any, value: int) -> None:
+        """As sys_personality() does, for every thread: CRIU asks only the leader."""
+        # SAFETY: only the thread itself ever writes or reads its personality outside of exec, and
+        # it is stopped. set_personality() is one store. Undone by killing the tree.
+        for thread in for_each_thread(target):
+            thread.personality = value
+
+    def read(self, target: Any) -> int | None:
+        """Read it; None if the threads differ."""
+        return _common(thread.personality for thread in for_each_thread(target))
+
+
+class Loginuid(Kind):
+    """``/proc/PID/loginuid``."""
+
+    name = "loginuid"
+    groups = ("process",)
+    summary = "audit login uid (task_struct.loginuid of all threads)"
+    source = "prepare_loginuid() in criu/cr-restore.c; audit_set_loginuid()"
+    scope = PROCESS
+
+    def take(self, image: CoreEntry) -> int | None:
+        """Return the uid as the initial user namespace numbers it, as CRIU dumps it."""
+        return image.tc.loginuid if image.tc.HasField("loginuid") else None
+
+    def neutralise(self, image: CoreEntry) -> None:
+        """Absent."""
+        image.tc.ClearField("loginuid")
+
+    def write(self, target: Any, value: int) -> None:
+        """As audit_set_loginuid() does, but for a new session id: nobody has logged in here."""
+        # SAFETY: only the thread itself writes it (through /proc/self), and it is stopped; audit
+        # reads it in the thread's own context. One store a thread. Undone by killing the tree.
+        for thread in for_each_thread(target):
+            thread.loginuid.val = value
+
+    def read(self, target: Any) -> int | None:
+        """Read it; None if the threads differ."""
+        return _common(thread.loginuid.val for thread in for_each_thread(target))
+
+
+class ChildSubreaper(Kind):
+    """PR_SET_CHILD_SUBREAPER."""
+
+    name = "child_subreaper"
+    groups = ("process",)
+    summary = "child subreaper (signal_struct.is_child_subreaper, has_child_subreaper below it)"
+    source = "restore_child_subreaper() in criu/pie/restorer.c; prctl_set_child_subreaper()"
+    scope = PROCESS
+
+    def take(self, image: CoreEntry) -> bool | None:
+        """Return whether it is one."""
+        return image.tc.child_subreaper if image.tc.HasField("child_subreaper") else None
+
+    def neutralise(self, image: CoreEntry) -> None:
+        """Absent."""
+        image.tc.ClearField("child_subreaper")
+
+    def write(self, target: Any, value: bool) -> None:
+        """As prctl() does: descendants learn that there is a subreaper above them."""
+        # SAFETY: is_child_subreaper and has_child_subreaper are bitfields in one word of each
+        # signal_struct, written by the process itself and by prctl() of its ancestors. The first
+        # cannot run, and the hold keeps the second from coming between our read and our write.
+        # Descendants of a restored task are restored tasks. Undone by killing the tree.
+        target.signal.is_child_subreaper = value
+        if value:
+            for descendant in _descendants(target):
+                descendant.signal.has_child_subreaper = True
+
+    def read(self, target: Any) -> bool | None:
+        """Read it; None if a descendant does not know of it."""
+        value = bool(target.signal.is_child_subreaper)
+        known = all(child.signal.has_child_subreaper for child in _descendants(target))
+        return value if known or not value else None
+
+
+def _descendants(task: Struct) -> Iterator[Any]:
+    # Source: walk_process_tree() in kernel/fork.c
+    seen = {task.address_}
+    parents = [task]
+    while parents:
+        for thread in for_each_thread(parents.pop()):
+            for child in list_for_each_entry("struct task_struct", thread.children, "sibling"):
+                if child.address_ not in seen:
+                    seen.add(child.address_)
+                    parents.append(child)
+                    yield child
+
+
+def _common(values: Iterator[int]) -> int | None:
+    found = set(values)
+    return found.pop() if len(found) == 1 else None
+
+
+KINDS: Final = (OomScoreAdj(), Personality(), Loginuid(), ChildSubreaper())

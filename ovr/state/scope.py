@@ -1,0 +1,304 @@
+"""What state belongs to: tasks, threads, memory descriptors, open files, namespaces.
+
+A `Scope` finds the objects of its kind twice: in the images as a `Place`, and from there in the
+guest. Kinds of state see the message on one side and the kernel object on the other.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from operator import methodcaller
+from typing import Any, Final, NamedTuple
+
+from ovr.errors import RestoreFailed
+from ovr.images import ImageSet, Task
+from ovr.images.objects import FdinfoEntry, FileEntry, IpcVarEntry, TtyInfoEntry, UtsnsEntry
+from ovr.images.wire import Message
+from ovr.kernel import Struct
+from ovr.state.guest import GuestTree
+
+__all__ = [
+    "DESCRIPTOR",
+    "EVENTFD",
+    "FS",
+    "IPC",
+    "MM",
+    "MM_OWNER",
+    "PROCESS",
+    "REGULAR_FILE",
+    "SIGNALFD",
+    "THREAD",
+    "TIMERFD",
+    "TTY",
+    "UTS",
+    "Descriptor",
+    "Place",
+    "Scope",
+]
+
+_EVENTPOLL: Final = 7  # enum fd_types in CRIU's images/fdinfo.proto
+_S_IFMT: Final = 0o170000
+_S_IFREG: Final = 0o100000
+_PTMX: Final = 5 << 8 | 2  # makedev(5, 2), old encoding as in st_rdev
+
+
+@dataclass(frozen=True)
+class Place:
+    """One object, in the images.
+
+    Attributes:
+        label: what messages call it: ``pid 12``.
+        image: file name of the image that describes it, `index` its entry there.
+        message: the entry; it belongs to the image set.
+        find: returns the kernel object in the guest. Raises `RestoreFailed`, `GuestFault`.
+    """
+
+    label: str
+    image: str
+    index: int
+    message: Message
+    find: Callable[[GuestTree], Any]
+
+
+@dataclass(frozen=True)
+class Scope:
+    """One sort of object that state belongs to.
+
+    Attributes:
+        name: in one word or two.
+        places: yields those of an image set.
+    """
+
+    name: str
+    places: Callable[[ImageSet], Iterator[Place]]
+
+
+class Descriptor(NamedTuple):
+    """A descriptor in a ``struct files_struct``."""
+
+    files: Struct
+    fd: int
+
+
+def _alive(images: ImageSet) -> list[Task]:
+    return [task for task in images.tasks if task.alive]
+
+
+def _processes(images: ImageSet) -> Iterator[Place]:
+    for task in _alive(images):
+        yield _of_task(task, f"core-{task.pid}.img", task.core, lambda leader: leader)
+
+
+def _fs(images: ImageSet) -> Iterator[Place]:
+    for task in _alive(images):
+        if task.fs is not None:
+            yield _of_task(task, f"fs-{task.pid}.img", task.fs, lambda leader: leader.fs)
+
+
+def _mms(images: ImageSet) -> Iterator[Place]:
+    for task in _alive(images):
+        assert task.mm is not None
+        yield _of_task(task, f"mm-{task.pid}.img", task.mm, lambda leader: leader.mm)
+
+
+def _mm_owners(images: ImageSet) -> Iterator[Place]:
+    for task in _alive(images):
+        assert task.mm is not None
+        yield _of_task(task, f"mm-{task.pid}.img", task.mm, lambda leader: leader)
+
+
+def _of_task(task: Task, image: str, message: Message, part: Callable[[Any], Any]) -> Place:
+    label = f"pid {task.pid}"
+    return Place(label, image, 0, message, lambda guest: part(guest.task(task.pid)))
+
+
+def _threads(images: ImageSet) -> Iterator[Place]:
+    for task in _alive(images):
+        for tid in task.threads:
+            image, message = f"core-{tid}.img", task.cores[tid]
+            yield Place(f"tid {tid}", image, 0, message, methodcaller("task", tid))
+
+
+def _fdinfos(images: ImageSet) -> Iterator[tuple[Task, str, int, FdinfoEntry]]:
+    # Every descriptor once, with a task that has it.
+    seen = set()
+    for task in _alive(images):
+        image = f"fdinfo-{images.ids(task).files_id}.img"
+        if image not in seen:
+            seen.add(image)
+            for index, entry in enumerate(images.entries(image, FdinfoEntry)):
+                yield task, image, index, entry
+
+
+def _descriptors(images: ImageSet) -> Iterator[Place]:
+    for task, image, index, entry in _fdinfos(images):
+        label = f"fd {entry.fd} of pid {task.pid}"
+        yield Place(label, image, index, entry, _descriptor_finder(task.pid, entry.fd))
+
+
+def _descriptor_finder(pid: int, fd: int) -> Callable[[GuestTree], Descriptor]:
+    def find(guest: GuestTree) -> Descriptor:
+        guest.file(pid, fd)  # open it must be
+        return Descriptor(guest.task(pid).files, fd)
+
+    return find
+
+
+def _openings(images: ImageSet) -> Mapping[int, tuple[int, int]]:
+    # Where each open file can be found: its id in files.img, and a pid and a descriptor.
+    found: dict[int, tuple[int, int]] = {}
+    for task, _, _, entry in _fdinfos(images):
+        found.setdefault(entry.id, (task.pid, entry.fd))
+    return found
+
+
+def _files(images: ImageSet, field: str) -> Iterator[tuple[int, FileEntry, int, int]]:
+    # The open files with that field, each once however many descriptors share it.
+    openings = _openings(images)
+    for index, entry in enumerate(images.entries("files.img", FileEntry)):
+        if entry.HasField(field) and entry.id in openings:
+            yield index, entry, *openings[entry.id]
+
+
+def _regular_files(images: ImageSet) -> Iterator[Place]:
+    for index, entry, pid, fd in _files(images, "reg"):
+        if entry.reg.mode & _S_IFMT == _S_IFREG and not entry.reg.ext:
+            label = f"file {entry.id} (fd {fd} of pid {pid})"
+            yield Place(label, "files.img", index, entry, _regular_finder(pid, fd))
+
+
+def _regular_finder(pid: int, fd: int) -> Callable[[GuestTree], Any]:
+    def find(guest: GuestTree) -> Any:
+        file = guest.file(pid, fd)
+        if file.f_inode.i_mode & _S_IFMT != _S_IFREG:
+            raise RestoreFailed(
+                f"fd {fd} of pid {pid} is no regular file in the guest",
+                "give the guest the file system that the process was dumped with",
+            )
+        return file
+
+    return find
+
+
+def _context_files(field: str, operations: str, context: str) -> Scope:
+    """Files of one sort, as the context behind ``file->private_data``.
+
+    Not if there is any epoll instance: it learns of events by being woken up, which a write from
+    outside does not do.
+    """
+
+    def places(images: ImageSet) -> Iterator[Place]:
+        if any(entry.type == _EVENTPOLL for entry in images.entries("files.img", FileEntry)):
+            return
+        for index, entry, pid, fd in _files(images, field):
+            label = f"file {entry.id} (fd {fd} of pid {pid})"
+            yield Place(label, "files.img", index, entry, finder(pid, fd))
+
+    def finder(pid: int, fd: int) -> Callable[[GuestTree], Any]:
+        return lambda guest: guest.file(pid, fd, operations).private_data.cast_(context)
+
+    return Scope(context.removeprefix("struct ").removesuffix("_ctx"), places)
+
+
+def _ttys(images: ImageSet) -> Iterator[Place]:
+    # Pseudo terminals whose master is in the images, too: nobody outside of the tree has those.
+    openings = {
+        entry.tty.tty_info_id: (pid, fd) for _, entry, pid, fd in _files(images, "tty")
+    }  # fmt: skip
+    infos = images.entries("tty-info.img", TtyInfoEntry)
+    own = {info.pty.index for info in infos if info.HasField("pty") and info.rdev == _PTMX}
+    for index, info in enumerate(infos):
+        if info.HasField("pty") and info.pty.index in own and info.id in openings:
+            pid, fd = openings[info.id]
+            label = f"terminal {info.id} (fd {fd} of pid {pid})"
+            yield Place(label, "tty-info.img", index, info, _tty_finder(pid, fd))
+
+
+def _tty_finder(pid: int, fd: int) -> Callable[[GuestTree], Any]:
+    def find(guest: GuestTree) -> Any:
+        file = guest.file(pid, fd)
+        private = file.private_data.cast_("struct tty_file_private")
+        if private.file != file:
+            raise RestoreFailed(f"fd {fd} of pid {pid} is no terminal in the guest")
+        return private.tty
+
+    return find
+
+
+def _namespaces(
+    images: ImageSet, field: str, image: str, message: type[Message]
+) -> Iterator[tuple[str, Message, int, int]]:
+    # The namespaces of that sort that have images: those that the tree brings with it.
+    seen = set()
+    for task in _alive(images):
+        number = getattr(images.ids(task), f"{field}_id")
+        entries = images.entries(f"{image}-{number}.img", message)
+        if number not in seen and entries:
+            seen.add(number)
+            yield f"{image}-{number}.img", entries[0], number, task.pid
+
+
+def _namespace_finder(pid: int, field: str) -> Callable[[GuestTree], Any]:
+    def find(guest: GuestTree) -> Any:
+        namespace = getattr(guest.task(pid).nsproxy, field)
+        if namespace == getattr(guest.kernel["init_task"].nsproxy, field):
+            raise RestoreFailed(
+                f"pid {pid} runs in the {field} of the VM itself, unlike in the images",
+                "restore it into a namespace of its own",
+            )
+        return namespace
+
+    return find
+
+
+def _uts(images: ImageSet) -> Iterator[Place]:
+    for image, entry, number, pid in _namespaces(images, "uts_ns", "utsns", UtsnsEntry):
+        yield Place(f"UTS namespace {number}", image, 0, entry, _namespace_finder(pid, "uts_ns"))
+
+
+def _ipc(images: ImageSet) -> Iterator[Place]:
+    # CRIU makes the namespace's objects under its limits: only if it has none are they ours.
+    for image, entry, number, pid in _namespaces(images, "ipc_ns", "ipcns-var", IpcVarEntry):
+        objects = {f"ipcns-{sort}-{number}.img" for sort in ("msg", "sem", "shm")}
+        if not objects & {*images.names}:
+            find = _namespace_finder(pid, "ipc_ns")
+            yield Place(f"IPC namespace {number}", image, 0, entry, find)
+
+
+PROCESS: Final = Scope("process", _processes)
+"""`CoreEntry` of the leader; the leader's ``task_struct``."""
+
+THREAD: Final = Scope("thread", _threads)
+"""`CoreEntry`; ``task_struct``."""
+
+FS: Final = Scope("fs", _fs)
+"""`FsEntry`; ``fs_struct``."""
+
+MM: Final = Scope("mm", _mms)
+"""`MmEntry`; ``mm_struct``."""
+
+MM_OWNER: Final = Scope("mm owner", _mm_owners)
+"""`MmEntry`; the leader's ``task_struct``."""
+
+DESCRIPTOR: Final = Scope("descriptor", _descriptors)
+"""`FdinfoEntry`; `Descriptor`."""
+
+REGULAR_FILE: Final = Scope("regular file", _regular_files)
+"""`FileEntry`; ``struct file``."""
+
+EVENTFD: Final = _context_files("efd", "eventfd_fops", "struct eventfd_ctx")
+"""`FileEntry`; ``eventfd_ctx``."""
+
+SIGNALFD: Final = _context_files("sgfd", "signalfd_fops", "struct signalfd_ctx")
+"""`FileEntry`; ``signalfd_ctx``."""
+
+TIMERFD: Final = _context_files("tfd", "timerfd_fops", "struct timerfd_ctx")
+"""`FileEntry`; ``timerfd_ctx``."""
+
+TTY: Final = Scope("terminal", _ttys)
+"""`TtyInfoEntry`; ``tty_struct``."""
+
+UTS: Final = Scope("UTS namespace", _uts)
+"""`UtsnsEntry`; ``uts_namespace``."""
+
+IPC: Final = Scope("IPC namespace", _ipc)
+"""`IpcVarEntry`; ``ipc_namespace``."""

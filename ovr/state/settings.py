@@ -1,0 +1,99 @@
+"""All values of all kinds: taken from the images, left out inside, written and verified outside."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from reprlib import repr as short
+from typing import Any, Final
+
+from ovr.errors import VerifyMismatch
+from ovr.images import Draft, ImageSet
+from ovr.state.guest import GuestTree
+from ovr.state.kind import Kind
+from ovr.state.scope import Place
+from ovr.vm.hold import Holder
+
+__all__ = ["Setting", "neutralise", "take", "verify", "write"]
+
+_AT_ONCE: Final = 32
+"""Settings a hold: a few milliseconds."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A value, its kind and the place that it belongs to."""
+
+    kind: Kind
+    place: Place
+    value: Any
+
+
+def take(images: ImageSet, kinds: Iterable[Kind]) -> tuple[Setting, ...]:
+    """Return what the images say of these kinds of state, kind by kind.
+
+    Raises:
+        ImagesDamaged: they say what cannot be.
+    """
+    places: dict[str, tuple[Place, ...]] = {}
+    found = []
+    for kind in kinds:
+        scope = kind.scope
+        if scope.name not in places:
+            places[scope.name] = tuple(scope.places(images))
+        for place in places[scope.name]:
+            value = kind.take(place.message)
+            if value is not None:
+                found.append(Setting(kind, place, value))
+    return tuple(found)
+
+
+def neutralise(settings: Iterable[Setting], draft: Draft) -> None:
+    """Leave the neutral values in the inside images."""
+    for setting in settings:
+        place = setting.place
+        setting.kind.neutralise(draft.message(place.image, place.index, type(place.message)))
+
+
+def write(settings: Sequence[Setting], tree: Callable[[], GuestTree], holder: Holder) -> None:
+    """Write the values, a bounded number in one hold.
+
+    In the hold no kernel code runs in the guest, so that an object is what it was found to be
+    until it is written: a stopped task that the OOM killer ends meanwhile gives its objects back.
+
+    Args:
+        settings: the values.
+        tree: looks at the tree anew.
+        holder: keeps the VM still.
+
+    Raises:
+        RestoreFailed: the tree is not what the images say.
+        DoesNotFit: a value that this guest's kernel cannot hold.
+        GuestFault: the guest's kernel objects make no sense.
+    """
+    _rehearse(settings, tree())
+    for start in range(0, len(settings), _AT_ONCE):
+        with holder.held():
+            guest = tree()
+            for setting in settings[start : start + _AT_ONCE]:
+                setting.kind.write(setting.place.find(guest), setting.value)
+
+
+def _rehearse(settings: Iterable[Setting], guest: GuestTree) -> None:
+    # Reads all that will be written: types are parsed when first used, which must not be in a hold.
+    for setting in settings:
+        setting.kind.read(setting.place.find(guest))
+
+
+def verify(settings: Iterable[Setting], guest: GuestTree) -> None:
+    """Read everything back.
+
+    Raises:
+        VerifyMismatch: a value is not what was written.
+    """
+    for setting in settings:
+        found = setting.kind.read(setting.place.find(guest))
+        if found != setting.value:
+            raise VerifyMismatch(
+                f"{setting.place.label}: {setting.kind.name} is {short(found)} instead of"
+                f" {short(setting.value)}",
+                "restore again; if it happens again, report it",
+            )

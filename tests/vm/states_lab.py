@@ -1,0 +1,100 @@
+"""`programs/states.c` on a lab VM: started, dumped, restored, asked."""
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import ovr
+from ovr import lab
+from ovr.images import ImageSet
+from ovr.images.rewrite import image_chunks
+from ovr.lab.cache import cached, digest
+from ovr.lab.tools import need_tool, run_tool
+from ovr.plan import make_plan
+
+SOURCE = Path(__file__).parent / "programs" / "states.c"
+CFLAGS = ("-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror", "-static", "-pthread")
+PROGRAM = "/usr/local/bin/ovr-states"
+DIRECTORY = "/var/lib/ovr-states"
+IMAGES = "/tmp/ovr-states-images"
+FIRST_PID = 21_000
+
+Answers = list[dict]
+"""What each process said of itself, the root first."""
+
+
+def build() -> Path:
+    def compile_it(directory: Path) -> None:
+        run_tool([need_tool("gcc", "gcc"), *CFLAGS, str(SOURCE), "-o", str(directory / "states")])
+
+    return cached(f"states-{digest(SOURCE.read_bytes(), *CFLAGS)}", compile_it) / "states"
+
+
+def start(vm: lab.LabVm, processes: int) -> list[int]:
+    """Start the program and return its pids, the root's first."""
+    vm.sh(f"rm -rf {DIRECTORY} {IMAGES}; mkdir -p {DIRECTORY} {IMAGES}")
+    vm.put(build(), PROGRAM, 0o755)
+    vm.sh(f"echo {FIRST_PID - 1} > /proc/sys/kernel/ns_last_pid")
+    with vm.connect() as agent:
+        agent.spawn([PROGRAM, DIRECTORY, str(processes)])
+    return [int(wait_for(vm, f"{DIRECTORY}/pid.{number}")) for number in range(processes)]
+
+
+def ask(vm: lab.LabVm, pids: list[int]) -> Answers:
+    answers = []
+    for number, pid in enumerate(pids):
+        vm.sh(f"rm -f {DIRECTORY}/answer.{number}; kill -USR1 {pid}")
+        answers.append(json.loads(wait_for(vm, f"{DIRECTORY}/answer.{number}")))
+    return answers
+
+
+def dump(vm: lab.LabVm, pid: int, path: Path) -> None:
+    """Dump the tree, which ends it, and fetch the images."""
+    done = vm.sh(f"criu dump -t {pid} -D {IMAGES} -v4 -o dump.log", timeout=120)
+    assert done.status == 0, tail(vm, "dump.log")
+    archive = path / "images.tar"
+    vm.sh(f"tar cf {IMAGES}.tar -C {IMAGES} .")
+    vm.get(f"{IMAGES}.tar", archive)
+    run_tool(["tar", "xf", str(archive), "-C", str(path)])
+    archive.unlink()
+
+
+def restore_outside(vm: lab.LabVm, path: Path, outside: Sequence[str] = ("all",)) -> ovr.Report:
+    with ovr.attach(f"lab:{vm.name}") as attached:
+        return attached.restore(path, outside=outside)
+
+
+def restore_neutral(vm: lab.LabVm, path: Path, outside: Sequence[str]) -> None:
+    """CRIU alone, on the inside images."""
+    vm.sh(f"rm -rf {IMAGES}; mkdir {IMAGES}")
+    with ImageSet.open(path) as images, vm.connect() as agent:
+        for name, content in make_plan(images, outside).inside_images().items():
+            local = path.parent / name
+            local.write_bytes(b"".join(image_chunks(content)))
+            agent.put(local, f"{IMAGES}/{name}")
+            local.unlink()
+        done = agent.run(["criu", "restore", "-d", "-D", IMAGES, "-v4", "-o", "restore.log"])
+    assert done.status == 0, tail(vm, "restore.log")
+
+
+def end(vm: lab.LabVm, pids: list[int]) -> None:
+    """End the tree, and wait until all pids are free again."""
+    numbers = " ".join(map(str, pids))
+    gone = "while test -d /proc/$p; do sleep 0.05; done"
+    vm.sh(f"kill -9 {numbers}; for p in {numbers}; do {gone}; done")
+
+
+def tail(vm: lab.LabVm, log: str) -> str:
+    return vm.sh(f"tail -n 25 {IMAGES}/{log}").stdout.decode(errors="replace")
+
+
+def wait_for(vm: lab.LabVm, path: str) -> str:
+    deadline = time.monotonic() + 30
+    with vm.connect() as agent:
+        while time.monotonic() < deadline:
+            done = agent.run(["cat", path])
+            if done.status == 0:
+                return done.stdout.decode()
+            time.sleep(0.05)
+    raise AssertionError(f"no {path} in {vm.name}")
