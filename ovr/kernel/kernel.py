@@ -236,7 +236,13 @@ def _attach(cls: type[Kernel], ram: GuestRam, info: VmcoreInfo, vmlinux: Vmlinux
     _check(space, info)
     symbols = vmlinux.symbols(vmlinux.slide(space, info)) if vmlinux else None
     symbols = symbols or read_kallsyms(space, info)
-    data = (vmlinux and vmlinux.btf) or _read_btf(space, symbols)
+    data = (vmlinux and vmlinux.btf) or _read_btf(space, symbols) or (vmlinux and vmlinux.types())
+    if not data:
+        raise KernelNotFound(
+            "the guest's kernel does not describe its types",
+            "it must have CONFIG_DEBUG_INFO_BTF and CONFIG_KALLSYMS_ALL; or give its --vmlinux "
+            "with a section .BTF or DWARF",
+        )
     return cls(ram, space, info, symbols, Types(Btf(data, info.build_id)))
 
 
@@ -265,14 +271,10 @@ def _in_one_piece(space: AddressSpace, info: VmcoreInfo) -> bool:
     return covered and starts == {stext - info.image_gpa(stext)}
 
 
-def _read_btf(space: AddressSpace, symbols: SymbolTable) -> bytes:
+def _read_btf(space: AddressSpace, symbols: SymbolTable) -> bytes | None:
     start, stop = symbols.get("__start_BTF"), symbols.get("__stop_BTF")
     if start is None or stop is None or start == stop:
-        raise KernelNotFound(
-            "the guest's kernel does not describe its types",
-            "it must have CONFIG_DEBUG_INFO_BTF and CONFIG_KALLSYMS_ALL; or give its --vmlinux "
-            "with a section .BTF (pahole -J makes one of DWARF)",
-        )
+        return None
     if not 0 < stop - start <= MAX_BTF:
         raise KernelNotFound(f"the guest kernel's BTF is damaged: it has {stop - start} bytes")
     return space.read(start, stop - start)

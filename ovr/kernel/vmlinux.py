@@ -1,9 +1,8 @@
 """A vmlinux file: symbols and types of a kernel that keeps none, or not all, in its memory.
 
 Taken from the file is what it has: the ELF symbol table, section .BTF. The rest comes from guest
-RAM as ever. DWARF is not read: a kernel's has hundreds of megabytes, and pahole makes BTF of it
-in a minute. The file must be that of the running kernel: the guest must hold the file's build id
-at the place that the file says.
+RAM as ever. If neither has BTF, it is made of the file's DWARF. The file must be that of the
+running kernel: the guest must hold the file's build id at the place that the file says.
 """
 
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 
 from ovr.addresses import Gva
 from ovr.errors import GuestFault, KernelNotFound, UsageError
+from ovr.kernel.dwarf import dwarf_to_btf
 from ovr.kernel.symbols import SymbolTable
 from ovr.kernel.vmcoreinfo import START_KERNEL_MAP, VmcoreInfo
 
@@ -45,12 +45,14 @@ class Vmlinux:
         build_id: in hexadecimal.
         build_id_at: where the kernel has it in its memory.
         btf: section .BTF, or None.
+        has_dwarf: whether `types` can make BTF.
     """
 
     path: Path
     build_id: str
     build_id_at: Gva
     btf: bytes | None
+    has_dwarf: bool
     _symbols: NDArray[np.void] | None
     _names: bytes
 
@@ -82,10 +84,21 @@ class Vmlinux:
         symbols = _content(elf.get_section_by_name(".symtab"))
         names = _content(elf.get_section_by_name(".strtab")) if symbols else None
         btf = _content(elf.get_section_by_name(".BTF"))
-        if btf is None and not names:
-            raise _unusable(path, "without .symtab and .BTF")
+        has_dwarf = bool(elf.has_dwarf_info(strict=True))
+        if btf is None and not names and not has_dwarf:
+            raise _unusable(path, "without .symtab, .BTF and DWARF")
         table = np.frombuffer(symbols, SYMBOL) if symbols and names else None
-        return cls(path, *_build_id(path, elf), btf, table, names or b"")
+        return cls(path, *_build_id(path, elf), btf, has_dwarf, table, names or b"")
+
+    def types(self) -> bytes | None:
+        """Return the kernel's types as BTF, made of DWARF if need be; None if the file has none.
+
+        Raises:
+            UsageError: the DWARF is damaged, or not that of a kernel.
+        """
+        if self.btf is None and self.has_dwarf:
+            return dwarf_to_btf(self.path, self.build_id)
+        return self.btf
 
     def slide(self, space: "AddressSpace", info: VmcoreInfo) -> int:
         """Return how far KASLR moved the kernel, in bytes.
@@ -144,6 +157,6 @@ def _content(section: Any) -> bytes | None:
 def _unusable(path: Path, why: str) -> UsageError:
     return UsageError(
         f"{path} is {why}",
-        "--vmlinux takes the uncompressed kernel, with its symbol table or .BTF; of a bzImage "
-        "make one with extract-vmlinux, of DWARF make .BTF with pahole -J",
+        "--vmlinux takes the uncompressed kernel, with its symbol table, .BTF or DWARF; of a "
+        "bzImage make one with extract-vmlinux",
     )

@@ -81,6 +81,31 @@ def test_types_that_neither_has(toy, tmp_path):
     assert "--vmlinux" in caught.value.hint
 
 
+def test_types_of_dwarf_if_there_is_no_other(toy, tmp_path, monkeypatch):
+    """How DWARF is read: see test_dwarf.py."""
+    asked = []
+    monkeypatch.setattr(
+        "ovr.kernel.vmlinux.dwarf_to_btf", lambda *what: asked.append(what) or toy_btf()
+    )
+    path = tmp_path / "vmlinux"
+    sections = {".text": (LINKED, b"\x90" * 64), ".debug_info": (0, b"\0" * 64)}
+    path.write_bytes(elf(sections, linked(toy), (LINKED + ID_AT, ID)))
+    kernel = Kernel.find(toy.machine.ram, path)
+    assert [process.comm for process in processes(kernel)] == ["init"]
+    assert asked == [(path, ID.hex())]
+    path.write_bytes(elf(sections | {".BTF": (0, toy_btf())}, linked(toy), (LINKED + ID_AT, ID)))
+    Kernel.find(toy.machine.ram, path)
+    assert len(asked) == 1
+
+
+def test_dwarf_that_is_none(toy, tmp_path):
+    path = tmp_path / "vmlinux"
+    sections = {".text": (LINKED, b"\x90" * 64), ".debug_info": (0, b"\xff" * 64)}
+    path.write_bytes(elf(sections, linked(toy), (LINKED + ID_AT, ID)))
+    with pytest.raises(UsageError, match="no usable DWARF"):
+        Kernel.find(toy.machine.ram, path)
+
+
 @pytest.mark.parametrize(
     "build_id",
     [(LINKED + ID_AT, ID[::-1]), (LINKED + ID_AT + 8, ID), (0x1000, ID), ((1 << 64) - 40, ID)],
@@ -109,7 +134,10 @@ def test_files_that_are_no_vmlinux(toy, tmp_path):
         (whole[:300], "no usable ELF file"),
         (whole[:18] + b"\xb7" + whole[19:], "for AArch64"),
         (vmlinux(path, toy, build_id=None).read_bytes(), "without a build id"),
-        (vmlinux(path, toy, symbols=False, btf=False).read_bytes(), r"without \.symtab and \.BTF"),
+        (
+            vmlinux(path, toy, symbols=False, btf=False).read_bytes(),
+            r"without \.symtab, \.BTF and DWARF",
+        ),
     ):
         path.write_bytes(content)
         with pytest.raises(UsageError, match=message) as caught:
