@@ -11,15 +11,20 @@ _SOURCE = Path(__file__).with_name("workload.c")
 _CFLAGS = ("-std=c11", "-O2", "-Wall", "-Wextra", "-Werror", "-static")
 
 
-def build_workload(source: Path = _SOURCE) -> Path:
+def build_workload(source: Path = _SOURCE, *flags: str) -> Path:
     """Compile a static program for the guest; cached by its source.
+
+    Args:
+        source: one C file.
+        flags: for the compiler, besides the usual ones.
 
     Raises:
         LabError: there is no compiler, or it refuses the source.
     """
 
     def compile_it(directory: Path) -> None:
-        run_tool([need_tool("gcc", "gcc"), *_CFLAGS, str(source), "-o", str(directory / "program")])
+        target = str(directory / "program")
+        run_tool([need_tool("gcc", "gcc"), *_CFLAGS, *flags, str(source), "-o", target])
 
-    entry = cached(f"program-{digest(source.read_bytes(), *_CFLAGS)}", compile_it)
+    entry = cached(f"program-{digest(source.read_bytes(), *_CFLAGS, *flags)}", compile_it)
     return entry / "program"

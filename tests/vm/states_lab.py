@@ -9,12 +9,11 @@ import ovr
 from ovr import lab
 from ovr.images import ImageSet
 from ovr.images.rewrite import image_chunks
-from ovr.lab.cache import cached, digest
-from ovr.lab.tools import need_tool, run_tool
+from ovr.lab.tools import run_tool
+from ovr.lab.workload import build_workload
 from ovr.plan import make_plan
 
 SOURCE = Path(__file__).parent / "programs" / "states.c"
-CFLAGS = ("-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror", "-static", "-pthread")
 PROGRAM = "/usr/local/bin/ovr-states"
 DIRECTORY = "/var/lib/ovr-states"
 IMAGES = "/tmp/ovr-states-images"
@@ -25,10 +24,7 @@ Answers = list[dict]
 
 
 def build() -> Path:
-    def compile_it(directory: Path) -> None:
-        run_tool([need_tool("gcc", "gcc"), *CFLAGS, str(SOURCE), "-o", str(directory / "states")])
-
-    return cached(f"states-{digest(SOURCE.read_bytes(), *CFLAGS)}", compile_it) / "states"
+    return build_workload(SOURCE, "-std=gnu11", "-pthread")
 
 
 def start(vm: lab.LabVm, processes: int) -> list[int]:
