@@ -1,7 +1,6 @@
 """Compile the guest agent on the host."""
 
 import hashlib
-import os
 import subprocess
 import tempfile
 from collections.abc import Sequence
@@ -9,6 +8,7 @@ from pathlib import Path
 
 from ovr.errors import LabError
 from ovr.guest.wire import header
+from ovr.user_cache import user_cache
 
 __all__ = ["build"]
 
@@ -32,7 +32,7 @@ def build(
     """
     sources = sorted(_SOURCES.glob("*.c"))
     command = ["gcc", *_CFLAGS, *(["-DOVR_LAB"] if lab else []), *flags]
-    target = output or _cache() / f"ovr-agent-{_digest(command)}"
+    target = output or user_cache() / "agent" / f"ovr-agent-{_digest(command)}"
     if output is None and target.exists():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -50,11 +50,6 @@ def build(
         # Renamed into place whole: somebody else may build or start it at the same moment.
         binary.rename(target)
     return target
-
-
-def _cache() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base, "ovr", "agent")
 
 
 def _digest(command: Sequence[str]) -> str:

@@ -26,6 +26,8 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from ovr.user_cache import user_cache
+
 __all__ = ["cache_directory", "read_own", "remembered"]
 
 MAGIC: Final = b"ovr-kernel-1\n\0\0\0"
@@ -43,8 +45,7 @@ log = logging.getLogger("ovr.kernel.cache")
 
 def cache_directory() -> Path:
     """Return where the files are: ``$XDG_CACHE_HOME/ovr/kernel`` or ``~/.cache/ovr/kernel``."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "ovr" / "kernel"
+    return user_cache() / "kernel"
 
 
 def remembered(

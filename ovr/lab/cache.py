@@ -6,20 +6,20 @@ and renamed into it under a lock, so that builders may race and die.
 
 import fcntl
 import hashlib
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from ovr.user_cache import user_cache
+
 __all__ = ["cache_directory", "cached", "digest"]
 
 
 def cache_directory() -> Path:
     """Return the lab's cache directory (``$XDG_CACHE_HOME/ovr``, ``~/.cache/ovr``), made if new."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    path = (Path(base) if base else Path.home() / ".cache") / "ovr"
+    path = user_cache()
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
     return path
 

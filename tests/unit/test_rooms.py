@@ -24,7 +24,7 @@ LAYERS = (
     {"paging", "ranges"},
     {"ram"},
     {"_fastcopy"},
-    {"addresses", "errors"},
+    {"addresses", "errors", "user_cache"},
 )
 # Same height, but strangers to each other.
 FORBIDDEN = {("images", "kernel"), ("kernel", "images"), ("images", "paging"), ("images", "ram")}
