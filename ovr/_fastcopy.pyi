@@ -6,8 +6,9 @@ Arrays are one-dimensional, C-contiguous structured numpy arrays:
   pages, and where its content starts in the source.
 * ``RUN`` (``gva``, ``gpa``, ``size``, ``offset``, ``flags``, ``page_shift``): a piece, or a part of
   one, that is contiguous in guest physical memory. ``flags`` is a sum of ``WRITE`` and ``USER``
-  (the PTE's bits), ``PROTNONE`` (mapped, but not for the MMU) and ``EXCLUSIVE`` (the guest kernel
-  says that the anonymous page belongs to one process alone); ``page_shift`` is 12, 21 or 30.
+  (the PTE's bits), ``PROTNONE`` (mapped, but not for the MMU) and ``OWNED`` (the guest kernel's
+  ``struct page`` says what `frames` asks for); ``page_shift`` is 12, 21 or 30.
+* ``PAIR`` (``one``, ``other``, ``size``): ranges of whole pages in two sources, to be compared.
 
 All loops over pages run with the GIL released, so that threads can share the work.
 """
@@ -22,9 +23,10 @@ from typing_extensions import Buffer
 WRITE: Final[int]
 USER: Final[int]
 PROTNONE: Final[int]
-EXCLUSIVE: Final[int]
+OWNED: Final[int]
 PIECE: Final[np.dtype[Any]]
 RUN: Final[np.dtype[Any]]
+PAIR: Final[np.dtype[Any]]
 
 class _Frames(Protocol):
     @property
@@ -42,7 +44,15 @@ class _Frames(Protocol):
     @property
     def compound_head(self) -> int: ...
     @property
-    def exclusive(self) -> int: ...
+    def page_mask(self) -> int: ...
+    @property
+    def folio_mask(self) -> int: ...
+    @property
+    def folio_value(self) -> int: ...
+    @property
+    def mapping_mask(self) -> int: ...
+    @property
+    def mapping_value(self) -> int: ...
 
 class RamMap:
     """Guest RAM, mapped into this process.
@@ -97,7 +107,7 @@ class RamMap:
         """Return the `RUN` array of all pages of `pieces` that are mapped, in order.
 
         `frames` says where the guest's struct page array is; without it no run is
-        ``EXCLUSIVE``. Holes are simply absent from the result.
+        ``OWNED``. Holes are simply absent from the result.
 
         Raises:
             GuestFault: a page table lies outside of RAM or has a reserved bit set, or a piece
@@ -130,4 +140,11 @@ def populate_read(source: Buffer) -> None:
 
     Raises:
         OSError: a page cannot be read, as in a file that was truncated meanwhile.
+    """
+
+def equal_pages(one: Buffer, other: Buffer, pairs: NDArray[np.void]) -> NDArray[np.bool_]:
+    """Tell which pages of two sources are equal: one element a page, in the order of `pairs`.
+
+    Raises:
+        ValueError: a range is not of whole pages, or reaches past the end of its source.
     """

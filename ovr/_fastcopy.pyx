@@ -51,12 +51,12 @@ cdef enum:
     F_WRITE = 1
     F_USER = 2
     F_PROTNONE = 4
-    F_EXCLUSIVE = 8
+    F_OWNED = 8
 
 WRITE = F_WRITE
 USER = F_USER
 PROTNONE = F_PROTNONE
-EXCLUSIVE = F_EXCLUSIVE
+OWNED = F_OWNED
 
 PIECE = np.dtype([("gva", "<u8"), ("size", "<u8"), ("offset", "<i8")])
 RUN = np.dtype(
@@ -68,6 +68,13 @@ cdef packed struct Piece:
     uint64_t gva
     uint64_t size
     int64_t offset
+
+PAIR = np.dtype([("one", "<i8"), ("other", "<i8"), ("size", "<u8")])
+
+cdef packed struct Pair:
+    int64_t one
+    int64_t other
+    uint64_t size
 
 cdef packed struct Run:
     uint64_t gva
@@ -91,7 +98,12 @@ cdef struct Frames:
     uint64_t flags
     uint64_t mapping
     uint64_t compound_head
-    uint64_t exclusive      # mask in flags
+    # What makes a frame the owner's: bits of its own flags, and of its folio's flags and mapping.
+    uint64_t page_mask
+    uint64_t folio_mask
+    uint64_t folio_value
+    uint64_t mapping_mask
+    uint64_t mapping_value
     # The last translated piece of the array: consecutive frames are neighbours in it.
     uint64_t cached_gva
     uint64_t cached_size
@@ -352,17 +364,17 @@ cdef class RamMap:
             flags |= F_USER if entry & PTE_USER else 0
         else:
             flags |= F_PROTNONE
-        if w.frames != NULL and self._exclusive(w.frames, frame >> 12):
-            flags |= F_EXCLUSIVE
+        if w.frames != NULL and self._owned(w.frames, frame >> 12):
+            flags |= F_OWNED
         return _emit(w, start, frame + inside, last - start + 1, flags, shift)
 
-    cdef bint _exclusive(self, Frames *f, uint64_t pfn) noexcept nogil:
-        # True if the kernel itself says that this anonymous page belongs to one process alone:
-        # PageAnon(page) && PageAnonExclusive(page), include/linux/page-flags.h.
+    cdef bint _owned(self, Frames *f, uint64_t pfn) noexcept nogil:
+        # True if the kernel itself says what `frames` asks for: of an anonymous page that it
+        # belongs to one process alone, of a page of shared memory which object it belongs to.
         cdef uint64_t gva = f.vmemmap + pfn * f.stride
         cdef char *page = self._page(f, gva)
         cdef uint64_t head
-        if page == NULL or not read_once(page + f.flags) & f.exclusive:
+        if page == NULL or read_once(page + f.flags) & f.page_mask != f.page_mask:
             return False
         head = read_once(page + f.compound_head)
         if head & 1:
@@ -373,8 +385,10 @@ cdef class RamMap:
             page = self._page(f, head & ~<uint64_t>1)
             if page == NULL:
                 return False
-        # PAGE_MAPPING_ANON is bit 0; bit 1 as well would mean KSM.
-        return read_once(page + f.mapping) & 3 == 1
+        return (
+            read_once(page + f.flags) & f.folio_mask == f.folio_value
+            and read_once(page + f.mapping) & f.mapping_mask == f.mapping_value
+        )
 
     cdef char *_page(self, Frames *f, uint64_t gva) noexcept nogil:
         cdef uint64_t gpa = 0
@@ -504,6 +518,43 @@ def populate_read(const uint8_t[::1] source not None):
         raise OSError(errno, os.strerror(errno))
 
 
+def equal_pages(
+    const uint8_t[::1] one not None, const uint8_t[::1] other not None,
+    const Pair[::1] pairs not None
+):
+    cdef Py_ssize_t i
+    cdef uint64_t done
+    cdef uint64_t pages = 0
+    cdef uint8_t[::1] view
+    for i in range(pairs.shape[0]):
+        _check_range(pairs[i].one, pairs[i].size, one.shape[0])
+        _check_range(pairs[i].other, pairs[i].size, other.shape[0])
+        pages += pairs[i].size >> 12
+    equal = np.empty(pages, dtype=np.bool_)
+    if pages == 0:
+        return equal
+    view = equal.view(np.uint8)
+    pages = 0
+    with nogil:
+        for i in range(pairs.shape[0]):
+            done = 0
+            while done < pairs[i].size:
+                view[pages] = memcmp(
+                    &one[pairs[i].one] + done, &other[pairs[i].other] + done, 4096
+                ) == 0
+                pages += 1
+                done += 4096
+    return equal
+
+
+cdef int _check_range(int64_t offset, uint64_t size, uint64_t source_size) except -1:
+    if size & 4095 or not size:
+        raise ValueError(f"{size} bytes at {offset} are not whole pages")
+    if offset < 0 or size > source_size or <uint64_t>offset > source_size - size:
+        raise ValueError(f"{size} bytes at {offset} reach past the end of their source")
+    return 0
+
+
 cdef void _store(char *host, const uint8_t *source, uint64_t size) noexcept nogil:
     # A kernel field must never be seen half-written: naturally aligned words go out in one store.
     if size == 8 and not <uint64_t>host & 7:
@@ -600,9 +651,13 @@ cdef int _load_frames(Frames *f, frames) except -1:
     f.flags = frames.flags
     f.mapping = frames.mapping
     f.compound_head = frames.compound_head
-    f.exclusive = frames.exclusive
+    f.page_mask = frames.page_mask
+    f.folio_mask = frames.folio_mask
+    f.folio_value = frames.folio_value
+    f.mapping_mask = frames.mapping_mask
+    f.mapping_value = frames.mapping_value
     _check_levels(f.levels)
-    if not 8 <= f.stride <= 4096 or (f.vmemmap | f.stride) & 7 or not f.exclusive:
+    if not 8 <= f.stride <= 4096 or (f.vmemmap | f.stride) & 7 or not f.mapping_mask:
         raise ValueError("this is no usable description of a struct page array")
     if max(f.flags, f.mapping, f.compound_head) + 8 > f.stride:
         raise ValueError("a member of struct page lies outside of it")

@@ -31,12 +31,17 @@ PTE_ADDRESS: Final = 0x000F_FFFF_FFFF_F000
 class Frames:
     """Where the guest kernel keeps its `struct page` array and how to read an element.
 
+    A walk marks the pages that are `owned <ovr._fastcopy.OWNED>`: those of which the kernel says
+    what is asked for here.
+
     Attributes:
         root: GPA of the kernel's top page table, `levels` of them.
         vmemmap: GVA of the element for frame number 0.
         stride: ``sizeof(struct page)``, in bytes.
         flags: offset of ``page->flags`` in bytes; likewise `mapping` and `compound_head`.
-        exclusive: mask of ``PG_anon_exclusive`` in the flags.
+        page_mask: the bits of the page's own flags that must all be set.
+        folio_mask: the bits of its folio's flags that must be as in `folio_value`.
+        mapping_mask: the bits of its folio's ``mapping`` that must be as in `mapping_value`.
     """
 
     root: Gpa
@@ -46,7 +51,11 @@ class Frames:
     flags: int
     mapping: int
     compound_head: int
-    exclusive: int
+    page_mask: int
+    folio_mask: int
+    folio_value: int
+    mapping_mask: int
+    mapping_value: int
 
 
 class AddressSpace:

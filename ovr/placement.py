@@ -1,11 +1,11 @@
 """Which pages of a task go outside, which stay inside, and why: the array part of the plan.
 
-A task's pagemap is cut where the verdict may change (VMA borders, single pages that the kernel or
-CRIU touches late), each cut is judged by its VMA, and neighbours with the same verdict become one
-run again. All of it on numpy arrays: a fragmented process has more than a million entries.
+A task's pagemap is cut where the verdict may change (borders of VMAs and of what is shared
+copy-on-write), each cut is judged, and neighbours with the same verdict become one run again. All
+of it on numpy arrays: a fragmented process has more than a million entries.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Final
@@ -15,26 +15,25 @@ from numpy.typing import NDArray
 
 from ovr.addresses import PAGE_SIZE
 
-__all__ = ["PLACED", "Area", "Reason", "place"]
+__all__ = ["PLACED", "RANGE", "Allocation", "Area", "Reason", "Runs", "join_ranges", "place"]
+
+Runs = NDArray[np.void]
+"""An array of `PLACED` or `RANGE`."""
 
 
 class Reason(IntEnum):
     """Why a run of pages stays inside; `OUTSIDE` is the one that does not."""
 
     OUTSIDE = 0
-    VDSO = 1
-    FILE = 2
-    SHARED = 3
-    READ_ONLY = 4
-    STACK = 5
-    LOCKED = 6
-    HUGETLB = 7
-    SPECIAL = 8
-    INHERITED = 9
-    LATE = 10
-    FRAGMENTED = 11
-    NOT_ASKED = 12
-    ANCHOR = 13
+    COW = 1
+    VDSO = 2
+    SPECIAL = 3
+    HUGETLB = 4
+    READ_ONLY = 5
+    SEALED = 6
+    UNREACHABLE = 7
+    NOT_ASKED = 8
+    ANCHOR = 9
 
     @property
     def text(self) -> str:
@@ -43,65 +42,98 @@ class Reason(IntEnum):
 
 
 _TEXTS: Final = {
-    Reason.OUTSIDE: "private anonymous memory of this task alone",
+    Reason.OUTSIDE: "written from outside",
+    Reason.COW: "equal in parent and child: CRIU lets them share it copy-on-write",
     Reason.VDSO: "vDSO or vvar: CRIU matches it with the guest kernel's own",
-    Reason.FILE: "private file mapping: a frame may belong to the page cache",
-    Reason.SHARED: "shared memory: its frames are not the task's own",
-    Reason.READ_ONLY: "not writable: CRIU cannot be asked to allocate it empty",
-    Reason.STACK: "stack: CRIU's last step runs on it",
-    Reason.LOCKED: "locked memory",
-    Reason.HUGETLB: "hugetlb pages",
     Reason.SPECIAL: "special area (AIO ring, shadow stack, guard, droppable)",
-    Reason.INHERITED: "may be shared copy-on-write by parent and child",
-    Reason.LATE: "touched by kernel or CRIU after the copy (rseq, stack pointer)",
-    Reason.FRAGMENTED: "one of very many small runs in its area",
+    Reason.HUGETLB: "hugetlb pages that are shared, read-only, or do not fill their area",
+    Reason.READ_ONLY: "not writable, and the guest's kernel lets nobody force a write",
+    Reason.SEALED: "a memfd that is sealed against writing",
+    Reason.UNREACHABLE: "shared memory that no task has open or mapped",
     Reason.NOT_ASKED: "memory was not asked for (--outside)",
     Reason.ANCHOR: "CRIU cannot restore a task without any page of its own",
 }
 
-PLACED = np.dtype(
-    [("start", "<u8"), ("size", "<u8"), ("offset", "<i8"), ("level", "<u4"), ("reason", "<u1")]
-)
-"""A run of pages: GVA and size in bytes, position in the pages image of that level (0: the image
-set's own, 1: its parent's, …), a `Reason`."""
 
-# More runs than this in one area would mean as many entries in mm.img and as many madvise calls.
-# The largest go outside; what is left is small.
-_MAX_RUNS_PER_AREA: Final = 1024
+class Allocation(IntEnum):
+    """Who has the guest allocate the frames of a run that goes outside."""
+
+    AGENT = 0
+    """The agent, by touching each page while the skeleton stands."""
+    CRIU = 1
+    """CRIU's restorer (``MADV_POPULATE_WRITE``): faster, for whole pieces of an area."""
+
+
+PLACED = np.dtype(
+    [
+        ("start", "<u8"), ("size", "<u8"), ("offset", "<i8"),
+        ("level", "<u4"), ("reason", "<u1"), ("allocation", "<u1"),
+    ]
+)  # fmt: skip
+"""A run of pages: GVA and size in bytes, position in the pages image of that level (0: the image
+set's own, 1: its parent's, …), a `Reason`, and for what goes outside an `Allocation`."""
+
+RANGE = np.dtype([("start", "<u8"), ("end", "<u8")])
+"""Half-open, in bytes."""
+
+# A piece of an area of its own costs CRIU an mmap and a madvise; touching a page costs two system
+# calls. So pieces are worth it from some size on, and not too many of them in one area.
+_SMALLEST_PIECE: Final = 16 * PAGE_SIZE
+_MOST_PIECES: Final = 1024
 
 
 @dataclass(frozen=True)
 class Area:
-    """A VMA of the images, with the verdict on its pages. Half-open, in bytes."""
+    """A VMA of the images, with the verdict on its pages. Half-open, in bytes.
+
+    Attributes:
+        reason: the verdict.
+        populates: CRIU may be asked to populate it as a whole: it is anonymous and writable.
+        divisible: and any part of it too.
+    """
 
     start: int
     end: int
     reason: Reason
+    populates: bool = False
+    divisible: bool = False
 
 
-def place(
-    pagemap: NDArray[np.void], areas: Sequence[Area], late: Iterable[int]
-) -> NDArray[np.void]:
+def place(pagemap: Runs, areas: Sequence[Area], cow: Runs) -> Runs:
     """Return the `PLACED` runs of one task, sorted by address.
 
     Args:
         pagemap: entries of dtype `images.PAGEMAP_DTYPE`, sorted, all with data in an image.
         areas: the task's private VMAs, sorted; every entry lies inside of them.
-        late: GVAs whose pages are touched after the copy.
+        cow: `RANGE` array of what the task shares with its parent or its children, sorted, without
+            overlaps.
     """
-    late_pages = np.unique(np.array([gva & -PAGE_SIZE for gva in late], dtype="<u8"))
     starts = np.array([area.start for area in areas], dtype="<u8")
     ends = np.array([area.end for area in areas], dtype="<u8")
-    after_late = late_pages + np.uint64(PAGE_SIZE)
-    runs = _cut(pagemap, np.unique(np.concatenate([starts, ends, late_pages, after_late])))
+    borders = np.unique(np.concatenate([starts, ends, cow["start"], cow["end"]]))
+    runs = _cut(pagemap, borders)
     owner = np.searchsorted(starts, runs["start"], side="right") - 1
     runs["reason"] = np.array([area.reason for area in areas], dtype="<u1")[owner]
-    runs["reason"][np.isin(runs["start"], late_pages)] = Reason.LATE
-    runs, owner = _join(runs, owner)
-    return _anchor(_spare_the_fragmented(runs, owner))
+    runs["reason"][_inside(runs, cow)] = Reason.COW
+    runs = _anchor(_join(runs, owner))
+    _allocate(runs, np.searchsorted(starts, runs["start"], side="right") - 1, areas)
+    return runs
 
 
-def _cut(pagemap: NDArray[np.void], borders: NDArray[np.uint64]) -> NDArray[np.void]:
+def join_ranges(ranges: Runs) -> Runs:
+    """Sort `RANGE`s and join those that touch or overlap."""
+    if not len(ranges):
+        return ranges
+    ordered = np.sort(ranges, order="start")
+    reach = np.maximum.accumulate(ordered["end"])
+    opens = np.append(True, ordered["start"][1:] > reach[:-1])
+    joined = np.empty(np.count_nonzero(opens), dtype=RANGE)
+    joined["start"] = ordered["start"][opens]
+    joined["end"] = reach[np.append(np.flatnonzero(opens)[1:] - 1, len(ordered) - 1)]
+    return joined
+
+
+def _cut(pagemap: Runs, borders: NDArray[np.uint64]) -> Runs:
     # Split every entry at the borders that lie inside of it.
     start = pagemap["vaddr"]
     end = start + pagemap["nr_pages"] * np.uint64(PAGE_SIZE)
@@ -120,12 +152,18 @@ def _cut(pagemap: NDArray[np.void], borders: NDArray[np.uint64]) -> NDArray[np.v
     return runs
 
 
-def _join(
-    runs: NDArray[np.void], owner: NDArray[np.intp]
-) -> tuple[NDArray[np.void], NDArray[np.intp]]:
+def _inside(runs: Runs, ranges: Runs) -> NDArray[np.bool_]:
+    # Which runs lie in one of the ranges; none crosses a border of one.
+    at = np.searchsorted(ranges["start"], runs["start"], side="right") - 1
+    ends = np.append(ranges["end"], np.uint64(0))  # at -1: no range begins before the run
+    inside: NDArray[np.bool_] = ends[at] > runs["start"]
+    return inside
+
+
+def _join(runs: Runs, owner: NDArray[np.intp]) -> Runs:
     # Neighbours in memory and in the image, in one area, with one verdict, are one run.
     if not len(runs):
-        return runs, owner
+        return runs
     end = runs["start"] + runs["size"]
     new = np.ones(len(runs), dtype=bool)
     new[1:] = (
@@ -138,20 +176,44 @@ def _join(
     firsts = np.flatnonzero(new)
     joined = runs[firsts].copy()
     joined["size"] = np.add.reduceat(runs["size"], firsts)
-    return joined, owner[firsts]
+    return joined
 
 
-def _spare_the_fragmented(runs: NDArray[np.void], owner: NDArray[np.intp]) -> NDArray[np.void]:
+def _allocate(runs: Runs, owner: NDArray[np.intp], areas: Sequence[Area]) -> None:
+    # What counts is how the pages lie in memory; in the images they may come from several levels.
     outside = np.flatnonzero(runs["reason"] == Reason.OUTSIDE)
-    # Rank the outside runs of each area by size, largest first.
-    order = outside[np.lexsort((-runs["size"][outside].astype("<i8"), owner[outside]))]
+    if not len(outside):
+        return
+    start, size, area = runs["start"][outside], runs["size"][outside], owner[outside]
+    opens = np.append(True, (start[1:] != (start + size)[:-1]) | (area[1:] != area[:-1]))
+    firsts = np.flatnonzero(opens)
+    span_size = np.add.reduceat(size, firsts)
+    span_area = area[firsts]
+    chosen = np.zeros(len(firsts), dtype=bool)
+    chosen[_worth_a_piece(span_size, span_area, areas)] = True
+    span = np.cumsum(opens) - 1
+    runs["allocation"][outside[chosen[span]]] = Allocation.CRIU
+    # Hugetlb pages come whole, or not at all: nobody can be asked for some of them.
+    hugetlb = np.array([area.populates and not area.divisible for area in areas])[span_area]
+    runs["reason"][outside[(hugetlb & ~chosen)[span]]] = Reason.HUGETLB
+
+
+def _worth_a_piece(
+    size: NDArray[np.uint64], owner: NDArray[np.intp], areas: Sequence[Area]
+) -> NDArray[np.intp]:
+    # The indexes of the spans that CRIU is to populate; the largest of each area go first.
+    whole = np.array([area.end - area.start for area in areas], dtype="<u8")[owner] == size
+    divisible = np.array([area.divisible for area in areas])[owner]
+    populates = np.array([area.populates for area in areas])[owner]
+    good = np.flatnonzero(populates & (whole | divisible & (size >= _SMALLEST_PIECE)))
+    order = good[np.lexsort((-size[good].astype("<i8"), owner[good]))]
     new_area = np.flatnonzero(np.diff(owner[order], prepend=-1))
     rank = np.arange(len(order)) - np.repeat(new_area, np.diff(new_area, append=len(order)))
-    runs["reason"][order[rank >= _MAX_RUNS_PER_AREA]] = Reason.FRAGMENTED
-    return runs
+    few: NDArray[np.intp] = order[rank < _MOST_PIECES]
+    return few
 
 
-def _anchor(runs: NDArray[np.void]) -> NDArray[np.void]:
+def _anchor(runs: Runs) -> Runs:
     # CRIU 4.1 crashes on a task whose pagemap has no entry (premap_priv_vmas): keep one page.
     if not len(runs) or (runs["reason"] != Reason.OUTSIDE).any():
         return runs

@@ -36,11 +36,12 @@ class Stopwatch:
 
 @dataclass
 class Report:
-    """One restore. Bytes are page bytes of all tasks; times are seconds.
+    """One restore. Bytes are page bytes of all tasks and of shared memory; times are seconds.
 
     Attributes:
         pid: the root task's pid, as the guest's agent sees it.
         tasks: how many tasks have been restored, threads not counted.
+        bytes_cow: of those inside, what parents and children go on sharing copy-on-write.
         states: the kinds of state written from outside.
         verified: ``none``, ``sample`` or ``full``.
         held: what the VM was held for: ``count``, ``seconds`` in all, ``longest``.
@@ -52,6 +53,7 @@ class Report:
     bytes_total: int = 0
     bytes_outside: int = 0
     bytes_inside: int = 0
+    bytes_cow: int = 0
     verified: str = "none"
     bytes_verified: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
@@ -72,6 +74,7 @@ class Report:
             "bytes_total": self.bytes_total,
             "bytes_outside": self.bytes_outside,
             "bytes_inside": self.bytes_inside,
+            "bytes_cow": self.bytes_cow,
             "verify": self.verified,
             "bytes_verified": self.bytes_verified,
             "seconds": {name: round(value, 6) for name, value in self.seconds.items()},

@@ -1,22 +1,22 @@
 """One restore, step by step: docs/architecture.md, section 1, as code."""
 
 import logging
-import mmap
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from ovr.errors import AgentUnreachable, OvrError, PidTaken, RestoreFailed
 from ovr.images import ImageSet, image_chunks
-from ovr.kernel import find_task, mm_space
-from ovr.plan import Plan, TaskPlan, make_plan
+from ovr.images.source import Sources
+from ovr.kernel import find_task
+from ovr.outside import targets
+from ovr.plan import Plan, make_plan
 from ovr.report import Report, Stopwatch
 from ovr.state import GuestTree, settings
-from ovr.state.memory import Copier, TaskMemory
+from ovr.state.memory import Copier
 from ovr.vm.agent import Agent, Skeleton
 from ovr.vm.attach import AttachedVm
 from ovr.vm.hold import Holder
@@ -27,14 +27,6 @@ __all__ = ["VERIFY_MODES", "restore"]
 VERIFY_MODES: Final = ("none", "sample", "full")
 
 log = logging.getLogger("ovr.restore")
-
-
-@dataclass(frozen=True)
-class _Restoree:
-    """A task of the plan, found in the guest."""
-
-    plan: TaskPlan
-    memory: tuple[TaskMemory, ...]
 
 
 def restore(
@@ -63,35 +55,41 @@ def restore(
     """
     watch = watch or Stopwatch()
     with ExitStack() as stack:
+        image_set = stack.enter_context(ImageSet.open(images))
         with watch("plan"):
-            image_set = stack.enter_context(ImageSet.open(images))
             plan = make_plan(image_set, outside)
-            inside = {name: image_chunks(image) for name, image in plan.inside_images().items()}
         _refuse(vm, plan)
         link = stack.enter_context(Agent.connect(_address(vm, agent)))
+        with watch("plan"):
+            if not link.hello.force_write:
+                plan = make_plan(image_set, outside, force_write=False)
+            inside = {name: image_chunks(image) for name, image in plan.inside_images().items()}
         with watch("skeleton"):
             skeleton = link.begin(inside, criu_options=criu_options)
         log.info("skeleton stands: pid %d, %d threads", skeleton.root_pid, len(skeleton.tasks))
         with _killed_on_error(link), link.keep_alive():
             copier = stack.enter_context(_copier(vm))
-            tree = _find_tree(vm, skeleton, plan, stack)
+            sources = stack.enter_context(Sources())
+            with watch("populate"):
+                memory = targets(plan, _guest(vm, skeleton), link, sources)
             with watch("memory"):
-                _write_memory(copier, tree)
+                copier.write(memory)
             with watch("state"):
                 settings.write(plan.settings, lambda: _guest(vm, skeleton), copier.holder)
             with watch("verify"):
                 settings.verify(plan.settings, _guest(vm, skeleton))
-                compared = _verify_memory(copier, tree, verify)
+                compared = 0 if verify == "none" else copier.verify(memory, full=verify == "full")
         with watch("commit"):
             root = link.go()
         watch.seconds["total"] = watch.total()
         return Report(
             pid=root.pid,
-            tasks=len(tree),
+            tasks=len(plan.tasks),
             states=plan.states,
             bytes_total=plan.bytes_total,
             bytes_outside=plan.bytes_outside,
             bytes_inside=plan.bytes_total - plan.bytes_outside,
+            bytes_cow=plan.bytes_cow,
             verified=verify,
             bytes_verified=compared,
             seconds=watch.seconds,
@@ -142,23 +140,7 @@ def _killed_on_error(link: Agent) -> Iterator[None]:
 def _copier(vm: AttachedVm) -> Iterator[Copier]:
     threads = min(len(os.sched_getaffinity(0)), 8)
     with Holder(vm.qmp) as holder, ThreadPoolExecutor(threads) as pool:
-        yield Copier(holder, vm.kernel.frames, pool, threads)
-
-
-def _find_tree(
-    vm: AttachedVm, skeleton: Skeleton, plan: Plan, stack: ExitStack
-) -> tuple[_Restoree, ...]:
-    guest = _guest(vm, skeleton)
-    found = []
-    for task_plan in plan.tasks:
-        pid = task_plan.task.pid
-        space = mm_space(vm.kernel, guest.task(pid).mm)
-        memory = tuple(
-            TaskMemory(pid, space, pieces, *_source(task_plan, level, stack))
-            for level, pieces in task_plan.pieces.items()
-        )
-        found.append(_Restoree(task_plan, memory))
-    return tuple(found)
+        yield Copier(holder, pool, threads)
 
 
 def _guest(vm: AttachedVm, skeleton: Skeleton) -> GuestTree:
@@ -169,30 +151,3 @@ def _guest(vm: AttachedVm, skeleton: Skeleton) -> GuestTree:
             "is this agent in the VM that --vm names?",
         )
     return GuestTree(vm.kernel, root)
-
-
-def _source(plan: TaskPlan, level: int, stack: ExitStack) -> tuple[memoryview, str]:
-    memory = plan.task.memory
-    assert memory is not None
-    fd = memory.open(level)
-    stack.callback(os.close, fd)
-    pages = stack.enter_context(mmap.mmap(fd, 0, access=mmap.ACCESS_READ))
-    view = memoryview(pages)
-    stack.callback(view.release)
-    return view, memory.pages_name
-
-
-def _write_memory(copier: Copier, tree: Sequence[_Restoree]) -> None:
-    for restoree in tree:
-        for memory in restoree.memory:
-            copier.write(memory)
-
-
-def _verify_memory(copier: Copier, tree: Sequence[_Restoree], mode: str) -> int:
-    if mode == "none":
-        return 0
-    return sum(
-        copier.verify(memory, full=mode == "full")
-        for restoree in tree
-        for memory in restoree.memory
-    )

@@ -79,8 +79,8 @@ def _vm(qmp: Qmp, stack: ExitStack, vmlinux: Path | None) -> Iterator[Item]:
 
 def _kernel(kernel: Kernel) -> Iterator[Item]:
     yield Item("guest kernel", True, f"{kernel.release}, {kernel.space.levels}-level paging")
-    frames = kernel.frames
-    mask = f"PG_anon_exclusive is {frames.exclusive:#x}"
+    frames = kernel.private_frames
+    mask = f"PG_anon_exclusive is {frames.page_mask:#x}"
     yield Item("struct page", True, f"{frames.stride} bytes, {mask}")
 
 

@@ -9,8 +9,9 @@ from typing import Any
 from ovr.cli.output import common, document, size, table
 from ovr.cli.vm_options import add_vm_options
 from ovr.images import ImageSet
+from ovr.memory_plan import MemoryPlan
 from ovr.placement import Reason
-from ovr.plan import Plan, TaskPlan, make_plan
+from ovr.plan import Plan, make_plan
 from ovr.vm.attach import AttachedVm
 
 __all__ = ["add", "add_outside", "show"]
@@ -50,20 +51,30 @@ def show(plan: Plan, options: argparse.Namespace) -> None:
     if options.json:
         document("ovr.plan/1", _fields(plan))
         return
-    share = plan.bytes_outside / plan.bytes_total if plan.bytes_total else 0
-    print(f"outside: {size(plan.bytes_outside)} of {size(plan.bytes_total)} ({share:.2%})")
+    alone = plan.bytes_total - plan.bytes_cow
+    share = plan.bytes_outside / alone if alone else 0
+    print(f"outside: {size(plan.bytes_outside)} of {size(alone)} ({share:.2%})")
+    if plan.bytes_cow:
+        print(f"shared copy-on-write by parents and children: {size(plan.bytes_cow)}")
     print(f"states outside: {', '.join(plan.states) or 'none'}")
     for task in plan.tasks:
         print(f"\npid {task.task.pid} {task.task.comm!r}, {len(task.task.threads)} threads")
-        for reason, count in sorted(task.by_reason().items()):
-            print(f"  {_where(reason):<8} {size(count):>10}  {reason.text}")
-        if options.verbose:
-            rows = [(hex(r["start"]), hex(r["end"]), r["where"], r["reason"]) for r in _runs(task)]
-            table(("START", "END", "WHERE", "REASON"), rows)
+        _show_memory(task, options)
+    for shared in plan.shared:
+        print(f"\nshared memory {shared.shared.shmid}, {len(shared.shared.places)} users")
+        _show_memory(shared, options)
     if options.verbose and plan.settings:
         print()
         values = [(s.place.label, s.kind.name, short(s.value)) for s in plan.settings]
         table(("OF", "STATE", "VALUE"), values)
+
+
+def _show_memory(memory: MemoryPlan, options: argparse.Namespace) -> None:
+    for reason, count in sorted(memory.by_reason().items()):
+        print(f"  {_where(reason):<8} {size(count):>10}  {reason.text}")
+    if options.verbose:
+        rows = [(hex(r["start"]), hex(r["end"]), r["where"], r["reason"]) for r in _runs(memory)]
+        table(("START", "END", "WHERE", "REASON"), rows)
 
 
 def _fields(plan: Plan) -> dict[str, Any]:
@@ -71,6 +82,7 @@ def _fields(plan: Plan) -> dict[str, Any]:
         "bytes_total": plan.bytes_total,
         "bytes_outside": plan.bytes_outside,
         "bytes_inside": plan.bytes_total - plan.bytes_outside,
+        "bytes_cow": plan.bytes_cow,
         "states": list(plan.states),
         "tasks": [
             {
@@ -81,6 +93,9 @@ def _fields(plan: Plan) -> dict[str, Any]:
             }
             for task in plan.tasks
         ],
+        "shared": [
+            {"shmid": shared.shared.shmid, "runs": list(_runs(shared))} for shared in plan.shared
+        ],
         "settings": [
             {"of": setting.place.label, "state": setting.kind.name, "value": setting.value}
             for setting in plan.settings
@@ -88,8 +103,8 @@ def _fields(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _runs(task: TaskPlan) -> Iterator[dict[str, Any]]:
-    for start, length, _, _, code in task.runs.tolist():
+def _runs(memory: MemoryPlan) -> Iterator[dict[str, Any]]:
+    for start, length, code in memory.runs[["start", "size", "reason"]].tolist():
         reason = Reason(code)
         yield {
             "start": start,

@@ -178,6 +178,17 @@ int tree_traced(pid_t criu, uint32_t ids[MAX_TREE]);
 /* The tracer of a task, or 0. */
 pid_t tree_tracer(pid_t pid);
 
+/* populate.c: allocating pages for the host to write to */
+/* Whether the kernel lets us write where a task itself cannot (FOLL_FORCE). */
+bool populate_can_force(void);
+/* NULL, or why it cannot be done. The answer comes later. */
+const char *populate_start(struct session *session, const struct message *message);
+bool populate_owns(pid_t pid);
+bool populate_reaped(pid_t pid, int status);
+void populate_watch(struct loop *loop);
+/* End all workers, and wait until they are gone. */
+void populate_end(void);
+
 /* child.c */
 struct child_io {
 	int in, out, err;	/* what becomes its standard descriptors; -1: /dev/null */

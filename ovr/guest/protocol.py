@@ -18,8 +18,9 @@ Session
     host discards everything before that token, which no older session can have known.
 
 Restore (one at a time, owned by one session)
-    `Files`… `Begin` → `Stopped` | `Failed` | `Aborted`; then `Go` → `Restored` | `Failed`,
-    or `Abort` → `Aborted`. `Aborted` may come unasked. After `Begin` any frame, such as
+    `Files`… `Begin` → `Stopped` | `Failed` | `Aborted`; then any number of `Touch` → `Touched`
+    and `Map` → `Mapped`, one at a time; then `Go` → `Restored` | `Failed`, or `Abort` →
+    `Aborted`. `Aborted` may come unasked. After `Begin` any frame, such as
     `Alive`, which has no answer, holds off the silence deadline.
 
 Lab (agents built with ``OVR_LAB`` only; one job a session)
@@ -44,6 +45,7 @@ __all__ = [
     "MAX_FRAME",
     "MAX_IMAGE_BYTES",
     "MAX_LIST",
+    "MAX_RANGES",
     "MAX_STRING",
     "PIECE",
     "SYNC_ZEROS",
@@ -64,6 +66,8 @@ __all__ = [
     "Get",
     "Go",
     "Hello",
+    "Map",
+    "Mapped",
     "Message",
     "Output",
     "Ping",
@@ -77,10 +81,12 @@ __all__ = [
     "Stopped",
     "Stored",
     "Taken",
+    "Touch",
+    "Touched",
     "Welcome",
 ]
 
-VERSION = 1
+VERSION = 2
 MAGIC = b"OVRSYNC1"
 TOKEN_SIZE = 16
 
@@ -94,6 +100,8 @@ FRAME_COST = 1024
 """What a frame counts besides its bytes, in `WINDOW` and in `Credit`."""
 MAX_STRING = 4096
 MAX_LIST = 32768
+MAX_RANGES = 8192
+"""Most ranges in one `Touch` or `Map`: at 18 bytes each they fit a frame."""
 MAX_FILES = 65536
 MAX_IMAGE_BYTES = 1 << 30
 SYNC_ZEROS = MAX_FRAME + 64
@@ -158,6 +166,42 @@ class Begin(Message):
     timeout_ms: int
     log_level: int
     keep_log: bool
+
+
+@dataclass(frozen=True)
+class Touch(Message):
+    """Allocate pages of a held task, or of a process that `Mapped` named.
+
+    Attributes:
+        pid: the process.
+        keep: the pages may have content that must stay. Without it the first byte of each page
+            may become 0, which takes fewer system calls.
+        ranges: GVA and size in bytes of each range, one after the other; whole pages.
+    """
+
+    pid: int
+    keep: bool
+    ranges: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Map(Message):
+    """Map all of a shared object of a held task in a new process, and allocate pages of it.
+
+    The process lives in the cgroup of the task, which is charged for the pages, and ends with
+    `Go`.
+
+    Attributes:
+        pid: the task.
+        file: where it has the object, below ``/proc/PID``: ``fd/N`` or ``map_files/START-END``.
+        size: of the object, in bytes; whole pages.
+        ranges: offset in the object and size in bytes of each range; whole pages.
+    """
+
+    pid: int
+    file: str
+    size: int
+    ranges: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -239,7 +283,10 @@ class Data(Message):
 
 @dataclass(frozen=True)
 class Welcome(Message):
-    """The answer to `Hello`: who is there."""
+    """The answer to `Hello`: who is there.
+
+    `force_write`: the kernel lets the agent write to pages that their own task cannot write to.
+    """
 
     version: int
     token: bytes
@@ -250,6 +297,7 @@ class Welcome(Message):
     pid: int
     page_size: int
     boot_id: str
+    force_write: bool
 
 
 @dataclass(frozen=True)
@@ -266,6 +314,19 @@ class Stopped(Message):
     root_pid: int
     criu_pid: int
     tasks: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Touched(Message):
+    """All pages of a `Touch` are there."""
+
+
+@dataclass(frozen=True)
+class Mapped(Message):
+    """The object is mapped at `address` in the process `pid`."""
+
+    pid: int
+    address: int
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,7 @@ static void forget(void)
 {
 	close_fd(&restore.listener);
 	close_fd(&restore.hook);
+	populate_end();
 	directory_remove(&restore.directory, restore.keep_log);
 	prctl(PR_SET_CHILD_SUBREAPER, 0);
 	restore = (struct restore){.listener = -1, .hook = -1, .directory.images = -1};
@@ -334,12 +335,33 @@ static void go(struct session *session)
 		return;
 	/* The restored root becomes init's child, as after any criu restore -d. */
 	prctl(PR_SET_CHILD_SUBREAPER, 0);
+	populate_end();
 	restore.phase = RELEASED;
 	if (send(restore.hook, &word, 1, MSG_NOSIGNAL | MSG_DONTWAIT) != 1) {
 		restore.phase = HELD;
 		prctl(PR_SET_CHILD_SUBREAPER, 1);
 		abort_restore("the hook died");
 	}
+}
+
+/* Of the tree that is held, or one of our own that map its memory. */
+static bool belongs(pid_t pid)
+{
+	return populate_owns(pid) || (pid > 1 && tree_tracer(pid) == restore.criu);
+}
+
+static void populate(struct session *session, const struct message *message)
+{
+	const char *error;
+
+	if (!in_phase(session, HELD))
+		return;
+	if (!belongs((pid_t)message_uint(message, KEY_PID)))
+		error = "not a task of the tree";
+	else
+		error = populate_start(session, message);
+	if (error)
+		session_refuse(session, "%s", error);
 }
 
 void restore_message(struct session *session, const struct message *message)
@@ -350,6 +372,10 @@ void restore_message(struct session *session, const struct message *message)
 		break;
 	case OP_BEGIN:
 		begin(session, message);
+		break;
+	case OP_TOUCH:
+	case OP_MAP:
+		populate(session, message);
 		break;
 	case OP_GO:
 		go(session);

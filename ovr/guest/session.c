@@ -224,6 +224,7 @@ static void welcome(struct session *session, const struct mp_value *token)
 	message_add_uint(&writer, KEY_PID, (uint64_t)getpid());
 	message_add_uint(&writer, KEY_PAGE_SIZE, (uint64_t)sysconf(_SC_PAGESIZE));
 	message_add_str(&writer, KEY_BOOT_ID, boot);
+	message_add_bool(&writer, KEY_FORCE_WRITE, populate_can_force());
 	session_send(session, &writer);
 }
 
@@ -274,7 +275,7 @@ static void dispatch(struct session *session, const uint8_t *body, size_t size)
 		break;
 	case OP_ALIVE:
 		break;
-	case OP_FILES: case OP_BEGIN: case OP_GO: case OP_ABORT:
+	case OP_FILES: case OP_BEGIN: case OP_TOUCH: case OP_MAP: case OP_GO: case OP_ABORT:
 		restore_message(session, &message);
 		break;
 	default:

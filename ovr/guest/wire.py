@@ -146,6 +146,7 @@ def header() -> str:
         "FRAME_COST": protocol.FRAME_COST,
         "MAX_STRING": protocol.MAX_STRING,
         "MAX_LIST": protocol.MAX_LIST,
+        "MAX_RANGES": protocol.MAX_RANGES,
         "MAX_FILES": protocol.MAX_FILES,
         "MAX_IMAGE_BYTES": protocol.MAX_IMAGE_BYTES,
         "SYNC_ZEROS": protocol.SYNC_ZEROS,

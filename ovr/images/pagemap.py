@@ -86,6 +86,7 @@ def decode_pagemap(data: bytes, name: str) -> Pagemap:
     head = decode(PagemapHead, data[begin + 4 : begin + 4 + size], name)
     blocks = [_decode_block(data, at, name) for at in _entry_starts(data, begin + 4 + size, name)]
     entries = np.concatenate([block for block, _ in blocks] or [np.empty(0, PAGEMAP_DTYPE)])
+    entries = entries[entries["nr_pages"] != 0]  # CRIU passes over them, too
     _check(entries, name)
     entries["offset"] = offsets_of(entries)
     entries.flags.writeable = False
@@ -179,7 +180,7 @@ def _entries(value: dict[str, NDArray[np.uint64]], seen: dict[str, NDArray[np.bo
 def _check(entries: Entries, name: str) -> None:
     """Raise unless addresses, order and flags are such that all arithmetic on them is safe."""
     start, pages, flags = entries["vaddr"], entries["nr_pages"], entries["flags"]
-    wrong = (start % PAGE_SIZE != 0) | (start >= USER_END) | (pages == 0)
+    wrong = (start % PAGE_SIZE != 0) | (start >= USER_END)
     wrong |= pages > (USER_END - np.minimum(start, USER_END)) >> PAGE_SHIFT
     _refuse(wrong, entries, name, "impossible run of pages")
     end = start + (pages << PAGE_SHIFT)

@@ -1,7 +1,7 @@
 """Making the inside image set: some images changed, the rest passed on byte for byte."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -13,7 +13,14 @@ from ovr.errors import ImagesUnsupported
 from ovr.images.directory import ImageFile, read_exactly
 from ovr.images.framing import encode, image_bytes, is_raw, write_image
 from ovr.images.imageset import ImageSet
-from ovr.images.pagemap import PE_LAZY, PE_PRESENT, Entries, Pagemap, encode_pagemap
+from ovr.images.pagemap import (
+    PAGEMAP_DTYPE,
+    PE_LAZY,
+    PE_PRESENT,
+    Entries,
+    Pagemap,
+    encode_pagemap,
+)
 from ovr.images.runs import clip, ends_of, page_count
 from ovr.images.task import Memory
 from ovr.images.wire import Message
@@ -99,7 +106,7 @@ class InsideImages:
         self._changed.pop(name, None)
         self._omitted.add(name)
 
-    def keep_pages(self, memory: Memory, kept: Entries) -> None:
+    def keep_pages(self, memory: Memory, kept: Entries, had_pages: Sequence[int] = ()) -> None:
         """Keep only some pages of a task or of shared memory.
 
         Pages of parent images that are kept move into the new pages image.
@@ -108,6 +115,9 @@ class InsideImages:
             memory: whose pages.
             kept: ascending runs of pages, all of them in ``memory.entries``; only `vaddr` and
                 `nr_pages` are looked at.
+            had_pages: addresses of pages that CRIU shall find an entry for, though it is one of no
+                pages. It looks where entries lie (``premap_priv_vmas`` of criu/mem.c) to map areas
+                writable at first or not, and the kernel accounts for them (VM_ACCOUNT) after that.
 
         Raises:
             ValueError: pages that are not there, or none at all of a task.
@@ -118,9 +128,11 @@ class InsideImages:
         if not len(runs) and not memory.name.startswith("pagemap-shmem-"):
             raise ValueError(f"no pages kept in {memory.name}: CRIU would crash")
         runs["flags"] = runs["flags"] & PE_LAZY | PE_PRESENT
+        if had_pages:
+            runs = np.sort(np.concatenate([runs, _marks(had_pages)]), order="vaddr")
         pagemap = Pagemap(memory.pages_id, runs, memory.compat)
         self._changed[memory.name] = encode_pagemap(pagemap, memory.name)
-        self._changed[memory.pages_name] = _pages(memory, runs)
+        self._changed[memory.pages_name] = _pages(memory, runs[runs["nr_pages"] > 0])
 
     def build(self) -> dict[str, bytes | Extents]:
         """The inside image set, by file name in order. Pass values to `image_chunks`.
@@ -172,6 +184,16 @@ def _pages(memory: Memory, runs: Entries) -> Extents:
     sizes = np.add.reduceat(size, first) if len(first) else size
     pieces = zip(level[first].tolist(), offset[first].tolist(), sizes.tolist(), strict=True)
     return Extents(tuple((_file(memory, lv), at, length) for lv, at, length in pieces))
+
+
+def _marks(addresses: Sequence[int]) -> Entries:
+    # Two each. To CRIU the first one ends at its address, before the area that starts there; yet
+    # CRIU 3.17 asks whether there is one at that address for the sake of the area that ends there.
+    marks = np.zeros(2 * len(addresses), PAGEMAP_DTYPE)
+    marks["vaddr"][::2] = addresses
+    marks["vaddr"][1::2] = marks["vaddr"][::2] + np.uint64(1)
+    marks["flags"] = PE_PRESENT
+    return marks
 
 
 def _file(memory: Memory, level: int) -> ImageFile:

@@ -24,6 +24,7 @@ from ovr.kernel.list import hlist_for_each_entry, list_for_each_entry
 from ovr.kernel.live import settled
 from ovr.kernel.mm import (
     Vma,
+    find_vma,
     for_each_vma,
     mm_space,
     pfn_to_page,
@@ -82,6 +83,7 @@ __all__ = [
     "find_pid_ns",
     "find_task",
     "find_task_by_pid_ns",
+    "find_vma",
     "for_each_possible_cpu",
     "for_each_process",
     "for_each_thread",

@@ -7,6 +7,7 @@ the kernel itself first.
 
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
@@ -44,6 +45,8 @@ GLOBALS: Final[Mapping[str, str]] = MappingProxyType(
 """BTF has no types for global variables: these are the ones that we use."""
 
 MAX_BTF: Final = 1 << 26
+_MAPPING_FLAGS: Final = 3  # of page->mapping; both mean a page of KSM
+_MAPPING_ANON: Final = 1
 RELEASE_OFFSET: Final = 2 * 65
 """``offsetof(struct new_utsname, release)``: user space ABI."""
 
@@ -136,8 +139,11 @@ class Kernel:
         return self.object(GLOBALS[name], self.symbol(name))
 
     @cached_property
-    def frames(self) -> Frames:
-        """Where the kernel keeps its ``struct page`` array and how to read an element."""
+    def private_frames(self) -> Frames:
+        """Frames that are one process's alone, by the kernel's own word.
+
+        ``PageAnon(page) && !PageKsm(page) && PageAnonExclusive(page)``; include/linux/page-flags.h.
+        """
         types = self.types
         try:
             # Linux kernel commit "mm: rename the 'compound_head' field in the 'struct page' to
@@ -153,7 +159,28 @@ class Kernel:
             flags=types.offsetof("struct page", "flags"),
             mapping=types.offsetof("struct page", "mapping"),
             compound_head=compound_head,
-            exclusive=1 << types.enum("enum pageflags")["PG_anon_exclusive"],
+            page_mask=1 << types.enum("enum pageflags")["PG_anon_exclusive"],
+            folio_mask=0,
+            folio_value=0,
+            mapping_mask=_MAPPING_FLAGS,
+            mapping_value=_MAPPING_ANON,
+        )
+
+    def shared_frames(self, mapping: Gva) -> Frames:
+        """Frames that hold what a shared object has at their place in the page cache.
+
+        Their folio belongs to the ``struct address_space`` at `mapping`, has all of its content,
+        and nobody has locked it, as who moves, splits, truncates or reclaims it does first.
+        """
+        bits = self.types.enum("enum pageflags")
+        uptodate = 1 << bits["PG_uptodate"]
+        return replace(
+            self.private_frames,
+            page_mask=0,
+            folio_mask=1 << bits["PG_locked"] | 1 << bits["PG_writeback"] | uptodate,
+            folio_value=uptodate,
+            mapping_mask=(1 << 64) - 1,
+            mapping_value=mapping,
         )
 
     def wall_clock(self) -> int:

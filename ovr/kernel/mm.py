@@ -21,6 +21,7 @@ __all__ = [
     "VM_SHARED",
     "VM_WRITE",
     "Vma",
+    "find_vma",
     "for_each_vma",
     "mm_space",
     "pfn_to_page",
@@ -87,6 +88,19 @@ def for_each_vma(mm: Struct) -> Iterator[Any]:
         yield vma
 
 
+def find_vma(mm: Struct, address: Gva) -> Any:
+    """Return the ``struct vm_area_struct`` that holds an address, or None.
+
+    Raises:
+        GuestFault: the tree makes no sense, however often it is read.
+    """
+
+    def find() -> Any:
+        return next((vma for vma in for_each_vma(mm) if vma.vm_start <= address < vma.vm_end), None)
+
+    return settled(find)
+
+
 def vmas(mm: Struct) -> list[Vma]:
     """Return all mappings of a process, ascending.
 
@@ -110,7 +124,7 @@ def _describe(vma: Struct) -> Vma:
 
 def pfn_to_page(kernel: Kernel, pfn: int) -> Any:
     """Return the ``struct page`` of a frame number (``pfn_to_page()``)."""
-    return kernel.pointer("struct page", kernel.frames.vmemmap)[pfn]
+    return kernel.pointer("struct page", kernel.private_frames.vmemmap)[pfn]
 
 
 def transparent_hugepages(kernel: Kernel) -> str:

@@ -1,153 +1,193 @@
-"""The memory of a task: pages from its image into the frames that the guest gave it.
+"""Memory: pages from the images into the frames that the guest allocated for them.
 
 The guest may move, merge or free a page of a stopped task at any moment (compaction, khugepaged,
 KSM, reclaim). So pages are looked up, judged and written in one hold of the VM, a bounded number
 of bytes at a time; everything that can be done ahead is done ahead, with the VM running. A page is
-written only while the guest kernel says that it is anonymous and this process's alone
+written only while the guest kernel says whose it is: anonymous and one process's alone
 (``PG_anon_exclusive``, Linux kernel commit 6c287605fd56 ("mm: remember exclusively mapped anonymous
-pages with PG_anon_exclusive") (in v5.19)). Pages that are not are looked up again a little later.
+pages with PG_anon_exclusive") (in v5.19)), or in its place in the page cache of the shared object
+that it belongs to. Pages of which it does not say so are looked up again a little later, after the
+guest was asked for them once more.
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final, TypeVar
 
 import numpy as np
 
-from ovr._fastcopy import EXCLUSIVE, PIECE, populate_read
+from ovr._fastcopy import OWNED, PIECE, populate_read
 from ovr.errors import ImagesDamaged, RestoreFailed, VerifyMismatch
 from ovr.paging import AddressSpace, Frames
 from ovr.ram import Runs
-from ovr.ranges import split, total
+from ovr.ranges import cut_out, split, total
 from ovr.vm.hold import Holder
 
-__all__ = ["Copier", "TaskMemory"]
+__all__ = ["Copier", "Target"]
 
 HOLD_BYTES: Final = 64 << 20
 """How much is copied in one hold: some 6 ms of a host core; to stop QEMU takes one."""
+HOLD_PARTS: Final = 32
+"""Of how many targets something is copied in one hold: each costs a page walk of its own."""
 
 _TRIES: Final = 20
 _TRY_AGAIN_AFTER: Final = 0.05  # seconds; collapse and migration of a page take less
 _SAMPLE_PAGES: Final = 4096
+_SHARE: Final = 1 << 20  # bytes that are worth a thread
 
 T = TypeVar("T")
 
 
+def _nobody() -> Runs:
+    return np.empty(0, dtype=[("start", "<u8"), ("end", "<u8")])
+
+
 @dataclass(frozen=True)
-class TaskMemory:
-    """The outside part of one task's memory.
+class Target:
+    """Pages of one source that go into one address space of the guest.
 
     Attributes:
-        pid: the task's pid in the images.
-        space: the task's address space in the guest.
+        name: what messages call it.
+        space: the address space in the guest.
+        frames: says which frames are the target's own.
         pieces: a `_fastcopy.PIECE` array; offsets are positions in `source`.
         source: the pages image.
         source_name: what messages call it.
+        ask: asks the guest to map pages, given as pieces, once more, content and all.
+        spared: sorted ``start``, ``end`` ranges of bytes that are left as the guest has them.
     """
 
-    pid: int
+    name: str
     space: AddressSpace
+    frames: Frames
     pieces: Runs
     source: memoryview
     source_name: str
+    ask: Callable[[Runs], None]
+    spared: Runs = field(default_factory=_nobody)
+
+
+Part = tuple[Target, Runs]
+"""Some of the pieces of a target."""
 
 
 class Copier:
-    """Copies and compares the memory of tasks.
+    """Copies and compares memory.
 
     Args:
         holder: keeps the VM still.
-        frames: where the guest keeps its ``struct page`` array.
         pool: host threads for the copy.
         threads: how many of them to use for one hold.
     """
 
-    def __init__(self, holder: Holder, frames: Frames, pool: Executor, threads: int) -> None:
+    def __init__(self, holder: Holder, pool: Executor, threads: int) -> None:
         self.holder = holder
-        self._frames = frames
         self._pool = pool
         self._threads = threads
 
-    def write(self, memory: TaskMemory) -> int:
-        """Write all pieces; return the number of bytes.
+    def write(self, targets: Sequence[Target]) -> int:
+        """Write all pieces of all targets; return the number of bytes.
 
         Raises:
-            RestoreFailed: some pages are not there, or not the task's own, and stay so.
-            ImagesDamaged: the pages image cannot be read.
-            GuestFault: the task's page tables are damaged.
+            RestoreFailed: some pages are not there, or not the target's own, and stay so.
+            ImagesDamaged: a pages image cannot be read.
+            GuestFault: page tables of the guest are damaged.
         """
-        for part in split(memory.pieces, HOLD_BYTES):
-            _read_ahead(memory, part)
-            memory.space.ram.prefault(memory.space.walk(part))
-            self._each_exclusive_run(memory, part, self._copy)
-        return total(memory.pieces)
+        for batch in _batches((target, target.pieces) for target in targets):
+            for target, part in batch:
+                _read_ahead(target, part)
+                target.space.ram.prefault(target.space.walk(part))
+            self._each_owned_run(batch, self._copy)
+        return sum(total(target.pieces) for target in targets)
 
-    def verify(self, memory: TaskMemory, *, full: bool) -> int:
+    def verify(self, targets: Sequence[Target], *, full: bool) -> int:
         """Compare pieces with their source, all or a sample; return the bytes compared.
 
         Raises:
             VerifyMismatch: a page is not what was written.
             RestoreFailed: as `write`.
         """
-        pieces = memory.pieces if full else _sample(memory.pieces)
-        for part in split(pieces, HOLD_BYTES):
-            self._each_exclusive_run(memory, part, self._compare)
-        return total(pieces)
+        parts = [(target, target.pieces if full else _sample(target.pieces)) for target in targets]
+        for batch in _batches(parts):
+            self._each_owned_run(batch, self._compare)
+        return sum(total(part) for _, part in parts)
 
-    def _each_exclusive_run(
-        self, memory: TaskMemory, part: Runs, work: Callable[[TaskMemory, Runs], None]
-    ) -> None:
-        # Do `work` on every run of `part`, each in the hold in which it was found exclusive.
+    def _each_owned_run(self, batch: Sequence[Part], work: Callable[[Target, Runs], None]) -> None:
+        # Do `work` on every run of the parts, each in the hold in which it was found owned.
+        left = list(batch)
         for attempt in range(_TRIES):
             if attempt:
                 time.sleep(_TRY_AGAIN_AFTER)
+                for target, part in left:
+                    target.ask(part)
+            done = []
             with self.holder.held():
-                runs = memory.space.walk(part, self._frames)
-                ours = runs[(runs["flags"] & EXCLUSIVE) != 0]
-                work(memory, ours)
-            part = _without(part, ours)
-            if not len(part):
+                for target, part in left:
+                    runs = target.space.walk(part, target.frames)
+                    owned = runs[(runs["flags"] & OWNED) != 0]
+                    work(target, cut_out(owned, target.spared))
+                    done.append(owned)
+            rest = [(t, _without(part, ours)) for (t, part), ours in zip(left, done, strict=True)]
+            left = [(target, part) for target, part in rest if len(part)]
+            if not left:
                 return
-        missing = total(part)
+        target, part = left[0]
         raise RestoreFailed(
-            f"pid {memory.pid}: {missing} bytes from {int(part['gva'][0]):#x} on do not become the"
-            " task's own pages",
+            f"{target.name}: {total(part)} bytes from {int(part['gva'][0]):#x} on do not become its"
+            " own pages",
             "the guest may be out of memory; free some and restore again",
         )
 
-    def _copy(self, memory: TaskMemory, runs: Runs) -> None:
-        # SAFETY: the frames are the task's own: anonymous and exclusive by the guest kernel's own
-        # word, found in this very hold. The hold keeps them still: no vCPU runs until it ends, and
-        # the task itself is stopped under CRIU until we commit. Undone by killing the task.
-        self._in_parallel(runs, lambda share: memory.space.ram.copy_in(share, memory.source))
+    def _copy(self, target: Target, runs: Runs) -> None:
+        # SAFETY: the frames are the target's own by the guest kernel's word, found in this very
+        # hold: a task's exclusive anonymous pages, or the pages of a shared object that only the
+        # tree has. The hold keeps them still: no vCPU runs until it ends, and the tasks themselves
+        # are stopped under CRIU until we commit. Undone by killing the tree.
+        self._in_parallel(runs, lambda share: target.space.ram.copy_in(share, target.source))
 
-    def _compare(self, memory: TaskMemory, runs: Runs) -> None:
-        ram = memory.space.ram
+    def _compare(self, target: Target, runs: Runs) -> None:
+        ram = target.space.ram
         differences = self._in_parallel(
-            runs, lambda share: ram.first_difference(share, memory.source)
+            runs, lambda share: ram.first_difference(share, target.source)
         )
         for gva in differences:
             if gva is not None:
                 raise VerifyMismatch(
-                    f"pid {memory.pid}: the page at {gva:#x} is not what was written",
+                    f"{target.name}: the page at {gva:#x} is not what was written",
                     "restore again; if it happens again, report it with the guest's kernel log",
                 )
 
     def _in_parallel(self, runs: Runs, work: Callable[[Runs], T]) -> list[T]:
-        share = -(-total(runs) // self._threads)
-        return list(self._pool.map(work, split(runs, max(share, 1 << 20))))
+        share = max(-(-total(runs) // self._threads), _SHARE)
+        shares = list(split(runs, share))
+        return [work(one) for one in shares] if len(shares) < 2 else [*self._pool.map(work, shares)]
 
 
-def _read_ahead(memory: TaskMemory, part: Runs) -> None:
+def _batches(parts: Iterable[Part]) -> Iterator[list[Part]]:
+    # What is done in one hold.
+    batch: list[Part] = []
+    room = HOLD_BYTES
+    for target, pieces in parts:
+        for part in split(pieces, HOLD_BYTES):
+            if batch and (total(part) > room or len(batch) == HOLD_PARTS):
+                yield batch
+                batch, room = [], HOLD_BYTES
+            batch.append((target, part))
+            room -= total(part)
+    if batch:
+        yield batch
+
+
+def _read_ahead(target: Target, part: Runs) -> None:
     # Fault the source in, and find out here, not in a hold, that it cannot be read.
     try:
         for start, end in _file_ranges(part):
-            populate_read(memory.source[start:end])
+            populate_read(target.source[start:end])
     except OSError as error:
         raise ImagesDamaged(
-            f"{memory.source_name}: cannot be read: {error.strerror}", "dump again"
+            f"{target.source_name}: cannot be read: {error.strerror}", "dump again"
         ) from error
 
 

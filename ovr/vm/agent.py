@@ -1,11 +1,14 @@
 """The agent in the guest, as a restore sees it."""
 
+import collections.abc
 import re
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain, islice
 from typing import TypeVar
 
+from ovr.addresses import Gva
 from ovr.errors import (
     AgentUnreachable,
     CriuFailed,
@@ -19,11 +22,14 @@ from ovr.guest.wire import ProtocolError
 from ovr.vm.lab_agent import Completed, LabSession
 from ovr.vm.session import Hello, one_line
 
-__all__ = ["Agent", "Completed", "Hello", "Restored", "Skeleton"]
+__all__ = ["Agent", "Completed", "Hello", "Mapping", "Restored", "Skeleton"]
 
 MessageT = TypeVar("MessageT", bound=Message)
 
 _FILES_PER_FRAME = 512
+
+Files = collections.abc.Mapping[str, bytes | Iterable[bytes]]
+"""Contents by file name, whole or in pieces."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +54,14 @@ class Restored:
     pid: int
 
 
+@dataclass(frozen=True)
+class Mapping:
+    """A shared object in the memory of a process of the agent's; `pid` as for `Skeleton`."""
+
+    pid: int
+    address: Gva
+
+
 class Agent(LabSession):
     """A restore, step by step: `begin`, then `go` or `abort`.
 
@@ -62,7 +76,7 @@ class Agent(LabSession):
 
     def begin(
         self,
-        images: Mapping[str, bytes | Iterable[bytes]],
+        images: Files,
         *,
         criu_options: Sequence[str] = (),
         silence: float = 10.0,
@@ -107,6 +121,56 @@ class Agent(LabSession):
                 raise ImagesUnsupported(f"the inside image set cannot be sent: {error}") from error
             stopped = self._outcome(protocol.Stopped, self._deadline(timeout + self._timeout))
         return Skeleton(stopped.root_pid, stopped.criu_pid, stopped.tasks)
+
+    def touch(
+        self, pid: int, ranges: Iterable[tuple[int, int]], *, keep: bool, timeout: float = 120.0
+    ) -> None:
+        """Have pages of a held task allocated, charged to it.
+
+        Args:
+            pid: the task, or the process of a `Mapping`; in the guest's initial pid namespace.
+            ranges: GVA and size in bytes, whole pages.
+            keep: the pages may have content that must stay.
+            timeout: seconds that each of several requests may take.
+
+        Raises:
+            RestoreFailed: the guest has no memory for them, or they lie in no area of the task.
+            AgentUnreachable: the link broke.
+        """
+        for part in _portions(ranges):
+            self._send(protocol.Touch(pid, keep, part))
+            self._outcome(protocol.Touched, self._deadline(timeout))
+
+    def map(
+        self,
+        pid: int,
+        file: str,
+        size: int,
+        ranges: Iterable[tuple[int, int]],
+        *,
+        timeout: float = 120.0,
+    ) -> "Mapping":
+        """Have a shared object of a held task mapped by a process of the agent's, up to `go`.
+
+        Args:
+            pid: the task; in the guest's initial pid namespace.
+            file: below ``/proc/PID``: ``fd/N`` or ``map_files/START-END``.
+            size: of the object, in bytes; whole pages.
+            ranges: offsets and sizes in bytes of what is to be allocated, charged to the task's
+                cgroup.
+            timeout: seconds that each of several requests may take.
+
+        Raises:
+            RestoreFailed: it is no shared memory, or the guest has no memory for it.
+            AgentUnreachable: the link broke.
+        """
+        first, *more = _portions(ranges)
+        self._send(protocol.Map(pid, file, size, first))
+        mapped = self._outcome(protocol.Mapped, self._deadline(timeout))
+        for part in more:
+            here = ((mapped.address + at, length) for at, length in _pairs(part))
+            self.touch(mapped.pid, here, keep=True, timeout=timeout)
+        return Mapping(mapped.pid, Gva(mapped.address))
 
     def go(self, timeout: float | None = None) -> Restored:
         """Let the tree run; returns when CRIU has detached and ended.
@@ -161,7 +225,18 @@ class Agent(LabSession):
         raise self._broken(f"{message.op} instead of {kind.op}")
 
 
-def _file_frames(images: Mapping[str, bytes | Iterable[bytes]]) -> Iterator[protocol.Files]:
+def _portions(ranges: Iterable[tuple[int, int]]) -> Iterator[tuple[int, ...]]:
+    """Ranges as the protocol has them, as many as fit into one message."""
+    left = iter(ranges)
+    while part := tuple(chain.from_iterable(islice(left, protocol.MAX_RANGES))):
+        yield part
+
+
+def _pairs(flat: Sequence[int]) -> Iterator[tuple[int, int]]:
+    return zip(flat[::2], flat[1::2], strict=True)
+
+
+def _file_frames(images: Files) -> Iterator[protocol.Files]:
     """Pack the files into few frames; large ones go in pieces."""
     names: list[str] = []
     pieces: list[bytes] = []

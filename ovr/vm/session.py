@@ -34,6 +34,7 @@ class Hello:
         pid: the agent's pid.
         page_size: in bytes.
         boot_id: a UUID that changes with every boot of the guest.
+        force_write: the agent may write to pages that their own task cannot write to.
     """
 
     protocol: int
@@ -44,6 +45,7 @@ class Hello:
     pid: int
     page_size: int
     boot_id: str
+    force_write: bool
 
 
 class Session:
@@ -147,6 +149,7 @@ class Session:
             pid=answer.pid,
             page_size=answer.page_size,
             boot_id=answer.boot_id,
+            force_write=answer.force_write,
         )
 
     def _synchronise(self, hello: bytes, token: bytes, deadline: float) -> None:

@@ -80,6 +80,8 @@ if run_script("pre-restore"):
     raise SystemExit(1)
 gate, opener = os.pipe()
 pids, reporter = os.pipe()
+shared = os.memfd_create("shared")
+os.ftruncate(shared, 1 << 16)
 root = os.fork()
 if not root:
     os.setsid()

@@ -29,6 +29,7 @@ WELCOME: dict[str, Any] = {
     "pid": 1,
     "page_size": 4096,
     "boot_id": "x",
+    "force_write": True,
 }
 
 

@@ -320,3 +320,102 @@ def test_leftovers_are_removed_at_start(tmp_path: Path) -> None:
     (left / "core-1.img").write_bytes(b"x")
     with agent_host(tmp_path) as host:
         assert not host.restores
+
+
+PAGE = 4096
+
+
+def mapping_of(pid: int, name: str) -> tuple[int, int, str]:
+    """Bounds and line of the first mapping with that name in /proc/PID/maps."""
+    for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
+        if line.endswith(name):
+            start, end = (int(word, 16) for word in line.split()[0].split("-"))
+            return start, end, line
+    raise AssertionError(f"{pid} has no {name}")
+
+
+def present(pid: int, start: int, pages: int) -> list[bool]:
+    with Path(f"/proc/{pid}/pagemap").open("rb", buffering=0) as pagemap:
+        pagemap.seek(start // PAGE * 8)
+        words = memoryview(pagemap.read(pages * 8)).cast("Q")
+    return [bool(word >> 63) for word in words]
+
+
+def test_touch(host: AgentHost, agent: Agent) -> None:
+    skeleton = begin(host, agent)
+    start, end, line = mapping_of(skeleton.root_pid, "[stack]")
+    assert "rw" in line
+    pages = (end - start) // PAGE
+    assert not all(present(skeleton.root_pid, start, pages))
+    agent.touch(skeleton.root_pid, [(start, PAGE), (start + PAGE, end - start - PAGE)], keep=True)
+    assert all(present(skeleton.root_pid, start, pages))
+    agent.go()
+    wait_for(lambda: host.marks == set(skeleton.tasks))
+    kill(*skeleton.tasks)
+
+
+def test_touch_what_the_task_cannot_write(host: AgentHost, agent: Agent) -> None:
+    """A page of a read-only file mapping becomes the task's own; with `keep`, content and all."""
+    skeleton = begin(host, agent)
+    pid = skeleton.root_pid
+    maps = Path(f"/proc/{pid}/maps").read_text().splitlines()
+    line = next(line for line in maps if " r--p " in line and "/" in line)
+    start = int(line.split("-")[0], 16)
+    with Path(f"/proc/{pid}/mem").open("rb", buffering=0) as memory:
+        memory.seek(start)
+        before = memory.read(PAGE)
+        agent.touch(pid, [(start, PAGE)], keep=True)
+        memory.seek(start)
+        assert memory.read(PAGE) == before
+        agent.touch(pid, [(start, PAGE)], keep=False)
+        memory.seek(start)
+        assert memory.read(PAGE) == b"\0" + before[1:]
+    agent.abort()
+    assert_gone(host, skeleton)
+
+
+def test_touch_and_map_only_what_is_held(host: AgentHost, agent: Agent) -> None:
+    skeleton = begin(host, agent)
+    start, _, _ = mapping_of(skeleton.root_pid, "[stack]")
+    for pid in (os.getpid(), host.process.pid, 0, 1, 1 << 31):
+        with pytest.raises(RestoreFailed, match="not a task of the tree"):
+            agent.touch(pid, [(start, PAGE)], keep=True)
+    for ranges in ([(start, 100)], [(start, 0)], [(start + 1, PAGE)], [(1 << 63, 1 << 63)]):
+        with pytest.raises(RestoreFailed, match="bad ranges"):
+            agent.touch(skeleton.root_pid, ranges, keep=True)
+    with pytest.raises(RestoreFailed, match="touch a page"):
+        agent.touch(skeleton.root_pid, [(0, PAGE)], keep=False)
+    for file in ("exe", "../1/mem", "fd/0/", "fd/x", "map_files/1-2;", "mem"):
+        with pytest.raises(RestoreFailed, match="neither a descriptor nor a mapping"):
+            agent.map(skeleton.root_pid, file, PAGE, [(0, PAGE)])
+    with pytest.raises(RestoreFailed, match="cannot"):
+        agent.map(skeleton.root_pid, "fd/0", PAGE, [(0, PAGE)])
+    agent.abort()
+    assert_gone(host, skeleton)
+
+
+def test_map_a_memfd_of_the_tree(host: AgentHost, agent: Agent) -> None:
+    skeleton = begin(host, agent)
+    fd = next(
+        int(link.name)
+        for link in Path(f"/proc/{skeleton.root_pid}/fd").iterdir()
+        if "memfd:shared" in str(link.readlink())
+    )
+    mapping = agent.map(skeleton.root_pid, f"fd/{fd}", 16 * PAGE, [(0, PAGE), (8 * PAGE, PAGE)])
+    assert present(mapping.pid, mapping.address, 16) == [n in (0, 8) for n in range(16)]
+    agent.touch(mapping.pid, [(mapping.address + PAGE, 2 * PAGE)], keep=True)
+    assert present(mapping.pid, mapping.address, 4) == [True, True, True, False]
+    agent.go()
+    wait_for(lambda: host.marks == set(skeleton.tasks))
+    assert not alive(mapping.pid)
+    kill(*skeleton.tasks)
+
+
+def test_mappers_go_with_the_tree(host: AgentHost, agent: Agent) -> None:
+    skeleton = begin(host, agent)
+    fds = Path(f"/proc/{skeleton.root_pid}/fd").iterdir()
+    fd = next(int(link.name) for link in fds if "memfd:shared" in str(link.readlink()))
+    mapping = agent.map(skeleton.root_pid, f"fd/{fd}", PAGE, [(0, PAGE)])
+    agent.close()
+    wait_for(lambda: not alive(mapping.pid))
+    assert_gone(host, skeleton)

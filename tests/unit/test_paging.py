@@ -2,13 +2,14 @@
 
 import struct
 from contextlib import suppress
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ovr._fastcopy import EXCLUSIVE, PROTNONE, USER, WRITE
+from ovr._fastcopy import OWNED, PROTNONE, USER, WRITE
 from ovr.addresses import PAGE_SIZE, Gpa, Gva
 from ovr.errors import GuestFault
 from ovr.paging import (
@@ -176,6 +177,7 @@ def test_a_write_that_would_fault_writes_nothing(machine):
 
 VMEMMAP, STRIDE = 0xFFFF_EA00_0000_0000, 64
 PG_ANON_EXCLUSIVE = 1 << 17
+LOCKED, UPTODATE = 1 << 0, 1 << 4
 
 
 def frames_of(machine):
@@ -187,7 +189,11 @@ def frames_of(machine):
         flags=0,
         mapping=24,
         compound_head=8,
-        exclusive=PG_ANON_EXCLUSIVE,
+        page_mask=PG_ANON_EXCLUSIVE,
+        folio_mask=0,
+        folio_value=0,
+        mapping_mask=3,
+        mapping_value=1,
     )
 
 
@@ -215,7 +221,7 @@ def test_only_exclusive_anonymous_pages_are_the_tasks_own(machine, flags, mappin
     machine.map(0x5000_0000, 0x7000)
     set_page(machine, 7, flags=flags, mapping=mapping)
     [leaf] = native(space, [(0x5000_0000, 0x5000_1000)], frames_of(machine))
-    assert leaf.flags == WRITE | USER | (EXCLUSIVE if mine else 0)
+    assert leaf.flags == WRITE | USER | (OWNED if mine else 0)
 
 
 def test_the_mapping_of_a_tail_page_is_in_its_head(machine):
@@ -225,21 +231,46 @@ def test_the_mapping_of_a_tail_page_is_in_its_head(machine):
     set_page(machine, 4, mapping=0xFFFF_8880_0000_0001)
     set_page(machine, 7, flags=PG_ANON_EXCLUSIVE, head=VMEMMAP + 4 * STRIDE + 1)
     [leaf] = native(space, [(0x5000_0000, 0x5000_1000)], frames_of(machine))
-    assert leaf.flags & EXCLUSIVE
+    assert leaf.flags & OWNED
     # As a mask (compound_info): frames 4 to 7 have their head at a multiple of 4 pages.
     set_page(machine, 7, flags=PG_ANON_EXCLUSIVE, head=-4 * STRIDE + 1 & (1 << 64) - 1)
     [leaf] = native(space, [(0x5000_0000, 0x5000_1000)], frames_of(machine))
-    assert leaf.flags & EXCLUSIVE
+    assert leaf.flags & OWNED
     set_page(machine, 7, flags=PG_ANON_EXCLUSIVE, head=0x1234_5678_9ABC_DEF1)
     [leaf] = native(space, [(0x5000_0000, 0x5000_1000)], frames_of(machine))
-    assert not leaf.flags & EXCLUSIVE
+    assert not leaf.flags & OWNED
+
+
+@pytest.mark.parametrize(
+    ("flags", "mapping", "mine"),
+    [
+        (UPTODATE, 0xFFFF_8880_0000_1000, True),
+        (UPTODATE | 1 << 17, 0xFFFF_8880_0000_1000, True),
+        (UPTODATE | LOCKED, 0xFFFF_8880_0000_1000, False),  # about to be moved
+        (0, 0xFFFF_8880_0000_1000, False),  # not filled yet
+        (UPTODATE, 0xFFFF_8880_0000_2000, False),  # another object's
+        (UPTODATE, 0xFFFF_8880_0000_1001, False),  # anonymous
+        (UPTODATE, 0, False),  # truncated
+    ],
+)
+def test_pages_of_a_shared_object(machine, flags, mapping, mine):
+    space = AddressSpace(machine.ram, machine.root, machine.levels)
+    machine.map(VMEMMAP, 0x30_0000)
+    machine.map(0x5000_0000, 0x7000)
+    set_page(machine, 7, flags=flags, mapping=mapping)
+    frames = replace(
+        frames_of(machine), page_mask=0, folio_mask=UPTODATE | LOCKED, folio_value=UPTODATE,
+        mapping_mask=(1 << 64) - 1, mapping_value=0xFFFF_8880_0000_1000,
+    )  # fmt: skip
+    [leaf] = native(space, [(0x5000_0000, 0x5000_1000)], frames)
+    assert leaf.flags == WRITE | USER | (OWNED if mine else 0)
 
 
 def test_a_struct_page_that_is_not_mapped_is_nobodys(machine):
     space = AddressSpace(machine.ram, machine.root, machine.levels)
     machine.map(0x5000_0000, 0x7000)
     [leaf] = native(space, [(0x5000_0000, 0x5000_1000)], frames_of(machine))
-    assert not leaf.flags & EXCLUSIVE
+    assert not leaf.flags & OWNED
 
 
 layouts = st.lists(

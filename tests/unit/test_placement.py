@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from ovr import placement
 from ovr.addresses import PAGE_SIZE
 from ovr.images.pagemap import PAGEMAP_DTYPE
-from ovr.placement import Area, Reason, place
+from ovr.placement import RANGE, Allocation, Area, Reason, join_ranges, place
 
 BASE = 0x7000_0000_0000
 
@@ -21,61 +21,112 @@ def pagemap(*entries):
     return np.array(rows, dtype=PAGEMAP_DTYPE)
 
 
-def area(first, last, reason=Reason.OUTSIDE):
-    return Area(BASE + first * PAGE_SIZE, BASE + last * PAGE_SIZE, reason)
+def area(first, last, reason=Reason.OUTSIDE, **how):
+    return Area(BASE + first * PAGE_SIZE, BASE + last * PAGE_SIZE, reason, **how)
+
+
+def cow(*ranges):
+    rows = [(BASE + first * PAGE_SIZE, BASE + last * PAGE_SIZE) for first, last in ranges]
+    return np.array(rows, dtype=RANGE)
 
 
 def pages_of(runs):
     return {
         start + n * PAGE_SIZE: (offset + n * PAGE_SIZE, Reason(reason))
-        for start, size, offset, _, reason in runs.tolist()
+        for start, size, offset, _, reason, _ in runs.tolist()
         for n in range(size // PAGE_SIZE)
     }
 
 
+def summary(runs):
+    return [(int(r["size"]) // PAGE_SIZE, Reason(r["reason"])) for r in runs]
+
+
+def allocations(runs):
+    return [Allocation(r) for r in runs["allocation"]]
+
+
 def test_an_entry_across_two_areas_is_cut():
-    runs = place(pagemap((0, 10)), [area(0, 4), area(4, 10, Reason.STACK)], [])
+    runs = place(pagemap((0, 10)), [area(0, 4), area(4, 10, Reason.VDSO)], cow())
     assert runs.tolist() == [
-        (BASE, 4 * PAGE_SIZE, 0, 0, Reason.OUTSIDE),
-        (BASE + 4 * PAGE_SIZE, 6 * PAGE_SIZE, 4 * PAGE_SIZE, 0, Reason.STACK),
+        (BASE, 4 * PAGE_SIZE, 0, 0, Reason.OUTSIDE, 0),
+        (BASE + 4 * PAGE_SIZE, 6 * PAGE_SIZE, 4 * PAGE_SIZE, 0, Reason.VDSO, 0),
     ]
 
 
-def test_late_pages_stay_inside():
-    late = BASE + 5 * PAGE_SIZE + 77
-    runs = place(pagemap((0, 10)), [area(0, 10)], [late, late + 1, BASE - 1])
-    assert [(int(r["size"]) // PAGE_SIZE, Reason(r["reason"])) for r in runs] == [
-        (5, Reason.OUTSIDE),
-        (1, Reason.LATE),
+def test_what_is_shared_copy_on_write_stays_inside():
+    runs = place(pagemap((0, 10), (12, 2)), [area(0, 10), area(10, 20)], cow((3, 5), (9, 13)))
+    assert summary(runs) == [
+        (3, Reason.OUTSIDE),
+        (2, Reason.COW),
         (4, Reason.OUTSIDE),
+        (1, Reason.COW),
+        (1, Reason.COW),
+        (1, Reason.OUTSIDE),
     ]
+
+
+def test_ranges_are_joined():
+    joined = join_ranges(cow((5, 7), (0, 2), (2, 3), (6, 9), (20, 21), (5, 6)))
+    assert joined.tolist() == cow((0, 3), (5, 9), (20, 21)).tolist()
+    assert len(join_ranges(cow())) == 0
 
 
 def test_something_always_stays_inside():
-    runs = place(pagemap((0, 10), (20, 2)), [area(0, 10), area(20, 22)], [])
+    runs = place(pagemap((0, 10), (20, 2)), [area(0, 10), area(20, 22)], cow())
     inside = runs[runs["reason"] != Reason.OUTSIDE]
-    assert inside.tolist() == [(BASE + 20 * PAGE_SIZE, PAGE_SIZE, 10 * PAGE_SIZE, 0, Reason.ANCHOR)]
+    assert inside.tolist() == [
+        (BASE + 20 * PAGE_SIZE, PAGE_SIZE, 10 * PAGE_SIZE, 0, Reason.ANCHOR, 0)
+    ]
     assert int(runs["size"].sum()) == 12 * PAGE_SIZE
-    assert place(pagemap((3, 1)), [area(0, 10)], []).tolist() == [
-        (BASE + 3 * PAGE_SIZE, PAGE_SIZE, 0, 0, Reason.ANCHOR)
+    assert place(pagemap((3, 1)), [area(0, 10)], cow()).tolist() == [
+        (BASE + 3 * PAGE_SIZE, PAGE_SIZE, 0, 0, Reason.ANCHOR, 0)
     ]
 
 
 def test_a_task_without_pages():
-    assert len(place(pagemap(), [area(0, 1)], [])) == 0
-    assert len(place(pagemap(), [], [])) == 0
+    assert len(place(pagemap(), [area(0, 1)], cow())) == 0
+    assert len(place(pagemap(), [], cow())) == 0
 
 
-def test_the_largest_runs_of_an_area_go_outside(monkeypatch):
-    monkeypatch.setattr(placement, "_MAX_RUNS_PER_AREA", 2)
-    runs = place(pagemap((0, 1), (2, 3), (6, 2), (9, 1), (20, 1)), [area(0, 15), area(15, 30)], [])
-    assert [Reason(r) for r in runs["reason"]] == [
-        Reason.FRAGMENTED,
-        Reason.OUTSIDE,
-        Reason.OUTSIDE,
-        Reason.FRAGMENTED,
-        Reason.OUTSIDE,
+VDSO = (1000, 1), area(1000, 1001, Reason.VDSO)
+ANON = {"populates": True, "divisible": True}
+
+
+def test_criu_populates_whole_areas_and_large_pieces():
+    table = pagemap((0, 1), (10, 16), (30, 15), (60, 20), VDSO[0])
+    areas = [area(0, 1, **ANON), area(10, 50, **ANON), area(60, 80), VDSO[1]]
+    assert allocations(place(table, areas, cow()))[:4] == [
+        Allocation.CRIU,  # all of its area
+        Allocation.CRIU,  # large enough
+        Allocation.AGENT,
+        Allocation.AGENT,  # nobody can be asked for it
     ]
+
+
+def test_pieces_are_found_in_memory_not_in_the_images():
+    table = pagemap((0, 8), (8, 8), VDSO[0])
+    table["level"][1] = 1
+    table["offset"][1] = 0
+    runs = place(table, [area(0, 40, **ANON), VDSO[1]], cow())
+    assert allocations(runs)[:2] == [Allocation.CRIU, Allocation.CRIU]
+
+
+def test_only_the_largest_pieces_of_an_area(monkeypatch):
+    monkeypatch.setattr(placement, "_MOST_PIECES", 2)
+    table = pagemap((0, 16), (20, 18), (40, 17), (60, 16), (100, 16), VDSO[0])
+    runs = place(table, [area(0, 80, **ANON), area(80, 200, **ANON), VDSO[1]], cow())
+    assert allocations(runs)[:5] == [
+        Allocation.AGENT, Allocation.CRIU, Allocation.CRIU, Allocation.AGENT, Allocation.CRIU,
+    ]  # fmt: skip
+
+
+def test_hugetlb_areas_go_outside_whole_or_not_at_all():
+    table = pagemap((0, 512), (600, 100), VDSO[0])
+    runs = place(table, [area(0, 512, populates=True), area(600, 1000, populates=True), VDSO[1]],
+                 cow())  # fmt: skip
+    assert summary(runs)[:2] == [(512, Reason.OUTSIDE), (100, Reason.HUGETLB)]
+    assert allocations(runs)[0] == Allocation.CRIU
 
 
 @st.composite
@@ -95,23 +146,23 @@ def tasks(draw):
             entries[-1] = (entries[-1][0], entries[-1][1] + 1)
         else:
             entries.append((page, 1))
-    late = draw(st.lists(st.integers(0, 80), max_size=4))
-    return areas, entries, [BASE + page * PAGE_SIZE + 5 for page in late]
+    shared = draw(st.lists(st.tuples(st.integers(0, 80), st.integers(1, 9)), max_size=4))
+    return areas, entries, join_ranges(cow(*((at, at + size) for at, size in shared)))
 
 
 @settings(max_examples=300)
 @given(task=tasks())
 def test_place_agrees_with_a_page_by_page_model(task):
-    areas, entries, late = task
+    areas, entries, shared = task
     table = pagemap(*entries)
-    runs = place(table, areas, late)
+    runs = place(table, areas, shared)
     expected = {}
     for vaddr, count, _, _, offset in table.tolist():
         for n in range(count):
             page = vaddr + n * PAGE_SIZE
             [owner] = [a for a in areas if a.start <= page < a.end]
-            touched = any(gva & -PAGE_SIZE == page for gva in late)
-            expected[page] = (offset + n * PAGE_SIZE, Reason.LATE if touched else owner.reason)
+            common = any(start <= page < end for start, end in shared.tolist())
+            expected[page] = (offset + n * PAGE_SIZE, Reason.COW if common else owner.reason)
     got = pages_of(runs)
     anchors = [page for page, (_, reason) in got.items() if reason == Reason.ANCHOR]
     if expected and all(reason == Reason.OUTSIDE for _, reason in expected.values()):

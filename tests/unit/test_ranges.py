@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from ovr._fastcopy import RUN
 from ovr.addresses import PAGE_SIZE
-from ovr.ranges import split, total
+from ovr.ranges import cut_out, split, total
 
 PAGES = st.lists(st.tuples(st.integers(0, 1 << 30), st.integers(1, 50)), max_size=30)
 
@@ -34,3 +34,35 @@ def test_split_keeps_every_page_in_order(rows, limit):
     assert all(total(part) == limit * PAGE_SIZE for part in parts[:-1])
     assert all((part["size"] > 0).all() for part in parts)
     assert np.array_equal(ranges, before)
+
+
+@given(rows=PAGES, holes=st.lists(st.integers(0, 60 * PAGE_SIZE), unique=True, max_size=9))
+def test_cut_out_leaves_every_byte_that_is_in_no_hole(rows, holes):
+    at, runs = 0, []
+    for page, count in rows:
+        at += page % 3 * PAGE_SIZE
+        runs.append((at, at ^ 1 << 40, count * PAGE_SIZE, 7 * at, page & 7, 12))
+        at += count * PAGE_SIZE
+    runs = np.array(runs, dtype=RUN)
+    edges = sorted(holes)[: len(holes) & ~1]
+    ranges = np.array(
+        list(zip(edges[::2], edges[1::2], strict=True)), dtype=[("start", "<u8"), ("end", "<u8")]
+    )
+    before = runs.copy()
+    left = cut_out(runs, ranges)
+    assert np.array_equal(runs, before)
+    assert (left["size"] > 0).all()
+    starts, ends = left["gva"].tolist(), (left["gva"] + left["size"]).tolist()
+    for low, high in ranges.tolist():
+        assert not any(start < high and low < end for start, end in zip(starts, ends, strict=True))
+    inside = sum(
+        max(0, min(high, gva + size) - max(low, gva))
+        for low, high in ranges.tolist()
+        for gva, _, size, *_ in runs.tolist()
+    )
+    assert total(left) == total(runs) - inside
+    for gva, gpa, _, offset, *_ in left.tolist():
+        [(old_gva, old_gpa, old_offset)] = [
+            (g, p, o) for g, p, size, o, *_ in runs.tolist() if g <= gva < g + size
+        ]
+        assert (gpa - old_gpa, offset - old_offset) == (gva - old_gva, gva - old_gva)

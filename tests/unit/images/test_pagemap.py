@@ -123,7 +123,6 @@ def test_every_cut_is_found_or_loses_whole_entries(runs, cut):
             ImagesDamaged,
             "impossible run of pages at 0x1001",
         ),
-        ({"vaddr": 0x1000, "compat_nr_pages": 0}, ImagesDamaged, "impossible"),
         ({"vaddr": 1 << 56, "compat_nr_pages": 1}, ImagesDamaged, "impossible"),
         ({"vaddr": 0xFFFFFFFFFFFFF000, "compat_nr_pages": 2}, ImagesDamaged, "impossible"),
         (

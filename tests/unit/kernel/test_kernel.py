@@ -307,9 +307,10 @@ def test_the_space_of_a_process(toy, kernel):
 
 
 def test_page_frames(toy, kernel):
-    assert kernel.frames == Frames(
+    assert kernel.private_frames == Frames(
         root=toy.machine.root, levels=4, vmemmap=Gva(DIRECT_MAP + (1 << 40)), stride=64,
-        flags=0, mapping=24, compound_head=8, exclusive=1 << 11,
+        flags=0, mapping=24, compound_head=8,
+        page_mask=1 << 11, folio_mask=0, folio_value=0, mapping_mask=3, mapping_value=1,
     )  # fmt: skip
     assert pfn_to_page(kernel, 3).address_ == DIRECT_MAP + (1 << 40) + 192
 

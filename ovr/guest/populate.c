@@ -1,0 +1,370 @@
+/*
+ * Allocating pages for the host to write to.
+ *
+ * Each request is a child of ours, so that neither a slow guest nor the OOM
+ * killer keeps us from the loop. One that touches pages of a held task ends
+ * when it is done; the kernel charges them to the task. One that maps a
+ * shared object joins the task's cgroup first, since there the one who
+ * touches is charged; it keeps the object mapped, so that the host finds its
+ * pages by way of a page table, until the tree is let go or killed.
+ */
+#include <errno.h>
+#include <fcntl.h>
+#include <poll.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/prctl.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <sys/uio.h>
+#include <sys/vfs.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include "agent.h"
+
+#define PAGE 4096ull
+#define BATCH 1024		/* IOV_MAX */
+#define MAX_MAPPERS 4096
+#define MAPPER_DEATH_MS 5000
+#define TMPFS_MAGIC 0x01021994
+#define POPULATE_WRITE 23	/* MADV_POPULATE_WRITE, in v5.14 */
+
+struct result {
+	int32_t error;		/* 0, or an errno */
+	char step[60];		/* what failed */
+	uint64_t address;
+};
+
+static struct {
+	struct session *session;
+	enum op op;
+	pid_t pid;
+	int news;		/* the worker's result comes here; -1: there is no worker */
+} current = {.news = -1};
+
+static pid_t mappers[MAX_MAPPERS];
+static size_t mapper_count;
+
+/* ------------------------------------------------------------------------ in the worker */
+
+static void fail(int out, const char *step)
+{
+	struct result result = {.error = errno};
+
+	snprintf(result.step, sizeof(result.step), "%s", step);
+	_exit(write(out, &result, sizeof(result)) == (ssize_t)sizeof(result) ? 1 : 2);
+}
+
+static void succeed(int out, uint64_t address)
+{
+	struct result result = {.address = address};
+
+	if (write(out, &result, sizeof(result)) != (ssize_t)sizeof(result))
+		_exit(2);
+}
+
+/* How many pages from `at` on could be written to, the way the task itself may. */
+static uint64_t touch_writable(pid_t pid, uint64_t at, uint64_t pages)
+{
+	static const char zeros[BATCH];
+	struct iovec from = {(void *)(uintptr_t)zeros, pages < BATCH ? pages : BATCH};
+	struct iovec to[BATCH];
+	ssize_t done;
+
+	for (size_t i = 0; i < from.iov_len; i++)
+		to[i] = (struct iovec){(void *)(uintptr_t)(at + i * PAGE), 1};
+	done = process_vm_writev(pid, &from, 1, to, from.iov_len, 0);
+	return done < 0 ? 0 : (uint64_t)done;
+}
+
+/*
+ * Whatever its protection is: the kernel makes a page of the task's own first.
+ * Where nothing is to be kept nothing is read, since to read a page of a file
+ * maps its neighbours as well.
+ */
+static bool touch_forced(int mem, uint64_t at, bool keep)
+{
+	char byte = 0;
+
+	return (!keep || pread(mem, &byte, 1, (off_t)at) == 1) &&
+	       pwrite(mem, &byte, 1, (off_t)at) == 1;
+}
+
+static void touch(const struct message *message, int out)
+{
+	pid_t pid = (pid_t)message_uint(message, KEY_PID);
+	bool keep = message_uint(message, KEY_KEEP);
+	uint32_t count;
+	struct mp_reader ranges = message_list(message, KEY_RANGES, &count);
+	struct mp_value start, size;
+	char path[64];
+	int mem;
+
+	snprintf(path, sizeof(path), "/proc/%d/mem", pid);
+	mem = open(path, O_RDWR | O_CLOEXEC);
+	if (mem < 0)
+		fail(out, path);
+	while (mp_read(&ranges, &start) && mp_read(&ranges, &size)) {
+		uint64_t at = start.number, pages = size.number / PAGE, done;
+
+		for (; pages; pages -= done, at += done * PAGE) {
+			done = keep ? 0 : touch_writable(pid, at, pages);
+			if (done)
+				continue;
+			if (!touch_forced(mem, at, keep))
+				fail(out, "touch a page");
+			done = 1;
+		}
+	}
+	succeed(out, 0);
+}
+
+/* The path of a process's memory cgroup, below where cgroups are mounted. */
+static bool memory_cgroup(const char *process, char path[4096])
+{
+	char name[64], line[4096];
+	bool found = false;
+	FILE *file;
+
+	snprintf(name, sizeof(name), "/proc/%s/cgroup", process);
+	file = fopen(name, "re");
+	while (file && fgets(line, sizeof(line), file)) {
+		char *controllers = strchr(line, ':'), *where;
+
+		where = controllers ? strchr(controllers + 1, ':') : NULL;
+		if (!where)
+			continue;
+		line[strcspn(line, "\n")] = 0;
+		*where++ = 0;
+		/* The one of version 2 has no controllers here; a memory one of version 1 wins. */
+		if (!strcmp(controllers, ":") && !found)
+			found = snprintf(path, 4096, "/sys/fs/cgroup%s", where) < 4096;
+		else if (strstr(controllers, "memory"))
+			found = snprintf(path, 4096, "/sys/fs/cgroup/memory%s", where) < 4096;
+	}
+	if (file)
+		fclose(file);
+	return found;
+}
+
+static void join_cgroup(pid_t pid, int out)
+{
+	static char theirs[4096], ours[4096], path[4200];
+	char process[16];
+	int fd;
+
+	snprintf(process, sizeof(process), "%d", pid);
+	if (!memory_cgroup(process, theirs) ||
+	    (memory_cgroup("self", ours) && !strcmp(ours, theirs)))
+		return;
+	snprintf(path, sizeof(path), "%s/cgroup.procs", theirs);
+	fd = open(path, O_WRONLY | O_CLOEXEC);
+	if (fd < 0 || write(fd, "0", 1) != 1)
+		fail(out, "join the task's cgroup");
+	close(fd);
+}
+
+/* The host names it; but nothing else than what a memfd or shared memory is shall open. */
+static int open_object(const struct message *message, int out)
+{
+	char name[MAX_STRING], path[MAX_STRING + 64];
+	struct statfs fs;
+	struct stat info;
+	unsigned long start, end;
+	unsigned number;
+	int fd, used = 0;
+
+	message_str(message, KEY_FILE, name);
+	if (!(sscanf(name, "fd/%u%n", &number, &used) == 1 && !name[used]) &&
+	    !(sscanf(name, "map_files/%lx-%lx%n", &start, &end, &used) == 2 && !name[used])) {
+		errno = EINVAL;
+		fail(out, "open what is neither a descriptor nor a mapping");
+	}
+	snprintf(path, sizeof(path), "/proc/%d/%s", (int)message_uint(message, KEY_PID), name);
+	fd = open(path, O_RDWR | O_CLOEXEC | O_NONBLOCK | O_NOCTTY);
+	if (fd < 0 || fstat(fd, &info) < 0 || fstatfs(fd, &fs) < 0)
+		fail(out, "open the object");
+	if (!S_ISREG(info.st_mode) || fs.f_type != TMPFS_MAGIC) {
+		errno = EINVAL;
+		fail(out, "map what is no shared memory");
+	}
+	return fd;
+}
+
+static void map(const struct message *message, int out)
+{
+	uint32_t count;
+	struct mp_reader ranges = message_list(message, KEY_RANGES, &count);
+	struct mp_value start, size;
+	uint8_t *base;
+	int fd;
+
+	join_cgroup((pid_t)message_uint(message, KEY_PID), out);
+	fd = open_object(message, out);
+	base = mmap(NULL, message_uint(message, KEY_SIZE), PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+	if (base == MAP_FAILED)
+		fail(out, "map the object");
+	while (mp_read(&ranges, &start) && mp_read(&ranges, &size))
+		while (madvise(base + start.number, size.number, POPULATE_WRITE) < 0)
+			if (errno != EINTR && errno != EAGAIN)
+				fail(out, "allocate pages of the object");
+	succeed(out, (uint64_t)(uintptr_t)base);
+	for (;;)
+		pause();
+}
+
+static void work(const struct message *message, pid_t parent, int out)
+{
+	sigset_t none;
+
+	prctl(PR_SET_PDEATHSIG, SIGKILL);
+	if (getppid() != parent)
+		_exit(2);
+	/* Nobody's connection is to stay open because of us. */
+	if (dup2(out, 3) < 0 || syscall(SYS_close_range, 4, ~0u, 0) < 0)
+		_exit(2);
+	sigemptyset(&none);
+	sigprocmask(SIG_SETMASK, &none, NULL);
+	if (message->op == OP_MAP)
+		map(message, 3);
+	else
+		touch(message, 3);
+	_exit(0);
+}
+
+/* ------------------------------------------------------------------------ in the agent */
+
+/* What is read here is written on the way to the guest's memory: no overflow, no part of a page. */
+static const char *check(const struct message *message)
+{
+	uint32_t count;
+	struct mp_reader ranges = message_list(message, KEY_RANGES, &count);
+	uint64_t limit = message->op == OP_MAP ? message_uint(message, KEY_SIZE) : 1ull << 57;
+	struct mp_value start, size;
+
+	if (count % 2 || count > 2 * MAX_RANGES || !limit || limit > 1ull << 57 || limit % PAGE)
+		return "bad ranges";
+	while (mp_read(&ranges, &start) && mp_read(&ranges, &size))
+		if ((start.number | size.number) % PAGE || !size.number || start.number > limit ||
+		    size.number > limit - start.number)
+			return "bad ranges";
+	return NULL;
+}
+
+const char *populate_start(struct session *session, const struct message *message)
+{
+	const char *error = check(message);
+	pid_t parent = getpid();
+	int news[2];
+
+	if (error)
+		return error;
+	if (current.news >= 0)
+		return "the last request is not done";
+	if (message->op == OP_MAP && mapper_count == MAX_MAPPERS)
+		return "too many shared objects";
+	if (pipe2(news, O_CLOEXEC) < 0)
+		return strerror(errno);
+	current.pid = fork();
+	if (current.pid == 0)
+		work(message, parent, news[1]);
+	close(news[1]);
+	if (current.pid < 0) {
+		close(news[0]);
+		return strerror(errno);
+	}
+	current.news = news[0];
+	current.session = session;
+	current.op = message->op;
+	if (message->op == OP_MAP)
+		mappers[mapper_count++] = current.pid;
+	return NULL;
+}
+
+static void on_news(int fd, short events, void *context)
+{
+	struct session *session = current.session;
+	struct result result = {0};
+	struct writer writer;
+	ssize_t size;
+
+	(void)events, (void)context;
+	if (fd != current.news)
+		return;
+	size = read(fd, &result, sizeof(result));
+	if (size < 0 && errno == EINTR)
+		return;
+	close(current.news);
+	current.news = -1;
+	if (size != (ssize_t)sizeof(result)) {
+		session_refuse(session, "who allocates memory was killed; is the guest out of it?");
+	} else if (result.error) {
+		result.step[sizeof(result.step) - 1] = 0;
+		session_refuse(session, "cannot %s: %s", result.step, strerror(result.error));
+	} else {
+		writer = session_writer(session, current.op == OP_MAP ? OP_MAPPED : OP_TOUCHED);
+		if (current.op == OP_MAP) {
+			message_add_uint(&writer, KEY_PID, (uint64_t)current.pid);
+			message_add_uint(&writer, KEY_ADDRESS, result.address);
+		}
+		session_send(session, &writer);
+	}
+}
+
+bool populate_owns(pid_t pid)
+{
+	for (size_t i = 0; i < mapper_count; i++)
+		if (mappers[i] == pid)
+			return true;
+	return false;
+}
+
+bool populate_reaped(pid_t pid, int status)
+{
+	(void)status;
+	for (size_t i = 0; i < mapper_count; i++)
+		if (mappers[i] == pid) {
+			mappers[i] = mappers[--mapper_count];
+			return true;
+		}
+	return pid == current.pid;
+}
+
+void populate_watch(struct loop *loop)
+{
+	if (current.news >= 0)
+		loop_watch(loop, current.news, POLLIN, on_news, NULL);
+}
+
+void populate_end(void)
+{
+	int64_t deadline = now_ms() + MAPPER_DEATH_MS;
+
+	if (current.news >= 0) {
+		kill(current.pid, SIGKILL);
+		close(current.news);
+		current.news = -1;
+	}
+	for (size_t i = 0; i < mapper_count; i++)
+		kill(mappers[i], SIGKILL);
+	/* The pages stay charged to the cgroup; nobody else shall see a process of ours in it. */
+	for (reap_children(); mapper_count && now_ms() < deadline; reap_children())
+		sleep_ms(1);
+}
+
+bool populate_can_force(void)
+{
+	char *page = mmap(NULL, PAGE, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	int mem = open("/proc/self/mem", O_RDWR | O_CLOEXEC);
+	bool can = page != MAP_FAILED && mem >= 0 && touch_forced(mem, (uint64_t)(uintptr_t)page, true);
+
+	if (mem >= 0)
+		close(mem);
+	if (page != MAP_FAILED)
+		munmap(page, PAGE);
+	return can;
+}

@@ -1,0 +1,118 @@
+"""Shared memory of an image set, and where its tasks have it mapped or open.
+
+Anonymous shared mappings, memfds and SysV segments: their pages are not in any task's pagemap, but
+in one of their own, ``pagemap-shmem-SHMID.img``.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from ovr.images.imageset import ImageSet
+from ovr.images.objects import FdinfoEntry, FileEntry, MemfdInodeEntry
+from ovr.images.task import Memory, Task
+from ovr.images.vma import (
+    MAP_HUGETLB,
+    VMA_ANON_SHARED,
+    VMA_AREA_MEMFD,
+    VMA_AREA_SYSVIPC,
+    VMA_FILE_SHARED,
+)
+
+__all__ = ["SharedMemory", "SharedPlace", "shared_memory"]
+
+_SEALED = 0x8 | 0x10  # F_SEAL_WRITE, F_SEAL_FUTURE_WRITE
+
+
+@dataclass(frozen=True)
+class SharedPlace:
+    """Where a task has a shared object: mapped at an address, or open as a descriptor.
+
+    Attributes:
+        pid: the task, as in the images.
+        address: the start of a mapping, a GVA; None if it is open.
+        fd: the descriptor; None if it is mapped.
+    """
+
+    pid: int
+    address: int | None = None
+    fd: int | None = None
+
+
+@dataclass(frozen=True)
+class SharedMemory:
+    """One object with content.
+
+    Attributes:
+        shmid: its number in the images.
+        memory: its pages; ``vaddr`` is an offset in the object, in bytes.
+        places: where tasks have it; there may be none.
+        sealed: nobody can map it for writing any more.
+        hugetlb: of huge pages from the reserved pool.
+    """
+
+    shmid: int
+    memory: Memory
+    places: tuple[SharedPlace, ...]
+    sealed: bool
+    hugetlb: bool
+
+
+def shared_memory(images: ImageSet) -> tuple[SharedMemory, ...]:
+    """Return all shared objects of an image set that have pages in it.
+
+    Raises:
+        ImagesDamaged, ImagesUnsupported: as `ImageSet.tasks`.
+    """
+    inodes = {inode.shmid: inode for inode in images.entries("memfd.img", MemfdInodeEntry)}
+    files = _memfd_files(images, {inode.inode_id: shmid for shmid, inode in inodes.items()})
+    places: dict[int, list[SharedPlace]] = {}
+    hugetlb = {shmid for shmid, inode in inodes.items() if inode.hugetlb_flag}
+    alive = [task for task in images.tasks if task.alive]
+    for shmid, place in _open(images, alive, files):
+        places.setdefault(shmid, []).append(place)
+    for task in alive:
+        for shmid, place, huge in _mapped(task, files):
+            places.setdefault(shmid, []).append(place)
+            if huge:
+                hugetlb.add(shmid)
+    return tuple(
+        SharedMemory(
+            shmid,
+            memory,
+            tuple(places.get(shmid, ())),
+            sealed=shmid in inodes and bool(inodes[shmid].seals & _SEALED),
+            hugetlb=shmid in hugetlb,
+        )
+        for shmid, memory in images.shared.items()
+    )
+
+
+def _memfd_files(images: ImageSet, shmid_of: Mapping[int, int]) -> dict[int, int]:
+    # From the id of an open file to the object behind it.
+    return {
+        entry.id: shmid_of[entry.memfd.inode_id]
+        for entry in images.entries("files.img", FileEntry)
+        if entry.HasField("memfd") and entry.memfd.inode_id in shmid_of
+    }
+
+
+def _open(
+    images: ImageSet, alive: list[Task], files: Mapping[int, int]
+) -> Iterator[tuple[int, SharedPlace]]:
+    for task in alive:
+        for entry in images.entries(f"fdinfo-{images.ids(task).files_id}.img", FdinfoEntry):
+            if entry.id in files:
+                yield files[entry.id], SharedPlace(task.pid, fd=entry.fd)
+
+
+def _mapped(task: Task, files: Mapping[int, int]) -> Iterator[tuple[int, SharedPlace, bool]]:
+    assert task.vmas is not None
+    shared = VMA_ANON_SHARED | VMA_AREA_SYSVIPC | VMA_FILE_SHARED
+    for vma in task.vmas[task.vmas["status"] & shared != 0]:
+        shmid, status = int(vma["shmid"]), int(vma["status"])
+        if status & VMA_FILE_SHARED and not status & VMA_AREA_SYSVIPC:
+            if not status & VMA_AREA_MEMFD or shmid not in files:
+                continue
+            shmid = files[shmid]
+        place = SharedPlace(task.pid, address=int(vma["start"]))
+        yield shmid, place, bool(vma["flags"] & MAP_HUGETLB)

@@ -1,0 +1,127 @@
+"""What CRIU would leave shared, against a page-by-page model of criu/mem.c; and equal_pages."""
+
+import os
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ovr._fastcopy import PAIR, equal_pages
+from ovr.addresses import PAGE_SIZE
+from ovr.images.cow import shared_with_parents
+from ovr.images.pagemap import PAGEMAP_DTYPE
+from ovr.images.task import Memory
+from ovr.images.vma import MAP_GROWSDOWN, VMA_ANON_PRIVATE, VMA_DTYPE, VMA_FILE_PRIVATE
+
+REGULAR = 1
+ANON = (REGULAR | VMA_ANON_PRIVATE, 0x22, 0)
+STACK = (REGULAR | VMA_ANON_PRIVATE, 0x22 | MAP_GROWSDOWN, 0)
+FILE, OTHER_FILE = (REGULAR | VMA_FILE_PRIVATE, 2, 5), (REGULAR | VMA_FILE_PRIVATE, 2, 6)
+
+
+class PagesFile:
+    """Stands for an `ImageFile`."""
+
+    def __init__(self, path, content):
+        self.path = path
+        path.write_bytes(content)
+
+    def open(self):
+        return os.open(self.path, os.O_RDONLY)
+
+
+def task(directory, pid, ppid, areas, contents, *, exe=1):
+    """A task with `areas` (first page, end page, kind), and a byte for each page it has."""
+    vmas = np.zeros(len(areas), VMA_DTYPE)
+    for row, (first, end, (status, flags, shmid)) in zip(vmas, areas, strict=True):
+        row["start"], row["end"] = first * PAGE_SIZE, end * PAGE_SIZE
+        row["status"], row["flags"], row["shmid"] = status, flags, shmid
+    entries, pages = [], b""
+    for page, byte in sorted(contents.items()):
+        entries.append((page * PAGE_SIZE, 1, 4, 0, len(pages)))
+        pages += bytes([byte]) * PAGE_SIZE
+    file = PagesFile(directory / f"pages-{pid}.img", pages)
+    table = np.array(entries, PAGEMAP_DTYPE)
+    memory = Memory(f"pagemap-{pid}.img", pid, False, table, (file,))
+    mm = SimpleNamespace(exe_file_id=exe)
+    return SimpleNamespace(pid=pid, ppid=ppid, vmas=vmas, memory=memory, mm=mm)
+
+
+def pages_of(rows):
+    return {
+        page
+        for ranges in rows
+        for start, end in ranges.tolist()
+        for page in range(start // PAGE_SIZE, end // PAGE_SIZE)
+    }
+
+
+@pytest.mark.parametrize(
+    ("areas", "exe", "shared"),
+    [
+        ([(10, 20, ANON)], 1, {10, 12}),
+        ([(10, 20, ANON)], 2, set()),
+        ([(10, 21, ANON)], 1, set()),
+        ([(9, 20, ANON)], 1, set()),
+        ([(10, 20, STACK)], 1, set()),
+        ([(10, 20, FILE)], 1, set()),
+    ],
+)
+def test_areas_must_be_alike(tmp_path, areas, exe, shared):
+    parent = task(tmp_path, 1, 0, [(10, 20, ANON)], {10: 1, 11: 2, 12: 3, 13: 4})
+    child = task(tmp_path, 2, 1, areas, {10: 1, 11: 9, 12: 3, 14: 4}, exe=exe)
+    found = shared_with_parents([parent, child])
+    assert pages_of(found.get(1, ())) == pages_of(found.get(2, ())) == shared
+
+
+@pytest.mark.parametrize(("theirs", "shared"), [(FILE, {3}), (OTHER_FILE, set())])
+def test_mappings_of_one_file(tmp_path, theirs, shared):
+    parent = task(tmp_path, 1, 0, [(0, 5, FILE)], {3: 1})
+    child = task(tmp_path, 2, 1, [(0, 5, theirs)], {3: 1})
+    assert pages_of(shared_with_parents([parent, child]).get(2, ())) == shared
+
+
+CONTENTS = st.dictionaries(st.integers(0, 29), st.integers(0, 2), min_size=1)
+AREAS = [(0, 10, ANON), (10, 16, FILE), (20, 30, STACK)]
+
+
+@given(contents=st.lists(CONTENTS, min_size=2, max_size=4), fathers=st.lists(st.integers(1, 3)))
+def test_generations(tmp_path_factory, contents, fathers):
+    """A page is shared with the parent if both have it and it is equal; whoever else has it."""
+    path = tmp_path_factory.mktemp("images")
+    inside = {page for first, end, _ in AREAS for page in range(first, end)}
+    contents = [{p: b for p, b in pages.items() if p in inside} or {0: 0} for pages in contents]
+    parents = [0, *(min(pid, dict(enumerate(fathers)).get(pid, 1)) for pid in range(1, 4))]
+    tasks = [task(path, n + 1, parents[n], AREAS, pages) for n, pages in enumerate(contents)]
+    expected = {n + 1: set() for n in range(len(contents))}
+    for n, pages in enumerate(contents[1:], 1):
+        theirs = contents[parents[n] - 1]
+        common = {page for page in pages.keys() & theirs.keys() if pages[page] == theirs[page]}
+        expected[n + 1] |= common
+        expected[parents[n]] |= common
+    found = shared_with_parents(tasks)
+    assert {pid: pages_of(found.get(pid, ())) for pid in expected} == expected
+
+
+def pairs(*rows):
+    return np.array(list(rows), dtype=PAIR)
+
+
+def test_equal_pages():
+    one = b"a" * PAGE_SIZE + b"b" * PAGE_SIZE + b"c" * PAGE_SIZE
+    other = b"b" * PAGE_SIZE + b"c" * (PAGE_SIZE - 1) + b"d"
+    assert equal_pages(one, other, pairs((PAGE_SIZE, 0, 2 * PAGE_SIZE))).tolist() == [True, False]
+    both = pairs((0, 0, PAGE_SIZE), (PAGE_SIZE, 0, PAGE_SIZE))
+    assert equal_pages(one, other, both).tolist() == [False, True]
+    assert equal_pages(one, other, pairs()).tolist() == []
+
+
+@pytest.mark.parametrize(
+    "row",
+    [(0, 0, 100), (0, 0, 0), (-4096, 0, 4096), (0, 8192, 4096), (4096, 0, 4096), (0, 0, 1 << 63)],
+)
+def test_equal_pages_stays_within_its_sources(row):
+    with pytest.raises(ValueError, match=r"whole pages|past the end"):
+        equal_pages(bytes(PAGE_SIZE), bytes(2 * PAGE_SIZE), pairs(row))
