@@ -48,7 +48,7 @@ def unpack(vm: lab.LabVm, service: Service, archive: Path) -> None:
 
 
 def _criu(vm: lab.LabVm, words: str, directory: str, log: str) -> None:
-    command = f"criu {words} -D {directory} -v4 -o {log}"
+    command = f"criu {words} -D {directory} -v2 -o {log}"
     done = vm.sh(f"mkdir -p {directory} && {command}", timeout=600)
     if done.status:
         tail = vm.sh(f"grep -n Error {directory}/{log}; tail -n 25 {directory}/{log}").stdout
