@@ -15,9 +15,12 @@ from ovr.lab.share import SHARE
 from tests.vm.conftest import PREFIX
 from tests.vm.services import PACKAGES, SERVICES, Service, dump, pack, restore_plain, unpack
 
-pytestmark = pytest.mark.skipif(
-    not os.environ.get("OVR_SERVICES_PLAIN"), reason="only with OVR_SERVICES_PLAIN=1"
-)
+pytestmark = [
+    pytest.mark.skipif(
+        not os.environ.get("OVR_SERVICES_PLAIN"), reason="only with OVR_SERVICES_PLAIN=1"
+    ),
+    pytest.mark.timeout(1800),  # all five are started and dumped before the first test
+]
 
 
 @dataclass(frozen=True)

@@ -21,13 +21,14 @@ from types import MappingProxyType
 from tests.vm.services.base import Service
 from tests.vm.services.lab import dump, pack, restore_plain, unpack
 from tests.vm.services.nginx import Nginx
+from tests.vm.services.postgres import Postgres
 from tests.vm.services.python import Python
 from tests.vm.services.redis import Redis
 
 __all__ = ["PACKAGES", "SERVICES", "Service", "dump", "pack", "restore_plain", "unpack"]
 
 SERVICES: Mapping[str, Service] = MappingProxyType(
-    {one.name: one for one in (Redis(), Nginx(), Python())}
+    {one.name: one for one in (Redis(), Nginx(), Python(), Postgres())}
 )
 """All services, by name."""
 
