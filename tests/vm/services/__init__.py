@@ -19,6 +19,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from tests.vm.services.base import Service
+from tests.vm.services.jvm import Jvm
 from tests.vm.services.lab import dump, pack, restore_plain, unpack
 from tests.vm.services.nginx import Nginx
 from tests.vm.services.postgres import Postgres
@@ -28,7 +29,7 @@ from tests.vm.services.redis import Redis
 __all__ = ["PACKAGES", "SERVICES", "Service", "dump", "pack", "restore_plain", "unpack"]
 
 SERVICES: Mapping[str, Service] = MappingProxyType(
-    {one.name: one for one in (Redis(), Nginx(), Python(), Postgres())}
+    {one.name: one for one in (Redis(), Nginx(), Python(), Postgres(), Jvm())}
 )
 """All services, by name."""
 
