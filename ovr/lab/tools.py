@@ -59,5 +59,7 @@ def mmdebstrap(suite: str, variant: str, packages: Sequence[str], target: Path) 
          # Mirrors that are snapshots have Release files older than they say they are good for.
          '--aptopt=Acquire::Check-Valid-Until "false"',
          "--dpkgopt=path-exclude=/usr/share/doc/*", "--dpkgopt=path-exclude=/usr/share/man/*",
+         # Some packages link their man pages when they are set up, pages or not.
+         "--dpkgopt=path-include=/usr/share/man/man?",
          "--dpkgopt=path-exclude=/usr/share/locale/*", suite, str(target)]
     )  # fmt: skip

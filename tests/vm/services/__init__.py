@@ -1,0 +1,44 @@
+"""Real software from the guest's distribution, to be dumped, restored and asked.
+
+How a service goes from VM A to a fresh VM B::
+
+    vm = lab.up("a", suite=suite, share=shared, packages=PACKAGES[suite])
+    service.prepare(vm)
+    pid = service.start(vm)
+    dump(vm, service, pid, f"{SHARE}/{service.name}")
+    pack(vm, service, archive)
+
+    service.prepare(vm_b)
+    unpack(vm_b, service, archive)      # before each restore
+    restore_plain(vm_b, service, …)     # or a restore from outside
+    service.check(vm_b)
+    service.end(vm_b)
+"""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from tests.vm.services.base import Service
+from tests.vm.services.jvm import Jvm
+from tests.vm.services.lab import dump, pack, restore_plain, unpack
+from tests.vm.services.nginx import Nginx
+from tests.vm.services.postgres import Postgres
+from tests.vm.services.python import Python
+from tests.vm.services.redis import Redis
+
+__all__ = ["PACKAGES", "SERVICES", "Service", "dump", "pack", "restore_plain", "unpack"]
+
+SERVICES: Mapping[str, Service] = MappingProxyType(
+    {one.name: one for one in (Redis(), Nginx(), Python(), Postgres(), Jvm())}
+)
+"""All services, by name."""
+
+_PACKAGES = ("redis-server", "nginx-light", "python3", "ecj")
+
+PACKAGES: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "trixie": (*_PACKAGES, "postgresql-17", "openjdk-21-jre-headless"),
+        "bookworm": (*_PACKAGES, "postgresql-15", "openjdk-17-jre-headless"),
+    }
+)
+"""What the one image for all of them has, by suite, for `ovr.lab.up`."""
