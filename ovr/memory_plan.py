@@ -2,27 +2,31 @@
 
 Pages that go outside are dropped from the inside pagemap. The frames for them are allocated by the
 guest: by CRIU's restorer, which is asked for it through ``VmaEntry.madv`` (``MADV_POPULATE_WRITE``)
-for pieces of writable anonymous areas, cut so that only pages that existed are allocated; by the
-agent, page by page, for everything else.
+for pieces of writable anonymous areas, cut so that only pages that existed are allocated; by CRIU
+before it makes the children that are to share them (`cow_plan`); by the agent, page by page, for
+everything else.
 """
 
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Final
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ovr._fastcopy import PIECE
 from ovr.addresses import PAGE_SHIFT
+from ovr.cow_plan import CowPlan, Sharing, plan_cow
 from ovr.images import PAGEMAP_DTYPE, Draft, InsideImages, Memory, MmEntry, Task, VmaEntry
-from ovr.images.cow import shared_with_parents
+from ovr.images.cow import inheritance
 from ovr.images.shared import SharedMemory
 from ovr.images.vma import (
+    MADV_DONTNEED_LOCKED,
     MADV_POPULATE_WRITE,
     MAP_GROWSDOWN,
     MAP_HUGETLB,
+    MAP_POPULATE,
     PROT_WRITE,
     VMA_ANON_PRIVATE,
     VMA_AREA_AIORING,
@@ -33,8 +37,8 @@ from ovr.images.vma import (
     is_private,
     split_vma,
 )
-from ovr.placement import PLACED, RANGE, Allocation, Area, Reason, Runs, join_ranges, place
-from ovr.ranges import total
+from ovr.placement import PLACED, Allocation, Area, Reason, Runs, place
+from ovr.ranges import Ranges, common, cut_to, join, ranges_of, total
 
 __all__ = [
     "Cuts",
@@ -42,6 +46,7 @@ __all__ = [
     "SharedPlan",
     "TaskPlan",
     "cuts_of",
+    "pieces_of",
     "plan_shared",
     "plan_tasks",
 ]
@@ -50,8 +55,7 @@ _MAP_TYPE: Final = 0x0F
 _MAP_DROPPABLE: Final = 0x08
 
 Cuts = Mapping[tuple[int, int], Sequence[int]]
-"""Where areas are cut, by their bounds: the same in all tasks, or CRIU would not see that a child
-has an area of its parent."""
+"""Where the areas of a task are cut, by their bounds."""
 
 
 @dataclass(frozen=True)
@@ -85,18 +89,11 @@ class MemoryPlan:
         outside: Runs = self.runs[self.runs["reason"] == Reason.OUTSIDE]
         return outside
 
-    @cached_property
+    @property
     def pieces(self) -> dict[int, Runs]:
-        """The pages that go outside, as `_fastcopy.PIECE` arrays by level of the images."""
+        """The pages that go outside and have frames of their own, as `pieces_of`."""
         outside = self.outside
-        found = {}
-        for level in np.unique(outside["level"]).tolist():
-            runs = outside[outside["level"] == level]
-            found[level] = pieces = np.empty(len(runs), dtype=PIECE)
-            pieces["gva"], pieces["size"], pieces["offset"] = (
-                runs["start"], runs["size"], runs["offset"],
-            )  # fmt: skip
-        return found
+        return pieces_of(outside[outside["allocation"] != Allocation.BEFORE_FORK])
 
     def by_reason(self) -> dict[Reason, int]:
         """Bytes by verdict."""
@@ -105,14 +102,14 @@ class MemoryPlan:
             for reason in np.unique(self.runs["reason"]).tolist()
         }
 
-    def to_touch(self) -> Runs:
-        """Return the `RANGE` array of pages that the agent is to allocate."""
+    def to_touch(self) -> Ranges:
+        """Return the pages that the agent is to allocate."""
         outside = self.outside
         return _joined(outside[outside["allocation"] == Allocation.AGENT])
 
     def drop(self, inside: InsideImages) -> None:
         """Leave the pages that go outside out of the inside pagemap."""
-        if len(self.outside):
+        if (self.runs["reason"] <= Reason.INHERITED).any():
             inside.keep_pages(self.memory, _as_entries(self.runs), self.first_pages())
 
     def first_pages(self) -> list[int]:
@@ -126,9 +123,11 @@ class TaskPlan(MemoryPlan):
 
     Attributes:
         task: what the images say.
+        sharing: what it shares with its parent or its children.
     """
 
     task: Task
+    sharing: Sharing
 
     @property
     def memory(self) -> Memory:
@@ -136,28 +135,36 @@ class TaskPlan(MemoryPlan):
         assert self.task.memory is not None
         return self.task.memory
 
-    @property
-    def pieces_of_criu(self) -> Runs:
-        """The `RANGE` array of what CRIU is to populate."""
+    @cached_property
+    def pieces_of_criu(self) -> Ranges:
+        """What CRIU is to populate for this task alone."""
         outside = self.outside
         return _joined(outside[outside["allocation"] == Allocation.CRIU])
 
-    @cached_property
-    def spared(self) -> Runs:
-        """The `RANGE` array of bytes that are the guest kernel's: the registered ``struct rseq``.
+    @property
+    def bequeathed(self) -> dict[int, Runs]:
+        """The pages that descendants inherit, written here for all of them, as `pieces_of`."""
+        outside = self.outside
+        return pieces_of(outside[outside["allocation"] == Allocation.BEFORE_FORK])
+
+    def inherited(self, root: int) -> dict[int, Runs]:
+        """Return the pages that the ancestor with the pid `root` has written, as `pieces_of`."""
+        runs = self.runs[self.runs["reason"] == Reason.INHERITED]
+        ranges = self.sharing.from_root[root]
+        return {
+            level: cut_to(pieces, ranges["start"], ranges["end"])
+            for level, pieces in pieces_of(runs).items()
+        }
+
+    @property
+    def spared(self) -> Ranges:
+        """Bytes that are the guest kernel's: the registered ``struct rseq``.
 
         CRIU registers them while it builds the skeleton. The kernel keeps the number of the CPU
         there; newer ones remember what they have written and write it again only when it changes,
         so that an old number over it would stay.
         """
-        areas = [
-            (rseq.rseq_abi_pointer, rseq.rseq_abi_pointer + rseq.rseq_abi_size)
-            for core in self.task.cores.values()
-            if core.thread_core.HasField("rseq_entry")
-            for rseq in [core.thread_core.rseq_entry]
-            if rseq.rseq_abi_size <= 1 << PAGE_SHIFT
-        ]
-        return join_ranges(np.array(sorted(areas), dtype=RANGE))
+        return self.task.rseq_areas
 
     def first_pages(self) -> list[int]:
         """Return the first page of each area where it goes outside."""
@@ -166,7 +173,7 @@ class TaskPlan(MemoryPlan):
         owner = np.searchsorted(vmas["start"], self.runs["start"], side="right") - 1
         first = np.diff(owner, prepend=-1) != 0
         pages: list[int] = self.runs["start"][
-            first & (self.runs["reason"] == Reason.OUTSIDE)
+            first & (self.runs["reason"] <= Reason.INHERITED)
         ].tolist()
         return pages
 
@@ -174,7 +181,22 @@ class TaskPlan(MemoryPlan):
         """Make the task's part of the inside image set."""
         self.drop(inside)
         mm = draft.message(f"mm-{self.task.pid}.img", 0, MmEntry)
-        _cut_and_populate(mm, self.pieces_of_criu, cuts)
+        areas: list[VmaEntry] = []
+        for vma in mm.vmas:
+            edges = cuts.get((vma.start, vma.end), ())
+            for piece in split_vma(vma, edges) if edges else [vma]:
+                self._ask_criu(piece)
+                areas.append(piece)
+        del mm.vmas[:]
+        mm.vmas.extend(areas)
+
+    def _ask_criu(self, piece: VmaEntry) -> None:
+        if _contains(self.pieces_of_criu, piece):
+            piece.madv |= 1 << MADV_POPULATE_WRITE
+        if _contains(self.sharing.dropped, piece):
+            piece.madv |= 1 << MADV_DONTNEED_LOCKED
+        if _contains(self.sharing.cow.bequeathed, piece):
+            piece.flags |= MAP_POPULATE
 
 
 @dataclass(frozen=True)
@@ -193,24 +215,32 @@ class SharedPlan(MemoryPlan):
         return self.shared.memory
 
 
-def plan_tasks(alive: Sequence[Task], *, asked: bool, force: bool) -> tuple[TaskPlan, ...]:
-    """Place the private pages of tasks.
+def plan_tasks(
+    alive: Sequence[Task], *, asked: bool, force: bool
+) -> tuple[tuple[TaskPlan, ...], CowPlan]:
+    """Place the private pages of tasks, and say what they share.
 
     Args:
         alive: the tasks, parents first.
         asked: whether memory is to be written outside at all.
         force: whether the guest's agent can allocate pages of areas that are not writable.
     """
-    shared = shared_with_parents(alive) if asked else {}
+    areas = {task.pid: _areas(task, asked=asked, force=force) for task in alive}
+    cow = plan_cow(alive, inheritance(alive) if asked else {}, lambda task: _open(areas[task.pid]))
     plans = []
     for task in alive:
         assert task.memory is not None
-        rows = np.concatenate(shared.get(task.pid, [np.empty((0, 2), "<u8")]))
-        cow = np.empty(len(rows), dtype=RANGE)
-        cow["start"], cow["end"] = rows[:, 0], rows[:, 1]
-        areas = _areas(task, asked=asked, force=force)
-        plans.append(TaskPlan(place(task.memory.entries, areas, join_ranges(cow)), task))
-    return tuple(plans)
+        sharing = cow.tasks[task.pid]
+        runs = place(task.memory.entries, areas[task.pid], sharing.cow)
+        plans.append(TaskPlan(runs, task, sharing))
+    return tuple(plans), cow
+
+
+def _open(areas: Sequence[Area]) -> Ranges:
+    # What goes outside and may be cut.
+    chosen = [area for area in areas if area.reason == Reason.OUTSIDE and area.may_be_cut]
+    rows = np.array([(area.start, area.end) for area in chosen], dtype="<u8").reshape(-1, 2)
+    return join(ranges_of(rows[:, 0], rows[:, 1]))
 
 
 def plan_shared(objects: Sequence[SharedMemory], *, asked: bool) -> tuple[SharedPlan, ...]:
@@ -218,19 +248,50 @@ def plan_shared(objects: Sequence[SharedMemory], *, asked: bool) -> tuple[Shared
     return tuple(SharedPlan(_placed(shared, asked), shared) for shared in objects)
 
 
-def cuts_of(plans: Iterable[TaskPlan]) -> Cuts:
-    """Return where the areas of all tasks are cut, so that CRIU can populate pieces of them."""
-    cuts: dict[tuple[int, int], set[int]] = defaultdict(set)
+def cuts_of(plans: Sequence[TaskPlan], cow: CowPlan) -> dict[int, Cuts]:
+    """Return where the areas of each task are cut, by pid.
+
+    Each piece that CRIU is asked something about is an area of its own: in all of a family, or CRIU
+    would not see that one piece is the other's.
+    """
+    families: dict[int, list[Ranges]] = {root: [*edges] for root, edges in cow.edges.items()}
     for plan in plans:
-        assert plan.task.vmas is not None
-        vmas = plan.task.vmas[is_private(plan.task.vmas)]
-        pieces = plan.pieces_of_criu
-        owner = np.searchsorted(vmas["start"], pieces["start"], side="right") - 1
-        for (low, high), (start, end) in zip(
-            vmas[owner][["start", "end"]].tolist(), pieces.tolist(), strict=True
-        ):
-            cuts[low, high] |= {start, end} - {low, high}
-    return {bounds: sorted(edges) for bounds, edges in cuts.items() if edges}
+        for root, areas in cow.rooted[plan.task.pid].items():
+            families[root].append(common(plan.pieces_of_criu, areas))
+    for plan in plans:
+        if plan.task.pid in families:
+            families[plan.task.pid].append(common(plan.pieces_of_criu, cow.heirs(plan.task.pid)))
+    points = {root: _points(*sets) for root, sets in families.items()}
+    found = {}
+    for plan in plans:
+        pid = plan.task.pid
+        own = [_points(plan.pieces_of_criu)]
+        own += [_within(points[root], areas) for root, areas in cow.rooted[pid].items()]
+        if pid in points:
+            own.append(_within(points[pid], cow.heirs(pid)))
+        found[pid] = _cuts(plan.task, np.unique(np.concatenate(own)))
+    return found
+
+
+def _points(*sets: Ranges) -> NDArray[np.uint64]:
+    return np.unique(np.concatenate([s[side] for s in sets for side in ("start", "end")]))
+
+
+def _within(points: NDArray[np.uint64], areas: Ranges) -> NDArray[np.uint64]:
+    at = np.searchsorted(areas["start"], points, side="right") - 1
+    inside: NDArray[np.uint64] = points[np.append(areas["end"], np.uint64(0))[at] > points]
+    return inside
+
+
+def _cuts(task: Task, points: NDArray[np.uint64]) -> Cuts:
+    assert task.vmas is not None
+    vmas = task.vmas[is_private(task.vmas)]
+    first = np.searchsorted(points, vmas["start"], side="right")
+    last = np.searchsorted(points, vmas["end"], side="left")
+    return {
+        (int(vmas["start"][n]), int(vmas["end"][n])): points[first[n] : last[n]].tolist()
+        for n in np.flatnonzero(first < last).tolist()
+    }
 
 
 def _areas(task: Task, *, asked: bool, force: bool) -> list[Area]:
@@ -257,11 +318,12 @@ def _area(
     if flags & MAP_HUGETLB:
         # The agent cannot force a write there (check_vma_flags() of mm/gup.c).
         reason = Reason.OUTSIDE if writable and status & VMA_ANON_PRIVATE else Reason.HUGETLB
-        return Area(start, end, reason, populates=True)
+        return Area(start, end, reason, populates=True)  # whole, or not at all
     if not (writable or force):
         return Area(start, end, Reason.READ_ONLY)
-    populates = writable and bool(status & VMA_ANON_PRIVATE) and not flags & MAP_GROWSDOWN
-    return Area(start, end, Reason.OUTSIDE, populates=populates, divisible=populates)
+    may_be_cut = not flags & MAP_GROWSDOWN
+    populates = may_be_cut and writable and bool(status & VMA_ANON_PRIVATE)
+    return Area(start, end, Reason.OUTSIDE, populates, divisible=populates, may_be_cut=may_be_cut)
 
 
 def _placed(shared: SharedMemory, asked: bool) -> Runs:
@@ -285,34 +347,30 @@ def _shared_verdict(shared: SharedMemory, asked: bool) -> Reason:
     return Reason.OUTSIDE if shared.places else Reason.UNREACHABLE
 
 
-def _joined(runs: Runs) -> Runs:
-    ranges = np.empty(len(runs), dtype=RANGE)
-    ranges["start"], ranges["end"] = runs["start"], runs["start"] + runs["size"]
-    return join_ranges(ranges)
+def pieces_of(runs: Runs) -> dict[int, Runs]:
+    """Return `placement.PLACED` runs as `_fastcopy.PIECE` arrays by level of the images."""
+    found = {}
+    for level in np.unique(runs["level"]).tolist():
+        here = runs[runs["level"] == level]
+        found[level] = pieces = np.empty(len(here), dtype=PIECE)
+        pieces["gva"], pieces["size"], pieces["offset"] = (
+            here["start"], here["size"], here["offset"],
+        )  # fmt: skip
+    return found
+
+
+def _joined(runs: Runs) -> Ranges:
+    return join(ranges_of(runs["start"], runs["start"] + runs["size"]))
+
+
+def _contains(ranges: Ranges, vma: VmaEntry) -> bool:
+    at = int(np.searchsorted(ranges["start"], np.uint64(vma.start), side="right")) - 1
+    return at >= 0 and vma.end <= int(ranges["end"][at])
 
 
 def _as_entries(runs: Runs) -> Runs:
-    kept = runs[runs["reason"] != Reason.OUTSIDE]
+    kept = runs[runs["reason"] > Reason.INHERITED]
     entries = np.zeros(len(kept), dtype=PAGEMAP_DTYPE)
     entries["vaddr"] = kept["start"]
     entries["nr_pages"] = kept["size"] >> np.uint64(PAGE_SHIFT)
     return entries
-
-
-def _cut_and_populate(mm: MmEntry, wanted: Runs, cuts: Cuts) -> None:
-    areas: list[VmaEntry] = []
-    for vma in mm.vmas:
-        edges = cuts.get((vma.start, vma.end), ()) if _may_be_cut(vma) else ()
-        for piece in split_vma(vma, edges) if edges else [vma]:
-            # Every wanted range is cut out, but others may have been cut inside of it.
-            at = int(np.searchsorted(wanted["start"], np.uint64(piece.start), side="right")) - 1
-            if at >= 0 and piece.end <= int(wanted["end"][at]):
-                piece.madv |= 1 << MADV_POPULATE_WRITE
-            areas.append(piece)
-    del mm.vmas[:]
-    mm.vmas.extend(areas)
-
-
-def _may_be_cut(vma: VmaEntry) -> bool:
-    # Another task may have something else at the same place.
-    return bool(vma.status & VMA_ANON_PRIVATE) and not vma.flags & (MAP_GROWSDOWN | MAP_HUGETLB)

@@ -1,11 +1,13 @@
 """What the plan writes outside, found in the guest: address spaces, frames, sources.
 
-The frames are there already, or are asked for here: CRIU has populated pieces of areas, the agent
-touches the other pages of tasks, and maps each shared object in a process of its own, whose page
-table leads to the object's pages. So nothing of this is seen in the restored tasks.
+The frames are there already, or are asked for here: CRIU has populated pieces of areas, some before
+it made the children that share them; the agent touches the other pages of tasks, and maps each
+shared object in a process of its own, whose page table leads to the object's pages. So nothing of
+this is seen in the restored tasks.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
@@ -13,20 +15,50 @@ import numpy as np
 from ovr.addresses import PAGE_SIZE, Gva
 from ovr.errors import RestoreFailed
 from ovr.images.source import Sources
-from ovr.kernel import Kernel, Struct, find_task, find_vma, mm_space
+from ovr.kernel import (
+    Kernel,
+    Struct,
+    anon_vma_users,
+    find_task,
+    find_vma,
+    for_each_vma,
+    mm_space,
+    settled,
+)
 from ovr.memory_plan import SharedPlan, TaskPlan
+from ovr.paging import Frames
 from ovr.placement import Runs
 from ovr.plan import Plan
+from ovr.ranges import RANGE, Ranges, cut_to, join
 from ovr.state import GuestTree
-from ovr.state.memory import Target
+from ovr.state.memory import Family, Target
 from ovr.vm.agent import Agent
 
-__all__ = ["targets"]
+__all__ = ["Outside", "find_outside"]
 
 _OF_THE_TASK: Final = "was it killed? look for the OOM killer in the guest's kernel log"
 
 
-def targets(plan: Plan, guest: GuestTree, agent: Agent, sources: Sources) -> tuple[Target, ...]:
+@dataclass(frozen=True)
+class Outside:
+    """All that is to be written.
+
+    Attributes:
+        families: what tasks share copy-on-write.
+        targets: what one task has alone, and shared memory.
+    """
+
+    families: Sequence[Family]
+    targets: Sequence[Target]
+
+    @property
+    def all(self) -> Sequence[Target]:
+        """Every target, once."""
+        shared = [target for family in self.families for target in (family.first, *family.heirs)]
+        return [*{id(target): target for target in (*shared, *self.targets)}.values()]
+
+
+def find_outside(plan: Plan, guest: GuestTree, agent: Agent, sources: Sources) -> Outside:
     """Have the guest allocate what the plan writes outside, and return where it is.
 
     Raises:
@@ -34,34 +66,100 @@ def targets(plan: Plan, guest: GuestTree, agent: Agent, sources: Sources) -> tup
         GuestFault: kernel objects of the guest make no sense.
         AgentUnreachable: the link broke.
     """
-    found = [target for task in plan.tasks for target in _of_task(task, guest, agent, sources)]
+    restorees = {task.task.pid: _Restoree(task, guest, agent, sources) for task in plan.tasks}
+    families: list[Family] = []
+    targets: list[Target] = []
+    for restoree in restorees.values():
+        restoree.allocate()
+        targets += restoree.targets(restoree.plan.pieces)
+    for restoree in restorees.values():
+        if restoree.plan.bequeathed:
+            families += _families(restoree, restorees, guest)
     for shared in plan.shared:
-        found += _of_shared(shared, guest, agent, sources)
-    return tuple(found)
+        targets += _of_shared(shared, guest, agent, sources)
+    return Outside(families, targets)
 
 
-def _of_task(plan: TaskPlan, guest: GuestTree, agent: Agent, sources: Sources) -> Iterator[Target]:
-    if not plan.bytes_outside:
-        return
-    task = guest.task(plan.task.pid)
-    space = mm_space(guest.kernel, task.mm)
-    pid: int = task.tgid
+class _Restoree:
+    # A task of the plan, found in the guest.
 
-    def ask(pieces: Runs) -> None:
-        agent.touch(pid, pieces[["gva", "size"]].tolist(), keep=True)
+    def __init__(self, plan: TaskPlan, guest: GuestTree, agent: Agent, sources: Sources) -> None:
+        task = guest.task(plan.task.pid)
+        self.plan = plan
+        self.mm: Struct = task.mm
+        self.space = mm_space(guest.kernel, self.mm)
+        self._pid: int = task.tgid
+        self._kernel = guest.kernel
+        self._agent = agent
+        self._sources = sources
 
-    _touch(plan, agent, pid)
-    for level, pieces in plan.pieces.items():
-        yield Target(
-            name=f"pid {plan.task.pid}",
-            space=space,
-            frames=guest.kernel.private_frames,
-            pieces=pieces,
-            source=sources.of(plan.memory, level),
-            source_name=plan.memory.pages_name,
-            ask=ask,
-            spared=plan.spared,
+    def targets(self, pieces: Mapping[int, Runs], frames: Frames | None = None) -> Iterator[Target]:
+        for level, here in pieces.items():
+            if len(here):
+                yield Target(
+                    name=f"pid {self.plan.task.pid}",
+                    space=self.space,
+                    frames=frames or self._kernel.private_frames,
+                    pieces=here,
+                    source=self._sources.of(self.plan.memory, level),
+                    source_name=self.plan.memory.pages_name,
+                    ask=self._ask,
+                    spared=self.plan.spared,
+                )
+
+    def _ask(self, pieces: Runs) -> None:
+        self._agent.touch(self._pid, pieces[["gva", "size"]].tolist(), keep=True)
+
+    def allocate(self) -> None:
+        if len(self.plan.to_touch()):
+            _touch(self.plan, self._agent, self._pid)
+
+
+def _families(
+    first: _Restoree, restorees: Mapping[int, _Restoree], guest: GuestTree
+) -> Iterator[Family]:
+    pid = first.plan.task.pid
+    sharing = {r: r.plan.sharing for r in restorees.values() if r is not first}
+    heirs = [
+        target
+        for heir, with_whom in sharing.items()
+        if pid in with_whom.from_root
+        for target in heir.targets(heir.plan.inherited(pid))
+    ]
+    strangers = [(r.space, s.dropped) for r, s in sharing.items() if len(s.dropped)]
+    ours = {restoree.mm.address_ for restoree in restorees.values()}
+    for anon_vma, ranges in _anon_vmas(first).items():
+        frames = _frames_of_the_tree(guest.kernel, anon_vma, ours, pid)
+        pieces = {
+            level: cut_to(part, ranges["start"], ranges["end"])
+            for level, part in first.plan.bequeathed.items()
+        }
+        for target in first.targets(pieces, frames):
+            yield Family(target, heirs, strangers)
+
+
+def _anon_vmas(restoree: _Restoree) -> dict[Gva, Ranges]:
+    # Where the task's bequeathed pages are, by the anon_vma of their area.
+    found: dict[Gva, list[tuple[int, int]]] = {}
+    seed = restoree.plan.sharing.cow.bequeathed
+    for vma in settled(lambda: [*for_each_vma(restoree.mm)]):
+        start, end = vma.vm_start, vma.vm_end
+        at = int(np.searchsorted(seed["end"], np.uint64(start), side="right"))
+        if at < len(seed) and int(seed["start"][at]) < end:
+            found.setdefault(vma.anon_vma.address_, []).append((start, end))
+    return {anon: join(np.array(rows, dtype=RANGE)) for anon, rows in found.items()}
+
+
+def _frames_of_the_tree(kernel: Kernel, anon_vma: Gva, ours: set[Gva], pid: int) -> Frames:
+    # Tasks of the tree are stopped: nobody can come to use the anon_vma, who does not use it now.
+    users = anon_vma_users(kernel.object("struct anon_vma", anon_vma)) if anon_vma else set()
+    if not anon_vma or not users <= ours:
+        raise RestoreFailed(
+            f"pid {pid}: memory that it should share with its children was not allocated, or is"
+            " shared with others",
+            "the guest may be out of memory; free some and restore again",
         )
+    return kernel.anon_frames(anon_vma)
 
 
 def _touch(plan: TaskPlan, agent: Agent, pid: int) -> None:
@@ -74,7 +172,7 @@ def _touch(plan: TaskPlan, agent: Agent, pid: int) -> None:
         agent.touch(pid, zip(chosen["start"].tolist(), sizes, strict=True), keep=keep)
 
 
-def _overlaps(ranges: Runs, others: Runs) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
+def _overlaps(ranges: Ranges, others: Ranges) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
     # Which of the ranges have a page in common with one of the others; both are sorted.
     low = others["start"] // np.uint64(PAGE_SIZE) * np.uint64(PAGE_SIZE)
     first = np.searchsorted(others["end"], ranges["start"], side="right")

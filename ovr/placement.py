@@ -6,7 +6,7 @@ of it on numpy arrays: a fragmented process has more than a million entries.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Final
 
@@ -14,26 +14,28 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ovr.addresses import PAGE_SIZE
+from ovr.ranges import Ranges, no_ranges
 
-__all__ = ["PLACED", "RANGE", "Allocation", "Area", "Reason", "Runs", "join_ranges", "place"]
+__all__ = ["PLACED", "Allocation", "Area", "Cow", "Reason", "Runs", "place"]
 
 Runs = NDArray[np.void]
-"""An array of `PLACED` or `RANGE`."""
+"""An array of `PLACED`."""
 
 
 class Reason(IntEnum):
-    """Why a run of pages stays inside; `OUTSIDE` is the one that does not."""
+    """Why a run of pages stays inside; `OUTSIDE` and `INHERITED` are the ones that do not."""
 
     OUTSIDE = 0
-    COW = 1
-    VDSO = 2
-    SPECIAL = 3
-    HUGETLB = 4
-    READ_ONLY = 5
-    SEALED = 6
-    UNREACHABLE = 7
-    NOT_ASKED = 8
-    ANCHOR = 9
+    INHERITED = 1
+    COW = 2
+    VDSO = 3
+    SPECIAL = 4
+    HUGETLB = 5
+    READ_ONLY = 6
+    SEALED = 7
+    UNREACHABLE = 8
+    NOT_ASKED = 9
+    ANCHOR = 10
 
     @property
     def text(self) -> str:
@@ -43,7 +45,8 @@ class Reason(IntEnum):
 
 _TEXTS: Final = {
     Reason.OUTSIDE: "written from outside",
-    Reason.COW: "equal in parent and child: CRIU lets them share it copy-on-write",
+    Reason.INHERITED: "shared copy-on-write with an ancestor, written there",
+    Reason.COW: "shared copy-on-write by parent and child, in few pages or not from the first on",
     Reason.VDSO: "vDSO or vvar: CRIU matches it with the guest kernel's own",
     Reason.SPECIAL: "special area (AIO ring, shadow stack, guard, droppable)",
     Reason.HUGETLB: "hugetlb pages that are shared, read-only, or do not fill their area",
@@ -62,6 +65,8 @@ class Allocation(IntEnum):
     """The agent, by touching each page while the skeleton stands."""
     CRIU = 1
     """CRIU's restorer (``MADV_POPULATE_WRITE``): faster, for whole pieces of an area."""
+    BEFORE_FORK = 2
+    """CRIU when it maps a piece of an area (``MAP_POPULATE``), before it makes the children."""
 
 
 PLACED = np.dtype(
@@ -72,9 +77,6 @@ PLACED = np.dtype(
 )  # fmt: skip
 """A run of pages: GVA and size in bytes, position in the pages image of that level (0: the image
 set's own, 1: its parent's, …), a `Reason`, and for what goes outside an `Allocation`."""
-
-RANGE = np.dtype([("start", "<u8"), ("end", "<u8")])
-"""Half-open, in bytes."""
 
 # A piece of an area of its own costs CRIU an mmap and a madvise; touching a page costs two system
 # calls. So pieces are worth it from some size on, and not too many of them in one area.
@@ -90,6 +92,7 @@ class Area:
         reason: the verdict.
         populates: CRIU may be asked to populate it as a whole: it is anonymous and writable.
         divisible: and any part of it too.
+        may_be_cut: CRIU may be given it in pieces.
     """
 
     start: int
@@ -97,40 +100,45 @@ class Area:
     reason: Reason
     populates: bool = False
     divisible: bool = False
+    may_be_cut: bool = False
 
 
-def place(pagemap: Runs, areas: Sequence[Area], cow: Runs) -> Runs:
+@dataclass(frozen=True)
+class Cow:
+    """What a task shares copy-on-write, each a `ranges.Ranges`, sorted, without overlaps.
+
+    Attributes:
+        inherited: with an ancestor that has it written.
+        bequeathed: with descendants that inherit it.
+        inside: with its parent or its children by way of CRIU's own images.
+    """
+
+    inherited: Ranges = field(default_factory=no_ranges)
+    bequeathed: Ranges = field(default_factory=no_ranges)
+    inside: Ranges = field(default_factory=no_ranges)
+
+
+def place(pagemap: Runs, areas: Sequence[Area], cow: Cow) -> Runs:
     """Return the `PLACED` runs of one task, sorted by address.
 
     Args:
         pagemap: entries of dtype `images.PAGEMAP_DTYPE`, sorted, all with data in an image.
         areas: the task's private VMAs, sorted; every entry lies inside of them.
-        cow: `RANGE` array of what the task shares with its parent or its children, sorted, without
-            overlaps.
+        cow: what the task shares with its parent or its children.
     """
     starts = np.array([area.start for area in areas], dtype="<u8")
     ends = np.array([area.end for area in areas], dtype="<u8")
-    borders = np.unique(np.concatenate([starts, ends, cow["start"], cow["end"]]))
-    runs = _cut(pagemap, borders)
+    shared = [cow.inherited, cow.bequeathed, cow.inside]
+    edges = [ranges[side] for ranges in shared for side in ("start", "end")]
+    runs = _cut(pagemap, np.unique(np.concatenate([starts, ends, *edges])))
     owner = np.searchsorted(starts, runs["start"], side="right") - 1
     runs["reason"] = np.array([area.reason for area in areas], dtype="<u1")[owner]
-    runs["reason"][_inside(runs, cow)] = Reason.COW
+    runs["reason"][_inside(runs, cow.inside)] = Reason.COW
+    runs["reason"][_inside(runs, cow.inherited)] = Reason.INHERITED
+    runs["allocation"][_inside(runs, cow.bequeathed)] = Allocation.BEFORE_FORK
     runs = _anchor(_join(runs, owner))
     _allocate(runs, np.searchsorted(starts, runs["start"], side="right") - 1, areas)
     return runs
-
-
-def join_ranges(ranges: Runs) -> Runs:
-    """Sort `RANGE`s and join those that touch or overlap."""
-    if not len(ranges):
-        return ranges
-    ordered = np.sort(ranges, order="start")
-    reach = np.maximum.accumulate(ordered["end"])
-    opens = np.append(True, ordered["start"][1:] > reach[:-1])
-    joined = np.empty(np.count_nonzero(opens), dtype=RANGE)
-    joined["start"] = ordered["start"][opens]
-    joined["end"] = reach[np.append(np.flatnonzero(opens)[1:] - 1, len(ordered) - 1)]
-    return joined
 
 
 def _cut(pagemap: Runs, borders: NDArray[np.uint64]) -> Runs:
@@ -171,6 +179,7 @@ def _join(runs: Runs, owner: NDArray[np.intp]) -> Runs:
         | (runs["offset"][1:] != runs["offset"][:-1] + runs["size"][:-1].astype("<i8"))
         | (runs["level"][1:] != runs["level"][:-1])
         | (runs["reason"][1:] != runs["reason"][:-1])
+        | (runs["allocation"][1:] != runs["allocation"][:-1])
         | (owner[1:] != owner[:-1])
     )
     firsts = np.flatnonzero(new)
@@ -181,7 +190,9 @@ def _join(runs: Runs, owner: NDArray[np.intp]) -> Runs:
 
 def _allocate(runs: Runs, owner: NDArray[np.intp], areas: Sequence[Area]) -> None:
     # What counts is how the pages lie in memory; in the images they may come from several levels.
-    outside = np.flatnonzero(runs["reason"] == Reason.OUTSIDE)
+    outside = np.flatnonzero(
+        (runs["reason"] == Reason.OUTSIDE) & (runs["allocation"] != Allocation.BEFORE_FORK)
+    )
     if not len(outside):
         return
     start, size, area = runs["start"][outside], runs["size"][outside], owner[outside]
@@ -215,7 +226,7 @@ def _worth_a_piece(
 
 def _anchor(runs: Runs) -> Runs:
     # CRIU 4.1 crashes on a task whose pagemap has no entry (premap_priv_vmas): keep one page.
-    if not len(runs) or (runs["reason"] != Reason.OUTSIDE).any():
+    if not len(runs) or (runs["reason"] > Reason.INHERITED).any():
         return runs
     smallest = int(np.argmin(runs["size"]))
     head = runs[smallest : smallest + 1].copy()

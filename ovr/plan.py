@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from ovr.cow_plan import CowPlan
 from ovr.errors import UsageError
 from ovr.images import Draft, Extents, ImageSet, InsideImages
 from ovr.images.shared import shared_memory
@@ -29,12 +30,14 @@ class Plan:
         images: the image set.
         tasks: those that are alive, parents first.
         shared: the shared memory that has content.
+        cow: what tasks share copy-on-write.
         settings: the values of all kinds of state that go outside.
     """
 
     images: ImageSet
     tasks: tuple[TaskPlan, ...]
     shared: tuple[SharedPlan, ...]
+    cow: CowPlan
     settings: tuple[Setting, ...]
 
     @property
@@ -54,8 +57,9 @@ class Plan:
 
     @property
     def bytes_cow(self) -> int:
-        """Those of them that parents and children go on sharing; counted for each."""
-        return sum(task.by_reason().get(Reason.COW, 0) for task in self.tasks)
+        """Those of them that parents and children go on sharing, but those written outside."""
+        found = [task.by_reason() for task in self.tasks]
+        return sum(by.get(Reason.COW, 0) + by.get(Reason.INHERITED, 0) for by in found)
 
     @property
     def states(self) -> tuple[str, ...]:
@@ -66,9 +70,9 @@ class Plan:
     def inside_images(self) -> dict[str, bytes | Extents]:
         """Build the inside image set, by file name."""
         inside, draft = InsideImages(self.images), Draft(self.images)
-        cuts = cuts_of(self.tasks)
+        cuts = cuts_of(self.tasks, self.cow)
         for task in self.tasks:
-            task.put(inside, draft, cuts)
+            task.put(inside, draft, cuts[task.task.pid])
         for shared in self.shared:
             shared.drop(inside)
         neutralise(self.settings, draft)
@@ -94,10 +98,10 @@ def make_plan(
     asked = _asked(outside)
     memory = MEMORY in asked
     alive = [task for task in images.tasks if task.alive]
-    tasks = plan_tasks(alive, asked=memory, force=force_write)
+    tasks, cow = plan_tasks(alive, asked=memory, force=force_write)
     shared = plan_shared(shared_memory(images), asked=memory)
     settings = take(images, (kind for kind in KINDS if kind.name in asked))
-    return Plan(images, tasks, shared, settings)
+    return Plan(images, tasks, shared, cow, settings)
 
 
 def _asked(outside: Sequence[str]) -> set[str]:

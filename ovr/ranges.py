@@ -1,12 +1,75 @@
-"""Arrays of ranges: dividing them into parts of a bounded number of bytes."""
+"""Arrays of ranges: sets of addresses, and dividing runs into parts of a bounded size."""
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["cut_out", "split", "total"]
+__all__ = [
+    "RANGE",
+    "Ranges",
+    "common",
+    "cut_at",
+    "cut_out",
+    "cut_to",
+    "join",
+    "no_ranges",
+    "ranges_of",
+    "split",
+    "total",
+    "without",
+]
+
+RANGE: Final = np.dtype([("start", "<u8"), ("end", "<u8")])
+"""Half-open, in bytes."""
+
+Ranges = NDArray[np.void]
+"""An array of `RANGE`: a set of addresses. What the functions here return is sorted, and its
+elements neither touch nor overlap; what they take may be anything."""
+
+
+def ranges_of(start: NDArray[np.uint64], end: NDArray[np.uint64]) -> Ranges:
+    """Return the `RANGE` array with these columns, as they are."""
+    ranges = np.empty(len(start), dtype=RANGE)
+    ranges["start"], ranges["end"] = start, end
+    return ranges
+
+
+def no_ranges() -> Ranges:
+    """Return the empty set."""
+    return np.empty(0, dtype=RANGE)
+
+
+def join(*sets: Ranges) -> Ranges:
+    """Return what is in any of the sets."""
+    ranges = np.concatenate([no_ranges(), *sets])
+    if not len(ranges):
+        return ranges
+    ordered = np.sort(ranges, order="start")
+    reach = np.maximum.accumulate(ordered["end"])
+    opens = np.append(True, ordered["start"][1:] > reach[:-1])
+    last = np.append(np.flatnonzero(opens)[1:] - 1, len(ordered) - 1)
+    return ranges_of(ordered["start"][opens], reach[last])
+
+
+def common(one: Ranges, other: Ranges) -> Ranges:
+    """Return what is in both sets."""
+    return _combined(one, other, np.logical_and)
+
+
+def without(one: Ranges, other: Ranges) -> Ranges:
+    """Return what is in `one` and not in `other`."""
+    return _combined(one, other, np.greater)
+
+
+def _combined(one: Ranges, other: Ranges, both: Callable[..., Any]) -> Ranges:
+    flat = [_edges(join(one)), _edges(join(other))]
+    edges = np.unique(np.concatenate(flat))
+    # Behind an odd number of a set's edges one is inside of it.
+    inside = [np.searchsorted(f, edges, side="right") % 2 == 1 for f in flat]
+    kept = np.flatnonzero(both(*inside))
+    return join(ranges_of(edges[kept], edges[np.minimum(kept + 1, len(edges) - 1)]))
 
 
 def total(ranges: NDArray[np.void]) -> int:
@@ -35,16 +98,33 @@ def split(ranges: NDArray[np.void], limit: int) -> Iterator[NDArray[np.void]]:
         yield part
 
 
-def cut_out(runs: NDArray[np.void], holes: NDArray[np.void]) -> NDArray[np.void]:
+def cut_out(runs: NDArray[np.void], holes: Ranges) -> NDArray[np.void]:
     """Return `runs` without the bytes in `holes`, in order.
 
     Args:
-        runs: an array of dtype `_fastcopy.RUN`.
-        holes: sorted ``start``, ``end`` ranges of GVAs that neither touch nor overlap.
+        runs: an array of dtype `_fastcopy.RUN` or `_fastcopy.PIECE`.
+        holes: of GVAs; sorted, neither touching nor overlapping.
     """
     if not len(runs) or not len(holes):
         return runs
-    edges = np.stack([holes["start"], holes["end"]], axis=1).reshape(-1)
+    parts = cut_at(runs, _edges(holes))
+    kept: NDArray[np.void] = parts[~_inside(parts, holes["start"], holes["end"])]
+    return kept
+
+
+def cut_to(
+    runs: NDArray[np.void], start: NDArray[np.uint64], end: NDArray[np.uint64]
+) -> NDArray[np.void]:
+    """Return of `runs` what lies in the sorted ranges of GVAs, which do not overlap, in order."""
+    if not len(runs) or not len(start):
+        return runs[:0]
+    parts = cut_at(runs, np.unique(np.concatenate([start, end])))
+    kept: NDArray[np.void] = parts[_inside(parts, start, end)]
+    return kept
+
+
+def cut_at(runs: NDArray[np.void], edges: NDArray[np.uint64]) -> NDArray[np.void]:
+    """Cut `runs` at GVAs, sorted and each once; fields that say where it is follow."""
     start, end = runs["gva"], runs["gva"] + runs["size"]
     first = np.searchsorted(edges, start, side="right")
     count = np.searchsorted(edges, end, side="left") - first + 1
@@ -53,13 +133,25 @@ def cut_out(runs: NDArray[np.void], holes: NDArray[np.void]) -> NDArray[np.void]
     padded = np.append(edges, np.uint64(0))
     low = np.where(nth == 0, start[which], padded[first[which] + nth - 1])
     high = np.where(nth == count[which] - 1, end[which], padded[first[which] + nth])
-    parts = runs[which]
-    for name in ("gpa", "offset"):
+    parts: NDArray[np.void] = runs[which]
+    for name in {"gpa", "offset"} & {*(runs.dtype.names or ())}:
         parts[name] += (low - start[which]).astype(parts.dtype[name])
     parts["gva"], parts["size"] = low, high - low
-    # Between an odd and an even number of edges is a hole.
-    kept: NDArray[np.void] = parts[np.searchsorted(edges, low, side="right") % 2 == 0]
-    return kept
+    return parts
+
+
+def _edges(ranges: Ranges) -> NDArray[np.uint64]:
+    edges: NDArray[np.uint64] = np.stack([ranges["start"], ranges["end"]], axis=1).reshape(-1)
+    return edges
+
+
+def _inside(
+    parts: NDArray[np.void], start: NDArray[np.uint64], end: NDArray[np.uint64]
+) -> NDArray[np.bool_]:
+    # None of the parts crosses a border of a range.
+    at = np.searchsorted(start, parts["gva"], side="right") - 1
+    inside: NDArray[np.bool_] = np.append(end, np.uint64(0))[at] > parts["gva"]
+    return inside
 
 
 def _advance(one: NDArray[Any], by: int) -> None:

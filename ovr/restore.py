@@ -12,7 +12,7 @@ from ovr.errors import AgentUnreachable, OvrError, PidTaken, RestoreFailed
 from ovr.images import ImageSet, image_chunks
 from ovr.images.source import Sources
 from ovr.kernel import find_task
-from ovr.outside import targets
+from ovr.outside import Outside, find_outside
 from ovr.plan import Plan, make_plan
 from ovr.report import Report, Stopwatch
 from ovr.state import GuestTree, settings
@@ -71,14 +71,15 @@ def restore(
             copier = stack.enter_context(_copier(vm))
             sources = stack.enter_context(Sources())
             with watch("populate"):
-                memory = targets(plan, _guest(vm, skeleton), link, sources)
+                memory = find_outside(plan, _guest(vm, skeleton), link, sources)
             with watch("memory"):
-                copier.write(memory)
+                left = copier.write_families(memory.families)
+                copier.write([*left, *((target, target.pieces) for target in memory.targets)])
             with watch("state"):
                 settings.write(plan.settings, lambda: _guest(vm, skeleton), copier.holder)
             with watch("verify"):
                 settings.verify(plan.settings, _guest(vm, skeleton))
-                compared = 0 if verify == "none" else copier.verify(memory, full=verify == "full")
+                compared = _verify(copier, memory, verify)
         with watch("commit"):
             root = link.go()
         watch.seconds["total"] = watch.total()
@@ -141,6 +142,10 @@ def _copier(vm: AttachedVm) -> Iterator[Copier]:
     threads = min(len(os.sched_getaffinity(0)), 8)
     with Holder(vm.qmp) as holder, ThreadPoolExecutor(threads) as pool:
         yield Copier(holder, pool, threads)
+
+
+def _verify(copier: Copier, memory: Outside, mode: str) -> int:
+    return 0 if mode == "none" else copier.verify(memory.all, full=mode == "full")
 
 
 def _guest(vm: AttachedVm, skeleton: Skeleton) -> GuestTree:

@@ -6,7 +6,8 @@ is equal in both, page by page, and gives the child pages of its own for the res
 (``restore_priv_vma_content``). Whatever it was before the dump, that is what an area is afterwards.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,42 +19,76 @@ from ovr.images.runs import clip, ends_of
 from ovr.images.source import Sources
 from ovr.images.task import Memory, Task
 from ovr.images.vma import MAP_ANONYMOUS, MAP_GROWSDOWN, VMA_FILE_PRIVATE, Vmas, is_private
+from ovr.ranges import RANGE, Ranges, ranges_of
 
-__all__ = ["PageRanges", "shared_with_parents"]
-
-PageRanges = NDArray[np.uint64]
-"""Rows of start and end: half-open, in bytes."""
+__all__ = ["Inheritance", "inheritance", "zero_pages"]
 
 
-def shared_with_parents(tasks: Sequence[Task]) -> dict[int, list[PageRanges]]:
-    """Find what each task shares with its parent and with its children.
+@dataclass(frozen=True)
+class Inheritance:
+    """What a task has of its parent.
+
+    Attributes:
+        areas: the areas that CRIU lets it inherit, a `RANGE` array.
+        equal: the pages in them that are equal in both, neighbours joined.
+    """
+
+    areas: Ranges
+    equal: Ranges
+
+
+def inheritance(tasks: Sequence[Task]) -> Mapping[int, Inheritance]:
+    """Find what each task has of its parent, by pid; tasks without a parent here have no entry.
 
     Args:
         tasks: those that are alive, of one image set.
-
-    Returns:
-        Rows of ranges by pid, unsorted; nothing for a task that shares nothing.
 
     Raises:
         ImagesDamaged: a pages image is no longer as long as it was.
     """
     by_pid = {task.pid: task for task in tasks}
-    found: dict[int, list[PageRanges]] = {}
+    found: dict[int, Inheritance] = {}
     with Sources() as sources:
         for task in tasks:
             parent = by_pid.get(task.ppid)
-            if parent is None:
-                continue
-            areas = _inherited(task, parent)
-            assert task.memory is not None and parent.memory is not None
-            if len(equal := _equal(task.memory, parent.memory, areas, sources)):
-                found.setdefault(task.pid, []).append(equal)
-                found.setdefault(parent.pid, []).append(equal)
+            if parent is not None:
+                areas = _inherited(task, parent)
+                assert task.memory is not None and parent.memory is not None
+                equal = _equal(task.memory, parent.memory, areas, sources)
+                found[task.pid] = Inheritance(ranges_of(areas["start"], areas["end"]), equal)
     return found
 
 
+def zero_pages(task: Task, ranges: Ranges) -> Ranges:
+    """Return the pages of a task in `ranges` that hold nothing but zeros.
+
+    Raises:
+        ImagesDamaged: a pages image is no longer as long as it was.
+    """
+    assert task.memory is not None
+    runs = clip(task.memory.entries, ranges["start"], ranges["end"])
+    run_of_page = np.repeat(np.arange(len(runs)), runs["nr_pages"].astype(np.int64))
+    zero = np.zeros(len(run_of_page), dtype=bool)
+    with Sources() as sources:
+        for level in np.unique(runs["level"]).tolist():
+            pages = _page_by_page(runs[runs["level"] == level])
+            source = sources.of(task.memory, level)
+            here = (runs["level"] == level)[run_of_page]
+            zero[here] = equal_pages(source, bytes(PAGE_SIZE), pages)
+    return _as_ranges(runs, run_of_page, zero)
+
+
+def _page_by_page(runs: Entries) -> NDArray[np.void]:
+    # Each page, and the one page that it is to be compared with.
+    counts = runs["nr_pages"].astype(np.int64)
+    nth = np.arange(int(counts.sum())) - np.repeat(np.cumsum(counts) - counts, counts)
+    pairs = np.zeros(len(nth), dtype=PAIR)
+    pairs["one"] = np.repeat(runs["offset"], counts) + nth * PAGE_SIZE
+    pairs["size"] = PAGE_SIZE
+    return pairs
+
+
 def _inherited(task: Task, parent: Task) -> Vmas:
-    # The areas that CRIU lets the child have of its parent.
     assert task.mm is not None and parent.mm is not None
     assert task.vmas is not None and parent.vmas is not None
     own, theirs = task.vmas[is_private(task.vmas)], parent.vmas[is_private(parent.vmas)]
@@ -72,7 +107,7 @@ def _alike(own: Vmas, theirs: Vmas) -> NDArray[np.bool_]:
     return same
 
 
-def _equal(own: Memory, theirs: Memory, areas: Vmas, sources: Sources) -> PageRanges:
+def _equal(own: Memory, theirs: Memory, areas: Vmas, sources: Sources) -> Ranges:
     within = np.ascontiguousarray(areas["start"]), np.ascontiguousarray(areas["end"])
     other = clip(theirs.entries, *within)
     # Cut both at each other's borders: then they are the same runs of pages.
@@ -95,14 +130,14 @@ def _pairs(mine: Entries, other: Entries) -> NDArray[np.void]:
     return pairs
 
 
-def _as_ranges(
-    runs: Entries, run_of_page: NDArray[np.int64], equal: NDArray[np.bool_]
-) -> PageRanges:
+def _as_ranges(runs: Entries, run_of_page: NDArray[np.int64], equal: NDArray[np.bool_]) -> Ranges:
     # The equal pages, neighbours joined.
     before = (np.cumsum(runs["nr_pages"]) - runs["nr_pages"]).astype(np.int64)
     nth = (np.arange(len(equal)) - before[run_of_page]).astype(np.uint64)
     page = (runs["vaddr"][run_of_page] + nth * np.uint64(PAGE_SIZE))[equal]
     breaks = np.flatnonzero(page[1:] != page[:-1] + np.uint64(PAGE_SIZE))
-    starts = page[np.append(0, breaks + 1)[: len(page)]]
-    ends = page[np.append(breaks, len(page) - 1)[: len(page)]] + np.uint64(PAGE_SIZE)
-    return np.stack([starts, ends], axis=1)
+    found = np.empty(len(breaks) + 1 if len(page) else 0, dtype=RANGE)
+    if len(page):
+        found["start"] = page[np.append(0, breaks + 1)]
+        found["end"] = page[np.append(breaks, len(page) - 1)] + np.uint64(PAGE_SIZE)
+    return found

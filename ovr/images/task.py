@@ -4,13 +4,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
+import numpy as np
+
+from ovr.addresses import PAGE_SIZE
 from ovr.errors import ImagesDamaged, ImagesUnsupported
 from ovr.images.directory import ImageFile
 from ovr.images.framing import DUMP_AGAIN
 from ovr.images.messages import CoreEntry, FsEntry, MmEntry
-from ovr.images.pagemap import Entries
+from ovr.images.pagemap import USER_END, Entries
 from ovr.images.runs import covered
 from ovr.images.vma import Vmas, is_private
+from ovr.ranges import RANGE, Ranges, join
 
 __all__ = ["Memory", "Task", "TaskState"]
 
@@ -101,6 +105,18 @@ class Task:
     def comm(self) -> str:
         """Its name, with bytes that are not text shown as escapes."""
         return self.core.tc.comm.decode("utf-8", "backslashreplace")
+
+    @property
+    def rseq_areas(self) -> Ranges:
+        """Where its threads have registered a ``struct rseq`` each; sorted, in bytes."""
+        areas = [
+            (rseq.rseq_abi_pointer, rseq.rseq_abi_pointer + rseq.rseq_abi_size)
+            for core in self.cores.values()
+            if core.thread_core.HasField("rseq_entry")
+            for rseq in [core.thread_core.rseq_entry]
+            if rseq.rseq_abi_pointer < USER_END and rseq.rseq_abi_size <= PAGE_SIZE
+        ]
+        return join(np.array(areas, dtype=RANGE))
 
     @property
     def umask(self) -> int | None:

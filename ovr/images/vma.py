@@ -17,6 +17,7 @@ from ovr.images.wire import copy_of
 __all__ = [
     "MADV_DONTDUMP",
     "MADV_DONTFORK",
+    "MADV_DONTNEED_LOCKED",
     "MADV_HUGEPAGE",
     "MADV_MERGEABLE",
     "MADV_NOHUGEPAGE",
@@ -25,6 +26,7 @@ __all__ = [
     "MAP_ANONYMOUS",
     "MAP_GROWSDOWN",
     "MAP_HUGETLB",
+    "MAP_POPULATE",
     "PROT_EXEC",
     "PROT_READ",
     "PROT_WRITE",
@@ -78,6 +80,7 @@ PROT_WRITE: Final = 2
 PROT_EXEC: Final = 4
 MAP_ANONYMOUS: Final = 0x20
 MAP_GROWSDOWN: Final = 0x100
+MAP_POPULATE: Final = 0x8000
 MAP_HUGETLB: Final = 0x40000
 MADV_DONTFORK: Final = 10
 MADV_MERGEABLE: Final = 12
@@ -86,6 +89,7 @@ MADV_NOHUGEPAGE: Final = 15
 MADV_DONTDUMP: Final = 16
 MADV_WIPEONFORK: Final = 18
 MADV_POPULATE_WRITE: Final = 23
+MADV_DONTNEED_LOCKED: Final = 24  # since v5.18
 
 VMA_DTYPE: Final = np.dtype(
     [

@@ -24,6 +24,7 @@ from ovr.kernel.list import hlist_for_each_entry, list_for_each_entry
 from ovr.kernel.live import settled
 from ovr.kernel.mm import (
     Vma,
+    anon_vma_users,
     find_vma,
     for_each_vma,
     mm_space,
@@ -78,6 +79,7 @@ __all__ = [
     "Types",
     "Vma",
     "address_of",
+    "anon_vma_users",
     "cgroup_path",
     "container_of",
     "find_pid_ns",

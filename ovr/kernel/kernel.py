@@ -166,6 +166,21 @@ class Kernel:
             mapping_value=_MAPPING_ANON,
         )
 
+    def anon_frames(self, anon_vma: Gva) -> Frames:
+        """Frames of anonymous pages that only users of the ``struct anon_vma`` can have mapped.
+
+        Nobody has locked them, as who moves, splits, merges or reclaims them does first; KSM's have
+        another ``mapping``.
+        """
+        return replace(
+            self.private_frames,
+            page_mask=0,
+            folio_mask=1 << self.types.enum("enum pageflags")["PG_locked"],
+            folio_value=0,
+            mapping_mask=(1 << 64) - 1,
+            mapping_value=anon_vma | _MAPPING_ANON,
+        )
+
     def shared_frames(self, mapping: Gva) -> Frames:
         """Frames that hold what a shared object has at their place in the page cache.
 

@@ -12,6 +12,7 @@ from ovr.errors import GuestFault
 from ovr.kernel.kernel import Kernel
 from ovr.kernel.live import settled
 from ovr.kernel.maple import mt_for_each
+from ovr.kernel.rbtree import rbtree_for_each_entry
 from ovr.kernel.view import Struct
 from ovr.paging import AddressSpace
 
@@ -21,6 +22,7 @@ __all__ = [
     "VM_SHARED",
     "VM_WRITE",
     "Vma",
+    "anon_vma_users",
     "find_vma",
     "for_each_vma",
     "mm_space",
@@ -97,6 +99,20 @@ def find_vma(mm: Struct, address: Gva) -> Any:
 
     def find() -> Any:
         return next((vma for vma in for_each_vma(mm) if vma.vm_start <= address < vma.vm_end), None)
+
+    return settled(find)
+
+
+def anon_vma_users(anon_vma: Struct) -> set[Gva]:
+    """Return the address of every ``struct mm_struct`` that may map pages of an ``anon_vma``.
+
+    Raises:
+        GuestFault: its tree makes no sense, however often it is read.
+    """
+
+    def find() -> set[Gva]:
+        chains = rbtree_for_each_entry("struct anon_vma_chain", anon_vma.rb_root.rb_root, "rb")
+        return {chain.vma.vm_mm.address_ for chain in chains}
 
     return settled(find)
 

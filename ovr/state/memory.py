@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Final, TypeVar
 
 import numpy as np
@@ -22,10 +23,20 @@ from ovr._fastcopy import OWNED, PIECE, populate_read
 from ovr.errors import ImagesDamaged, RestoreFailed, VerifyMismatch
 from ovr.paging import AddressSpace, Frames
 from ovr.ram import Runs
-from ovr.ranges import cut_out, split, total
+from ovr.ranges import (
+    Ranges,
+    cut_at,
+    cut_out,
+    cut_to,
+    join,
+    no_ranges,
+    ranges_of,
+    split,
+    total,
+)
 from ovr.vm.hold import Holder
 
-__all__ = ["Copier", "Target"]
+__all__ = ["Copier", "Family", "Part", "Target"]
 
 HOLD_BYTES: Final = 64 << 20
 """How much is copied in one hold: some 6 ms of a host core; to stop QEMU takes one."""
@@ -38,10 +49,7 @@ _SAMPLE_PAGES: Final = 4096
 _SHARE: Final = 1 << 20  # bytes that are worth a thread
 
 T = TypeVar("T")
-
-
-def _nobody() -> Runs:
-    return np.empty(0, dtype=[("start", "<u8"), ("end", "<u8")])
+OF_ANYBODY: Final = 0
 
 
 @dataclass(frozen=True)
@@ -56,7 +64,7 @@ class Target:
         source: the pages image.
         source_name: what messages call it.
         ask: asks the guest to map pages, given as pieces, once more, content and all.
-        spared: sorted ``start``, ``end`` ranges of bytes that are left as the guest has them.
+        spared: ranges of bytes that are left as the guest has them.
     """
 
     name: str
@@ -66,11 +74,30 @@ class Target:
     source: memoryview
     source_name: str
     ask: Callable[[Runs], None]
-    spared: Runs = field(default_factory=_nobody)
+    spared: Ranges = field(default_factory=no_ranges)
 
 
 Part = tuple[Target, Runs]
 """Some of the pieces of a target."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """Pages that tasks share copy-on-write, written once.
+
+    Attributes:
+        first: the task that had them first; its `frames` are those that only the tree can have.
+        heirs: the tasks that inherited them, each with the pieces that it has in common with
+            `first`. Where one turns out to have another frame it gets content of its own.
+        strangers: address spaces, with ranges of GVAs in which they must not see the pages.
+    """
+
+    first: Target
+    heirs: Sequence[Target]
+    strangers: Sequence[tuple[AddressSpace, Ranges]]
+
+
+Work = Callable[[Target, Runs], None]
 
 
 class Copier:
@@ -87,20 +114,51 @@ class Copier:
         self._pool = pool
         self._threads = threads
 
-    def write(self, targets: Sequence[Target]) -> int:
-        """Write all pieces of all targets; return the number of bytes.
+    def write(self, parts: Sequence[Part]) -> None:
+        """Write pieces of targets.
 
         Raises:
             RestoreFailed: some pages are not there, or not the target's own, and stay so.
             ImagesDamaged: a pages image cannot be read.
             GuestFault: page tables of the guest are damaged.
         """
-        for batch in _batches((target, target.pieces) for target in targets):
-            for target, part in batch:
-                _read_ahead(target, part)
-                target.space.ram.prefault(target.space.walk(part))
+        for batch in _batches(parts):
+            self._prepare(batch)
             self._each_owned_run(batch, self._copy)
-        return sum(total(target.pieces) for target in targets)
+
+    def _prepare(self, batch: Sequence[Part]) -> None:
+        for target, part in batch:
+            _read_ahead(target, part)
+            target.space.ram.prefault(target.space.walk(part))
+
+    def write_families(self, families: Iterable[Family]) -> list[Part]:
+        """Write what tasks share; return what is left, since it is not shared after all.
+
+        Raises:
+            RestoreFailed: as `write`; or a task would see pages that it has not inherited.
+            ImagesDamaged, GuestFault: as `write`.
+        """
+        left: list[Part] = []
+        for family in families:
+            for batch in _batches([(family.first, family.first.pieces)]):
+                self._prepare(batch)
+                self._each_owned_run(batch, partial(self._copy_family, family, left))
+        return left
+
+    def _copy_family(self, family: Family, left: list[Part], target: Target, runs: Runs) -> None:
+        for space, ranges in family.strangers:
+            near = cut_to(runs, ranges["start"], ranges["end"])
+            if len(_same_frames(space.walk(_as_pieces(near)), near)):
+                raise RestoreFailed(
+                    f"{target.name}: a descendant has inherited pages that it should not have",
+                    "report it, with the images",
+                )
+        self._copy(target, runs)
+        for heir in family.heirs:
+            pieces = cut_to(heir.pieces, runs["gva"], runs["gva"] + runs["size"])
+            same = _same_frames(heir.space.walk(pieces), runs)
+            if len(rest := _without(pieces, same)):
+                left.append((heir, rest))
 
     def verify(self, targets: Sequence[Target], *, full: bool) -> int:
         """Compare pieces with their source, all or a sample; return the bytes compared.
@@ -111,11 +169,15 @@ class Copier:
         """
         parts = [(target, target.pieces if full else _sample(target.pieces)) for target in targets]
         for batch in _batches(parts):
-            self._each_owned_run(batch, self._compare)
+            self._each_run(batch, self._compare, OF_ANYBODY)
         return sum(total(part) for _, part in parts)
 
-    def _each_owned_run(self, batch: Sequence[Part], work: Callable[[Target, Runs], None]) -> None:
-        # Do `work` on every run of the parts, each in the hold in which it was found owned.
+    def _each_owned_run(self, batch: Sequence[Part], work: Work) -> None:
+        self._each_run(batch, work, OWNED)
+
+    def _each_run(self, batch: Sequence[Part], work: Work, wanted: int) -> None:
+        # Do `work` on every run of the parts, each in the hold in which it was found to be there,
+        # with the flags that are wanted.
         left = list(batch)
         for attempt in range(_TRIES):
             if attempt:
@@ -126,9 +188,9 @@ class Copier:
             with self.holder.held():
                 for target, part in left:
                     runs = target.space.walk(part, target.frames)
-                    owned = runs[(runs["flags"] & OWNED) != 0]
-                    work(target, cut_out(owned, target.spared))
-                    done.append(owned)
+                    found = runs[(runs["flags"] & wanted) == wanted]
+                    work(target, cut_out(found, target.spared))
+                    done.append(found)
             rest = [(t, _without(part, ours)) for (t, part), ours in zip(left, done, strict=True)]
             left = [(target, part) for target, part in rest if len(part)]
             if not left:
@@ -142,9 +204,10 @@ class Copier:
 
     def _copy(self, target: Target, runs: Runs) -> None:
         # SAFETY: the frames are the target's own by the guest kernel's word, found in this very
-        # hold: a task's exclusive anonymous pages, or the pages of a shared object that only the
-        # tree has. The hold keeps them still: no vCPU runs until it ends, and the tasks themselves
-        # are stopped under CRIU until we commit. Undone by killing the tree.
+        # hold: a task's exclusive anonymous pages, anonymous pages that only tasks of the tree can
+        # have, or pages of a shared object that only the tree has. The hold keeps them still: no
+        # vCPU runs until it ends, and the tasks themselves are stopped under CRIU until we commit.
+        # Undone by killing the tree.
         self._in_parallel(runs, lambda share: target.space.ram.copy_in(share, target.source))
 
     def _compare(self, target: Target, runs: Runs) -> None:
@@ -201,23 +264,27 @@ def _file_ranges(part: Runs) -> Iterator[tuple[int, int]]:
     yield from zip(starts[firsts].tolist(), ends[lasts].tolist(), strict=True)
 
 
+def _as_pieces(runs: Runs) -> Runs:
+    pieces = np.empty(len(runs), dtype=PIECE)
+    for name in ("gva", "size", "offset"):
+        pieces[name] = runs[name]
+    return pieces
+
+
+def _same_frames(runs: Runs, others: Runs) -> Runs:
+    # The parts of `runs` that have the frames that `others` have at the same addresses.
+    starts, ends = others["gva"], others["gva"] + others["size"]
+    parts = cut_at(runs, np.unique(np.concatenate([starts, ends])))
+    at = np.searchsorted(starts, parts["gva"], side="right") - 1
+    there = np.append(ends, np.uint64(0))[at] > parts["gva"]
+    parts, at = parts[there], at[there]
+    same: Runs = parts[parts["gpa"] - parts["gva"] == (others["gpa"] - others["gva"])[at]]
+    return same
+
+
 def _without(part: Runs, done: Runs) -> Runs:
-    # What is left of the sorted ranges `part` after the sorted runs `done` inside of them.
-    if total(part) == total(done):
-        return part[:0]
-    left = []
-    ranges = iter(done[["gva", "size"]].tolist())
-    gva, size = next(ranges, (1 << 64, 0))
-    for start, length, offset in part.tolist():
-        at = start
-        while gva < start + length:
-            if at < gva:
-                left.append((at, gva - at, offset + at - start))
-            at = gva + size
-            gva, size = next(ranges, (1 << 64, 0))
-        if at < start + length:
-            left.append((at, start + length - at, offset + at - start))
-    return np.array(left, dtype=PIECE)
+    # What is left of the pieces `part` after the runs `done`.
+    return cut_out(part, join(ranges_of(done["gva"], done["gva"] + done["size"])))
 
 
 def _sample(ranges: Runs) -> Runs:
