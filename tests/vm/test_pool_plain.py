@@ -37,7 +37,6 @@ class Pair:
 
     def __init__(self, suite: str, share) -> None:
         self.suite, self.share = suite, share
-        self.dumped: set[str] = set()
         self._vms: dict[str, lab.LabVm] = {}
 
     def vm(self, which: str) -> lab.LabVm:
@@ -45,6 +44,9 @@ class Pair:
             name = f"{PREFIX}{self.suite}-{which}"
             self._vms[which] = lab.up(name, suite=self.suite, memory="1G", share=self.share)
         return self._vms[which]
+
+    def running(self) -> list[lab.LabVm]:
+        return [vm for vm in self._vms.values() if vm.alive]
 
     def close(self) -> None:
         for vm in self._vms.values():
@@ -67,15 +69,18 @@ def pairs(share) -> Iterator[dict[str, Pair]]:
 
 
 @pytest.fixture
-def pair(suite, pairs) -> Pair:
-    return pairs[suite]
+def pair(suite, program, pairs, share) -> Iterator[Pair]:
+    pair = pairs[suite]
+    yield pair
+    for vm in pair.running():
+        pool.end(vm, program)
+    shutil.rmtree(share / program.name, ignore_errors=True)
 
 
 @pytest.mark.parametrize(("suite", "program"), CASES)
 def test_comes_back(pair, program, share):
     source, target = pair.vm("a"), pair.vm("b")
     images = share / program.name
-    shutil.rmtree(images, ignore_errors=True)
     images.mkdir()
     guest_images = f"{SHARE}/{program.name}"
     pool.install(source, program)
@@ -90,8 +95,6 @@ def test_comes_back(pair, program, share):
         assert answer["ok"], answer
         assert answer["round"] == number
         assert answer["checks"] >= before["checks"] * 0.9
-    pool.end(target, program)
-    shutil.rmtree(images)
 
 
 @pytest.mark.parametrize(

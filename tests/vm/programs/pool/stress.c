@@ -159,17 +159,17 @@ static void *run(void *argument)
 /* Runs on a frame that the kernel puts on whatever thread's stack. */
 static void handle_alarm(int signal_number, siginfo_t *info, void *context)
 {
+	uint64_t seed = __atomic_add_fetch(&alarms, 1, __ATOMIC_RELAXED);
 	volatile uint64_t frame[64];
 
 	(void)context;
 	for (int i = 0; i < 64; i++)
-		frame[i] = mix(alarms + i);
+		frame[i] = mix(seed + i);
 	for (int i = 0; i < 64; i++)
-		if (frame[i] != mix(alarms + i))
+		if (frame[i] != mix(seed + i))
 			alarm_wrong = 1;
 	if (signal_number != info->si_signo)
 		alarm_wrong = 2;
-	alarms++;
 }
 
 /* --- a process --- */
