@@ -14,19 +14,20 @@ from ovr import lab
 GUEST = Path(__file__).parent / "guest"
 """Programs for the guest: clients, and services that are programs of ours."""
 
-# A process can leave the tree between two looks at it only by being forked: stopped ones do not.
+# Who is stopped does not fork: when a look finds nobody new, all are stopped.
 _END = """
     tree() {
         test -d /proc/$1 && echo $1
         for child in $(cat /proc/$1/task/*/children 2>/dev/null); do tree $child; done
     }
     root=$(cat $1/root.pid) || exit 0
-    kill -STOP $(tree $root) 2>/dev/null
-    all=$(tree $root)
-    kill -STOP $all 2>/dev/null
-    all=$(tree $root)
-    kill -KILL $all 2>/dev/null
-    for pid in $all; do
+    found=
+    while all=$(tree $root); test "$all" != "$found"; do
+        kill -STOP $all 2>/dev/null
+        found=$all
+    done
+    kill -KILL $found 2>/dev/null
+    for pid in $found; do
         while test -d /proc/$pid; do sleep 0.05; done
     done
 """

@@ -7,7 +7,7 @@ from tests.vm.services.base import Service, put, run
 # ecj, misses one of its two jars.
 _COMPILER = (
     "java -cp '/usr/share/java/*' org.eclipse.jdt.internal.compiler.batch.Main"
-    " -source 17 -target 17"
+    " -proc:none -source 17 -target 17"
 )
 
 

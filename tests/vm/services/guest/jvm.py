@@ -69,7 +69,8 @@ def check(service):
     threads = service("threads")
     wanted = {"all": "true", "sum": str(sum(range(8000))), "parallel": str(sum(range(100_000)))}
     assert threads == wanted, threads
-    assert service("child") == {"printed": "499500", "status": "0"}
+    child = service("child")
+    assert child == {"printed": "499500", "status": "0"}, child
     later(state, Service()("state"))  # a second client, beside this one
 
 

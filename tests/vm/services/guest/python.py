@@ -53,8 +53,13 @@ def later(old, new):
     assert new["ticks"] > old["ticks"], "timers do not fire"
 
 
+def expect(service, word, **wanted):
+    found = service(word)
+    assert found == wanted, f"{word}: {found}"
+
+
 def note(service):
-    assert service("wait") == {"woken": True}
+    expect(service, "wait", woken=True)
     state = service("state")
     right(state)
     NOTED.write_text(json.dumps(state))
@@ -64,11 +69,11 @@ def check(service):
     state = service("state")
     right(state)
     later(json.loads(NOTED.read_text()), state)
-    assert service("memory") == {"objects": 100_000, "wrong": 0, "bulk": True}
-    assert service("wait") == {"woken": True}
-    assert service("threads") == {"sum": sum(range(8000))}
-    assert service("child") == {"printed": 499500, "status": 42}
-    assert Service()("wait") == {"woken": True}  # a second client, beside this one
+    expect(service, "memory", objects=100_000, wrong=0, bulk=True)
+    expect(service, "wait", woken=True)
+    expect(service, "threads", sum=sum(range(8000)))
+    expect(service, "child", printed=499_500, status=42)
+    expect(Service(), "wait", woken=True)  # a second client, beside this one
     after = service("state")
     right(after)
     later(state, after)
