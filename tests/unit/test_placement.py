@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from ovr import placement
 from ovr.addresses import PAGE_SIZE
 from ovr.images.pagemap import PAGEMAP_DTYPE
-from ovr.placement import RANGE, Allocation, Area, Reason, join_ranges, place
+from ovr.placement import Allocation, Area, Cow, Reason, place
+from ovr.ranges import RANGE, join
 
 BASE = 0x7000_0000_0000
 
@@ -25,8 +26,8 @@ def area(first, last, reason=Reason.OUTSIDE, **how):
     return Area(BASE + first * PAGE_SIZE, BASE + last * PAGE_SIZE, reason, **how)
 
 
-def cow(*ranges):
-    rows = [(BASE + first * PAGE_SIZE, BASE + last * PAGE_SIZE) for first, last in ranges]
+def ranges(*pages):
+    rows = [(BASE + first * PAGE_SIZE, BASE + last * PAGE_SIZE) for first, last in pages]
     return np.array(rows, dtype=RANGE)
 
 
@@ -47,7 +48,7 @@ def allocations(runs):
 
 
 def test_an_entry_across_two_areas_is_cut():
-    runs = place(pagemap((0, 10)), [area(0, 4), area(4, 10, Reason.VDSO)], cow())
+    runs = place(pagemap((0, 10)), [area(0, 4), area(4, 10, Reason.VDSO)], Cow())
     assert runs.tolist() == [
         (BASE, 4 * PAGE_SIZE, 0, 0, Reason.OUTSIDE, 0),
         (BASE + 4 * PAGE_SIZE, 6 * PAGE_SIZE, 4 * PAGE_SIZE, 0, Reason.VDSO, 0),
@@ -55,7 +56,9 @@ def test_an_entry_across_two_areas_is_cut():
 
 
 def test_what_is_shared_copy_on_write_stays_inside():
-    runs = place(pagemap((0, 10), (12, 2)), [area(0, 10), area(10, 20)], cow((3, 5), (9, 13)))
+    runs = place(
+        pagemap((0, 10), (12, 2)), [area(0, 10), area(10, 20)], Cow(inside=ranges((3, 5), (9, 13)))
+    )
     assert summary(runs) == [
         (3, Reason.OUTSIDE),
         (2, Reason.COW),
@@ -66,27 +69,39 @@ def test_what_is_shared_copy_on_write_stays_inside():
     ]
 
 
-def test_ranges_are_joined():
-    joined = join_ranges(cow((5, 7), (0, 2), (2, 3), (6, 9), (20, 21), (5, 6)))
-    assert joined.tolist() == cow((0, 3), (5, 9), (20, 21)).tolist()
-    assert len(join_ranges(cow())) == 0
+def test_what_an_ancestor_has_written():
+    cow = Cow(inherited=ranges((2, 4)), inside=ranges((4, 5)))
+    runs = place(pagemap((0, 10)), [area(0, 10)], cow)
+    assert summary(runs) == [
+        (2, Reason.OUTSIDE),
+        (2, Reason.INHERITED),
+        (1, Reason.COW),
+        (5, Reason.OUTSIDE),
+    ]
+
+
+def test_what_descendants_inherit_is_allocated_before_they_are_made():
+    table = pagemap((0, 40), VDSO[0])
+    runs = place(table, [area(0, 40, **ANON), VDSO[1]], Cow(bequeathed=ranges((0, 20))))
+    assert summary(runs) == [(20, Reason.OUTSIDE), (20, Reason.OUTSIDE), (1, Reason.VDSO)]
+    assert allocations(runs)[:2] == [Allocation.BEFORE_FORK, Allocation.CRIU]
 
 
 def test_something_always_stays_inside():
-    runs = place(pagemap((0, 10), (20, 2)), [area(0, 10), area(20, 22)], cow())
+    runs = place(pagemap((0, 10), (20, 2)), [area(0, 10), area(20, 22)], Cow())
     inside = runs[runs["reason"] != Reason.OUTSIDE]
     assert inside.tolist() == [
         (BASE + 20 * PAGE_SIZE, PAGE_SIZE, 10 * PAGE_SIZE, 0, Reason.ANCHOR, 0)
     ]
     assert int(runs["size"].sum()) == 12 * PAGE_SIZE
-    assert place(pagemap((3, 1)), [area(0, 10)], cow()).tolist() == [
+    assert place(pagemap((3, 1)), [area(0, 10)], Cow()).tolist() == [
         (BASE + 3 * PAGE_SIZE, PAGE_SIZE, 0, 0, Reason.ANCHOR, 0)
     ]
 
 
 def test_a_task_without_pages():
-    assert len(place(pagemap(), [area(0, 1)], cow())) == 0
-    assert len(place(pagemap(), [], cow())) == 0
+    assert len(place(pagemap(), [area(0, 1)], Cow())) == 0
+    assert len(place(pagemap(), [], Cow())) == 0
 
 
 VDSO = (1000, 1), area(1000, 1001, Reason.VDSO)
@@ -96,7 +111,7 @@ ANON = {"populates": True, "divisible": True}
 def test_criu_populates_whole_areas_and_large_pieces():
     table = pagemap((0, 1), (10, 16), (30, 15), (60, 20), VDSO[0])
     areas = [area(0, 1, **ANON), area(10, 50, **ANON), area(60, 80), VDSO[1]]
-    assert allocations(place(table, areas, cow()))[:4] == [
+    assert allocations(place(table, areas, Cow()))[:4] == [
         Allocation.CRIU,  # all of its area
         Allocation.CRIU,  # large enough
         Allocation.AGENT,
@@ -108,14 +123,14 @@ def test_pieces_are_found_in_memory_not_in_the_images():
     table = pagemap((0, 8), (8, 8), VDSO[0])
     table["level"][1] = 1
     table["offset"][1] = 0
-    runs = place(table, [area(0, 40, **ANON), VDSO[1]], cow())
+    runs = place(table, [area(0, 40, **ANON), VDSO[1]], Cow())
     assert allocations(runs)[:2] == [Allocation.CRIU, Allocation.CRIU]
 
 
 def test_only_the_largest_pieces_of_an_area(monkeypatch):
     monkeypatch.setattr(placement, "_MOST_PIECES", 2)
     table = pagemap((0, 16), (20, 18), (40, 17), (60, 16), (100, 16), VDSO[0])
-    runs = place(table, [area(0, 80, **ANON), area(80, 200, **ANON), VDSO[1]], cow())
+    runs = place(table, [area(0, 80, **ANON), area(80, 200, **ANON), VDSO[1]], Cow())
     assert allocations(runs)[:5] == [
         Allocation.AGENT, Allocation.CRIU, Allocation.CRIU, Allocation.AGENT, Allocation.CRIU,
     ]  # fmt: skip
@@ -124,9 +139,12 @@ def test_only_the_largest_pieces_of_an_area(monkeypatch):
 def test_hugetlb_areas_go_outside_whole_or_not_at_all():
     table = pagemap((0, 512), (600, 100), VDSO[0])
     runs = place(table, [area(0, 512, populates=True), area(600, 1000, populates=True), VDSO[1]],
-                 cow())  # fmt: skip
+                 Cow())  # fmt: skip
     assert summary(runs)[:2] == [(512, Reason.OUTSIDE), (100, Reason.HUGETLB)]
     assert allocations(runs)[0] == Allocation.CRIU
+
+
+VERDICTS = [Reason.OUTSIDE, Reason.VDSO, Reason.SPECIAL, Reason.READ_ONLY, Reason.NOT_ASKED]
 
 
 @st.composite
@@ -135,7 +153,7 @@ def tasks(draw):
     for _ in range(draw(st.integers(1, 6))):
         at += draw(st.integers(0, 3))
         size = draw(st.integers(1, 12))
-        areas.append(area(at, at + size, draw(st.sampled_from(list(Reason)[:6]))))
+        areas.append(area(at, at + size, draw(st.sampled_from(VERDICTS))))
         at += size
     mapped = sorted(
         {page for a in areas for page in range((a.start - BASE) >> 12, (a.end - BASE) >> 12)}
@@ -147,7 +165,7 @@ def tasks(draw):
         else:
             entries.append((page, 1))
     shared = draw(st.lists(st.tuples(st.integers(0, 80), st.integers(1, 9)), max_size=4))
-    return areas, entries, join_ranges(cow(*((at, at + size) for at, size in shared)))
+    return areas, entries, join(ranges(*((at, at + size) for at, size in shared)))
 
 
 @settings(max_examples=300)
@@ -155,7 +173,7 @@ def tasks(draw):
 def test_place_agrees_with_a_page_by_page_model(task):
     areas, entries, shared = task
     table = pagemap(*entries)
-    runs = place(table, areas, shared)
+    runs = place(table, areas, Cow(inside=shared))
     expected = {}
     for vaddr, count, _, _, offset in table.tolist():
         for n in range(count):

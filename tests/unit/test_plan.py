@@ -74,7 +74,7 @@ def test_pieces_hold_the_right_bytes(images):
 def test_the_inside_set_has_the_rest(inside):
     plan, images = inside
     for before, task in zip(plan.tasks, (t for t in images.tasks if t.alive), strict=True):
-        kept = before.runs[before.runs["reason"] != Reason.OUTSIDE]
+        kept = before.runs[before.runs["reason"] > Reason.INHERITED]
         assert entries_of(task.memory) == pages_of(kept["start"], kept["size"])
         assert len(task.memory.entries) > 0
         assert task.umask == 0
@@ -99,7 +99,7 @@ def test_areas_are_cut_and_populated_where_pages_go_outside(inside):
 
 def test_agent_and_criu_allocate_all_that_goes_outside(images):
     for task in make_plan(images).tasks:
-        ranges = np.concatenate([task.to_touch(), task.pieces_of_criu])
+        ranges = np.concatenate([task.to_touch(), task.pieces_of_criu, task.sharing.cow.bequeathed])
         assert pages_of(ranges["start"], ranges["end"] - ranges["start"]) == pages_of(
             task.outside["start"], task.outside["size"]
         )
@@ -152,9 +152,12 @@ def test_parent_and_child_keep_what_is_equal(dumps):
             for at in contents[0].keys() & contents[1].keys()
             if contents[0][at] == contents[1][at] and any(at in area for area in inherited)
         }
-        for task in (parent, child):
-            runs = task.runs[task.runs["reason"] == Reason.COW]
-            assert pages_of(runs["start"], runs["size"]) == common
+        kept = {Reason.COW, Reason.INHERITED}
+        for task, reasons in ((parent, {Reason.COW}), (child, kept)):
+            bequeathed = task.sharing.cow.bequeathed
+            here = pages_of(bequeathed["start"], bequeathed["end"] - bequeathed["start"])
+            runs = task.runs[np.isin(task.runs["reason"], [*reasons])]
+            assert pages_of(runs["start"], runs["size"]) | here == common
         assert 0 < len(common) < len(contents[1])
 
 

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from ovr._fastcopy import RUN
 from ovr.addresses import PAGE_SIZE
-from ovr.ranges import cut_out, split, total
+from ovr.ranges import RANGE, common, cut_out, cut_to, join, split, total, without
 
 PAGES = st.lists(st.tuples(st.integers(0, 1 << 30), st.integers(1, 50)), max_size=30)
 
@@ -45,9 +45,7 @@ def test_cut_out_leaves_every_byte_that_is_in_no_hole(rows, holes):
         at += count * PAGE_SIZE
     runs = np.array(runs, dtype=RUN)
     edges = sorted(holes)[: len(holes) & ~1]
-    ranges = np.array(
-        list(zip(edges[::2], edges[1::2], strict=True)), dtype=[("start", "<u8"), ("end", "<u8")]
-    )
+    ranges = np.array(list(zip(edges[::2], edges[1::2], strict=True)), dtype=RANGE)
     before = runs.copy()
     left = cut_out(runs, ranges)
     assert np.array_equal(runs, before)
@@ -61,8 +59,31 @@ def test_cut_out_leaves_every_byte_that_is_in_no_hole(rows, holes):
         for gva, _, size, *_ in runs.tolist()
     )
     assert total(left) == total(runs) - inside
+    assert total(cut_to(runs, ranges["start"], ranges["end"])) == inside
     for gva, gpa, _, offset, *_ in left.tolist():
         [(old_gva, old_gpa, old_offset)] = [
             (g, p, o) for g, p, size, o, *_ in runs.tolist() if g <= gva < g + size
         ]
         assert (gpa - old_gpa, offset - old_offset) == (gva - old_gva, gva - old_gva)
+
+
+SETS = st.lists(st.tuples(st.integers(0, 40), st.integers(1, 9)), max_size=8)
+
+
+def numbers(ranges):
+    return {number for start, end in ranges.tolist() for number in range(start, end)}
+
+
+@given(one=SETS, other=SETS)
+def test_ranges_are_sets(one, other):
+    arrays = [np.array([(at, at + n) for at, n in rows], dtype=RANGE) for rows in (one, other)]
+    left, right = map(numbers, arrays)
+    for made, expected in (
+        (join(*arrays), left | right),
+        (join(arrays[0]), left),
+        (common(*arrays), left & right),
+        (without(*arrays), left - right),
+    ):
+        assert numbers(made) == expected
+        flat = [edge for row in made.tolist() for edge in row]
+        assert flat == sorted(set(flat))

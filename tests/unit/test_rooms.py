@@ -19,6 +19,7 @@ LAYERS = (
     {"outside"},
     {"plan"},
     {"memory_plan"},
+    {"cow_plan"},
     {"state", "placement", "report"},
     {"vm"},
     {"images", "kernel"},

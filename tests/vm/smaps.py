@@ -5,36 +5,82 @@ from collections.abc import Iterable
 
 from ovr import lab
 
-_HEAD = re.compile(r"^([0-9a-f]+-[0-9a-f]+) (\S+) ([0-9a-f]+) \S+ \d+ *(.*)$")
-_CHANCE = {"Referenced"}  # who looked at a page last
+_HEAD = re.compile(r"^([0-9a-f]+)-([0-9a-f]+) (\S+) ([0-9a-f]+) \S+ \d+ *(.*)$")
+_FIGURE = re.compile(r"^(\w+): +(\d+) kB$")
 _MARK = "== "
+# Who looked at a page last; sizes that follow from the bounds.
+_CHANCE = {"Referenced", "Size", "KernelPageSize", "MMUPageSize"}
 
-Area = tuple[str, ...]
-"""Bounds, protection, offset and name; then a line for each figure that is not zero."""
+
+class Area:
+    """One line of maps with its figures, in KiB.
+
+    Neighbours that are alike are one: whether the kernel joins two areas depends on when their
+    first pages came, which no process can tell.
+    """
+
+    def __init__(self, start: int, end: int, kind: tuple[str, ...], offset: int) -> None:
+        self.start, self.end, self.kind, self.offset = start, end, kind, offset
+        self.flags = ""
+        self.figures: dict[str, int] = {}
+
+    def continues(self, before: "Area") -> bool:
+        """Whether the two could be one area."""
+        alike = (self.start, self.kind, self.flags) == (before.end, before.kind, before.flags)
+        return alike and self.offset in (0, before.offset + before.end - before.start)
+
+    def extend(self, other: "Area") -> None:
+        """Make one of the two."""
+        self.end = other.end
+        for name, figure in other.figures.items():
+            self.figures[name] = self.figures.get(name, 0) + figure
+
+    def __repr__(self) -> str:
+        figures = " ".join(f"{name}={figure}" for name, figure in sorted(self.figures.items()))
+        what = " ".join(self.kind)
+        return f"{self.start:x}-{self.end:x} {what} {self.offset:x} [{self.flags}] {figures}"
 
 
 def memory_of(vm: lab.LabVm, pids: Iterable[int]) -> dict[int, list[Area]]:
     """Return the areas of each process, by its pid in its own namespace."""
     numbers = " ".join(map(str, pids))
     show = f"echo '{_MARK}'$(grep NSpid /proc/$p/status); cat /proc/$p/smaps"
-    command = f"for p in {numbers}; do {show}; done"
+    text = vm.sh(f"for p in {numbers}; do {show}; done", timeout=240).stdout.decode()
     found: dict[int, list[Area]] = {}
     areas: list[Area] = []
-    for line in vm.sh(command, timeout=240).stdout.decode().splitlines():
+    for line in text.splitlines():
         if line.startswith(_MARK):
             areas = found[int(line.split()[-1])] = []
         elif head := _HEAD.match(line):
-            areas.append(head.groups())
-        elif not line.endswith(" 0 kB") and line.split(":")[0] not in _CHANCE:
-            areas[-1] += (" ".join(line.split()),)
-    return found
+            start, end, protection, offset, name = head.groups()
+            areas.append(Area(int(start, 16), int(end, 16), (protection, name), int(offset, 16)))
+        elif line.startswith("VmFlags:"):
+            areas[-1].flags = line.removeprefix("VmFlags:").strip()
+        elif (figure := _FIGURE.match(line)) and figure[1] not in _CHANCE and figure[2] != "0":
+            areas[-1].figures[figure[1]] = int(figure[2])
+    return {pid: _joined(areas) for pid, areas in found.items()}
+
+
+def _joined(areas: list[Area]) -> list[Area]:
+    joined: list[Area] = []
+    for area in areas:
+        if joined and area.continues(joined[-1]):
+            joined[-1].extend(area)
+        else:
+            joined.append(area)
+    return joined
+
+
+def resident(memory: dict[int, list[Area]]) -> int:
+    """Return what a tree has resident, in KiB, pages that several have counted once."""
+    return sum(area.figures.get("Pss", 0) for areas in memory.values() for area in areas)
 
 
 def differences(one: dict[int, list[Area]], other: dict[int, list[Area]]) -> list[str]:
-    """Return what is only in one of them, in lines."""
+    """Return what is only in one of them, a line each."""
     lines = []
     for pid in sorted({*one, *other}):
-        left, right = one.get(pid, []), other.get(pid, [])
+        left, right = ([repr(area) for area in side.get(pid, [])] for side in (one, other))
         lines += [f"{pid} - {area}" for area in left if area not in right]
         lines += [f"{pid} + {area}" for area in right if area not in left]
     return lines

@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 
 from ovr._fastcopy import PAIR, equal_pages
 from ovr.addresses import PAGE_SIZE
-from ovr.images.cow import shared_with_parents
+from ovr.images.cow import inheritance, zero_pages
 from ovr.images.pagemap import PAGEMAP_DTYPE
 from ovr.images.task import Memory
 from ovr.images.vma import MAP_GROWSDOWN, VMA_ANON_PRIVATE, VMA_DTYPE, VMA_FILE_PRIVATE
+from ovr.ranges import ranges_of
 
 REGULAR = 1
 ANON = (REGULAR | VMA_ANON_PRIVATE, 0x22, 0)
@@ -49,13 +50,16 @@ def task(directory, pid, ppid, areas, contents, *, exe=1):
     return SimpleNamespace(pid=pid, ppid=ppid, vmas=vmas, memory=memory, mm=mm)
 
 
-def pages_of(rows):
+def pages_of(ranges):
     return {
         page
-        for ranges in rows
         for start, end in ranges.tolist()
         for page in range(start // PAGE_SIZE, end // PAGE_SIZE)
     }
+
+
+def equal_of(parent, child):
+    return pages_of(inheritance([parent, child])[child.pid].equal)
 
 
 @pytest.mark.parametrize(
@@ -72,15 +76,15 @@ def pages_of(rows):
 def test_areas_must_be_alike(tmp_path, areas, exe, shared):
     parent = task(tmp_path, 1, 0, [(10, 20, ANON)], {10: 1, 11: 2, 12: 3, 13: 4})
     child = task(tmp_path, 2, 1, areas, {10: 1, 11: 9, 12: 3, 14: 4}, exe=exe)
-    found = shared_with_parents([parent, child])
-    assert pages_of(found.get(1, ())) == pages_of(found.get(2, ())) == shared
+    assert equal_of(parent, child) == shared
+    assert len(inheritance([parent, child])[2].areas) == bool(shared)
 
 
 @pytest.mark.parametrize(("theirs", "shared"), [(FILE, {3}), (OTHER_FILE, set())])
 def test_mappings_of_one_file(tmp_path, theirs, shared):
     parent = task(tmp_path, 1, 0, [(0, 5, FILE)], {3: 1})
     child = task(tmp_path, 2, 1, [(0, 5, theirs)], {3: 1})
-    assert pages_of(shared_with_parents([parent, child]).get(2, ())) == shared
+    assert equal_of(parent, child) == shared
 
 
 CONTENTS = st.dictionaries(st.integers(0, 29), st.integers(0, 2), min_size=1)
@@ -89,20 +93,25 @@ AREAS = [(0, 10, ANON), (10, 16, FILE), (20, 30, STACK)]
 
 @given(contents=st.lists(CONTENTS, min_size=2, max_size=4), fathers=st.lists(st.integers(1, 3)))
 def test_generations(tmp_path_factory, contents, fathers):
-    """A page is shared with the parent if both have it and it is equal; whoever else has it."""
+    """What is equal in a task and its parent, whoever else has it."""
     path = tmp_path_factory.mktemp("images")
     inside = {page for first, end, _ in AREAS for page in range(first, end)}
     contents = [{p: b for p, b in pages.items() if p in inside} or {0: 0} for pages in contents]
     parents = [0, *(min(pid, dict(enumerate(fathers)).get(pid, 1)) for pid in range(1, 4))]
     tasks = [task(path, n + 1, parents[n], AREAS, pages) for n, pages in enumerate(contents)]
-    expected = {n + 1: set() for n in range(len(contents))}
+    found = inheritance(tasks)
+    assert found.keys() == {*range(2, len(tasks) + 1)}
     for n, pages in enumerate(contents[1:], 1):
         theirs = contents[parents[n] - 1]
         common = {page for page in pages.keys() & theirs.keys() if pages[page] == theirs[page]}
-        expected[n + 1] |= common
-        expected[parents[n]] |= common
-    found = shared_with_parents(tasks)
-    assert {pid: pages_of(found.get(pid, ())) for pid in expected} == expected
+        assert pages_of(found[n + 1].equal) == common
+
+
+def test_zero_pages(tmp_path):
+    one = task(tmp_path, 1, 0, [(0, 30, ANON)], {0: 0, 1: 0, 2: 5, 7: 0, 9: 1, 12: 0})
+    ranges = ranges_of(*(np.array(pages, "<u8") * PAGE_SIZE for pages in ([1, 5], [4, 12])))
+    assert pages_of(zero_pages(one, ranges)) == {1, 7}
+    assert len(zero_pages(one, ranges[:0])) == 0
 
 
 def pairs(*rows):

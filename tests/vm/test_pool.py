@@ -1,0 +1,183 @@
+"""The pool from outside: dumped in one VM, restored into a fresh one, checked from within.
+
+And what nobody may be able to tell: the memory looks as after CRIU alone, and the guest is after
+fifty restores what it was before.
+"""
+
+import json
+import os
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+
+import ovr
+from ovr import demo, lab
+from ovr.images import ImageSet
+from ovr.lab.share import SHARE
+from ovr.placement import Reason
+from ovr.plan import Plan, make_plan
+from tests.support_matrix import RECORD
+from tests.vm import pool
+from tests.vm.conftest import PREFIX, SUITES
+from tests.vm.smaps import differences, memory_of, resident
+
+ROUNDS = int(os.environ.get("OVR_ROUNDS", "50"))
+THP = "/sys/kernel/mm/transparent_hugepage/enabled"
+TROUBLE = "BUG|WARNING|Oops|Call Trace|Bad page|Bad rss|corrupt|hung_task|blocked for more"
+# Why pages may stay inside, or be nobody's.
+EXCUSED = {Reason.VDSO, Reason.COW, Reason.INHERITED}
+SHARED_EXCUSED = {Reason.SEALED, Reason.UNREACHABLE, Reason.HUGETLB}
+
+
+@dataclass(frozen=True)
+class Journey:
+    """A fresh VM, and the host's side of the images that came from another."""
+
+    vm: lab.LabVm
+    images: Path
+
+    def restore(self, program: pool.Program, *options: str) -> ovr.Report:
+        with ovr.attach(f"lab:{self.vm.name}") as attached:
+            return attached.restore(
+                self.images / program.name,
+                criu_options=(*program.restore_options, *options),
+                verify="full",
+            )
+
+    def trouble(self) -> str:
+        return self.vm.sh(f"dmesg | grep -E '{TROUBLE}'").stdout.decode(errors="replace")
+
+
+@pytest.fixture(scope="module", params=SUITES)
+def journey(request, tmp_path_factory) -> Iterator[Journey]:
+    suite = request.param
+    share = tmp_path_factory.mktemp(f"pool-{suite}")
+    with demo.lab_vm(f"{PREFIX}pool-a", suite=suite, memory="1G", share=share) as vm:
+        for program in pool.POOL:
+            if suite not in program.unsupported:
+                pool.install(vm, program)
+                pid = pool.start(vm, program)
+                (share / program.name).mkdir()
+                pool.dump(vm, program, pid, f"{SHARE}/{program.name}")
+    with demo.lab_vm(f"{PREFIX}pool-b", suite=suite, memory="1G", share=share) as vm:
+        yield Journey(vm, share)
+
+
+@pytest.fixture(params=pool.POOL, ids=lambda program: program.name)
+def program(request, journey) -> Iterator[pool.Program]:
+    one = request.param
+    if journey.vm.suite in one.unsupported:
+        pytest.skip(one.unsupported[journey.vm.suite])
+    pool.install(journey.vm, one)
+    yield one
+    pool.end(journey.vm, one)
+
+
+def test_comes_back(journey, program):
+    with ImageSet.open(journey.images / program.name) as images:
+        plan = make_plan(images)
+        enough(program, plan)
+        record(journey.vm, program, plan)
+        tasks, outside = len(plan.tasks), plan.bytes_outside
+    report = journey.restore(program)
+    assert (report.tasks, report.bytes_outside) == (tasks, outside)
+    for _ in range(2):
+        answer = pool.ask(journey.vm, program)
+        assert answer["ok"], answer["wrong"]
+        assert answer["checks"] > 0
+    assert not journey.trouble()
+
+
+def enough(program: pool.Program, plan: Plan) -> None:
+    """As much goes outside as is asked for, and nothing stays inside without a good reason."""
+    private = sum(task.bytes_total for task in plan.tasks) - plan.bytes_cow
+    outside = sum(task.bytes_outside for task in plan.tasks)
+    assert outside / private >= (0.95 if program.tree else 0.99), plan.bytes_outside
+    for task in plan.tasks:
+        found = {reason for reason in task.by_reason() if reason != Reason.OUTSIDE}
+        assert found <= EXCUSED | {Reason.SPECIAL, Reason.HUGETLB}
+    for shared in plan.shared:
+        [reason] = shared.by_reason()
+        assert reason == Reason.OUTSIDE or reason in SHARED_EXCUSED
+    assert bool(plan.shared) >= program.shared
+
+
+def record(vm: lab.LabVm, program: pool.Program, plan: Plan) -> None:
+    """With OVR_RECORD set, note where the memory of each program goes."""
+    if not os.environ.get("OVR_RECORD"):
+        return
+    bytes_by: dict[str, int] = {}
+    for memory in plan.memories:
+        for reason, count in memory.by_reason().items():
+            bytes_by[reason.name.lower()] = bytes_by.get(reason.name.lower(), 0) + count
+    recorded = json.loads(RECORD.read_text())
+    memory = recorded[vm.suite].setdefault("memory", {})
+    memory[program.name] = {"tasks": len(plan.tasks), "bytes": bytes_by}
+    RECORD.write_text(json.dumps(recorded, indent=1, sort_keys=True) + "\n")
+
+
+@pytest.fixture
+def small_pages(journey) -> Iterator[None]:
+    """No transparent huge pages, which come as a fault happens to find the surroundings."""
+    before = journey.vm.sh(f"grep -o '\\[.*\\]' {THP} | tr -d '[]'").stdout.decode().strip()
+    journey.vm.sh(f"echo never > {THP}")
+    yield
+    journey.vm.sh(f"echo {before} > {THP}")
+
+
+def test_memory_looks_as_after_criu_alone(journey, program, small_pages):
+    """VMA flags, protections, advice, and every figure of smaps, shared and private ones, too."""
+    stopped = replace(program, restore_options=(*program.restore_options, "--leave-stopped"))
+    pool.restore_plain(journey.vm, stopped, f"{SHARE}/{program.name}")
+    wanted = memory_of(journey.vm, pool.processes(journey.vm, program))
+    pool.end(journey.vm, program)
+    journey.restore(stopped)
+    found = memory_of(journey.vm, pool.processes(journey.vm, program))
+    assert len(found) == len(wanted) > 0
+    assert abs(resident(found) - resident(wanted)) <= 0.05 * resident(wanted)
+    assert differences(wanted, found) == []
+
+
+def test_many_in_a_row(journey):
+    """Nothing is left in the guest, and its kernel has nothing to say."""
+    chance = random.Random(4)
+    programs = [one for one in pool.POOL if journey.vm.suite not in one.unsupported]
+    for one in programs:
+        pool.install(journey.vm, one)
+        there_and_gone(journey, one)
+    before = leftovers(journey.vm)
+    for _ in range(ROUNDS):
+        there_and_gone(journey, chance.choice(programs))
+    after = leftovers(journey.vm)
+    assert not journey.trouble()
+    memory = after.pop("MemAvailable") - before.pop("MemAvailable")
+    assert memory > -(16 << 10), f"{-memory} KiB are gone after {ROUNDS} restores"
+    assert after == before
+
+
+def there_and_gone(journey: Journey, program: pool.Program) -> None:
+    journey.restore(program)
+    answer = pool.ask(journey.vm, program)
+    assert answer["ok"], (program.name, answer["wrong"])
+    pool.end(journey.vm, program)
+
+
+def leftovers(vm: lab.LabVm) -> dict[str, int]:
+    """Return what could be left behind: memory in KiB, and numbers of other things."""
+    counts = {
+        "processes": "ls -d /proc/[0-9]* | wc -l",
+        "mounts": "wc -l < /proc/mounts",
+        "restores": "ls /run/ovr | wc -l",
+        "cgroups": "find /sys/fs/cgroup -type d | wc -l",
+        "namespaces": "ls -l /proc/[0-9]*/ns/* 2>/dev/null | sed 's/.*-> //' | sort -u | wc -l",
+        "files": "cut -f1 /proc/sys/fs/file-nr",
+        "MemAvailable": "grep MemAvailable /proc/meminfo | tr -dc 0-9",
+    }
+    vm.sh("sleep 2; sync; echo 3 > /proc/sys/vm/drop_caches; sleep 1")
+    found = {name: int(vm.sh(command).stdout) for name, command in counts.items()}
+    found["files"] //= 64  # the kernel counts them in batches
+    found["processes"] //= 16  # its own workers come and go
+    return found
