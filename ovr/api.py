@@ -51,7 +51,7 @@ def attach(spec: str, *, vmlinux: str | Path | None = None) -> Vm:
     """Attach to a running VM for restoring.
 
     Args:
-        spec: ``qmp:PATH``, ``pid:N`` or ``lab:NAME``.
+        spec: ``libvirt:DOMAIN``, ``name:NAME``, ``qmp:PATH``, ``pid:N`` or ``lab:NAME``.
         vmlinux: the guest's kernel, if the guest keeps no symbols or types in its memory.
 
     Raises:

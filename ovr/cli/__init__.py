@@ -10,15 +10,16 @@ import sys
 from collections.abc import Sequence
 from typing import Any, Final
 
-from ovr.cli import check, demo, lab, output, plan, ps, restore, states
+from ovr.cli import check, demo, lab, list, output, plan, ps, restore, states
 from ovr.errors import OvrError
 
 __all__ = ["main"]
 
-_COMMANDS: Final = (restore, plan, states, ps, check, lab, demo)
+_COMMANDS: Final = (restore, plan, states, ps, list, check, lab, demo)
 
 _EPILOG: Final = """\
-VM is qmp:PATH (a QMP socket), pid:N (a QEMU process) or lab:NAME.
+VM is libvirt:DOMAIN, name:NAME (QEMU's -name), qmp:PATH (a QMP socket), pid:N (a QEMU process)
+or lab:NAME; `ovr list` shows what there is.
 ADDR is vsock:CID[:PORT], unix:PATH[:PORT] or serial:PATH; lab VMs know their own.
 
 exit codes:

@@ -16,7 +16,7 @@ from ovr.ram import GuestRam
 from ovr.vm.agent import Agent
 from ovr.vm.find import find_vm
 from ovr.vm.memory_map import guest_slots, refusals
-from ovr.vm.qmp import Qmp
+from ovr.vm.qmp import Monitor
 
 __all__ = ["add"]
 
@@ -44,7 +44,7 @@ def run(options: argparse.Namespace) -> int:
     """Check one thing after the other, as far as what was found carries."""
     address = find_vm(options.vm)
     with ExitStack() as stack:
-        qmp = stack.enter_context(Qmp.connect(address.qmp))
+        qmp = stack.enter_context(address.connect())
         items = [*_vm(qmp, stack, options.vmlinux), _agent(options.agent or address.agent)]
     ok = all(item.ok for item in items)
     if options.json:
@@ -57,7 +57,7 @@ def run(options: argparse.Namespace) -> int:
     return 0 if ok else 4
 
 
-def _vm(qmp: Qmp, stack: ExitStack, vmlinux: Path | None) -> Iterator[Item]:
+def _vm(qmp: Monitor, stack: ExitStack, vmlinux: Path | None) -> Iterator[Item]:
     version = qmp.execute("query-version")["qemu"]
     yield Item("QMP", True, f"QEMU {version['major']}.{version['minor']}.{version['micro']}")
     yield Item("host", platform.machine() == "x86_64", platform.machine())

@@ -1,0 +1,59 @@
+"""``ovr list``: the VMs of this host, and whether each can be restored into."""
+
+import argparse
+from typing import Any
+
+from ovr.cli.output import common, document, size, table
+from ovr.vm.census import FoundVm, found_vms
+
+__all__ = ["add"]
+
+
+def add(commands: Any) -> None:
+    """Add the command to the parser."""
+    parser = commands.add_parser("list", help="show the VMs of this host, and which can be used")
+    common(parser)
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """List them; those that cannot be restored into with the reason and the cure."""
+    found = found_vms()
+    if options.json:
+        document("ovr.list/1", {"vms": [_fields(vm) for vm in found]})
+        return 0
+    rows = [
+        (
+            vm.names[0],
+            vm.pid,
+            "-" if vm.memory is None else size(vm.memory),
+            vm.state or "-",
+            vm.agent or "-",
+            "no" if vm.problem else "yes",
+        )
+        for vm in found
+    ]
+    table(("VM", "PID", "MEMORY", "STATE", "AGENT AT", "USABLE"), rows)
+    for vm in found:
+        if options.verbose and len(vm.names) > 1:
+            print(f"{vm.names[0]} is also {', '.join(vm.names[1:])}")
+        if vm.problem:
+            cure = f"  → {vm.problem.hint}" if vm.problem.hint else ""
+            print(f"{vm.names[0]} cannot be restored into: {vm.problem}{cure}")
+    return 0
+
+
+def _fields(vm: FoundVm) -> dict[str, Any]:
+    problem = vm.problem
+    return {
+        "pid": vm.pid,
+        "name": vm.name,
+        "names": list(vm.names),
+        "agent": vm.agent,
+        "state": vm.state,
+        "memory": vm.memory,
+        "usable": problem is None,
+        "problem": problem and {
+            "kind": problem.kind, "message": str(problem), "hint": problem.hint
+        },
+    }  # fmt: skip
