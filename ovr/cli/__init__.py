@@ -10,12 +10,12 @@ import sys
 from collections.abc import Sequence
 from typing import Any, Final
 
-from ovr.cli import check, demo, lab, list, output, plan, ps, restore, states
+from ovr.cli import agent, check, demo, lab, list, output, plan, ps, restore, states
 from ovr.errors import OvrError
 
 __all__ = ["main"]
 
-_COMMANDS: Final = (restore, plan, states, ps, list, check, lab, demo)
+_COMMANDS: Final = (restore, plan, states, ps, list, check, agent, lab, demo)
 
 _EPILOG: Final = """\
 VM is libvirt:DOMAIN, name:NAME (QEMU's -name), qmp:PATH (a QMP socket), pid:N (a QEMU process)

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from ovr.cli.output import common, document, size
 from ovr.cli.vm_options import add_vm_options
-from ovr.errors import OvrError
+from ovr.errors import OvrError, UsageError
 from ovr.kernel import Kernel
 from ovr.ram import GuestRam
 from ovr.vm.agent import Agent
@@ -19,6 +19,14 @@ from ovr.vm.memory_map import guest_slots, refusals
 from ovr.vm.qmp import Monitor
 
 __all__ = ["add"]
+
+_NO_ADDRESS: Final = (
+    "give --agent ADDR; the VM needs -device vhost-vsock-pci,guest-cid=N (libvirt: <vsock>), or a"
+    " virtio-serial port org.ovr.0"
+)
+_INSTALL: Final = (
+    "is it not there yet? `ovr agent deb` here, `apt install ./ovr-agent_*.deb` in the guest"
+)
 
 
 @dataclass(frozen=True)
@@ -86,12 +94,14 @@ def _kernel(kernel: Kernel) -> Iterator[Item]:
 
 def _agent(address: str | None) -> Item:
     if address is None:
-        return Item("agent", False, "nobody said where it is", "give --agent ADDR")
+        return Item("agent", False, "nobody said where it is", _NO_ADDRESS)
     try:
         with Agent.connect(address) as agent:
             hello = agent.hello
+    except UsageError:
+        raise
     except OvrError as error:
-        return Item("agent", False, str(error), error.hint)
+        return Item("agent", False, str(error), f"{error.hint}; {_INSTALL}")
     if hello.criu is None:
         return Item("agent", False, "the guest has no CRIU", "apt-get install criu, in the guest")
     return Item("agent", True, f"version {hello.agent}, CRIU {hello.criu}, at {address}")
