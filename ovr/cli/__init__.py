@@ -5,12 +5,12 @@ with ``--json`` it is also an object on stdout.
 """
 
 import argparse
-import logging
 import sys
 from collections.abc import Sequence
 from typing import Any, Final
 
 from ovr.cli import agent, check, demo, lab, list, output, plan, ps, restore, states
+from ovr.cli.logs import DEFAULT_LEVEL, log_to_stderr
 from ovr.errors import OvrError
 
 __all__ = ["main"]
@@ -32,7 +32,7 @@ exit codes:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     options = _parser().parse_args(arguments)
-    _log_to_stderr(options.verbose)
+    log_to_stderr(getattr(options, "log_level", DEFAULT_LEVEL + options.verbose))
     try:
         code: int = options.run(options)
     except OvrError as error:
@@ -66,10 +66,3 @@ def _parser() -> argparse.ArgumentParser:
     for command in _COMMANDS:
         command.add(commands)
     return parser
-
-
-def _log_to_stderr(verbosity: int) -> None:
-    level = (logging.WARNING, logging.INFO, logging.DEBUG)[min(verbosity, 2)]
-    logging.basicConfig(
-        stream=sys.stderr, level=level, format="(%(relativeCreated)010.3f) %(name)s: %(message)s"
-    )

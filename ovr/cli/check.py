@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from ovr.cli.output import common, document, size
-from ovr.cli.vm_options import add_vm_options
+from ovr.cli.vm_options import add_agent_option, add_vm_options
 from ovr.errors import OvrError, UsageError
 from ovr.kernel import Kernel
 from ovr.ram import GuestRam
@@ -43,7 +43,7 @@ def add(commands: Any) -> None:
     """Add the command to the parser."""
     parser = commands.add_parser("check", help="say whether a VM can be restored into")
     add_vm_options(parser)
-    parser.add_argument("--agent", metavar="ADDR", help="where the guest's agent listens")
+    add_agent_option(parser)
     common(parser)
     parser.set_defaults(run=run)
 

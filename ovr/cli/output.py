@@ -8,15 +8,20 @@ from typing import Any
 
 from ovr.errors import OvrError
 
-__all__ = ["common", "document", "error", "size", "table"]
+__all__ = ["common", "document", "error", "json_option", "size", "table"]
 
 
 def common(parser: argparse.ArgumentParser) -> None:
     """Add the options that every command has."""
-    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
+    json_option(parser)
     parser.add_argument(
         "-v", dest="verbose", action="count", default=0, help="say more on stderr (-vv: all)"
     )
+
+
+def json_option(parser: argparse.ArgumentParser) -> None:
+    """Add ``--json``."""
+    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
 
 
 def document(schema: str, fields: Mapping[str, Any]) -> None:
