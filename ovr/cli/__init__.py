@@ -6,17 +6,20 @@ with ``--json`` it is also an object on stdout.
 
 import argparse
 import sys
+import textwrap
 from collections.abc import Sequence
+from importlib.metadata import version
 from typing import Any, Final
 
-from ovr.cli import agent, check, demo, lab, list, output, plan, ps, restore, states
+from ovr.cli import agent, check, completion, demo, lab, list, output, plan, ps, restore, states
 from ovr.cli.logs import DEFAULT_LEVEL, log_to_stderr
 from ovr.errors import OvrError
 
-__all__ = ["main"]
+__all__ = ["main", "make_parser"]
 
 _COMMANDS: Final = (restore, plan, states, ps, list, check, agent, lab, demo)
 
+_WIDTH: Final = 92
 _EPILOG: Final = """\
 VM is libvirt:DOMAIN, name:NAME (QEMU's -name), qmp:PATH (a QMP socket), pid:N (a QEMU process)
 or lab:NAME; `ovr list` shows what there is.
@@ -31,7 +34,7 @@ exit codes:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
-    options = _parser().parse_args(arguments)
+    options = make_parser().parse_args(arguments)
     log_to_stderr(getattr(options, "log_level", DEFAULT_LEVEL + options.verbose))
     try:
         code: int = options.run(options)
@@ -47,22 +50,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 class _Command(argparse.ArgumentParser):
-    # Every command's help ends with what is the same for all of them.
-    def __init__(self, **options: Any) -> None:
+    # Every command's help ends with examples, then what is the same for all of them.
+    def __init__(self, *, examples: str = "", **options: Any) -> None:
         raw = argparse.RawDescriptionHelpFormatter
-        super().__init__(epilog=_EPILOG, formatter_class=raw, allow_abbrev=False, **options)
+        lines = textwrap.indent(textwrap.dedent(examples), "  ").rstrip()
+        epilog = f"examples:\n{lines}\n\n{_EPILOG}" if examples else _EPILOG
+        options["description"] = textwrap.fill(options.get("description") or "", _WIDTH)
+        super().__init__(epilog=epilog, formatter_class=raw, allow_abbrev=False, **options)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the whole command line."""
+    parser = _Command(
         prog="ovr",
         description="Restore checkpointed processes into a running QEMU VM, from outside the VM.",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        examples="""\
+            ovr list
+            ovr check --vm libvirt:web
+            ovr restore -D images/ --vm libvirt:web
+            """,
     )
+    parser.add_argument("--version", action="version", version=f"ovr {version('ovr')}")
     commands = parser.add_subparsers(
         title="commands", required=True, metavar="COMMAND", parser_class=_Command
     )
     for command in _COMMANDS:
         command.add(commands)
+    completion.add(commands, make_parser)
     return parser

@@ -16,7 +16,17 @@ _MAINTAINER = "local administrator <root@localhost>"
 
 def add(commands: Any) -> None:
     """Add the command to the parser."""
-    parser = commands.add_parser("agent", help="make the agent, for your guests")
+    parser = commands.add_parser(
+        "agent",
+        help="make the agent, for your guests",
+        description="Make the program that a guest must run, in the form that suits the guest.",
+        examples="""\
+            ovr agent deb            # then, in the guest: apt install ./ovr-agent_*.deb
+            ovr agent cloud-init > user-data
+            ovr agent build -o ovr-agent
+            ovr agent unit > ovr-agent.service
+            """,
+    )
     verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
     verb = _verb(verbs, "build", _build, "compile the agent: one static binary")
     verb.add_argument(
@@ -36,7 +46,7 @@ def add(commands: Any) -> None:
 
 
 def _verb(verbs: Any, verb: str, run: Any, text: str) -> Any:
-    parser = verbs.add_parser(verb, help=text, description=text)
+    parser = verbs.add_parser(verb, help=text, description=f"{text[0].upper()}{text[1:]}.")
     common(parser)
     parser.set_defaults(run=run)
     return parser

@@ -2,6 +2,7 @@
 
 import argparse
 import platform
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from ovr.cli.output import common, document, size
+from ovr.cli.terminal import painted
 from ovr.cli.vm_options import add_agent_option, add_vm_options
 from ovr.errors import OvrError, UsageError
 from ovr.kernel import Kernel
@@ -41,7 +43,16 @@ class Item:
 
 def add(commands: Any) -> None:
     """Add the command to the parser."""
-    parser = commands.add_parser("check", help="say whether a VM can be restored into")
+    parser = commands.add_parser(
+        "check",
+        help="say whether a VM can be restored into",
+        description="Look at VM, guest kernel and agent, and say what is missing and what to type."
+        " Changes nothing. Exits with 4 if something is missing.",
+        examples="""\
+            ovr check --vm libvirt:web
+            ovr check --vm qmp:/run/vm/qmp.sock --agent vsock:3 --json
+            """,
+    )
     add_vm_options(parser)
     add_agent_option(parser)
     common(parser)
@@ -60,9 +71,13 @@ def run(options: argparse.Namespace) -> int:
     else:
         for item in items:
             cure = f"  → {item.fix}" if item.fix else ""
-            print(f"{'ok  ' if item.ok else 'FAIL'}  {item.what:<16} {item.found}{cure}")
+            print(f"{_mark(item.ok)}  {item.what:<16} {item.found}{cure}")
         print("Looks good." if ok else "Does not look good.")
     return 0 if ok else 4
+
+
+def _mark(ok: bool) -> str:
+    return painted("ok  ", "good", sys.stdout) if ok else painted("FAIL", "bad", sys.stdout)
 
 
 def _vm(qmp: Monitor, stack: ExitStack, vmlinux: Path | None) -> Iterator[Item]:

@@ -1,9 +1,11 @@
 """``ovr list``: the VMs of this host, and whether each can be restored into."""
 
 import argparse
+import sys
 from typing import Any
 
 from ovr.cli.output import common, document, size, table
+from ovr.cli.terminal import painted
 from ovr.vm.census import FoundVm, found_vms
 
 __all__ = ["add"]
@@ -11,7 +13,17 @@ __all__ = ["add"]
 
 def add(commands: Any) -> None:
     """Add the command to the parser."""
-    parser = commands.add_parser("list", help="show the VMs of this host, and which can be used")
+    parser = commands.add_parser(
+        "list",
+        help="show the VMs of this host, and which can be used",
+        description="Show all QEMU VMs of this host, how --vm names them, and whether each can be"
+        " restored into; if not, why, and the cure. Guests and agents are not asked.",
+        examples="""\
+            ovr list
+            ovr list -v              # all names of each
+            ovr list --json
+            """,
+    )
     common(parser)
     parser.set_defaults(run=run)
 
@@ -39,7 +51,8 @@ def run(options: argparse.Namespace) -> int:
             print(f"{vm.names[0]} is also {', '.join(vm.names[1:])}")
         if vm.problem:
             cure = f"  → {vm.problem.hint}" if vm.problem.hint else ""
-            print(f"{vm.names[0]} cannot be restored into: {vm.problem}{cure}")
+            no = painted("cannot be restored into", "bad", sys.stdout)
+            print(f"{vm.names[0]} {no}: {vm.problem}{cure}")
     return 0
 
 

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ovr.cli.terminal import painted
 from ovr.errors import OvrError
 
 __all__ = ["common", "document", "error", "json_option", "size", "table"]
@@ -32,7 +33,10 @@ def document(schema: str, fields: Mapping[str, Any]) -> None:
 def error(problem: OvrError, *, as_json: bool) -> None:
     """Report `problem` in one line; with `as_json` also as an object on stdout."""
     cure = f" ({problem.hint})" if problem.hint else ""
-    print(f"ovr: {_one_line(str(problem))}{_one_line(cure)}", file=sys.stderr)
+    print(
+        f"{painted('ovr:', 'bad', sys.stderr)} {_one_line(str(problem))}{_one_line(cure)}",
+        file=sys.stderr,
+    )
     if as_json:
         document(
             "ovr.error/1",

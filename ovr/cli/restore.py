@@ -11,6 +11,7 @@ from ovr.cli.criu_options import Verbosity, add_criu_options
 from ovr.cli.logs import DEFAULT_LEVEL
 from ovr.cli.output import document, json_option, size
 from ovr.cli.plan import add_outside, show
+from ovr.cli.progress import PROGRESS_MODES, make_watch
 from ovr.cli.vm_options import add_agent_option, add_vm_options
 from ovr.errors import UsageError
 from ovr.images import ImageSet
@@ -25,6 +26,14 @@ def add(commands: Any) -> None:
     """Add the command to the parser."""
     parser = commands.add_parser(
         "restore", help="restore images into a running VM, from outside, and let them run",
+        description="Restore what `criu dump` wrote into a running VM, from outside the VM, and let"
+        " it run. Takes the options of `criu restore`.",
+        examples="""\
+            ovr restore -D images/ --vm libvirt:web
+            ovr restore -D images/ --vm qmp:/run/vm/qmp.sock --agent vsock:3 --dry-run
+            ovr restore -D images/ --vm name:web --outside memory,umask --verify full
+            OVR_VM=libvirt:web ovr restore -D images/ -W work/ -d --pidfile pid -o restore.log -v4
+            """,
         usage="ovr restore -D DIR --vm VM [option …] [option of criu restore …]",
     )  # fmt: skip
     parser.add_argument(
@@ -40,6 +49,10 @@ def add(commands: Any) -> None:
     )  # fmt: skip
     parser.add_argument("--dry-run", action="store_true", help="check and show the plan only")
     _add_files(parser)
+    parser.add_argument(
+        "--progress", choices=PROGRESS_MODES, default="auto",
+        help="on stderr: a bar, JSON lines, or none; auto is a bar on a terminal",
+    )  # fmt: skip
     json_option(parser)
     add_criu_options(parser)
     parser.set_defaults(run=run)
@@ -84,13 +97,23 @@ def _restore(options: argparse.Namespace) -> Report:
     files = criu_files(
         work, log_file=options.log_file, level=options.log_level, pidfile=options.pidfile
     )
-    with files as finish, attach(options.vm, vmlinux=options.vmlinux) as vm:
+    with (
+        files as finish,
+        make_watch(_progress(options)) as watch,
+        attach(options.vm, vmlinux=options.vmlinux, watch=watch) as vm,
+    ):
         report = vm.restore(
             options.images_dir, agent=options.agent, outside=options.outside,
             verify=options.verify, criu_options=options.criu_options,
         )  # fmt: skip
         finish(report)
     return report
+
+
+def _progress(options: argparse.Namespace) -> str:
+    # A bar among log lines is no help.
+    logging_here = options.verbose and options.log_file is None
+    return "none" if options.progress == "auto" and logging_here else str(options.progress)
 
 
 def _dry_run(options: argparse.Namespace) -> int:

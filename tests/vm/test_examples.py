@@ -1,5 +1,6 @@
 """The wrappers in examples/ restore the demo process; the shell one as it is under plain CRIU."""
 
+import json
 import os
 import subprocess
 import sys
@@ -103,6 +104,16 @@ def test_the_python_wrapper_without_a_vm(dump):
     )  # fmt: skip
     assert (done.returncode, done.stdout) == (3, "")
     assert "ovr lab up nobody" in done.stderr
+
+
+def test_progress_as_json_lines(vm, dump):
+    command = [sys.executable, "-m", "ovr", "restore", "--vm", f"lab:{vm.name}", "-D", dump.path]
+    done = subprocess.run([*command, "--progress", "json"], capture_output=True, check=True)
+    events = [json.loads(line) for line in done.stderr.splitlines()]
+    phases = list(dict.fromkeys(event["phase"] for event in events))
+    assert phases == ["attach", "plan", "skeleton", "memory", "state", "verify", "commit"]
+    assert [event["seconds"] for event in events] == sorted(event["seconds"] for event in events)
+    whole(vm, dump)
 
 
 def test_options_reach_the_guests_criu(vm, dump):
