@@ -59,6 +59,19 @@ class _Command(argparse.ArgumentParser):
         super().__init__(epilog=epilog, formatter_class=raw, allow_abbrev=False, **options)
 
 
+class _Version(argparse.Action):
+    # Asked only when it is wanted: to read the package's metadata takes milliseconds.
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: object,
+        option_string: str | None = None,
+    ) -> None:
+        print(f"ovr {version('ovr')}")
+        parser.exit()
+
+
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the whole command line."""
     parser = _Command(
@@ -70,7 +83,7 @@ def make_parser() -> argparse.ArgumentParser:
             ovr restore -D images/ --vm libvirt:web
             """,
     )
-    parser.add_argument("--version", action="version", version=f"ovr {version('ovr')}")
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version")
     commands = parser.add_subparsers(
         title="commands", required=True, metavar="COMMAND", parser_class=_Command
     )

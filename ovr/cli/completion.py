@@ -2,16 +2,14 @@
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Final
-
-import shtab
 
 from ovr.cli.output import common, document
 
 __all__ = ["add"]
 
-_FILES: Final = {"DIR": shtab.DIRECTORY, "FILE": shtab.FILE, "FILE|DIR": shtab.FILE}
+_FILES: Final = ("FILE", "FILE|DIR")
 
 
 def add(commands: Any, make_parser: Callable[[], argparse.ArgumentParser]) -> None:
@@ -31,7 +29,9 @@ def add(commands: Any, make_parser: Callable[[], argparse.ArgumentParser]) -> No
 
 
 def _run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
-    _complete_files(parser)
+    import shtab  # noqa: PLC0415 - no other command should wait for it
+
+    _complete_files(parser, files=shtab.FILE, directories=shtab.DIRECTORY)
     text = shtab.complete(parser, options.shell)
     if options.json:
         document("ovr.completion/1", {"shell": options.shell, "text": text})
@@ -40,10 +40,14 @@ def _run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     return 0
 
 
-def _complete_files(parser: argparse.ArgumentParser) -> None:
+def _complete_files(
+    parser: argparse.ArgumentParser, *, files: Mapping[str, Any], directories: Mapping[str, Any]
+) -> None:
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
             for command in action.choices.values():
-                _complete_files(command)
+                _complete_files(command, files=files, directories=directories)
+        elif action.metavar == "DIR":
+            action.complete = directories  # type: ignore[attr-defined]
         elif action.metavar in _FILES:
-            action.complete = _FILES[action.metavar]  # type: ignore[attr-defined]
+            action.complete = files  # type: ignore[attr-defined]
