@@ -66,8 +66,16 @@ _IGNORED_FLAGS: Final[tuple[tuple[str, ...], ...]] = (
     ("--log-pid",),
     ("--no-default-config",),
     ("--relative-timestamps",),
+    # Of dumps; criu restore takes them and does nothing with them.
+    ("-R", "--leave-running"),
+    ("--track-mem",),
 )
-_IGNORED_VALUES: Final[tuple[tuple[str, ...], ...]] = (("-t", "--tree"), ("--prev-images-dir",))
+_IGNORED_VALUES: Final[tuple[tuple[str, ...], ...]] = (
+    ("-t", "--tree"),
+    ("--prev-images-dir",),
+    ("--timeout",),
+    ("--freeze-cgroup",),
+)
 
 _ON_HOST: Final = "the restored process is in the guest, its parent cannot be on the host"
 REFUSED: Final[Mapping[tuple[str, ...], str]] = {
@@ -82,7 +90,6 @@ REFUSED: Final[Mapping[tuple[str, ...], str]] = {
     ("--stream",): "ovr reads images from a directory",
     ("--page-server",): "ovr reads images from a directory",
     ("--config",): "write its options on the command line",
-    ("--timeout",): "the agent sees to it that nothing hangs; leave the option out",
 }
 """What cannot be honoured, and what to do instead."""
 
@@ -94,7 +101,7 @@ _HIDDEN: Final = argparse.SUPPRESS  # named in the text above them
 _HELP: Final = f"""\
 These go to the guest's CRIU (see criu(8)):
 {textwrap.fill(" ".join(sorted(PASSED)), 78, break_on_hyphens=False)}
-These change nothing here, and are accepted: -d, -t, --log-pid, --no-default-config.
+These change nothing here, and are accepted: -d, -t, --log-pid, --timeout and the like.
 Others are refused, with the reason."""
 
 

@@ -4,7 +4,7 @@ import argparse
 import sys
 from typing import Any
 
-from ovr.cli.output import common, document, size, table
+from ovr.cli.output import common, document, one_line, size, table
 from ovr.cli.terminal import painted
 from ovr.vm.census import FoundVm, found_vms
 
@@ -48,11 +48,11 @@ def run(options: argparse.Namespace) -> int:
     table(("VM", "PID", "MEMORY", "STATE", "AGENT AT", "USABLE"), rows)
     for vm in found:
         if options.verbose and len(vm.names) > 1:
-            print(f"{vm.names[0]} is also {', '.join(vm.names[1:])}")
+            print(one_line(f"{vm.names[0]} is also {', '.join(vm.names[1:])}"))
         if vm.problem:
-            cure = f"  → {vm.problem.hint}" if vm.problem.hint else ""
+            reason = f"{vm.problem}  → {vm.problem.hint}" if vm.problem.hint else str(vm.problem)
             no = painted("cannot be restored into", "bad", sys.stdout)
-            print(f"{vm.names[0]} {no}: {vm.problem}{cure}")
+            print(f"{one_line(vm.names[0])} {no}: {one_line(reason)}")
     return 0
 
 

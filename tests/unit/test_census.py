@@ -130,6 +130,15 @@ def test_verdicts(vms, tmp_path):
     assert "paused" in str(census.found_vms()[0].problem)
 
 
+def test_names_keep_off_the_terminal(vms, monkeypatch, capsys, tmp_path):
+    evil = QemuProcess(14, ("qemu-system-x86_64", "-name", "\x1b[31mred\nline"), tmp_path)
+    monkeypatch.setattr(census, "qemu_processes", lambda: [evil])
+    assert cli.main(["list", "-v"]) == 0
+    out = capsys.readouterr().out
+    assert "\x1b" not in out
+    assert len(out.splitlines()) == 4
+
+
 def test_the_command(vms, capsys):
     assert cli.main(["list"]) == 0
     head, good, private, mute, *problems = capsys.readouterr().out.splitlines()

@@ -62,7 +62,7 @@ def test_a_command_line_of_criu(asked, capsys):
     calls, _ = asked
     words = "-d -t 99 -W work -o restore.log -v4 --pidfile pid -j --tcp-established -x"
     words += " --external mnt[]:m --ext-unix-sk=7 --manage-cgroups=soft --no-tcp-close -r /srv"
-    words += " --log-pid --no-default-config -l"
+    words += " --log-pid --no-default-config -l --timeout 9 -R --track-mem"
     assert run(*words.split()) == 0
     _, (images, options) = calls
     assert images == Path("images")
