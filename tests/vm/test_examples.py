@@ -108,10 +108,12 @@ def test_the_python_wrapper_without_a_vm(dump):
 
 def test_progress_as_json_lines(vm, dump):
     command = [sys.executable, "-m", "ovr", "restore", "--vm", f"lab:{vm.name}", "-D", dump.path]
-    done = subprocess.run([*command, "--progress", "json"], capture_output=True, check=True)
+    options = ["--json", "--progress", "json"]
+    done = subprocess.run([*command, *options], capture_output=True, check=True)
     events = [json.loads(line) for line in done.stderr.splitlines()]
-    phases = list(dict.fromkeys(event["phase"] for event in events))
-    assert phases == ["attach", "plan", "skeleton", "memory", "state", "verify", "commit"]
+    measured = json.loads(done.stdout)["seconds"].keys() - {"total"}
+    assert {event["phase"] for event in events} == measured
+    assert {"attach", "skeleton", "memory", "commit"} <= measured
     assert [event["seconds"] for event in events] == sorted(event["seconds"] for event in events)
     whole(vm, dump)
 
