@@ -4,6 +4,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 PACKAGES := gcc libc6-dev python3-dev python3-venv qemu-system-x86 qemu-system-common \
 	mmdebstrap e2fsprogs debian-archive-keyring
+# For tests only: a libvirtd of their own.
+PACKAGES += libvirt-daemon libvirt-daemon-driver-qemu libvirt-clients
 # Where virtiofsd is no part of QEMU any more it is a package of its own.
 PACKAGES += $(shell apt-cache show virtiofsd >/dev/null 2>&1 && echo virtiofsd)
 

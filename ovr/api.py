@@ -20,8 +20,10 @@ __all__ = ["Vm", "attach"]
 class Vm(AttachedVm):
     """A VM that can be restored into; a context manager. Made by `attach`."""
 
-    def __init__(self, spec: str, *, vmlinux: str | Path | None = None) -> None:
-        self._watch = Stopwatch()
+    def __init__(
+        self, spec: str, *, vmlinux: str | Path | None = None, watch: Stopwatch | None = None
+    ) -> None:
+        self._watch = watch or Stopwatch()
         with self._watch("attach"):
             super().__init__(spec, writable=True, vmlinux=vmlinux)
 
@@ -47,16 +49,17 @@ class Vm(AttachedVm):
         )  # fmt: skip
 
 
-def attach(spec: str, *, vmlinux: str | Path | None = None) -> Vm:
+def attach(spec: str, *, vmlinux: str | Path | None = None, watch: Stopwatch | None = None) -> Vm:
     """Attach to a running VM for restoring.
 
     Args:
-        spec: ``qmp:PATH``, ``pid:N`` or ``lab:NAME``.
+        spec: ``libvirt:DOMAIN``, ``name:NAME``, ``qmp:PATH``, ``pid:N`` or ``lab:NAME``.
         vmlinux: the guest's kernel, if the guest keeps no symbols or types in its memory.
+        watch: measures the attaching and the first restore; one of one's own can show progress.
 
     Raises:
         UsageError: `vmlinux` is no such file.
         VmUnreachable: no such VM.
         CheckFailed: it cannot be restored into.
     """
-    return Vm(spec, vmlinux=vmlinux)
+    return Vm(spec, vmlinux=vmlinux, watch=watch)

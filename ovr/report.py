@@ -29,6 +29,9 @@ class Stopwatch:
         """Add to what `phase` took."""
         self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
 
+    def advance(self, done: int, total: int) -> None:
+        """Hear that `done` of `total` bytes of the phase are done; here nobody wants to know."""
+
     def total(self) -> float:
         """Return the seconds since the stopwatch was made."""
         return time.perf_counter() - self._start

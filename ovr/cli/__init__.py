@@ -5,20 +5,24 @@ with ``--json`` it is also an object on stdout.
 """
 
 import argparse
-import logging
 import sys
+import textwrap
 from collections.abc import Sequence
+from importlib.metadata import version
 from typing import Any, Final
 
-from ovr.cli import check, demo, lab, output, plan, ps, restore, states
+from ovr.cli import agent, check, completion, demo, lab, list, output, plan, ps, restore, states
+from ovr.cli.logs import DEFAULT_LEVEL, log_to_stderr
 from ovr.errors import OvrError
 
-__all__ = ["main"]
+__all__ = ["main", "make_parser"]
 
-_COMMANDS: Final = (restore, plan, states, ps, check, lab, demo)
+_COMMANDS: Final = (restore, plan, states, ps, list, check, agent, lab, demo)
 
+_WIDTH: Final = 92
 _EPILOG: Final = """\
-VM is qmp:PATH (a QMP socket), pid:N (a QEMU process) or lab:NAME.
+VM is libvirt:DOMAIN, name:NAME (QEMU's -name), qmp:PATH (a QMP socket), pid:N (a QEMU process)
+or lab:NAME; `ovr list` shows what there is.
 ADDR is vsock:CID[:PORT], unix:PATH[:PORT] or serial:PATH; lab VMs know their own.
 
 exit codes:
@@ -30,8 +34,8 @@ exit codes:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
-    options = _parser().parse_args(arguments)
-    _log_to_stderr(options.verbose)
+    options = make_parser().parse_args(arguments)
+    log_to_stderr(getattr(options, "log_level", DEFAULT_LEVEL + options.verbose))
     try:
         code: int = options.run(options)
     except OvrError as error:
@@ -46,29 +50,44 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 class _Command(argparse.ArgumentParser):
-    # Every command's help ends with what is the same for all of them.
-    def __init__(self, **options: Any) -> None:
+    # Every command's help ends with examples, then what is the same for all of them.
+    def __init__(self, *, examples: str = "", **options: Any) -> None:
         raw = argparse.RawDescriptionHelpFormatter
-        super().__init__(epilog=_EPILOG, formatter_class=raw, allow_abbrev=False, **options)
+        lines = textwrap.indent(textwrap.dedent(examples), "  ").rstrip()
+        epilog = f"examples:\n{lines}\n\n{_EPILOG}" if examples else _EPILOG
+        options["description"] = textwrap.fill(options.get("description") or "", _WIDTH)
+        super().__init__(epilog=epilog, formatter_class=raw, allow_abbrev=False, **options)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+class _Version(argparse.Action):
+    # Asked only when it is wanted: to read the package's metadata takes milliseconds.
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: object,
+        option_string: str | None = None,
+    ) -> None:
+        print(f"ovr {version('ovr')}")
+        parser.exit()
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the whole command line."""
+    parser = _Command(
         prog="ovr",
         description="Restore checkpointed processes into a running QEMU VM, from outside the VM.",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        examples="""\
+            ovr list
+            ovr check --vm libvirt:web
+            ovr restore -D images/ --vm libvirt:web
+            """,
     )
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version")
     commands = parser.add_subparsers(
         title="commands", required=True, metavar="COMMAND", parser_class=_Command
     )
     for command in _COMMANDS:
         command.add(commands)
+    completion.add(commands, make_parser)
     return parser
-
-
-def _log_to_stderr(verbosity: int) -> None:
-    level = (logging.WARNING, logging.INFO, logging.DEBUG)[min(verbosity, 2)]
-    logging.basicConfig(
-        stream=sys.stderr, level=level, format="(%(relativeCreated)010.3f) %(name)s: %(message)s"
-    )

@@ -2,23 +2,33 @@
 
 import argparse
 import platform
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from ovr.cli.output import common, document, size
-from ovr.cli.vm_options import add_vm_options
-from ovr.errors import OvrError
+from ovr.cli.terminal import painted
+from ovr.cli.vm_options import add_agent_option, add_vm_options
+from ovr.errors import OvrError, UsageError
 from ovr.kernel import Kernel
 from ovr.ram import GuestRam
 from ovr.vm.agent import Agent
 from ovr.vm.find import find_vm
 from ovr.vm.memory_map import guest_slots, refusals
-from ovr.vm.qmp import Qmp
+from ovr.vm.qmp import Monitor
 
 __all__ = ["add"]
+
+_NO_ADDRESS: Final = (
+    "give --agent ADDR; the VM needs -device vhost-vsock-pci,guest-cid=N (libvirt: <vsock>), or a"
+    " virtio-serial port org.ovr.0"
+)
+_INSTALL: Final = (
+    "is it not there yet? `ovr agent deb` here, `apt install ./ovr-agent_*.deb` in the guest"
+)
 
 
 @dataclass(frozen=True)
@@ -33,9 +43,18 @@ class Item:
 
 def add(commands: Any) -> None:
     """Add the command to the parser."""
-    parser = commands.add_parser("check", help="say whether a VM can be restored into")
+    parser = commands.add_parser(
+        "check",
+        help="say whether a VM can be restored into",
+        description="Look at VM, guest kernel and agent, and say what is missing and what to type."
+        " Changes nothing. Exits with 4 if something is missing.",
+        examples="""\
+            ovr check --vm libvirt:web
+            ovr check --vm qmp:/run/vm/qmp.sock --agent vsock:3 --json
+            """,
+    )
     add_vm_options(parser)
-    parser.add_argument("--agent", metavar="ADDR", help="where the guest's agent listens")
+    add_agent_option(parser)
     common(parser)
     parser.set_defaults(run=run)
 
@@ -44,7 +63,7 @@ def run(options: argparse.Namespace) -> int:
     """Check one thing after the other, as far as what was found carries."""
     address = find_vm(options.vm)
     with ExitStack() as stack:
-        qmp = stack.enter_context(Qmp.connect(address.qmp))
+        qmp = stack.enter_context(address.connect())
         items = [*_vm(qmp, stack, options.vmlinux), _agent(options.agent or address.agent)]
     ok = all(item.ok for item in items)
     if options.json:
@@ -52,12 +71,16 @@ def run(options: argparse.Namespace) -> int:
     else:
         for item in items:
             cure = f"  → {item.fix}" if item.fix else ""
-            print(f"{'ok  ' if item.ok else 'FAIL'}  {item.what:<16} {item.found}{cure}")
+            print(f"{_mark(item.ok)}  {item.what:<16} {item.found}{cure}")
         print("Looks good." if ok else "Does not look good.")
     return 0 if ok else 4
 
 
-def _vm(qmp: Qmp, stack: ExitStack, vmlinux: Path | None) -> Iterator[Item]:
+def _mark(ok: bool) -> str:
+    return painted("ok  ", "good", sys.stdout) if ok else painted("FAIL", "bad", sys.stdout)
+
+
+def _vm(qmp: Monitor, stack: ExitStack, vmlinux: Path | None) -> Iterator[Item]:
     version = qmp.execute("query-version")["qemu"]
     yield Item("QMP", True, f"QEMU {version['major']}.{version['minor']}.{version['micro']}")
     yield Item("host", platform.machine() == "x86_64", platform.machine())
@@ -86,12 +109,14 @@ def _kernel(kernel: Kernel) -> Iterator[Item]:
 
 def _agent(address: str | None) -> Item:
     if address is None:
-        return Item("agent", False, "nobody said where it is", "give --agent ADDR")
+        return Item("agent", False, "nobody said where it is", _NO_ADDRESS)
     try:
         with Agent.connect(address) as agent:
             hello = agent.hello
+    except UsageError:
+        raise
     except OvrError as error:
-        return Item("agent", False, str(error), error.hint)
+        return Item("agent", False, str(error), f"{error.hint}; {_INSTALL}")
     if hello.criu is None:
         return Item("agent", False, "the guest has no CRIU", "apt-get install criu, in the guest")
     return Item("agent", True, f"version {hello.agent}, CRIU {hello.criu}, at {address}")

@@ -17,7 +17,15 @@ __all__ = ["add"]
 def add(commands: Any) -> None:
     """Add the command to the parser."""
     parser = commands.add_parser(
-        "demo", help="dump a process in one lab VM, restore it into another from outside"
+        "demo",
+        help="dump a process in one lab VM, restore it into another from outside",
+        description="Dump a process in one lab VM, end that VM, boot another, restore the process"
+        " into it from outside, and let it check itself.",
+        examples="""\
+            ovr demo
+            ovr demo --size 5G --memory 8G
+            ovr demo --suite bookworm --json
+            """,
     )
     parser.add_argument("--size", default="1G", metavar="SIZE", help="its memory (1G)")
     parser.add_argument("--memory", default="4G", metavar="SIZE", help="RAM of each VM (4G)")

@@ -15,7 +15,17 @@ __all__ = ["add"]
 
 def add(commands: Any) -> None:
     """Add the command to the parser."""
-    parser = commands.add_parser("lab", help="make and use VMs to try things on")
+    parser = commands.add_parser(
+        "lab",
+        help="make and use VMs to try things on",
+        description="Make Debian VMs with CRIU and the agent in them, to try ovr on.",
+        examples="""\
+            ovr lab up one --suite bookworm --memory 2G
+            ovr lab sh one 'criu --version'
+            ovr lab put one ./program /root/program
+            ovr lab down one
+            """,
+    )
     verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
     _add_up(verbs)
     sh = _verb(verbs, "sh", _sh, "run a shell command in the guest, or a shell on stdin", name=True)

@@ -6,17 +6,23 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ovr.cli.terminal import painted
 from ovr.errors import OvrError
 
-__all__ = ["common", "document", "error", "size", "table"]
+__all__ = ["common", "document", "error", "json_option", "one_line", "size", "table"]
 
 
 def common(parser: argparse.ArgumentParser) -> None:
     """Add the options that every command has."""
-    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
+    json_option(parser)
     parser.add_argument(
         "-v", dest="verbose", action="count", default=0, help="say more on stderr (-vv: all)"
     )
+
+
+def json_option(parser: argparse.ArgumentParser) -> None:
+    """Add ``--json``."""
+    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
 
 
 def document(schema: str, fields: Mapping[str, Any]) -> None:
@@ -27,7 +33,10 @@ def document(schema: str, fields: Mapping[str, Any]) -> None:
 def error(problem: OvrError, *, as_json: bool) -> None:
     """Report `problem` in one line; with `as_json` also as an object on stdout."""
     cure = f" ({problem.hint})" if problem.hint else ""
-    print(f"ovr: {_one_line(str(problem))}{_one_line(cure)}", file=sys.stderr)
+    print(
+        f"{painted('ovr:', 'bad', sys.stderr)} {one_line(str(problem))}{one_line(cure)}",
+        file=sys.stderr,
+    )
     if as_json:
         document(
             "ovr.error/1",
@@ -42,7 +51,7 @@ def error(problem: OvrError, *, as_json: bool) -> None:
 
 def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     """Print left-aligned columns, as ps(1) does."""
-    cells = [[str(cell) for cell in row] for row in (head, *rows)]
+    cells = [[one_line(str(cell)) for cell in row] for row in (head, *rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
     for row in cells:
         columns = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
@@ -59,6 +68,9 @@ def size(count: int) -> str:
     return f"{count} B" if unit == "B" else f"{value:.1f} {unit}"
 
 
-def _one_line(text: str) -> str:
-    # Messages may quote the guest: keep its control characters off the terminal.
+def one_line(text: str) -> str:
+    """Return `text` as one line without control characters.
+
+    Texts may quote a guest, or another user's command line.
+    """
     return "".join(char if char.isprintable() else "?" for char in text.replace("\n", " "))

@@ -13,7 +13,16 @@ __all__ = ["add"]
 
 def add(commands: Any) -> None:
     """Add the command to the parser."""
-    parser = commands.add_parser("ps", help="show the guest's processes, read from outside")
+    parser = commands.add_parser(
+        "ps",
+        help="show the guest's processes, read from outside",
+        description="Read the process list out of the guest's memory. Nothing runs in the guest,"
+        " which need not have an agent.",
+        examples="""\
+            ovr ps --vm libvirt:web
+            ovr ps --vm qmp:/run/vm/qmp.sock --json
+            """,
+    )
     add_vm_options(parser)
     common(parser)
     parser.set_defaults(run=run)

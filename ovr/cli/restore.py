@@ -1,13 +1,19 @@
-"""``ovr restore``: the command this tool exists for."""
+"""``ovr restore``: the command this tool exists for; takes what ``criu restore`` takes."""
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
 from ovr.api import attach
-from ovr.cli.output import common, document, size
+from ovr.cli.criu_files import criu_files, stats_text
+from ovr.cli.criu_options import Verbosity, add_criu_options
+from ovr.cli.logs import DEFAULT_LEVEL
+from ovr.cli.output import document, json_option, size
 from ovr.cli.plan import add_outside, show
-from ovr.cli.vm_options import add_vm_options
+from ovr.cli.progress import PROGRESS_MODES, make_watch
+from ovr.cli.vm_options import add_agent_option, add_vm_options
+from ovr.errors import UsageError
 from ovr.images import ImageSet
 from ovr.plan import make_plan
 from ovr.report import Report
@@ -19,34 +25,95 @@ __all__ = ["add"]
 def add(commands: Any) -> None:
     """Add the command to the parser."""
     parser = commands.add_parser(
-        "restore", help="restore images into a running VM, from outside, and let them run"
-    )
-    parser.add_argument("-D", "--images-dir", type=Path, required=True, metavar="DIR")
+        "restore", help="restore images into a running VM, from outside, and let them run",
+        description="Restore what `criu dump` wrote into a running VM, from outside the VM, and let"
+        " it run. Takes the options of `criu restore`.",
+        examples="""\
+            ovr restore -D images/ --vm libvirt:web
+            ovr restore -D images/ --vm qmp:/run/vm/qmp.sock --agent vsock:3 --dry-run
+            ovr restore -D images/ --vm name:web --outside memory,umask --verify full
+            OVR_VM=libvirt:web ovr restore -D images/ -W work/ -d --pidfile pid -o restore.log -v4
+            """,
+        usage="ovr restore -D DIR --vm VM [option …] [option of criu restore …]",
+    )  # fmt: skip
+    parser.add_argument(
+        "-D", "--images-dir", type=Path, default=Path(), metavar="DIR",
+        help="what criu dump wrote (default: the current directory)",
+    )  # fmt: skip
     add_vm_options(parser)
-    parser.add_argument("--agent", metavar="ADDR", help="where the guest's agent listens")
+    add_agent_option(parser)
     add_outside(parser)
     parser.add_argument(
         "--verify", choices=VERIFY_MODES, default="sample",
         help="read back none, a sample or all of the memory before the tree may run",
     )  # fmt: skip
     parser.add_argument("--dry-run", action="store_true", help="check and show the plan only")
-    common(parser)
+    _add_files(parser)
+    parser.add_argument(
+        "--progress", choices=PROGRESS_MODES, default="auto",
+        help="on stderr: a bar, JSON lines, or none; auto is a bar on a terminal",
+    )  # fmt: skip
+    json_option(parser)
+    add_criu_options(parser)
     parser.set_defaults(run=run)
+
+
+def _add_files(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "-W", "--work-dir", type=Path, metavar="DIR",
+        help="where log, pidfile and stats-restore go (default: the images' directory)",
+    )  # fmt: skip
+    parser.add_argument("-o", "--log-file", metavar="FILE", help="log there, not to stderr")
+    parser.add_argument(
+        "-v", "--verbosity", action=Verbosity, dest="log_level", nargs="?", metavar="NUM",
+        default=DEFAULT_LEVEL, help="say more (-vv: all), or criu's level: 0 nothing … 4 all",
+    )  # fmt: skip
+    parser.set_defaults(verbose=0)
+    parser.add_argument("--pidfile", metavar="FILE", help="write the root task's pid there")
+    parser.add_argument(
+        "--display-stats", action=argparse.BooleanOptionalAction, default=False,
+        help="show what is in stats-restore",
+    )  # fmt: skip
 
 
 def run(options: argparse.Namespace) -> int:
     """Restore, or with ``--dry-run`` go as far as is possible without touching the guest."""
     if options.dry_run:
         return _dry_run(options)
-    with attach(options.vm, vmlinux=options.vmlinux) as vm:
-        report = vm.restore(
-            options.images_dir, agent=options.agent, outside=options.outside, verify=options.verify
-        )
+    report = _restore(options)
     if options.json:
         document("ovr.restore/1", report.as_json())
     else:
         print(_sentence(report))
+    if options.display_stats:
+        print(stats_text(report), file=sys.stderr if options.json else sys.stdout)
     return 0
+
+
+def _restore(options: argparse.Namespace) -> Report:
+    work = options.work_dir or options.images_dir
+    if options.work_dir and not work.is_dir():
+        raise UsageError(f"{work} is no directory", "create it, or name another with -W")
+    files = criu_files(
+        work, log_file=options.log_file, level=options.log_level, pidfile=options.pidfile
+    )
+    with (
+        files as finish,
+        make_watch(_progress(options)) as watch,
+        attach(options.vm, vmlinux=options.vmlinux, watch=watch) as vm,
+    ):
+        report = vm.restore(
+            options.images_dir, agent=options.agent, outside=options.outside,
+            verify=options.verify, criu_options=options.criu_options,
+        )  # fmt: skip
+        finish(report)
+    return report
+
+
+def _progress(options: argparse.Namespace) -> str:
+    # A bar among log lines is no help.
+    logging_here = options.verbose and options.log_file is None
+    return "none" if options.progress == "auto" and logging_here else str(options.progress)
 
 
 def _dry_run(options: argparse.Namespace) -> int:

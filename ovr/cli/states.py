@@ -19,7 +19,13 @@ MEMORY: Final = {
 
 def add(commands: Any) -> None:
     """Add the command to the parser."""
-    parser = commands.add_parser("states", help="list all kinds of state: yes or no, and why")
+    parser = commands.add_parser(
+        "states",
+        help="list all kinds of state: yes or no, and why",
+        description="List the kinds of state that are written from outside, their groups, and those"
+        " that are left to the guest's CRIU, with the reason.",
+        examples="ovr states",
+    )
     common(parser)
     parser.set_defaults(run=run)
 

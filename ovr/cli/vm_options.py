@@ -1,16 +1,31 @@
 """The options that say which VM is meant, and what helps to understand its kernel."""
 
 import argparse
+import os
 from pathlib import Path
 
-__all__ = ["add_vm_options"]
+__all__ = ["add_agent_option", "add_vm_options"]
 
 
 def add_vm_options(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
     """Add ``--vm`` and ``--vmlinux``; without `required` the first is only checked, if given."""
-    also = None if required else "also check that this VM can be reached"
-    parser.add_argument("--vm", required=required, metavar="VM", help=also)
+    if required:
+        named = os.environ.get("OVR_VM")
+        parser.add_argument(
+            "--vm", required=not named, default=named, metavar="VM",
+            help="which VM: see below (default: what OVR_VM in the environment says)",
+        )  # fmt: skip
+    else:
+        parser.add_argument("--vm", metavar="VM", help="also check that this VM can be reached")
     parser.add_argument(
         "--vmlinux", metavar="FILE", type=Path,
         help="the guest's kernel with symbol table or .BTF, if the guest keeps none in its memory",
+    )  # fmt: skip
+
+
+def add_agent_option(parser: argparse.ArgumentParser) -> None:
+    """Add ``--agent``."""
+    parser.add_argument(
+        "--agent", metavar="ADDR", default=os.environ.get("OVR_AGENT") or None,
+        help="where the guest's agent listens (default: OVR_AGENT, or what the VM's devices say)",
     )  # fmt: skip

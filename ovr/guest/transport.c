@@ -201,6 +201,9 @@ void transport_watch(struct loop *loop)
 			open_vsock();
 		if (want_port)
 			open_port();
+		if (want_port && port >= 0)
+			/* Sessions were collected before: this one is watched from the next turn on. */
+			loop_wake_at(loop, now_ms());
 		retry_at = now_ms() + RETRY_MS;
 	}
 	if ((options.vsock_port && vsock_listener < 0) || (options.serial && port < 0))

@@ -9,7 +9,6 @@ from ovr.kernel import Kernel
 from ovr.ram import GuestRam
 from ovr.vm.find import VmAddress, find_vm
 from ovr.vm.memory_map import guest_slots
-from ovr.vm.qmp import Qmp
 
 __all__ = ["AttachedVm"]
 
@@ -18,7 +17,7 @@ class AttachedVm:
     """QMP, guest RAM and the guest's kernel; a context manager.
 
     Args:
-        spec: ``qmp:PATH``, ``pid:N`` or ``lab:NAME``.
+        spec: ``libvirt:DOMAIN``, ``name:NAME``, ``qmp:PATH``, ``pid:N`` or ``lab:NAME``.
         writable: map guest RAM for writing.
         vmlinux: the guest kernel's file, where its memory does not say enough.
 
@@ -33,7 +32,7 @@ class AttachedVm:
     ) -> None:
         self.address: VmAddress = find_vm(spec)
         with ExitStack() as stack:
-            self.qmp = stack.enter_context(Qmp.connect(self.address.qmp))
+            self.qmp = stack.enter_context(self.address.connect())
             self.ram = stack.enter_context(GuestRam(guest_slots(self.qmp), writable=writable))
             self.kernel = Kernel.find(self.ram, vmlinux)
             self._stack = stack.pop_all()

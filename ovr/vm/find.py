@@ -1,4 +1,12 @@
-"""From what the user types to where the VM listens: ``qmp:PATH``, ``pid:N``, ``lab:NAME``.
+"""From what the user types to where the VM listens.
+
+==================  ===============================================================
+``libvirt:DOMAIN``  a libvirt domain, by name, UUID or id
+``name:NAME``       a QEMU that was started with ``-name NAME``
+``qmp:PATH``        a QMP socket
+``pid:N``           a QEMU process
+``lab:NAME``        a VM of this repository's lab
+==================  ===============================================================
 
 The lab writes one state file a VM, in the directory that `lab_directory` names. This module
 reads two of its keys (``qmp`` and ``agent``); that is all that is known of the lab here, and
@@ -9,19 +17,30 @@ import json
 import os
 import re
 import stat
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
-
-import psutil
+from typing import Final
 
 from ovr.errors import LabError, UsageError, VmUnreachable
+from ovr.vm.libvirt import Domain, LibvirtMonitor, find_domain
+from ovr.vm.processes import QemuProcess, qemu_process, qemu_processes
+from ovr.vm.qmp import Monitor, Qmp
 
-__all__ = ["LAB_STATE", "VmAddress", "find_vm", "lab_directory", "qmp_sockets"]
+__all__ = [
+    "LAB_STATE",
+    "VM_FORMS",
+    "VmAddress",
+    "address_of_process",
+    "find_vm",
+    "lab_addresses",
+    "lab_directory",
+]
 
 LAB_STATE = "vm.json"
 """The name of the state file in a lab VM's directory."""
+
+VM_FORMS: Final = "libvirt:DOMAIN, name:NAME, qmp:PATH, pid:N or lab:NAME"
+"""What `find_vm` takes, for messages."""
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,31}")
 _OWN_MONITOR = "give it one more monitor: -qmp unix:PATH,server=on,wait=off"
@@ -33,31 +52,73 @@ class VmAddress:
 
     Attributes:
         spec: what the user typed.
-        qmp: path of the QMP socket.
+        qmp: path of the QMP socket, or the libvirt domain that has the monitor.
         agent: address of the guest's agent as ``--agent`` takes it, where it is known.
     """
 
     spec: str
-    qmp: Path
+    qmp: Path | Domain
     agent: str | None
+
+    def connect(self, timeout: float = 10.0) -> Monitor:
+        """Connect to the VM's monitor; `timeout` is for each answer, in seconds.
+
+        Raises:
+            VmUnreachable: it does not answer.
+        """
+        if isinstance(self.qmp, Domain):
+            return LibvirtMonitor(self.qmp, timeout)
+        return Qmp.connect(self.qmp, timeout)
 
 
 def find_vm(spec: str) -> VmAddress:
-    """Resolve ``qmp:PATH``, ``pid:N`` or ``lab:NAME``.
+    """Resolve what the user typed, one of `VM_FORMS`.
 
     Raises:
         UsageError: the text is none of these.
-        VmUnreachable: there is no such VM, or it has no QMP socket that we can use.
+        VmUnreachable: there is no such VM, or it has no QMP that we can use.
     """
     kind, _, rest = spec.partition(":")
     match kind:
+        case "libvirt" if rest:
+            domain = find_domain(rest)
+            return VmAddress(spec, domain, domain.agent)
+        case "name" if rest:
+            return address_of_process(spec, _named(rest))
         case "qmp" if rest:
             return VmAddress(spec, Path(rest), None)
         case "pid" if rest.isascii() and rest.isdecimal():
-            return VmAddress(spec, _qmp_of_process(int(rest)), None)
+            return address_of_process(spec, qemu_process(int(rest)))
         case "lab" if rest:
             return _lab_vm(spec, rest)
-    raise UsageError(f"{spec!r} does not name a VM", "qmp:PATH, pid:N or lab:NAME")
+    raise UsageError(f"{spec!r} does not name a VM", VM_FORMS)
+
+
+def address_of_process(spec: str, process: QemuProcess) -> VmAddress:
+    """Return where a QEMU process listens, as its command line has it.
+
+    Raises:
+        VmUnreachable: it has no QMP socket that we can use.
+    """
+    for path in process.qmp:
+        if path.is_socket():
+            return VmAddress(spec, path, process.agent)
+    if process.libvirt:
+        raise VmUnreachable(
+            f"libvirt owns the monitor of QEMU {process.pid}", f"--vm libvirt:{process.name}"
+        )
+    raise VmUnreachable(f"QEMU {process.pid} has no QMP socket with a path", _OWN_MONITOR)
+
+
+def lab_addresses() -> list[VmAddress]:
+    """Return this user's lab VMs by name, dead ones too."""
+    found = []
+    for path in sorted(lab_directory().glob(f"*/{LAB_STATE}")):
+        try:
+            found.append(find_vm(f"lab:{path.parent.name}"))
+        except VmUnreachable:  # gone meanwhile, or not ours to read
+            continue
+    return found
 
 
 def lab_directory(name: str = "") -> Path:
@@ -77,55 +138,14 @@ def lab_directory(name: str = "") -> Path:
     return _runtime_directory() / "lab" / name
 
 
-def qmp_sockets(command_line: Sequence[str]) -> Iterator[str]:
-    """Yield the paths of the QMP unix sockets that a QEMU command line asks for."""
-    chardevs: dict[str, str] = {}
-    controls = []
-    for option, value in pairwise(command_line):
-        match option.removeprefix("-") if option.startswith("--") else option:
-            case "-qmp" | "-qmp-pretty" if value.startswith("unix:"):
-                yield _fields("path=" + value.removeprefix("unix:"))["path"]
-            case "-chardev":
-                fields = _fields(value, "backend")
-                if fields.get("backend") == "socket" and "path" in fields:
-                    chardevs[fields.get("id", "")] = fields["path"]
-            case "-mon":
-                fields = _fields(value, "chardev")
-                if fields.get("mode") == "control":
-                    controls.append(fields.get("chardev", ""))
-    yield from (chardevs[name] for name in controls if name in chardevs)
-
-
-def _fields(value: str, first: str = "") -> dict[str, str]:
-    # QEMU's option syntax: key=value pairs between commas, a comma itself is written twice.
-    fields: dict[str, str] = {}
-    for number, part in enumerate(value.replace(",,", "\0").split(",")):
-        key, equals, text = part.partition("=")
-        if number == 0 and first and not equals:
-            key, text = first, part
-        fields.setdefault(key, text.replace("\0", ","))
-    return fields
-
-
-def _qmp_of_process(pid: int) -> Path:
-    try:
-        process = psutil.Process(pid)
-        command_line = process.cmdline()
-        sockets = list(qmp_sockets(command_line))
-        paths = [Path(path) if path.startswith("/") else Path(process.cwd(), path)
-                 for path in sockets]  # fmt: skip
-    except psutil.NoSuchProcess as error:
-        raise VmUnreachable(f"there is no process {pid}") from error
-    except psutil.AccessDenied as error:
-        raise VmUnreachable(
-            f"process {pid} may not be looked at", "run as root or as the user that runs QEMU"
-        ) from error
-    if not any("qemu" in word for word in command_line[:1]) and not sockets:
-        raise VmUnreachable(f"process {pid} ({process.name()}) is not QEMU")
-    for path in paths:
-        if path.is_socket():
-            return path
-    raise VmUnreachable(f"QEMU {pid} has no QMP socket with a path", _OWN_MONITOR)
+def _named(name: str) -> QemuProcess:
+    found = [process for process in qemu_processes() if process.name == name]
+    if not found:
+        raise VmUnreachable(f"no QEMU here has the name {name}", "ovr list shows what runs")
+    if len(found) > 1:
+        pids = ", ".join(f"pid:{process.pid}" for process in found)
+        raise VmUnreachable(f"{len(found)} QEMUs here have the name {name}", f"say which: {pids}")
+    return found[0]
 
 
 def _lab_vm(spec: str, name: str) -> VmAddress:

@@ -20,7 +20,7 @@ from types import TracebackType
 from typing import Final, Self
 
 from ovr.errors import CheckFailed, RestoreFailed, VmUnreachable
-from ovr.vm.qmp import Qmp
+from ovr.vm.qmp import Monitor
 
 __all__ = ["Holder"]
 
@@ -45,7 +45,7 @@ class Holder:
         CheckFailed: the VM does not run, or its QEMU cannot be stopped from here.
     """
 
-    def __init__(self, qmp: Qmp) -> None:
+    def __init__(self, qmp: Monitor) -> None:
         self.seconds = 0.0
         self.longest = 0.0
         self.count = 0
@@ -125,13 +125,13 @@ class Holder:
         self._guardian.stdin.write(f"{state}\n".encode())
 
 
-def _running_qemu(qmp: Qmp) -> int:
+def _running_qemu(qmp: Monitor) -> int:
     status = qmp.status()
     if status != "running":
         raise CheckFailed(
             f"the VM is not running (QEMU says: {status})", "resume it first (QMP cont)"
         )
-    if pid := qmp.peer_pid:
+    if pid := qmp.qemu_pid:
         return pid
     raise CheckFailed("QEMU runs in a pid namespace that cannot be seen from here", _BECOME)
 

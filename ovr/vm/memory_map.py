@@ -33,7 +33,7 @@ from typing import Any
 from ovr.addresses import PAGE_SIZE, Gpa, Offset
 from ovr.errors import CheckFailed, RamNotShared
 from ovr.ram import Slot
-from ovr.vm.qmp import Qmp
+from ovr.vm.qmp import Monitor
 
 __all__ = ["Mapping", "RamRange", "guest_slots", "parse_maps", "ram_ranges", "refusals"]
 
@@ -74,7 +74,7 @@ class Mapping:
     path: str
 
 
-def guest_slots(qmp: Qmp) -> tuple[Slot, ...]:
+def guest_slots(qmp: Monitor) -> tuple[Slot, ...]:
     """Return what backs the guest's RAM, ascending.
 
     RAM that the firmware made read-only (below 1 MiB) is left out: no page of it is a task's.
@@ -100,7 +100,7 @@ def guest_slots(qmp: Qmp) -> tuple[Slot, ...]:
     return tuple(_joined(slots))
 
 
-def refusals(qmp: Qmp) -> tuple[CheckFailed, ...]:
+def refusals(qmp: Monitor) -> tuple[CheckFailed, ...]:
     """Return why this VM must not be written to now, apart from its RAM; empty if it may.
 
     Raises:
@@ -171,7 +171,7 @@ def _system_view(mtree: str) -> list[str]:
     )
 
 
-def _backends(qmp: Qmp) -> dict[str, bool]:
+def _backends(qmp: Monitor) -> dict[str, bool]:
     # Names that memory regions of the backends have, and whether the backend is shared.
     shared = {}
     for backend in _list(qmp.execute("query-memdev")):
@@ -184,13 +184,13 @@ def _list(answer: Any) -> list[dict[str, Any]]:
     return [item for item in answer if isinstance(item, dict)] if isinstance(answer, list) else []
 
 
-def _qemu_pid(qmp: Qmp) -> int:
-    if pid := qmp.peer_pid:
+def _qemu_pid(qmp: Monitor) -> int:
+    if pid := qmp.qemu_pid:
         return pid
     raise CheckFailed("QEMU runs in a pid namespace that cannot be seen from here", _BECOME)
 
 
-def _address(qmp: Qmp, gpa: Gpa) -> int:
+def _address(qmp: Monitor, gpa: Gpa) -> int:
     answer = qmp.human(f"gpa2hva {gpa:#x}")
     if match := _HVA.fullmatch(answer):
         return int(match[1], 16)

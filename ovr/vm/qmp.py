@@ -8,6 +8,7 @@ import json
 import socket
 import struct
 import time
+from abc import ABC, abstractmethod
 from collections import deque
 from itertools import count
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any, Self
 
 from ovr.errors import OvrError, VmUnreachable
 
-__all__ = ["ExecuteError", "Qmp"]
+__all__ = ["ExecuteError", "Monitor", "Qmp"]
 
 _MESSAGE_LIMIT = 16 << 20  # bytes; QEMU's largest answers (query-qmp-schema) have 200 KiB
 _EVENTS_KEPT = 1000
@@ -37,7 +38,80 @@ class ExecuteError(OvrError):
         self.desc = desc
 
 
-class Qmp:
+class Monitor(ABC):
+    """A way to give QEMU its QMP commands, one at a time; a context manager."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    @abstractmethod
+    def close(self) -> None:
+        """Hang up; the VM runs on."""
+
+    @property
+    @abstractmethod
+    def qemu_pid(self) -> int:
+        """QEMU's pid, 0 if its process cannot be seen from here."""
+
+    @abstractmethod
+    def execute(self, command: str, **arguments: Any) -> Any:
+        """Run a QMP command and return its ``return`` value.
+
+        Python's ``_`` in the names of arguments stands for QMP's ``-``.
+
+        Raises:
+            ExecuteError: QEMU refused the command.
+            VmUnreachable: the connection broke, or no answer came in time.
+        """
+
+    def human(self, command_line: str) -> str:
+        """Run a command of the human monitor and return what it prints."""
+        return str(self.execute("human-monitor-command", command_line=command_line))
+
+    def status(self) -> str:
+        """Return the VM's run state, such as ``running``, ``paused`` or ``inmigrate``."""
+        answer = self.execute("query-status")
+        if not isinstance(answer, dict):
+            raise self._unreachable("sent an answer that is not QMP")
+        return str(answer.get("status"))
+
+    def stop(self) -> None:
+        """Stop all vCPUs; returns once they stand."""
+        self.execute("stop")
+
+    def cont(self) -> None:
+        """Let the vCPUs run."""
+        self.execute("cont")
+
+    @abstractmethod
+    def _unreachable(self, what: str) -> VmUnreachable:
+        """Return the error that says `what` this VM does."""
+
+    def _returned(self, command: str, answer: dict[str, Any]) -> Any:
+        if "return" in answer:
+            return answer["return"]
+        error = answer.get("error")
+        if not isinstance(error, dict):
+            raise self._unreachable("sent an answer that is not QMP")
+        raise ExecuteError(command, str(error.get("class")), str(error.get("desc")))
+
+    @staticmethod
+    def _message(command: str, arguments: dict[str, Any]) -> dict[str, Any]:
+        message: dict[str, Any] = {"execute": command}
+        if arguments:
+            message["arguments"] = {key.replace("_", "-"): arguments[key] for key in arguments}
+        return message
+
+
+class Qmp(Monitor):
     """A QMP connection, past the greeting and ready for commands; a context manager.
 
     Args:
@@ -84,17 +158,6 @@ class Qmp:
             connection.close()
             raise
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
-
     def close(self) -> None:
         """Hang up; the VM runs on."""
         self._socket.close()
@@ -104,7 +167,7 @@ class Qmp:
         return self._socket.fileno()
 
     @property
-    def peer_pid(self) -> int:
+    def qemu_pid(self) -> int:
         """The pid of the process that listens at the socket (``SO_PEERCRED``): QEMU.
 
         0 if that process is in a pid namespace that cannot be seen from here.
@@ -115,45 +178,11 @@ class Qmp:
         return pid
 
     def execute(self, command: str, **arguments: Any) -> Any:
-        """Run a QMP command and return its ``return`` value.
-
-        Python's ``_`` in the names of arguments stands for QMP's ``-``.
-
-        Raises:
-            ExecuteError: QEMU refused the command.
-            VmUnreachable: the connection broke, or no answer came in time.
-        """
+        """Run a QMP command and return its ``return`` value; see `Monitor.execute`."""
         identity = next(self._ids)
-        message: dict[str, Any] = {"execute": command, "id": identity}
-        if arguments:
-            message["arguments"] = {key.replace("_", "-"): arguments[key] for key in arguments}
+        message = {**self._message(command, arguments), "id": identity}
         self._send(json.dumps(message).encode() + b"\n")
-        answer = self._answer(identity)
-        if "return" in answer:
-            return answer["return"]
-        error = answer.get("error")
-        if not isinstance(error, dict):
-            raise self._unreachable("sent an answer that is not QMP")
-        raise ExecuteError(command, str(error.get("class")), str(error.get("desc")))
-
-    def human(self, command_line: str) -> str:
-        """Run a command of the human monitor and return what it prints."""
-        return str(self.execute("human-monitor-command", command_line=command_line))
-
-    def status(self) -> str:
-        """Return the VM's run state, such as ``running``, ``paused`` or ``inmigrate``."""
-        answer = self.execute("query-status")
-        if not isinstance(answer, dict):
-            raise self._unreachable("sent an answer that is not QMP")
-        return str(answer.get("status"))
-
-    def stop(self) -> None:
-        """Stop all vCPUs; returns once they stand."""
-        self.execute("stop")
-
-    def cont(self) -> None:
-        """Let the vCPUs run."""
-        self.execute("cont")
+        return self._returned(command, self._answer(identity))
 
     def _answer(self, identity: int) -> dict[str, Any]:
         # Answers to earlier commands that timed out here may still come: their ids tell.

@@ -149,9 +149,17 @@ class AgentHost:
     def socket(self, *, serial: bool = False) -> socket.socket:
         """A raw connection."""
         connection = socket.socket(socket.AF_UNIX)
-        connection.connect(str(self.serial if serial else self.stream))
-        connection.settimeout(10)
-        return connection
+        deadline = time.monotonic() + 10
+        while True:
+            try:
+                connection.connect(str(self.serial if serial else self.stream))
+                connection.settimeout(10)
+                return connection
+            except ConnectionRefusedError:  # bound, and not yet listening
+                if time.monotonic() > deadline:
+                    connection.close()
+                    raise
+                time.sleep(0.01)
 
     def connect(self, *, serial: bool = False, timeout: float = 10.0) -> Agent:
         """A session."""

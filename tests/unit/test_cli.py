@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from ovr import cli, errors
+from ovr.cli import check
 from ovr.errors import OvrError
 
 
@@ -76,6 +77,19 @@ def test_help_teaches(command, capsys):
         cli.main([command, "--help"])
     assert caught.value.code == 0
     assert len(capsys.readouterr().out) > 200
+
+
+@pytest.mark.parametrize(
+    ("address", "words"),
+    [
+        (None, ["--agent ADDR", "<vsock>", "org.ovr.0"]),
+        ("unix:/nowhere", ["ovr agent deb", "apt install"]),
+    ],
+)
+def test_check_says_how_to_get_an_agent(address, words):
+    item = check._agent(address)
+    assert not item.ok
+    assert [word for word in words if word not in item.fix] == []
 
 
 def every_error(kind=OvrError):

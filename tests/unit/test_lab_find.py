@@ -11,7 +11,8 @@ import pytest
 
 from ovr.errors import LabError, UsageError, VmUnreachable
 from ovr.vm import find
-from ovr.vm.find import find_vm, lab_directory, qmp_sockets
+from ovr.vm.find import find_vm, lab_directory
+from ovr.vm.processes import qmp_sockets
 
 
 @pytest.mark.parametrize(

@@ -219,7 +219,7 @@ def test_real_qemu_takes_the_command_line_and_tells_its_memory(standing_vm):
     address = find_vm(f"pid:{process.pid}")
     assert address.qmp == directory / "qmp"
     with Qmp.connect(address.qmp) as qmp:
-        assert qmp.peer_pid == process.pid
+        assert qmp.qemu_pid == process.pid
         assert qmp.status() == "prelaunch"
         assert [str(reason) for reason in refusals(qmp)]
         slots = guest_slots(qmp)

@@ -154,7 +154,7 @@ class FakeQmp:
     def __init__(self, mtree="", backends=(), addresses=(), pid=None, **answers):
         self._mtree = mtree
         self._addresses = dict(addresses)
-        self.peer_pid = os.getpid() if pid is None else pid
+        self.qemu_pid = os.getpid() if pid is None else pid
         self._answers = {
             "query-memdev": [
                 {"id": name, "share": share} for name, share in dict(backends).items()

@@ -72,7 +72,7 @@ def test_command_and_answer(peer):
     one = peer(*ready(b'{"return": {"status": "paused"}, "id": 2}\r\n'))
     with Qmp.connect(one.path, 2) as qmp:
         assert qmp.status() == "paused"
-        assert qmp.peer_pid == os.getpid()
+        assert qmp.qemu_pid == os.getpid()
         assert qmp.fileno() >= 0
     assert [command["execute"] for command in one.heard] == ["qmp_capabilities", "query-status"]
 

@@ -1,0 +1,84 @@
+"""``ovr agent build|unit|cloud-init|deb``: getting the agent into guests."""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from ovr.cli.output import common, document
+from ovr.guest import build
+from ovr.guest.package import cloud_init, debian_package, unit
+
+__all__ = ["add"]
+
+_MAINTAINER = "local administrator <root@localhost>"
+
+
+def add(commands: Any) -> None:
+    """Add the command to the parser."""
+    parser = commands.add_parser(
+        "agent",
+        help="make the agent, for your guests",
+        description="Make the program that a guest must run, in the form that suits the guest.",
+        examples="""\
+            ovr agent deb            # then, in the guest: apt install ./ovr-agent_*.deb
+            ovr agent cloud-init > user-data
+            ovr agent build -o ovr-agent
+            ovr agent unit > ovr-agent.service
+            """,
+    )
+    verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
+    verb = _verb(verbs, "build", _build, "compile the agent: one static binary")
+    verb.add_argument(
+        "-o", "--output", type=Path, metavar="FILE", help="default: ovr-agent, in this directory"
+    )
+    _verb(verbs, "unit", _unit, "print its systemd unit")
+    _verb(verbs, "cloud-init", _cloud_init, "print a cloud-config that installs it, agent included")
+    verb = _verb(verbs, "deb", _deb, "make a Debian package of it")
+    verb.add_argument(
+        "-o", "--output", type=Path, metavar="FILE|DIR",
+        help="default: its usual name, in this directory",
+    )  # fmt: skip
+    verb.add_argument(
+        "--maintainer", default=_MAINTAINER, metavar="NAME <ADDRESS>",
+        help="whom the package names as its maintainer",
+    )  # fmt: skip
+
+
+def _verb(verbs: Any, verb: str, run: Any, text: str) -> Any:
+    parser = verbs.add_parser(verb, help=text, description=f"{text[0].upper()}{text[1:]}.")
+    common(parser)
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _build(options: argparse.Namespace) -> int:
+    return _made(build(output=options.output or Path("ovr-agent")), options)
+
+
+def _deb(options: argparse.Namespace) -> int:
+    return _made(debian_package(options.output or Path(), options.maintainer), options)
+
+
+def _made(path: Path, options: argparse.Namespace) -> int:
+    if options.json:
+        document("ovr.agent/1", {"path": str(path), "size": path.stat().st_size})
+    else:
+        print(path)
+    return 0
+
+
+def _unit(options: argparse.Namespace) -> int:
+    return _text(unit(), options)
+
+
+def _cloud_init(options: argparse.Namespace) -> int:
+    return _text(cloud_init(), options)
+
+
+def _text(text: str, options: argparse.Namespace) -> int:
+    if options.json:
+        document("ovr.agent.text/1", {"text": text})
+    else:
+        sys.stdout.write(text)
+    return 0

@@ -1,0 +1,57 @@
+"""Logs in the form that CRIU's have, for eyes and scripts that know those.
+
+::
+
+    (00.012345) Error (ovr/restore.py:120): restore: what went wrong
+"""
+
+import logging
+import sys
+from pathlib import Path
+from typing import Final
+
+__all__ = ["DEFAULT_LEVEL", "log_to_file", "log_to_stderr"]
+
+DEFAULT_LEVEL: Final = 2
+"""CRIU's numbers: 0 nothing, 1 errors, 2 warnings too, 3 information too, 4 all."""
+
+_LEVELS: Final = (logging.CRITICAL + 1, logging.ERROR, logging.WARNING, logging.INFO, logging.DEBUG)
+_ROOT: Final = Path(__file__).parents[2]
+
+
+class _Formatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        area = record.name.removeprefix("ovr.")
+        text = f"{area}: {record.getMessage()}"
+        if record.exc_info:
+            text += "\n" + self.formatException(record.exc_info)
+        seconds = record.relativeCreated / 1000
+        return "\n".join(f"({seconds:09.6f}) {_mark(record)}{line}" for line in text.splitlines())
+
+
+def log_to_stderr(level: int) -> None:
+    """Log to stderr, up to CRIU's `level`."""
+    _log(logging.StreamHandler(sys.stderr), level)
+
+
+def log_to_file(path: Path, level: int) -> None:
+    """Log to a new file at `path` instead, up to CRIU's `level`.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    _log(logging.FileHandler(path, mode="w", encoding="utf-8"), level)
+
+
+def _log(handler: logging.Handler, level: int) -> None:
+    handler.setFormatter(_Formatter())
+    logging.basicConfig(level=_LEVELS[min(max(level, 0), 4)], handlers=[handler], force=True)
+
+
+def _mark(record: logging.LogRecord) -> str:
+    if record.levelno < logging.WARNING:
+        return ""
+    word = "Error" if record.levelno >= logging.ERROR else "Warn "
+    path = Path(record.pathname)
+    place = path.relative_to(_ROOT) if path.is_relative_to(_ROOT) else path.name
+    return f"{word} ({place}:{record.lineno}): "

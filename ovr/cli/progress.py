@@ -1,0 +1,120 @@
+"""How far a restore is: a bar on a terminal, JSON lines for other programs, else nothing.
+
+Whoever restores tells a `Stopwatch` of each phase, and by `Stopwatch.advance` how many bytes of it
+are done. The two kinds here show that; they draw when they are told, there is no thread.
+"""
+
+import json
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Final, TextIO
+
+from ovr.cli.output import size
+from ovr.cli.terminal import is_lively
+from ovr.report import Stopwatch
+
+__all__ = ["PROGRESS_MODES", "BarWatch", "JsonWatch", "make_watch"]
+
+PROGRESS_MODES: Final = ("auto", "bar", "json", "none")
+
+_SILENT_SECONDS: Final = 0.5
+_BETWEEN_SECONDS: Final = 0.1
+_BAR_WIDTH: Final = 30
+
+
+class _Watch(Stopwatch):
+    # A stopwatch that shows what it is told; `_show` is called at most ten times a second, but
+    # always at the begin and the end of a phase.
+    def __init__(self, stream: TextIO, now: Callable[[], float] = time.monotonic) -> None:
+        super().__init__()
+        self._stream = stream
+        self._now = now
+        self._begun = now()
+        self._shown = 0.0
+        self._phase = ""
+        self._done = self._total = 0
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        """Measure the body of the ``with`` as `phase`, and show that it is under way."""
+        self._phase, self._done, self._total = phase, 0, 0
+        self._show(self._now() - self._begun)
+        with super().__call__(phase):
+            yield
+        self._show(self._now() - self._begun)
+
+    def advance(self, done: int, total: int) -> None:
+        """Show that `done` of `total` bytes of this phase are done."""
+        self._done, self._total = done, total
+        now = self._now()
+        if now - self._shown >= _BETWEEN_SECONDS or done == total:
+            self._shown = now
+            self._show(now - self._begun)
+
+    def end(self) -> None:
+        """Leave the stream as it was."""
+
+    def _show(self, seconds: float) -> None:
+        raise NotImplementedError
+
+
+class BarWatch(_Watch):
+    """One line on a terminal, from half a second on, wiped off at the end."""
+
+    def __init__(self, stream: TextIO, now: Callable[[], float] = time.monotonic) -> None:
+        super().__init__(stream, now)
+        self._drawn = False
+
+    def end(self) -> None:
+        """Wipe the line off."""
+        if self._drawn:
+            self._write("")
+
+    def _show(self, seconds: float) -> None:
+        if seconds < _SILENT_SECONDS:
+            return
+        self._drawn = True
+        line = f"{self._phase:<9}{seconds:6.1f} s"
+        if self._total:
+            share = min(self._done / self._total, 1.0)
+            full = round(_BAR_WIDTH * share)
+            bar = "█" * full + "░" * (_BAR_WIDTH - full)
+            line += f"  {bar} {share:4.0%} of {size(self._total)}"
+        self._write(line[: shutil.get_terminal_size().columns - 1])
+
+    def _write(self, line: str) -> None:
+        self._stream.write(f"\r\x1b[K{line}")
+        self._stream.flush()
+
+
+class JsonWatch(_Watch):
+    """A JSON object a line: ``ovr.progress/1``."""
+
+    def _show(self, seconds: float) -> None:
+        event = {
+            "schema": "ovr.progress/1",
+            "phase": self._phase,
+            "seconds": round(seconds, 6),
+            "done": self._done,
+            "total": self._total,
+        }
+        self._stream.write(json.dumps(event) + "\n")
+        self._stream.flush()
+
+
+@contextmanager
+def make_watch(mode: str) -> Iterator[Stopwatch]:
+    """Give the stopwatch that shows progress as one of `PROGRESS_MODES` has it, on stderr."""
+    if mode == "json":
+        yield JsonWatch(sys.stderr)
+    elif mode == "bar" or (mode == "auto" and is_lively(sys.stderr)):
+        watch = BarWatch(sys.stderr)
+        try:
+            yield watch
+        finally:
+            watch.end()
+    else:
+        yield Stopwatch()

@@ -1,0 +1,85 @@
+"""All VMs of this host: how each can be named, and whether it can be restored into."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+
+from ovr.errors import CheckFailed, OvrError
+from ovr.vm.find import VmAddress, address_of_process, find_vm, lab_addresses
+from ovr.vm.memory_map import guest_slots, refusals
+from ovr.vm.processes import QemuProcess, qemu_processes
+
+__all__ = ["FoundVm", "found_vms"]
+
+_PATIENCE = 3.0  # seconds for each answer: one that is stuck must not hide the others
+
+
+@dataclass(frozen=True)
+class FoundVm:
+    """A VM of this host.
+
+    Attributes:
+        pid: QEMU's pid.
+        name: what QEMU or libvirt calls it, where it has a name.
+        names: what ``--vm`` takes for it, the best first.
+        agent: where its agent would be, where that is known; nobody was asked.
+        state: QEMU's word (``running``, ``paused``, …), None if it did not answer.
+        memory: bytes of RAM that can be reached from outside, None if it cannot be.
+        problem: why it cannot be restored into; None if it can, as far as can be seen without
+            looking into the guest.
+    """
+
+    pid: int
+    name: str | None
+    names: tuple[str, ...]
+    agent: str | None
+    state: str | None = None
+    memory: int | None = None
+    problem: OvrError | None = None
+
+
+def found_vms() -> list[FoundVm]:
+    """Look at every QEMU of this host, those of other users too, by pid."""
+    labs = lab_addresses()
+    processes = qemu_processes()
+    return [_look(process, labs, processes) for process in processes]
+
+
+def _look(
+    process: QemuProcess, labs: Sequence[VmAddress], processes: Sequence[QemuProcess]
+) -> FoundVm:
+    names = tuple(_names(process, labs, processes))
+    agent, state, memory = process.agent, None, None
+    problem: OvrError | None = None
+    try:
+        address = _address(names[0], process)
+        agent = address.agent or agent
+        with closing(address.connect(_PATIENCE)) as qmp:
+            state = qmp.status()
+            memory = sum(slot.size for slot in guest_slots(qmp))
+            problem = next(iter(refusals(qmp)), None)
+        if problem is None and state != "running":
+            problem = CheckFailed(f"the VM is {state}", "resume it (QMP cont, virsh resume)")
+    except OvrError as error:
+        problem = error
+    return FoundVm(process.pid, process.name, names, agent, state, memory, problem)
+
+
+def _names(
+    process: QemuProcess, labs: Sequence[VmAddress], processes: Sequence[QemuProcess]
+) -> Iterator[str]:
+    if process.libvirt and process.name:
+        yield f"libvirt:{process.name}"
+        return  # only libvirt has a monitor for us
+    sockets = process.qmp
+    yield from (lab.spec for lab in labs if lab.qmp in sockets)
+    if process.name and sum(other.name == process.name for other in processes) == 1:
+        yield f"name:{process.name}"
+    yield from (f"qmp:{path}" for path in sockets)
+    yield f"pid:{process.pid}"
+
+
+def _address(name: str, process: QemuProcess) -> VmAddress:
+    if name.startswith(("libvirt:", "lab:")):
+        return find_vm(name)
+    return address_of_process(name, process)

@@ -1,0 +1,70 @@
+"""Fixtures: the sdist, the wheel that is built of it, an empty environment that has the wheel."""
+
+import os
+import subprocess
+import sys
+import tarfile
+import venv
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def pip(*words, **environment):
+    """Run this environment's pip, which has what a build needs."""
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q", *map(str, words)]
+    env = {**os.environ, **environment}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture(scope="session")
+def sdist(tmp_path_factory):
+    """Made of what is committed or will be, without what builds have left in the tree."""
+    tree = tmp_path_factory.mktemp("tree")
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    for name in listed.stdout.splitlines():
+        if (ROOT / name).is_file():
+            (tree / name).parent.mkdir(parents=True, exist_ok=True)
+            (tree / name).write_bytes((ROOT / name).read_bytes())
+    program = "from setuptools.build_meta import build_sdist; build_sdist('dist')"
+    subprocess.run([sys.executable, "-c", program], cwd=tree, capture_output=True, check=True)
+    [path] = (tree / "dist").iterdir()
+    return path
+
+
+def wheel_of(sdist, directory, **environment):
+    """Build a wheel of the sdist: nothing of the tree gets in, nothing can be missing."""
+    source = unpacked(sdist, directory / "source")
+    options = ("--no-deps", "--no-build-isolation", "--wheel-dir", directory)
+    pip("wheel", *options, source, **environment)
+    [wheel] = directory.glob("*.whl")
+    return wheel
+
+
+def unpacked(sdist, directory):
+    with tarfile.open(sdist) as tar:
+        tar.extractall(directory, filter="data")
+    [source] = directory.iterdir()
+    return source
+
+
+@pytest.fixture(scope="session")
+def wheel(sdist, tmp_path_factory):
+    return wheel_of(sdist, tmp_path_factory.mktemp("wheel"))
+
+
+@pytest.fixture(scope="session")
+def installed(wheel, tmp_path_factory):
+    """A new environment with the wheel and what it depends on; gives its directory of programs."""
+    place = tmp_path_factory.mktemp("venv")
+    venv.create(place, with_pip=True)
+    command = [place / "bin" / "pip", "--disable-pip-version-check", "install", "-q", wheel]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return place / "bin"
