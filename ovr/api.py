@@ -35,6 +35,7 @@ class Vm(AttachedVm):
         outside: Sequence[str] = ("all",),
         verify: str = "sample",
         criu_options: Sequence[str] = (),
+        log_level: int = 2,
     ) -> Report:
         """Restore what ``criu dump -D`` wrote and let it run; see `ovr.restore.restore`.
 
@@ -45,7 +46,7 @@ class Vm(AttachedVm):
         watch, self._watch = self._watch, Stopwatch()
         return restore(
             self, Path(images), agent=agent, outside=outside, verify=verify,
-            criu_options=criu_options, watch=watch,
+            criu_options=criu_options, log_level=log_level, watch=watch,
         )  # fmt: skip
 
 

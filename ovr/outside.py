@@ -29,7 +29,7 @@ from ovr.memory_plan import SharedPlan, TaskPlan
 from ovr.paging import Frames
 from ovr.placement import Runs
 from ovr.plan import Plan
-from ovr.ranges import RANGE, Ranges, cut_to, join
+from ovr.ranges import RANGE, Ranges, cut_to, join, total
 from ovr.state import GuestTree
 from ovr.state.memory import Family, Target
 from ovr.vm.agent import Agent
@@ -50,6 +50,12 @@ class Outside:
 
     families: Sequence[Family]
     targets: Sequence[Target]
+
+    @property
+    def bytes(self) -> int:
+        """How much is to be written."""
+        shared = sum(total(family.first.pieces) for family in self.families)
+        return shared + sum(total(target.pieces) for target in self.targets)
 
     @property
     def all(self) -> Sequence[Target]:

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -37,6 +37,7 @@ def restore(
     outside: Sequence[str] = ("all",),
     verify: str = "sample",
     criu_options: Sequence[str] = (),
+    log_level: int = 2,
     watch: Stopwatch | None = None,
 ) -> Report:
     """Restore the images into the VM and let the tree run.
@@ -48,6 +49,7 @@ def restore(
         outside: the kinds of state to write from outside, groups of them, or ``all``.
         verify: read back none of the memory, a ``sample``, or all (``full``).
         criu_options: further options for the guest's ``criu restore``.
+        log_level: how much the guest's CRIU logs (its ``-v``).
         watch: goes on counting where attaching left off.
 
     Raises:
@@ -65,13 +67,13 @@ def restore(
                 plan = make_plan(image_set, outside, force_write=False)
             inside = {name: image_chunks(image) for name, image in plan.inside_images().items()}
         with watch("skeleton"):
-            skeleton = link.begin(inside, criu_options=criu_options)
+            skeleton = link.begin(inside, criu_options=criu_options, log_level=log_level)
         log.info("skeleton stands: pid %d, %d threads", skeleton.root_pid, len(skeleton.tasks))
         with _killed_on_error(link), link.keep_alive():
-            copier = stack.enter_context(_copier(vm))
             sources = stack.enter_context(Sources())
             with watch("populate"):
                 memory = find_outside(plan, _guest(vm, skeleton), link, sources)
+            copier = stack.enter_context(_copier(vm, _counter(watch, memory.bytes)))
             with watch("memory"):
                 left = copier.write_families(memory.families)
                 copier.write([*left, *((target, target.pieces) for target in memory.targets)])
@@ -138,10 +140,21 @@ def _killed_on_error(link: Agent) -> Iterator[None]:
 
 
 @contextmanager
-def _copier(vm: AttachedVm) -> Iterator[Copier]:
+def _copier(vm: AttachedVm, advance: Callable[[int], None]) -> Iterator[Copier]:
     threads = min(len(os.sched_getaffinity(0)), 8)
     with Holder(vm.qmp) as holder, ThreadPoolExecutor(threads) as pool:
-        yield Copier(holder, pool, threads)
+        yield Copier(holder, pool, threads, advance)
+
+
+def _counter(watch: Stopwatch, size: int) -> Callable[[int], None]:
+    done = 0
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        watch.advance(done, size)
+
+    return advance
 
 
 def _verify(copier: Copier, memory: Outside, mode: str) -> int:

@@ -19,7 +19,17 @@ __all__ = ["add", "add_outside", "show"]
 
 def add(commands: Any) -> None:
     """Add the command to the parser."""
-    parser = commands.add_parser("plan", help="show what would be restored where, and why")
+    parser = commands.add_parser(
+        "plan",
+        help="show what would be restored where, and why",
+        description="Read the images and tell for every run of pages and every kind of state"
+        " whether it is written from outside or left to the guest's CRIU, and why. Needs no VM.",
+        examples="""\
+            ovr plan -D images/
+            ovr plan -D images/ -v        every run of pages, every value
+            ovr plan -D images/ --json
+            """,
+    )
     parser.add_argument("-D", "--images-dir", type=Path, required=True, metavar="DIR")
     add_vm_options(parser, required=False)
     add_outside(parser)

@@ -105,6 +105,7 @@ def _restore(options: argparse.Namespace) -> Report:
         report = vm.restore(
             options.images_dir, agent=options.agent, outside=options.outside,
             verify=options.verify, criu_options=options.criu_options,
+            log_level=options.log_level,
         )  # fmt: skip
         finish(report)
     return report

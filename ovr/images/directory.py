@@ -7,13 +7,15 @@ that is followed is CRIU's own ``parent``, and only within the directory that th
 
 import os
 import stat
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Final, Self
 
-from ovr.errors import ImagesDamaged, ImagesUnsupported, UsageError
+from ovr.errors import ImagesDamaged, ImagesUnsupported, OvrError, UsageError
 from ovr.images.framing import DUMP_AGAIN
+from ovr.images.packed import HEAD_SIZE, packing
 
 __all__ = ["ImageDirectory", "ImageFile"]
 
@@ -37,6 +39,8 @@ class ImageDirectory:
         self.path = path
         try:
             self._fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except NotADirectoryError as error:
+            raise _not_a_directory(path) from error
         except OSError as error:
             raise UsageError(
                 f"{path}: cannot be opened as a directory of images: {error.strerror}",
@@ -125,6 +129,20 @@ class ImageDirectory:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _not_a_directory(path: Path) -> OvrError:
+    with suppress(OSError), path.open("rb") as file:
+        if found := packing(file.read(HEAD_SIZE)):
+            return ImagesUnsupported(
+                f"{path}: packed with {found[0]}, no directory of images",
+                "unpack it, and give the directory that the images are in then",
+            )
+    return UsageError(
+        f"{path}: no directory of images",
+        "give the directory that `criu dump -D` wrote; a stream of criu-image-streamer must be"
+        " extracted into one first",
+    )
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from typing import Any, Final, NamedTuple, TypeVar, cast
 from google.protobuf.message import DecodeError, Message
 
 from ovr.errors import ImagesDamaged, ImagesUnsupported
+from ovr.images.packed import refuse_packed
 
 __all__ = [
     "DUMP_AGAIN",
@@ -169,6 +170,7 @@ def check_header(head: bytes, name: str) -> int:
         return len(wanted)
     if len(head) < len(wanted):
         raise ImagesDamaged(f"{name}: cut off inside its header ({len(head)} bytes)", DUMP_AGAIN)
+    refuse_packed(head, name)
     first = int.from_bytes(head[:4], "little")
     magic = int.from_bytes(head[4:8], "little") if first == COMMON_MAGIC else first
     if first in _KIND_BY_MAGIC:

@@ -8,6 +8,7 @@ from typing import Final, Self, TypeVar
 
 from google.protobuf.message import Message
 
+from ovr.addresses import PAGE_SIZE
 from ovr.errors import ImagesDamaged, ImagesUnsupported, UsageError
 from ovr.images.directory import ImageDirectory, ImageFile
 from ovr.images.framing import DUMP_AGAIN, check_header, decode, frames, is_raw
@@ -20,6 +21,7 @@ from ovr.images.messages import (
     PstreeEntry,
 )
 from ovr.images.objects import IpcShmEntry, MemfdInodeEntry
+from ovr.images.packed import HEAD_SIZE, refuse_packed
 from ovr.images.pagemap import Pagemap, check_pages_size, decode_pagemap
 from ovr.images.runs import resolve
 from ovr.images.task import Memory, Task, TaskState, check_core, check_memory, check_tree
@@ -171,6 +173,9 @@ class ImageSet:
 
     def _check_headers(self) -> None:
         if not self.names:
+            for name in self._levels[0].sizes:
+                file = self.file(name)
+                refuse_packed(file.read(0, min(file.size, HEAD_SIZE)), name)
             raise UsageError(
                 f"{self.path}: no CRIU images in there",
                 "give the directory that `criu dump -D` wrote; unpack archives and streams first",
@@ -256,5 +261,7 @@ def _content_size(name: str, payload: bytes) -> int:
 
 def _pages_file(directory: ImageDirectory, pagemap: Pagemap) -> ImageFile:
     file = directory.file(f"pages-{pagemap.pages_id}.img")
+    if file.size % PAGE_SIZE:  # or its content might be a page that happens to begin so
+        refuse_packed(file.read(0, min(file.size, HEAD_SIZE)), file.label)
     check_pages_size(pagemap, file.size, file.label)
     return file

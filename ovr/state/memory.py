@@ -107,12 +107,20 @@ class Copier:
         holder: keeps the VM still.
         pool: host threads for the copy.
         threads: how many of them to use for one hold.
+        advance: told of every number of bytes that have been written.
     """
 
-    def __init__(self, holder: Holder, pool: Executor, threads: int) -> None:
+    def __init__(
+        self,
+        holder: Holder,
+        pool: Executor,
+        threads: int,
+        advance: Callable[[int], None] = lambda count: None,
+    ) -> None:
         self.holder = holder
         self._pool = pool
         self._threads = threads
+        self._advance = advance
 
     def write(self, parts: Sequence[Part]) -> None:
         """Write pieces of targets.
@@ -209,6 +217,7 @@ class Copier:
         # vCPU runs until it ends, and the tasks themselves are stopped under CRIU until we commit.
         # Undone by killing the tree.
         self._in_parallel(runs, lambda share: target.space.ram.copy_in(share, target.source))
+        self._advance(total(runs))
 
     def _compare(self, target: Target, runs: Runs) -> None:
         ram = target.space.ram

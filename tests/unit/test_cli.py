@@ -30,7 +30,8 @@ def test_plan_as_json_names_every_run(dumps, capsys):
     assert code == 0
     assert plan["schema"] == "ovr.plan/1"
     [task] = plan["tasks"]
-    assert sum(one["end"] - one["start"] for one in task["runs"]) == plan["bytes_total"]
+    runs = [*task["runs"], *(run for shared in plan["shared"] for run in shared["runs"])]
+    assert sum(one["end"] - one["start"] for one in runs) == plan["bytes_total"]
     assert {one["where"] for one in task["runs"]} == {"outside", "inside"}
     assert all(one["reason"] and one["text"] for one in task["runs"])
 

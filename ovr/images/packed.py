@@ -1,0 +1,40 @@
+"""Telling packed images from damaged ones, so that the message names what they are."""
+
+from typing import Final
+
+from ovr.errors import ImagesUnsupported
+
+__all__ = ["HEAD_SIZE", "packing", "refuse_packed"]
+
+HEAD_SIZE: Final = 512
+"""How many bytes from the start of a file `packing` wants to see."""
+
+# From where on what says it (RFC 8878, RFC 1952, the LZ4 frame and xz file formats); what unpacks it.
+_PACKINGS: Final = (
+    (0, b"\x28\xb5\x2f\xfd", "zstd", "zstd -d"),
+    (0, b"\x1f\x8b", "gzip", "gzip -d"),
+    (0, b"\x04\x22\x4d\x18", "lz4", "lz4 -d"),
+    (0, b"\xfd7zXZ\x00", "xz", "xz -d"),
+    (0, b"BZh", "bzip2", "bzip2 -d"),
+    (257, b"ustar", "tar", "tar -xf"),
+)
+
+
+def packing(head: bytes) -> tuple[str, str] | None:
+    """Return the name of the format that a file begins as, and what unpacks it; None if none."""
+    for at, magic, name, command in _PACKINGS:
+        if head[at : at + len(magic)] == magic:
+            return name, command
+    return None
+
+
+def refuse_packed(head: bytes, name: str) -> None:
+    """Raise if the file `name`, which begins with `head`, is packed.
+
+    Raises:
+        ImagesUnsupported: it is; the message says with what.
+    """
+    if found := packing(head):
+        raise ImagesUnsupported(
+            f"{name}: packed with {found[0]}", f"unpack it first: {found[1]} {name}"
+        )
