@@ -9,7 +9,7 @@ __all__ = ["HEAD_SIZE", "packing", "refuse_packed"]
 HEAD_SIZE: Final = 512
 """How many bytes from the start of a file `packing` wants to see."""
 
-# From where on what says it (RFC 8878, RFC 1952, the LZ4 frame and xz file formats); what unpacks it.
+# Where it says so (RFC 8878, RFC 1952, the LZ4 frame and xz file formats), and what unpacks it.
 _PACKINGS: Final = (
     (0, b"\x28\xb5\x2f\xfd", "zstd", "zstd -d"),
     (0, b"\x1f\x8b", "gzip", "gzip -d"),
