@@ -97,7 +97,7 @@ void set_up(void)
 	pages_write(&plain, 0, plain.count, 1, FIRST);
 	start_child(1, become, serve);
 	pages_target(&alone);
-	pages_target(&read_only);
+	/* Not `read_only`: for hugetlb the kernel does not let /proc/PID/mem override that. */
 	pages_target(&shared);
 	pages_target(&file);
 	pages_target(&plain);
