@@ -14,7 +14,7 @@ images.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 import numpy as np
@@ -79,38 +79,51 @@ def plan_cow(
         inherited: what each has of its parent.
         allowed: the areas of a task whose pages go outside and that may be cut.
     """
+    lineage = _lineage(tasks, inherited)
+    seeds = {}
+    for root, family in _families(lineage).items():
+        seed = join(*(common(lineage.chained[task.pid], areas) for task, areas in family[1:]))
+        seeds[root] = _seed(without(seed, lineage.zeros), family, allowed)
+    return _plan(lineage, seeds)
+
+
+@dataclass(frozen=True)
+class _Lineage:
+    # Attributes, by pid: `inherited`; `rooted`: the areas that a task inherits, by pid of the first
+    # ancestor that has them; `chained`: the pages that are equal all the way up to that one.
+    # `zeros`: pages that are shared only further down, and hold nothing but zeros. Of these CRIU
+    # compares what its images have with what is in memory, which is zeros too where an ancestor has
+    # populated: it would take them for the ancestor's.
+    tasks: Mapping[int, Task]
+    inherited: Mapping[int, Inheritance]
+    rooted: Mapping[int, Mapping[int, Ranges]]
+    chained: Mapping[int, Ranges]
+    zeros: Ranges
+
+
+def _lineage(tasks: Sequence[Task], inherited: Mapping[int, Inheritance]) -> _Lineage:
     rooted = _rooted(tasks, inherited)
     chained = _chained(tasks, inherited, rooted)
-    # Of what is shared only further down CRIU compares what its images have with what is in memory:
-    # zeros still, where the ancestor has populated. Zeros in the images would be taken for that.
-    deep = join(
-        *(
-            zero_pages(task, without(inherited[task.pid].equal, chained[task.pid]))
-            for task in tasks
-            if task.pid in inherited
-        )
-    )
-    families = _families(tasks, rooted)
-    seeds = {}
-    for root, family in families.items():
-        seed = join(*(common(chained[task.pid], areas) for task, areas in family[1:]))
-        seeds[root] = _seed(without(seed, deep), family, allowed)
-    return _plan(tasks, inherited, rooted, chained, seeds)
+    deep = {
+        task.pid: without(inherited[task.pid].equal, chained[task.pid])
+        for task in tasks
+        if task.pid in inherited
+    }
+    by_pid = {task.pid: task for task in tasks}
+    zeros = join(*(zero_pages(by_pid[pid], ranges) for pid, ranges in deep.items()))
+    return _Lineage(by_pid, inherited, rooted, chained, zeros)
 
 
 Family = list[tuple[Task, Ranges]]
 """The first ancestor, and the heirs with the areas that they have of it."""
 
 
-def _families(
-    tasks: Sequence[Task], rooted: Mapping[int, Mapping[int, Ranges]]
-) -> dict[int, Family]:
+def _families(lineage: _Lineage) -> dict[int, Family]:
     found: dict[int, Family] = {}
-    for task in tasks:
-        for root, areas in rooted[task.pid].items():
+    for pid, task in lineage.tasks.items():
+        for root, areas in lineage.rooted[pid].items():
             found.setdefault(root, []).append((task, areas))
-    by_pid = {task.pid: task for task in tasks}
-    return {root: [(by_pid[root], no_ranges()), *heirs] for root, heirs in found.items()}
+    return {root: [(lineage.tasks[root], no_ranges()), *heirs] for root, heirs in found.items()}
 
 
 def _rooted(
@@ -161,41 +174,40 @@ def _seed(seed: Ranges, family: Family, allowed: Callable[[Task], Ranges]) -> Ra
     return _large(seed)
 
 
-def _plan(
-    tasks: Sequence[Task],
-    inherited: Mapping[int, Inheritance],
-    rooted: Mapping[int, Mapping[int, Ranges]],
-    chained: Mapping[int, Ranges],
-    seeds: Mapping[int, Ranges],
-) -> CowPlan:
+def _plan(lineage: _Lineage, seeds: Mapping[int, Ranges]) -> CowPlan:
     edges = {root: [seed] for root, seed in seeds.items()}
+    inherited: dict[int, Ranges] = {}
     found: dict[int, Sharing] = {}
-    inside: dict[int, Ranges] = {}
-    for task in tasks:
-        roots, pages = rooted[task.pid], _pages(task)
-        here = {root: common(seeds[root], areas) for root, areas in roots.items()}
-        from_root = {root: common(chained[task.pid], seed) for root, seed in here.items()}
-        dropped = without(join(*here.values()), pages)
+    for pid, task in lineage.tasks.items():
+        here = {root: common(seeds[root], areas) for root, areas in lineage.rooted[pid].items()}
+        shared = {root: common(lineage.chained[pid], seed) for root, seed in here.items()}
+        dropped = without(join(*here.values()), _pages(task))
         for root, seed in here.items():
             edges[root].append(common(dropped, seed))
-        cow = Cow(
-            inherited=join(*from_root.values()),
-            bequeathed=join(seeds.get(task.pid, no_ranges())),
-        )
-        found[task.pid] = Sharing(cow, dropped, {r: s for r, s in from_root.items() if len(s)})
-        if task.pid in inherited:
-            kept = without(inherited[task.pid].equal, cow.inherited)
-            for pid in (task.pid, task.ppid):
-                inside[pid] = join(inside.get(pid, no_ranges()), kept)
+        inherited[pid] = join(*shared.values())
+        cow = Cow(inherited[pid], join(seeds.get(pid, no_ranges())))
+        found[pid] = Sharing(cow, dropped, {r: s for r, s in shared.items() if len(s)})
+    inside = _inside(lineage, inherited)
     sharing = {
-        pid: Sharing(
-            Cow(one.cow.inherited, one.cow.bequeathed, inside.get(pid, no_ranges())),
-            one.dropped,
-            one.from_root,
-        )
-        for pid, one in found.items()
+        pid: replace(one, cow=replace(one.cow, inside=inside[pid])) for pid, one in found.items()
     }
-    return CowPlan(sharing, edges, rooted)
+    return CowPlan(sharing, edges, lineage.rooted)
+
+
+def _inside(lineage: _Lineage, written: Mapping[int, Ranges]) -> dict[int, Ranges]:
+    # What is left to CRIU's own images, in parents and in children.
+    inside = dict.fromkeys(lineage.tasks, no_ranges())
+    for pid, inheritance in lineage.inherited.items():
+        kept = without(inheritance.equal, written[pid])
+        for user in (pid, lineage.tasks[pid].ppid):
+            inside[user] = join(inside[user], kept)
+    for pid, inheritance in lineage.inherited.items():
+        # A page of zeros where the parent has something else: that must be there, or CRIU sees no
+        # difference and gives the child no page of its own.
+        parent = lineage.tasks[lineage.tasks[pid].ppid]
+        zeros = common(common(inside[pid], lineage.zeros), inheritance.areas)
+        inside[parent.pid] = join(inside[parent.pid], common(zeros, _pages(parent)))
+    return inside
 
 
 def _large(ranges: Ranges) -> Ranges:

@@ -192,7 +192,10 @@ class TaskPlan(MemoryPlan):
 
     def _ask_criu(self, piece: VmaEntry) -> None:
         if _contains(self.pieces_of_criu, piece):
-            piece.madv |= 1 << MADV_POPULATE_WRITE
+            if piece.prot & PROT_WRITE:
+                piece.madv |= 1 << MADV_POPULATE_WRITE
+            else:
+                piece.flags |= MAP_POPULATE  # while CRIU still has it writable
         if _contains(self.sharing.dropped, piece):
             piece.madv |= 1 << MADV_DONTNEED_LOCKED
         if _contains(self.sharing.cow.bequeathed, piece):
@@ -316,9 +319,9 @@ def _area(
         return Area(start, end, Reason.NOT_ASKED)
     writable = bool(prot & PROT_WRITE)
     if flags & MAP_HUGETLB:
-        # The agent cannot force a write there (check_vma_flags() of mm/gup.c).
-        reason = Reason.OUTSIDE if writable and status & VMA_ANON_PRIVATE else Reason.HUGETLB
-        return Area(start, end, reason, populates=True)  # whole, or not at all
+        # The kernel does not join pieces again, nor lets the agent force a write (mm/gup.c).
+        reason = Reason.OUTSIDE if status & VMA_ANON_PRIVATE else Reason.HUGETLB
+        return Area(start, end, reason, populates=True, touchable=writable)
     if not (writable or force):
         return Area(start, end, Reason.READ_ONLY)
     may_be_cut = not flags & MAP_GROWSDOWN
@@ -340,8 +343,6 @@ def _placed(shared: SharedMemory, asked: bool) -> Runs:
 def _shared_verdict(shared: SharedMemory, asked: bool) -> Reason:
     if not asked:
         return Reason.NOT_ASKED
-    if shared.hugetlb:
-        return Reason.HUGETLB
     if shared.sealed:
         return Reason.SEALED
     return Reason.OUTSIDE if shared.places else Reason.UNREACHABLE

@@ -49,7 +49,7 @@ _TEXTS: Final = {
     Reason.COW: "shared copy-on-write by parent and child, in few pages or not from the first on",
     Reason.VDSO: "vDSO or vvar: CRIU matches it with the guest kernel's own",
     Reason.SPECIAL: "special area (AIO ring, shadow stack, guard, droppable)",
-    Reason.HUGETLB: "hugetlb pages that are shared, read-only, or do not fill their area",
+    Reason.HUGETLB: "hugetlb pages of a file, or read-only ones that do not fill their area",
     Reason.READ_ONLY: "not writable, and the guest's kernel lets nobody force a write",
     Reason.SEALED: "a memfd that is sealed against writing",
     Reason.UNREACHABLE: "shared memory that no task has open or mapped",
@@ -64,7 +64,7 @@ class Allocation(IntEnum):
     AGENT = 0
     """The agent, by touching each page while the skeleton stands."""
     CRIU = 1
-    """CRIU's restorer (``MADV_POPULATE_WRITE``): faster, for whole pieces of an area."""
+    """CRIU's restorer (``MADV_POPULATE_WRITE``): faster, for whole pieces of a writable area."""
     BEFORE_FORK = 2
     """CRIU when it maps a piece of an area (``MAP_POPULATE``), before it makes the children."""
 
@@ -93,6 +93,7 @@ class Area:
         populates: CRIU may be asked to populate it as a whole: it is anonymous and writable.
         divisible: and any part of it too.
         may_be_cut: CRIU may be given it in pieces.
+        touchable: the agent can allocate pages of it; only some hugetlb areas are not.
     """
 
     start: int
@@ -101,6 +102,7 @@ class Area:
     populates: bool = False
     divisible: bool = False
     may_be_cut: bool = False
+    touchable: bool = True
 
 
 @dataclass(frozen=True)
@@ -204,9 +206,8 @@ def _allocate(runs: Runs, owner: NDArray[np.intp], areas: Sequence[Area]) -> Non
     chosen[_worth_a_piece(span_size, span_area, areas)] = True
     span = np.cumsum(opens) - 1
     runs["allocation"][outside[chosen[span]]] = Allocation.CRIU
-    # Hugetlb pages come whole, or not at all: nobody can be asked for some of them.
-    hugetlb = np.array([area.populates and not area.divisible for area in areas])[span_area]
-    runs["reason"][outside[(hugetlb & ~chosen)[span]]] = Reason.HUGETLB
+    touchable = np.array([area.touchable for area in areas])[span_area]
+    runs["reason"][outside[~(touchable | chosen)[span]]] = Reason.HUGETLB
 
 
 def _worth_a_piece(

@@ -31,6 +31,7 @@
 #define MAX_MAPPERS 4096
 #define MAPPER_DEATH_MS 5000
 #define TMPFS_MAGIC 0x01021994
+#define HUGETLBFS_MAGIC 0x958458f6
 #define POPULATE_WRITE 23	/* MADV_POPULATE_WRITE, in v5.14 */
 
 struct result {
@@ -188,7 +189,8 @@ static int open_object(const struct message *message, int out)
 	fd = open(path, O_RDWR | O_CLOEXEC | O_NONBLOCK | O_NOCTTY);
 	if (fd < 0 || fstat(fd, &info) < 0 || fstatfs(fd, &fs) < 0)
 		fail(out, "open the object");
-	if (!S_ISREG(info.st_mode) || fs.f_type != TMPFS_MAGIC) {
+	if (!S_ISREG(info.st_mode) ||
+	    (fs.f_type != TMPFS_MAGIC && fs.f_type != HUGETLBFS_MAGIC)) {
 		errno = EINVAL;
 		fail(out, "map what is no shared memory");
 	}

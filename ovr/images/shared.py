@@ -11,7 +11,6 @@ from ovr.images.imageset import ImageSet
 from ovr.images.objects import FdinfoEntry, FileEntry, MemfdInodeEntry
 from ovr.images.task import Memory, Task
 from ovr.images.vma import (
-    MAP_HUGETLB,
     VMA_ANON_SHARED,
     VMA_AREA_MEMFD,
     VMA_AREA_SYSVIPC,
@@ -47,14 +46,12 @@ class SharedMemory:
         memory: its pages; ``vaddr`` is an offset in the object, in bytes.
         places: where tasks have it; there may be none.
         sealed: nobody can map it for writing any more.
-        hugetlb: of huge pages from the reserved pool.
     """
 
     shmid: int
     memory: Memory
     places: tuple[SharedPlace, ...]
     sealed: bool
-    hugetlb: bool
 
 
 def shared_memory(images: ImageSet) -> tuple[SharedMemory, ...]:
@@ -66,22 +63,18 @@ def shared_memory(images: ImageSet) -> tuple[SharedMemory, ...]:
     inodes = {inode.shmid: inode for inode in images.entries("memfd.img", MemfdInodeEntry)}
     files = _memfd_files(images, {inode.inode_id: shmid for shmid, inode in inodes.items()})
     places: dict[int, list[SharedPlace]] = {}
-    hugetlb = {shmid for shmid, inode in inodes.items() if inode.hugetlb_flag}
     alive = [task for task in images.tasks if task.alive]
     for shmid, place in _open(images, alive, files):
         places.setdefault(shmid, []).append(place)
     for task in alive:
-        for shmid, place, huge in _mapped(task, files):
+        for shmid, place in _mapped(task, files):
             places.setdefault(shmid, []).append(place)
-            if huge:
-                hugetlb.add(shmid)
     return tuple(
         SharedMemory(
             shmid,
             memory,
             tuple(places.get(shmid, ())),
             sealed=shmid in inodes and bool(inodes[shmid].seals & _SEALED),
-            hugetlb=shmid in hugetlb,
         )
         for shmid, memory in images.shared.items()
     )
@@ -105,7 +98,7 @@ def _open(
                 yield files[entry.id], SharedPlace(task.pid, fd=entry.fd)
 
 
-def _mapped(task: Task, files: Mapping[int, int]) -> Iterator[tuple[int, SharedPlace, bool]]:
+def _mapped(task: Task, files: Mapping[int, int]) -> Iterator[tuple[int, SharedPlace]]:
     assert task.vmas is not None
     shared = VMA_ANON_SHARED | VMA_AREA_SYSVIPC | VMA_FILE_SHARED
     for vma in task.vmas[task.vmas["status"] & shared != 0]:
@@ -114,5 +107,4 @@ def _mapped(task: Task, files: Mapping[int, int]) -> Iterator[tuple[int, SharedP
             if not status & VMA_AREA_MEMFD or shmid not in files:
                 continue
             shmid = files[shmid]
-        place = SharedPlace(task.pid, address=int(vma["start"]))
-        yield shmid, place, bool(vma["flags"] & MAP_HUGETLB)
+        yield shmid, SharedPlace(task.pid, address=int(vma["start"]))

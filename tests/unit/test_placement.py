@@ -106,6 +106,7 @@ def test_a_task_without_pages():
 
 VDSO = (1000, 1), area(1000, 1001, Reason.VDSO)
 ANON = {"populates": True, "divisible": True}
+HUGE = {"populates": True, "touchable": False}
 
 
 def test_criu_populates_whole_areas_and_large_pieces():
@@ -136,9 +137,9 @@ def test_only_the_largest_pieces_of_an_area(monkeypatch):
     ]  # fmt: skip
 
 
-def test_hugetlb_areas_go_outside_whole_or_not_at_all():
+def test_read_only_hugetlb_areas_go_outside_whole_or_not_at_all():
     table = pagemap((0, 512), (600, 100), VDSO[0])
-    runs = place(table, [area(0, 512, populates=True), area(600, 1000, populates=True), VDSO[1]],
+    runs = place(table, [area(0, 512, **HUGE), area(600, 1000, **HUGE), VDSO[1]],
                  Cow())  # fmt: skip
     assert summary(runs)[:2] == [(512, Reason.OUTSIDE), (100, Reason.HUGETLB)]
     assert allocations(runs)[0] == Allocation.CRIU

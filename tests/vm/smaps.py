@@ -10,6 +10,8 @@ _FIGURE = re.compile(r"^(\w+): +(\d+) kB$")
 _MARK = "== "
 # Who looked at a page last; sizes that follow from the bounds.
 _CHANCE = {"Referenced", "Size", "KernelPageSize", "MMUPageSize"}
+# Which unchanged pages of a file are mapped depends on what the page cache has at a fault.
+_CHANCE_OF_FILES = {"Rss", "Pss", "Shared_Clean", "Private_Clean"}
 
 
 class Area:
@@ -56,8 +58,11 @@ def memory_of(vm: lab.LabVm, pids: Iterable[int]) -> dict[int, list[Area]]:
             areas.append(Area(int(start, 16), int(end, 16), (protection, name), int(offset, 16)))
         elif line.startswith("VmFlags:"):
             areas[-1].flags = line.removeprefix("VmFlags:").strip()
-        elif (figure := _FIGURE.match(line)) and figure[1] not in _CHANCE and figure[2] != "0":
-            areas[-1].figures[figure[1]] = int(figure[2])
+        elif (figure := _FIGURE.match(line)) and figure[2] != "0":
+            name = areas[-1].kind[1]
+            chance = _CHANCE | _CHANCE_OF_FILES if name.startswith("/usr/") else _CHANCE
+            if figure[1] not in chance:
+                areas[-1].figures[figure[1]] = int(figure[2])
     return {pid: _joined(areas) for pid, areas in found.items()}
 
 
@@ -73,7 +78,7 @@ def _joined(areas: list[Area]) -> list[Area]:
 
 def resident(memory: dict[int, list[Area]]) -> int:
     """Return what a tree has resident, in KiB, pages that several have counted once."""
-    return sum(area.figures.get("Pss", 0) for areas in memory.values() for area in areas)
+    return sum(area.figures.get("Pss_Dirty", 0) for areas in memory.values() for area in areas)
 
 
 def differences(one: dict[int, list[Area]], other: dict[int, list[Area]]) -> list[str]:
