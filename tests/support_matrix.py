@@ -2,7 +2,8 @@
 
 ::
 
-    OVR_RECORD=1 python -m pytest tests/vm/test_states.py
+    export OVR_RECORD=1
+    python -m pytest tests/vm/test_states.py tests/vm/test_pool.py tests/vm/test_services.py
     python -m tests.support_matrix
 """
 
@@ -22,11 +23,23 @@ Made by `python -m tests.support_matrix`; do not edit. `python -m ovr states` li
 
 A ✓ says that on this guest a process and a tree of three, with three threads each, had an unusual
 value of that kind, were dumped and restored from outside, and found it again from within; and that
-CRIU alone, on the same inside images, gave another one (`tests/vm/test_states.py`). For memory the
-same is shown by `tests/vm/test_restore.py`. CRIU 3.17 does not dump `no_new_privs` and ambient
-capabilities: there the test adds them to the images, as later ones have them.
+CRIU alone, on the same inside images, gave another one (`tests/vm/test_states.py`). Memory is
+below. CRIU 3.17 does not dump `no_new_privs` and ambient capabilities: there the test adds them to
+the images, as later ones have them.
 
 ## Written from outside
+"""
+
+
+MEMORY = """\
+## Memory
+
+Programs that check themselves (`tests/vm/programs/pool/`) and real services
+(`tests/vm/services/`), dumped in one VM, restored from outside into a fresh one, asked, and at work
+again. The share is that written outside of all page bytes that are not shared copy-on-write; shared
+memory is among them, each object once. *COW* is what parents and children go on sharing, counted
+for each, in MiB; what else stays inside follows, in KiB. `tests/vm/test_pool.py` also holds that
+VMA flags, protections, advice and the figures of smaps are as after CRIU alone.
 """
 
 
@@ -46,6 +59,11 @@ def render(recorded: dict) -> str:
             tested = [_mark(state["name"], guest["kinds"]) for guest in guests]
             groups = ", ".join(state["groups"])
             lines.append(_row(f"`{state['name']}`", groups, state["summary"], *tested))
+    lines += ["", MEMORY, _row("what", "tasks", *titles), _row(*["---"] * (2 + len(guests)))]
+    for name in sorted({name for guest in guests for name in guest.get("memory", ())}):
+        found = [guest.get("memory", {}).get(name) for guest in guests]
+        tasks = next(one["tasks"] for one in found if one)
+        lines.append(_row(f"`{name}`", str(tasks), *map(_where, found)))
     lines += ["", "## Left to CRIU", "", _row("state", "what it is", "why"), _row(*["---"] * 3)]
     for state in states():
         if not state["outside"]:
@@ -57,6 +75,27 @@ def _mark(name: str, tested: list[str]) -> str:
     if name == "memory":
         return "see above"
     return "✓" if name in tested else ""
+
+
+def _where(found: dict | None) -> str:
+    if found is None:
+        return ""
+    sizes = dict(found["bytes"])
+    cow = sizes.pop("cow", 0) + sizes.pop("inherited", 0)
+    outside = sizes.pop("outside", 0)
+    parts = [f"{outside / (outside + sum(sizes.values())):.2%}"]
+    if cow:
+        parts.append(f"COW {cow / (1 << 20):.0f}")
+    parts += [f"{reason} {size >> 10}" for reason, size in sorted(sizes.items())]
+    return ", ".join(parts)
+
+
+def record_memory(suite: str, name: str, tasks: int, bytes_by: dict[str, int]) -> None:
+    """Note where the memory of a program or service goes."""
+    recorded = json.loads(RECORD.read_text())
+    memory = recorded[suite].setdefault("memory", {})
+    memory[name] = {"tasks": tasks, "bytes": bytes_by}
+    RECORD.write_text(json.dumps(recorded, indent=1, sort_keys=True) + "\n")
 
 
 def _row(*cells: str) -> str:

@@ -4,7 +4,6 @@ And what nobody may be able to tell: the memory looks as after CRIU alone, and t
 fifty restores what it was before.
 """
 
-import json
 import os
 import random
 from collections.abc import Iterator
@@ -19,7 +18,7 @@ from ovr.images import ImageSet
 from ovr.lab.share import SHARE
 from ovr.placement import Reason
 from ovr.plan import Plan, make_plan
-from tests.support_matrix import RECORD
+from tests.support_matrix import record_memory
 from tests.vm import pool
 from tests.vm.conftest import PREFIX, SUITES
 from tests.vm.smaps import differences, memory_of, resident
@@ -88,7 +87,7 @@ def test_comes_back(journey, program):
     with ImageSet.open(journey.images / program.name) as images:
         plan = make_plan(images)
         enough(program, plan)
-        record(journey.vm, program, plan)
+        record(journey.vm, program.name, plan)
         tasks, outside = len(plan.tasks), plan.bytes_outside
     report = journey.restore(program)
     assert (report.tasks, report.bytes_outside) == (tasks, outside)
@@ -113,18 +112,15 @@ def enough(program: pool.Program, plan: Plan) -> None:
     assert bool(plan.shared) >= program.shared
 
 
-def record(vm: lab.LabVm, program: pool.Program, plan: Plan) -> None:
-    """With OVR_RECORD set, note where the memory of each program goes."""
+def record(vm: lab.LabVm, name: str, plan: Plan) -> None:
+    """With OVR_RECORD set, note where the memory goes."""
     if not os.environ.get("OVR_RECORD"):
         return
     bytes_by: dict[str, int] = {}
     for memory in plan.memories:
         for reason, count in memory.by_reason().items():
             bytes_by[reason.name.lower()] = bytes_by.get(reason.name.lower(), 0) + count
-    recorded = json.loads(RECORD.read_text())
-    memory = recorded[vm.suite].setdefault("memory", {})
-    memory[program.name] = {"tasks": len(plan.tasks), "bytes": bytes_by}
-    RECORD.write_text(json.dumps(recorded, indent=1, sort_keys=True) + "\n")
+    record_memory(vm.suite, name, len(plan.tasks), bytes_by)
 
 
 @pytest.fixture

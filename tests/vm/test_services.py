@@ -13,7 +13,7 @@ from ovr.lab.share import SHARE
 from ovr.plan import make_plan
 from tests.vm.conftest import PREFIX
 from tests.vm.services import PACKAGES, SERVICES, dump, pack, unpack
-from tests.vm.test_pool import TROUBLE
+from tests.vm.test_pool import TROUBLE, record
 
 pytestmark = pytest.mark.timeout(1800)  # all of them are started before the first test
 
@@ -48,6 +48,7 @@ def test_goes_on_in_another_vm(journey, name):
         plan = make_plan(opened)
         alone = plan.bytes_total - plan.bytes_cow
         share = plan.bytes_outside / alone
+        record(journey.vm, name, plan)
         single = len(plan.tasks) == 1 and not plan.shared
     assert share >= (0.99 if single else 0.95)
     service.prepare(journey.vm)

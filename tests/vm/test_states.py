@@ -81,7 +81,7 @@ def record(vm, found: Experiment) -> None:
     right = {name for name in NAMES if came_back(found, name) and load_bearing(found, name)}
     if len(found.before) > 1:  # the tree comes second: what is right is so in both
         right &= set(recorded.get(vm.suite, {}).get("kinds", ()))
-    recorded[vm.suite] = {
+    recorded[vm.suite] = recorded.get(vm.suite, {}) | {
         "kernel": vm.sh("uname -r").stdout.decode().strip(),
         "criu": vm.sh("criu --version").stdout.decode().split()[1],
         "kinds": sorted(right),
