@@ -320,8 +320,7 @@ def _area(
     writable = bool(prot & PROT_WRITE)
     if flags & MAP_HUGETLB:
         # The kernel does not join pieces again, nor lets the agent force a write (mm/gup.c).
-        reason = Reason.OUTSIDE if status & VMA_ANON_PRIVATE else Reason.HUGETLB
-        return Area(start, end, reason, populates=True, touchable=writable)
+        return Area(start, end, Reason.OUTSIDE, populates=True, touchable=writable)
     if not (writable or force):
         return Area(start, end, Reason.READ_ONLY)
     may_be_cut = not flags & MAP_GROWSDOWN

@@ -49,7 +49,7 @@ _TEXTS: Final = {
     Reason.COW: "shared copy-on-write by parent and child, in few pages or not from the first on",
     Reason.VDSO: "vDSO or vvar: CRIU matches it with the guest kernel's own",
     Reason.SPECIAL: "special area (AIO ring, shadow stack, guard, droppable)",
-    Reason.HUGETLB: "hugetlb pages of a file, or read-only ones that do not fill their area",
+    Reason.HUGETLB: "read-only hugetlb pages that do not fill their area",
     Reason.READ_ONLY: "not writable, and the guest's kernel lets nobody force a write",
     Reason.SEALED: "a memfd that is sealed against writing",
     Reason.UNREACHABLE: "shared memory that no task has open or mapped",

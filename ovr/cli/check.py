@@ -119,4 +119,9 @@ def _agent(address: str | None) -> Item:
         return Item("agent", False, str(error), f"{error.hint}; {_INSTALL}")
     if hello.criu is None:
         return Item("agent", False, "the guest has no CRIU", "apt-get install criu, in the guest")
-    return Item("agent", True, f"version {hello.agent}, CRIU {hello.criu}, at {address}")
+    text = f"version {hello.agent}, CRIU {hello.criu}, at {address}"
+    if not hello.force_write:
+        text += (
+            "; read-only memory stays inside (boot the guest with proc_mem.force_override=always)"
+        )
+    return Item("agent", True, text)

@@ -10,12 +10,7 @@ from dataclasses import dataclass
 from ovr.images.imageset import ImageSet
 from ovr.images.objects import FdinfoEntry, FileEntry, MemfdInodeEntry
 from ovr.images.task import Memory, Task
-from ovr.images.vma import (
-    VMA_ANON_SHARED,
-    VMA_AREA_MEMFD,
-    VMA_AREA_SYSVIPC,
-    VMA_FILE_SHARED,
-)
+from ovr.images.vma import VMA_ANON_SHARED, VMA_AREA_MEMFD, VMA_AREA_SYSVIPC
 
 __all__ = ["SharedMemory", "SharedPlace", "shared_memory"]
 
@@ -100,11 +95,12 @@ def _open(
 
 def _mapped(task: Task, files: Mapping[int, int]) -> Iterator[tuple[int, SharedPlace]]:
     assert task.vmas is not None
-    shared = VMA_ANON_SHARED | VMA_AREA_SYSVIPC | VMA_FILE_SHARED
+    shared = VMA_ANON_SHARED | VMA_AREA_SYSVIPC | VMA_AREA_MEMFD
     for vma in task.vmas[task.vmas["status"] & shared != 0]:
         shmid, status = int(vma["shmid"]), int(vma["status"])
-        if status & VMA_FILE_SHARED and not status & VMA_AREA_SYSVIPC:
-            if not status & VMA_AREA_MEMFD or shmid not in files:
+        if status & VMA_AREA_MEMFD:
+            # Mapped privately, too: it leads to the object.
+            if shmid not in files:
                 continue
             shmid = files[shmid]
         yield shmid, SharedPlace(task.pid, address=int(vma["start"]))

@@ -13,6 +13,8 @@ from ovr import demo, lab
 UMASK = 0o137
 SIZE = 192 << 20
 SUITES = ("trixie", "bookworm", "forky")
+EVERYTHING = bool(os.environ.get("OVR_ALL"))
+"""Whether to run what is much the same on another suite, too: an hour under TCG."""
 
 
 def pytest_collection_modifyitems(items):

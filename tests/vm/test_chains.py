@@ -14,14 +14,14 @@ from ovr.images.pagemap import PE_LAZY, decode_pagemap
 from ovr.lab.share import SHARE
 from ovr.plan import make_plan
 from tests.vm import pool
-from tests.vm.conftest import PREFIX, SUITES
+from tests.vm.conftest import EVERYTHING, PREFIX, SUITES
 
 PROGRAM = pool.BY_NAME["private"]
 WORK = "/var/tmp/chain"
 DEDUPLICATE = {"as-dumped": "true", "deduplicated": f"criu dedup -D {WORK}/3"}
 
 
-@pytest.fixture(scope="module", params=SUITES)
+@pytest.fixture(scope="module", params=SUITES if EVERYTHING else SUITES[:2])
 def suite(request) -> str:
     return request.param
 

@@ -11,7 +11,7 @@ from ovr import demo, lab
 from ovr.images import ImageSet
 from ovr.lab.share import SHARE
 from ovr.plan import make_plan
-from tests.vm.conftest import PREFIX
+from tests.vm.conftest import EVERYTHING, PREFIX
 from tests.vm.services import PACKAGES, SERVICES, dump, pack, unpack
 from tests.vm.test_pool import TROUBLE, record
 
@@ -26,7 +26,7 @@ class Journey:
     images: Path
 
 
-@pytest.fixture(scope="module", params=sorted(PACKAGES))
+@pytest.fixture(scope="module", params=sorted(PACKAGES) if EVERYTHING else ["trixie"])
 def journey(request, tmp_path_factory) -> Iterator[Journey]:
     suite = request.param
     share = tmp_path_factory.mktemp(f"services-{suite}")

@@ -1,0 +1,52 @@
+"""Which pages of an heir are the very ones of its ancestor."""
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ovr._fastcopy import PIECE, RUN
+from ovr.addresses import PAGE_SIZE
+from ovr.state.memory import _as_pieces, _same_frames, _without
+
+FRAMES = st.lists(st.sampled_from([None, 0, 1, 2, 3, 7, 8, 9]), min_size=1, max_size=30)
+
+
+def runs_of(frames):
+    """What a walk gives for pages with these frames: neighbours in both spaces are one run."""
+    rows = []
+    for page, frame in enumerate(frames):
+        if frame is None:
+            continue
+        gva, gpa = page * PAGE_SIZE, frame * PAGE_SIZE
+        if rows and rows[-1][0] + rows[-1][2] == gva and rows[-1][1] + rows[-1][2] == gpa:
+            rows[-1][2] += PAGE_SIZE
+        else:
+            rows.append([gva, gpa, PAGE_SIZE, gva, 0, 12])
+    return np.array([tuple(row) for row in rows], dtype=RUN)
+
+
+def pages_of(runs):
+    return {
+        gva + n for gva, size in runs[["gva", "size"]].tolist() for n in range(0, size, PAGE_SIZE)
+    }
+
+
+@given(heir=FRAMES, first=FRAMES)
+def test_same_frames(heir, first):
+    same = _same_frames(runs_of(heir), runs_of(first))
+    expected = {
+        page * PAGE_SIZE
+        for page, (one, other) in enumerate(zip(heir, first, strict=False))
+        if one is not None and one == other
+    }
+    assert pages_of(same) == expected
+    assert all(gva == offset for gva, offset in same[["gva", "offset"]].tolist())
+
+
+@given(frames=FRAMES)
+def test_what_is_left(frames):
+    whole = np.array([(0, len(frames) * PAGE_SIZE, 0)], dtype=PIECE)
+    done = runs_of(frames)
+    left = _without(whole, done)
+    assert pages_of(left) == pages_of(whole) - pages_of(done)
+    assert pages_of(_as_pieces(done)) == pages_of(done)
