@@ -58,6 +58,11 @@ class Frames:
     mapping_value: int
 
 
+MAX_READ: Final = 1 << 26
+"""Most bytes of one read: page tables may show the same frame everywhere, and types may be of any
+size, so that what a guest has does not limit what a lie could make us allocate."""
+
+
 class AddressSpace:
     """Guest RAM seen through one top-level page table.
 
@@ -81,13 +86,19 @@ class AddressSpace:
         return self.ram.translate(self.root, self.levels, gva)
 
     def read(self, gva: Gva, size: int) -> bytes:
-        """Read `size` bytes, across pages. Raises `GuestFault` if one is not mapped."""
+        """Read `size` bytes, across pages.
+
+        Raises:
+            GuestFault: one is not mapped, or these are more than `MAX_READ`.
+        """
         if 0 < size <= PAGE_SIZE - gva % PAGE_SIZE and 0 <= gva < 1 << 64:
             # the hot path of every member access: no call more than it needs
             ram = self.ram
             return ram.read(ram.translate(self.root, self.levels, gva), size)
         if size == 0:
             return b""
+        if size > MAX_READ:
+            raise GuestFault(f"{size:#x} bytes at {gva:#x} are more than can be meant", gva)
         return b"".join(self.ram.read(gpa, length) for gpa, length in self._chunks(gva, size))
 
     def write(self, gva: Gva, data: bytes) -> None:

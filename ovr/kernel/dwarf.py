@@ -9,8 +9,6 @@ Source: DWARF 5, chapter 7.
 """
 
 import re
-import struct
-import zlib
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from itertools import islice
@@ -22,12 +20,14 @@ import numpy as np
 from ovr.errors import UsageError
 from ovr.kernel.cache import remembered
 from ovr.kernel.dwarf_types import Converter, Name, name_of
+from ovr.kernel.elf_errors import elf_errors
 
 __all__ = ["ROOTS", "dwarf_to_btf"]
 
 ROOTS: Final = (
     *("enum cgroup_subsys_id", "enum maple_type", "enum pageflags", "enum pid_type"),
-    *("enum transparent_hugepage_flag", "struct anon_vma", "struct cgroup"),
+    *("enum transparent_hugepage_flag", "struct anon_vma", "struct anon_vma_chain"),
+    *("struct cgroup",),
     *("struct cgroup_namespace", "struct cgroup_subsys_state", "struct cpumask", "struct cred"),
     *("struct css_set", "struct dentry", "struct eventfd_ctx", "struct fdtable", "struct file"),
     *("struct file_system_type", "struct files_struct", "struct fs_struct", "struct inode"),
@@ -64,9 +64,6 @@ def dwarf_to_btf(path: Path, build_id: str, roots: Sequence[str] = ROOTS) -> byt
     Raises:
         UsageError: the file cannot be read, is damaged, or has none of the types.
     """
-    # not at the top of the module: see vmlinux.py
-    from elftools.common.exceptions import DWARFError, ELFError  # noqa: PLC0415
-
     try:
         status = path.stat()
         version = f"{build_id} {status.st_size} {status.st_mtime_ns}".encode()
@@ -75,12 +72,7 @@ def dwarf_to_btf(path: Path, build_id: str, roots: Sequence[str] = ROOTS) -> byt
         return made.tobytes()
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror}") from error
-    except (
-        *(ELFError, DWARFError, struct.error, zlib.error),
-        *(ValueError, LookupError, TypeError, AttributeError, AssertionError),
-        *(ArithmeticError, NotImplementedError, EOFError),
-    ) as error:
-        # pyelftools raises the latter ones for what it did not expect in damaged files
+    except elf_errors() as error:
         raise UsageError(
             f"{path} has no usable DWARF ({error or type(error).__name__})",
             "give the kernel's vmlinux with its debug information, or one with a section .BTF "
@@ -89,6 +81,7 @@ def dwarf_to_btf(path: Path, build_id: str, roots: Sequence[str] = ROOTS) -> byt
 
 
 def _convert(path: Path, roots: Sequence[str]) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    # not at the top of the module: see elf_errors.py
     from elftools.elf.elffile import ELFFile  # noqa: PLC0415
 
     wanted = {(KEYWORDS[keyword], name) for keyword, name in map(str.split, roots)}

@@ -18,6 +18,7 @@ from ovr.errors import GuestFault, KernelNotFound
 from ovr.kernel import places
 from ovr.kernel.btf import Btf
 from ovr.kernel.kallsyms import read_kallsyms
+from ovr.kernel.live import types_that_fit
 from ovr.kernel.places import Place
 from ovr.kernel.symbols import SymbolTable
 from ovr.kernel.types import Types
@@ -139,6 +140,7 @@ class Kernel:
         return self.object(GLOBALS[name], self.symbol(name))
 
     @cached_property
+    @types_that_fit()
     def private_frames(self) -> Frames:
         """Frames that are one process's alone, by the kernel's own word.
 
@@ -166,6 +168,7 @@ class Kernel:
             mapping_value=_MAPPING_ANON,
         )
 
+    @types_that_fit()
     def anon_frames(self, anon_vma: Gva) -> Frames:
         """Frames of anonymous pages that only users of the ``struct anon_vma`` can have mapped.
 
@@ -181,6 +184,7 @@ class Kernel:
             mapping_value=anon_vma | _MAPPING_ANON,
         )
 
+    @types_that_fit()
     def shared_frames(self, mapping: Gva) -> Frames:
         """Frames that hold what a shared object has at their place in the page cache.
 
@@ -198,6 +202,7 @@ class Kernel:
             mapping_value=mapping,
         )
 
+    @types_that_fit()
     def wall_clock(self) -> int:
         """Return the time of day that this kernel has, in seconds since 1970.
 
@@ -221,6 +226,7 @@ class Kernel:
         except (KernelNotFound, GuestFault):
             return False
 
+    @types_that_fit()
     def _boot_mark(self) -> tuple[bytes, int, int, int]:
         # What no two boots have in common: when, to the nanosecond, pid 1 started; and where.
         text = self.ram.read(self.info.gpa, len(self.info.text))
@@ -269,6 +275,7 @@ def _searched(cls: type[Kernel], ram: GuestRam, vmlinux: Vmlinux | None) -> Kern
     )
 
 
+@types_that_fit()
 def _attach(cls: type[Kernel], ram: GuestRam, info: VmcoreInfo, vmlinux: Vmlinux | None) -> Kernel:
     if info.numbers.get("sme_mask", 0):
         raise KernelNotFound(

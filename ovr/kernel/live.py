@@ -1,13 +1,18 @@
-"""Reading what a running guest may change meanwhile."""
+"""Reading what a running guest may change meanwhile, and whose types may be anything."""
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Final, TypeVar
 
-from ovr.errors import GuestFault
+from ovr.errors import GuestFault, KernelNotFound, OvrError
 
-__all__ = ["settled"]
+__all__ = ["settled", "types_that_fit"]
 
 ATTEMPTS: Final = 8
+PATIENCE: Final = 5.0
+"""Seconds after which nothing is tried again: a guest that makes us read in vain for so long lies,
+or is busier than we can be."""
 
 Value = TypeVar("Value")
 
@@ -20,10 +25,36 @@ def settled(read: Callable[[], Value]) -> Value:
 
     Raises:
         GuestFault: they make no sense, however often they are read.
+        KernelNotFound: the guest's types are not those of such structures.
     """
+    until = time.monotonic() + PATIENCE
     for _ in range(ATTEMPTS - 1):
         try:
-            return read()
+            with types_that_fit():
+                return read()
         except GuestFault:
-            continue
-    return read()
+            if time.monotonic() > until:
+                raise
+    with types_that_fit():
+        return read()
+
+
+@contextmanager
+def types_that_fit() -> Iterator[None]:
+    """Raise what Python says of a value of an unexpected type as an error of the guest's.
+
+    Members have the types that the guest's BTF says. Where one that must be a pointer is a number,
+    Python notices it.
+
+    Raises:
+        KernelNotFound: some type is not what all kernels have there.
+    """
+    try:
+        yield
+    except OvrError:
+        raise
+    except (TypeError, AttributeError, LookupError, ValueError, ArithmeticError) as error:
+        raise KernelNotFound(
+            f"the guest kernel's types make no sense: {type(error).__name__}: {error}",
+            "is the guest's kernel supported? see the support matrix",
+        ) from error

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Final, NamedTuple
 
 from ovr.addresses import Gva
-from ovr.errors import GuestFault
+from ovr.errors import GuestFault, KernelNotFound
 from ovr.kernel.view import Array, Struct
 from ovr.kernel.xarray import is_internal, is_node
 
@@ -16,6 +16,7 @@ __all__ = ["Range", "mt_for_each"]
 MAX_INDEX: Final = (1 << 64) - 1
 MAX_NODES: Final = 1 << 17
 MAX_DEPTH: Final = 31  # MAPLE_HEIGHT_MAX
+MAX_PIVOTS: Final = 64  # twice what any kernel has in a node
 NODE_MASK: Final = ~0xFF  # MAPLE_NODE_MASK: nodes are aligned, the low bits say what they are
 TYPE_SHIFT: Final = 3  # MAPLE_NODE_TYPE_SHIFT
 TYPE_MASK: Final = 0xF
@@ -69,10 +70,16 @@ class _Walk:
     def _layout(self, node: Struct, kind: int) -> tuple[list[int], Array, bool]:
         # A node's pivots (the last index of each slot but the last), its slots, are they entries?
         if kind == self._kinds["maple_arange_64"]:
-            return list(node.ma64.pivot), node.ma64.slot, False
+            return _pivots(node.ma64.pivot), node.ma64.slot, False
         if kind in (self._kinds["maple_range_64"], self._kinds["maple_leaf_64"]):
-            return list(node.mr64.pivot), node.mr64.slot, kind == self._kinds["maple_leaf_64"]
+            return _pivots(node.mr64.pivot), node.mr64.slot, kind == self._kinds["maple_leaf_64"]
         raise GuestFault(f"maple tree node {node.address_:#x} is of kind {kind}", node.address_)
+
+
+def _pivots(pivots: Array) -> list[int]:
+    if len(pivots) > MAX_PIVOTS:
+        raise KernelNotFound(f"the guest kernel's maple tree nodes have {len(pivots)} pivots")
+    return list(pivots)
 
 
 def _ranges(pivots: list[int], slots: Array, first: int, last: int, at: int) -> Iterator[Range]:

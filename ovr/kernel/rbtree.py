@@ -6,6 +6,7 @@ Source: include/linux/rbtree.h, lib/rbtree.c.
 from collections.abc import Iterator
 from typing import Any, Final
 
+from ovr.addresses import Gva
 from ovr.errors import GuestFault
 from ovr.kernel.view import Struct, container_of
 
@@ -13,6 +14,9 @@ __all__ = ["rbtree_for_each_entry"]
 
 MAX_DEPTH: Final = 128
 """A red-black tree of 2^64 nodes is not deeper."""
+
+MAX_ENTRIES: Final = 1 << 22
+"""No tree that we walk has more: it is also the largest number of tasks (PID_MAX_LIMIT)."""
 
 
 def rbtree_for_each_entry(type_name: str, root: Struct, member: str) -> Iterator[Any]:
@@ -27,11 +31,12 @@ def rbtree_for_each_entry(type_name: str, root: Struct, member: str) -> Iterator
         GuestFault: the nodes do not form a tree.
     """
     path: list[Struct] = []
-    seen = set()
+    seen: set[Gva] = set()
     node = root.rb_node
     while path or node:
         while node:
-            if node.address_ in seen or len(path) >= MAX_DEPTH:
+            known = node.address_ in seen or len(seen) >= MAX_ENTRIES
+            if known or len(path) >= MAX_DEPTH:
                 raise GuestFault(f"a red-black tree loops at {node.address_:#x}", node.address_)
             seen.add(node.address_)
             path.append(node)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
+from ovr.errors import GuestFault
 from ovr.kernel.kernel import Kernel
 from ovr.kernel.list import list_for_each_entry
 from ovr.kernel.live import settled
@@ -40,6 +41,8 @@ TASK_FROZEN: Final = 0x8000
 STATE_LETTERS: Final = "RSDTtXZPI"
 
 COMM_SIZE: Final = 64
+MAX_TASKS: Final = 1 << 22
+"""PID_MAX_LIMIT: include/linux/threads.h."""
 
 
 @dataclass(frozen=True)
@@ -101,8 +104,19 @@ def processes(kernel: Kernel) -> list[Process]:
     Raises:
         GuestFault: the task list makes no sense, however often it is read.
     """
-    found = settled(lambda: [_describe(task) for task in for_each_process(kernel)])
+    found = settled(lambda: _described(for_each_process(kernel)))
     return sorted(found, key=lambda process: process.pid)
+
+
+def _described(leaders: Iterator[Struct]) -> list[Process]:
+    # Each list is as long as all tasks at most; so are all of them together.
+    found, threads = [], 0
+    for task in leaders:
+        found.append(_describe(task))
+        threads += len(found[-1].tids)
+        if threads > MAX_TASKS:
+            raise GuestFault("the guest lists more threads than there can be", task.address_)
+    return found
 
 
 def _describe(task: Struct) -> Process:

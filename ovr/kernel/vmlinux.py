@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from ovr.addresses import Gva
 from ovr.errors import GuestFault, KernelNotFound, UsageError
 from ovr.kernel.dwarf import dwarf_to_btf
+from ovr.kernel.elf_errors import elf_errors
 from ovr.kernel.symbols import SymbolTable
 from ovr.kernel.vmcoreinfo import START_KERNEL_MAP, VmcoreInfo
 
@@ -64,7 +65,6 @@ class Vmlinux:
             UsageError: it cannot be read, is no vmlinux, or has nothing that helps.
         """
         # not at the top of the module: it takes longer to import than an attach
-        from elftools.common.exceptions import ELFError  # noqa: PLC0415
         from elftools.elf.elffile import ELFFile  # noqa: PLC0415
 
         path = Path(path)
@@ -73,9 +73,10 @@ class Vmlinux:
                 return cls._read(path, ELFFile(file))
         except OSError as error:
             raise UsageError(f"{path} cannot be read: {error.strerror}") from error
-        except (ELFError, ValueError, LookupError, TypeError, AttributeError) as error:
-            # pyelftools raises the latter ones for what it did not expect in damaged files
-            raise _unusable(path, f"no usable ELF file ({error})") from error
+        except elf_errors() as error:
+            raise _unusable(
+                path, f"no usable ELF file ({error or type(error).__name__})"
+            ) from error
 
     @classmethod
     def _read(cls, path: Path, elf: Any) -> "Self":

@@ -167,6 +167,17 @@ def test_read_and_write_across_pages(machine):
     assert machine.ram.read(Gpa(0x31000), 200 - 0x60) == data[0x60:]
 
 
+def test_a_read_of_more_than_can_be_meant(machine, monkeypatch):
+    """One frame can be mapped everywhere: what is there does not limit what is read."""
+    monkeypatch.setattr("ovr.paging.MAX_READ", 8192)
+    space = AddressSpace(machine.ram, machine.root, machine.levels)
+    for page in range(4):
+        machine.map(0x4000_0000 + page * PAGE_SIZE, 0x20000)
+    assert len(space.read(Gva(0x4000_0000), 8192)) == 8192
+    with pytest.raises(GuestFault, match="more than can be meant"):
+        space.read(Gva(0x4000_0000), 8193)
+
+
 def test_a_write_that_would_fault_writes_nothing(machine):
     space = AddressSpace(machine.ram, machine.root, machine.levels)
     machine.map(0x4000_0000, 0x20000)

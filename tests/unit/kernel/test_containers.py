@@ -6,15 +6,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ovr.errors import GuestFault
+from ovr.errors import GuestFault, KernelNotFound
+from ovr.kernel.btf import Btf
 from ovr.kernel.list import hlist_for_each_entry, list_for_each_entry
 from ovr.kernel.live import settled
 from ovr.kernel.maple import mt_for_each
 from ovr.kernel.rbtree import rbtree_for_each_entry
+from ovr.kernel.types import Types
 from ovr.kernel.xarray import idr_find, xa_load
 
 from .toy import POISON, TYPES
-from .writers import Memory
+from .writers import BtfWriter, Memory
 
 BASE = 0xFFFF_8880_0000_0000
 HEAD = BASE + 0x100
@@ -292,3 +294,54 @@ def test_settled_tries_again_but_not_for_ever():
     with pytest.raises(GuestFault):
         settled(read)
     assert len(outcomes) == 92
+
+
+def test_a_tree_that_is_larger_than_any(memory, monkeypatch):
+    """Page tables may show the same frames everywhere: nodes that differ never end."""
+    monkeypatch.setattr("ovr.kernel.rbtree.MAX_ENTRIES", 5)
+    memory.poke(HEAD, "Q", ITEMS[0] + 40)
+    for one, two in pairwise(ITEMS):
+        memory.poke(one + 40, "QQQ", 0, two + 40, 0)
+    root = TYPES.object("struct rb_root", memory, HEAD)
+    with pytest.raises(GuestFault, match="a red-black tree loops"):
+        list(rbtree_for_each_entry("struct item", root, "rb"))
+
+
+def test_nodes_with_more_pivots_than_any_have(memory):
+    """The guest says how many there are: it is not to keep us busy."""
+    w = BtfWriter()
+    u64, void = w.integer("long unsigned int", 8), w.pointer()
+    w.struct("maple_tree", 16, ("ma_root", void, 8))
+    mr64 = w.struct(
+        "", 1 << 27, ("pivot", w.array(u64, 1 << 24), 8), ("slot", w.array(void, 16), 128)
+    )
+    w.struct("maple_node", 256, ("parent", void, 0), ("mr64", mr64, 0))
+    w.enum("maple_type", maple_leaf_64=1, maple_range_64=2, maple_arange_64=3)
+    memory.poke(HEAD + 8, "Q", BASE + 0x1000 | 1 << 3 | 2)
+    tree = Types(Btf(w.build())).object("struct maple_tree", memory, HEAD)
+    with pytest.raises(KernelNotFound, match="16777216 pivots"):
+        list(mt_for_each(tree))
+
+
+def test_types_that_are_not_what_they_must_be(memory):
+    w = BtfWriter()
+    w.struct("list_head", 16, ("next", w.integer("long unsigned int", 8), 0))
+    head = Types(Btf(w.build())).object("struct list_head", memory, HEAD)
+    with pytest.raises(KernelNotFound, match="types make no sense") as caught:
+        settled(lambda: list(list_for_each_entry("struct item", head, "link")))
+    assert isinstance(caught.value.__cause__, AttributeError)
+
+
+def test_settled_does_not_wait_for_ever(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    calls = []
+
+    def read():
+        calls.append(now[0])
+        now[0] += 3.0
+        raise GuestFault("no end", 0)
+
+    with pytest.raises(GuestFault):
+        settled(read)
+    assert calls == [0.0, 3.0]

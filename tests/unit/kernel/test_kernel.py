@@ -193,6 +193,24 @@ def test_a_task_list_that_loops_ends(toy, kernel):
         processes(kernel)
 
 
+def test_more_threads_than_there_can_be(toy, kernel, monkeypatch):
+    """Each list may be as long as all tasks are many, but not all of the lists together."""
+    monkeypatch.setattr("ovr.kernel.tasks.MAX_TASKS", 4)
+    shell = toy.fork(300, "sh")
+    for tid in (301, 302):
+        toy.fork(tid, "thread", leader=shell)
+    assert sum(process.threads for process in processes(kernel)) == 4
+    toy.fork(303, "thread", leader=shell)
+    with pytest.raises(GuestFault, match="more threads than there can be"):
+        processes(kernel)
+
+
+def test_a_kernel_for_more_cpus_than_any(kernel, monkeypatch):
+    monkeypatch.setattr("ovr.kernel.percpu.MAX_CPUS", 64)
+    with pytest.raises(KernelNotFound, match="128 CPUs"):
+        list(for_each_possible_cpu(kernel))
+
+
 @pytest.mark.parametrize(
     ("state", "exit_state", "letter"),
     [

@@ -132,6 +132,7 @@ def test_files_that_are_no_vmlinux(toy, tmp_path):
         (b"", "no usable ELF file"),
         (b"MZ" + bytes(5000), "no usable ELF file"),
         (whole[:300], "no usable ELF file"),
+        (whole.replace(b"GNU\0", b"GNU!"), "no usable ELF file"),
         (whole[:18] + b"\xb7" + whole[19:], "for AArch64"),
         (vmlinux(path, toy, build_id=None).read_bytes(), "without a build id"),
         (
