@@ -14,7 +14,7 @@ from pathlib import Path
 import atheris
 
 from tests.fuzz.build import C_TARGETS, ROOT, build_extension, build_program
-from tests.fuzz.corpus import pack, seeds, write
+from tests.fuzz.corpus import pack, seeds, unpack, write
 from tests.fuzz.targets import TARGETS
 
 BUILD = ROOT / "build" / "fuzz"
@@ -24,6 +24,8 @@ MEMORY = 1024
 """MiB that a target may have; twice that with sanitizers in it, which keep what was freed."""
 IN_PYTHON = 10
 """The targets in Python, which are slow, share one in so many of the executions."""
+KEPT, KEPT_HEAD = 64 << 10, 128
+"""Most bytes of a target's inputs in the tree, and what each takes besides."""
 
 
 @dataclass(frozen=True)
@@ -121,15 +123,16 @@ def fuzz(job: Job, options: Sequence[str]) -> tuple[bool, int]:
 
 
 def keep(job: Job) -> None:
-    """Put the smallest set of inputs with the same coverage into the tree."""
-    smallest = job.place / "smallest"
-    shutil.rmtree(smallest, ignore_errors=True)
-    smallest.mkdir()
-    status, said = job.run("-merge=1", str(smallest), *job.corpora())
-    if status:
-        raise SystemExit(f"{job.name}: {said[-2000:]}")
-    pack(job.name, [file.read_bytes() for file in smallest.iterdir()])
-    print(f"{job.name}: {len(list(smallest.iterdir()))} inputs kept")
+    """Put what was found into the tree, the smallest inputs first."""
+    found = [file.read_bytes() for file in (job.place / "corpus").iterdir()]
+    kept, size = [], 0
+    for data in sorted({*unpack(job.name), *found}, key=lambda data: (len(data), data)):
+        size += len(data) + KEPT_HEAD
+        if size > KEPT:
+            break
+        kept.append(data)
+    pack(job.name, kept)
+    print(f"{job.name}: {len(kept)} inputs kept")
 
 
 def limits(names: Sequence[str], seconds: int | None, executions: int | None) -> dict[str, str]:

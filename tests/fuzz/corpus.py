@@ -71,7 +71,7 @@ def _ranges() -> Iterator[bytes]:
 
 
 def _names() -> Iterator[bytes]:
-    for names in (["a.img", "b.img", "a.img"], ["..", ".", "../x", "/etc/x"], ["x" * 254]):
+    for names in (["a.img", "b.img", "a.img"], ["..", ".x", "../x", "/etc/x"], ["x" * 254]):
         yield b"".join(bytes([len(n)]) + n.encode() + b"\0\4data" for n in names)
 
 

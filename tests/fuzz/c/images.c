@@ -67,6 +67,7 @@ static void remember(const struct mp_value *name, size_t size)
 
 	CHECK(name->size < sizeof(text));
 	memcpy(text, name->data, name->size);
+	CHECK(strlen(text) == name->size && text[0] != '.' && !strchr(text, '/'));
 	while (i < MOST && wanted[i].name[0] && strcmp(wanted[i].name, text))
 		i++;
 	CHECK(i < MOST);
