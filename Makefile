@@ -9,7 +9,7 @@ PACKAGES += libvirt-daemon libvirt-daemon-driver-qemu libvirt-clients
 # Where virtiofsd is no part of QEMU any more it is a package of its own.
 PACKAGES += $(shell apt-cache show virtiofsd >/dev/null 2>&1 && echo virtiofsd)
 
-.PHONY: demo test bench lint unit smoke vm setup packages clean
+.PHONY: demo test bench fuzz lint unit smoke vm setup packages clean
 
 demo: setup
 	$(BIN)/python -m ovr demo $(DEMO)
@@ -18,6 +18,13 @@ test: lint unit smoke vm
 
 bench: setup
 	$(BIN)/python -m pytest bench --benchmark-only $(BENCH)
+
+# FUZZ="--seconds 60" for each target, or FUZZ="--executions 1000000" for all; see docs/fuzzing.md.
+fuzz: setup
+	$(MAKE) packages PACKAGES=clang
+	$(MAKE) packages PACKAGES="libclang-rt-$$(clang -dumpversion | cut -d. -f1)-dev"
+	$(BIN)/pip install -q --group fuzz
+	$(BIN)/python -m tests.fuzz $(FUZZ)
 
 lint: setup
 	$(BIN)/ruff check .
@@ -30,9 +37,10 @@ lint: setup
 unit: setup
 	$(BIN)/python -m pytest tests/unit -q $(PYTEST)
 
-# The benchmarks run, small and once; nobody judges their times.
+# The benchmarks run, small and once; nobody judges their times. The fuzz targets run for seconds.
 smoke: setup
 	OVR_BENCH=smoke $(BIN)/python -m pytest bench -q
+	$(BIN)/python -m pytest tests/fuzz -q
 
 vm: setup
 	$(BIN)/python -m pytest tests/vm -v -rs $(PYTEST)

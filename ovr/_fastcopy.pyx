@@ -395,8 +395,10 @@ cdef class RamMap:
         cdef uint64_t available = 0
         cdef uint64_t in_slot = 0
         cdef char *host
+        if gva & 7:  # the guest says where a folio's head is
+            return NULL
         if gva - f.cached_gva >= f.cached_size or f.cached_size - (gva - f.cached_gva) < f.stride:
-            if gva & 7 or not self._translate(f.root, f.levels, gva, &gpa, &available):
+            if not self._translate(f.root, f.levels, gva, &gpa, &available):
                 return NULL
             host = self._host(gpa, &in_slot)
             available = min(available, in_slot)

@@ -57,6 +57,13 @@ class Frames:
     mapping_mask: int
     mapping_value: int
 
+    @property
+    def usable(self) -> bool:
+        """Whether `AddressSpace.walk` takes it: all aligned, the members inside of an element."""
+        last = max(self.flags, self.mapping, self.compound_head) + 8
+        aligned = (self.vmemmap | self.stride) % 8 == 0
+        return aligned and last <= self.stride <= PAGE_SIZE and self.mapping_mask != 0
+
 
 MAX_READ: Final = 1 << 26
 """Most bytes of one read: page tables may show the same frame everywhere, and types may be of any

@@ -24,7 +24,15 @@ from ovr.images.objects import IpcShmEntry, MemfdInodeEntry
 from ovr.images.packed import HEAD_SIZE, refuse_packed
 from ovr.images.pagemap import Pagemap, check_pages_size, decode_pagemap
 from ovr.images.runs import resolve
-from ovr.images.task import Memory, Task, TaskState, check_core, check_memory, check_tree
+from ovr.images.task import (
+    Memory,
+    Task,
+    TaskState,
+    check_core,
+    check_ids,
+    check_memory,
+    check_tree,
+)
 from ovr.images.vma import VMA_ANON_SHARED, VMA_AREA_SYSVIPC, vma_array
 
 __all__ = ["ImageSet"]
@@ -119,7 +127,9 @@ class ImageSet:
             ImagesDamaged: images are missing or contradict each other.
             ImagesUnsupported: they hold something that cannot be restored.
         """
-        tasks = tuple(self._task(entry) for entry in self.entries("pstree.img", PstreeEntry))
+        entries = self.entries("pstree.img", PstreeEntry)
+        check_ids(entries)
+        tasks = tuple(self._task(entry) for entry in entries)
         if not tasks:
             raise ImagesDamaged("pstree.img: no tasks", DUMP_AGAIN)
         check_tree(tasks)

@@ -10,7 +10,7 @@ from ovr.addresses import PAGE_SIZE
 from ovr.errors import ImagesDamaged, ImagesUnsupported
 from ovr.images.directory import ImageFile
 from ovr.images.framing import DUMP_AGAIN
-from ovr.images.messages import CoreEntry, FsEntry, MmEntry
+from ovr.images.messages import CoreEntry, FsEntry, MmEntry, PstreeEntry
 from ovr.images.pagemap import USER_END, Entries
 from ovr.images.runs import covered
 from ovr.images.vma import Vmas, is_private
@@ -165,6 +165,20 @@ def check_memory(pid: int, memory: Memory, vmas: Vmas) -> None:
         )
 
 
+def check_ids(entries: Sequence[PstreeEntry]) -> None:
+    """Check that no task, and no thread of a task, is listed twice, before any of them is read.
+
+    Raises:
+        ImagesDamaged: one is: a small file could have the same images read a million times.
+    """
+    for ids in ([entry.pid for entry in entries], *(entry.threads for entry in entries)):
+        seen: set[int] = set()
+        for tid in ids:
+            if tid in seen:
+                raise ImagesDamaged(f"pstree.img: thread id {tid} occurs twice", DUMP_AGAIN)
+            seen.add(tid)
+
+
 def check_tree(tasks: Sequence[Task]) -> None:
     """Check that the tasks form one tree and that no id is used twice.
 
@@ -178,7 +192,8 @@ def check_tree(tasks: Sequence[Task]) -> None:
             raise ImagesDamaged(
                 f"pstree.img: task {task.pid} has the parent {task.ppid}, which is none", DUMP_AGAIN
             )
-        parents = parents - {0} | {task.pid}  # one root, and parents come first, as in CRIU
+        parents.discard(0)  # one root, and parents come first, as in CRIU
+        parents.add(task.pid)
         for tid in task.threads:
             if not 0 < tid < 1 << 22:  # PID_MAX_LIMIT
                 raise ImagesDamaged(f"pstree.img: impossible thread id {tid}", DUMP_AGAIN)

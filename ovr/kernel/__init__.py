@@ -21,7 +21,7 @@ from ovr.kernel.cgroup import (
 )
 from ovr.kernel.kernel import Kernel
 from ovr.kernel.list import hlist_for_each_entry, list_for_each_entry
-from ovr.kernel.live import settled
+from ovr.kernel.live import settled, types_that_fit
 from ovr.kernel.mm import (
     Vma,
     anon_vma_users,
@@ -113,6 +113,7 @@ __all__ = [
     "task_pid_nr_ns",
     "task_state",
     "transparent_hugepages",
+    "types_that_fit",
     "vmas",
     "xa_load",
 ]

@@ -153,7 +153,7 @@ class Kernel:
             compound_head = types.offsetof("struct page", "compound_info")
         except NoSuchMember:
             compound_head = types.offsetof("struct page", "compound_head")
-        return Frames(
+        frames = Frames(
             root=self.space.root,
             levels=self.space.levels,
             vmemmap=Gva(self["vmemmap_base"]),
@@ -161,12 +161,25 @@ class Kernel:
             flags=types.offsetof("struct page", "flags"),
             mapping=types.offsetof("struct page", "mapping"),
             compound_head=compound_head,
-            page_mask=1 << types.enum("enum pageflags")["PG_anon_exclusive"],
+            page_mask=self._flag("PG_anon_exclusive"),
             folio_mask=0,
             folio_value=0,
             mapping_mask=_MAPPING_FLAGS,
             mapping_value=_MAPPING_ANON,
         )
+        if not frames.usable:
+            raise KernelNotFound(
+                "the guest kernel's struct page makes no sense",
+                "is the guest's kernel supported? see the support matrix",
+            )
+        return frames
+
+    def _flag(self, name: str) -> int:
+        # One of `enum pageflags` as a mask.
+        number = self.types.enum("enum pageflags")[name]
+        if not 0 <= number < 64:
+            raise KernelNotFound(f"the guest kernel's {name} is bit {number} of page->flags")
+        return 1 << number
 
     @types_that_fit()
     def anon_frames(self, anon_vma: Gva) -> Frames:
@@ -178,7 +191,7 @@ class Kernel:
         return replace(
             self.private_frames,
             page_mask=0,
-            folio_mask=1 << self.types.enum("enum pageflags")["PG_locked"],
+            folio_mask=self._flag("PG_locked"),
             folio_value=0,
             mapping_mask=(1 << 64) - 1,
             mapping_value=anon_vma | _MAPPING_ANON,
@@ -191,12 +204,11 @@ class Kernel:
         Their folio belongs to the ``struct address_space`` at `mapping`, has all of its content,
         and nobody has locked it, as who moves, splits, truncates or reclaims it does first.
         """
-        bits = self.types.enum("enum pageflags")
-        uptodate = 1 << bits["PG_uptodate"]
+        uptodate = self._flag("PG_uptodate")
         return replace(
             self.private_frames,
             page_mask=0,
-            folio_mask=1 << bits["PG_locked"] | 1 << bits["PG_writeback"] | uptodate,
+            folio_mask=self._flag("PG_locked") | self._flag("PG_writeback") | uptodate,
             folio_value=uptodate,
             mapping_mask=(1 << 64) - 1,
             mapping_value=mapping,

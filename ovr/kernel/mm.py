@@ -10,7 +10,7 @@ from typing import Any, Final
 from ovr.addresses import PAGE_SIZE, Gva
 from ovr.errors import GuestFault
 from ovr.kernel.kernel import Kernel
-from ovr.kernel.live import settled
+from ovr.kernel.live import settled, types_that_fit
 from ovr.kernel.maple import mt_for_each
 from ovr.kernel.rbtree import rbtree_for_each_entry
 from ovr.kernel.view import Struct
@@ -143,6 +143,7 @@ def pfn_to_page(kernel: Kernel, pfn: int) -> Any:
     return kernel.pointer("struct page", kernel.private_frames.vmemmap)[pfn]
 
 
+@types_that_fit()
 def transparent_hugepages(kernel: Kernel) -> str:
     """Return what ``/sys/kernel/mm/transparent_hugepage/enabled`` says: when THP is used.
 

@@ -7,6 +7,7 @@ from typing import Any, Final
 
 from ovr.errors import VerifyMismatch
 from ovr.images import Draft, ImageSet
+from ovr.kernel import types_that_fit
 from ovr.state.guest import GuestTree
 from ovr.state.kind import Kind
 from ovr.state.scope import Place
@@ -53,6 +54,7 @@ def neutralise(settings: Iterable[Setting], draft: Draft) -> None:
         setting.kind.neutralise(draft.message(place.image, place.index, type(place.message)))
 
 
+@types_that_fit()
 def write(settings: Sequence[Setting], tree: Callable[[], GuestTree], holder: Holder) -> None:
     """Write the values, a bounded number in one hold.
 
@@ -68,6 +70,7 @@ def write(settings: Sequence[Setting], tree: Callable[[], GuestTree], holder: Ho
         RestoreFailed: the tree is not what the images say.
         DoesNotFit: a value that this guest's kernel cannot hold.
         GuestFault: the guest's kernel objects make no sense.
+        KernelNotFound: its types make no sense.
     """
     _rehearse(settings, tree())
     for start in range(0, len(settings), _AT_ONCE):
@@ -83,6 +86,7 @@ def _rehearse(settings: Iterable[Setting], guest: GuestTree) -> None:
         setting.kind.read(setting.place.find(guest))
 
 
+@types_that_fit()
 def verify(settings: Iterable[Setting], guest: GuestTree) -> None:
     """Read everything back.
 

@@ -284,6 +284,17 @@ def test_a_struct_page_that_is_not_mapped_is_nobodys(machine):
     assert not leaf.flags & OWNED
 
 
+def test_a_head_that_is_not_aligned_is_no_struct_page(machine):
+    """Found by fuzzing: it was not refused where a piece of the array was translated before."""
+    space = AddressSpace(machine.ram, machine.root, machine.levels)
+    machine.map(VMEMMAP, 0x30_0000)
+    machine.map(0x5000_0000, 0x7000)
+    set_page(machine, 7, flags=PG_ANON_EXCLUSIVE, head=VMEMMAP + 9 * STRIDE + 5)
+    machine.ram.write(Gpa(0x30_0000 + 9 * STRIDE + 4 + 24), b"\1")
+    [leaf] = native(space, [(0x5000_0000, 0x5000_1000)], frames_of(machine))
+    assert not leaf.flags & OWNED
+
+
 layouts = st.lists(
     st.tuples(
         st.integers(0, 2047),  # where, in 4 KiB steps (or in huge steps for huge pages)

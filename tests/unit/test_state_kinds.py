@@ -1,14 +1,17 @@
 """Kinds of state, one by one: what real images say, and what lands in a kernel's objects."""
 
+from types import SimpleNamespace
+
 import pytest
 
-from ovr.errors import ImagesDamaged, RestoreFailed
+from ovr.errors import ImagesDamaged, KernelNotFound, RestoreFailed
 from ovr.images import CoreEntry, FsEntry, ImageSet, MmEntry, copy_of
 from ovr.images.objects import FileEntry, IpcVarEntry, TtyInfoEntry, UtsnsEntry
 from ovr.kernel import DoesNotFit, address_of, for_each_thread
 from ovr.state import KINDS, REFUSED
 from ovr.state.kinds.signals import NEVER_BLOCKED
 from ovr.state.scope import Descriptor
+from ovr.state.settings import verify
 from tests.unit.state_kernel import MiniKernel
 
 BY_NAME = {kind.name: kind for kind in KINDS}
@@ -304,3 +307,12 @@ def test_values_that_do_not_fit(kernel):
         BY_NAME["auxv"].write(kernel.make("struct mm_struct"), (1,) * 47)
     with pytest.raises(DoesNotFit):
         BY_NAME["ipc_limits"].write(kernel.make("struct ipc_namespace"), {"shm_ctlmni": 1 << 31})
+
+
+def test_types_of_the_guest_that_make_no_sense():
+    """What must be a struct is a number: an error of the guest's, not a TypeError of ours."""
+    place = SimpleNamespace(find=lambda guest: guest, label="task 1")
+    kind = SimpleNamespace(read=lambda task: task.fs.umask, name="umask")
+    setting = SimpleNamespace(kind=kind, place=place, value=0)
+    with pytest.raises(KernelNotFound, match="types make no sense"):
+        verify([setting], SimpleNamespace(fs=7))

@@ -358,3 +358,18 @@ def test_fs_is_optional(one):
     with ImageSet.open(one) as images:
         assert images.tasks[0].umask is None
         assert images.entries("fs-1001.img", FsEntry) == ()
+
+
+@pytest.mark.parametrize("what", ["tasks", "threads"])
+def test_the_same_images_are_not_read_a_million_times(one, what, monkeypatch):
+    """A list of ids is small, what each stands for is not: ids are looked at first."""
+    entry = load(one, "pstree.img", PstreeEntry)
+    if what == "threads":
+        entry.threads.extend([entry.threads[-1]] * 1000)
+        replace(one, "pstree.img", entry)
+    else:
+        replace(one, "pstree.img", *[entry] * 1000)
+    with ImageSet.open(one) as images:
+        monkeypatch.setattr(images, "_core", lambda *_: pytest.fail("an image was read"))
+        with pytest.raises(ImagesDamaged, match="occurs twice"):
+            images.tasks  # noqa: B018

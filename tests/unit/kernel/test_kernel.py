@@ -193,6 +193,18 @@ def test_a_task_list_that_loops_ends(toy, kernel):
         processes(kernel)
 
 
+@pytest.mark.parametrize(
+    ("at", "value"), [(8, DIRECT_MAP + 4), (0, None)], ids=["unaligned", "no such bit"]
+)
+def test_struct_pages_that_make_no_sense(toy, kernel, monkeypatch, at, value):
+    if value is None:
+        monkeypatch.setattr(kernel.types, "enum", lambda _: {"PG_anon_exclusive": 1 << 40})
+    else:
+        toy.poke(toy.base + GLOBALS + at, "Q", value)
+    with pytest.raises(KernelNotFound, match=r"page makes no sense|is bit 1099511627776"):
+        kernel.private_frames  # noqa: B018
+
+
 def test_more_threads_than_there_can_be(toy, kernel, monkeypatch):
     """Each list may be as long as all tasks are many, but not all of the lists together."""
     monkeypatch.setattr("ovr.kernel.tasks.MAX_TASKS", 4)

@@ -1,0 +1,133 @@
+"""Targets: what the agent in the guest sends."""
+
+import dataclasses
+import socket
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import Any, get_type_hints
+
+from ovr.errors import OvrError
+from ovr.guest import protocol
+from ovr.guest.protocol import Message
+from ovr.guest.wire import ProtocolError, decode, encode
+from ovr.vm.agent import Agent
+from ovr.vm.link import Address, Link
+from tests.fuzz.target import Input, Target
+
+__all__ = ["TARGETS", "samples"]
+
+VALUES: dict[Any, Any] = {
+    int: 7,
+    str: "Ä text",
+    bytes: bytes(range(16)),
+    bool: True,
+    tuple[int, ...]: (0, 4096, 1 << 40),
+    tuple[str, ...]: ("--verbose", ""),
+    tuple[bytes, ...]: (b"", b"\0\xff"),
+}
+
+
+def samples() -> list[Message]:
+    """One message of each kind, all fields given."""
+    made = []
+    for kind in Message.__subclasses__():
+        hints = get_type_hints(kind)
+        values = {}
+        for field in dataclasses.fields(kind):
+            hint = hints[field.name]
+            values[field.name] = next(
+                value for known, value in VALUES.items() if hint in (known, known | None)
+            )
+        made.append(kind(**values))
+    return made
+
+
+def frame(data: bytes) -> None:
+    """A frame's body: what is decoded is encoded as the same."""
+    message = decode(data)
+    assert decode(encode(message)[4:]) == message
+
+
+def frame_seeds() -> Iterator[bytes]:
+    for message in samples():
+        yield encode(message)[4:]
+
+
+class Script(Link):
+    """A link to an agent that says what the input says, in pieces of its sizes, and hangs up."""
+
+    def __init__(self, serial: bool, said: list[bytes]) -> None:
+        self._sockets = socket.socketpair()
+        kind = Address("serial", path="/s") if serial else Address("vsock", cid=3)
+        super().__init__(kind, self._sockets[0])
+        self._said = said
+        self.token = b""
+
+    def close(self) -> None:
+        super().close()
+        self._sockets[1].close()
+
+    def send(self, data: Any, deadline: float, *, on_input: Any = None) -> None:
+        self.token = self.token or bytes(data)[-protocol.TOKEN_SIZE :]  # the hello's last field
+        if on_input and self._said:
+            on_input(self._next())
+
+    def receive(self, deadline: float) -> bytes:
+        if not self._said:
+            raise self._lost("hung up")
+        return self._next()
+
+    def readable(self) -> bool:
+        return bool(self._said)
+
+    def _next(self) -> bytes:
+        return self._said.pop(0).replace(b"TOKENTOKENTOKENT", self.token)
+
+
+def session(data: bytes) -> None:
+    """All that a host does in a restore, with an agent that answers with the input."""
+    source = Input(data)
+    shape = source.number()
+    said = []
+    while source:
+        said.append(source.bytes(1 + source.number(2)))
+    link = Script(bool(shape & 1), said)
+    try:
+        agent = Agent(link, 5.0)
+        for step in (
+            agent.ping,
+            lambda: agent.begin({"core-1.img": b"x" * 10, "pages-1.img": [b"y", b""]}),
+            lambda: agent.touch(1, [(0, 4096)], keep=False),
+            lambda: agent.map(1, "fd/3", 8192, [(0, 4096)]),
+            lambda: agent.run(["true"], input=b"in"),
+            agent.go,
+            agent.abort,
+        ):
+            with suppress(OvrError):
+                step()
+    finally:
+        link.close()
+
+
+def session_seeds() -> Iterator[bytes]:
+    welcome = protocol.Welcome(
+        protocol.VERSION, b"TOKENTOKENTOKENT", "0.1.0", True, "6.12", "4.1", 1, 4096, "id", True
+    )
+    answers = {type(message).__name__: encode(message) for message in samples()}
+    kinds = ("Stopped", "Touched", "Mapped", "Exited", "Restored", "Aborted")
+    good = [encode(welcome), encode(protocol.Pong(1)), *(answers[kind] for kind in kinds)]
+    for serial in (0, 1):
+        marker = [protocol.MAGIC + b"TOKENTOKENTOKENT"] if serial else []
+        for answer in ([], *([a] for a in answers.values()), good[1:]):
+            pieces = [*marker, good[0], *answer]
+            said = (len(piece[:65536]) for piece in pieces)
+            yield bytes([serial]) + b"".join(
+                (size - 1).to_bytes(2, "little") + piece
+                for size, piece in zip(said, pieces, strict=True)
+            )
+
+
+TARGETS = (
+    Target("frame", frame_seeds, frame, (ProtocolError,)),
+    Target("session", session_seeds, session),
+)

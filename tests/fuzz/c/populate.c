@@ -1,0 +1,101 @@
+/* The ranges of Touch and Map: what check() lets pass cannot overflow or cut a page. */
+#include "fuzz.h"
+
+#include "../../../ovr/guest/populate.c"
+
+/* What populate.c needs of the rest of the agent, never called here. */
+void loop_watch(struct loop *loop, int fd, short events, callback call, void *context)
+{
+	(void)loop, (void)fd, (void)events, (void)call, (void)context;
+	abort();
+}
+
+void reap_children(void) { abort(); }
+void sleep_ms(int ms) { (void)ms, abort(); }
+int64_t now_ms(void) { abort(); }
+void session_send(struct session *session, struct writer *writer)
+{
+	(void)session, (void)writer;
+	abort();
+}
+
+struct writer session_writer(struct session *session, enum op op)
+{
+	(void)session, (void)op;
+	abort();
+}
+
+void session_refuse(struct session *session, const char *format, ...)
+{
+	(void)session, (void)format;
+	abort();
+}
+
+static void check_ranges(const struct message *message)
+{
+	unsigned __int128 limit = message->op == OP_MAP ? message_uint(message, KEY_SIZE) : 1ull << 57;
+	struct mp_value start, size;
+	struct mp_reader ranges;
+	uint32_t count;
+
+	if (check(message))
+		return;
+	CHECK(limit && limit <= 1ull << 57 && limit % PAGE == 0);
+	ranges = message_list(message, KEY_RANGES, &count);
+	CHECK(count % 2 == 0 && count <= 2 * MAX_RANGES);
+	for (uint32_t i = 0; i < count; i += 2) {
+		CHECK(mp_read(&ranges, &start) && mp_read(&ranges, &size));
+		CHECK(size.number && start.number % PAGE == 0 && size.number % PAGE == 0);
+		CHECK((unsigned __int128)start.number + size.number <= limit);
+	}
+}
+
+/* Two bytes a number: what it is of, and its bits of a page number. */
+static uint64_t number(struct input *input)
+{
+	uint8_t kind = input_byte(input), value = input_byte(input);
+
+	switch (kind & 3) {
+	case 0: return (uint64_t)value * PAGE;
+	case 1: return (uint64_t)value << (kind >> 2);
+	case 2: return (1ull << 57) - (uint64_t)value * PAGE;
+	default: return -(uint64_t)value * PAGE + (kind >> 7);
+	}
+}
+
+static void made(struct input *input)
+{
+	static uint8_t frame[1 << 16];
+	struct message message;
+	struct writer writer;
+	size_t size;
+	uint8_t first = input_byte(input), count = input_byte(input);
+
+	message_open(&writer, frame, sizeof(frame), first & 1 ? OP_MAP : OP_TOUCH);
+	message_add_uint(&writer, KEY_PID, input_byte(input));
+	if (first & 1) {
+		message_add_str(&writer, KEY_FILE, "fd/3");
+		message_add_uint(&writer, KEY_SIZE, number(input));
+	} else {
+		message_add_bool(&writer, KEY_KEEP, first & 2);
+	}
+	message_add_list(&writer, KEY_RANGES, count);
+	while (count--)
+		message_item_uint(&writer, number(input));
+	size = message_close(&writer);
+	CHECK(size && !message_parse(&message, frame + 4, size - 4));
+	check_ranges(&message);
+}
+
+int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
+{
+	struct input input = {data, data + size};
+	struct message message;
+
+	if (input_byte(&input) & 1)
+		made(&input);
+	else if (!message_parse(&message, input.at, (size_t)(input.end - input.at)) &&
+		 (message.op == OP_TOUCH || message.op == OP_MAP))
+		check_ranges(&message);
+	return 0;
+}

@@ -1,0 +1,94 @@
+"""Inputs to begin with: made here, and found by earlier runs (``corpus/TARGET.tar.xz``)."""
+
+import hashlib
+import io
+import tarfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from ovr.guest import protocol
+from ovr.guest.wire import encode
+from tests.fuzz.agent import samples
+from tests.fuzz.targets import TARGETS
+
+__all__ = ["CORPUS", "C_SEEDS", "pack", "seeds", "unpack", "write"]
+
+CORPUS = Path(__file__).parent / "corpus"
+
+
+def unpack(target: str) -> list[bytes]:
+    """What is kept of a target's earlier runs, and what once failed."""
+    archive = CORPUS / f"{target}.tar.xz"
+    if not archive.exists():
+        return []
+    with tarfile.open(archive) as tar:
+        return [tar.extractfile(member).read() for member in tar]  # type: ignore[union-attr]
+
+
+def pack(target: str, inputs: Iterable[bytes]) -> None:
+    """Keep inputs for later runs; the same inputs make the same archive."""
+    CORPUS.mkdir(exist_ok=True)
+    with tarfile.open(CORPUS / f"{target}.tar.xz", "w:xz") as tar:
+        for data in sorted(set(inputs)):
+            member = tarfile.TarInfo(_name(data))
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+
+
+def seeds(target: str) -> list[bytes]:
+    """All inputs that a target begins with."""
+    made = C_SEEDS[target]() if target in C_SEEDS else TARGETS[target].seeds()
+    return [*made, *unpack(target)]
+
+
+def write(directory: Path, inputs: Iterable[bytes]) -> None:
+    """Put inputs into a directory, each in a file of its own."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for data in inputs:
+        (directory / _name(data)).write_bytes(data)
+
+
+def _name(data: bytes) -> str:
+    return hashlib.sha1(data, usedforsecurity=False).hexdigest()[:16]
+
+
+# ---- for the targets in C ----------------------------------------------------------------
+
+
+def _messages() -> Iterator[bytes]:
+    for message in samples():
+        yield b"\x40" + encode(message)[4:]
+
+
+def _ranges() -> Iterator[bytes]:
+    for message in (
+        protocol.Touch(1, True, (0, 4096, 8192, 8192)),
+        protocol.Map(1, "fd/3", 1 << 20, (0, 4096, 4096, 4096)),
+    ):
+        yield b"\0" + encode(message)[4:]
+    yield bytes([1, 0, 4, 1, 0, 1, 0, 2, 0, 3, 0, 4])
+    yield bytes([1, 1, 2, 1, 0, 9, 0, 1, 0, 2])
+
+
+def _names() -> Iterator[bytes]:
+    for names in (["a.img", "b.img", "a.img"], ["..", ".x", "../x", "/etc/x"], ["x" * 254]):
+        yield b"".join(bytes([len(n)]) + n.encode() + b"\0\4data" for n in names)
+
+
+def _sessions() -> Iterator[bytes]:
+    bodies = [encode(message)[4:] for message in samples()]
+    steps = [b"\1" + len(body).to_bytes(2, "big") + body for body in bodies if len(body) < 2048]
+    for link in range(3):
+        begin = bytes([link]) + (b"\2\x90\3" if link else b"")
+        yield begin
+        for step in steps:
+            yield begin + b"\4" + step + b"\5"
+        yield begin + b"\4" + b"".join(steps[:12]) + b"\5\7"
+
+
+C_SEEDS = {
+    "agent-message": _messages,
+    "agent-ranges": _ranges,
+    "agent-images": _names,
+    "agent-session": _sessions,
+}
