@@ -128,7 +128,7 @@ class ImageSet:
             ImagesUnsupported: they hold something that cannot be restored.
         """
         entries = self.entries("pstree.img", PstreeEntry)
-        check_ids(entries)
+        check_ids(entry.pid for entry in entries)
         tasks = tuple(self._task(entry) for entry in entries)
         if not tasks:
             raise ImagesDamaged("pstree.img: no tasks", DUMP_AGAIN)
@@ -237,6 +237,7 @@ class ImageSet:
             return Task(*ids, (pid,), {pid: leader}, None, None, None, None)
         if pid not in entry.threads:
             raise ImagesDamaged(f"pstree.img: task {pid} is not among its threads", DUMP_AGAIN)
+        check_ids(entry.threads)  # a dead task's are garbage
         threads = (pid, *(tid for tid in entry.threads if tid != pid))
         cores = {tid: self._core(tid, leader=False) for tid in threads[1:]} | {pid: leader}
         mm = self._only(f"mm-{pid}.img", MmEntry)

@@ -1,6 +1,6 @@
 """One task of an image set: what the images say about it, decoded and checked."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -10,7 +10,7 @@ from ovr.addresses import PAGE_SIZE
 from ovr.errors import ImagesDamaged, ImagesUnsupported
 from ovr.images.directory import ImageFile
 from ovr.images.framing import DUMP_AGAIN
-from ovr.images.messages import CoreEntry, FsEntry, MmEntry, PstreeEntry
+from ovr.images.messages import CoreEntry, FsEntry, MmEntry
 from ovr.images.pagemap import USER_END, Entries
 from ovr.images.runs import covered
 from ovr.images.vma import Vmas, is_private
@@ -165,18 +165,17 @@ def check_memory(pid: int, memory: Memory, vmas: Vmas) -> None:
         )
 
 
-def check_ids(entries: Sequence[PstreeEntry]) -> None:
-    """Check that no task, and no thread of a task, is listed twice, before any of them is read.
+def check_ids(ids: Iterable[int]) -> None:
+    """Check that no id is listed twice, before what the ids stand for is read.
 
     Raises:
         ImagesDamaged: one is: a small file could have the same images read a million times.
     """
-    for ids in ([entry.pid for entry in entries], *(entry.threads for entry in entries)):
-        seen: set[int] = set()
-        for tid in ids:
-            if tid in seen:
-                raise ImagesDamaged(f"pstree.img: thread id {tid} occurs twice", DUMP_AGAIN)
-            seen.add(tid)
+    seen: set[int] = set()
+    for tid in ids:
+        if tid in seen:
+            raise ImagesDamaged(f"pstree.img: thread id {tid} occurs twice", DUMP_AGAIN)
+        seen.add(tid)
 
 
 def check_tree(tasks: Sequence[Task]) -> None:
