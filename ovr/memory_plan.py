@@ -38,7 +38,7 @@ from ovr.images.vma import (
     split_vma,
 )
 from ovr.placement import PLACED, Allocation, Area, Reason, Runs, place
-from ovr.ranges import Ranges, common, cut_to, join, ranges_of, total
+from ovr.ranges import Ranges, common, cut_to, inside, join, ranges_of, total
 
 __all__ = [
     "Cuts",
@@ -281,9 +281,7 @@ def _points(*sets: Ranges) -> NDArray[np.uint64]:
 
 
 def _within(points: NDArray[np.uint64], areas: Ranges) -> NDArray[np.uint64]:
-    at = np.searchsorted(areas["start"], points, side="right") - 1
-    inside: NDArray[np.uint64] = points[np.append(areas["end"], np.uint64(0))[at] > points]
-    return inside
+    return points[inside(points, areas["start"], areas["end"])]
 
 
 def _cuts(task: Task, points: NDArray[np.uint64]) -> Cuts:

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ovr.addresses import PAGE_SIZE
-from ovr.ranges import Ranges, no_ranges
+from ovr.ranges import Ranges, cut_at, inside, no_ranges
 
 __all__ = ["PLACED", "Allocation", "Area", "Cow", "Reason", "Runs", "place"]
 
@@ -132,7 +132,8 @@ def place(pagemap: Runs, areas: Sequence[Area], cow: Cow) -> Runs:
     ends = np.array([area.end for area in areas], dtype="<u8")
     shared = [cow.inherited, cow.bequeathed, cow.inside]
     edges = [ranges[side] for ranges in shared for side in ("start", "end")]
-    runs = _cut(pagemap, np.unique(np.concatenate([starts, ends, *edges])))
+    borders = np.unique(np.concatenate([starts, ends, *edges]))
+    runs = cut_at(_runs(pagemap), borders, "start")
     owner = np.searchsorted(starts, runs["start"], side="right") - 1
     runs["reason"] = np.array([area.reason for area in areas], dtype="<u1")[owner]
     runs["reason"][_inside(runs, cow.inside)] = Reason.COW
@@ -143,31 +144,17 @@ def place(pagemap: Runs, areas: Sequence[Area], cow: Cow) -> Runs:
     return runs
 
 
-def _cut(pagemap: Runs, borders: NDArray[np.uint64]) -> Runs:
-    # Split every entry at the borders that lie inside of it.
-    start = pagemap["vaddr"]
-    end = start + pagemap["nr_pages"] * np.uint64(PAGE_SIZE)
-    first = np.searchsorted(borders, start, side="right")
-    parts = np.searchsorted(borders, end, side="left") - first + 1
-    entry = np.repeat(np.arange(len(pagemap)), parts)
-    nth = np.arange(len(entry)) - np.repeat(np.cumsum(parts) - parts, parts)
-    padded = np.append(borders, np.uint64(0))
-    cut_start = np.where(nth == 0, start[entry], padded[first[entry] + nth - 1])
-    cut_end = np.where(nth == parts[entry] - 1, end[entry], padded[first[entry] + nth])
-    runs = np.zeros(len(entry), dtype=PLACED)
-    runs["start"] = cut_start
-    runs["size"] = cut_end - cut_start
-    runs["level"] = pagemap["level"][entry]
-    runs["offset"] = pagemap["offset"][entry] + (cut_start - start[entry]).astype("<i8")
+def _runs(pagemap: Runs) -> Runs:
+    runs = np.zeros(len(pagemap), dtype=PLACED)
+    runs["start"] = pagemap["vaddr"]
+    runs["size"] = pagemap["nr_pages"] * np.uint64(PAGE_SIZE)
+    runs["level"], runs["offset"] = pagemap["level"], pagemap["offset"]
     return runs
 
 
-def _inside(runs: Runs, ranges: Runs) -> NDArray[np.bool_]:
+def _inside(runs: Runs, ranges: Ranges) -> NDArray[np.bool_]:
     # Which runs lie in one of the ranges; none crosses a border of one.
-    at = np.searchsorted(ranges["start"], runs["start"], side="right") - 1
-    ends = np.append(ranges["end"], np.uint64(0))  # at -1: no range begins before the run
-    inside: NDArray[np.bool_] = ends[at] > runs["start"]
-    return inside
+    return inside(runs["start"], ranges["start"], ranges["end"])
 
 
 def _join(runs: Runs, owner: NDArray[np.intp]) -> Runs:

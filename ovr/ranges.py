@@ -13,6 +13,7 @@ __all__ = [
     "cut_at",
     "cut_out",
     "cut_to",
+    "inside",
     "join",
     "no_ranges",
     "ranges_of",
@@ -108,7 +109,7 @@ def cut_out(runs: NDArray[np.void], holes: Ranges) -> NDArray[np.void]:
     if not len(runs) or not len(holes):
         return runs
     parts = cut_at(runs, _edges(holes))
-    kept: NDArray[np.void] = parts[~_inside(parts, holes["start"], holes["end"])]
+    kept: NDArray[np.void] = parts[~inside(parts["gva"], holes["start"], holes["end"])]
     return kept
 
 
@@ -119,13 +120,21 @@ def cut_to(
     if not len(runs) or not len(start):
         return runs[:0]
     parts = cut_at(runs, np.unique(np.concatenate([start, end])))
-    kept: NDArray[np.void] = parts[_inside(parts, start, end)]
+    kept: NDArray[np.void] = parts[inside(parts["gva"], start, end)]
     return kept
 
 
-def cut_at(runs: NDArray[np.void], edges: NDArray[np.uint64]) -> NDArray[np.void]:
-    """Cut `runs` at GVAs, sorted and each once; fields that say where it is follow."""
-    start, end = runs["gva"], runs["gva"] + runs["size"]
+def cut_at(
+    runs: NDArray[np.void], edges: NDArray[np.uint64], address: str = "gva"
+) -> NDArray[np.void]:
+    """Cut `runs` at addresses, sorted and each once; fields that say where it is follow.
+
+    Args:
+        runs: an array with the fields `address` and ``size``, in bytes.
+        edges: where to cut.
+        address: the field with the GVA.
+    """
+    start, end = runs[address], runs[address] + runs["size"]
     first = np.searchsorted(edges, start, side="right")
     count = np.searchsorted(edges, end, side="left") - first + 1
     which = np.repeat(np.arange(len(runs)), count)
@@ -136,7 +145,7 @@ def cut_at(runs: NDArray[np.void], edges: NDArray[np.uint64]) -> NDArray[np.void
     parts: NDArray[np.void] = runs[which]
     for name in {"gpa", "offset"} & {*(runs.dtype.names or ())}:
         parts[name] += (low - start[which]).astype(parts.dtype[name])
-    parts["gva"], parts["size"] = low, high - low
+    parts[address], parts["size"] = low, high - low
     return parts
 
 
@@ -145,13 +154,14 @@ def _edges(ranges: Ranges) -> NDArray[np.uint64]:
     return edges
 
 
-def _inside(
-    parts: NDArray[np.void], start: NDArray[np.uint64], end: NDArray[np.uint64]
+def inside(
+    points: NDArray[np.uint64], start: NDArray[np.uint64], end: NDArray[np.uint64]
 ) -> NDArray[np.bool_]:
-    # None of the parts crosses a border of a range.
-    at = np.searchsorted(start, parts["gva"], side="right") - 1
-    inside: NDArray[np.bool_] = np.append(end, np.uint64(0))[at] > parts["gva"]
-    return inside
+    """Tell which points lie in one of the sorted ranges, which do not overlap."""
+    at = np.searchsorted(start, points, side="right") - 1
+    # At -1, where no range begins before the point, the last element is looked at.
+    found: NDArray[np.bool_] = np.append(end, np.uint64(0))[at] > points
+    return found
 
 
 def _advance(one: NDArray[Any], by: int) -> None:

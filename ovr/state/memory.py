@@ -28,6 +28,7 @@ from ovr.ranges import (
     cut_at,
     cut_out,
     cut_to,
+    inside,
     join,
     no_ranges,
     ranges_of,
@@ -284,9 +285,8 @@ def _same_frames(runs: Runs, others: Runs) -> Runs:
     # The parts of `runs` that have the frames that `others` have at the same addresses.
     starts, ends = others["gva"], others["gva"] + others["size"]
     parts = cut_at(runs, np.unique(np.concatenate([starts, ends])))
+    parts = parts[inside(parts["gva"], starts, ends)]
     at = np.searchsorted(starts, parts["gva"], side="right") - 1
-    there = np.append(ends, np.uint64(0))[at] > parts["gva"]
-    parts, at = parts[there], at[there]
     same: Runs = parts[parts["gpa"] - parts["gva"] == (others["gpa"] - others["gva"])[at]]
     return same
 

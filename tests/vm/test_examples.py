@@ -45,7 +45,7 @@ def under_criu(vm, dump):
         for path in dump.path.glob("*.img"):
             agent.put(path, f"/tmp/images/{path.name}")
         agent.put(EXAMPLES / "restore.sh", "/tmp/restore.sh", 0o755)
-        done = agent.run(["/tmp/restore.sh", "/tmp/images", "/tmp/work"], timeout=300)
+        done = agent.run(["/tmp/restore.sh", "/tmp/images", "/tmp/criu-files"], timeout=300)
         agent.run(["rm", "-rf", "/tmp/images"])
     return done
 
@@ -54,8 +54,8 @@ def test_the_same_script_under_criu_and_under_ovr(vm, dump, tmp_path):
     criu = under_criu(vm, dump)
     assert criu.status == 0, criu.stderr.decode()
     pid = criu.stdout.decode()
-    criu_files = set(vm.sh("ls /tmp/work").stdout.decode().split())
-    criu_stats = stats(vm.sh("cat /tmp/work/stats-restore").stdout)
+    criu_files = set(vm.sh("ls /tmp/criu-files").stdout.decode().split())
+    criu_stats = stats(vm.sh("cat /tmp/criu-files/stats-restore").stdout)
     whole(vm, dump)
     end_workload(vm)
 
