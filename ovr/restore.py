@@ -14,7 +14,7 @@ from ovr.images.source import Sources
 from ovr.kernel import find_task
 from ovr.outside import Outside, find_outside
 from ovr.plan import Plan, make_plan
-from ovr.report import Report, Stopwatch
+from ovr.report import Report, Span, Stopwatch
 from ovr.state import GuestTree, settings
 from ovr.state.memory import Copier
 from ovr.vm.agent import Agent, Skeleton
@@ -97,6 +97,12 @@ def restore(
             bytes_verified=compared,
             seconds=watch.seconds,
             held=copier.holder.as_json(),
+            reasons={reason.name.lower(): count for reason, count in plan.by_reason().items()},
+            spans=tuple(watch.spans),
+            holds=tuple(
+                Span("held", start - watch.start, end - watch.start)
+                for start, end in copier.holder.spans
+            ),
         )
 
 

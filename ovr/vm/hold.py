@@ -40,6 +40,7 @@ class Holder:
         seconds: for how long the VM was held, in all.
         longest: the longest single hold, in seconds.
         count: how often.
+        spans: begin and end of each hold, as time.perf_counter() has them.
 
     Raises:
         CheckFailed: the VM does not run, or its QEMU cannot be stopped from here.
@@ -49,6 +50,7 @@ class Holder:
         self.seconds = 0.0
         self.longest = 0.0
         self.count = 0
+        self.spans: list[tuple[float, float]] = []
         self._pid = _running_qemu(qmp)
         self._threads = Path(f"/proc/{self._pid}/task")
         with ExitStack() as stack:
@@ -98,6 +100,7 @@ class Holder:
             self.seconds += span
             self.longest = max(self.longest, span)
             self.count += 1
+            self.spans.append((start, start + span))
 
     def as_json(self) -> dict[str, float]:
         """Return what a report says about the holds."""
