@@ -2,6 +2,8 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
+# Two test files at a time: a VM under TCG has a busy vCPU or waits, seldom two busy ones.
+PARALLEL := -n 2 --dist loadfile
 PACKAGES := gcc libc6-dev python3-dev python3-venv qemu-system-x86 qemu-system-common \
 	mmdebstrap e2fsprogs debian-archive-keyring
 # For tests only: a libvirtd of their own.
@@ -35,7 +37,7 @@ lint: setup
 		--ignore-disjoint-bases --allowlist tests/stubtest.allow
 
 unit: setup
-	$(BIN)/python -m pytest tests/unit -q $(PYTEST)
+	$(BIN)/python -m pytest tests/unit -q $(PARALLEL) $(PYTEST)
 
 # The benchmarks run, small and once; nobody judges their times. The fuzz targets run for seconds.
 smoke: setup
@@ -43,7 +45,7 @@ smoke: setup
 	$(BIN)/python -m pytest tests/fuzz -q
 
 vm: setup
-	$(BIN)/python -m pytest tests/vm -v -rs $(PYTEST)
+	$(BIN)/python -m pytest tests/vm -v -rs --durations=40 $(PARALLEL) $(PYTEST)
 
 setup: packages .venv/ready
 
