@@ -6,7 +6,8 @@ from tests.vm.services.base import Service, put, run
 # A runtime has no compiler; Eclipse's is smaller than a development kit. Trixie's script for it,
 # ecj, misses one of its two jars.
 _COMPILER = (
-    "java -XX:TieredStopAtLevel=1 -cp '/usr/share/java/*' org.eclipse.jdt.internal.compiler.batch.Main"
+    "java -XX:TieredStopAtLevel=1 -cp '/usr/share/java/*'"
+    " org.eclipse.jdt.internal.compiler.batch.Main"
     " -proc:none -source 17 -target 17"
 )
 
