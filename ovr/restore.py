@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Final
 
-from ovr.errors import AgentUnreachable, OvrError, PidTaken, RestoreFailed
+from ovr.errors import AgentUnreachable, KernelNotFound, OvrError, PidTaken, RestoreFailed
 from ovr.images import ImageSet, image_chunks
 from ovr.images.source import Sources
 from ovr.kernel import find_task
@@ -19,8 +19,9 @@ from ovr.state import GuestTree, settings
 from ovr.state.memory import Copier
 from ovr.vm.agent import Agent, Skeleton
 from ovr.vm.attach import AttachedVm
+from ovr.vm.claim import claimed
 from ovr.vm.hold import Holder
-from ovr.vm.memory_map import refusals
+from ovr.vm.refusals import refusals, refuse_migration
 
 __all__ = ["VERIFY_MODES", "restore"]
 
@@ -57,11 +58,13 @@ def restore(
     """
     watch = watch or Stopwatch()
     with ExitStack() as stack:
+        stack.enter_context(claimed(vm.ram.slots))
         image_set = stack.enter_context(ImageSet.open(images))
         with watch("plan"):
             plan = make_plan(image_set, outside)
         _refuse(vm, plan)
         link = stack.enter_context(Agent.connect(_address(vm, agent)))
+        _same_guest(vm, link)
         with watch("plan"):
             if not link.hello.force_write:
                 plan = make_plan(image_set, outside, force_write=False)
@@ -82,6 +85,8 @@ def restore(
             with watch("verify"):
                 settings.verify(plan.settings, _guest(vm, skeleton))
                 compared = _verify(copier, memory, verify)
+            refuse_migration(vm.qmp)
+            vm.check_same_boot()
         with watch("commit"):
             root = link.go()
         watch.seconds["total"] = watch.total()
@@ -110,7 +115,8 @@ def _address(vm: AttachedVm, agent: str | None) -> str:
 
 
 def _refuse(vm: AttachedVm, plan: Plan) -> None:
-    for reason in refusals(vm.qmp):
+    vm.check_same_boot()
+    for reason in refusals(vm.qmp, vm.balloon):
         raise reason
     # CRIU would find a taken pid too, but only after it has built half of a tree. A tree whose
     # root is pid 1 brings a pid namespace of its own, where nothing is taken.
@@ -123,6 +129,20 @@ def _refuse(vm: AttachedVm, plan: Plan) -> None:
                 f"pid {tid} is taken in the guest by {taken.comm!r}",
                 "end that process and restore again; images can only come back with their pids",
             )
+
+
+def _same_guest(vm: AttachedVm, link: Agent) -> None:
+    # Between attaching and here the guest may have been rebooted, and the agent may be in any VM.
+    try:
+        found = vm.kernel.boot_id
+    except KernelNotFound:
+        return  # built without the symbols of data; the skeleton that is not there tells, too
+    if found != link.hello.boot_id:
+        raise AgentUnreachable(
+            f"the guest was rebooted since ovr attached to it, or the agent at"
+            f" {link.address} is in another VM",
+            "if the VM is the right one, restore again; else give --agent",
+        )
 
 
 @contextmanager
@@ -142,7 +162,7 @@ def _killed_on_error(link: Agent) -> Iterator[None]:
 @contextmanager
 def _copier(vm: AttachedVm, advance: Callable[[int], None]) -> Iterator[Copier]:
     threads = min(len(os.sched_getaffinity(0)), 8)
-    with Holder(vm.qmp) as holder, ThreadPoolExecutor(threads) as pool:
+    with Holder(vm.qmp, vm.check_same_boot) as holder, ThreadPoolExecutor(threads) as pool:
         yield Copier(holder, pool, threads, advance)
 
 
