@@ -65,6 +65,8 @@ class Target:
         source: the pages image.
         source_name: what messages call it.
         ask: asks the guest to map pages, given as pieces, once more, content and all.
+        check: raises `RestoreFailed` if `space` is not that of its process any more; asked in every
+            hold before a page table is walked.
         spared: ranges of bytes that are left as the guest has them.
     """
 
@@ -75,6 +77,7 @@ class Target:
     source: memoryview
     source_name: str
     ask: Callable[[Runs], None]
+    check: Callable[[], None]
     spared: Ranges = field(default_factory=no_ranges)
 
 
@@ -195,6 +198,10 @@ class Copier:
                     target.ask(part)
             done = []
             with self.holder.held():
+                # The process may be dead, and its top page table another one's: whose pages are
+                # exclusive, too.
+                for check in {target.check for target, _ in left}:
+                    check()
                 for target, part in left:
                     runs = target.space.walk(part, target.frames)
                     found = runs[(runs["flags"] & wanted) == wanted]
