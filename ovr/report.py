@@ -6,6 +6,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from ovr.journal import Journal
+
 __all__ = ["Report", "Stopwatch"]
 
 
@@ -48,6 +50,7 @@ class Report:
         states: the kinds of state written from outside.
         verified: ``none``, ``sample`` or ``full``.
         held: what the VM was held for: ``count``, ``seconds`` in all, ``longest``.
+        journal: what was written where.
     """
 
     pid: int = 0
@@ -61,6 +64,7 @@ class Report:
     bytes_verified: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
     held: dict[str, float] = field(default_factory=dict)
+    journal: Journal = field(default_factory=Journal)
 
     @property
     def copy_gb_per_s(self) -> float:
@@ -83,4 +87,5 @@ class Report:
             "seconds": {name: round(value, 6) for name, value in self.seconds.items()},
             "held": {name: round(value, 6) for name, value in self.held.items()},
             "copy_gb_per_s": round(self.copy_gb_per_s, 3),
+            "journal": self.journal.as_json(),
         }

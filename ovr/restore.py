@@ -5,18 +5,21 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Final
 
 from ovr.errors import AgentUnreachable, KernelNotFound, OvrError, PidTaken, RestoreFailed
 from ovr.images import ImageSet, image_chunks
 from ovr.images.source import Sources
+from ovr.journal import Journal
 from ovr.kernel import find_task
 from ovr.outside import Outside, find_outside
 from ovr.plan import Plan, make_plan
 from ovr.report import Report, Stopwatch
 from ovr.state import GuestTree, settings
 from ovr.state.memory import Copier
+from ovr.state.undo import Recording
 from ovr.vm.agent import Agent, Skeleton
 from ovr.vm.attach import AttachedVm
 from ovr.vm.claim import claimed
@@ -72,22 +75,28 @@ def restore(
         with watch("skeleton"):
             skeleton = link.begin(inside, criu_options=criu_options, log_level=log_level)
         log.info("skeleton stands: pid %d, %d threads", skeleton.root_pid, len(skeleton.tasks))
+        journal = Journal()
         with _killed_on_error(link), link.keep_alive():
             sources = stack.enter_context(Sources())
             with watch("populate"):
                 memory = find_outside(plan, _guest(vm, skeleton), link, sources)
-            copier = stack.enter_context(_copier(vm, _counter(watch, memory.bytes)))
+            copier = stack.enter_context(_copier(vm, journal, _counter(watch, memory.bytes)))
             with watch("memory"):
                 left = copier.write_families(memory.families)
                 copier.write([*left, *((target, target.pieces) for target in memory.targets)])
-            with watch("state"):
-                settings.write(plan.settings, lambda: _guest(vm, skeleton), copier.holder)
-            with watch("verify"):
-                settings.verify(plan.settings, _guest(vm, skeleton))
-                compared = _verify(copier, memory, verify)
-            refuse_migration(vm.qmp)
-            vm.check_same_boot()
-        with watch("commit"):
+                _log_memory(journal)
+            tree = partial(_guest, vm, skeleton)
+            recording = Recording(journal, vm.kernel, tree, copier.holder)
+            with recording.taken_back_on(BaseException):
+                with watch("state"):
+                    settings.write(plan.settings, tree, copier.holder, recording)
+                with watch("verify"):
+                    settings.verify(plan.settings, tree())
+                    compared = _verify(copier, memory, verify)
+                refuse_migration(vm.qmp)
+                vm.check_same_boot()
+        # From here on the tree may run, whatever we hear, unless the agent says that it is dead.
+        with watch("commit"), recording.taken_back_on(RestoreFailed):
             root = link.go()
         watch.seconds["total"] = watch.total()
         return Report(
@@ -102,6 +111,7 @@ def restore(
             bytes_verified=compared,
             seconds=watch.seconds,
             held=copier.holder.as_json(),
+            journal=journal,
         )
 
 
@@ -159,11 +169,16 @@ def _killed_on_error(link: Agent) -> Iterator[None]:
         raise
 
 
+def _log_memory(journal: Journal) -> None:
+    for write in journal.memory:
+        logging.getLogger("ovr.journal").info("%s", write)
+
+
 @contextmanager
-def _copier(vm: AttachedVm, advance: Callable[[int], None]) -> Iterator[Copier]:
+def _copier(vm: AttachedVm, journal: Journal, advance: Callable[[int], None]) -> Iterator[Copier]:
     threads = min(len(os.sched_getaffinity(0)), 8)
     with Holder(vm.qmp, vm.check_same_boot) as holder, ThreadPoolExecutor(threads) as pool:
-        yield Copier(holder, pool, threads, advance)
+        yield Copier(holder, pool, threads, journal, advance)
 
 
 def _counter(watch: Stopwatch, size: int) -> Callable[[int], None]:
