@@ -6,6 +6,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from ovr.journal import Journal
+
 __all__ = ["Report", "Span", "Stopwatch"]
 
 
@@ -68,6 +70,7 @@ class Report:
         reasons: bytes by where they went and why, the names of `placement.Reason` in lower case.
         spans: when each phase was.
         holds: when the VM was held.
+        journal: what was written where.
     """
 
     pid: int = 0
@@ -84,6 +87,7 @@ class Report:
     reasons: dict[str, int] = field(default_factory=dict)
     spans: Sequence[Span] = ()
     holds: Sequence[Span] = ()
+    journal: Journal = field(default_factory=Journal)
 
     @property
     def copy_gb_per_s(self) -> float:
@@ -111,4 +115,5 @@ class Report:
                 {"phase": span.name, "start": round(span.start, 6), "end": round(span.end, 6)}
                 for span in self.spans
             ],
+            "journal": self.journal.as_json(),
         }

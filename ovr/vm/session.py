@@ -87,6 +87,11 @@ class Session:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
+    @property
+    def address(self) -> str:
+        """Where the agent is, as ``--agent`` takes it."""
+        return str(self._link.address)
+
     def close(self) -> None:
         """Hang up; a restore that is still held is killed by the agent."""
         self._link.close()
