@@ -8,8 +8,9 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Final
 
-from ovr.errors import AgentUnreachable, OvrError, PidTaken, RestoreFailed
-from ovr.images import ImageSet, image_chunks
+from ovr.errors import AgentUnreachable, ImagesUnsupported, OvrError, PidTaken, RestoreFailed
+from ovr.guest.protocol import MAX_IMAGE_BYTES
+from ovr.images import ImageSet, image_chunks, image_size
 from ovr.images.source import Sources
 from ovr.kernel import find_task
 from ovr.outside import Outside, find_outside
@@ -21,6 +22,7 @@ from ovr.vm.agent import Agent, Skeleton
 from ovr.vm.attach import AttachedVm
 from ovr.vm.hold import Holder
 from ovr.vm.memory_map import refusals
+from ovr.vm.proof import prove
 
 __all__ = ["VERIFY_MODES", "restore"]
 
@@ -65,8 +67,9 @@ def restore(
         with watch("plan"):
             if not link.hello.force_write:
                 plan = make_plan(image_set, outside, force_write=False)
-            inside = {name: image_chunks(image) for name, image in plan.inside_images().items()}
+            inside = _inside(plan)
         with watch("skeleton"):
+            prove(vm.kernel, link)
             skeleton = link.begin(inside, criu_options=criu_options, log_level=log_level)
         log.info("skeleton stands: pid %d, %d threads", skeleton.root_pid, len(skeleton.tasks))
         with _killed_on_error(link), link.keep_alive():
@@ -123,6 +126,18 @@ def _refuse(vm: AttachedVm, plan: Plan) -> None:
                 f"pid {tid} is taken in the guest by {taken.comm!r}",
                 "end that process and restore again; images can only come back with their pids",
             )
+
+
+def _inside(plan: Plan) -> dict[str, Iterator[bytes]]:
+    images = plan.inside_images()
+    size = sum(map(image_size, images.values()))
+    if size > MAX_IMAGE_BYTES:
+        raise ImagesUnsupported(
+            f"{size} bytes of images would go to the guest's CRIU, which gets at most"
+            f" {MAX_IMAGE_BYTES}",
+            "restore more from outside (--outside all); `ovr plan` says what stays inside, and why",
+        )
+    return {name: image_chunks(image) for name, image in images.items()}
 
 
 @contextmanager

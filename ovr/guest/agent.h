@@ -189,6 +189,11 @@ void populate_watch(struct loop *loop);
 /* End all workers, and wait until they are gone. */
 void populate_end(void);
 
+/* proof.c: only who can read this VM's RAM may restore */
+bool proof_make(void);
+uint64_t proof_address(void);
+bool proof_right(const struct mp_value *secret);
+
 /* child.c */
 struct child_io {
 	int in, out, err;	/* what becomes its standard descriptors; -1: /dev/null */

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from ovr.guest import build
+from ovr.guest import build, protocol
 from ovr.vm.agent import Agent
 from ovr.vm.link import Address, Link
 
@@ -162,9 +162,17 @@ class AgentHost:
                 time.sleep(0.01)
 
     def connect(self, *, serial: bool = False, timeout: float = 10.0) -> Agent:
-        """A session."""
+        """A session of somebody who can read the agent's memory."""
         kind = Address("serial" if serial else "unix", path="test")
-        return Agent(Link(kind, self.socket(serial=serial)), timeout)
+        agent = Agent(Link(kind, self.socket(serial=serial)), timeout)
+        agent.prove(self.secret(agent.hello.secret_at))
+        return agent
+
+    def secret(self, address: int) -> bytes:
+        """What the agent has in its memory."""
+        with Path(f"/proc/{self.process.pid}/mem").open("rb", buffering=0) as memory:
+            memory.seek(address)
+            return memory.read(protocol.SECRET_SIZE)
 
     def hook(self, criu_pid: int) -> int:
         """The pid of the action script that holds the tree."""
