@@ -145,6 +145,8 @@ const char *directory_append(struct directory *directory, const struct mp_value 
 void directory_remove(struct directory *directory, bool keep_log);
 
 /* criu.c */
+/* To be called while the program's file is still that of this process. */
+bool criu_know_program(void);
 /* CRIU's pid, or -1 and errno. */
 pid_t criu_start(const struct directory *directory, const struct message *begin);
 #define LOG_LINES 16

@@ -17,21 +17,26 @@
 #define VERSION_MS 3000
 
 /* The path of this very program, which CRIU will start as its action script. */
-static bool own_path(char path[256])
+static char program[256];
+static struct stat program_file;
+
+bool criu_know_program(void)
 {
-	ssize_t size = readlink("/proc/self/exe", path, 255);
-	struct stat named, running;
+	ssize_t size = readlink("/proc/self/exe", program, sizeof(program) - 1);
 
 	if (size <= 0)
 		return false;
-	path[size] = 0;
-	/* After an upgrade the name may lead to another program, or nowhere. */
-	if (stat(path, &named) < 0 || stat("/proc/self/exe", &running) < 0 ||
-	    named.st_dev != running.st_dev || named.st_ino != running.st_ino) {
-		errno = ESTALE;
-		return false;
-	}
-	return true;
+	program[size] = 0;
+	return stat(program, &program_file) == 0;
+}
+
+/* After an upgrade the name may lead to another program, or nowhere. */
+static bool program_replaced(void)
+{
+	struct stat named;
+
+	return stat(program, &named) < 0 || named.st_dev != program_file.st_dev ||
+	       named.st_ino != program_file.st_ino;
 }
 
 static pid_t start(char *const argv[], const struct directory *directory)
@@ -54,17 +59,19 @@ static pid_t start(char *const argv[], const struct directory *directory)
 
 pid_t criu_start(const struct directory *directory, const struct message *begin)
 {
-	char self[256], images[300], level[16];
+	char images[300], level[16];
 	char **extra = message_strings(begin, KEY_CRIU_OPTIONS);
 	uint32_t extras = begin->field[KEY_CRIU_OPTIONS].size;
 	char **argv = calloc(FIXED_ARGUMENTS + extras + 1, sizeof(*argv));
 	pid_t pid = -1;
 
-	if (extra && argv && own_path(self)) {
+	if (program_replaced()) {
+		errno = ESTALE;
+	} else if (extra && argv) {
 		const char *const fixed[FIXED_ARGUMENTS] = {
 			options.criu, "restore", "--no-default-config", "-D", images,
 			"-W", directory->path, "-d", "-o", "restore.log", level,
-			"--action-script", self,
+			"--action-script", program,
 		};
 
 		snprintf(images, sizeof(images), "%s/images", directory->path);

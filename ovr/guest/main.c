@@ -64,6 +64,10 @@ int main(int argc, char **argv)
 		complain("no page for a secret: %s", strerror(errno));
 		return 1;
 	}
+	if (!criu_know_program()) {
+		complain("no way to the agent's own program file: %s", strerror(errno));
+		return 1;
+	}
 	if (!directory_prepare_base())
 		return 1;
 	loop_run(&loop);

@@ -1,5 +1,6 @@
 """Bytes that no honest host sends, to an agent built with sanitizers."""
 
+import os
 import random
 import re
 import shutil
@@ -14,8 +15,9 @@ import pytest
 
 from ovr.errors import RestoreFailed
 from ovr.guest import build, compiler, protocol
+from ovr.guest.compiler import SANITIZED
 from ovr.guest.wire import encode, header
-from tests.unit.agent_host import IMAGES, SANITIZED, AgentHost, agent_host, wait_for
+from tests.unit.agent_host import IMAGES, AgentHost, agent_host, wait_for
 
 HELLO = encode(protocol.Hello(protocol.VERSION, bytes(protocol.TOKEN_SIZE)))
 UPLOAD = (protocol.Files(("a.img",), (b"x",)), protocol.Begin((), 60000, 60000, 2, False))
@@ -27,13 +29,18 @@ SYNC = bytes(protocol.SYNC_ZEROS) + protocol.MAGIC
 @pytest.fixture(scope="module")
 def binary(tmp_path_factory: pytest.TempPathFactory) -> Path:
     where = tmp_path_factory.mktemp("agent") / "ovr-agent"
-    return build(lab=True, output=where, flags=SANITIZED)
+    return build(lab=True, output=where, flags=flags())
 
 
 @pytest.fixture
 def host(tmp_path: Path, binary: Path) -> Iterator[AgentHost]:
     with agent_host(tmp_path, binary) as host:
         yield host
+
+
+def flags() -> tuple[str, ...]:
+    # Valgrind and AddressSanitizer get into each other's way.
+    return ("-O1",) if os.environ.get("OVR_VALGRIND") else SANITIZED
 
 
 def secret_of(host: AgentHost) -> bytes:
@@ -338,7 +345,7 @@ def small_agent(tmp_path: Path, **limits: int) -> Iterator[AgentHost]:
             path.write_text(new)
             found += count
         assert found == 1, name
-    command = ["gcc", "-std=c11", "-D_GNU_SOURCE", "-DOVR_LAB", *SANITIZED, f"-I{sources}"]
+    command = ["gcc", "-std=c11", "-D_GNU_SOURCE", "-DOVR_LAB", *flags(), f"-I{sources}"]
     files = sorted(map(str, sources.glob("*.c")))
     subprocess.run([*command, *files, "-o", binary], check=True)
     with agent_host(tmp_path, binary) as host:
