@@ -11,7 +11,7 @@ PACKAGES += libvirt-daemon libvirt-daemon-driver-qemu libvirt-clients tmux
 # Where virtiofsd is no part of QEMU any more it is a package of its own.
 PACKAGES += $(shell apt-cache show virtiofsd >/dev/null 2>&1 && echo virtiofsd)
 
-.PHONY: demo test bench fuzz lint unit smoke vm setup packages clean
+.PHONY: demo test bench fuzz sanitize valgrind lint unit smoke vm setup packages clean
 
 demo: setup
 	$(BIN)/python -m ovr demo $(DEMO)
@@ -27,6 +27,15 @@ fuzz: setup
 	$(MAKE) packages PACKAGES="libclang-rt-$$(clang -dumpversion | cut -d. -f1)-dev"
 	$(BIN)/pip install -q --group fuzz
 	$(BIN)/python -m tests.fuzz $(FUZZ)
+
+# The tests with AddressSanitizer and UBSan in extension and agent: SANITIZE="tests/vm/test_ps.py" for
+# some of them, SANITIZE=--all for those on VMs, too. The agent under valgrind: VALGRIND=FILE likewise.
+sanitize: setup
+	$(BIN)/python -m tests.sanitize sanitizers $(SANITIZE)
+
+valgrind: setup
+	$(MAKE) packages PACKAGES=valgrind
+	$(BIN)/python -m tests.sanitize valgrind $(VALGRIND)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -9,8 +9,16 @@ from functools import partial
 from pathlib import Path
 from typing import Final
 
-from ovr.errors import AgentUnreachable, KernelNotFound, OvrError, PidTaken, RestoreFailed
-from ovr.images import ImageSet, image_chunks
+from ovr.errors import (
+    AgentUnreachable,
+    ImagesUnsupported,
+    KernelNotFound,
+    OvrError,
+    PidTaken,
+    RestoreFailed,
+)
+from ovr.guest.protocol import MAX_IMAGE_BYTES
+from ovr.images import ImageSet, image_chunks, image_size
 from ovr.images.source import Sources
 from ovr.journal import Journal
 from ovr.kernel import find_task
@@ -24,6 +32,7 @@ from ovr.vm.agent import Agent, Skeleton
 from ovr.vm.attach import AttachedVm
 from ovr.vm.claim import claimed
 from ovr.vm.hold import Holder
+from ovr.vm.proof import prove
 from ovr.vm.refusals import refusals, refuse_migration
 
 __all__ = ["VERIFY_MODES", "restore"]
@@ -71,8 +80,9 @@ def restore(
         with watch("plan"):
             if not link.hello.force_write:
                 plan = make_plan(image_set, outside, force_write=False)
-            inside = {name: image_chunks(image) for name, image in plan.inside_images().items()}
+            inside = _inside(plan)
         with watch("skeleton"):
+            prove(vm.kernel, link)
             skeleton = link.begin(inside, criu_options=criu_options, log_level=log_level)
         log.info("skeleton stands: pid %d, %d threads", skeleton.root_pid, len(skeleton.tasks))
         journal = Journal()
@@ -159,6 +169,18 @@ def _same_guest(vm: AttachedVm, link: Agent) -> None:
             f" {link.address} is in another VM",
             "if the VM is the right one, restore again; else give --agent",
         )
+
+
+def _inside(plan: Plan) -> dict[str, Iterator[bytes]]:
+    images = plan.inside_images()
+    size = sum(map(image_size, images.values()))
+    if size > MAX_IMAGE_BYTES:
+        raise ImagesUnsupported(
+            f"{size} bytes of images would go to the guest's CRIU, which gets at most"
+            f" {MAX_IMAGE_BYTES}",
+            "restore more from outside (--outside all); `ovr plan` says what stays inside, and why",
+        )
+    return {name: image_chunks(image) for name, image in images.items()}
 
 
 @contextmanager
