@@ -9,7 +9,7 @@ PACKAGES += libvirt-daemon libvirt-daemon-driver-qemu libvirt-clients
 # Where virtiofsd is no part of QEMU any more it is a package of its own.
 PACKAGES += $(shell apt-cache show virtiofsd >/dev/null 2>&1 && echo virtiofsd)
 
-.PHONY: demo test bench fuzz lint unit smoke vm setup packages clean
+.PHONY: demo test bench fuzz stress lint unit smoke vm setup packages clean
 
 demo: setup
 	$(BIN)/python -m ovr demo $(DEMO)
@@ -25,6 +25,10 @@ fuzz: setup
 	$(MAKE) packages PACKAGES="libclang-rt-$$(clang -dumpversion | cut -d. -f1)-dev"
 	$(BIN)/pip install -q --group fuzz
 	$(BIN)/python -m tests.fuzz $(FUZZ)
+
+# STRESS="--restores 100", or with --unprotected to see what the protection is for; docs/stress.md.
+stress: setup
+	$(BIN)/python -m tests.stress $(STRESS)
 
 lint: setup
 	$(BIN)/ruff check .
