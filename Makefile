@@ -11,7 +11,7 @@ PACKAGES += libvirt-daemon libvirt-daemon-driver-qemu libvirt-clients tmux
 # Where virtiofsd is no part of QEMU any more it is a package of its own.
 PACKAGES += $(shell apt-cache show virtiofsd >/dev/null 2>&1 && echo virtiofsd)
 
-.PHONY: demo test bench fuzz sanitize valgrind lint unit smoke vm setup packages clean
+.PHONY: demo test bench fuzz stress sanitize valgrind lint unit smoke vm setup packages clean
 
 demo: setup
 	$(BIN)/python -m ovr demo $(DEMO)
@@ -36,6 +36,10 @@ sanitize: setup
 valgrind: setup
 	$(MAKE) packages PACKAGES=valgrind
 	$(BIN)/python -m tests.sanitize valgrind $(VALGRIND)
+
+# STRESS="--restores 100", or with --unprotected to see what the protection is for; docs/stress.md.
+stress: setup
+	$(BIN)/python -m tests.stress $(STRESS)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -180,6 +180,10 @@ int tree_traced(pid_t criu, uint32_t ids[MAX_TREE]);
 /* The tracer of a task, or 0. */
 pid_t tree_tracer(pid_t pid);
 
+/* exitkill.c */
+/* Have the kernel kill what CRIU, which is stopped, traces when CRIU dies. NULL, or why not. */
+const char *exitkill_set(pid_t criu);
+
 /* populate.c: allocating pages for the host to write to */
 /* Whether the kernel lets us write where a task itself cannot (FOLL_FORCE). */
 bool populate_can_force(void);
