@@ -5,11 +5,10 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from typing import Final
 
+from ovr.checkpoint import Checkpoint
 from ovr.errors import AgentUnreachable, OvrError, PidTaken, RestoreFailed
-from ovr.images import ImageSet, image_chunks
 from ovr.images.source import Sources
 from ovr.kernel import find_task
 from ovr.outside import Outside, find_outside
@@ -31,25 +30,23 @@ log = logging.getLogger("ovr.restore")
 
 def restore(
     vm: AttachedVm,
-    images: Path,
+    checkpoint: Checkpoint,
     *,
     agent: str | None = None,
     outside: Sequence[str] = ("all",),
     verify: str = "sample",
-    criu_options: Sequence[str] = (),
     log_level: int = 2,
     watch: Stopwatch | None = None,
 ) -> Report:
-    """Restore the images into the VM and let the tree run.
+    """Restore a checkpoint into the VM and let the tree run.
 
     Args:
         vm: attached writable.
-        images: a directory that ``criu dump -D`` wrote; it is only read.
+        checkpoint: what to restore, and what in the guest builds the tree; it is only read.
         agent: the agent's address; lab VMs know their own.
         outside: the kinds of state to write from outside, groups of them, or ``all``.
         verify: read back none of the memory, a ``sample``, or all (``full``).
-        criu_options: further options for the guest's ``criu restore``.
-        log_level: how much the guest's CRIU logs (its ``-v``).
+        log_level: how much the guest's CRIU logs (its ``-v``), where it is not an engine's.
         watch: goes on counting where attaching left off.
 
     Raises:
@@ -57,17 +54,20 @@ def restore(
     """
     watch = watch or Stopwatch()
     with ExitStack() as stack:
-        image_set = stack.enter_context(ImageSet.open(images))
         with watch("plan"):
-            plan = make_plan(image_set, outside)
+            plan = make_plan(checkpoint.images, outside)
         _refuse(vm, plan)
         link = stack.enter_context(Agent.connect(_address(vm, agent)))
+        checkpoint.check(link.hello)
         with watch("plan"):
             if not link.hello.force_write:
-                plan = make_plan(image_set, outside, force_write=False)
-            inside = {name: image_chunks(image) for name, image in plan.inside_images().items()}
+                plan = make_plan(checkpoint.images, outside, force_write=False)
+            files = checkpoint.files(plan.inside_images())
         with watch("skeleton"):
-            skeleton = link.begin(inside, criu_options=criu_options, log_level=log_level)
+            skeleton = link.begin(
+                files, criu_options=checkpoint.options, engine=checkpoint.engine,
+                timeout=checkpoint.patience, log_level=log_level,
+            )  # fmt: skip
         log.info("skeleton stands: pid %d, %d threads", skeleton.root_pid, len(skeleton.tasks))
         with _killed_on_error(link), link.keep_alive():
             sources = stack.enter_context(Sources())
@@ -83,10 +83,11 @@ def restore(
                 settings.verify(plan.settings, _guest(vm, skeleton))
                 compared = _verify(copier, memory, verify)
         with watch("commit"):
-            root = link.go()
+            root = link.go(checkpoint.patience)
         watch.seconds["total"] = watch.total()
         return Report(
             pid=root.pid,
+            container=root.container,
             tasks=len(plan.tasks),
             states=plan.states,
             bytes_total=plan.bytes_total,

@@ -13,8 +13,7 @@
 #define LOG_TAIL (64 << 10)
 #define FIXED_ARGUMENTS 16
 
-/* The path of this very program, which CRIU will start as its action script. */
-static bool own_path(char path[256])
+bool own_path(char path[256])
 {
 	ssize_t size = readlink("/proc/self/exe", path, 255);
 	struct stat named, running;
@@ -43,7 +42,7 @@ static pid_t start(char *const argv[], const struct directory *directory)
 		return -1;
 	snprintf(socket, sizeof(socket), HOOK_SOCKET "=%s/hook", directory->path);
 	env[0] = socket;
-	env[1] = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+	env[1] = AGENT_PATH;
 	pid = child_start(argv, env, io);
 	close(io.out);
 	return pid;
@@ -79,16 +78,14 @@ pid_t criu_start(const struct directory *directory, const struct message *begin)
 
 /* ------------------------------------------------------------------------ its log */
 
-static size_t read_tail(const char *path, char text[LOG_TAIL + 1])
+static size_t read_tail(int fd, char text[LOG_TAIL + 1])
 {
-	int fd = open(path, O_RDONLY | O_NOFOLLOW | O_CLOEXEC);
 	ssize_t size = 0;
 	off_t end;
 
 	if (fd >= 0) {
 		end = lseek(fd, 0, SEEK_END);
 		size = pread(fd, text, LOG_TAIL, end > LOG_TAIL ? end - LOG_TAIL : 0);
-		close(fd);
 	}
 	text[size > 0 ? size : 0] = 0;
 	return size > 0 ? (size_t)size : 0;
@@ -107,12 +104,11 @@ static void keep_line(char lines[LOG_LINES][LOG_WIDTH], int *count, const char *
 	++*count;
 }
 
-static int collect(const char *path, const char *word, char lines[LOG_LINES][LOG_WIDTH])
+int log_collect(int fd, const char *word, char lines[LOG_LINES][LOG_WIDTH], int count)
 {
 	static char text[LOG_TAIL + 1];
-	size_t size = read_tail(path, text);
+	size_t size = read_tail(fd, text);
 	char *rest = NULL, *line;
-	int count = 0;
 
 	/* A NUL in it would end it early. */
 	for (size_t i = 0; i < size; i++)
@@ -121,6 +117,16 @@ static int collect(const char *path, const char *word, char lines[LOG_LINES][LOG
 	for (line = strtok_r(text, "\n", &rest); line; line = strtok_r(NULL, "\n", &rest))
 		if (strstr(line, word))
 			keep_line(lines, &count, line);
+	return count;
+}
+
+static int collect(const char *path, const char *word, char lines[LOG_LINES][LOG_WIDTH])
+{
+	int fd = open(path, O_RDONLY | O_NOFOLLOW | O_CLOEXEC);
+	int count = log_collect(fd, word, lines, 0);
+
+	if (fd >= 0)
+		close(fd);
 	return count;
 }
 
@@ -161,7 +167,7 @@ const char *criu_version(void)
 {
 	static char version[64];
 	char *argv[] = {(char *)(uintptr_t)options.criu, "--version", NULL};
-	char *env[] = {"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", NULL};
+	char *env[] = {AGENT_PATH, NULL};
 	int out[2];
 
 	if (version[0])

@@ -225,6 +225,7 @@ static void welcome(struct session *session, const struct mp_value *token)
 	message_add_uint(&writer, KEY_PAGE_SIZE, (uint64_t)sysconf(_SC_PAGESIZE));
 	message_add_str(&writer, KEY_BOOT_ID, boot);
 	message_add_bool(&writer, KEY_FORCE_WRITE, populate_can_force());
+	engine_add_installed(&writer);
 	session_send(session, &writer);
 }
 

@@ -35,6 +35,7 @@ class Hello:
         page_size: in bytes.
         boot_id: a UUID that changes with every boot of the guest.
         force_write: the agent may write to pages that their own task cannot write to.
+        engines: the container engines that are installed: podman, runc, crun.
     """
 
     protocol: int
@@ -46,6 +47,7 @@ class Hello:
     page_size: int
     boot_id: str
     force_write: bool
+    engines: tuple[str, ...] = ()
 
 
 class Session:
@@ -150,6 +152,7 @@ class Session:
             page_size=answer.page_size,
             boot_id=answer.boot_id,
             force_write=answer.force_write,
+            engines=answer.engines,
         )
 
     def _synchronise(self, hello: bytes, token: bytes, deadline: float) -> None:
