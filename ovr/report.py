@@ -62,6 +62,7 @@ class Report:
 
     Attributes:
         pid: the root task's pid, as the guest's agent sees it.
+        container: what its engine calls it; None where no engine has a part in it.
         tasks: how many tasks have been restored, threads not counted.
         bytes_cow: of those inside, what parents and children go on sharing copy-on-write.
         states: the kinds of state written from outside.
@@ -74,6 +75,7 @@ class Report:
     """
 
     pid: int = 0
+    container: str | None = None
     tasks: int = 0
     states: tuple[str, ...] = ()
     bytes_total: int = 0
@@ -99,6 +101,7 @@ class Report:
         """Return the fields of ``ovr.restore/1``."""
         return {
             "pid": self.pid,
+            "container": self.container,
             "tasks": self.tasks,
             "states": list(self.states),
             "bytes_total": self.bytes_total,

@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Final
 
+from ovr.checkpoint import Checkpoint
 from ovr.errors import (
     AgentUnreachable,
     ImagesUnsupported,
@@ -18,7 +18,7 @@ from ovr.errors import (
     RestoreFailed,
 )
 from ovr.guest.protocol import MAX_IMAGE_BYTES
-from ovr.images import ImageSet, image_chunks, image_size
+from ovr.images import Extents, image_size
 from ovr.images.source import Sources
 from ovr.journal import Journal
 from ovr.kernel import find_task
@@ -44,25 +44,23 @@ log = logging.getLogger("ovr.restore")
 
 def restore(
     vm: AttachedVm,
-    images: Path,
+    checkpoint: Checkpoint,
     *,
     agent: str | None = None,
     outside: Sequence[str] = ("all",),
     verify: str = "sample",
-    criu_options: Sequence[str] = (),
     log_level: int = 2,
     watch: Stopwatch | None = None,
 ) -> Report:
-    """Restore the images into the VM and let the tree run.
+    """Restore a checkpoint into the VM and let the tree run.
 
     Args:
         vm: attached writable.
-        images: a directory that ``criu dump -D`` wrote; it is only read.
+        checkpoint: what to restore, and what in the guest builds the tree; it is only read.
         agent: the agent's address; lab VMs know their own.
         outside: the kinds of state to write from outside, groups of them, or ``all``.
         verify: read back none of the memory, a ``sample``, or all (``full``).
-        criu_options: further options for the guest's ``criu restore``.
-        log_level: how much the guest's CRIU logs (its ``-v``).
+        log_level: how much the guest's CRIU logs (its ``-v``), where it is not an engine's.
         watch: goes on counting where attaching left off.
 
     Raises:
@@ -71,19 +69,22 @@ def restore(
     watch = watch or Stopwatch()
     with ExitStack() as stack:
         stack.enter_context(claimed(vm.ram.slots))
-        image_set = stack.enter_context(ImageSet.open(images))
         with watch("plan"):
-            plan = make_plan(image_set, outside)
+            plan = make_plan(checkpoint.images, outside)
         _refuse(vm, plan)
         link = stack.enter_context(Agent.connect(_address(vm, agent)))
         _same_guest(vm, link)
+        checkpoint.check(link.hello)
         with watch("plan"):
             if not link.hello.force_write:
-                plan = make_plan(image_set, outside, force_write=False)
-            inside = _inside(plan)
+                plan = make_plan(checkpoint.images, outside, force_write=False)
+            files = checkpoint.files(_inside(plan))
         with watch("skeleton"):
             prove(vm.kernel, link)
-            skeleton = link.begin(inside, criu_options=criu_options, log_level=log_level)
+            skeleton = link.begin(
+                files, criu_options=checkpoint.options, engine=checkpoint.engine,
+                timeout=checkpoint.patience, log_level=log_level,
+            )  # fmt: skip
         log.info("skeleton stands: pid %d, %d threads", skeleton.root_pid, len(skeleton.tasks))
         journal = Journal()
         with _killed_on_error(link), link.keep_alive():
@@ -107,10 +108,11 @@ def restore(
                 vm.check_same_boot()
         # From here on the tree may run, whatever we hear, unless the agent says that it is dead.
         with watch("commit"), recording.taken_back_on(RestoreFailed):
-            root = link.go()
+            root = link.go(checkpoint.patience)
         watch.seconds["total"] = watch.total()
         return Report(
             pid=root.pid,
+            container=root.container,
             tasks=len(plan.tasks),
             states=plan.states,
             bytes_total=plan.bytes_total,
@@ -171,7 +173,7 @@ def _same_guest(vm: AttachedVm, link: Agent) -> None:
         )
 
 
-def _inside(plan: Plan) -> dict[str, Iterator[bytes]]:
+def _inside(plan: Plan) -> dict[str, bytes | Extents]:
     images = plan.inside_images()
     size = sum(map(image_size, images.values()))
     if size > MAX_IMAGE_BYTES:
@@ -180,7 +182,7 @@ def _inside(plan: Plan) -> dict[str, Iterator[bytes]]:
             f" {MAX_IMAGE_BYTES}",
             "restore more from outside (--outside all); `ovr plan` says what stays inside, and why",
         )
-    return {name: image_chunks(image) for name, image in images.items()}
+    return images
 
 
 @contextmanager

@@ -144,6 +144,8 @@ const char *directory_append(struct directory *directory, const struct mp_value 
 			     const struct mp_value *data);
 void directory_remove(struct directory *directory, bool keep_log);
 
+#define AGENT_PATH "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
 /* criu.c */
 /* To be called while the program's file is still that of this process. */
 bool criu_know_program(void);
@@ -152,14 +154,40 @@ pid_t criu_start(const struct directory *directory, const struct message *begin)
 #define LOG_LINES 16
 #define LOG_WIDTH 256
 int criu_log_errors(const struct directory *directory, char lines[LOG_LINES][LOG_WIDTH]);
+/* Add the last lines of a file with that word in them to `count` others; how many there are then. */
+int log_collect(int fd, const char *word, char lines[LOG_LINES][LOG_WIDTH], int count);
+/* The path of this very program, which CRIU starts as its action script; NULL and errno. */
+const char *criu_program(void);
 const char *criu_version(void);
+
+/* engine.c: podman and the like, who run CRIU for us */
+#define ENGINE_OUT "engine.out"
+#define ENGINE_ERR "engine.err"
+
+/* Their CRIU. Descriptors are -1 while it is not known. */
+struct engine_criu {
+	int end;		/* readable once it has ended */
+	int log;
+	pid_t runtime;		/* its parent, and the parent of the tree that it makes */
+};
+
+bool engine_known(const char *name);
+void engine_add_installed(struct writer *writer);
+/* Its pid, or -1 and errno. */
+pid_t engine_start(const struct directory *directory, const struct message *begin);
+struct engine_criu engine_adopt(pid_t criu);
+bool engine_criu_ended(const struct engine_criu *criu);
+void engine_forget(struct engine_criu *criu);
+void engine_result(const struct directory *directory, char line[LOG_WIDTH]);
+int engine_log_errors(const struct directory *directory, const struct engine_criu *criu,
+		      char lines[LOG_LINES][LOG_WIDTH]);
 
 /* hook.c */
 #define HOOK_SOCKET "OVR_HOOK_SOCKET"
 #define HOOK_GO 'g'		/* the agent's only word: go on */
 
 struct hook_report {
-	int32_t root, criu;	/* 0: post-restore, nothing is held yet */
+	int32_t root, criu;	/* root 0: pre-restore or post-restore, nothing is held yet */
 };
 
 int hook_main(const char *action);
@@ -170,6 +198,7 @@ int hook_main(const char *action);
 struct tree {
 	pid_t criu, root;	/* 0: none, or gone */
 	bool orphans;		/* unknown children of this process belong to it too */
+	pid_t runtime;		/* so do the children of this one; 0: none */
 };
 
 bool tree_stop_criu(pid_t criu);
@@ -179,6 +208,8 @@ bool tree_kill(struct tree tree);
 int tree_traced(pid_t criu, uint32_t ids[MAX_TREE]);
 /* The tracer of a task, or 0. */
 pid_t tree_tracer(pid_t pid);
+/* The parent of a task, or 0. */
+pid_t tree_parent(pid_t pid);
 
 /* exitkill.c */
 /* Have the kernel kill what CRIU, which is stopped, traces when CRIU dies. NULL, or why not. */

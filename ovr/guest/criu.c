@@ -31,12 +31,16 @@ bool criu_know_program(void)
 }
 
 /* After an upgrade the name may lead to another program, or nowhere. */
-static bool program_replaced(void)
+const char *criu_program(void)
 {
 	struct stat named;
 
-	return stat(program, &named) < 0 || named.st_dev != program_file.st_dev ||
-	       named.st_ino != program_file.st_ino;
+	if (stat(program, &named) < 0 || named.st_dev != program_file.st_dev ||
+	    named.st_ino != program_file.st_ino) {
+		errno = ESTALE;
+		return NULL;
+	}
+	return program;
 }
 
 static pid_t start(char *const argv[], const struct directory *directory)
@@ -51,7 +55,7 @@ static pid_t start(char *const argv[], const struct directory *directory)
 		return -1;
 	snprintf(socket, sizeof(socket), HOOK_SOCKET "=%s/hook", directory->path);
 	env[0] = socket;
-	env[1] = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+	env[1] = AGENT_PATH;
 	pid = child_start(argv, env, io);
 	close(io.out);
 	return pid;
@@ -63,15 +67,14 @@ pid_t criu_start(const struct directory *directory, const struct message *begin)
 	char **extra = message_strings(begin, KEY_CRIU_OPTIONS);
 	uint32_t extras = begin->field[KEY_CRIU_OPTIONS].size;
 	char **argv = calloc(FIXED_ARGUMENTS + extras + 1, sizeof(*argv));
+	const char *self = criu_program();
 	pid_t pid = -1;
 
-	if (program_replaced()) {
-		errno = ESTALE;
-	} else if (extra && argv) {
+	if (extra && argv && self) {
 		const char *const fixed[FIXED_ARGUMENTS] = {
 			options.criu, "restore", "--no-default-config", "-D", images,
 			"-W", directory->path, "-d", "-o", "restore.log", level,
-			"--action-script", program,
+			"--action-script", self,
 		};
 
 		snprintf(images, sizeof(images), "%s/images", directory->path);
@@ -89,16 +92,14 @@ pid_t criu_start(const struct directory *directory, const struct message *begin)
 
 /* ------------------------------------------------------------------------ its log */
 
-static size_t read_tail(const char *path, char text[LOG_TAIL + 1])
+static size_t read_tail(int fd, char text[LOG_TAIL + 1])
 {
-	int fd = open(path, O_RDONLY | O_NOFOLLOW | O_CLOEXEC);
 	ssize_t size = 0;
 	off_t end;
 
 	if (fd >= 0) {
 		end = lseek(fd, 0, SEEK_END);
 		size = pread(fd, text, LOG_TAIL, end > LOG_TAIL ? end - LOG_TAIL : 0);
-		close(fd);
 	}
 	text[size > 0 ? size : 0] = 0;
 	return size > 0 ? (size_t)size : 0;
@@ -117,12 +118,11 @@ static void keep_line(char lines[LOG_LINES][LOG_WIDTH], int *count, const char *
 	++*count;
 }
 
-static int collect(const char *path, const char *word, char lines[LOG_LINES][LOG_WIDTH])
+int log_collect(int fd, const char *word, char lines[LOG_LINES][LOG_WIDTH], int count)
 {
 	static char text[LOG_TAIL + 1];
-	size_t size = read_tail(path, text);
+	size_t size = read_tail(fd, text);
 	char *rest = NULL, *line;
-	int count = 0;
 
 	/* A NUL in it would end it early. */
 	for (size_t i = 0; i < size; i++)
@@ -131,6 +131,16 @@ static int collect(const char *path, const char *word, char lines[LOG_LINES][LOG
 	for (line = strtok_r(text, "\n", &rest); line; line = strtok_r(NULL, "\n", &rest))
 		if (strstr(line, word))
 			keep_line(lines, &count, line);
+	return count;
+}
+
+static int collect(const char *path, const char *word, char lines[LOG_LINES][LOG_WIDTH])
+{
+	int fd = open(path, O_RDONLY | O_NOFOLLOW | O_CLOEXEC);
+	int count = log_collect(fd, word, lines, 0);
+
+	if (fd >= 0)
+		close(fd);
 	return count;
 }
 
@@ -174,7 +184,7 @@ const char *criu_version(void)
 {
 	static char version[64];
 	char *argv[] = {(char *)(uintptr_t)options.criu, "--version", NULL};
-	char *env[] = {"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", NULL};
+	char *env[] = {AGENT_PATH, NULL};
 	int out[2];
 	pid_t pid;
 

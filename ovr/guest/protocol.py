@@ -45,7 +45,9 @@ from typing import ClassVar
 
 __all__ = [
     "CHUNK",
+    "ENGINE_ARCHIVE",
     "FRAME_COST",
+    "HOOK_HELD",
     "MAGIC",
     "MAX_FILES",
     "MAX_FRAME",
@@ -114,6 +116,10 @@ MAX_RANGES = 8192
 MAX_FILES = 65536
 MAX_IMAGE_BYTES = 1 << 30
 SYNC_ZEROS = MAX_FRAME + 64
+ENGINE_ARCHIVE = "checkpoint.tar"
+"""The file in which podman gets everything."""
+HOOK_HELD = "ovr-held-"
+"""What a name begins with as long as CRIU has not run the hook: without it nothing is restored."""
 
 
 @dataclass(frozen=True)
@@ -167,14 +173,16 @@ class Files(Message):
 
 @dataclass(frozen=True)
 class Begin(Message):
-    """Start CRIU on the files sent so far.
+    """Start CRIU on the files sent so far, or have a container engine do so.
 
     Attributes:
-        criu_options: put at the end of CRIU's command line.
+        criu_options: put at the end of the command line of CRIU or the engine.
         silence_ms: abort when the host says nothing for so long.
         timeout_ms: abort when CRIU has not reached the hook after so long.
         log_level: CRIU's ``-v``.
         keep_log: leave the restore's directory (without the images) in the guest.
+        engine: ``podman``, ``runc`` or ``crun``; none: CRIU alone. podman finds all in the file
+            `ENGINE_ARCHIVE`. One image that CRIU needs comes as `HOOK_HELD` and its name.
     """
 
     criu_options: tuple[str, ...]
@@ -182,6 +190,7 @@ class Begin(Message):
     timeout_ms: int
     log_level: int
     keep_log: bool
+    engine: str | None = None
 
 
 @dataclass(frozen=True)
@@ -301,8 +310,10 @@ class Data(Message):
 class Welcome(Message):
     """The answer to `Hello`: who is there.
 
-    `force_write`: the kernel lets the agent write to pages that their own task cannot write to.
-    `secret_at`: the GVA, in the agent's process, of what `Prove` has to say.
+    Attributes:
+        force_write: the kernel lets the agent write to pages that their own task cannot write to.
+        secret_at: the GVA, in the agent's process, of what `Prove` has to say.
+        engines: the container engines that are installed.
     """
 
     version: int
@@ -316,6 +327,7 @@ class Welcome(Message):
     boot_id: str
     force_write: bool
     secret_at: int
+    engines: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -349,18 +361,19 @@ class Mapped(Message):
 
 @dataclass(frozen=True)
 class Restored(Message):
-    """CRIU has let the tree go and is gone."""
+    """CRIU has let the tree go and is gone; `container` is what the engine calls it."""
 
     pid: int
+    container: str | None = None
 
 
 @dataclass(frozen=True)
 class Failed(Message):
-    """CRIU ended badly.
+    """CRIU or the engine ended badly.
 
     Attributes:
         status: its exit status, or 128 plus the signal that killed it.
-        log: the error lines of its log, oldest first.
+        log: the error lines of CRIU's log, oldest first, then what the engine said.
         gone: no task of the tree is left.
     """
 

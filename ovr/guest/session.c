@@ -226,6 +226,7 @@ static void welcome(struct session *session, const struct mp_value *token)
 	message_add_str(&writer, KEY_BOOT_ID, boot);
 	message_add_bool(&writer, KEY_FORCE_WRITE, populate_can_force());
 	message_add_uint(&writer, KEY_SECRET_AT, proof_address());
+	engine_add_installed(&writer);
 	session_send(session, &writer);
 }
 

@@ -49,9 +49,10 @@ class Skeleton:
 
 @dataclass(frozen=True)
 class Restored:
-    """The tree runs; `pid` is its root."""
+    """The tree runs; `pid` is its root, `container` what the engine calls it."""
 
     pid: int
+    container: str | None = None
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,8 @@ class Agent(LabSession):
             agent.go()
     """
 
+    _engine = "criu"
+
     def prove(self, secret: bytes) -> None:
         """Show that we can read the VM's RAM; `ovr.vm.proof` finds the secret there.
 
@@ -94,6 +97,7 @@ class Agent(LabSession):
         timeout: float = 60.0,
         log_level: int = 2,
         keep_log: bool = False,
+        engine: str | None = None,
     ) -> Skeleton:
         """Have the guest's CRIU build the tree from `images`, up to its pre-resume hook.
 
@@ -102,11 +106,12 @@ class Agent(LabSession):
 
         Args:
             images: the inside image set: plain file names and contents, whole or in pieces.
-            criu_options: added to ``criu restore -d …``.
+            criu_options: added to ``criu restore -d …``, or to the engine's command.
             silence: seconds without a frame after which the agent kills the tree.
             timeout: seconds that CRIU may take.
             log_level: CRIU's ``-v``.
             keep_log: leave CRIU's log in the guest.
+            engine: what runs CRIU: ``podman``, ``runc`` or ``crun``; see `protocol.Begin`.
 
         Raises:
             PidTaken: a pid of the images is in use in the guest.
@@ -115,12 +120,14 @@ class Agent(LabSession):
             ImagesUnsupported: the inside image set cannot be sent.
             AgentUnreachable: the link broke.
         """
+        self._engine = engine or "criu"
         begin = protocol.Begin(
             tuple(criu_options),
             silence_ms=int(silence * 1000),
             timeout_ms=int(timeout * 1000),
             log_level=log_level,
             keep_log=keep_log,
+            engine=engine,
         )
         with self.keep_alive(silence / 4):
             try:
@@ -191,7 +198,8 @@ class Agent(LabSession):
             AgentUnreachable: the link broke.
         """
         self._send(protocol.Go())
-        return Restored(self._outcome(protocol.Restored, self._deadline(timeout)).pid)
+        restored = self._outcome(protocol.Restored, self._deadline(timeout))
+        return Restored(restored.pid, restored.container)
 
     def abort(self, timeout: float | None = None) -> None:
         """Kill the tree; returns when all of it is gone.
@@ -225,7 +233,7 @@ class Agent(LabSession):
         if isinstance(message, kind):
             return message
         if isinstance(message, protocol.Failed):
-            raise _failure(message)
+            raise _failure(message, self._engine)
         if isinstance(message, protocol.Aborted):
             raise _aborted(message)
         if isinstance(message, protocol.Error):
@@ -291,7 +299,7 @@ _CURES = {
 }
 
 
-def _failure(message: protocol.Failed) -> RestoreFailed:
+def _failure(message: protocol.Failed, program: str) -> RestoreFailed:
     log = tuple(one_line(line) for line in message.log)
     taken = [match[1] for line in log for known in _PID_TAKEN if (match := known.search(line))]
     error: RestoreFailed
@@ -301,10 +309,11 @@ def _failure(message: protocol.Failed) -> RestoreFailed:
             f"end the guest's process {taken[0]}, or restore into a pid namespace of its own",
         )
     elif log:
-        error = CriuFailed(f"criu in the guest failed ({message.status}): {log[0]}", log[-1])
+        more = log[-1] if len(log) > 1 else f"that is all that {program} says"
+        error = CriuFailed(f"{program} in the guest failed ({message.status}): {log[0]}", more)
     else:
         error = CriuFailed(
-            f"criu in the guest ended with status {message.status} and said nothing",
+            f"{program} in the guest ended with status {message.status} and said nothing",
             "try criu check in the guest",
         )
     error.add_note("\n".join(log))

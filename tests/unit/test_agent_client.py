@@ -31,6 +31,7 @@ WELCOME: dict[str, Any] = {
     "boot_id": "x",
     "force_write": True,
     "secret_at": 1 << 40,
+    "engines": [],
 }
 
 

@@ -16,6 +16,7 @@ LAYERS = (
     {"lab"},
     {"__init__", "api"},
     {"restore"},
+    {"checkpoint"},
     {"outside"},
     {"plan"},
     {"memory_plan"},
