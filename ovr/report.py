@@ -48,6 +48,9 @@ class Report:
         states: the kinds of state written from outside.
         verified: ``none``, ``sample`` or ``full``.
         held: what the VM was held for: ``count``, ``seconds`` in all, ``longest``.
+        skeleton: ``warm`` if memory came from a pool in the guest, else ``cold``.
+        skeleton_why: why it is cold.
+        bytes_warm: how much of the memory came from the pool.
     """
 
     pid: int = 0
@@ -61,6 +64,9 @@ class Report:
     bytes_verified: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
     held: dict[str, float] = field(default_factory=dict)
+    skeleton: str = "cold"
+    skeleton_why: str = ""
+    bytes_warm: int = 0
 
     @property
     def copy_gb_per_s(self) -> float:
@@ -83,4 +89,7 @@ class Report:
             "seconds": {name: round(value, 6) for name, value in self.seconds.items()},
             "held": {name: round(value, 6) for name, value in self.held.items()},
             "copy_gb_per_s": round(self.copy_gb_per_s, 3),
+            "skeleton": self.skeleton,
+            "skeleton_why": self.skeleton_why,
+            "bytes_warm": self.bytes_warm,
         }

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Final
 
 from ovr.errors import AgentUnreachable, OvrError, PidTaken, RestoreFailed
-from ovr.images import ImageSet, image_chunks
+from ovr.images import Extents, ImageSet, image_chunks
 from ovr.images.source import Sources
 from ovr.kernel import find_task
 from ovr.outside import Outside, find_outside
@@ -21,6 +21,7 @@ from ovr.vm.agent import Agent, Skeleton
 from ovr.vm.attach import AttachedVm
 from ovr.vm.hold import Holder
 from ovr.vm.memory_map import refusals
+from ovr.warm_plan import Pool, WarmPlan, foreign_cgroup
 
 __all__ = ["VERIFY_MODES", "restore"]
 
@@ -65,9 +66,13 @@ def restore(
         with watch("plan"):
             if not link.hello.force_write:
                 plan = make_plan(image_set, outside, force_write=False)
-            inside = {name: image_chunks(image) for name, image in plan.inside_images().items()}
+            built, warm = _build(plan, link, criu_options)
+            inside = {name: image_chunks(image) for name, image in built.items()}
         with watch("skeleton"):
-            skeleton = link.begin(inside, criu_options=criu_options, log_level=log_level)
+            skeleton = link.begin(
+                inside, criu_options=criu_options, log_level=log_level, warm_images=warm.images
+            )
+            cold = _why_cold(warm, skeleton)
         log.info("skeleton stands: pid %d, %d threads", skeleton.root_pid, len(skeleton.tasks))
         with _killed_on_error(link), link.keep_alive():
             sources = stack.enter_context(Sources())
@@ -97,6 +102,9 @@ def restore(
             bytes_verified=compared,
             seconds=watch.seconds,
             held=copier.holder.as_json(),
+            skeleton="cold" if cold else "warm",
+            skeleton_why=cold,
+            bytes_warm=0 if cold else warm.bytes,
         )
 
 
@@ -107,6 +115,34 @@ def _address(vm: AttachedVm, agent: str | None) -> str:
             f"nobody said where the agent of {vm.address.spec} is", "give --agent ADDR"
         )
     return address
+
+
+def _build(
+    plan: Plan, link: Agent, criu_options: Sequence[str]
+) -> tuple[dict[str, bytes | Extents], WarmPlan]:
+    # The inside image set, and how a pool is used for it.
+    size = link.hello.warm
+    if not size:
+        return plan.inside_images(), WarmPlan(why="the guest has no pool")
+    if foreign_cgroup(plan.images, criu_options):
+        why = "the tasks belong into a cgroup of their own, and the pool is charged to the agent's"
+        return plan.inside_images(), WarmPlan(why=why)
+    return plan.warm_images(Pool(size, link.hello.criu or ""))
+
+
+def _why_cold(warm: WarmPlan, skeleton: Skeleton) -> str:
+    # Nothing if the skeleton has its memory from the pool.
+    why = warm.why
+    if not why and not skeleton.warm:
+        why = skeleton.note or "the guest did not use the pool"
+    if why:
+        log.info("cold skeleton: %s", why)
+    elif skeleton.warm != warm.size or skeleton.note:
+        log.warning(
+            "only %d of %d MiB came from the pool: %s",
+            skeleton.warm >> 20, warm.size >> 20, skeleton.note,
+        )  # fmt: skip
+    return why
 
 
 def _refuse(vm: AttachedVm, plan: Plan) -> None:

@@ -46,6 +46,7 @@ static void forget(void)
 	close_fd(&restore.listener);
 	close_fd(&restore.hook);
 	populate_end();
+	warm_forget();
 	directory_remove(&restore.directory, restore.keep_log);
 	prctl(PR_SET_CHILD_SUBREAPER, 0);
 	restore = (struct restore){.listener = -1, .hook = -1, .directory.images = -1};
@@ -158,12 +159,15 @@ static void criu_ended(void)
 static void report_stopped(const uint32_t *tasks, int count)
 {
 	struct writer writer = session_writer(restore.owner, OP_STOPPED);
+	const char *note;
 
 	message_add_uint(&writer, KEY_ROOT_PID, (uint64_t)restore.root);
 	message_add_uint(&writer, KEY_CRIU_PID, (uint64_t)restore.criu);
 	message_add_list(&writer, KEY_TASKS, (uint32_t)count);
 	for (int i = 0; i < count; i++)
 		message_item_uint(&writer, tasks[i]);
+	message_add_uint(&writer, KEY_WARM, warm_served(&note));
+	message_add_str(&writer, KEY_NOTE, note);
 	session_send(restore.owner, &writer);
 }
 
@@ -302,6 +306,22 @@ static int64_t deadline_ms(const struct message *message, enum key key)
 	return ms < MAX_DEADLINE_MS ? (int64_t)ms : MAX_DEADLINE_MS;
 }
 
+/* CRIU's pid, or -1 and errno. */
+static pid_t start_criu(const struct message *begin)
+{
+	static struct criu_command command;
+	pid_t pid = -1;
+
+	if (criu_command_make(&command, &restore.directory, begin)) {
+		if (begin->field[KEY_WARM_IMAGES].size)
+			pid = warm_take(&restore.directory, begin, &command);
+		if (pid < 0)
+			pid = criu_start(&command);
+	}
+	criu_command_free(&command);
+	return pid;
+}
+
 static void begin(struct session *session, const struct message *message)
 {
 	if (!in_phase(session, UPLOADING))
@@ -313,7 +333,7 @@ static void begin(struct session *session, const struct message *message)
 	}
 	/* Whatever outlives CRIU must not get away from us. */
 	prctl(PR_SET_CHILD_SUBREAPER, 1);
-	restore.criu = criu_start(&restore.directory, message);
+	restore.criu = start_criu(message);
 	if (restore.criu < 0) {
 		session_break(session, "criu cannot be started: %s", errno == ESTALE ?
 			      "the agent's own program file was replaced, restart the agent" :

@@ -151,7 +151,8 @@ static bool is_top(const struct tree *tree, const struct process *process)
 		return true;
 	if (tree->root > 1 && process->pid == tree->root)
 		return true;
-	return tree->orphans && process->parent == getpid() && !lab_owns(process->pid);
+	return tree->orphans && process->parent == getpid() && !lab_owns(process->pid) &&
+	       !warm_owns(process->pid);
 }
 
 static struct process *find(const struct table *table, pid_t pid)

@@ -35,6 +35,7 @@ class Hello:
         page_size: in bytes.
         boot_id: a UUID that changes with every boot of the guest.
         force_write: the agent may write to pages that their own task cannot write to.
+        warm: the size of the pool that is ready, in bytes, or 0.
     """
 
     protocol: int
@@ -46,6 +47,7 @@ class Hello:
     page_size: int
     boot_id: str
     force_write: bool
+    warm: int
 
 
 class Session:
@@ -150,6 +152,7 @@ class Session:
             page_size=answer.page_size,
             boot_id=answer.boot_id,
             force_write=answer.force_write,
+            warm=answer.warm,
         )
 
     def _synchronise(self, hello: bytes, token: bytes, deadline: float) -> None:

@@ -111,7 +111,7 @@ def session(data: bytes) -> None:
 
 def session_seeds() -> Iterator[bytes]:
     welcome = protocol.Welcome(
-        protocol.VERSION, b"TOKENTOKENTOKENT", "0.1.0", True, "6.12", "4.1", 1, 4096, "id", True
+        protocol.VERSION, b"TOKENTOKENTOKENT", "0.1.0", True, "6.12", "4.1", 1, 4096, "id", True, 0
     )
     answers = {type(message).__name__: encode(message) for message in samples()}
     kinds = ("Stopped", "Touched", "Mapped", "Exited", "Restored", "Aborted")

@@ -18,6 +18,7 @@ LAYERS = (
     {"restore"},
     {"outside"},
     {"plan"},
+    {"warm_plan"},
     {"memory_plan"},
     {"cow_plan"},
     {"state", "placement", "report"},
