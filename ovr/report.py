@@ -72,6 +72,9 @@ class Report:
         spans: when each phase was.
         holds: when the VM was held.
         journal: what was written where.
+        skeleton: ``warm`` if memory came from a pool in the guest, else ``cold``.
+        skeleton_why: why it is cold.
+        bytes_warm: how much of the memory came from the pool.
     """
 
     pid: int = 0
@@ -90,6 +93,9 @@ class Report:
     spans: Sequence[Span] = ()
     holds: Sequence[Span] = ()
     journal: Journal = field(default_factory=Journal)
+    skeleton: str = "cold"
+    skeleton_why: str = ""
+    bytes_warm: int = 0
 
     @property
     def copy_gb_per_s(self) -> float:
@@ -119,4 +125,7 @@ class Report:
                 for span in self.spans
             ],
             "journal": self.journal.as_json(),
+            "skeleton": self.skeleton,
+            "skeleton_why": self.skeleton_why,
+            "bytes_warm": self.bytes_warm,
         }

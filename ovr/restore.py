@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -34,6 +34,7 @@ from ovr.vm.claim import claimed
 from ovr.vm.hold import Holder
 from ovr.vm.proof import prove
 from ovr.vm.refusals import refusals, refuse_migration
+from ovr.warm_plan import Pool, WarmPlan, foreign_cgroup
 
 __all__ = ["VERIFY_MODES", "restore"]
 
@@ -78,13 +79,15 @@ def restore(
         with watch("plan"):
             if not link.hello.force_write:
                 plan = make_plan(checkpoint.images, outside, force_write=False)
-            files = checkpoint.files(_inside(plan))
+            inside, warm = _build(plan, link, checkpoint)
+            files = checkpoint.files(inside)
         with watch("skeleton"):
             prove(vm.kernel, link)
             skeleton = link.begin(
                 files, criu_options=checkpoint.options, engine=checkpoint.engine,
-                timeout=checkpoint.patience, log_level=log_level,
+                timeout=checkpoint.patience, log_level=log_level, warm_images=warm.images,
             )  # fmt: skip
+            cold = _why_cold(warm, skeleton)
         log.info("skeleton stands: pid %d, %d threads", skeleton.root_pid, len(skeleton.tasks))
         journal = Journal()
         with _killed_on_error(link), link.keep_alive():
@@ -130,6 +133,9 @@ def restore(
                 for start, end in copier.holder.spans
             ),
             journal=journal,
+            skeleton="cold" if cold else "warm",
+            skeleton_why=cold,
+            bytes_warm=0 if cold else warm.bytes,
         )
 
 
@@ -140,6 +146,41 @@ def _address(vm: AttachedVm, agent: str | None) -> str:
             f"nobody said where the agent of {vm.address.spec} is", "give --agent ADDR"
         )
     return address
+
+
+def _build(
+    plan: Plan, link: Agent, checkpoint: Checkpoint
+) -> tuple[dict[str, bytes | Extents], WarmPlan]:
+    # The inside image set, and how a pool is used for it.
+    size = link.hello.warm
+    why = ""
+    if not size:
+        why = "the guest has no pool"
+    elif checkpoint.engine is not None:
+        why = f"{checkpoint.engine} starts a CRIU of its own"
+    elif foreign_cgroup(plan.images, checkpoint.options):
+        why = "the tasks belong into a cgroup of their own, and the pool is charged to the agent's"
+    if why:
+        images, warm = plan.inside_images(), WarmPlan(why=why)
+    else:
+        images, warm = plan.warm_images(Pool(size, link.hello.criu or ""))
+    _refuse_large(images)
+    return images, warm
+
+
+def _why_cold(warm: WarmPlan, skeleton: Skeleton) -> str:
+    # Nothing if the skeleton has its memory from the pool.
+    why = warm.why
+    if not why and not skeleton.warm:
+        why = skeleton.note or "the guest did not use the pool"
+    if why:
+        log.info("cold skeleton: %s", why)
+    elif skeleton.warm != warm.size or skeleton.note:
+        log.warning(
+            "only %d of %d MiB came from the pool: %s",
+            skeleton.warm >> 20, warm.size >> 20, skeleton.note,
+        )  # fmt: skip
+    return why
 
 
 def _refuse(vm: AttachedVm, plan: Plan) -> None:
@@ -173,8 +214,7 @@ def _same_guest(vm: AttachedVm, link: Agent) -> None:
         )
 
 
-def _inside(plan: Plan) -> dict[str, bytes | Extents]:
-    images = plan.inside_images()
+def _refuse_large(images: Mapping[str, bytes | Extents]) -> None:
     size = sum(map(image_size, images.values()))
     if size > MAX_IMAGE_BYTES:
         raise ImagesUnsupported(
@@ -182,7 +222,6 @@ def _inside(plan: Plan) -> dict[str, bytes | Extents]:
             f" {MAX_IMAGE_BYTES}",
             "restore more from outside (--outside all); `ovr plan` says what stays inside, and why",
         )
-    return images
 
 
 @contextmanager

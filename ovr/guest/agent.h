@@ -39,9 +39,9 @@ extern struct options options;
 typedef void (*callback)(int fd, short events, void *context);
 
 struct loop {
-	struct pollfd fds[8 + 5 * MAX_SESSIONS];
-	callback calls[8 + 5 * MAX_SESSIONS];
-	void *contexts[8 + 5 * MAX_SESSIONS];
+	struct pollfd fds[9 + 5 * MAX_SESSIONS];
+	callback calls[9 + 5 * MAX_SESSIONS];
+	void *contexts[9 + 5 * MAX_SESSIONS];
 	int count;
 	int64_t deadline;	/* ms, or -1 */
 };
@@ -149,8 +149,19 @@ void directory_remove(struct directory *directory, bool keep_log);
 /* criu.c */
 /* To be called while the program's file is still that of this process. */
 bool criu_know_program(void);
+
+/* How CRIU is started for a restore; pointers lead into it and into `strings`. */
+struct criu_command {
+	char images[300], level[16], output[300], socket[300];
+	char *env[3], **argv, **strings;
+};
+
+/* False, and errno. To be freed in any case. */
+bool criu_command_make(struct criu_command *command, const struct directory *directory,
+		       const struct message *begin);
+void criu_command_free(struct criu_command *command);
 /* CRIU's pid, or -1 and errno. */
-pid_t criu_start(const struct directory *directory, const struct message *begin);
+pid_t criu_start(const struct criu_command *command);
 #define LOG_LINES 16
 #define LOG_WIDTH 256
 int criu_log_errors(const struct directory *directory, char lines[LOG_LINES][LOG_WIDTH]);
@@ -230,6 +241,23 @@ void populate_end(void);
 bool proof_make(void);
 uint64_t proof_address(void);
 bool proof_right(const struct mp_value *secret);
+/* warm.c: a CRIU with memory, started in advance */
+#define WARM_TABLE "ovr-warm.tab"
+
+void warm_message(struct session *session, const struct message *message);
+void warm_session_ended(struct session *session);
+bool warm_owns(pid_t pid);
+bool warm_reaped(pid_t pid, int status);
+void warm_watch(struct loop *loop);
+void warm_shutdown(void);
+/* Bytes that are ready. */
+uint64_t warm_size(void);
+/* Give the pool's CRIU its arguments: its pid, or -1 when it cannot be used; it is gone then. */
+pid_t warm_take(const struct directory *directory, const struct message *begin,
+		const struct criu_command *command);
+/* How much of the restore's memory came from the pool, and why not all of it. */
+uint64_t warm_served(const char **why);
+void warm_forget(void);
 
 /* child.c */
 struct child_io {

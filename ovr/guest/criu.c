@@ -43,50 +43,55 @@ const char *criu_program(void)
 	return program;
 }
 
-static pid_t start(char *const argv[], const struct directory *directory)
+bool criu_command_make(struct criu_command *command, const struct directory *directory,
+		       const struct message *begin)
 {
-	char output[300], socket[300], *env[] = {NULL, NULL, NULL};
+	uint32_t extras = begin->field[KEY_CRIU_OPTIONS].size;
+	const char *self = criu_program();
+	const char *const fixed[FIXED_ARGUMENTS] = {
+		options.criu, "restore", "--no-default-config", "-D", command->images,
+		"-W", directory->path, "-d", "-o", "restore.log", command->level,
+		"--action-script", self,
+	};
+	int count = 0;
+
+	command->strings = message_strings(begin, KEY_CRIU_OPTIONS);
+	command->argv = calloc(FIXED_ARGUMENTS + extras + 1, sizeof(*command->argv));
+	if (!command->strings || !command->argv || !self)
+		return false;
+	snprintf(command->images, sizeof(command->images), "%s/images", directory->path);
+	snprintf(command->output, sizeof(command->output), "%s/criu.out", directory->path);
+	snprintf(command->socket, sizeof(command->socket), HOOK_SOCKET "=%s/hook", directory->path);
+	snprintf(command->level, sizeof(command->level), "-v%llu",
+		 (unsigned long long)message_uint(begin, KEY_LOG_LEVEL));
+	command->env[0] = command->socket;
+	command->env[1] = AGENT_PATH;
+	command->env[2] = NULL;
+	while (count < FIXED_ARGUMENTS && fixed[count]) {
+		command->argv[count] = (char *)(uintptr_t)fixed[count];
+		count++;
+	}
+	memcpy(command->argv + count, command->strings, extras * sizeof(*command->argv));
+	return true;
+}
+
+void criu_command_free(struct criu_command *command)
+{
+	free(command->argv);
+	free(command->strings);
+}
+
+pid_t criu_start(const struct criu_command *command)
+{
 	struct child_io io = {-1, -1, -1};
 	pid_t pid;
 
-	snprintf(output, sizeof(output), "%s/criu.out", directory->path);
-	io.out = io.err = open(output, O_WRONLY | O_CREAT | O_EXCL | O_APPEND | O_CLOEXEC, 0600);
+	io.out = io.err = open(command->output,
+			       O_WRONLY | O_CREAT | O_NOFOLLOW | O_APPEND | O_CLOEXEC, 0600);
 	if (io.out < 0)
 		return -1;
-	snprintf(socket, sizeof(socket), HOOK_SOCKET "=%s/hook", directory->path);
-	env[0] = socket;
-	env[1] = AGENT_PATH;
-	pid = child_start(argv, env, io);
+	pid = child_start(command->argv, command->env, io);
 	close(io.out);
-	return pid;
-}
-
-pid_t criu_start(const struct directory *directory, const struct message *begin)
-{
-	char images[300], level[16];
-	char **extra = message_strings(begin, KEY_CRIU_OPTIONS);
-	uint32_t extras = begin->field[KEY_CRIU_OPTIONS].size;
-	char **argv = calloc(FIXED_ARGUMENTS + extras + 1, sizeof(*argv));
-	const char *self = criu_program();
-	pid_t pid = -1;
-
-	if (extra && argv && self) {
-		const char *const fixed[FIXED_ARGUMENTS] = {
-			options.criu, "restore", "--no-default-config", "-D", images,
-			"-W", directory->path, "-d", "-o", "restore.log", level,
-			"--action-script", self,
-		};
-
-		snprintf(images, sizeof(images), "%s/images", directory->path);
-		snprintf(level, sizeof(level), "-v%llu",
-			 (unsigned long long)message_uint(begin, KEY_LOG_LEVEL));
-		for (int i = 0; i < FIXED_ARGUMENTS && fixed[i]; i++)
-			argv[i] = (char *)(uintptr_t)fixed[i];
-		memcpy(argv + 13, extra, extras * sizeof(*argv));
-		pid = start(argv, directory);
-	}
-	free(argv);
-	free(extra);
 	return pid;
 }
 

@@ -57,6 +57,7 @@ static void forget(void)
 	close_fd(&restore.listener);
 	close_fd(&restore.hook);
 	populate_end();
+	warm_forget();
 	directory_remove(&restore.directory, restore.keep_log);
 	prctl(PR_SET_CHILD_SUBREAPER, 0);
 	engine_forget(&restore.theirs);
@@ -215,12 +216,15 @@ static void child_ended(void)
 static void report_stopped(const uint32_t *tasks, int count)
 {
 	struct writer writer = session_writer(restore.owner, OP_STOPPED);
+	const char *note;
 
 	message_add_uint(&writer, KEY_ROOT_PID, (uint64_t)restore.root);
 	message_add_uint(&writer, KEY_CRIU_PID, (uint64_t)restore.criu);
 	message_add_list(&writer, KEY_TASKS, (uint32_t)count);
 	for (int i = 0; i < count; i++)
 		message_item_uint(&writer, tasks[i]);
+	message_add_uint(&writer, KEY_WARM, warm_served(&note));
+	message_add_str(&writer, KEY_NOTE, note);
 	session_send(restore.owner, &writer);
 }
 
@@ -389,6 +393,22 @@ static bool known_engine(const struct message *message)
 	return engine_known(name);
 }
 
+/* CRIU's pid, or -1 and errno. */
+static pid_t start_criu(const struct message *begin)
+{
+	static struct criu_command command;
+	pid_t pid = -1;
+
+	if (criu_command_make(&command, &restore.directory, begin)) {
+		if (begin->field[KEY_WARM_IMAGES].size)
+			pid = warm_take(&restore.directory, begin, &command);
+		if (pid < 0)
+			pid = criu_start(&command);
+	}
+	criu_command_free(&command);
+	return pid;
+}
+
 static void begin(struct session *session, const struct message *message)
 {
 	if (!in_phase(session, UPLOADING))
@@ -406,7 +426,7 @@ static void begin(struct session *session, const struct message *message)
 	/* Whatever outlives CRIU must not get away from us. What outlives an engine is its own. */
 	prctl(PR_SET_CHILD_SUBREAPER, !restore.engine);
 	restore.child = restore.engine ? engine_start(&restore.directory, message) :
-					 criu_start(&restore.directory, message);
+					 start_criu(message);
 	if (restore.child < 0) {
 		session_break(session, "%s cannot be started: %s",
 			      restore.engine ? "the container engine" : "criu", errno == ESTALE ?

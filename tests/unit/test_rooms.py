@@ -19,6 +19,7 @@ LAYERS = (
     {"checkpoint"},
     {"outside"},
     {"plan"},
+    {"warm_plan"},
     {"memory_plan"},
     {"cow_plan"},
     {"state", "placement", "report", "journal"},
