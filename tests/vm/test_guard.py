@@ -1,6 +1,7 @@
 """What keeps a restore from harm when something happens to the VM, the tree or the images."""
 
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -11,7 +12,7 @@ import pytest
 import ovr
 from ovr.addresses import Gva
 from ovr.demo import prepare
-from ovr.errors import AgentUnreachable, RestoreFailed, Unreachable, VerifyMismatch
+from ovr.errors import AgentUnreachable, ImagesDamaged, RestoreFailed, Unreachable, VerifyMismatch
 from ovr.ram import GuestRam
 from ovr.state import settings
 from ovr.state.memory import Copier
@@ -100,6 +101,21 @@ def test_a_byte_that_changes_before_it_is_verified(vm, dump, monkeypatch, mode, 
         attached.restore(dump.path, verify=mode)
     assert caught.value.exit_code == 7
     assert f"pid {dump.pid}: the page at 0x" in str(caught.value)
+    assert not alive(vm, dump.pid)
+    monkeypatch.undo()
+    unharmed(vm, dump)
+
+
+def test_images_that_are_cut_off_while_they_are_copied(vm, dump, tmp_path, monkeypatch):
+    """When they have been read ahead: the copy itself is what meets the end."""
+    images = tmp_path / "images"
+    shutil.copytree(dump.path, images)
+    [pages] = images.glob("pages-*.img")
+    between_copies(monkeypatch, lambda: os.truncate(pages, 0))
+    with ovr.attach(f"lab:{vm.name}") as attached, pytest.raises(ImagesDamaged) as caught:
+        attached.restore(images)
+    assert caught.value.exit_code == 6
+    assert str(caught.value).startswith(f"{pages.name}: cannot be read: it was cut off")
     assert not alive(vm, dump.pid)
     monkeypatch.undo()
     unharmed(vm, dump)
