@@ -138,5 +138,7 @@ def test_a_fault_that_is_not_ours(ram_file, faulthandler):
         capture_output=True, text=True, check=False, timeout=120,
     )  # fmt: skip
     assert done.stdout == "so far\n"
+    if "AddressSanitizer: BUS" in done.stderr:  # a build with sanitizers: it was here before us
+        return
     assert done.returncode == -signal.SIGBUS
     assert ("Bus error" in done.stderr) == (faulthandler != "never")
