@@ -68,7 +68,7 @@ packages:
 	[ -z "$$missing" ] || { sudo=$$([ $$(id -u) = 0 ] || echo sudo); set -x; \
 		$$sudo apt-get update -q && $$sudo apt-get install -qy --no-install-recommends $$missing; }
 
-.venv/ready: pyproject.toml setup.py ovr/_fastcopy.pyx
+.venv/ready: pyproject.toml setup.py ovr/_fastcopy.pyx ovr/_guard.h
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install -q --upgrade pip
 	$(BIN)/pip install -q --group dev

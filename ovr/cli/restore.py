@@ -16,6 +16,7 @@ from ovr.cli.output import document, json_option, size
 from ovr.cli.picture import Writer, page, picture_file
 from ovr.cli.plan import add_outside, show
 from ovr.cli.progress import PROGRESS_MODES, make_watch
+from ovr.cli.signals import ended_in_order
 from ovr.cli.vm_options import add_agent_option, add_vm_options
 from ovr.errors import UsageError
 from ovr.plan import make_plan
@@ -106,7 +107,8 @@ def run(options: argparse.Namespace) -> int:
     """Restore, or with ``--dry-run`` go as far as is possible without touching the guest."""
     if options.dry_run:
         return _dry_run(options)
-    report = _restore(options)
+    with ended_in_order():
+        report = _restore(options)
     if options.json:
         document("ovr.restore/1", report.as_json())
     else:
