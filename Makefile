@@ -9,7 +9,7 @@ PACKAGES += libvirt-daemon libvirt-daemon-driver-qemu libvirt-clients
 # Where virtiofsd is no part of QEMU any more it is a package of its own.
 PACKAGES += $(shell apt-cache show virtiofsd >/dev/null 2>&1 && echo virtiofsd)
 
-.PHONY: demo test bench fuzz sanitize valgrind lint unit smoke vm setup packages clean
+.PHONY: demo test bench fuzz sanitize valgrind liar lint unit smoke vm setup packages clean
 
 demo: setup
 	$(BIN)/python -m ovr demo $(DEMO)
@@ -34,6 +34,10 @@ sanitize: setup
 valgrind: setup
 	$(MAKE) packages PACKAGES=valgrind
 	$(BIN)/python -m tests.sanitize valgrind $(VALGRIND)
+
+# Guests and agents that lie: LIAR="--rounds 50 --seed 7", or only about some things: LIAR="btf agent".
+liar: setup
+	$(BIN)/python -m tests.liar $(LIAR)
 
 lint: setup
 	$(BIN)/ruff check .

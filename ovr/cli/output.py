@@ -2,14 +2,16 @@
 
 import argparse
 import json
+import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from ovr.cli.terminal import painted
 from ovr.errors import OvrError
 
-__all__ = ["common", "document", "error", "json_option", "one_line", "size", "table"]
+__all__ = ["common", "document", "error", "json_option", "one_line", "printed", "size", "table"]
 
 
 def common(parser: argparse.ArgumentParser) -> None:
@@ -47,6 +49,25 @@ def error(problem: OvrError, *, as_json: bool) -> None:
                 "exit_code": problem.exit_code,
             },
         )
+
+
+@contextmanager
+def printed(known: str) -> Iterator[None]:
+    """Print within the ``with`` what is not worth failing for; where stdout is full, say so.
+
+    Args:
+        known: what stays true though it cannot be printed.
+    """
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        # Or Python would try again at its end, and change the exit code.
+        with open(os.devnull, "w") as nowhere:  # noqa: PTH123
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
+        print(f"ovr: {known}, but that cannot be printed: {error.strerror}", file=sys.stderr)
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> None:

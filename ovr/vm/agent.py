@@ -280,13 +280,16 @@ _PID_TAKEN = (
 )
 
 
+_FREE_MEMORY = "free memory in the guest, or raise the limit of the task's cgroup"
+_KILLED = "killed by signal 9"
+_OUT_OF_MEMORY = f"was it the OOM killer? See the guest's kernel log; {_FREE_MEMORY}"
 # By what the agent says: strerror() of the C library, and its own words.
 _CURES = {
     "No space left on device": "free memory or disk space in the guest where that directory is, or"
     " start ovr-agent with another --dir",
     "busy": "wait until the other restore has ended",
-    "Cannot allocate memory": "free memory in the guest, or raise the limit of the task's cgroup",
-    "is the guest out of it?": "free memory in the guest, or raise the limit of the task's cgroup",
+    "Cannot allocate memory": _FREE_MEMORY,
+    "is the guest out of it?": _FREE_MEMORY,
     "what lies in the memory": "is this agent in the VM that --vm names?",
 }
 
@@ -301,7 +304,9 @@ def _failure(message: protocol.Failed) -> RestoreFailed:
             f"end the guest's process {taken[0]}, or restore into a pid namespace of its own",
         )
     elif log:
-        error = CriuFailed(f"criu in the guest failed ({message.status}): {log[0]}", log[-1])
+        killed = any(_KILLED in line for line in log)
+        hint = _OUT_OF_MEMORY if killed else log[-1]
+        error = CriuFailed(f"criu in the guest failed ({message.status}): {log[0]}", hint)
     else:
         error = CriuFailed(
             f"criu in the guest ended with status {message.status} and said nothing",
