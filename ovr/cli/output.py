@@ -11,7 +11,17 @@ from typing import Any
 from ovr.cli.terminal import painted
 from ovr.errors import OvrError
 
-__all__ = ["common", "document", "error", "json_option", "one_line", "printed", "size", "table"]
+__all__ = [
+    "common",
+    "document",
+    "error",
+    "give_up_stdout",
+    "json_option",
+    "one_line",
+    "printed",
+    "size",
+    "table",
+]
 
 
 def common(parser: argparse.ArgumentParser) -> None:
@@ -39,16 +49,15 @@ def error(problem: OvrError, *, as_json: bool) -> None:
         f"{painted('ovr:', 'bad', sys.stderr)} {one_line(str(problem))}{one_line(cure)}",
         file=sys.stderr,
     )
+    fields = {
+        "kind": problem.kind,
+        "message": str(problem),
+        "hint": problem.hint,
+        "exit_code": problem.exit_code,
+    }
     if as_json:
-        document(
-            "ovr.error/1",
-            {
-                "kind": problem.kind,
-                "message": str(problem),
-                "hint": problem.hint,
-                "exit_code": problem.exit_code,
-            },
-        )
+        with printed("it ended with this error"):
+            document("ovr.error/1", fields)
 
 
 @contextmanager
@@ -64,10 +73,14 @@ def printed(known: str) -> Iterator[None]:
     except BrokenPipeError:
         raise
     except OSError as error:
-        # Or Python would try again at its end, and change the exit code.
-        with open(os.devnull, "w") as nowhere:  # noqa: PTH123
-            os.dup2(nowhere.fileno(), sys.stdout.fileno())
+        give_up_stdout()
         print(f"ovr: {known}, but that cannot be printed: {error.strerror}", file=sys.stderr)
+
+
+def give_up_stdout() -> None:
+    """Forget what could not be printed: Python would try again at its end, and fail then."""
+    with open(os.devnull, "w") as nowhere:  # noqa: PTH123
+        os.dup2(nowhere.fileno(), sys.stdout.fileno())
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> None:

@@ -48,6 +48,31 @@ def test_what_cannot_be_printed_is_no_failure(size):
     )
 
 
+@pytest.mark.parametrize("words", [["states"], ["states", "--json"], ["--version"]])
+def test_a_result_that_cannot_be_printed_is_one_line(words):
+    with FULL.open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "ovr", *words], stdout=full, stderr=subprocess.PIPE, text=True,
+            check=False,
+        )  # fmt: skip
+    assert done.returncode != 0
+    if words != ["--version"]:  # argparse's own
+        line = "ovr: standard output: No space left on device (free space there)\n"
+        assert (done.returncode, done.stderr) == (1, line)
+
+
+def test_an_error_that_cannot_be_printed_is_still_that_error():
+    with FULL.open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "ovr", "ps", "--json", "--vm", "qmp:/nowhere"], stdout=full,
+            stderr=subprocess.PIPE, text=True, check=False,
+        )  # fmt: skip
+    assert done.returncode == 3
+    first, second = done.stderr.splitlines()
+    assert "/nowhere" in first
+    assert "cannot be printed: No space left on device" in second
+
+
 def test_a_log_that_cannot_be_written_is_told_once(tmp_path, capsys):
     (tmp_path / "log").symlink_to(FULL)
     with criu_files(tmp_path, log_file="log", level=4, pidfile=None):
