@@ -11,7 +11,7 @@ PACKAGES += libvirt-daemon libvirt-daemon-driver-qemu libvirt-clients tmux
 # Where virtiofsd is no part of QEMU any more it is a package of its own.
 PACKAGES += $(shell apt-cache show virtiofsd >/dev/null 2>&1 && echo virtiofsd)
 
-.PHONY: demo test bench fuzz stress sanitize valgrind lint unit smoke vm setup packages clean
+.PHONY: demo test bench fuzz stress liar sanitize valgrind lint unit smoke vm setup packages clean
 
 demo: setup
 	$(BIN)/python -m ovr demo $(DEMO)
@@ -40,6 +40,10 @@ valgrind: setup
 # STRESS="--restores 100", or with --unprotected to see what the protection is for; docs/stress.md.
 stress: setup
 	$(BIN)/python -m tests.stress $(STRESS)
+
+# Guests and agents that lie: LIAR="--rounds 50 --seed 7", or only about some things: LIAR="btf agent".
+liar: setup
+	$(BIN)/python -m tests.liar $(LIAR)
 
 lint: setup
 	$(BIN)/ruff check .
