@@ -9,7 +9,7 @@ PACKAGES += libvirt-daemon libvirt-daemon-driver-qemu libvirt-clients
 # Where virtiofsd is no part of QEMU any more it is a package of its own.
 PACKAGES += $(shell apt-cache show virtiofsd >/dev/null 2>&1 && echo virtiofsd)
 
-.PHONY: demo test bench fuzz stress lint unit smoke vm setup packages clean
+.PHONY: demo test bench fuzz stress killtest soak lint unit smoke vm setup packages clean
 
 demo: setup
 	$(BIN)/python -m ovr demo $(DEMO)
@@ -29,6 +29,14 @@ fuzz: setup
 # STRESS="--restores 100", or with --unprotected to see what the protection is for; docs/stress.md.
 stress: setup
 	$(BIN)/python -m tests.stress $(STRESS)
+
+# KILL="--points 50", of each victim; docs/stress.md.
+killtest: setup
+	$(BIN)/python -m tests.kill $(KILL)
+
+# SOAK="--restores 1000"; docs/stress.md.
+soak: setup
+	$(BIN)/python -m tests.soak $(SOAK)
 
 lint: setup
 	$(BIN)/ruff check .
