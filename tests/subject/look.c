@@ -88,6 +88,16 @@ static const struct process *first(const char *name, pid_t parent)
 	return found;
 }
 
+/* Without the kernel's own, which come and go. */
+static int user_processes(void)
+{
+	int found = 0;
+
+	for (int i = 0; i < count; i++)
+		found += table[i].pid != 2 && table[i].parent != 2;
+	return found;
+}
+
 /* Threads in a stop of ptrace's, or stopped by a signal. */
 static int held(void)
 {
@@ -162,6 +172,7 @@ static void look(void)
 	agent = first(AGENT, 0);
 	printf("subjects %d\ncriu %d\nagents %d\nheld %d\n", number_of(SUBJECT), number_of(CRIU),
 	       number_of(AGENT), held());
+	printf("processes %d\n", user_processes());
 	printf("restores %d\n", entries("/run/ovr", "restore-"));
 	printf("mounts %d\n", lines_of("/proc/self/mounts"));
 	printf("files in /run %d\n", entries("/run", "") + entries("/run/ovr", ""));
