@@ -1,6 +1,7 @@
 """A restore with the real agent, up to go, abort, and every way to die in between."""
 
 import os
+import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from ovr.errors import (
     PidTaken,
     RestoreFailed,
 )
-from ovr.guest import protocol
+from ovr.guest import build, protocol
 from ovr.vm.agent import Agent, Skeleton
 from tests.unit.agent_host import IMAGES, AgentHost, agent_host, alive, kill, wait_for
 
@@ -285,6 +286,18 @@ def test_criu_is_not_there(tmp_path: Path) -> None:
     with agent_host(tmp_path) as host, host.connect() as agent:
         (tmp_path / "criu").unlink()
         with pytest.raises(RestoreFailed, match="criu cannot be started: No such file"):
+            begin(host, agent)
+        wait_for(lambda: not host.restores)
+
+
+def test_agent_whose_program_was_replaced(tmp_path: Path) -> None:
+    # CRIU would start another program than the one that holds the other end.
+    program, new = tmp_path / "ovr-agent", tmp_path / "new"
+    shutil.copy(build(lab=True), program)
+    with agent_host(tmp_path, program) as host, host.connect() as agent:
+        shutil.copy(program, new)
+        new.rename(program)
+        with pytest.raises(RestoreFailed, match="program file was replaced, restart the agent"):
             begin(host, agent)
         wait_for(lambda: not host.restores)
 
