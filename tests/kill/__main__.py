@@ -8,7 +8,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,15 +37,15 @@ class Range:
     """Where it is done: images, and a VM that is booted when there is none.
 
     Args:
-        name: of the VMs.
-        suite: what runs in them.
+        boot: boots a VM.
         images: the dump.
         scratch: a directory for this run.
     """
 
-    def __init__(self, name: str, suite: str, images: subject.Images, scratch: Path) -> None:
-        self._name = name
-        self._suite = suite
+    def __init__(
+        self, boot: Callable[[], lab.LabVm], images: subject.Images, scratch: Path
+    ) -> None:
+        self._boot = boot
         self.images = images
         self._checksums = images.checksums()
         self.temporary = scratch / "tmp"
@@ -58,7 +58,7 @@ class Range:
         """A VM that runs."""
         if self._vm is None or not self._vm.alive:
             self.down()
-            self._vm = lab.up(self._name, suite=self._suite, memory=MEMORY)
+            self._vm = self._boot()
             subject.install(self._vm)
             if not self.events:
                 self.events = events_of(self._vm, self.images.path, self.temporary)
@@ -72,6 +72,12 @@ class Range:
             self._vm = None
 
     def shoot(self, victim: str, point: Point) -> str:
+        """Kill the victim at that point, and restore again; returns what became of the tree."""
+        became = self.hit(victim, point)
+        check.next_restore(self.vm, self.images)
+        return became
+
+    def hit(self, victim: str, point: Point) -> str:
         """Kill the victim at that point of a restore; returns what became of the tree."""
         vm = self.vm
         subject.end(vm)
@@ -82,7 +88,6 @@ class Range:
             attempt.close()
         assert self.images.checksums() == self._checksums, "the images have changed"
         assert vm.alive or victim == "qemu", "the VM is dead"
-        check.next_restore(self.vm, self.images)
         return became if met else f"{became}; nobody to kill"
 
 
@@ -109,7 +114,7 @@ def shooting_range(name: str, suite: str, scratch: Path) -> Iterator[Range]:
     directory = scratch / "images"
     directory.mkdir()
     images = subject.dump_in_a_vm(f"{name}-a", directory, 8 * MIB, suite=suite, memory=MEMORY)
-    place = Range(f"{name}-b", suite, images, scratch)
+    place = Range(lambda: lab.up(f"{name}-b", suite=suite, memory=MEMORY), images, scratch)
     try:
         yield place
     finally:
