@@ -129,7 +129,7 @@ static void abort_restore(const char *reason)
 {
 	bool gone = restore.phase == UPLOADING || kill_everything();
 
-	if (!restore.engine || restore.child_ended) {
+	if (!restore.engine || restore.phase == UPLOADING || restore.child_ended) {
 		report_aborted(reason, gone);
 		return;
 	}
@@ -198,8 +198,11 @@ static void report_success(void)
 
 static void child_ended(void)
 {
+	char reason[sizeof(restore.reason)];
+
+	memcpy(reason, restore.reason, sizeof(reason));
 	if (restore.phase == ENDING)
-		report_aborted(restore.reason, restore.gone);
+		report_aborted(reason, restore.gone);
 	else if (restore.phase == RELEASED && exit_code(restore.child_status) == 0)
 		report_success();
 	else if (restore.phase == HELD)
