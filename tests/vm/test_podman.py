@@ -13,12 +13,14 @@ import ovr
 from ovr import demo, lab
 from ovr.errors import CriuFailed, RestoreFailed
 from ovr.state import settings
-from tests.vm.conftest import PREFIX
+from tests.vm.conftest import EVERYTHING, PREFIX
 from tests.vm.containers import CACHE, PACKAGES, POD, Container, load_image, make_image, podman
+from tests.vm.containers.bundle import BUNDLE, Plain
 from tests.vm.services.base import run
 
 pytestmark = pytest.mark.timeout(1800)
 
+RUNTIMES = ("runc", "crun") if EVERYTHING else ("runc",)
 HARDWARE = {"suite": "trixie", "memory": "1G", "packages": PACKAGES}
 
 
@@ -50,6 +52,11 @@ def journey(tmp_path_factory):
             container.start(vm)
             answers[container.name] = container.answer(vm)
             container.checkpoint(vm)
+        for plain in map(Plain, RUNTIMES):
+            plain.prepare(vm)
+            plain.start(vm)
+            answers[plain.name] = plain.answer(vm)
+            plain.checkpoint(vm)
     with demo.lab_vm(f"{PREFIX}podman-b", share=share, **HARDWARE) as vm:
         yield Journey(vm, share, answers)
 
@@ -88,4 +95,22 @@ def test_goes_on_as_podmans_container(journey, container):
     podman(journey.vm, f"stop -t 60 {container.name}")
     assert container.inspect(journey.vm)["State"]["Status"] == "exited"
     podman(journey.vm, f"rm -v {container.name}")
+    assert journey.nothing_is_left()
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_goes_on_in_its_bundle(journey, runtime):
+    """Without podman: the runtime restores its own images."""
+    plain = Plain(runtime)
+    plain.prepare(journey.vm)
+    with ovr.attach(f"lab:{journey.vm.name}") as vm:
+        report = vm.restore(
+            journey.directory / plain.name, runtime=runtime, bundle=BUNDLE, name=plain.name,
+            verify="full",
+        )  # fmt: skip
+    assert report.container == plain.name
+    assert report.bytes_outside >= 0.95 * report.bytes_total
+    assert plain.state(journey.vm) == "running"
+    assert plain.answer(journey.vm) == journey.answers[plain.name]
+    plain.end(journey.vm)
     assert journey.nothing_is_left()

@@ -13,7 +13,7 @@ from ovr import lab
 from ovr.lab.share import SHARE
 from tests.vm.services.base import run
 
-__all__ = ["CACHE", "PACKAGES", "POD", "Container", "load_image", "make_image", "podman"]
+__all__ = ["CACHE", "PACKAGES", "POD", "Container", "load_image", "make_image", "podman", "redis"]
 
 PACKAGES = ("busybox-static", "crun", "libcriu2", "podman", "redis-server", "runc", "zstd")
 
@@ -83,18 +83,24 @@ class Container:
         return json.loads(podman(vm, f"container inspect {self.name}"))[0]
 
 
-_WAIT = "until redis-cli -s /tmp/socket ping >/dev/null 2>&1; do sleep 0.2; done"
-_DATA = (
-    "redis-cli -s /tmp/socket debug populate {0} key 500; redis-cli -s /tmp/socket set answer 42"
-)
 _REDIS = 'redis-server --unixsocket /tmp/socket --enable-debug-command yes --save ""'
+
+
+def redis(size: int) -> str:
+    """A script that waits for redis and gives it about `size` bytes of data."""
+    return f"""
+        until redis-cli -s /tmp/socket ping >/dev/null 2>&1; do sleep 0.2; done
+        redis-cli -s /tmp/socket debug populate {size // 600} key 500
+        redis-cli -s /tmp/socket set answer 42
+    """
+
 
 CACHE = Container(
     name="cache",
     runtime="crun",
     options="",
     command=_REDIS,
-    prepare=f"{_WAIT}; {_DATA.format(60000)}",
+    prepare=redis(32 << 20),
     packing="zstd",
     ask="redis-cli -s /tmp/socket get answer; redis-cli -s /tmp/socket debug digest",
 )
@@ -105,8 +111,8 @@ POD = Container(
     runtime="runc",
     options="-v shelf:/data -e COLOUR=green --hostname pod --memory 300m",
     command=f"sh -c '({_WORKER}) & (exec sleep 1000000) & umask 027; {_REDIS}'",
-    prepare=f"{_WAIT}; {_DATA.format(20000)}"
-    "; echo kept > /data/note; echo changed > /etc/changed; echo new > /root/new; rm /etc/passwd",
+    prepare=redis(8 << 20)
+    + "echo kept > /data/note; echo changed > /etc/changed; echo new > /root/new; rm /etc/passwd",
     packing="none",
     ask="""
         redis-cli -s /tmp/socket get answer; redis-cli -s /tmp/socket debug digest
