@@ -3,6 +3,7 @@
 Each kind says which images there are, what is sent into the guest, and who runs CRIU there.
 """
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -29,6 +30,7 @@ Inside = Mapping[str, bytes | Extents]
 
 _CRIU_SECONDS: Final = 60.0
 _ENGINE_SECONDS: Final = 300.0  # it unpacks a root file system first
+_SCRIPTS_FOR_ENGINES: Final = (3, 19)  # "action-scripts: allow shell scripts in rpc mode"
 _DESCRIPTORS: Final = "descriptors.json"  # runc and crun put it beside CRIU's images
 
 
@@ -57,9 +59,16 @@ class Checkpoint(ABC):
         """Raise `CheckFailed` if the guest cannot restore it."""
         if hello.criu is None:
             raise CheckFailed("the guest has no CRIU", "apt-get install criu, in the guest")
-        if self.engine is not None and self.engine not in hello.engines:
+        if self.engine is None:
+            return
+        if self.engine not in hello.engines:
             raise CheckFailed(
                 f"the guest has no {self.engine}", f"apt-get install {self.engine}, in the guest"
+            )
+        if _numbers(hello.criu) < _SCRIPTS_FOR_ENGINES:
+            raise CheckFailed(
+                f"the guest's CRIU {hello.criu} runs no action scripts for {self.engine}",
+                "use CRIU 3.19 or later in the guest",
             )
 
     def close(self) -> None:
@@ -184,6 +193,10 @@ class RuntimeCheckpoint(Checkpoint):
         super().close()
         if self._archive:
             self._archive.close()
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in re.findall(r"\d{1,9}", version))
 
 
 def _held(images: ImageSet, inside: Inside) -> Inside:

@@ -206,7 +206,8 @@ static void child_ended(void)
 	else if (restore.phase == RELEASED && exit_code(restore.child_status) == 0)
 		report_success();
 	else if (restore.phase == HELD)
-		abort_restore("criu died while it held the tree");
+		abort_restore(restore.engine ? "the container engine ended before the restore" :
+					       "criu died while it held the tree");
 	else
 		/* In BUILDING even status 0: a tree that did not pass our hook. */
 		report_failure();

@@ -5,15 +5,17 @@ import json
 import shutil
 import subprocess
 import tarfile
+from dataclasses import replace
 
 import pytest
 
 from ovr.checkpoint import ImagesCheckpoint, PodmanCheckpoint, RuntimeCheckpoint, open_checkpoint
-from ovr.errors import ImagesDamaged, ImagesUnsupported, UsageError
+from ovr.errors import CheckFailed, ImagesDamaged, ImagesUnsupported, UsageError
 from ovr.guest.protocol import ENGINE_ARCHIVE, HOOK_HELD
 from ovr.images import Archive, ImageSet
 from ovr.images.source import Sources
 from ovr.plan import make_plan
+from ovr.vm.session import Hello
 
 CONFIG = {
     "id": "ab" * 32, "name": "web", "runtime": "crun", "rootfsImageName": "localhost/web:1",
@@ -122,6 +124,20 @@ def test_a_runtime_gets_its_images(archive, tmp_path, content):
             root = checkpoint.images.tasks[0].pid
             assert f"{HOOK_HELD}pagemap-{root}.img" in files
             assert f"pagemap-{root}.img" not in files
+
+
+def test_what_the_guest_must_have(archive):
+    hello = Hello(3, "0", False, "6.12", "4.1.1", 1, 4096, "", True, ("podman", "crun"))
+    with PodmanCheckpoint(archive) as checkpoint:
+        checkpoint.check(hello)
+        checkpoint.check(replace(hello, criu="3.19"))
+        for other, match in (
+            ({"criu": None}, "no CRIU"), ({"engines": ("runc",)}, "the guest has no podman"),
+            ({"criu": "3.17.1"}, r"CRIU 3\.17\.1 runs no action scripts for podman"),
+        ):  # fmt: skip
+            with pytest.raises(CheckFailed, match=match) as caught:
+                checkpoint.check(replace(hello, **other))
+            assert caught.value.hint
 
 
 def test_images_of_a_process_have_no_engine(dumps):
