@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import shutil
 import subprocess
 import tarfile
@@ -193,6 +194,15 @@ def test_an_archive_that_builds_on_another(tmp_path, content):
     path = pack(tmp_path / "x.tar", content, links=links)
     with pytest.raises(ImagesUnsupported, match="builds on a pre-checkpoint"):
         Archive.open(path)
+
+
+def test_sparse_files(tmp_path):
+    (tmp_path / "inventory.img").write_bytes(b"x")
+    os.truncate(tmp_path / "inventory.img", 1 << 20)
+    words = ["tar", "--sparse", "-C", tmp_path, "-cf", tmp_path / "x.tar", "inventory.img"]
+    subprocess.run(words, check=True)
+    with pytest.raises(ImagesUnsupported, match="sparse file"):
+        Archive.open(tmp_path / "x.tar")
 
 
 def test_links_are_no_images(tmp_path, content):
