@@ -1,6 +1,8 @@
 /* Running CRIU, and reading why it failed. */
 #include <errno.h>
 #include <fcntl.h>
+#include <poll.h>
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -12,67 +14,84 @@
 
 #define LOG_TAIL (64 << 10)
 #define FIXED_ARGUMENTS 16
+#define VERSION_MS 3000
 
-bool own_path(char path[256])
+/* The path of this very program, which CRIU will start as its action script. */
+static char program[256];
+static struct stat program_file;
+
+bool criu_know_program(void)
 {
-	ssize_t size = readlink("/proc/self/exe", path, 255);
-	struct stat named, running;
+	ssize_t size = readlink("/proc/self/exe", program, sizeof(program) - 1);
 
 	if (size <= 0)
 		return false;
-	path[size] = 0;
-	/* After an upgrade the name may lead to another program, or nowhere. */
-	if (stat(path, &named) < 0 || stat("/proc/self/exe", &running) < 0 ||
-	    named.st_dev != running.st_dev || named.st_ino != running.st_ino) {
+	program[size] = 0;
+	return stat(program, &program_file) == 0;
+}
+
+/* After an upgrade the name may lead to another program, or nowhere. */
+const char *criu_program(void)
+{
+	struct stat named;
+
+	if (stat(program, &named) < 0 || named.st_dev != program_file.st_dev ||
+	    named.st_ino != program_file.st_ino) {
 		errno = ESTALE;
-		return false;
+		return NULL;
 	}
+	return program;
+}
+
+bool criu_command_make(struct criu_command *command, const struct directory *directory,
+		       const struct message *begin)
+{
+	uint32_t extras = begin->field[KEY_CRIU_OPTIONS].size;
+	const char *self = criu_program();
+	const char *const fixed[FIXED_ARGUMENTS] = {
+		options.criu, "restore", "--no-default-config", "-D", command->images,
+		"-W", directory->path, "-d", "-o", "restore.log", command->level,
+		"--action-script", self,
+	};
+	int count = 0;
+
+	command->strings = message_strings(begin, KEY_CRIU_OPTIONS);
+	command->argv = calloc(FIXED_ARGUMENTS + extras + 1, sizeof(*command->argv));
+	if (!command->strings || !command->argv || !self)
+		return false;
+	snprintf(command->images, sizeof(command->images), "%s/images", directory->path);
+	snprintf(command->output, sizeof(command->output), "%s/criu.out", directory->path);
+	snprintf(command->socket, sizeof(command->socket), HOOK_SOCKET "=%s/hook", directory->path);
+	snprintf(command->level, sizeof(command->level), "-v%llu",
+		 (unsigned long long)message_uint(begin, KEY_LOG_LEVEL));
+	command->env[0] = command->socket;
+	command->env[1] = AGENT_PATH;
+	command->env[2] = NULL;
+	while (count < FIXED_ARGUMENTS && fixed[count]) {
+		command->argv[count] = (char *)(uintptr_t)fixed[count];
+		count++;
+	}
+	memcpy(command->argv + count, command->strings, extras * sizeof(*command->argv));
 	return true;
 }
 
-static pid_t start(char *const argv[], const struct directory *directory)
+void criu_command_free(struct criu_command *command)
 {
-	char output[300], socket[300], *env[] = {NULL, NULL, NULL};
+	free(command->argv);
+	free(command->strings);
+}
+
+pid_t criu_start(const struct criu_command *command)
+{
 	struct child_io io = {-1, -1, -1};
 	pid_t pid;
 
-	snprintf(output, sizeof(output), "%s/criu.out", directory->path);
-	io.out = io.err = open(output, O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0600);
+	io.out = io.err = open(command->output,
+			       O_WRONLY | O_CREAT | O_NOFOLLOW | O_APPEND | O_CLOEXEC, 0600);
 	if (io.out < 0)
 		return -1;
-	snprintf(socket, sizeof(socket), HOOK_SOCKET "=%s/hook", directory->path);
-	env[0] = socket;
-	env[1] = AGENT_PATH;
-	pid = child_start(argv, env, io);
+	pid = child_start(command->argv, command->env, io);
 	close(io.out);
-	return pid;
-}
-
-pid_t criu_start(const struct directory *directory, const struct message *begin)
-{
-	char self[256], images[300], level[16];
-	char **extra = message_strings(begin, KEY_CRIU_OPTIONS);
-	uint32_t extras = begin->field[KEY_CRIU_OPTIONS].size;
-	char **argv = calloc(FIXED_ARGUMENTS + extras + 1, sizeof(*argv));
-	pid_t pid = -1;
-
-	if (extra && argv && own_path(self)) {
-		const char *const fixed[FIXED_ARGUMENTS] = {
-			options.criu, "restore", "--no-default-config", "-D", images,
-			"-W", directory->path, "-d", "-o", "restore.log", level,
-			"--action-script", self,
-		};
-
-		snprintf(images, sizeof(images), "%s/images", directory->path);
-		snprintf(level, sizeof(level), "-v%llu",
-			 (unsigned long long)message_uint(begin, KEY_LOG_LEVEL));
-		for (int i = 0; i < FIXED_ARGUMENTS && fixed[i]; i++)
-			argv[i] = (char *)(uintptr_t)fixed[i];
-		memcpy(argv + 13, extra, extras * sizeof(*argv));
-		pid = start(argv, directory);
-	}
-	free(argv);
-	free(extra);
 	return pid;
 }
 
@@ -148,11 +167,14 @@ int criu_log_errors(const struct directory *directory, char lines[LOG_LINES][LOG
 
 static bool read_version(int fd, char version[64])
 {
+	int64_t deadline = now_ms() + VERSION_MS;
+	struct pollfd output = {.fd = fd, .events = POLLIN};
 	char text[512], *line;
 	ssize_t size;
 	size_t done = 0;
 
-	while (done < sizeof(text) - 1 &&
+	while (done < sizeof(text) - 1 && now_ms() < deadline &&
+	       poll(&output, 1, (int)(deadline - now_ms())) == 1 &&
 	       (size = read(fd, text + done, sizeof(text) - 1 - done)) > 0)
 		done += (size_t)size;
 	text[done] = 0;
@@ -169,15 +191,19 @@ const char *criu_version(void)
 	char *argv[] = {(char *)(uintptr_t)options.criu, "--version", NULL};
 	char *env[] = {AGENT_PATH, NULL};
 	int out[2];
+	pid_t pid;
 
 	if (version[0])
 		return version;
 	if (pipe2(out, O_CLOEXEC) < 0)
 		return NULL;
-	if (child_start(argv, env, (struct child_io){-1, out[1], -1}) > 0) {
+	pid = child_start(argv, env, (struct child_io){-1, out[1], -1});
+	if (pid > 0) {
 		close(out[1]);
 		out[1] = -1;
-		read_version(out[0], version);
+		/* Nobody else waits for a program that hangs. */
+		if (!read_version(out[0], version))
+			kill(pid, SIGKILL);
 	}
 	close(out[0]);
 	if (out[1] >= 0)

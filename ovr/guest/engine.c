@@ -65,11 +65,12 @@ void engine_add_installed(struct writer *writer)
 
 static bool write_config(const char *path)
 {
-	char self[256], text[300];
+	const char *self = criu_program();
+	char text[300];
 	int fd = -1, size;
 	bool done;
 
-	if (!own_path(self))
+	if (!self)
 		return false;
 	size = snprintf(text, sizeof(text), "action-script \"%s\"\n", self);
 	fd = open(path, O_WRONLY | O_CREAT | O_TRUNC | O_NOFOLLOW | O_CLOEXEC, 0600);

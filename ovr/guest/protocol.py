@@ -17,11 +17,20 @@ Session
     then frames; the agent answers with `MAGIC`, the token of the `Hello`, then frames, and the
     host discards everything before that token, which no older session can have known.
 
+Proof
+    On many hosts anybody may open vsock connections. Before the first message of a restore the host
+    says, with `Prove`, what lies in the agent's memory at the address that `Welcome` names. Only
+    who can read the VM's RAM can know it, and who can do that owns the guest anyway. There is no
+    answer.
+
 Restore (one at a time, owned by one session)
     `Files`… `Begin` → `Stopped` | `Failed` | `Aborted`; then any number of `Touch` → `Touched`
     and `Map` → `Mapped`, one at a time; then `Go` → `Restored` | `Failed`, or `Abort` →
     `Aborted`. `Aborted` may come unasked. After `Begin` any frame, such as
     `Alive`, which has no answer, holds off the silence deadline.
+
+Pool (at any time, for the next restore)
+    `Warm` → `Warmed` when it is filled; `Pool` → `Warmed`.
 
 Lab (agents built with ``OVR_LAB`` only; one job a session)
     `Run`, `Stdin`… (empty: end of file; the next one after `Taken`) → `Output`… `Exited`;
@@ -50,6 +59,7 @@ __all__ = [
     "MAX_RANGES",
     "MAX_STRING",
     "PIECE",
+    "SECRET_SIZE",
     "SYNC_ZEROS",
     "TOKEN_SIZE",
     "VERSION",
@@ -74,6 +84,8 @@ __all__ = [
     "Output",
     "Ping",
     "Pong",
+    "Pool",
+    "Prove",
     "Put",
     "Restored",
     "Run",
@@ -85,12 +97,15 @@ __all__ = [
     "Taken",
     "Touch",
     "Touched",
+    "Warm",
+    "Warmed",
     "Welcome",
 ]
 
 VERSION = 3
 MAGIC = b"OVRSYNC1"
 TOKEN_SIZE = 16
+SECRET_SIZE = 32
 
 MAX_FRAME = 256 << 10
 CHUNK = MAX_FRAME - (4 << 10)
@@ -136,6 +151,13 @@ class Hello(Message):
 
 
 @dataclass(frozen=True)
+class Prove(Message):
+    """Shows that the host can read the VM's RAM: `SECRET_SIZE` bytes from there."""
+
+    secret: bytes
+
+
+@dataclass(frozen=True)
 class Ping(Message):
     """Asks for a `Pong` with the same number."""
 
@@ -167,6 +189,8 @@ class Begin(Message):
         keep_log: leave the restore's directory (without the images) in the guest.
         engine: ``podman``, ``runc`` or ``crun``; none: CRIU alone. podman finds all in the file
             `ENGINE_ARCHIVE`. One image that CRIU needs comes as `HOOK_HELD` and its name.
+        warm_images: to have CRIU that waits with a pool do it: the pagemaps of the tasks that get
+            memory of it, and their pages images. None: leave the pool alone.
     """
 
     criu_options: tuple[str, ...]
@@ -174,6 +198,7 @@ class Begin(Message):
     timeout_ms: int
     log_level: int
     keep_log: bool
+    warm_images: tuple[str, ...]
     engine: str | None = None
 
 
@@ -211,6 +236,18 @@ class Map(Message):
     file: str
     size: int
     ranges: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Warm(Message):
+    """Start a CRIU with a pool of `size` bytes, in place of the one that is there; 0: end that."""
+
+    size: int
+
+
+@dataclass(frozen=True)
+class Pool(Message):
+    """Asks for a `Warmed` that says what there is."""
 
 
 @dataclass(frozen=True)
@@ -296,6 +333,8 @@ class Welcome(Message):
 
     Attributes:
         force_write: the kernel lets the agent write to pages that their own task cannot write to.
+        secret_at: the GVA, in the agent's process, of what `Prove` has to say.
+        warm: the size of the pool that is ready, 0 if there is none.
         engines: the container engines that are installed.
     """
 
@@ -309,6 +348,8 @@ class Welcome(Message):
     page_size: int
     boot_id: str
     force_write: bool
+    secret_at: int
+    warm: int
     engines: tuple[str, ...] = ()
 
 
@@ -321,11 +362,35 @@ class Pong(Message):
 
 @dataclass(frozen=True)
 class Stopped(Message):
-    """The skeleton stands: pids as the agent sees them, `tasks` are the held threads' ids."""
+    """The skeleton stands: pids as the agent sees them, `tasks` are the held threads' ids.
+
+    `warm`: how many bytes of areas were made from the pool; `note`: why none, or not all.
+    """
 
     root_pid: int
     criu_pid: int
     tasks: tuple[int, ...]
+    warm: int
+    note: str
+
+
+@dataclass(frozen=True)
+class Warmed(Message):
+    """The pool.
+
+    Attributes:
+        size: in bytes; 0: there is none.
+        huge: how many of them are in huge pages.
+        pid: the process that has it.
+        address: where it is in that process.
+        note: why there is none.
+    """
+
+    size: int
+    huge: int
+    pid: int
+    address: int
+    note: str
 
 
 @dataclass(frozen=True)

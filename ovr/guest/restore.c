@@ -15,6 +15,7 @@
 #define CRIU_DEATH_MS 5000
 #define ENGINE_END_MS 60000
 #define MAX_DEADLINE_MS (24ll * 3600 * 1000)
+#define UPLOAD_SILENCE_MS 60000	/* until "begin" says how long a host may be silent */
 
 enum phase {
 	IDLE,
@@ -56,6 +57,7 @@ static void forget(void)
 	close_fd(&restore.listener);
 	close_fd(&restore.hook);
 	populate_end();
+	warm_forget();
 	directory_remove(&restore.directory, restore.keep_log);
 	prctl(PR_SET_CHILD_SUBREAPER, 0);
 	engine_forget(&restore.theirs);
@@ -218,12 +220,15 @@ static void child_ended(void)
 static void report_stopped(const uint32_t *tasks, int count)
 {
 	struct writer writer = session_writer(restore.owner, OP_STOPPED);
+	const char *note;
 
 	message_add_uint(&writer, KEY_ROOT_PID, (uint64_t)restore.root);
 	message_add_uint(&writer, KEY_CRIU_PID, (uint64_t)restore.criu);
 	message_add_list(&writer, KEY_TASKS, (uint32_t)count);
 	for (int i = 0; i < count; i++)
 		message_item_uint(&writer, tasks[i]);
+	message_add_uint(&writer, KEY_WARM, warm_served(&note));
+	message_add_str(&writer, KEY_NOTE, note);
 	session_send(restore.owner, &writer);
 }
 
@@ -362,6 +367,8 @@ static void add_files(struct session *session, const struct message *message)
 		error = directory_make(&restore.directory);
 		restore.phase = UPLOADING;
 		restore.owner = session;
+		restore.silence_ms = UPLOAD_SILENCE_MS;
+		restore.silent_at = now_ms() + restore.silence_ms;
 	}
 	if (!in_phase(session, UPLOADING))
 		return;
@@ -370,7 +377,7 @@ static void add_files(struct session *session, const struct message *message)
 	while (!error && names_left-- && mp_read(&names, &name) && mp_read(&data, &content))
 		error = directory_append(&restore.directory, &name, &content);
 	if (error)
-		session_break(session, "image file refused: %s", error);
+		session_break(session, "image files cannot be taken: %s", error);
 }
 
 static int64_t deadline_ms(const struct message *message, enum key key)
@@ -390,6 +397,22 @@ static bool known_engine(const struct message *message)
 	return engine_known(name);
 }
 
+/* CRIU's pid, or -1 and errno. */
+static pid_t start_criu(const struct message *begin)
+{
+	static struct criu_command command;
+	pid_t pid = -1;
+
+	if (criu_command_make(&command, &restore.directory, begin)) {
+		if (begin->field[KEY_WARM_IMAGES].size)
+			pid = warm_take(&restore.directory, begin, &command);
+		if (pid < 0)
+			pid = criu_start(&command);
+	}
+	criu_command_free(&command);
+	return pid;
+}
+
 static void begin(struct session *session, const struct message *message)
 {
 	if (!in_phase(session, UPLOADING))
@@ -407,7 +430,7 @@ static void begin(struct session *session, const struct message *message)
 	/* Whatever outlives CRIU must not get away from us. What outlives an engine is its own. */
 	prctl(PR_SET_CHILD_SUBREAPER, !restore.engine);
 	restore.child = restore.engine ? engine_start(&restore.directory, message) :
-					 criu_start(&restore.directory, message);
+					 start_criu(message);
 	if (restore.child < 0) {
 		session_break(session, "%s cannot be started: %s",
 			      restore.engine ? "the container engine" : "criu", errno == ESTALE ?
@@ -513,9 +536,14 @@ bool restore_reaped(pid_t pid, int status)
 	return true;
 }
 
+static bool host_must_speak(void)
+{
+	return restore.phase == UPLOADING || restore.phase == BUILDING || restore.phase == HELD;
+}
+
 void restore_work(void)
 {
-	if (restore.phase < BUILDING)
+	if (restore.phase == IDLE)
 		return;
 	if (restore.child_ended)
 		child_ended();
@@ -525,8 +553,7 @@ void restore_work(void)
 		abort_restore("criu took too long to build the tree");
 	else if (restore.phase == ENDING && now_ms() >= restore.late_at)
 		engine_too_late();
-	else if ((restore.phase == BUILDING || restore.phase == HELD) &&
-		 now_ms() >= restore.silent_at)
+	else if (host_must_speak() && now_ms() >= restore.silent_at)
 		abort_restore("the host was silent for too long");
 }
 
@@ -546,7 +573,7 @@ void restore_watch(struct loop *loop)
 		loop_watch(loop, restore.theirs.end, POLLIN, on_criu_end, NULL);
 	if (restore.phase == BUILDING || restore.phase == ENDING)
 		loop_wake_at(loop, restore.late_at);
-	if (restore.phase == BUILDING || restore.phase == HELD)
+	if (host_must_speak())
 		loop_wake_at(loop, restore.silent_at);
 }
 

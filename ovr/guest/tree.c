@@ -153,7 +153,8 @@ static bool is_top(const struct tree *tree, const struct process *process)
 		return true;
 	if (tree->runtime > 1 && process->parent == tree->runtime)
 		return true;
-	return tree->orphans && process->parent == getpid() && !lab_owns(process->pid);
+	return tree->orphans && process->parent == getpid() && !lab_owns(process->pid) &&
+	       !warm_owns(process->pid);
 }
 
 static struct process *find(const struct table *table, pid_t pid)

@@ -22,7 +22,7 @@ from ovr.guest.wire import ProtocolError
 from ovr.vm.lab_agent import Completed, LabSession
 from ovr.vm.session import Hello, one_line
 
-__all__ = ["Agent", "Completed", "Hello", "Mapping", "Restored", "Skeleton"]
+__all__ = ["Agent", "Completed", "Hello", "Mapping", "Restored", "Skeleton", "Warm"]
 
 MessageT = TypeVar("MessageT", bound=Message)
 
@@ -40,11 +40,14 @@ class Skeleton:
         root_pid: the root task.
         criu_pid: CRIU, which traces all of them and is itself stopped.
         tasks: the ids of all held threads, leaders included.
+        warm: how many bytes of areas were made from the pool; `note`: why none, or not all.
     """
 
     root_pid: int
     criu_pid: int
     tasks: tuple[int, ...]
+    warm: int = 0
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -63,12 +66,32 @@ class Mapping:
     address: Gva
 
 
+@dataclass(frozen=True)
+class Warm:
+    """The pool.
+
+    Attributes:
+        size: in bytes; 0: there is none.
+        huge: how many of them are in huge pages.
+        pid: the process that has it, as for `Skeleton`.
+        address: where it is there.
+        note: why there is none.
+    """
+
+    size: int
+    huge: int
+    pid: int
+    address: Gva
+    note: str
+
+
 class Agent(LabSession):
-    """A restore, step by step: `begin`, then `go` or `abort`.
+    """A restore, step by step: `prove`, `begin`, then `go` or `abort`.
 
     ::
 
         with Agent.connect("vsock:3") as agent:
+            prove(kernel, agent)
             skeleton = agent.begin(images)
             with agent.keep_alive():
                 ...  # write memory and state from outside
@@ -76,6 +99,16 @@ class Agent(LabSession):
     """
 
     _engine = "criu"
+
+    def prove(self, secret: bytes) -> None:
+        """Show that we can read the VM's RAM; `ovr.vm.proof` finds the secret there.
+
+        The agent hangs up, with the reason, if it is wrong; what is asked of it next finds out.
+
+        Raises:
+            AgentUnreachable: the link broke.
+        """
+        self._send(protocol.Prove(secret))
 
     def begin(
         self,
@@ -87,6 +120,7 @@ class Agent(LabSession):
         log_level: int = 2,
         keep_log: bool = False,
         engine: str | None = None,
+        warm_images: Sequence[str] = (),
     ) -> Skeleton:
         """Have the guest's CRIU build the tree from `images`, up to its pre-resume hook.
 
@@ -101,6 +135,8 @@ class Agent(LabSession):
             log_level: CRIU's ``-v``.
             keep_log: leave CRIU's log in the guest.
             engine: what runs CRIU: ``podman``, ``runc`` or ``crun``; see `protocol.Begin`.
+            warm_images: if the CRIU with the pool shall do it, the pagemaps of the tasks that get
+                memory of it, and their pages images.
 
         Raises:
             PidTaken: a pid of the images is in use in the guest.
@@ -117,6 +153,7 @@ class Agent(LabSession):
             log_level=log_level,
             keep_log=keep_log,
             engine=engine,
+            warm_images=tuple(warm_images),
         )
         with self.keep_alive(silence / 4):
             try:
@@ -127,7 +164,9 @@ class Agent(LabSession):
                 self.close()
                 raise ImagesUnsupported(f"the inside image set cannot be sent: {error}") from error
             stopped = self._outcome(protocol.Stopped, self._deadline(timeout + self._timeout))
-        return Skeleton(stopped.root_pid, stopped.criu_pid, stopped.tasks)
+        return Skeleton(
+            stopped.root_pid, stopped.criu_pid, stopped.tasks, stopped.warm, one_line(stopped.note)
+        )
 
     def touch(
         self, pid: int, ranges: Iterable[tuple[int, int]], *, keep: bool, timeout: float = 120.0
@@ -179,6 +218,29 @@ class Agent(LabSession):
             self.touch(mapped.pid, here, keep=True, timeout=timeout)
         return Mapping(mapped.pid, Gva(mapped.address))
 
+    def warm(self, size: int, timeout: float = 600.0) -> "Warm":
+        """Have a CRIU started in advance, with so many bytes of memory; 0: end the one there is.
+
+        Raises:
+            RestoreFailed: the guest has not so much memory, or cannot do it.
+            AgentUnreachable: the link broke.
+        """
+        self._send(protocol.Warm(size))
+        return self._warmed(timeout)
+
+    def pool(self) -> "Warm":
+        """Ask what there is.
+
+        Raises:
+            AgentUnreachable: the link broke.
+        """
+        self._send(protocol.Pool())
+        return self._warmed(None)
+
+    def _warmed(self, timeout: float | None) -> "Warm":
+        found = self._outcome(protocol.Warmed, self._deadline(timeout))
+        return Warm(found.size, found.huge, found.pid, Gva(found.address), one_line(found.note))
+
     def go(self, timeout: float | None = None) -> Restored:
         """Let the tree run; returns when CRIU has detached and ended.
 
@@ -226,10 +288,7 @@ class Agent(LabSession):
         if isinstance(message, protocol.Aborted):
             raise _aborted(message)
         if isinstance(message, protocol.Error):
-            raise RestoreFailed(
-                f"the agent refused: {one_line(message.text)}",
-                "the guest is as it was; try again when the reason is gone",
-            )
+            raise _refused(message)
         raise self._broken(f"{message.op} instead of {kind.op}")
 
 
@@ -280,6 +339,17 @@ _PID_TAKEN = (
 )
 
 
+# By what the agent says: strerror() of the C library, and its own words.
+_CURES = {
+    "No space left on device": "free memory or disk space in the guest where that directory is, or"
+    " start ovr-agent with another --dir",
+    "busy": "wait until the other restore has ended",
+    "Cannot allocate memory": "free memory in the guest, or raise the limit of the task's cgroup",
+    "is the guest out of it?": "free memory in the guest, or raise the limit of the task's cgroup",
+    "what lies in the memory": "is this agent in the VM that --vm names?",
+}
+
+
 def _failure(message: protocol.Failed, program: str) -> RestoreFailed:
     log = tuple(one_line(line) for line in message.log)
     taken = [match[1] for line in log for known in _PID_TAKEN if (match := known.search(line))]
@@ -299,6 +369,12 @@ def _failure(message: protocol.Failed, program: str) -> RestoreFailed:
         )
     error.add_note("\n".join(log))
     return error if message.gone else _still_there()
+
+
+def _refused(message: protocol.Error) -> RestoreFailed:
+    text = one_line(message.text)
+    cure = next((cure for sign, cure in _CURES.items() if sign in text), "try again")
+    return RestoreFailed(f"the agent refused: {text}", f"the guest is as it was; {cure}")
 
 
 def _aborted(message: protocol.Aborted) -> RestoreFailed:
