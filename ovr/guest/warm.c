@@ -101,7 +101,7 @@ static pid_t start(struct child_io io)
 {
 	char *argv[POOL_ARGUMENTS + 1] = {(char *)(uintptr_t)options.criu, "restore"};
 	/* The library knows itself by the first one. */
-	char *env[] = {"LD_PRELOAD=/proc/self/fd/0", CRIU_PATH, NULL};
+	char *env[] = {"LD_PRELOAD=/proc/self/fd/0", AGENT_PATH, NULL};
 
 	for (int i = 2; i < POOL_ARGUMENTS; i++)
 		argv[i] = POOL_PADDING;
