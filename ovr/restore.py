@@ -117,7 +117,7 @@ def restore(
         watch.seconds["total"] = watch.total()
         return Report(
             pid=root.pid,
-            container=root.container,
+            container=root.container or checkpoint.container,
             tasks=len(plan.tasks),
             states=plan.states,
             bytes_total=plan.bytes_total,
