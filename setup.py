@@ -13,7 +13,8 @@ LDFLAGS: list[str] = ["-pthread"]
 # that has the buffer protocol. Not the default, because single reads and writes take twice as long.
 ABI3 = os.environ.get("OVR_ABI3", "0") != "0"
 if os.environ.get("OVR_SANITIZE"):
-    CFLAGS += ["-fsanitize=address,undefined", "-fno-omit-frame-pointer"]
+    CFLAGS += ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    CFLAGS += ["-fno-omit-frame-pointer", "-O1"]
     LDFLAGS += ["-fsanitize=address,undefined"]
 
 setup(

@@ -61,6 +61,14 @@ class Plan:
         found = [task.by_reason() for task in self.tasks]
         return sum(by.get(Reason.COW, 0) + by.get(Reason.INHERITED, 0) for by in found)
 
+    def by_reason(self) -> dict[Reason, int]:
+        """Bytes by verdict, of all memory."""
+        found: dict[Reason, int] = {}
+        for memory in self.memories:
+            for reason, count in memory.by_reason().items():
+                found[reason] = found.get(reason, 0) + count
+        return dict(sorted(found.items()))
+
     @property
     def states(self) -> tuple[str, ...]:
         """The kinds of state of which something goes outside."""

@@ -5,22 +5,35 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Final
 
-from ovr.errors import AgentUnreachable, OvrError, PidTaken, RestoreFailed
-from ovr.images import ImageSet, image_chunks
+from ovr.errors import (
+    AgentUnreachable,
+    ImagesUnsupported,
+    KernelNotFound,
+    OvrError,
+    PidTaken,
+    RestoreFailed,
+)
+from ovr.guest.protocol import MAX_IMAGE_BYTES
+from ovr.images import ImageSet, image_chunks, image_size
 from ovr.images.source import Sources
+from ovr.journal import Journal
 from ovr.kernel import find_task
 from ovr.outside import Outside, find_outside
 from ovr.plan import Plan, make_plan
-from ovr.report import Report, Stopwatch
+from ovr.report import Report, Span, Stopwatch
 from ovr.state import GuestTree, settings
 from ovr.state.memory import Copier
+from ovr.state.undo import Recording
 from ovr.vm.agent import Agent, Skeleton
 from ovr.vm.attach import AttachedVm
+from ovr.vm.claim import claimed
 from ovr.vm.hold import Holder
-from ovr.vm.memory_map import refusals
+from ovr.vm.proof import prove
+from ovr.vm.refusals import refusals, refuse_migration
 
 __all__ = ["VERIFY_MODES", "restore"]
 
@@ -57,32 +70,43 @@ def restore(
     """
     watch = watch or Stopwatch()
     with ExitStack() as stack:
+        stack.enter_context(claimed(vm.ram.slots))
         image_set = stack.enter_context(ImageSet.open(images))
         with watch("plan"):
             plan = make_plan(image_set, outside)
         _refuse(vm, plan)
         link = stack.enter_context(Agent.connect(_address(vm, agent)))
+        _same_guest(vm, link)
         with watch("plan"):
             if not link.hello.force_write:
                 plan = make_plan(image_set, outside, force_write=False)
-            inside = {name: image_chunks(image) for name, image in plan.inside_images().items()}
+            inside = _inside(plan)
         with watch("skeleton"):
+            prove(vm.kernel, link)
             skeleton = link.begin(inside, criu_options=criu_options, log_level=log_level)
         log.info("skeleton stands: pid %d, %d threads", skeleton.root_pid, len(skeleton.tasks))
+        journal = Journal()
         with _killed_on_error(link), link.keep_alive():
             sources = stack.enter_context(Sources())
             with watch("populate"):
                 memory = find_outside(plan, _guest(vm, skeleton), link, sources)
-            copier = stack.enter_context(_copier(vm, _counter(watch, memory.bytes)))
+            copier = stack.enter_context(_copier(vm, journal, _counter(watch, memory.bytes)))
             with watch("memory"):
                 left = copier.write_families(memory.families)
                 copier.write([*left, *((target, target.pieces) for target in memory.targets)])
-            with watch("state"):
-                settings.write(plan.settings, lambda: _guest(vm, skeleton), copier.holder)
-            with watch("verify"):
-                settings.verify(plan.settings, _guest(vm, skeleton))
-                compared = _verify(copier, memory, verify)
-        with watch("commit"):
+                _log_memory(journal)
+            tree = partial(_guest, vm, skeleton)
+            recording = Recording(journal, vm.kernel, tree, copier.holder)
+            with recording.taken_back_on(BaseException):
+                with watch("state"):
+                    settings.write(plan.settings, tree, copier.holder, recording)
+                with watch("verify"):
+                    settings.verify(plan.settings, tree())
+                    compared = _verify(copier, memory, verify)
+                refuse_migration(vm.qmp)
+                vm.check_same_boot()
+        # From here on the tree may run, whatever we hear, unless the agent says that it is dead.
+        with watch("commit"), recording.taken_back_on(RestoreFailed):
             root = link.go()
         watch.seconds["total"] = watch.total()
         return Report(
@@ -97,6 +121,13 @@ def restore(
             bytes_verified=compared,
             seconds=watch.seconds,
             held=copier.holder.as_json(),
+            reasons={reason.name.lower(): count for reason, count in plan.by_reason().items()},
+            spans=tuple(watch.spans),
+            holds=tuple(
+                Span("held", start - watch.start, end - watch.start)
+                for start, end in copier.holder.spans
+            ),
+            journal=journal,
         )
 
 
@@ -110,7 +141,8 @@ def _address(vm: AttachedVm, agent: str | None) -> str:
 
 
 def _refuse(vm: AttachedVm, plan: Plan) -> None:
-    for reason in refusals(vm.qmp):
+    vm.check_same_boot()
+    for reason in refusals(vm.qmp, vm.balloon):
         raise reason
     # CRIU would find a taken pid too, but only after it has built half of a tree. A tree whose
     # root is pid 1 brings a pid namespace of its own, where nothing is taken.
@@ -123,6 +155,32 @@ def _refuse(vm: AttachedVm, plan: Plan) -> None:
                 f"pid {tid} is taken in the guest by {taken.comm!r}",
                 "end that process and restore again; images can only come back with their pids",
             )
+
+
+def _same_guest(vm: AttachedVm, link: Agent) -> None:
+    # Between attaching and here the guest may have been rebooted, and the agent may be in any VM.
+    try:
+        found = vm.kernel.boot_id
+    except KernelNotFound:
+        return  # built without the symbols of data; the skeleton that is not there tells, too
+    if found != link.hello.boot_id:
+        raise AgentUnreachable(
+            f"the guest was rebooted since ovr attached to it, or the agent at"
+            f" {link.address} is in another VM",
+            "if the VM is the right one, restore again; else give --agent",
+        )
+
+
+def _inside(plan: Plan) -> dict[str, Iterator[bytes]]:
+    images = plan.inside_images()
+    size = sum(map(image_size, images.values()))
+    if size > MAX_IMAGE_BYTES:
+        raise ImagesUnsupported(
+            f"{size} bytes of images would go to the guest's CRIU, which gets at most"
+            f" {MAX_IMAGE_BYTES}",
+            "restore more from outside (--outside all); `ovr plan` says what stays inside, and why",
+        )
+    return {name: image_chunks(image) for name, image in images.items()}
 
 
 @contextmanager
@@ -139,11 +197,16 @@ def _killed_on_error(link: Agent) -> Iterator[None]:
         raise
 
 
+def _log_memory(journal: Journal) -> None:
+    for write in journal.memory:
+        logging.getLogger("ovr.journal").info("%s", write)
+
+
 @contextmanager
-def _copier(vm: AttachedVm, advance: Callable[[int], None]) -> Iterator[Copier]:
+def _copier(vm: AttachedVm, journal: Journal, advance: Callable[[int], None]) -> Iterator[Copier]:
     threads = min(len(os.sched_getaffinity(0)), 8)
-    with Holder(vm.qmp) as holder, ThreadPoolExecutor(threads) as pool:
-        yield Copier(holder, pool, threads, advance)
+    with Holder(vm.qmp, vm.check_same_boot) as holder, ThreadPoolExecutor(threads) as pool:
+        yield Copier(holder, pool, threads, journal, advance)
 
 
 def _counter(watch: Stopwatch, size: int) -> Callable[[int], None]:

@@ -1,7 +1,9 @@
 """``ovr restore``: the command this tool exists for; takes what ``criu restore`` takes."""
 
 import argparse
+import logging
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ from ovr.cli.criu_files import criu_files, stats_text
 from ovr.cli.criu_options import Verbosity, add_criu_options
 from ovr.cli.logs import DEFAULT_LEVEL
 from ovr.cli.output import document, json_option, size
+from ovr.cli.picture import Writer, page, picture_file
 from ovr.cli.plan import add_outside, show
 from ovr.cli.progress import PROGRESS_MODES, make_watch
 from ovr.cli.vm_options import add_agent_option, add_vm_options
@@ -20,6 +23,8 @@ from ovr.report import Report
 from ovr.restore import VERIFY_MODES
 
 __all__ = ["add"]
+
+log = logging.getLogger("ovr.restore")
 
 
 def add(commands: Any) -> None:
@@ -69,6 +74,9 @@ def _add_files(parser: argparse.ArgumentParser) -> None:
         default=DEFAULT_LEVEL, help="say more (-vv: all), or criu's level: 0 nothing … 4 all",
     )  # fmt: skip
     parser.set_defaults(verbose=0)
+    parser.add_argument(
+        "--report", type=Path, metavar="FILE.html", help="draw there what took how long, and why"
+    )
     parser.add_argument("--pidfile", metavar="FILE", help="write the root task's pid there")
     parser.add_argument(
         "--display-stats", action=argparse.BooleanOptionalAction, default=False,
@@ -99,6 +107,7 @@ def _restore(options: argparse.Namespace) -> Report:
     )
     with (
         files as finish,
+        picture_file(options.report) if options.report else nullcontext() as picture,
         make_watch(_progress(options)) as watch,
         attach(options.vm, vmlinux=options.vmlinux, watch=watch) as vm,
     ):
@@ -108,7 +117,16 @@ def _restore(options: argparse.Namespace) -> Report:
             log_level=options.log_level,
         )  # fmt: skip
         finish(report)
+        if picture:
+            _draw(picture, report, options)
     return report
+
+
+def _draw(picture: Writer, report: Report, options: argparse.Namespace) -> None:
+    try:
+        picture.write(page(report, {"images": str(options.images_dir), "VM": options.vm}))
+    except OSError as error:  # the tree runs: that there is no picture of it is no failure
+        log.warning("no report in %s: %s", options.report, error.strerror)
 
 
 def _progress(options: argparse.Namespace) -> str:

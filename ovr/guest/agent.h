@@ -145,6 +145,8 @@ const char *directory_append(struct directory *directory, const struct mp_value 
 void directory_remove(struct directory *directory, bool keep_log);
 
 /* criu.c */
+/* To be called while the program's file is still that of this process. */
+bool criu_know_program(void);
 /* CRIU's pid, or -1 and errno. */
 pid_t criu_start(const struct directory *directory, const struct message *begin);
 #define LOG_LINES 16
@@ -178,6 +180,10 @@ int tree_traced(pid_t criu, uint32_t ids[MAX_TREE]);
 /* The tracer of a task, or 0. */
 pid_t tree_tracer(pid_t pid);
 
+/* exitkill.c */
+/* Have the kernel kill what CRIU, which is stopped, traces when CRIU dies. NULL, or why not. */
+const char *exitkill_set(pid_t criu);
+
 /* populate.c: allocating pages for the host to write to */
 /* Whether the kernel lets us write where a task itself cannot (FOLL_FORCE). */
 bool populate_can_force(void);
@@ -188,6 +194,11 @@ bool populate_reaped(pid_t pid, int status);
 void populate_watch(struct loop *loop);
 /* End all workers, and wait until they are gone. */
 void populate_end(void);
+
+/* proof.c: only who can read this VM's RAM may restore */
+bool proof_make(void);
+uint64_t proof_address(void);
+bool proof_right(const struct mp_value *secret);
 
 /* child.c */
 struct child_io {

@@ -1,6 +1,7 @@
 """Compile the guest agent on the host."""
 
 import hashlib
+import os
 import subprocess
 import tempfile
 from collections.abc import Sequence
@@ -10,26 +11,38 @@ from ovr.errors import LabError
 from ovr.guest.wire import header
 from ovr.user_cache import user_cache
 
-__all__ = ["build"]
+__all__ = ["SANITIZED", "build"]
 
 _SOURCES = Path(__file__).parent
 _CFLAGS = ("-std=c11", "-D_GNU_SOURCE", "-O2", "-g", "-Wall", "-Wextra", "-Werror")
+_STATIC = ("-static",)
+SANITIZED = (
+    "-fsanitize=address,undefined",
+    "-fno-sanitize-recover=all",
+    "-fno-omit-frame-pointer",
+    "-static-libasan",
+    "-static-libubsan",
+)
+"""Linked with a C library of the guest's own, but with nothing that it may not have."""
 _INSTALL = "apt-get install gcc libc6-dev"
 
 
 def build(
-    *, lab: bool = False, output: Path | None = None, flags: Sequence[str] = ("-static",)
+    *, lab: bool = False, output: Path | None = None, flags: Sequence[str] | None = None
 ) -> Path:
     """Compile the agent for guests with this machine's architecture; cached by its sources.
 
     Args:
         lab: with the part that runs commands and moves files.
         output: where to put the binary instead of the cache.
-        flags: what to compile and link it with besides the usual: linking, sanitizers.
+        flags: what to compile and link it with besides the usual, instead of linking it statically
+            or, with ``OVR_SANITIZE`` in the environment, with sanitizers.
 
     Raises:
         LabError: there is no compiler or no C library to link with, or it refuses the sources.
     """
+    if flags is None:
+        flags = SANITIZED if os.environ.get("OVR_SANITIZE") else _STATIC
     sources = sorted(_SOURCES.glob("*.c"))
     command = ["gcc", *_CFLAGS, *(["-DOVR_LAB"] if lab else []), *flags]
     target = output or user_cache() / "agent" / f"ovr-agent-{_digest(command)}"

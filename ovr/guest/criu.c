@@ -1,6 +1,8 @@
 /* Running CRIU, and reading why it failed. */
 #include <errno.h>
 #include <fcntl.h>
+#include <poll.h>
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -12,23 +14,29 @@
 
 #define LOG_TAIL (64 << 10)
 #define FIXED_ARGUMENTS 16
+#define VERSION_MS 3000
 
 /* The path of this very program, which CRIU will start as its action script. */
-static bool own_path(char path[256])
+static char program[256];
+static struct stat program_file;
+
+bool criu_know_program(void)
 {
-	ssize_t size = readlink("/proc/self/exe", path, 255);
-	struct stat named, running;
+	ssize_t size = readlink("/proc/self/exe", program, sizeof(program) - 1);
 
 	if (size <= 0)
 		return false;
-	path[size] = 0;
-	/* After an upgrade the name may lead to another program, or nowhere. */
-	if (stat(path, &named) < 0 || stat("/proc/self/exe", &running) < 0 ||
-	    named.st_dev != running.st_dev || named.st_ino != running.st_ino) {
-		errno = ESTALE;
-		return false;
-	}
-	return true;
+	program[size] = 0;
+	return stat(program, &program_file) == 0;
+}
+
+/* After an upgrade the name may lead to another program, or nowhere. */
+static bool program_replaced(void)
+{
+	struct stat named;
+
+	return stat(program, &named) < 0 || named.st_dev != program_file.st_dev ||
+	       named.st_ino != program_file.st_ino;
 }
 
 static pid_t start(char *const argv[], const struct directory *directory)
@@ -38,7 +46,7 @@ static pid_t start(char *const argv[], const struct directory *directory)
 	pid_t pid;
 
 	snprintf(output, sizeof(output), "%s/criu.out", directory->path);
-	io.out = io.err = open(output, O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0600);
+	io.out = io.err = open(output, O_WRONLY | O_CREAT | O_EXCL | O_APPEND | O_CLOEXEC, 0600);
 	if (io.out < 0)
 		return -1;
 	snprintf(socket, sizeof(socket), HOOK_SOCKET "=%s/hook", directory->path);
@@ -51,17 +59,19 @@ static pid_t start(char *const argv[], const struct directory *directory)
 
 pid_t criu_start(const struct directory *directory, const struct message *begin)
 {
-	char self[256], images[300], level[16];
+	char images[300], level[16];
 	char **extra = message_strings(begin, KEY_CRIU_OPTIONS);
 	uint32_t extras = begin->field[KEY_CRIU_OPTIONS].size;
 	char **argv = calloc(FIXED_ARGUMENTS + extras + 1, sizeof(*argv));
 	pid_t pid = -1;
 
-	if (extra && argv && own_path(self)) {
+	if (program_replaced()) {
+		errno = ESTALE;
+	} else if (extra && argv) {
 		const char *const fixed[FIXED_ARGUMENTS] = {
 			options.criu, "restore", "--no-default-config", "-D", images,
 			"-W", directory->path, "-d", "-o", "restore.log", level,
-			"--action-script", self,
+			"--action-script", program,
 		};
 
 		snprintf(images, sizeof(images), "%s/images", directory->path);
@@ -142,11 +152,14 @@ int criu_log_errors(const struct directory *directory, char lines[LOG_LINES][LOG
 
 static bool read_version(int fd, char version[64])
 {
+	int64_t deadline = now_ms() + VERSION_MS;
+	struct pollfd output = {.fd = fd, .events = POLLIN};
 	char text[512], *line;
 	ssize_t size;
 	size_t done = 0;
 
-	while (done < sizeof(text) - 1 &&
+	while (done < sizeof(text) - 1 && now_ms() < deadline &&
+	       poll(&output, 1, (int)(deadline - now_ms())) == 1 &&
 	       (size = read(fd, text + done, sizeof(text) - 1 - done)) > 0)
 		done += (size_t)size;
 	text[done] = 0;
@@ -163,15 +176,19 @@ const char *criu_version(void)
 	char *argv[] = {(char *)(uintptr_t)options.criu, "--version", NULL};
 	char *env[] = {"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", NULL};
 	int out[2];
+	pid_t pid;
 
 	if (version[0])
 		return version;
 	if (pipe2(out, O_CLOEXEC) < 0)
 		return NULL;
-	if (child_start(argv, env, (struct child_io){-1, out[1], -1}) > 0) {
+	pid = child_start(argv, env, (struct child_io){-1, out[1], -1});
+	if (pid > 0) {
 		close(out[1]);
 		out[1] = -1;
-		read_version(out[0], version);
+		/* Nobody else waits for a program that hangs. */
+		if (!read_version(out[0], version))
+			kill(pid, SIGKILL);
 	}
 	close(out[0]);
 	if (out[1] >= 0)

@@ -4,9 +4,10 @@
  * At pre-resume CRIU holds the whole tree in ptrace stops and waits for its
  * script. Whatever ends the script lets CRIU detach, so the first thing done
  * here is to stop CRIU itself: from then on neither the death of this
- * process nor of the agent lets a task run. Only the agent's word makes us
- * continue CRIU. When the agent's connection ends without that word, we kill
- * the tree ourselves.
+ * process nor of the agent lets a task run. The next thing is that the kernel
+ * kills what CRIU holds should CRIU itself die (exitkill.c). Only the agent's
+ * word makes us continue CRIU. When the agent's connection ends without that
+ * word, we kill the tree ourselves.
  *
  * At post-restore, where a bad exit status still makes CRIU kill the tree,
  * we only make sure that the agent is there.
@@ -94,12 +95,16 @@ static int hold(void)
 	pid_t root = text ? atoi(text) : 0;
 	/* Not our parent, who may be a shell between us, or dead. */
 	pid_t criu = root > 1 ? tree_tracer(root) : 0;
+	const char *problem;
 
 	if (criu > 1) {
-		kill(criu, SIGSTOP);
+		tree_stop_criu(criu);
 		hide_from_oom_killer(criu);
 		hide_from_oom_killer(getpid());
-		if (ask(root, criu, -1) == HOOK_GO) {
+		problem = exitkill_set(criu);
+		if (problem)
+			complain("%s", problem);
+		else if (ask(root, criu, -1) == HOOK_GO) {
 			kill(criu, SIGCONT);
 			return 0;
 		}

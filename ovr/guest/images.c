@@ -6,10 +6,18 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/file.h>
+#include <sys/random.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
 #include "agent.h"
+
+#define PREFIX "restore-"
+#define QUOTE(words) #words
+#define TEXT(number) QUOTE(number)
+
+/* options.dir, ours alone: nobody but root can put anything into it. */
+static int base = -1;
 
 static void empty(int parent, const char *name)
 {
@@ -28,9 +36,9 @@ static void empty(int parent, const char *name)
 	closedir(files);
 }
 
-static void remove_tree(const char *path, bool keep_log)
+static void remove_tree(const char *name, bool keep_log)
 {
-	int fd = open(path, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
+	int fd = openat(base, name, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
 
 	if (fd < 0)
 		return;
@@ -39,42 +47,38 @@ static void remove_tree(const char *path, bool keep_log)
 	if (!keep_log)
 		empty(fd, ".");
 	close(fd);
-	rmdir(path);
+	unlinkat(base, name, AT_REMOVEDIR);
 }
 
 static void remove_leftovers(void)
 {
-	DIR *base = opendir(options.dir);
+	DIR *entries = fdopendir(openat(base, ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC));
 	struct dirent *entry;
-	char path[512];
 
-	while (base && (entry = readdir(base)))
-		if (!strncmp(entry->d_name, "restore-", 8)) {
-			snprintf(path, sizeof(path), "%s/%s", options.dir, entry->d_name);
-			remove_tree(path, false);
-		}
-	if (base)
-		closedir(base);
+	while (entries && (entry = readdir(entries)))
+		if (!strncmp(entry->d_name, PREFIX, strlen(PREFIX)))
+			remove_tree(entry->d_name, false);
+	if (entries)
+		closedir(entries);
 }
 
 bool directory_prepare_base(void)
 {
-	char path[256];
 	struct stat stat;
 	int lock;
 
-	snprintf(path, sizeof(path), "%s/lock", options.dir);
 	if (mkdir(options.dir, 0700) < 0 && errno != EEXIST) {
 		complain("%s: %s", options.dir, strerror(errno));
 		return false;
 	}
-	if (lstat(options.dir, &stat) < 0 || !S_ISDIR(stat.st_mode) ||
-	    stat.st_uid != geteuid() || chmod(options.dir, 0700) < 0) {
+	base = open(options.dir, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
+	if (base < 0 || fstat(base, &stat) < 0 || stat.st_uid != geteuid() ||
+	    fchmod(base, 0700) < 0) {
 		complain("%s is not a directory of ours", options.dir);
 		return false;
 	}
 	/* Held until we end: two agents would remove each other's directories. */
-	lock = open(path, O_RDWR | O_CREAT | O_NOFOLLOW | O_CLOEXEC, 0600);
+	lock = openat(base, "lock", O_RDWR | O_CREAT | O_NOFOLLOW | O_CLOEXEC, 0600);
 	if (lock < 0 || flock(lock, LOCK_EX | LOCK_NB) < 0) {
 		complain("another agent uses %s", options.dir);
 		return false;
@@ -83,20 +87,45 @@ bool directory_prepare_base(void)
 	return true;
 }
 
+/* Why the last call failed; a full file system is the guest's own affair, so name it. */
+static const char *failure(void)
+{
+	static char text[400];
+
+	snprintf(text, sizeof(text), "%s: %s", options.dir, strerror(errno));
+	return text;
+}
+
+/* A name that nobody has, made as mkdtemp() makes one, but below a descriptor. */
+static bool make_restore(char name[32])
+{
+	uint32_t chance;
+
+	for (int i = 0; i < 100; i++) {
+		if (getrandom(&chance, sizeof(chance), 0) != (ssize_t)sizeof(chance))
+			return false;
+		snprintf(name, 32, PREFIX "%08x", chance);
+		if (mkdirat(base, name, 0700) == 0)
+			return true;
+		if (errno != EEXIST)
+			return false;
+	}
+	return false;
+}
+
 const char *directory_make(struct directory *directory)
 {
-	char images[300];
+	char name[32], images[64];
 
 	*directory = (struct directory){.images = -1};
-	snprintf(directory->path, sizeof(directory->path), "%s/restore-XXXXXX", options.dir);
-	if (!mkdtemp(directory->path)) {
-		directory->path[0] = 0;
-		return strerror(errno);
-	}
-	snprintf(images, sizeof(images), "%s/images", directory->path);
-	if (mkdir(images, 0700) == 0)
-		directory->images = open(images, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-	return directory->images < 0 ? strerror(errno) : NULL;
+	if (!make_restore(name))
+		return failure();
+	snprintf(directory->path, sizeof(directory->path), "%s/%s", options.dir, name);
+	snprintf(images, sizeof(images), "%s/images", name);
+	if (mkdirat(base, images, 0700) == 0)
+		directory->images = openat(base, images,
+					   O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
+	return directory->images < 0 ? failure() : NULL;
 }
 
 static bool plain_name(const struct mp_value *name)
@@ -108,12 +137,16 @@ static bool plain_name(const struct mp_value *name)
 static int open_image(struct directory *directory, const char *name)
 {
 	const int flags = O_WRONLY | O_APPEND | O_NOFOLLOW | O_CLOEXEC;
-	int fd = openat(directory->images, name, flags | O_CREAT | O_EXCL, 0600);
+	int fd = openat(directory->images, name, flags);
 
-	if (fd >= 0)
-		directory->files++;
-	else if (errno == EEXIST)
-		fd = openat(directory->images, name, flags);
+	if (fd >= 0 || errno != ENOENT)
+		return fd;
+	if (directory->files >= MAX_FILES) {
+		errno = EMFILE;
+		return -1;
+	}
+	fd = openat(directory->images, name, flags | O_CREAT | O_EXCL, 0600);
+	directory->files += fd >= 0;
 	return fd;
 }
 
@@ -127,18 +160,18 @@ const char *directory_append(struct directory *directory, const struct mp_value 
 
 	if (!plain_name(name))
 		return "not a plain file name";
-	if (directory->files >= MAX_FILES || data->size > MAX_IMAGE_BYTES - directory->bytes)
-		return "too many or too large image files";
+	if (data->size > MAX_IMAGE_BYTES - directory->bytes)
+		return "more than " TEXT(MAX_IMAGE_BYTES) " bytes in all";
 	memcpy(text, name->data, name->size);
 	text[name->size] = 0;
 	fd = open_image(directory, text);
 	if (fd < 0)
-		return strerror(errno);
+		return errno == EMFILE ? "more than " TEXT(MAX_FILES) " of them" : failure();
 	while (done < data->size && (size = write(fd, data->data + done, data->size - done)) > 0)
 		done += (uint32_t)size;
 	directory->bytes += done;
 	close(fd);
-	return done == data->size ? NULL : strerror(errno);
+	return done == data->size ? NULL : failure();
 }
 
 void directory_remove(struct directory *directory, bool keep_log)
@@ -146,6 +179,6 @@ void directory_remove(struct directory *directory, bool keep_log)
 	if (directory->images >= 0)
 		close(directory->images);
 	if (directory->path[0])
-		remove_tree(directory->path, keep_log);
+		remove_tree(strrchr(directory->path, '/') + 1, keep_log);
 	*directory = (struct directory){.images = -1};
 }

@@ -1,9 +1,13 @@
+#include <errno.h>
 #include <getopt.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 #include <unistd.h>
 
 #include "agent.h"
+
+#define MAX_DIR 80
 
 struct options options = {.dir = "/run/ovr", .criu = "criu"};
 
@@ -42,7 +46,8 @@ static void parse(int argc, char **argv)
 #endif
 		default: usage();
 		}
-	if (optind != argc || options.dir[0] != '/')
+	/* The hook's socket lies below it, and sockets have short names. */
+	if (optind != argc || options.dir[0] != '/' || strlen(options.dir) > MAX_DIR)
 		usage();
 }
 
@@ -55,6 +60,14 @@ int main(int argc, char **argv)
 	if (action && getenv(HOOK_SOCKET))
 		return hook_main(action);
 	parse(argc, argv);
+	if (!proof_make()) {
+		complain("no page for a secret: %s", strerror(errno));
+		return 1;
+	}
+	if (!criu_know_program()) {
+		complain("no way to the agent's own program file: %s", strerror(errno));
+		return 1;
+	}
 	if (!directory_prepare_base())
 		return 1;
 	loop_run(&loop);

@@ -169,7 +169,11 @@ static void join_cgroup(pid_t pid, int out)
 	close(fd);
 }
 
-/* The host names it; but nothing else than what a memfd or shared memory is shall open. */
+/*
+ * The host names it; but nothing else than what a memfd or shared memory is
+ * shall open. To look at it first takes a descriptor that opens nothing: a
+ * device or a pipe may act on being opened.
+ */
 static int open_object(const struct message *message, int out)
 {
 	char name[MAX_STRING], path[MAX_STRING + 64];
@@ -177,7 +181,7 @@ static int open_object(const struct message *message, int out)
 	struct stat info;
 	unsigned long start, end;
 	unsigned number;
-	int fd, used = 0;
+	int look, fd, used = 0;
 
 	message_str(message, KEY_FILE, name);
 	if (!(sscanf(name, "fd/%u%n", &number, &used) == 1 && !name[used]) &&
@@ -186,14 +190,18 @@ static int open_object(const struct message *message, int out)
 		fail(out, "open what is neither a descriptor nor a mapping");
 	}
 	snprintf(path, sizeof(path), "/proc/%d/%s", (int)message_uint(message, KEY_PID), name);
-	fd = open(path, O_RDWR | O_CLOEXEC | O_NONBLOCK | O_NOCTTY);
-	if (fd < 0 || fstat(fd, &info) < 0 || fstatfs(fd, &fs) < 0)
+	look = open(path, O_PATH | O_CLOEXEC);
+	if (look < 0 || fstat(look, &info) < 0 || fstatfs(look, &fs) < 0)
 		fail(out, "open the object");
 	if (!S_ISREG(info.st_mode) ||
 	    (fs.f_type != TMPFS_MAGIC && fs.f_type != HUGETLBFS_MAGIC)) {
 		errno = EINVAL;
 		fail(out, "map what is no shared memory");
 	}
+	snprintf(path, sizeof(path), "/proc/self/fd/%d", look);
+	fd = open(path, O_RDWR | O_CLOEXEC);
+	if (fd < 0)
+		fail(out, "open the object");
 	return fd;
 }
 

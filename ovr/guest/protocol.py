@@ -17,6 +17,12 @@ Session
     then frames; the agent answers with `MAGIC`, the token of the `Hello`, then frames, and the
     host discards everything before that token, which no older session can have known.
 
+Proof
+    On many hosts anybody may open vsock connections. Before the first message of a restore the host
+    says, with `Prove`, what lies in the agent's memory at the address that `Welcome` names. Only
+    who can read the VM's RAM can know it, and who can do that owns the guest anyway. There is no
+    answer.
+
 Restore (one at a time, owned by one session)
     `Files`… `Begin` → `Stopped` | `Failed` | `Aborted`; then any number of `Touch` → `Touched`
     and `Map` → `Mapped`, one at a time; then `Go` → `Restored` | `Failed`, or `Abort` →
@@ -48,6 +54,7 @@ __all__ = [
     "MAX_RANGES",
     "MAX_STRING",
     "PIECE",
+    "SECRET_SIZE",
     "SYNC_ZEROS",
     "TOKEN_SIZE",
     "VERSION",
@@ -72,6 +79,7 @@ __all__ = [
     "Output",
     "Ping",
     "Pong",
+    "Prove",
     "Put",
     "Restored",
     "Run",
@@ -86,9 +94,10 @@ __all__ = [
     "Welcome",
 ]
 
-VERSION = 2
+VERSION = 3
 MAGIC = b"OVRSYNC1"
 TOKEN_SIZE = 16
+SECRET_SIZE = 32
 
 MAX_FRAME = 256 << 10
 CHUNK = MAX_FRAME - (4 << 10)
@@ -127,6 +136,13 @@ class Hello(Message):
 
     version: int
     token: bytes
+
+
+@dataclass(frozen=True)
+class Prove(Message):
+    """Shows that the host can read the VM's RAM: `SECRET_SIZE` bytes from there."""
+
+    secret: bytes
 
 
 @dataclass(frozen=True)
@@ -286,6 +302,7 @@ class Welcome(Message):
     """The answer to `Hello`: who is there.
 
     `force_write`: the kernel lets the agent write to pages that their own task cannot write to.
+    `secret_at`: the GVA, in the agent's process, of what `Prove` has to say.
     """
 
     version: int
@@ -298,6 +315,7 @@ class Welcome(Message):
     page_size: int
     boot_id: str
     force_write: bool
+    secret_at: int
 
 
 @dataclass(frozen=True)

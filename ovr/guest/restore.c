@@ -14,6 +14,7 @@
 
 #define CRIU_DEATH_MS 5000
 #define MAX_DEADLINE_MS (24ll * 3600 * 1000)
+#define UPLOAD_SILENCE_MS 60000	/* until "begin" says how long a host may be silent */
 
 enum phase {
 	IDLE,
@@ -284,6 +285,8 @@ static void add_files(struct session *session, const struct message *message)
 		error = directory_make(&restore.directory);
 		restore.phase = UPLOADING;
 		restore.owner = session;
+		restore.silence_ms = UPLOAD_SILENCE_MS;
+		restore.silent_at = now_ms() + restore.silence_ms;
 	}
 	if (!in_phase(session, UPLOADING))
 		return;
@@ -292,7 +295,7 @@ static void add_files(struct session *session, const struct message *message)
 	while (!error && names_left-- && mp_read(&names, &name) && mp_read(&data, &content))
 		error = directory_append(&restore.directory, &name, &content);
 	if (error)
-		session_break(session, "image file refused: %s", error);
+		session_break(session, "image files cannot be taken: %s", error);
 }
 
 static int64_t deadline_ms(const struct message *message, enum key key)
@@ -417,7 +420,7 @@ bool restore_reaped(pid_t pid, int status)
 
 void restore_work(void)
 {
-	if (restore.phase < BUILDING)
+	if (restore.phase == IDLE)
 		return;
 	if (restore.criu_ended)
 		criu_ended();
@@ -435,7 +438,7 @@ void restore_watch(struct loop *loop)
 		loop_watch(loop, restore.hook, POLLIN, on_hook, NULL);
 	if (restore.phase == BUILDING)
 		loop_wake_at(loop, restore.late_at);
-	if (restore.phase == BUILDING || restore.phase == HELD)
+	if (restore.phase != IDLE && restore.phase != RELEASED)
 		loop_wake_at(loop, restore.silent_at);
 }
 

@@ -33,7 +33,7 @@ struct session {
 	int fd;
 	enum link link;
 	enum state state;
-	bool greeted;
+	bool greeted, proved;
 	bool ended;		/* to be closed at the loop's next turn */
 	bool unplugged;		/* port: the host is not connected */
 	int64_t linger_until;
@@ -76,7 +76,7 @@ static void session_forget(struct session *session)
 {
 	restore_session_ended(session);
 	lab_session_ended(session);
-	session->greeted = false;
+	session->greeted = session->proved = false;
 	session->in_size = session->out_start = session->out_size = 0;
 	if (session->link != LINK_STREAM)
 		session->state = STATE_LOST;
@@ -158,7 +158,7 @@ void session_break(struct session *session, const char *format, ...)
 	va_start(args, format);
 	send_error(session, format, args);
 	va_end(args);
-	session->greeted = false;
+	session->greeted = session->proved = false;
 	session->in_size = 0;
 	/* A stream lingers, so that the error is not overtaken by a reset. */
 	session->state = session->link == LINK_STREAM ? STATE_LINGER : STATE_LOST;
@@ -225,6 +225,7 @@ static void welcome(struct session *session, const struct mp_value *token)
 	message_add_uint(&writer, KEY_PAGE_SIZE, (uint64_t)sysconf(_SC_PAGESIZE));
 	message_add_str(&writer, KEY_BOOT_ID, boot);
 	message_add_bool(&writer, KEY_FORCE_WRITE, populate_can_force());
+	message_add_uint(&writer, KEY_SECRET_AT, proof_address());
 	session_send(session, &writer);
 }
 
@@ -252,6 +253,14 @@ static void pong(struct session *session, const struct message *message)
 	session_send(session, &writer);
 }
 
+static void prove(struct session *session, const struct message *message)
+{
+	if (!proof_right(&message->field[KEY_SECRET]))
+		session_break(session, "this is not what lies in the memory of this VM");
+	else
+		session->proved = true;
+}
+
 static void dispatch(struct session *session, const uint8_t *body, size_t size)
 {
 	struct message message;
@@ -275,8 +284,14 @@ static void dispatch(struct session *session, const uint8_t *body, size_t size)
 		break;
 	case OP_ALIVE:
 		break;
+	case OP_PROVE:
+		prove(session, &message);
+		break;
 	case OP_FILES: case OP_BEGIN: case OP_TOUCH: case OP_MAP: case OP_GO: case OP_ABORT:
-		restore_message(session, &message);
+		if (session->proved)
+			restore_message(session, &message);
+		else
+			session_break(session, "prove first that you can read this VM's memory");
 		break;
 	default:
 		if (!lab_message(session, &message))

@@ -139,6 +139,7 @@ def header() -> str:
     limits = {
         "PROTOCOL_VERSION": protocol.VERSION,
         "TOKEN_SIZE": protocol.TOKEN_SIZE,
+        "SECRET_SIZE": protocol.SECRET_SIZE,
         "MAX_FRAME": protocol.MAX_FRAME,
         "CHUNK": protocol.CHUNK,
         "PIECE": protocol.PIECE,

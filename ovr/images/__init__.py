@@ -8,7 +8,7 @@ from ovr.images.draft import Draft
 from ovr.images.imageset import ImageSet
 from ovr.images.messages import CoreEntry, FsEntry, MmEntry, VmaEntry
 from ovr.images.pagemap import PAGEMAP_DTYPE
-from ovr.images.rewrite import Extents, InsideImages, image_chunks
+from ovr.images.rewrite import Extents, InsideImages, image_chunks, image_size
 from ovr.images.task import Memory, Task, TaskState
 from ovr.images.wire import copy_of
 
@@ -27,4 +27,5 @@ __all__ = [
     "VmaEntry",
     "copy_of",
     "image_chunks",
+    "image_size",
 ]

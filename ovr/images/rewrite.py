@@ -25,7 +25,7 @@ from ovr.images.runs import clip, ends_of, page_count
 from ovr.images.task import Memory
 from ovr.images.wire import Message
 
-__all__ = ["Extents", "InsideImages", "image_chunks"]
+__all__ = ["Extents", "InsideImages", "image_chunks", "image_size"]
 
 _CHUNK: Final = 1 << 20
 _SMALL: Final = 1 << 16  # larger files that do not change are not read into memory
@@ -68,6 +68,11 @@ class Extents:
 def _close(fd: int) -> None:
     if fd >= 0:
         os.close(fd)
+
+
+def image_size(image: bytes | Extents) -> int:
+    """The size of an image of the inside set, in bytes."""
+    return len(image) if isinstance(image, bytes) else image.size
 
 
 def image_chunks(image: bytes | Extents) -> Iterator[bytes]:

@@ -63,16 +63,27 @@ class Mapping:
 
 
 class Agent(LabSession):
-    """A restore, step by step: `begin`, then `go` or `abort`.
+    """A restore, step by step: `prove`, `begin`, then `go` or `abort`.
 
     ::
 
         with Agent.connect("vsock:3") as agent:
+            prove(kernel, agent)
             skeleton = agent.begin(images)
             with agent.keep_alive():
                 ...  # write memory and state from outside
             agent.go()
     """
+
+    def prove(self, secret: bytes) -> None:
+        """Show that we can read the VM's RAM; `ovr.vm.proof` finds the secret there.
+
+        The agent hangs up, with the reason, if it is wrong; what is asked of it next finds out.
+
+        Raises:
+            AgentUnreachable: the link broke.
+        """
+        self._send(protocol.Prove(secret))
 
     def begin(
         self,
@@ -218,10 +229,7 @@ class Agent(LabSession):
         if isinstance(message, protocol.Aborted):
             raise _aborted(message)
         if isinstance(message, protocol.Error):
-            raise RestoreFailed(
-                f"the agent refused: {one_line(message.text)}",
-                "the guest is as it was; try again when the reason is gone",
-            )
+            raise _refused(message)
         raise self._broken(f"{message.op} instead of {kind.op}")
 
 
@@ -272,6 +280,17 @@ _PID_TAKEN = (
 )
 
 
+# By what the agent says: strerror() of the C library, and its own words.
+_CURES = {
+    "No space left on device": "free memory or disk space in the guest where that directory is, or"
+    " start ovr-agent with another --dir",
+    "busy": "wait until the other restore has ended",
+    "Cannot allocate memory": "free memory in the guest, or raise the limit of the task's cgroup",
+    "is the guest out of it?": "free memory in the guest, or raise the limit of the task's cgroup",
+    "what lies in the memory": "is this agent in the VM that --vm names?",
+}
+
+
 def _failure(message: protocol.Failed) -> RestoreFailed:
     log = tuple(one_line(line) for line in message.log)
     taken = [match[1] for line in log for known in _PID_TAKEN if (match := known.search(line))]
@@ -290,6 +309,12 @@ def _failure(message: protocol.Failed) -> RestoreFailed:
         )
     error.add_note("\n".join(log))
     return error if message.gone else _still_there()
+
+
+def _refused(message: protocol.Error) -> RestoreFailed:
+    text = one_line(message.text)
+    cure = next((cure for sign, cure in _CURES.items() if sign in text), "try again")
+    return RestoreFailed(f"the agent refused: {text}", f"the guest is as it was; {cure}")
 
 
 def _aborted(message: protocol.Aborted) -> RestoreFailed:

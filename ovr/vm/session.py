@@ -35,6 +35,7 @@ class Hello:
         page_size: in bytes.
         boot_id: a UUID that changes with every boot of the guest.
         force_write: the agent may write to pages that their own task cannot write to.
+        secret_at: address in the agent's memory of what shows who can read the VM's RAM.
     """
 
     protocol: int
@@ -46,6 +47,7 @@ class Hello:
     page_size: int
     boot_id: str
     force_write: bool
+    secret_at: int
 
 
 class Session:
@@ -86,6 +88,11 @@ class Session:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+    @property
+    def address(self) -> str:
+        """Where the agent is, as ``--agent`` takes it."""
+        return str(self._link.address)
 
     def close(self) -> None:
         """Hang up; a restore that is still held is killed by the agent."""
@@ -150,6 +157,7 @@ class Session:
             page_size=answer.page_size,
             boot_id=answer.boot_id,
             force_write=answer.force_write,
+            secret_at=answer.secret_at,
         )
 
     def _synchronise(self, hello: bytes, token: bytes, deadline: float) -> None:

@@ -96,6 +96,7 @@ def session(data: bytes) -> None:
         agent = Agent(link, 5.0)
         for step in (
             agent.ping,
+            lambda: agent.prove(bytes(protocol.SECRET_SIZE)),
             lambda: agent.begin({"core-1.img": b"x" * 10, "pages-1.img": [b"y", b""]}),
             lambda: agent.touch(1, [(0, 4096)], keep=False),
             lambda: agent.map(1, "fd/3", 8192, [(0, 4096)]),
@@ -111,7 +112,17 @@ def session(data: bytes) -> None:
 
 def session_seeds() -> Iterator[bytes]:
     welcome = protocol.Welcome(
-        protocol.VERSION, b"TOKENTOKENTOKENT", "0.1.0", True, "6.12", "4.1", 1, 4096, "id", True
+        protocol.VERSION,
+        b"TOKENTOKENTOKENT",
+        "0.1.0",
+        True,
+        "6.12",
+        "4.1",
+        1,
+        4096,
+        "id",
+        True,
+        1 << 40,
     )
     answers = {type(message).__name__: encode(message) for message in samples()}
     kinds = ("Stopped", "Touched", "Mapped", "Exited", "Restored", "Aborted")

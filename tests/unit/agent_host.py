@@ -16,15 +16,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from ovr.guest import build
+from ovr.guest import build, protocol
 from ovr.vm.agent import Agent
 from ovr.vm.link import Address, Link
-
-SANITIZED = (
-    "-fsanitize=address,undefined",
-    "-fno-sanitize-recover=all",
-    "-fno-omit-frame-pointer",
-)
 
 IMAGES = {"inventory.img": b"inventory", "core-1.img": b"\x00" * 5000, "empty.img": b""}
 
@@ -48,12 +42,13 @@ def say(line):
 
 
 def run_script(action, root=None):
+    command = {valgrind} + [script]
     env = dict(os.environ, CRTOOLS_SCRIPT_ACTION=action, CRTOOLS_IMAGE_DIR=options["-D"])
     if root:
         env["CRTOOLS_INIT_PID"] = str(root)
     pid = os.fork()
     if not pid:
-        os.execve(script, [script], env)
+        os.execve(command[0], command, env)
     return os.waitpid(pid, 0)[1]
 
 
@@ -121,6 +116,7 @@ class AgentHost:
 
     directory: Path
     process: subprocess.Popen[bytes]
+    program: Path
 
     @property
     def stream(self) -> Path:
@@ -162,35 +158,42 @@ class AgentHost:
                 time.sleep(0.01)
 
     def connect(self, *, serial: bool = False, timeout: float = 10.0) -> Agent:
-        """A session."""
+        """A session of somebody who can read the agent's memory."""
         kind = Address("serial" if serial else "unix", path="test")
-        return Agent(Link(kind, self.socket(serial=serial)), timeout)
+        agent = Agent(Link(kind, self.socket(serial=serial)), timeout)
+        agent.prove(self.secret(agent.hello.secret_at))
+        return agent
+
+    def secret(self, address: int) -> bytes:
+        """What the agent has in its memory."""
+        with Path(f"/proc/{self.process.pid}/mem").open("rb", buffering=0) as memory:
+            memory.seek(address)
+            return memory.read(protocol.SECRET_SIZE)
 
     def hook(self, criu_pid: int) -> int:
         """The pid of the action script that holds the tree."""
-        (hook,) = [
-            pid for pid in _children(criu_pid) if Path(f"/proc/{pid}/exe").samefile(self._exe)
-        ]
+        (hook,) = [pid for pid in _children(criu_pid) if _last_word(pid) == str(self.program)]
         return hook
-
-    @property
-    def _exe(self) -> Path:
-        return Path(f"/proc/{self.process.pid}/exe").resolve()
 
 
 @contextmanager
 def agent_host(directory: Path, binary: Path | None = None) -> Iterator[AgentHost]:
-    """Run an agent below `directory`; it must end well."""
+    """Run an agent below `directory`; it must end well.
+
+    With ``OVR_VALGRIND`` in the environment valgrind runs it, and the action script.
+    """
+    valgrind = _valgrind(directory) if os.environ.get("OVR_VALGRIND") else []
+    binary = binary or build(lab=True, flags=("-O1",) if valgrind else None)
     criu = directory / "criu"
-    criu.write_text(_FAKE_CRIU.format(python=sys.executable))
+    criu.write_text(_FAKE_CRIU.format(python=sys.executable, valgrind=valgrind))
     criu.chmod(0o755)
     (directory / "marks").mkdir()
-    command = [binary or build(lab=True), "--dir", directory / "run", "--criu", criu]
+    command = [*valgrind, binary, "--dir", directory / "run", "--criu", criu]
     command += ["--unix", directory / "stream", "--unix-serial", directory / "serial"]
     with subprocess.Popen(command, stderr=subprocess.PIPE) as process:
         assert process.stderr is not None
         assert b"ready" in process.stderr.readline()
-        host = AgentHost(directory, process)
+        host = AgentHost(directory, process, binary)
         wait_for(host.serial.exists)
         try:
             yield host
@@ -198,7 +201,17 @@ def agent_host(directory: Path, binary: Path | None = None) -> Iterator[AgentHos
             running = process.poll() is None
             process.terminate()
             rest = process.stderr.read()
+    found = [log.read_text() for log in directory.glob("valgrind-*.log") if log.stat().st_size]
+    assert not found, "\n".join(found)
     assert not running or process.returncode == 0, rest.decode()
+
+
+def _valgrind(directory: Path) -> list[str]:
+    # Quiet: what is in the logs are errors.
+    return [
+        "/usr/bin/valgrind", "-q", "--leak-check=full", f"--log-file={directory}/valgrind-%p.log",
+        "--errors-for-leak-kinds=definite,indirect,possible",
+    ]  # fmt: skip
 
 
 def wait_for(condition: Callable[[], object], patience: float = 10.0) -> None:
@@ -226,6 +239,10 @@ def _state(pid: int) -> str:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except (FileNotFoundError, ProcessLookupError):
         return ""
+
+
+def _last_word(pid: int) -> str:
+    return Path(f"/proc/{pid}/cmdline").read_text().split("\0")[-2]
 
 
 def _children(pid: int) -> list[int]:

@@ -30,6 +30,7 @@ WELCOME: dict[str, Any] = {
     "page_size": 4096,
     "boot_id": "x",
     "force_write": True,
+    "secret_at": 1 << 40,
 }
 
 

@@ -1,32 +1,51 @@
 """Bytes that no honest host sends, to an agent built with sanitizers."""
 
+import os
 import random
+import re
+import shutil
 import socket
+import subprocess
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import msgpack
 import pytest
 
-from ovr.guest import build, protocol
-from ovr.guest.wire import encode
-from tests.unit.agent_host import IMAGES, SANITIZED, AgentHost, agent_host, wait_for
+from ovr.errors import RestoreFailed
+from ovr.guest import build, compiler, protocol
+from ovr.guest.compiler import SANITIZED
+from ovr.guest.wire import encode, header
+from tests.unit.agent_host import IMAGES, AgentHost, agent_host, wait_for
 
 HELLO = encode(protocol.Hello(protocol.VERSION, bytes(protocol.TOKEN_SIZE)))
+UPLOAD = (protocol.Files(("a.img",), (b"x",)), protocol.Begin((), 60000, 60000, 2, False))
+RESTORE = b"".join(map(encode, UPLOAD))
+GUEST = Path(compiler.__file__).parent
 SYNC = bytes(protocol.SYNC_ZEROS) + protocol.MAGIC
 
 
 @pytest.fixture(scope="module")
 def binary(tmp_path_factory: pytest.TempPathFactory) -> Path:
     where = tmp_path_factory.mktemp("agent") / "ovr-agent"
-    return build(lab=True, output=where, flags=SANITIZED)
+    return build(lab=True, output=where, flags=flags())
 
 
 @pytest.fixture
 def host(tmp_path: Path, binary: Path) -> Iterator[AgentHost]:
     with agent_host(tmp_path, binary) as host:
         yield host
+
+
+def flags() -> tuple[str, ...]:
+    # Valgrind and AddressSanitizer get into each other's way.
+    return ("-O1",) if os.environ.get("OVR_VALGRIND") else SANITIZED
+
+
+def secret_of(host: AgentHost) -> bytes:
+    with host.connect() as agent:
+        return host.secret(agent.hello.secret_at)
 
 
 def frame(content: object) -> bytes:
@@ -38,10 +57,9 @@ def raw(body: bytes) -> bytes:
 
 
 def send(host: AgentHost, data: bytes, *, serial: bool = False) -> bytes:
-    """What the agent says to it, until it hangs up or falls silent."""
+    """What the agent says to it, up to its error, or until it hangs up."""
     answer = b""
     with host.socket(serial=serial) as connection, suppress(OSError):
-        connection.settimeout(0.3)
         with suppress(BrokenPipeError, ConnectionResetError):
             connection.sendall(data)
         while b"error" not in answer and (piece := connection.recv(1 << 16)):
@@ -121,11 +139,12 @@ def test_mutated_frames(host: AgentHost) -> None:
         encode(protocol.Abort()),
         encode(protocol.Alive()),
     ]
+    start = HELLO + encode(protocol.Prove(secret_of(host)))
     for _ in range(400):
         session = bytearray(b"".join(source.choices(good, k=source.randrange(1, 6))))
         for _ in range(source.randrange(0, 4)):
             session[source.randrange(len(session))] = source.randrange(256)
-        send_only(host, HELLO + session)
+        send_only(host, start + session)
     with host.connect() as agent:
         agent.ping()
     assert not host.restores
@@ -141,7 +160,7 @@ def send_only(host: AgentHost, data: bytes, *, serial: bool = False) -> None:
 def test_serial_line_with_remains_of_a_dead_host(host: AgentHost, cut: int) -> None:
     # One connection all the time, as when the agent does not see the host change.
     with host.socket(serial=True) as connection:
-        connection.sendall(SYNC + HELLO)
+        connection.sendall(SYNC + HELLO + encode(protocol.Prove(secret_of(host))))
         files = encode(protocol.Files(("a.img",), (b"x" * 100_000,)))
         connection.sendall(files + files[:-cut])
         answer = receive_until(connection, b"boot_id")
@@ -191,6 +210,152 @@ def test_host_that_does_not_read(host: AgentHost) -> None:
                 connection.sendall(encode(protocol.Ping(1)) * 10)
         with host.connect() as agent:
             agent.ping()
+
+
+def test_who_cannot_read_its_memory_gets_no_restore(host: AgentHost) -> None:
+    secret = secret_of(host)
+    guesses = (bytes(protocol.SECRET_SIZE), secret[:-1], secret + b"x", b"", secret[::-1])
+    for guess in guesses:
+        answer = send(host, HELLO + encode(protocol.Prove(guess)) + RESTORE)
+        assert b"not what lies in the memory" in answer
+    for message in (*UPLOAD, protocol.Go(), protocol.Abort(), protocol.Touch(1, True, (0, 4096))):
+        for serial in (False, True):
+            start = SYNC if serial else b""
+            answer = send(host, start + HELLO + encode(message), serial=serial)
+            assert b"prove first" in answer, message
+    # The next session on the same line begins anew.
+    with host.socket(serial=True) as connection:
+        connection.sendall(SYNC + HELLO + encode(protocol.Prove(secret)) + SYNC + HELLO + RESTORE)
+        receive_until(connection, b"prove first")
+    assert not host.restores
+
+
+def test_the_secret_is_another_one_each_time(tmp_path: Path, binary: Path) -> None:
+    found = set()
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        with agent_host(tmp_path / name, binary) as host:
+            found.add(secret_of(host))
+    assert len(found) == 2
+    assert bytes(protocol.SECRET_SIZE) not in found
+
+
+def test_an_upload_that_has_no_end(tmp_path: Path) -> None:
+    """More bytes, and more files, than an image set has: the agent says the limit and hangs up."""
+    with small_agent(tmp_path, MAX_IMAGE_BYTES=1 << 20, MAX_FILES=20) as host:
+        piece = encode(protocol.Files(("a.img",), (bytes(100_000),)))
+        start = HELLO + encode(protocol.Prove(secret_of(host)))
+        answer = send(host, start + 50 * piece)
+        assert b"cannot be taken: more than 1048576 bytes in all" in answer
+        many = [encode(protocol.Files((f"{n}.img",), (b"",))) for n in range(21)]
+        assert b"more than 20 of them" in send(host, start + b"".join(many))
+        wait_for(lambda: not host.restores)
+        with host.connect() as agent:
+            agent.begin(dict.fromkeys(map(str, range(20)), b"x"), criu_options=host.criu_options())
+            agent.abort()
+
+
+def test_memory_stays_bounded(host: AgentHost) -> None:
+    """Frames without end, from as many hosts as there can be at once, of which none reads."""
+    start = HELLO + encode(protocol.Prove(secret_of(host)))
+    ping = encode(protocol.Ping(1)) * 5000
+    half = (protocol.MAX_FRAME).to_bytes(4, "big") + bytes(protocol.MAX_FRAME - 1)
+    before = resident(host)
+    with ExitStack() as stack:
+        for number in range(16):
+            connection = stack.enter_context(host.socket())
+            connection.setblocking(False)
+            with suppress(OSError):
+                connection.sendall(start + (half if number % 2 else ping))
+            with suppress(OSError):
+                for _ in range(50):
+                    connection.sendall(ping)
+        assert resident(host) - before < 64 << 20  # 16 times 1.3 MiB, and what sanitizers keep
+    with host.connect() as agent:
+        agent.ping()
+
+
+def test_silent_upload(tmp_path: Path) -> None:
+    with small_agent(tmp_path, UPLOAD_SILENCE_MS=300) as host, host.connect() as agent:
+        agent._send(protocol.Files(("a.img",), (b"x",)))
+        wait_for(lambda: host.restores)
+        wait_for(lambda: not host.restores)
+        with pytest.raises(RestoreFailed, match="the host was silent for too long"):
+            agent.go()
+
+
+@pytest.mark.parametrize("name", ["core-1.img", "dangling.img"])
+def test_links_in_the_way(host: AgentHost, name: str) -> None:
+    """Root of the guest puts links where image files would go: nothing is written through them."""
+    victim = host.directory / "victim"
+    victim.write_bytes(b"untouched")
+    with host.connect() as agent:
+        agent._send(protocol.Files(("first.img",), (b"x",)))
+        wait_for(lambda: host.restores)
+        (directory,) = host.restores
+        (directory / "images" / "core-1.img").symlink_to(victim)
+        (directory / "images" / "dangling.img").symlink_to(host.directory / "made")
+        with pytest.raises(RestoreFailed, match=r"cannot be taken: .*symbolic links"):
+            agent.begin({name: b"overwritten"}, criu_options=host.criu_options())
+    wait_for(lambda: not host.restores)
+    assert victim.read_bytes() == b"untouched"
+    assert not (host.directory / "made").exists()
+
+
+def test_a_link_in_the_place_of_the_directory(tmp_path: Path, binary: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    (elsewhere / "restore-1").mkdir(parents=True)
+    (elsewhere / "restore-1" / "file").touch()
+    (tmp_path / "run").symlink_to(elsewhere)
+    with pytest.raises(AssertionError), agent_host(tmp_path, binary):
+        pass
+    assert (elsewhere / "restore-1" / "file").exists()
+
+
+def test_links_among_what_is_left_over(tmp_path: Path, binary: Path) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "file").touch()
+    left = tmp_path / "run" / "restore-1"
+    left.mkdir(parents=True)
+    (left / "images").symlink_to(outside)
+    (tmp_path / "run" / "restore-2").symlink_to(outside)
+    with agent_host(tmp_path, binary):
+        assert (outside / "file").exists()
+        assert not left.exists()
+
+
+def test_a_directory_whose_name_is_too_long(tmp_path: Path, binary: Path) -> None:
+    done = subprocess.run([binary, "--dir", "/" + "x" * 81], capture_output=True, check=False)
+    assert done.returncode == 2
+
+
+@contextmanager
+def small_agent(tmp_path: Path, **limits: int) -> Iterator[AgentHost]:
+    """An agent with other limits than its own."""
+    binary = tmp_path / "ovr-agent"
+    sources = tmp_path / "sources"
+    shutil.copytree(GUEST, sources, ignore=shutil.ignore_patterns("*.py", "packaging"))
+    for name, value in limits.items():
+        texts = {path: path.read_text() for path in sources.glob("*.[ch]")}
+        texts[sources / "protocol.h"] = texts.get(sources / "protocol.h", header())
+        found = 0
+        for path, text in texts.items():
+            new, count = re.subn(rf"(?m)^#define {name} \d+", f"#define {name} {value}", text)
+            path.write_text(new)
+            found += count
+        assert found == 1, name
+    command = ["gcc", "-std=c11", "-D_GNU_SOURCE", "-DOVR_LAB", *flags(), f"-I{sources}"]
+    files = sorted(map(str, sources.glob("*.c")))
+    subprocess.run([*command, *files, "-o", binary], check=True)
+    with agent_host(tmp_path, binary) as host:
+        yield host
+
+
+def resident(host: AgentHost) -> int:
+    """Bytes of memory that the agent has."""
+    status = Path(f"/proc/{host.process.pid}/status").read_text()
+    return int(re.search(r"VmRSS:\s+(\d+) kB", status)[1]) << 10  # type: ignore[index]
 
 
 def receive_until(connection: socket.socket, needle: bytes) -> bytes:

@@ -1,6 +1,7 @@
 """A restore with the real agent, up to go, abort, and every way to die in between."""
 
 import os
+import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from ovr.errors import (
     PidTaken,
     RestoreFailed,
 )
-from ovr.guest import protocol
+from ovr.guest import build, protocol
 from ovr.vm.agent import Agent, Skeleton
 from tests.unit.agent_host import IMAGES, AgentHost, agent_host, alive, kill, wait_for
 
@@ -159,13 +160,33 @@ def test_hook_dies_as_the_host_says_go(host: AgentHost, agent: Agent) -> None:
 
 
 def test_criu_is_killed_while_it_holds_the_tree(host: AgentHost, agent: Agent) -> None:
-    # The kernel then lets its tracees go; all we can do is to be quick.
+    # The kernel kills its tracees before anybody else hears of it.
+    for _ in range(5):
+        skeleton = begin(host, agent)
+        kill(skeleton.criu_pid)
+        wait_for(lambda tasks=skeleton.tasks: not alive(*tasks))
+        with pytest.raises(RestoreFailed, match="criu died"):
+            agent.go()
+        agent.ping()
+        assert not host.marks
+    assert_gone(host, skeleton)
+
+
+def test_criu_is_killed_and_nobody_looks(host: AgentHost, agent: Agent) -> None:
+    # Agent and hook are stopped: it is the kernel that kills the tree.
     skeleton = begin(host, agent)
-    kill(skeleton.criu_pid)
-    wait_for(lambda: not alive(*skeleton.tasks))
+    others = (host.process.pid, host.hook(skeleton.criu_pid))
+    for pid in others:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        kill(skeleton.criu_pid)
+        wait_for(lambda: not alive(*skeleton.tasks))
+    finally:
+        for pid in others:
+            os.kill(pid, signal.SIGCONT)
+    assert not host.marks
     with pytest.raises(RestoreFailed, match="criu died"):
         agent.go()
-    agent.ping()
 
 
 def test_agent_dies(host: AgentHost, agent: Agent) -> None:
@@ -265,6 +286,18 @@ def test_criu_is_not_there(tmp_path: Path) -> None:
     with agent_host(tmp_path) as host, host.connect() as agent:
         (tmp_path / "criu").unlink()
         with pytest.raises(RestoreFailed, match="criu cannot be started: No such file"):
+            begin(host, agent)
+        wait_for(lambda: not host.restores)
+
+
+def test_agent_whose_program_was_replaced(tmp_path: Path) -> None:
+    # CRIU would start another program than the one that holds the other end.
+    program, new = tmp_path / "ovr-agent", tmp_path / "new"
+    shutil.copy(build(lab=True), program)
+    with agent_host(tmp_path, program) as host, host.connect() as agent:
+        shutil.copy(program, new)
+        new.rename(program)
+        with pytest.raises(RestoreFailed, match="program file was replaced, restart the agent"):
             begin(host, agent)
         wait_for(lambda: not host.restores)
 

@@ -20,7 +20,7 @@ LAYERS = (
     {"plan"},
     {"memory_plan"},
     {"cow_plan"},
-    {"state", "placement", "report"},
+    {"state", "placement", "report", "journal"},
     {"vm"},
     {"images", "kernel"},
     {"guest"},

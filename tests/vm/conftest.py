@@ -1,6 +1,7 @@
 """Lab VMs, booted once a session and shared; their consoles are shown when a test fails."""
 
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,6 +64,35 @@ def pytest_runtest_makereport(item, call):
 
 
 PREFIX = f"test-{os.getpid()}-"
+FINDING = re.compile(r"ERROR: \w+Sanitizer|runtime error:")
+
+
+@pytest.fixture(autouse=True)
+def no_finding(monkeypatch):
+    """Where the agent is built with sanitizers, each test fails of which one has something to say.
+
+    An agent that has ended so is started again by its guest's init, and not always missed.
+    """
+    found: list[str] = []
+    before = {vm.name: len(findings(vm)) for vm in lab.ls()}
+    down = lab.LabVm.down
+
+    def look_and_end(vm):
+        found.extend(findings(vm)[before.pop(vm.name, 0) :])
+        down(vm)
+
+    monkeypatch.setattr(lab.LabVm, "down", look_and_end)
+    yield
+    for vm in lab.ls():
+        found.extend(findings(vm)[before.get(vm.name, 0) :])
+    assert not found
+
+
+def findings(vm) -> list[str]:
+    if not (os.environ.get("OVR_SANITIZE") and vm.name.startswith(PREFIX) and vm.console.exists()):
+        return []
+    return [line for line in vm.console.read_text(errors="replace").splitlines()
+            if FINDING.search(line)]  # fmt: skip
 
 
 @dataclass(frozen=True)
