@@ -30,7 +30,7 @@ NAMES = {
 GOALS = (
     # what, key, whether more is better, limit, how it is written
     ("copy by memcpy limit, 2 MiB pages", f"{COLD}.idle.copy_of_limit", True, 0.9, "{:.2f}"),
-    ("copy by memcpy limit, scattered 4 KiB pages", f"{COLD}.scattered.copy_of_limit", True, 0.8, "{:.2f}"),
+    ("copy by memcpy limit, scattered pages", f"{COLD}.scattered.copy_of_limit", True, 0.8, "{:.2f}"),
     ("cold, idle, against CRIU inside", f"{COLD}.idle.times.{INSIDE}", True, 3, "{:.1f} x"),
     ("warm, idle, against CRIU inside", f"{WARM}.idle.times.{INSIDE}", True, 12, "{:.1f} x"),
     ("warm, idle, against CRIU on bare metal", f"{WARM}.idle.times.{BARE}", True, 20, "{:.1f} x"),
@@ -141,8 +141,8 @@ def conditions(whole: Mapping[str, Any]) -> str:
     gib = 1 << 30
     return (
         f"{about['size'] / gib:.4g} GiB of memory, {about['rounds']} rounds; host: "
-        f"{about['cores']} cores of {about['cpu']}, {about['memory_bytes'] / gib:.0f} GiB, Linux {about['kernel']}, "
-        f"QEMU {about['qemu'].split()[0]}; guest: {about['guest']} under "
+        f"{about['cores']} cores of {about['cpu']}, {about['memory_bytes'] / gib:.0f} GiB, "
+        f"Linux {about['kernel']}, QEMU {about['qemu'].split()[0]}; guest: {about['guest']} under "
         f"{about['accelerator'].upper()}, {about['vm_cpus']} vCPUs, "
         f"{about['vm_memory_bytes'] / gib:.1f} GiB, CRIU {about['guest_criu']} "
         f"(on bare metal: {about.get('host_criu', 'none')})."
