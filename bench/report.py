@@ -30,7 +30,7 @@ NAMES = {
 GOALS = (
     # what, key, whether more is better, limit, how it is written
     ("copy by memcpy limit, 2 MiB pages", f"{COLD}.idle.copy_of_limit", True, 0.9, "{:.2f}"),
-    ("copy by memcpy limit, scattered pages", f"{COLD}.scattered.copy_of_limit", True, 0.8, "{:.2f}"),
+    ("copy by memcpy limit, scattered", f"{COLD}.scattered.copy_of_limit", True, 0.8, "{:.2f}"),
     ("cold, idle, against CRIU inside", f"{COLD}.idle.times.{INSIDE}", True, 3, "{:.1f} x"),
     ("warm, idle, against CRIU inside", f"{WARM}.idle.times.{INSIDE}", True, 12, "{:.1f} x"),
     ("warm, idle, against CRIU on bare metal", f"{WARM}.idle.times.{BARE}", True, 20, "{:.1f} x"),
