@@ -15,6 +15,7 @@ from ovr.memory_plan import MemoryPlan, SharedPlan, TaskPlan, cuts_of, plan_shar
 from ovr.placement import Reason
 from ovr.state import KINDS, Setting
 from ovr.state.settings import neutralise, take
+from ovr.warm_plan import TABLE, Pool, WarmPlan, plan_warm
 
 __all__ = ["Plan", "SharedPlan", "TaskPlan", "make_plan"]
 
@@ -77,15 +78,25 @@ class Plan:
 
     def inside_images(self) -> dict[str, bytes | Extents]:
         """Build the inside image set, by file name."""
+        return self._inside(None)[0]
+
+    def warm_images(self, pool: Pool) -> tuple[dict[str, bytes | Extents], WarmPlan]:
+        """Build an inside image set that also a CRIU with a pool can restore."""
+        return self._inside(pool)
+
+    def _inside(self, pool: Pool | None) -> tuple[dict[str, bytes | Extents], WarmPlan]:
         inside, draft = InsideImages(self.images), Draft(self.images)
         cuts = cuts_of(self.tasks, self.cow)
+        areas = {}
         for task in self.tasks:
-            task.put(inside, draft, cuts[task.task.pid])
+            areas[task.task.pid] = task.put(inside, draft, cuts[task.task.pid])
+        warm = plan_warm(self.tasks, self.cow, areas, pool) if pool else WarmPlan()
         for shared in self.shared:
             shared.drop(inside)
         neutralise(self.settings, draft)
         draft.put(inside)
-        return inside.build()
+        table = {TABLE: warm.table} if warm.table else {}
+        return inside.build() | table, warm
 
 
 def make_plan(

@@ -62,6 +62,7 @@ class Report:
 
     Attributes:
         pid: the root task's pid, as the guest's agent sees it.
+        container: what its engine calls it; None where no engine has a part in it.
         tasks: how many tasks have been restored, threads not counted.
         bytes_cow: of those inside, what parents and children go on sharing copy-on-write.
         states: the kinds of state written from outside.
@@ -71,9 +72,13 @@ class Report:
         spans: when each phase was.
         holds: when the VM was held.
         journal: what was written where.
+        skeleton: ``warm`` if memory came from a pool in the guest, else ``cold``.
+        skeleton_why: why it is cold.
+        bytes_warm: how much of the memory came from the pool.
     """
 
     pid: int = 0
+    container: str | None = None
     tasks: int = 0
     states: tuple[str, ...] = ()
     bytes_total: int = 0
@@ -88,6 +93,9 @@ class Report:
     spans: Sequence[Span] = ()
     holds: Sequence[Span] = ()
     journal: Journal = field(default_factory=Journal)
+    skeleton: str = "cold"
+    skeleton_why: str = ""
+    bytes_warm: int = 0
 
     @property
     def copy_gb_per_s(self) -> float:
@@ -99,6 +107,7 @@ class Report:
         """Return the fields of ``ovr.restore/1``."""
         return {
             "pid": self.pid,
+            "container": self.container,
             "tasks": self.tasks,
             "states": list(self.states),
             "bytes_total": self.bytes_total,
@@ -116,4 +125,7 @@ class Report:
                 for span in self.spans
             ],
             "journal": self.journal.as_json(),
+            "skeleton": self.skeleton,
+            "skeleton_why": self.skeleton_why,
+            "bytes_warm": self.bytes_warm,
         }

@@ -2,13 +2,13 @@
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Final
 
+from ovr.checkpoint import Checkpoint
 from ovr.errors import (
     AgentUnreachable,
     ImagesUnsupported,
@@ -18,7 +18,7 @@ from ovr.errors import (
     RestoreFailed,
 )
 from ovr.guest.protocol import MAX_IMAGE_BYTES
-from ovr.images import ImageSet, image_chunks, image_size
+from ovr.images import Extents, image_size
 from ovr.images.source import Sources
 from ovr.journal import Journal
 from ovr.kernel import find_task
@@ -34,6 +34,7 @@ from ovr.vm.claim import claimed
 from ovr.vm.hold import Holder
 from ovr.vm.proof import prove
 from ovr.vm.refusals import refusals, refuse_migration
+from ovr.warm_plan import Pool, WarmPlan, foreign_cgroup
 
 __all__ = ["VERIFY_MODES", "restore"]
 
@@ -44,25 +45,23 @@ log = logging.getLogger("ovr.restore")
 
 def restore(
     vm: AttachedVm,
-    images: Path,
+    checkpoint: Checkpoint,
     *,
     agent: str | None = None,
     outside: Sequence[str] = ("all",),
     verify: str = "sample",
-    criu_options: Sequence[str] = (),
     log_level: int = 2,
     watch: Stopwatch | None = None,
 ) -> Report:
-    """Restore the images into the VM and let the tree run.
+    """Restore a checkpoint into the VM and let the tree run.
 
     Args:
         vm: attached writable.
-        images: a directory that ``criu dump -D`` wrote; it is only read.
+        checkpoint: what to restore, and what in the guest builds the tree; it is only read.
         agent: the agent's address; lab VMs know their own.
         outside: the kinds of state to write from outside, groups of them, or ``all``.
         verify: read back none of the memory, a ``sample``, or all (``full``).
-        criu_options: further options for the guest's ``criu restore``.
-        log_level: how much the guest's CRIU logs (its ``-v``).
+        log_level: how much the guest's CRIU logs (its ``-v``), where it is not an engine's.
         watch: goes on counting where attaching left off.
 
     Raises:
@@ -71,19 +70,24 @@ def restore(
     watch = watch or Stopwatch()
     with ExitStack() as stack:
         stack.enter_context(claimed(vm.ram.slots))
-        image_set = stack.enter_context(ImageSet.open(images))
         with watch("plan"):
-            plan = make_plan(image_set, outside)
+            plan = make_plan(checkpoint.images, outside)
         _refuse(vm, plan)
         link = stack.enter_context(Agent.connect(_address(vm, agent)))
         _same_guest(vm, link)
+        checkpoint.check(link.hello)
         with watch("plan"):
             if not link.hello.force_write:
-                plan = make_plan(image_set, outside, force_write=False)
-            inside = _inside(plan)
+                plan = make_plan(checkpoint.images, outside, force_write=False)
+            inside, warm = _build(plan, link, checkpoint)
+            files = checkpoint.files(inside)
         with watch("skeleton"):
             prove(vm.kernel, link)
-            skeleton = link.begin(inside, criu_options=criu_options, log_level=log_level)
+            skeleton = link.begin(
+                files, criu_options=checkpoint.options, engine=checkpoint.engine,
+                timeout=checkpoint.patience, log_level=log_level, warm_images=warm.images,
+            )  # fmt: skip
+            cold = _why_cold(warm, skeleton)
         log.info("skeleton stands: pid %d, %d threads", skeleton.root_pid, len(skeleton.tasks))
         journal = Journal()
         with _killed_on_error(link), link.keep_alive():
@@ -107,10 +111,11 @@ def restore(
                 vm.check_same_boot()
         # From here on the tree may run, whatever we hear, unless the agent says that it is dead.
         with watch("commit"), recording.taken_back_on(RestoreFailed):
-            root = link.go()
+            root = link.go(checkpoint.patience)
         watch.seconds["total"] = watch.total()
         return Report(
             pid=root.pid,
+            container=root.container,
             tasks=len(plan.tasks),
             states=plan.states,
             bytes_total=plan.bytes_total,
@@ -128,6 +133,9 @@ def restore(
                 for start, end in copier.holder.spans
             ),
             journal=journal,
+            skeleton="cold" if cold else "warm",
+            skeleton_why=cold,
+            bytes_warm=0 if cold else warm.bytes,
         )
 
 
@@ -138,6 +146,41 @@ def _address(vm: AttachedVm, agent: str | None) -> str:
             f"nobody said where the agent of {vm.address.spec} is", "give --agent ADDR"
         )
     return address
+
+
+def _build(
+    plan: Plan, link: Agent, checkpoint: Checkpoint
+) -> tuple[dict[str, bytes | Extents], WarmPlan]:
+    # The inside image set, and how a pool is used for it.
+    size = link.hello.warm
+    why = ""
+    if not size:
+        why = "the guest has no pool"
+    elif checkpoint.engine is not None:
+        why = f"{checkpoint.engine} starts a CRIU of its own"
+    elif foreign_cgroup(plan.images, checkpoint.options):
+        why = "the tasks belong into a cgroup of their own, and the pool is charged to the agent's"
+    if why:
+        images, warm = plan.inside_images(), WarmPlan(why=why)
+    else:
+        images, warm = plan.warm_images(Pool(size, link.hello.criu or ""))
+    _refuse_large(images)
+    return images, warm
+
+
+def _why_cold(warm: WarmPlan, skeleton: Skeleton) -> str:
+    # Nothing if the skeleton has its memory from the pool.
+    why = warm.why
+    if not why and not skeleton.warm:
+        why = skeleton.note or "the guest did not use the pool"
+    if why:
+        log.info("cold skeleton: %s", why)
+    elif skeleton.warm != warm.size or skeleton.note:
+        log.warning(
+            "only %d of %d MiB came from the pool: %s",
+            skeleton.warm >> 20, warm.size >> 20, skeleton.note,
+        )  # fmt: skip
+    return why
 
 
 def _refuse(vm: AttachedVm, plan: Plan) -> None:
@@ -171,8 +214,7 @@ def _same_guest(vm: AttachedVm, link: Agent) -> None:
         )
 
 
-def _inside(plan: Plan) -> dict[str, Iterator[bytes]]:
-    images = plan.inside_images()
+def _refuse_large(images: Mapping[str, bytes | Extents]) -> None:
     size = sum(map(image_size, images.values()))
     if size > MAX_IMAGE_BYTES:
         raise ImagesUnsupported(
@@ -180,7 +222,6 @@ def _inside(plan: Plan) -> dict[str, Iterator[bytes]]:
             f" {MAX_IMAGE_BYTES}",
             "restore more from outside (--outside all); `ovr plan` says what stays inside, and why",
         )
-    return {name: image_chunks(image) for name, image in images.items()}
 
 
 @contextmanager

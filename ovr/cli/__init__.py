@@ -19,7 +19,9 @@ __all__ = ["main", "make_parser"]
 
 # Modules of this package. Of those that are not asked for nothing is loaded: a restore is to begin
 # at once.
-_COMMANDS: Final = ("restore", "plan", "states", "ps", "list", "check", "agent", "lab", "demo")
+_COMMANDS: Final = (
+    "restore", "warm", "plan", "states", "ps", "list", "check", "agent", "lab", "demo",
+)  # fmt: skip
 
 _WIDTH: Final = 92
 _EPILOG: Final = """\

@@ -212,7 +212,7 @@ def test_agent_dies_before_the_hook(host: AgentHost, agent: Agent) -> None:
     # The stand-in sleeps long before its scripts; then there is nobody to ask: it gives up.
     for message in (
         protocol.Files(("a",), (b"",)),
-        protocol.Begin(host.criu_options("ok"), 60000, 60000, 2, False),
+        protocol.Begin(host.criu_options("ok"), 60000, 60000, 2, False, ()),
     ):
         agent._send(message)
     wait_for(lambda: host.restores)
@@ -232,7 +232,7 @@ def test_criu_takes_too_long(host: AgentHost, agent: Agent) -> None:
 def test_link_breaks_while_criu_builds(host: AgentHost, agent: Agent) -> None:
     for message in (
         protocol.Files(("a",), (b"",)),
-        protocol.Begin(host.criu_options("slow"), 60000, 60000, 2, False),
+        protocol.Begin(host.criu_options("slow"), 60000, 60000, 2, False, ()),
     ):
         agent._send(message)
     wait_for(lambda: host.restores)
