@@ -2,14 +2,16 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
+# Two test files at a time: a VM under TCG has a busy vCPU or waits, seldom two busy ones.
+PARALLEL := -n 2 --dist loadfile
 PACKAGES := gcc libc6-dev python3-dev python3-venv qemu-system-x86 qemu-system-common \
 	mmdebstrap e2fsprogs debian-archive-keyring
-# For tests only: a libvirtd of their own.
-PACKAGES += libvirt-daemon libvirt-daemon-driver-qemu libvirt-clients
+# For tests only: a libvirtd of their own, and terminals to look at.
+PACKAGES += libvirt-daemon libvirt-daemon-driver-qemu libvirt-clients tmux
 # Where virtiofsd is no part of QEMU any more it is a package of its own.
 PACKAGES += $(shell apt-cache show virtiofsd >/dev/null 2>&1 && echo virtiofsd)
 
-.PHONY: demo test bench fuzz sanitize valgrind liar lint unit smoke vm setup packages clean
+.PHONY: demo test bench fuzz stress sanitize valgrind liar lint unit smoke vm setup packages clean
 
 demo: setup
 	$(BIN)/python -m ovr demo $(DEMO)
@@ -39,6 +41,10 @@ valgrind: setup
 liar: setup
 	$(BIN)/python -m tests.liar $(LIAR)
 
+# STRESS="--restores 100", or with --unprotected to see what the protection is for; docs/stress.md.
+stress: setup
+	$(BIN)/python -m tests.stress $(STRESS)
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -48,7 +54,7 @@ lint: setup
 		--ignore-disjoint-bases --allowlist tests/stubtest.allow
 
 unit: setup
-	$(BIN)/python -m pytest tests/unit -q $(PYTEST)
+	$(BIN)/python -m pytest tests/unit -q $(PARALLEL) $(PYTEST)
 
 # The benchmarks run, small and once; nobody judges their times. The fuzz targets run for seconds.
 smoke: setup
@@ -56,7 +62,7 @@ smoke: setup
 	$(BIN)/python -m pytest tests/fuzz -q
 
 vm: setup
-	$(BIN)/python -m pytest tests/vm -v -rs $(PYTEST)
+	$(BIN)/python -m pytest tests/vm -v -rs --durations=40 $(PARALLEL) $(PYTEST)
 
 setup: packages .venv/ready
 

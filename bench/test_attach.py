@@ -48,7 +48,7 @@ def test_attach_from_cache(benchmark, vm, cache, judge):
     judge(benchmark, CACHED)
 
 
-@pytest.fixture(scope="session", params=("ovr", "drgn"))
+@pytest.fixture(scope="module", params=("ovr", "drgn"))
 def reader(request, attached):
     """The same task as each of the two has it: (name, task, how to get a value, all processes)."""
     task = attached.kernel["init_task"]

@@ -8,8 +8,10 @@
 """
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
+from ovr.checkpoint import open_checkpoint
 from ovr.report import Report, Stopwatch
 from ovr.restore import restore
 from ovr.vm.attach import AttachedVm
@@ -29,25 +31,47 @@ class Vm(AttachedVm):
 
     def restore(
         self,
-        images: str | Path,
+        images: str | Path | None = None,
         *,
+        archive: str | Path | None = None,
+        name: str | None = None,
         agent: str | None = None,
         outside: Sequence[str] = ("all",),
         verify: str = "sample",
         criu_options: Sequence[str] = (),
+        engine_options: Sequence[str] = (),
         log_level: int = 2,
     ) -> Report:
-        """Restore what ``criu dump -D`` wrote and let it run; see `ovr.restore.restore`.
+        """Restore a checkpoint and let it run; see `ovr.restore.restore`.
+
+        Args:
+            images: what ``criu dump -D`` wrote,
+            archive: or what ``podman container checkpoint --export`` wrote.
+            name: the container's new name.
+            agent: the agent's address; lab VMs know their own.
+            outside: the kinds of state to write from outside, groups of them, or ``all``.
+            verify: read back none of the memory, a ``sample``, or all (``full``).
+            criu_options: further options for the guest's ``criu restore``, for `images`.
+            engine_options: further options for its ``podman container restore``, for `archive`.
+            log_level: how much the guest's CRIU logs (its ``-v``), for `images`.
 
         Raises:
             OvrError: what went wrong. The tree was killed, the VM runs on, the images are as they
                 were.
         """
         watch, self._watch = self._watch, Stopwatch()
-        return restore(
-            self, Path(images), agent=agent, outside=outside, verify=verify,
-            criu_options=criu_options, log_level=log_level, watch=watch,
-        )  # fmt: skip
+        with ExitStack() as stack:
+            with watch("open"):
+                checkpoint = stack.enter_context(
+                    open_checkpoint(
+                        images, archive=archive, name=name, criu_options=criu_options,
+                        engine_options=engine_options,
+                    )
+                )  # fmt: skip
+            return restore(
+                self, checkpoint, agent=agent, outside=outside, verify=verify,
+                log_level=log_level, watch=watch,
+            )  # fmt: skip
 
 
 def attach(spec: str, *, vmlinux: str | Path | None = None, watch: Stopwatch | None = None) -> Vm:

@@ -22,7 +22,8 @@
 The message says what is wrong; `hint` says what to do. Both are single lines.
 """
 
-from typing import ClassVar
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 __all__ = [
     "AgentUnreachable",
@@ -50,9 +51,12 @@ class OvrError(Exception):
     Attributes:
         exit_code: what the command exits with.
         hint: what the user can do about it, or an empty string.
+        undone: of a restore that was aborted: what became of its writes to kernel objects that may
+            outlive the tree; see docs/json.md.
     """
 
     exit_code: ClassVar[int] = 1
+    undone: Sequence[Mapping[str, Any]] = ()
 
     def __init__(self, message: str, hint: str = "") -> None:
         super().__init__(message)

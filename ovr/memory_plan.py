@@ -177,8 +177,8 @@ class TaskPlan(MemoryPlan):
         ].tolist()
         return pages
 
-    def put(self, inside: InsideImages, draft: Draft, cuts: Cuts) -> None:
-        """Make the task's part of the inside image set."""
+    def put(self, inside: InsideImages, draft: Draft, cuts: Cuts) -> list[VmaEntry]:
+        """Make the task's part of the inside image set; return its areas there."""
         self.drop(inside)
         mm = draft.message(f"mm-{self.task.pid}.img", 0, MmEntry)
         areas: list[VmaEntry] = []
@@ -189,6 +189,7 @@ class TaskPlan(MemoryPlan):
                 areas.append(piece)
         del mm.vmas[:]
         mm.vmas.extend(areas)
+        return list(mm.vmas)
 
     def _ask_criu(self, piece: VmaEntry) -> None:
         if _contains(self.pieces_of_criu, piece):

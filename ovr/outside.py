@@ -26,7 +26,7 @@ from ovr.kernel import (
     settled,
 )
 from ovr.memory_plan import SharedPlan, TaskPlan
-from ovr.paging import Frames
+from ovr.paging import AddressSpace, Frames
 from ovr.placement import Runs
 from ovr.plan import Plan
 from ovr.ranges import RANGE, Ranges, cut_to, join, total
@@ -86,6 +86,23 @@ def find_outside(plan: Plan, guest: GuestTree, agent: Agent, sources: Sources) -
     return Outside(families, targets)
 
 
+class _Alive:
+    # Whether a process still has the address space that it had. When it dies, its page tables are
+    # freed, and the next process may get them.
+
+    def __init__(self, name: str, kernel: Kernel, task: Struct, space: AddressSpace) -> None:
+        self._name = name
+        self._kernel = kernel
+        self._pid: int = task.pid
+        self._task = task
+        self._root = space.root
+
+    def __call__(self) -> None:
+        task: Struct | None = find_task(self._kernel, self._pid)
+        if task != self._task or not task.mm or mm_space(self._kernel, task.mm).root != self._root:
+            raise RestoreFailed(f"{self._name} has died in the guest", _OF_THE_TASK)
+
+
 class _Restoree:
     # A task of the plan, found in the guest.
 
@@ -94,6 +111,7 @@ class _Restoree:
         self.plan = plan
         self.mm: Struct = task.mm
         self.space = mm_space(guest.kernel, self.mm)
+        self.check = _Alive(f"pid {plan.task.pid}", guest.kernel, task, self.space)
         self._pid: int = task.tgid
         self._kernel = guest.kernel
         self._agent = agent
@@ -110,6 +128,7 @@ class _Restoree:
                     source=self._sources.of(self.plan.memory, level),
                     source_name=self.plan.memory.pages_name,
                     ask=self._ask,
+                    check=self.check,
                     spared=self.plan.spared,
                 )
 
@@ -191,7 +210,7 @@ def _of_shared(
 ) -> Iterator[Target]:
     if not plan.bytes_outside:
         return
-    pid, file, name = _reach(plan, guest)
+    pid, file, way = _reach(plan, guest)
     mapping = file.f_mapping
     size = -(-mapping.host.i_size // PAGE_SIZE) * PAGE_SIZE
     ranges = plan.to_touch()
@@ -202,8 +221,11 @@ def _of_shared(
             " images",
             "report it, with the images",
         )
-    mapped = agent.map(pid, name, size, zip(ranges["start"].tolist(), sizes, strict=True))
+    mapped = agent.map(pid, way, size, zip(ranges["start"].tolist(), sizes, strict=True))
     task = _mapper(guest.kernel, mapped.pid)
+    space = mm_space(guest.kernel, task.mm)
+    name = f"shared memory {plan.shared.shmid}"
+    check = _Alive(name, guest.kernel, task, space)
 
     def ask(pieces: Runs) -> None:
         agent.touch(mapped.pid, pieces[["gva", "size"]].tolist(), keep=True)
@@ -212,13 +234,14 @@ def _of_shared(
         here = pieces.copy()
         here["gva"] += np.uint64(mapped.address)
         yield Target(
-            name=f"shared memory {plan.shared.shmid}",
-            space=mm_space(guest.kernel, task.mm),
+            name=name,
+            space=space,
             frames=guest.kernel.shared_frames(Gva(mapping.address_)),
             pieces=here,
             source=sources.of(plan.memory, level),
             source_name=plan.memory.pages_name,
             ask=ask,
+            check=check,
         )
 
 

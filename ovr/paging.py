@@ -6,7 +6,7 @@ the same walk in plain Python, slow and plain, that the native one is tested aga
 Source: Intel SDM volume 3, chapter "Paging"; arch/x86/include/asm/pgtable_types.h.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
@@ -77,9 +77,14 @@ class AddressSpace:
         ram: the guest's RAM.
         root: GPA of the top-level table (what CR3 holds, without its flag bits).
         levels: 4 or 5.
+
+    Attributes:
+        recorder: who is told of every value that a view writes here, before it is written; see
+            `ovr.kernel.view.Recorder`.
     """
 
     def __init__(self, ram: GuestRam, root: Gpa, levels: int) -> None:
+        self.recorder: Callable[[str, Gva, bytes, bytes], None] | None = None
         if levels not in (4, 5):
             raise ValueError(f"x86-64 page tables have 4 or 5 levels, not {levels}")
         self.ram = ram

@@ -15,6 +15,7 @@ from ovr.memory_plan import MemoryPlan, SharedPlan, TaskPlan, cuts_of, plan_shar
 from ovr.placement import Reason
 from ovr.state import KINDS, Setting
 from ovr.state.settings import neutralise, take
+from ovr.warm_plan import TABLE, Pool, WarmPlan, plan_warm
 
 __all__ = ["Plan", "SharedPlan", "TaskPlan", "make_plan"]
 
@@ -61,6 +62,14 @@ class Plan:
         found = [task.by_reason() for task in self.tasks]
         return sum(by.get(Reason.COW, 0) + by.get(Reason.INHERITED, 0) for by in found)
 
+    def by_reason(self) -> dict[Reason, int]:
+        """Bytes by verdict, of all memory."""
+        found: dict[Reason, int] = {}
+        for memory in self.memories:
+            for reason, count in memory.by_reason().items():
+                found[reason] = found.get(reason, 0) + count
+        return dict(sorted(found.items()))
+
     @property
     def states(self) -> tuple[str, ...]:
         """The kinds of state of which something goes outside."""
@@ -69,15 +78,25 @@ class Plan:
 
     def inside_images(self) -> dict[str, bytes | Extents]:
         """Build the inside image set, by file name."""
+        return self._inside(None)[0]
+
+    def warm_images(self, pool: Pool) -> tuple[dict[str, bytes | Extents], WarmPlan]:
+        """Build an inside image set that also a CRIU with a pool can restore."""
+        return self._inside(pool)
+
+    def _inside(self, pool: Pool | None) -> tuple[dict[str, bytes | Extents], WarmPlan]:
         inside, draft = InsideImages(self.images), Draft(self.images)
         cuts = cuts_of(self.tasks, self.cow)
+        areas = {}
         for task in self.tasks:
-            task.put(inside, draft, cuts[task.task.pid])
+            areas[task.task.pid] = task.put(inside, draft, cuts[task.task.pid])
+        warm = plan_warm(self.tasks, self.cow, areas, pool) if pool else WarmPlan()
         for shared in self.shared:
             shared.drop(inside)
         neutralise(self.settings, draft)
         draft.put(inside)
-        return inside.build()
+        table = {TABLE: warm.table} if warm.table else {}
+        return inside.build() | table, warm
 
 
 def make_plan(

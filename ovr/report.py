@@ -1,29 +1,48 @@
 """What a restore did and how long each phase took."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["Report", "Stopwatch"]
+from ovr.journal import Journal
+
+__all__ = ["Report", "Span", "Stopwatch"]
+
+
+@dataclass(frozen=True)
+class Span:
+    """A piece of time: what it was spent on, and seconds since the stopwatch was made."""
+
+    name: str
+    start: float
+    end: float
 
 
 class Stopwatch:
-    """Seconds by phase, in the order in which the phases began."""
+    """Seconds by phase, in the order in which the phases began.
+
+    Attributes:
+        seconds: by phase, and what was added.
+        spans: when it was; a phase may have come more than once.
+        start: when it was made, as time.perf_counter() has it.
+    """
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
-        self._start = time.perf_counter()
+        self.spans: list[Span] = []
+        self.start = time.perf_counter()
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
         """Measure the body of the ``with`` as `phase`."""
-        start = time.perf_counter()
+        start = self.total()
         try:
             yield
         finally:
-            self.add(phase, time.perf_counter() - start)
+            self.spans.append(Span(phase, start, self.total()))
+            self.add(phase, self.total() - start)
 
     def add(self, phase: str, seconds: float) -> None:
         """Add to what `phase` took."""
@@ -34,7 +53,7 @@ class Stopwatch:
 
     def total(self) -> float:
         """Return the seconds since the stopwatch was made."""
-        return time.perf_counter() - self._start
+        return time.perf_counter() - self.start
 
 
 @dataclass
@@ -43,14 +62,23 @@ class Report:
 
     Attributes:
         pid: the root task's pid, as the guest's agent sees it.
+        container: what its engine calls it; None where no engine has a part in it.
         tasks: how many tasks have been restored, threads not counted.
         bytes_cow: of those inside, what parents and children go on sharing copy-on-write.
         states: the kinds of state written from outside.
         verified: ``none``, ``sample`` or ``full``.
         held: what the VM was held for: ``count``, ``seconds`` in all, ``longest``.
+        reasons: bytes by where they went and why, the names of `placement.Reason` in lower case.
+        spans: when each phase was.
+        holds: when the VM was held.
+        journal: what was written where.
+        skeleton: ``warm`` if memory came from a pool in the guest, else ``cold``.
+        skeleton_why: why it is cold.
+        bytes_warm: how much of the memory came from the pool.
     """
 
     pid: int = 0
+    container: str | None = None
     tasks: int = 0
     states: tuple[str, ...] = ()
     bytes_total: int = 0
@@ -61,6 +89,13 @@ class Report:
     bytes_verified: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
     held: dict[str, float] = field(default_factory=dict)
+    reasons: dict[str, int] = field(default_factory=dict)
+    spans: Sequence[Span] = ()
+    holds: Sequence[Span] = ()
+    journal: Journal = field(default_factory=Journal)
+    skeleton: str = "cold"
+    skeleton_why: str = ""
+    bytes_warm: int = 0
 
     @property
     def copy_gb_per_s(self) -> float:
@@ -72,6 +107,7 @@ class Report:
         """Return the fields of ``ovr.restore/1``."""
         return {
             "pid": self.pid,
+            "container": self.container,
             "tasks": self.tasks,
             "states": list(self.states),
             "bytes_total": self.bytes_total,
@@ -83,4 +119,13 @@ class Report:
             "seconds": {name: round(value, 6) for name, value in self.seconds.items()},
             "held": {name: round(value, 6) for name, value in self.held.items()},
             "copy_gb_per_s": round(self.copy_gb_per_s, 3),
+            "bytes_by_reason": self.reasons,
+            "timeline": [
+                {"phase": span.name, "start": round(span.start, 6), "end": round(span.end, 6)}
+                for span in self.spans
+            ],
+            "journal": self.journal.as_json(),
+            "skeleton": self.skeleton,
+            "skeleton_why": self.skeleton_why,
+            "bytes_warm": self.bytes_warm,
         }

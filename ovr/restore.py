@@ -2,27 +2,39 @@
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
+from functools import partial
 from typing import Final
 
-from ovr.errors import AgentUnreachable, ImagesUnsupported, OvrError, PidTaken, RestoreFailed
+from ovr.checkpoint import Checkpoint
+from ovr.errors import (
+    AgentUnreachable,
+    ImagesUnsupported,
+    KernelNotFound,
+    OvrError,
+    PidTaken,
+    RestoreFailed,
+)
 from ovr.guest.protocol import MAX_IMAGE_BYTES
-from ovr.images import ImageSet, image_chunks, image_size
+from ovr.images import Extents, image_size
 from ovr.images.source import Sources
+from ovr.journal import Journal
 from ovr.kernel import find_task
 from ovr.outside import Outside, find_outside
 from ovr.plan import Plan, make_plan
-from ovr.report import Report, Stopwatch
+from ovr.report import Report, Span, Stopwatch
 from ovr.state import GuestTree, settings
 from ovr.state.memory import Copier
+from ovr.state.undo import Recording
 from ovr.vm.agent import Agent, Skeleton
 from ovr.vm.attach import AttachedVm
+from ovr.vm.claim import claimed
 from ovr.vm.hold import Holder
-from ovr.vm.memory_map import refusals
 from ovr.vm.proof import prove
+from ovr.vm.refusals import refusals, refuse_migration
+from ovr.warm_plan import Pool, WarmPlan, foreign_cgroup
 
 __all__ = ["VERIFY_MODES", "restore"]
 
@@ -33,25 +45,23 @@ log = logging.getLogger("ovr.restore")
 
 def restore(
     vm: AttachedVm,
-    images: Path,
+    checkpoint: Checkpoint,
     *,
     agent: str | None = None,
     outside: Sequence[str] = ("all",),
     verify: str = "sample",
-    criu_options: Sequence[str] = (),
     log_level: int = 2,
     watch: Stopwatch | None = None,
 ) -> Report:
-    """Restore the images into the VM and let the tree run.
+    """Restore a checkpoint into the VM and let the tree run.
 
     Args:
         vm: attached writable.
-        images: a directory that ``criu dump -D`` wrote; it is only read.
+        checkpoint: what to restore, and what in the guest builds the tree; it is only read.
         agent: the agent's address; lab VMs know their own.
         outside: the kinds of state to write from outside, groups of them, or ``all``.
         verify: read back none of the memory, a ``sample``, or all (``full``).
-        criu_options: further options for the guest's ``criu restore``.
-        log_level: how much the guest's CRIU logs (its ``-v``).
+        log_level: how much the guest's CRIU logs (its ``-v``), where it is not an engine's.
         watch: goes on counting where attaching left off.
 
     Raises:
@@ -59,37 +69,53 @@ def restore(
     """
     watch = watch or Stopwatch()
     with ExitStack() as stack:
-        image_set = stack.enter_context(ImageSet.open(images))
+        stack.enter_context(claimed(vm.ram.slots))
         with watch("plan"):
-            plan = make_plan(image_set, outside)
+            plan = make_plan(checkpoint.images, outside)
         _refuse(vm, plan)
         link = stack.enter_context(Agent.connect(_address(vm, agent)))
+        _same_guest(vm, link)
+        checkpoint.check(link.hello)
         with watch("plan"):
             if not link.hello.force_write:
-                plan = make_plan(image_set, outside, force_write=False)
-            inside = _inside(plan)
+                plan = make_plan(checkpoint.images, outside, force_write=False)
+            inside, warm = _build(plan, link, checkpoint)
+            files = checkpoint.files(inside)
         with watch("skeleton"):
             prove(vm.kernel, link)
-            skeleton = link.begin(inside, criu_options=criu_options, log_level=log_level)
+            skeleton = link.begin(
+                files, criu_options=checkpoint.options, engine=checkpoint.engine,
+                timeout=checkpoint.patience, log_level=log_level, warm_images=warm.images,
+            )  # fmt: skip
+            cold = _why_cold(warm, skeleton)
         log.info("skeleton stands: pid %d, %d threads", skeleton.root_pid, len(skeleton.tasks))
+        journal = Journal()
         with _killed_on_error(link), link.keep_alive():
             sources = stack.enter_context(Sources())
             with watch("populate"):
                 memory = find_outside(plan, _guest(vm, skeleton), link, sources)
-            copier = stack.enter_context(_copier(vm, _counter(watch, memory.bytes)))
+            copier = stack.enter_context(_copier(vm, journal, _counter(watch, memory.bytes)))
             with watch("memory"):
                 left = copier.write_families(memory.families)
                 copier.write([*left, *((target, target.pieces) for target in memory.targets)])
-            with watch("state"):
-                settings.write(plan.settings, lambda: _guest(vm, skeleton), copier.holder)
-            with watch("verify"):
-                settings.verify(plan.settings, _guest(vm, skeleton))
-                compared = _verify(copier, memory, verify)
-        with watch("commit"):
-            root = link.go()
+                _log_memory(journal)
+            tree = partial(_guest, vm, skeleton)
+            recording = Recording(journal, vm.kernel, tree, copier.holder)
+            with recording.taken_back_on(BaseException):
+                with watch("state"):
+                    settings.write(plan.settings, tree, copier.holder, recording)
+                with watch("verify"):
+                    settings.verify(plan.settings, tree())
+                    compared = _verify(copier, memory, verify)
+                refuse_migration(vm.qmp)
+                vm.check_same_boot()
+        # From here on the tree may run, whatever we hear, unless the agent says that it is dead.
+        with watch("commit"), recording.taken_back_on(RestoreFailed):
+            root = link.go(checkpoint.patience)
         watch.seconds["total"] = watch.total()
         return Report(
             pid=root.pid,
+            container=root.container,
             tasks=len(plan.tasks),
             states=plan.states,
             bytes_total=plan.bytes_total,
@@ -100,6 +126,16 @@ def restore(
             bytes_verified=compared,
             seconds=watch.seconds,
             held=copier.holder.as_json(),
+            reasons={reason.name.lower(): count for reason, count in plan.by_reason().items()},
+            spans=tuple(watch.spans),
+            holds=tuple(
+                Span("held", start - watch.start, end - watch.start)
+                for start, end in copier.holder.spans
+            ),
+            journal=journal,
+            skeleton="cold" if cold else "warm",
+            skeleton_why=cold,
+            bytes_warm=0 if cold else warm.bytes,
         )
 
 
@@ -112,8 +148,44 @@ def _address(vm: AttachedVm, agent: str | None) -> str:
     return address
 
 
+def _build(
+    plan: Plan, link: Agent, checkpoint: Checkpoint
+) -> tuple[dict[str, bytes | Extents], WarmPlan]:
+    # The inside image set, and how a pool is used for it.
+    size = link.hello.warm
+    why = ""
+    if not size:
+        why = "the guest has no pool"
+    elif checkpoint.engine is not None:
+        why = f"{checkpoint.engine} starts a CRIU of its own"
+    elif foreign_cgroup(plan.images, checkpoint.options):
+        why = "the tasks belong into a cgroup of their own, and the pool is charged to the agent's"
+    if why:
+        images, warm = plan.inside_images(), WarmPlan(why=why)
+    else:
+        images, warm = plan.warm_images(Pool(size, link.hello.criu or ""))
+    _refuse_large(images)
+    return images, warm
+
+
+def _why_cold(warm: WarmPlan, skeleton: Skeleton) -> str:
+    # Nothing if the skeleton has its memory from the pool.
+    why = warm.why
+    if not why and not skeleton.warm:
+        why = skeleton.note or "the guest did not use the pool"
+    if why:
+        log.info("cold skeleton: %s", why)
+    elif skeleton.warm != warm.size or skeleton.note:
+        log.warning(
+            "only %d of %d MiB came from the pool: %s",
+            skeleton.warm >> 20, warm.size >> 20, skeleton.note,
+        )  # fmt: skip
+    return why
+
+
 def _refuse(vm: AttachedVm, plan: Plan) -> None:
-    for reason in refusals(vm.qmp):
+    vm.check_same_boot()
+    for reason in refusals(vm.qmp, vm.balloon):
         raise reason
     # CRIU would find a taken pid too, but only after it has built half of a tree. A tree whose
     # root is pid 1 brings a pid namespace of its own, where nothing is taken.
@@ -128,8 +200,21 @@ def _refuse(vm: AttachedVm, plan: Plan) -> None:
             )
 
 
-def _inside(plan: Plan) -> dict[str, Iterator[bytes]]:
-    images = plan.inside_images()
+def _same_guest(vm: AttachedVm, link: Agent) -> None:
+    # Between attaching and here the guest may have been rebooted, and the agent may be in any VM.
+    try:
+        found = vm.kernel.boot_id
+    except KernelNotFound:
+        return  # built without the symbols of data; the skeleton that is not there tells, too
+    if found != link.hello.boot_id:
+        raise AgentUnreachable(
+            f"the guest was rebooted since ovr attached to it, or the agent at"
+            f" {link.address} is in another VM",
+            "if the VM is the right one, restore again; else give --agent",
+        )
+
+
+def _refuse_large(images: Mapping[str, bytes | Extents]) -> None:
     size = sum(map(image_size, images.values()))
     if size > MAX_IMAGE_BYTES:
         raise ImagesUnsupported(
@@ -137,7 +222,6 @@ def _inside(plan: Plan) -> dict[str, Iterator[bytes]]:
             f" {MAX_IMAGE_BYTES}",
             "restore more from outside (--outside all); `ovr plan` says what stays inside, and why",
         )
-    return {name: image_chunks(image) for name, image in images.items()}
 
 
 @contextmanager
@@ -154,11 +238,16 @@ def _killed_on_error(link: Agent) -> Iterator[None]:
         raise
 
 
+def _log_memory(journal: Journal) -> None:
+    for write in journal.memory:
+        logging.getLogger("ovr.journal").info("%s", write)
+
+
 @contextmanager
-def _copier(vm: AttachedVm, advance: Callable[[int], None]) -> Iterator[Copier]:
+def _copier(vm: AttachedVm, journal: Journal, advance: Callable[[int], None]) -> Iterator[Copier]:
     threads = min(len(os.sched_getaffinity(0)), 8)
-    with Holder(vm.qmp) as holder, ThreadPoolExecutor(threads) as pool:
-        yield Copier(holder, pool, threads, advance)
+    with Holder(vm.qmp, vm.check_same_boot) as holder, ThreadPoolExecutor(threads) as pool:
+        yield Copier(holder, pool, threads, journal, advance)
 
 
 def _counter(watch: Stopwatch, size: int) -> Callable[[int], None]:

@@ -12,13 +12,26 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any, Final
 
-from ovr.cli import agent, check, completion, demo, lab, list, output, plan, ps, restore, states
+from ovr.cli import (
+    agent,
+    check,
+    completion,
+    demo,
+    lab,
+    list,
+    output,
+    plan,
+    ps,
+    restore,
+    states,
+    warm,
+)
 from ovr.cli.logs import DEFAULT_LEVEL, log_to_stderr
 from ovr.errors import OvrError
 
 __all__ = ["main", "make_parser"]
 
-_COMMANDS: Final = (restore, plan, states, ps, list, check, agent, lab, demo)
+_COMMANDS: Final = (restore, plan, warm, states, ps, list, check, agent, lab, demo)
 
 _WIDTH: Final = 92
 _EPILOG: Final = """\

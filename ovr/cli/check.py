@@ -16,9 +16,11 @@ from ovr.errors import OvrError, UsageError
 from ovr.kernel import Kernel
 from ovr.ram import GuestRam
 from ovr.vm.agent import Agent
+from ovr.vm.claim import claimed
 from ovr.vm.find import find_vm
-from ovr.vm.memory_map import guest_slots, refusals
+from ovr.vm.memory_map import guest_slots
 from ovr.vm.qmp import Monitor
+from ovr.vm.refusals import balloon_size, refusals
 
 __all__ = ["add"]
 
@@ -84,11 +86,7 @@ def _vm(qmp: Monitor, stack: ExitStack, vmlinux: Path | None) -> Iterator[Item]:
     version = qmp.execute("query-version")["qemu"]
     yield Item("QMP", True, f"QEMU {version['major']}.{version['minor']}.{version['micro']}")
     yield Item("host", platform.machine() == "x86_64", platform.machine())
-    reasons = refusals(qmp)
-    for reason in reasons:
-        yield Item("VM state", False, str(reason), reason.hint)
-    if not reasons:
-        yield Item("VM state", qmp.status() == "running", qmp.status())
+    balloon = balloon_size(qmp)
     what = "guest RAM"
     try:
         ram = stack.enter_context(GuestRam(guest_slots(qmp), writable=True))
@@ -96,8 +94,22 @@ def _vm(qmp: Monitor, stack: ExitStack, vmlinux: Path | None) -> Iterator[Item]:
         yield Item(what, True, f"{size(ram.size)} in {len(files)} shared files")
         what = "guest kernel"
         yield from _kernel(Kernel.find(ram, vmlinux))
+        what = "other restores"
+        with claimed(ram.slots):
+            yield Item(what, True, "none under way")
     except OvrError as error:
         yield Item(what, False, str(error), error.hint)
+    yield from _state(qmp, balloon)
+
+
+def _state(qmp: Monitor, balloon: int | None) -> Iterator[Item]:
+    reasons = refusals(qmp, balloon)
+    for reason in reasons:
+        yield Item("VM state", False, str(reason), reason.hint)
+    if not reasons:
+        status = qmp.status()
+        cure = "" if status == "running" else "resume it (QMP cont, virsh resume)"
+        yield Item("VM state", not cure, status, cure)
 
 
 def _kernel(kernel: Kernel) -> Iterator[Item]:

@@ -54,6 +54,7 @@ def error(problem: OvrError, *, as_json: bool) -> None:
         "message": str(problem),
         "hint": problem.hint,
         "exit_code": problem.exit_code,
+        "undone": list(problem.undone),
     }
     if as_json:
         with printed("it ended with this error"):

@@ -1,12 +1,14 @@
 """``ovr plan``: what would go where, and why."""
 
 import argparse
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from reprlib import repr as short
 from typing import Any
 
 from ovr.cli.output import common, document, size, table
+from ovr.cli.terminal import fitted
 from ovr.cli.vm_options import add_vm_options
 from ovr.images import ImageSet
 from ovr.memory_plan import MemoryPlan
@@ -66,7 +68,7 @@ def show(plan: Plan, options: argparse.Namespace) -> None:
     print(f"outside: {size(plan.bytes_outside)} of {size(alone)} ({share:.2%})")
     if plan.bytes_cow:
         print(f"shared copy-on-write by parents and children: {size(plan.bytes_cow)}")
-    print(f"states outside: {', '.join(plan.states) or 'none'}")
+    print(fitted(f"states outside: {', '.join(plan.states) or 'none'}", sys.stdout))
     for task in plan.tasks:
         print(f"\npid {task.task.pid} {task.task.comm!r}, {len(task.task.threads)} threads")
         _show_memory(task, options)

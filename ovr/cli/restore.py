@@ -1,25 +1,30 @@
 """``ovr restore``: the command this tool exists for; takes what ``criu restore`` takes."""
 
 import argparse
+import logging
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from ovr.api import attach
+from ovr.checkpoint import open_checkpoint
 from ovr.cli.criu_files import criu_files, stats_text
 from ovr.cli.criu_options import Verbosity, add_criu_options
 from ovr.cli.logs import DEFAULT_LEVEL
 from ovr.cli.output import document, json_option, printed, size
+from ovr.cli.picture import Writer, page, picture_file
 from ovr.cli.plan import add_outside, show
 from ovr.cli.progress import PROGRESS_MODES, make_watch
 from ovr.cli.vm_options import add_agent_option, add_vm_options
 from ovr.errors import UsageError
-from ovr.images import ImageSet
 from ovr.plan import make_plan
 from ovr.report import Report
 from ovr.restore import VERIFY_MODES
 
 __all__ = ["add"]
+
+log = logging.getLogger("ovr.restore")
 
 
 def add(commands: Any) -> None:
@@ -32,14 +37,18 @@ def add(commands: Any) -> None:
             ovr restore -D images/ --vm libvirt:web
             ovr restore -D images/ --vm qmp:/run/vm/qmp.sock --agent vsock:3 --dry-run
             ovr restore -D images/ --vm name:web --outside memory,umask --verify full
+            ovr restore --archive web.tar.zst --vm libvirt:web --name web2 -- --tcp-established
             OVR_VM=libvirt:web ovr restore -D images/ -W work/ -d --pidfile pid -o restore.log -v4
             """,
-        usage="ovr restore -D DIR --vm VM [option …] [option of criu restore …]",
+        usage="ovr restore -D DIR --vm VM [option …] [option of criu restore …]\n"
+        "       ovr restore --archive FILE --vm VM [--name NAME] [option …]"
+        " [-- option of podman container restore …]",
     )  # fmt: skip
     parser.add_argument(
-        "-D", "--images-dir", type=Path, default=Path(), metavar="DIR",
+        "-D", "--images-dir", type=Path, metavar="DIR",
         help="what criu dump wrote (default: the current directory)",
     )  # fmt: skip
+    _add_container(parser)
     add_vm_options(parser)
     add_agent_option(parser)
     add_outside(parser)
@@ -58,6 +67,20 @@ def add(commands: Any) -> None:
     parser.set_defaults(run=run)
 
 
+def _add_container(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--archive", type=Path, metavar="FILE",
+        help="what podman container checkpoint --export wrote: the guest's podman restores it",
+    )  # fmt: skip
+    parser.add_argument(
+        "-n", "--name", metavar="NAME", help="give the container of --archive another name"
+    )
+    parser.add_argument(
+        "engine_options", nargs="*", metavar="-- OPTION",
+        help="after --: options of podman container restore; values as --option=value",
+    )  # fmt: skip
+
+
 def _add_files(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-W", "--work-dir", type=Path, metavar="DIR",
@@ -69,6 +92,9 @@ def _add_files(parser: argparse.ArgumentParser) -> None:
         default=DEFAULT_LEVEL, help="say more (-vv: all), or criu's level: 0 nothing … 4 all",
     )  # fmt: skip
     parser.set_defaults(verbose=0)
+    parser.add_argument(
+        "--report", type=Path, metavar="FILE.html", help="draw there what took how long, and why"
+    )
     parser.add_argument("--pidfile", metavar="FILE", help="write the root task's pid there")
     parser.add_argument(
         "--display-stats", action=argparse.BooleanOptionalAction, default=False,
@@ -92,7 +118,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _restore(options: argparse.Namespace) -> Report:
-    work = options.work_dir or options.images_dir
+    work = options.work_dir or _source(options).get("images") or Path()
     if options.work_dir and not work.is_dir():
         raise UsageError(f"{work} is no directory", "create it, or name another with -W")
     files = criu_files(
@@ -100,16 +126,44 @@ def _restore(options: argparse.Namespace) -> Report:
     )
     with (
         files as finish,
+        picture_file(options.report) if options.report else nullcontext() as picture,
         make_watch(_progress(options)) as watch,
         attach(options.vm, vmlinux=options.vmlinux, watch=watch) as vm,
     ):
         report = vm.restore(
-            options.images_dir, agent=options.agent, outside=options.outside,
+            **_source(options), agent=options.agent, outside=options.outside,
             verify=options.verify, criu_options=options.criu_options,
             log_level=options.log_level,
         )  # fmt: skip
         finish(report)
+        if picture:
+            _draw(picture, report, options)
     return report
+
+
+def _draw(picture: Writer, report: Report, options: argparse.Namespace) -> None:
+    try:
+        picture.write(
+            page(
+                report,
+                {"images": str(options.archive or options.images_dir or "."), "VM": options.vm},
+            )
+        )
+    except OSError as error:  # the tree runs: that there is no picture of it is no failure
+        log.warning("no report in %s: %s", options.report, error.strerror)
+
+
+def _source(options: argparse.Namespace) -> dict[str, Any]:
+    """What to restore, as `ovr.Vm.restore` wants it."""
+    if options.archive is not None:
+        if options.images_dir is not None:
+            raise UsageError("--archive and -D are two checkpoints", "give one of them")
+        named = {"name": options.name} if options.name is not None else {}
+        return {"archive": options.archive, "engine_options": options.engine_options, **named}
+    if options.name is not None or options.engine_options:
+        stray = "--name" if options.name is not None else options.engine_options[0]
+        raise UsageError(f"{stray} is of a container", "which? give --archive FILE")
+    return {"images": options.images_dir or Path()}
 
 
 def _progress(options: argparse.Namespace) -> str:
@@ -119,16 +173,22 @@ def _progress(options: argparse.Namespace) -> str:
 
 
 def _dry_run(options: argparse.Namespace) -> int:
-    with attach(options.vm, vmlinux=options.vmlinux), ImageSet.open(options.images_dir) as images:
-        plan = make_plan(images, options.outside)
+    with (
+        attach(options.vm, vmlinux=options.vmlinux),
+        open_checkpoint(**_source(options)) as checkpoint,
+    ):
+        plan = make_plan(checkpoint.images, options.outside)
         plan.inside_images()
         show(plan, options)
     return 0
 
 
 def _sentence(report: Report) -> str:
+    what = f"pid {report.pid}"
+    if report.container is not None:
+        what = f"container {report.container[:12]}, {what}"
     return (
-        f"restored pid {report.pid} ({report.tasks} tasks, {size(report.bytes_outside)} of "
+        f"restored {what} ({report.tasks} tasks, {size(report.bytes_outside)} of "
         f"{size(report.bytes_total)} from outside) in {report.seconds['total']:.3f} s; "
         f"VM held {report.held['seconds'] * 1e3:.0f} ms, at most "
         f"{report.held['longest'] * 1e3:.0f} ms at once"

@@ -12,7 +12,7 @@ MEMORY: Final = {
     "name": "memory",
     "outside": True,
     "groups": [],
-    "summary": "private anonymous pages; `ovr plan` says which, and why others stay inside",
+    "summary": "private and shared memory; `ovr plan` says which, and why others stay inside",
     "source": "CRIU's restorer preads them; do_anonymous_page()",
 }
 

@@ -39,9 +39,9 @@ extern struct options options;
 typedef void (*callback)(int fd, short events, void *context);
 
 struct loop {
-	struct pollfd fds[8 + 5 * MAX_SESSIONS];
-	callback calls[8 + 5 * MAX_SESSIONS];
-	void *contexts[8 + 5 * MAX_SESSIONS];
+	struct pollfd fds[9 + 5 * MAX_SESSIONS];
+	callback calls[9 + 5 * MAX_SESSIONS];
+	void *contexts[9 + 5 * MAX_SESSIONS];
 	int count;
 	int64_t deadline;	/* ms, or -1 */
 };
@@ -144,22 +144,61 @@ const char *directory_append(struct directory *directory, const struct mp_value 
 			     const struct mp_value *data);
 void directory_remove(struct directory *directory, bool keep_log);
 
+#define AGENT_PATH "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
 /* criu.c */
 /* To be called while the program's file is still that of this process. */
 bool criu_know_program(void);
+
+/* How CRIU is started for a restore; pointers lead into it and into `strings`. */
+struct criu_command {
+	char images[300], level[16], output[300], socket[300];
+	char *env[3], **argv, **strings;
+};
+
+/* False, and errno. To be freed in any case. */
+bool criu_command_make(struct criu_command *command, const struct directory *directory,
+		       const struct message *begin);
+void criu_command_free(struct criu_command *command);
 /* CRIU's pid, or -1 and errno. */
-pid_t criu_start(const struct directory *directory, const struct message *begin);
+pid_t criu_start(const struct criu_command *command);
 #define LOG_LINES 16
 #define LOG_WIDTH 256
 int criu_log_errors(const struct directory *directory, char lines[LOG_LINES][LOG_WIDTH]);
+/* Add the last lines of a file with that word in them to `count` others; how many there are then. */
+int log_collect(int fd, const char *word, char lines[LOG_LINES][LOG_WIDTH], int count);
+/* The path of this very program, which CRIU starts as its action script; NULL and errno. */
+const char *criu_program(void);
 const char *criu_version(void);
+
+/* engine.c: podman and the like, who run CRIU for us */
+#define ENGINE_OUT "engine.out"
+#define ENGINE_ERR "engine.err"
+
+/* Their CRIU. Descriptors are -1 while it is not known. */
+struct engine_criu {
+	int end;		/* readable once it has ended */
+	int log;
+	pid_t runtime;		/* its parent, and the parent of the tree that it makes */
+};
+
+bool engine_known(const char *name);
+void engine_add_installed(struct writer *writer);
+/* Its pid, or -1 and errno. */
+pid_t engine_start(const struct directory *directory, const struct message *begin);
+struct engine_criu engine_adopt(pid_t criu);
+bool engine_criu_ended(const struct engine_criu *criu);
+void engine_forget(struct engine_criu *criu);
+void engine_result(const struct directory *directory, char line[LOG_WIDTH]);
+int engine_log_errors(const struct directory *directory, const struct engine_criu *criu,
+		      char lines[LOG_LINES][LOG_WIDTH]);
 
 /* hook.c */
 #define HOOK_SOCKET "OVR_HOOK_SOCKET"
 #define HOOK_GO 'g'		/* the agent's only word: go on */
 
 struct hook_report {
-	int32_t root, criu;	/* 0: post-restore, nothing is held yet */
+	int32_t root, criu;	/* root 0: pre-restore or post-restore, nothing is held yet */
 };
 
 int hook_main(const char *action);
@@ -170,6 +209,7 @@ int hook_main(const char *action);
 struct tree {
 	pid_t criu, root;	/* 0: none, or gone */
 	bool orphans;		/* unknown children of this process belong to it too */
+	pid_t runtime;		/* so do the children of this one; 0: none */
 };
 
 bool tree_stop_criu(pid_t criu);
@@ -179,6 +219,12 @@ bool tree_kill(struct tree tree);
 int tree_traced(pid_t criu, uint32_t ids[MAX_TREE]);
 /* The tracer of a task, or 0. */
 pid_t tree_tracer(pid_t pid);
+/* The parent of a task, or 0. */
+pid_t tree_parent(pid_t pid);
+
+/* exitkill.c */
+/* Have the kernel kill what CRIU, which is stopped, traces when CRIU dies. NULL, or why not. */
+const char *exitkill_set(pid_t criu);
 
 /* populate.c: allocating pages for the host to write to */
 /* Whether the kernel lets us write where a task itself cannot (FOLL_FORCE). */
@@ -195,6 +241,23 @@ void populate_end(void);
 bool proof_make(void);
 uint64_t proof_address(void);
 bool proof_right(const struct mp_value *secret);
+/* warm.c: a CRIU with memory, started in advance */
+#define WARM_TABLE "ovr-warm.tab"
+
+void warm_message(struct session *session, const struct message *message);
+void warm_session_ended(struct session *session);
+bool warm_owns(pid_t pid);
+bool warm_reaped(pid_t pid, int status);
+void warm_watch(struct loop *loop);
+void warm_shutdown(void);
+/* Bytes that are ready. */
+uint64_t warm_size(void);
+/* Give the pool's CRIU its arguments: its pid, or -1 when it cannot be used; it is gone then. */
+pid_t warm_take(const struct directory *directory, const struct message *begin,
+		const struct criu_command *command);
+/* How much of the restore's memory came from the pool, and why not all of it. */
+uint64_t warm_served(const char **why);
+void warm_forget(void);
 
 /* child.c */
 struct child_io {

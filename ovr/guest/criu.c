@@ -31,74 +31,80 @@ bool criu_know_program(void)
 }
 
 /* After an upgrade the name may lead to another program, or nowhere. */
-static bool program_replaced(void)
+const char *criu_program(void)
 {
 	struct stat named;
 
-	return stat(program, &named) < 0 || named.st_dev != program_file.st_dev ||
-	       named.st_ino != program_file.st_ino;
+	if (stat(program, &named) < 0 || named.st_dev != program_file.st_dev ||
+	    named.st_ino != program_file.st_ino) {
+		errno = ESTALE;
+		return NULL;
+	}
+	return program;
 }
 
-static pid_t start(char *const argv[], const struct directory *directory)
+bool criu_command_make(struct criu_command *command, const struct directory *directory,
+		       const struct message *begin)
 {
-	char output[300], socket[300], *env[] = {NULL, NULL, NULL};
+	uint32_t extras = begin->field[KEY_CRIU_OPTIONS].size;
+	const char *self = criu_program();
+	const char *const fixed[FIXED_ARGUMENTS] = {
+		options.criu, "restore", "--no-default-config", "-D", command->images,
+		"-W", directory->path, "-d", "-o", "restore.log", command->level,
+		"--action-script", self,
+	};
+	int count = 0;
+
+	command->strings = message_strings(begin, KEY_CRIU_OPTIONS);
+	command->argv = calloc(FIXED_ARGUMENTS + extras + 1, sizeof(*command->argv));
+	if (!command->strings || !command->argv || !self)
+		return false;
+	snprintf(command->images, sizeof(command->images), "%s/images", directory->path);
+	snprintf(command->output, sizeof(command->output), "%s/criu.out", directory->path);
+	snprintf(command->socket, sizeof(command->socket), HOOK_SOCKET "=%s/hook", directory->path);
+	snprintf(command->level, sizeof(command->level), "-v%llu",
+		 (unsigned long long)message_uint(begin, KEY_LOG_LEVEL));
+	command->env[0] = command->socket;
+	command->env[1] = AGENT_PATH;
+	command->env[2] = NULL;
+	while (count < FIXED_ARGUMENTS && fixed[count]) {
+		command->argv[count] = (char *)(uintptr_t)fixed[count];
+		count++;
+	}
+	memcpy(command->argv + count, command->strings, extras * sizeof(*command->argv));
+	return true;
+}
+
+void criu_command_free(struct criu_command *command)
+{
+	free(command->argv);
+	free(command->strings);
+}
+
+pid_t criu_start(const struct criu_command *command)
+{
 	struct child_io io = {-1, -1, -1};
 	pid_t pid;
 
-	snprintf(output, sizeof(output), "%s/criu.out", directory->path);
-	io.out = io.err = open(output, O_WRONLY | O_CREAT | O_EXCL | O_APPEND | O_CLOEXEC, 0600);
+	io.out = io.err = open(command->output,
+			       O_WRONLY | O_CREAT | O_NOFOLLOW | O_APPEND | O_CLOEXEC, 0600);
 	if (io.out < 0)
 		return -1;
-	snprintf(socket, sizeof(socket), HOOK_SOCKET "=%s/hook", directory->path);
-	env[0] = socket;
-	env[1] = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
-	pid = child_start(argv, env, io);
+	pid = child_start(command->argv, command->env, io);
 	close(io.out);
-	return pid;
-}
-
-pid_t criu_start(const struct directory *directory, const struct message *begin)
-{
-	char images[300], level[16];
-	char **extra = message_strings(begin, KEY_CRIU_OPTIONS);
-	uint32_t extras = begin->field[KEY_CRIU_OPTIONS].size;
-	char **argv = calloc(FIXED_ARGUMENTS + extras + 1, sizeof(*argv));
-	pid_t pid = -1;
-
-	if (program_replaced()) {
-		errno = ESTALE;
-	} else if (extra && argv) {
-		const char *const fixed[FIXED_ARGUMENTS] = {
-			options.criu, "restore", "--no-default-config", "-D", images,
-			"-W", directory->path, "-d", "-o", "restore.log", level,
-			"--action-script", program,
-		};
-
-		snprintf(images, sizeof(images), "%s/images", directory->path);
-		snprintf(level, sizeof(level), "-v%llu",
-			 (unsigned long long)message_uint(begin, KEY_LOG_LEVEL));
-		for (int i = 0; i < FIXED_ARGUMENTS && fixed[i]; i++)
-			argv[i] = (char *)(uintptr_t)fixed[i];
-		memcpy(argv + 13, extra, extras * sizeof(*argv));
-		pid = start(argv, directory);
-	}
-	free(argv);
-	free(extra);
 	return pid;
 }
 
 /* ------------------------------------------------------------------------ its log */
 
-static size_t read_tail(const char *path, char text[LOG_TAIL + 1])
+static size_t read_tail(int fd, char text[LOG_TAIL + 1])
 {
-	int fd = open(path, O_RDONLY | O_NOFOLLOW | O_CLOEXEC);
 	ssize_t size = 0;
 	off_t end;
 
 	if (fd >= 0) {
 		end = lseek(fd, 0, SEEK_END);
 		size = pread(fd, text, LOG_TAIL, end > LOG_TAIL ? end - LOG_TAIL : 0);
-		close(fd);
 	}
 	text[size > 0 ? size : 0] = 0;
 	return size > 0 ? (size_t)size : 0;
@@ -117,12 +123,11 @@ static void keep_line(char lines[LOG_LINES][LOG_WIDTH], int *count, const char *
 	++*count;
 }
 
-static int collect(const char *path, const char *word, char lines[LOG_LINES][LOG_WIDTH])
+int log_collect(int fd, const char *word, char lines[LOG_LINES][LOG_WIDTH], int count)
 {
 	static char text[LOG_TAIL + 1];
-	size_t size = read_tail(path, text);
+	size_t size = read_tail(fd, text);
 	char *rest = NULL, *line;
-	int count = 0;
 
 	/* A NUL in it would end it early. */
 	for (size_t i = 0; i < size; i++)
@@ -131,6 +136,16 @@ static int collect(const char *path, const char *word, char lines[LOG_LINES][LOG
 	for (line = strtok_r(text, "\n", &rest); line; line = strtok_r(NULL, "\n", &rest))
 		if (strstr(line, word))
 			keep_line(lines, &count, line);
+	return count;
+}
+
+static int collect(const char *path, const char *word, char lines[LOG_LINES][LOG_WIDTH])
+{
+	int fd = open(path, O_RDONLY | O_NOFOLLOW | O_CLOEXEC);
+	int count = log_collect(fd, word, lines, 0);
+
+	if (fd >= 0)
+		close(fd);
 	return count;
 }
 
@@ -174,7 +189,7 @@ const char *criu_version(void)
 {
 	static char version[64];
 	char *argv[] = {(char *)(uintptr_t)options.criu, "--version", NULL};
-	char *env[] = {"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", NULL};
+	char *env[] = {AGENT_PATH, NULL};
 	int out[2];
 	pid_t pid;
 

@@ -4,13 +4,16 @@
  * At pre-resume CRIU holds the whole tree in ptrace stops and waits for its
  * script. Whatever ends the script lets CRIU detach, so the first thing done
  * here is to stop CRIU itself: from then on neither the death of this
- * process nor of the agent lets a task run. Only the agent's word makes us
- * continue CRIU. When the agent's connection ends without that word, we kill
- * the tree ourselves.
+ * process nor of the agent lets a task run. The next thing is that the kernel
+ * kills what CRIU holds should CRIU itself die (exitkill.c). Only the agent's
+ * word makes us continue CRIU. When the agent's connection ends without that
+ * word, we kill the tree ourselves.
  *
- * At post-restore, where a bad exit status still makes CRIU kill the tree,
- * we only make sure that the agent is there.
+ * At pre-restore and post-restore, where a bad exit status makes CRIU give up
+ * or kill the tree, we only make sure that the agent is there. What an engine
+ * restores lacks an image until then (engine.c).
  */
+#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <poll.h>
@@ -94,12 +97,16 @@ static int hold(void)
 	pid_t root = text ? atoi(text) : 0;
 	/* Not our parent, who may be a shell between us, or dead. */
 	pid_t criu = root > 1 ? tree_tracer(root) : 0;
+	const char *problem;
 
 	if (criu > 1) {
-		kill(criu, SIGSTOP);
+		tree_stop_criu(criu);
 		hide_from_oom_killer(criu);
 		hide_from_oom_killer(getpid());
-		if (ask(root, criu, -1) == HOOK_GO) {
+		problem = exitkill_set(criu);
+		if (problem)
+			complain("%s", problem);
+		else if (ask(root, criu, -1) == HOOK_GO) {
 			kill(criu, SIGCONT);
 			return 0;
 		}
@@ -108,9 +115,32 @@ static int hold(void)
 	return 1;
 }
 
+/* Give the images that were kept from CRIU their names. */
+static bool hand_out_images(void)
+{
+	const char *path = getenv("CRTOOLS_IMAGE_DIR");
+	DIR *images = path ? opendir(path) : NULL;
+	struct dirent *entry;
+	bool done = images;
+
+	while (done && (entry = readdir(images))) {
+		const char *name = entry->d_name;
+
+		if (!strncmp(name, HOOK_HELD, strlen(HOOK_HELD)))
+			done = renameat(dirfd(images), name, dirfd(images),
+					name + strlen(HOOK_HELD)) == 0;
+	}
+	if (images)
+		closedir(images);
+	return done;
+}
+
 int hook_main(const char *action)
 {
 	block_all_signals();
+	/* CRIU starts us without a shell between us. */
+	if (!strcmp(action, "pre-restore"))
+		return ask(0, getppid(), ANSWER_MS) == HOOK_GO && hand_out_images() ? 0 : 1;
 	if (!strcmp(action, "pre-resume"))
 		return hold();
 	if (!strcmp(action, "post-restore"))

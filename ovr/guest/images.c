@@ -42,6 +42,8 @@ static void remove_tree(const char *name, bool keep_log)
 
 	if (fd < 0)
 		return;
+	empty(fd, "images/parent");
+	unlinkat(fd, "images/parent", AT_REMOVEDIR);
 	empty(fd, "images");
 	unlinkat(fd, "images", AT_REMOVEDIR);
 	if (!keep_log)

@@ -43,7 +43,8 @@ void reap_children(void)
 	pid_t pid;
 
 	while ((pid = waitpid(-1, &status, WNOHANG)) > 0)
-		if (!restore_reaped(pid, status) && !populate_reaped(pid, status))
+		if (!restore_reaped(pid, status) && !populate_reaped(pid, status) &&
+		    !warm_reaped(pid, status))
 			lab_reaped(pid, status);
 }
 
@@ -114,10 +115,12 @@ void loop_run(struct loop *loop)
 		loop_watch(loop, signals, POLLIN, on_signal, NULL);
 		restore_watch(loop);
 		populate_watch(loop);
+		warm_watch(loop);
 		lab_watch(loop);
 		session_watch(loop);
 		transport_watch(loop);
 		turn(loop);
 	}
 	restore_shutdown();
+	warm_shutdown();
 }

@@ -29,6 +29,9 @@ Restore (one at a time, owned by one session)
     `Aborted`. `Aborted` may come unasked. After `Begin` any frame, such as
     `Alive`, which has no answer, holds off the silence deadline.
 
+Pool (at any time, for the next restore)
+    `Warm` → `Warmed` when it is filled; `Pool` → `Warmed`.
+
 Lab (agents built with ``OVR_LAB`` only; one job a session)
     `Run`, `Stdin`… (empty: end of file; the next one after `Taken`) → `Output`… `Exited`;
     `Spawn` → `Spawned`; `Put`, `Data`… (empty: end of file) → `Stored`; `Get` → `Data`… `End`.
@@ -45,7 +48,9 @@ from typing import ClassVar
 
 __all__ = [
     "CHUNK",
+    "ENGINE_ARCHIVE",
     "FRAME_COST",
+    "HOOK_HELD",
     "MAGIC",
     "MAX_FILES",
     "MAX_FRAME",
@@ -79,6 +84,7 @@ __all__ = [
     "Output",
     "Ping",
     "Pong",
+    "Pool",
     "Prove",
     "Put",
     "Restored",
@@ -91,6 +97,8 @@ __all__ = [
     "Taken",
     "Touch",
     "Touched",
+    "Warm",
+    "Warmed",
     "Welcome",
 ]
 
@@ -114,6 +122,10 @@ MAX_RANGES = 8192
 MAX_FILES = 65536
 MAX_IMAGE_BYTES = 1 << 30
 SYNC_ZEROS = MAX_FRAME + 64
+ENGINE_ARCHIVE = "checkpoint.tar"
+"""The file in which podman gets everything."""
+HOOK_HELD = "ovr-held-"
+"""What a name begins with as long as CRIU has not run the hook: without it nothing is restored."""
 
 
 @dataclass(frozen=True)
@@ -167,14 +179,18 @@ class Files(Message):
 
 @dataclass(frozen=True)
 class Begin(Message):
-    """Start CRIU on the files sent so far.
+    """Start CRIU on the files sent so far, or have a container engine do so.
 
     Attributes:
-        criu_options: put at the end of CRIU's command line.
+        criu_options: put at the end of the command line of CRIU or the engine.
         silence_ms: abort when the host says nothing for so long.
         timeout_ms: abort when CRIU has not reached the hook after so long.
         log_level: CRIU's ``-v``.
         keep_log: leave the restore's directory (without the images) in the guest.
+        engine: ``podman``, ``runc`` or ``crun``; none: CRIU alone. podman finds all in the file
+            `ENGINE_ARCHIVE`. One image that CRIU needs comes as `HOOK_HELD` and its name.
+        warm_images: to have CRIU that waits with a pool do it: the pagemaps of the tasks that get
+            memory of it, and their pages images. None: leave the pool alone.
     """
 
     criu_options: tuple[str, ...]
@@ -182,6 +198,8 @@ class Begin(Message):
     timeout_ms: int
     log_level: int
     keep_log: bool
+    warm_images: tuple[str, ...] = ()
+    engine: str | None = None
 
 
 @dataclass(frozen=True)
@@ -218,6 +236,18 @@ class Map(Message):
     file: str
     size: int
     ranges: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Warm(Message):
+    """Start a CRIU with a pool of `size` bytes, in place of the one that is there; 0: end that."""
+
+    size: int
+
+
+@dataclass(frozen=True)
+class Pool(Message):
+    """Asks for a `Warmed` that says what there is."""
 
 
 @dataclass(frozen=True)
@@ -301,8 +331,11 @@ class Data(Message):
 class Welcome(Message):
     """The answer to `Hello`: who is there.
 
-    `force_write`: the kernel lets the agent write to pages that their own task cannot write to.
-    `secret_at`: the GVA, in the agent's process, of what `Prove` has to say.
+    Attributes:
+        force_write: the kernel lets the agent write to pages that their own task cannot write to.
+        secret_at: the GVA, in the agent's process, of what `Prove` has to say.
+        warm: the size of the pool that is ready, 0 if there is none.
+        engines: the container engines that are installed.
     """
 
     version: int
@@ -316,6 +349,8 @@ class Welcome(Message):
     boot_id: str
     force_write: bool
     secret_at: int
+    warm: int
+    engines: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -327,11 +362,35 @@ class Pong(Message):
 
 @dataclass(frozen=True)
 class Stopped(Message):
-    """The skeleton stands: pids as the agent sees them, `tasks` are the held threads' ids."""
+    """The skeleton stands: pids as the agent sees them, `tasks` are the held threads' ids.
+
+    `warm`: how many bytes of areas were made from the pool; `note`: why none, or not all.
+    """
 
     root_pid: int
     criu_pid: int
     tasks: tuple[int, ...]
+    warm: int
+    note: str
+
+
+@dataclass(frozen=True)
+class Warmed(Message):
+    """The pool.
+
+    Attributes:
+        size: in bytes; 0: there is none.
+        huge: how many of them are in huge pages.
+        pid: the process that has it.
+        address: where it is in that process.
+        note: why there is none.
+    """
+
+    size: int
+    huge: int
+    pid: int
+    address: int
+    note: str
 
 
 @dataclass(frozen=True)
@@ -349,18 +408,19 @@ class Mapped(Message):
 
 @dataclass(frozen=True)
 class Restored(Message):
-    """CRIU has let the tree go and is gone."""
+    """CRIU has let the tree go and is gone; `container` is what the engine calls it."""
 
     pid: int
+    container: str | None = None
 
 
 @dataclass(frozen=True)
 class Failed(Message):
-    """CRIU ended badly.
+    """CRIU or the engine ended badly.
 
     Attributes:
         status: its exit status, or 128 plus the signal that killed it.
-        log: the error lines of its log, oldest first.
+        log: the error lines of CRIU's log, oldest first, then what the engine said.
         gone: no task of the tree is left.
     """
 

@@ -13,6 +13,7 @@
 #include "agent.h"
 
 #define CRIU_DEATH_MS 5000
+#define ENGINE_END_MS 60000
 #define MAX_DEADLINE_MS (24ll * 3600 * 1000)
 #define UPLOAD_SILENCE_MS 60000	/* until "begin" says how long a host may be silent */
 
@@ -22,18 +23,27 @@ enum phase {
 	BUILDING,	/* CRIU runs, up to its hook */
 	HELD,		/* the skeleton stands; CRIU is stopped */
 	RELEASED,	/* the host said go; CRIU detaches and ends */
+	ENDING,		/* the tree is killed; what its engine has made of it is its to remove */
 };
+
+#define NO_RESTORE { .listener = -1, .hook = -1, .directory.images = -1, \
+		     .theirs = {.end = -1, .log = -1} }
 
 static struct restore {
 	enum phase phase;
 	struct session *owner;	/* NULL once its session has ended */
 	struct directory directory;
 	int listener, hook;
+	pid_t child;		/* what we have started: CRIU, or an engine that starts it */
 	pid_t criu, root;
-	bool criu_ended, keep_log;
-	int criu_status;
+	bool engine;
+	struct engine_criu theirs;	/* the engine's CRIU, from its first word on */
+	bool child_ended, keep_log;
+	int child_status;
 	int64_t silence_ms, silent_at, late_at;
-} restore = {.listener = -1, .hook = -1, .directory.images = -1};
+	char reason[128];	/* ENDING: why */
+	bool gone;
+} restore = NO_RESTORE;
 
 static void close_fd(int *fd)
 {
@@ -47,9 +57,11 @@ static void forget(void)
 	close_fd(&restore.listener);
 	close_fd(&restore.hook);
 	populate_end();
+	warm_forget();
 	directory_remove(&restore.directory, restore.keep_log);
 	prctl(PR_SET_CHILD_SUBREAPER, 0);
-	restore = (struct restore){.listener = -1, .hook = -1, .directory.images = -1};
+	engine_forget(&restore.theirs);
+	restore = (struct restore)NO_RESTORE;
 }
 
 static int exit_code(int status)
@@ -59,13 +71,20 @@ static int exit_code(int status)
 
 /* ------------------------------------------------------------------------ the end of a tree */
 
+static bool criu_ended(void)
+{
+	if (restore.engine)
+		return restore.criu <= 1 || engine_criu_ended(&restore.theirs);
+	return restore.child_ended;
+}
+
 static void kill_criu(void)
 {
 	int64_t deadline = now_ms() + CRIU_DEATH_MS;
 
-	if (!restore.criu_ended)
+	if (!criu_ended())
 		kill(restore.criu, SIGKILL);
-	while (!restore.criu_ended && now_ms() < deadline) {
+	while (!criu_ended() && now_ms() < deadline) {
 		reap_children();
 		sleep_ms(1);
 	}
@@ -75,26 +94,27 @@ static void kill_criu(void)
 static bool kill_everything(void)
 {
 	struct tree tree = {
-		.criu = restore.criu_ended ? 0 : restore.criu,
+		.criu = criu_ended() ? 0 : restore.criu,
 		.root = restore.root,
-		.orphans = true,
+		.orphans = !restore.engine,
+		.runtime = criu_ended() ? 0 : restore.theirs.runtime,
 	};
-	bool gone;
+	bool gone = true;
 
-	if (!restore.criu_ended)
-		tree_stop_criu(restore.criu);
+	if (tree.criu > 1)
+		tree_stop_criu(tree.criu);
 	/* The hook too: it is CRIU's child, and stopped as it is CRIU learns nothing. */
-	gone = tree_kill(tree);
+	if (tree.criu > 1 || tree.root > 1 || tree.orphans)
+		gone = tree_kill(tree);
 	kill_criu();
 	/* CRIU's zombies are ours now (we are their subreaper): their pids must become free. */
 	reap_children();
-	return gone && restore.criu_ended;
+	return gone && criu_ended();
 }
 
-static void abort_restore(const char *reason)
+static void report_aborted(const char *reason, bool gone)
 {
 	struct session *owner = restore.owner;
-	bool gone = restore.phase == UPLOADING || kill_everything();
 	struct writer writer;
 
 	complain("restore aborted: %s%s", reason, gone ? "" : "; tasks are still there");
@@ -107,16 +127,46 @@ static void abort_restore(const char *reason)
 	session_send(owner, &writer);
 }
 
+static void abort_restore(const char *reason)
+{
+	bool gone = restore.phase == UPLOADING || kill_everything();
+
+	if (!restore.engine || restore.child_ended) {
+		report_aborted(reason, gone);
+		return;
+	}
+	/*
+	 * The engine sees that its CRIU failed and cleans up; if it has not come
+	 * to CRIU yet, the hook that gets no answer makes CRIU give up.
+	 */
+	close_fd(&restore.hook);
+	populate_end();
+	snprintf(restore.reason, sizeof(restore.reason), "%s", reason);
+	restore.gone = gone;
+	restore.phase = ENDING;
+	restore.late_at = now_ms() + ENGINE_END_MS;
+}
+
+static void engine_too_late(void)
+{
+	complain("the engine does not end; it is killed");
+	kill(restore.child, SIGKILL);
+	restore.late_at = now_ms() + ENGINE_END_MS;
+}
+
 static void report_failure(void)
 {
 	struct session *owner = restore.owner;
 	char lines[LOG_LINES][LOG_WIDTH];
-	bool gone = kill_everything();
-	int count = criu_log_errors(&restore.directory, lines);
-	int status = exit_code(restore.criu_status);
+	/* After "go" the tree is the engine's, and so is cleaning up. */
+	bool gone = (restore.engine && restore.phase == RELEASED) || kill_everything();
+	int count = restore.engine ?
+		engine_log_errors(&restore.directory, &restore.theirs, lines) :
+		criu_log_errors(&restore.directory, lines);
+	int status = exit_code(restore.child_status);
 	struct writer writer;
 
-	complain("criu failed: %d", status);
+	complain("%s failed: %d", restore.engine ? "the container engine" : "criu", status);
 	forget();
 	if (!owner)
 		return;
@@ -133,19 +183,26 @@ static void report_success(void)
 {
 	struct session *owner = restore.owner;
 	pid_t root = restore.root;
+	char container[LOG_WIDTH] = "";
 	struct writer writer;
 
+	if (restore.engine)
+		engine_result(&restore.directory, container);
 	forget();
 	if (!owner)
 		return;
 	writer = session_writer(owner, OP_RESTORED);
 	message_add_uint(&writer, KEY_PID, (uint64_t)root);
+	if (container[0])
+		message_add_str(&writer, KEY_CONTAINER, container);
 	session_send(owner, &writer);
 }
 
-static void criu_ended(void)
+static void child_ended(void)
 {
-	if (restore.phase == RELEASED && exit_code(restore.criu_status) == 0)
+	if (restore.phase == ENDING)
+		report_aborted(restore.reason, restore.gone);
+	else if (restore.phase == RELEASED && exit_code(restore.child_status) == 0)
 		report_success();
 	else if (restore.phase == HELD)
 		abort_restore("criu died while it held the tree");
@@ -159,12 +216,15 @@ static void criu_ended(void)
 static void report_stopped(const uint32_t *tasks, int count)
 {
 	struct writer writer = session_writer(restore.owner, OP_STOPPED);
+	const char *note;
 
 	message_add_uint(&writer, KEY_ROOT_PID, (uint64_t)restore.root);
 	message_add_uint(&writer, KEY_CRIU_PID, (uint64_t)restore.criu);
 	message_add_list(&writer, KEY_TASKS, (uint32_t)count);
 	for (int i = 0; i < count; i++)
 		message_item_uint(&writer, tasks[i]);
+	message_add_uint(&writer, KEY_WARM, warm_served(&note));
+	message_add_str(&writer, KEY_NOTE, note);
 	session_send(restore.owner, &writer);
 }
 
@@ -196,6 +256,18 @@ static void tree_stands(pid_t root)
 	report_stopped(tasks, count);
 }
 
+/* The first word of an engine's CRIU, before it has made a task. */
+static bool adopt(pid_t criu)
+{
+	if (!restore.engine || restore.criu > 1)
+		return !restore.engine || criu == 0 || criu == restore.criu;
+	restore.theirs = engine_adopt(criu);
+	if (restore.theirs.end < 0)
+		return false;
+	restore.criu = criu;
+	return true;
+}
+
 static void on_hook(int fd, short events, void *context)
 {
 	struct hook_report report;
@@ -212,13 +284,17 @@ static void on_hook(int fd, short events, void *context)
 		close_fd(&restore.hook);
 		if (restore.phase == HELD)
 			abort_restore("the hook died");
-		else if (restore.phase == RELEASED && !restore.criu_ended)
+		else if (restore.phase == RELEASED && !criu_ended())
 			/* It may have died before it could: go is go. */
 			kill(restore.criu, SIGCONT);
+	} else if (restore.phase == ENDING) {
+		close_fd(&restore.hook);
 	} else if (restore.phase != BUILDING || size != (ssize_t)sizeof(report)) {
 		abort_restore("the hook makes no sense");
+	} else if (report.root == 0 && !adopt(report.criu)) {
+		abort_restore("another criu than the engine's runs our hook");
 	} else if (report.root == 0) {
-		/* post-restore: only asks whether we are there */
+		/* pre-restore, post-restore: only asks whether we are there */
 		send(fd, &word, 1, MSG_NOSIGNAL | MSG_DONTWAIT);
 		close_fd(&restore.hook);
 	} else if (report.criu != restore.criu) {
@@ -263,6 +339,8 @@ static bool in_phase(struct session *session, enum phase phase)
 {
 	if (restore.phase != IDLE && restore.owner != session)
 		session_break(session, "busy: another session has a restore under way");
+	else if (restore.phase == ENDING && phase == HELD)
+		return false;	/* our word that it was aborted will be the answer */
 	else if (restore.phase == IDLE && phase == HELD)
 		/* Our word that it was aborted is still on its way: that is the answer. */
 		session_refuse(session, "no restore is under way");
@@ -305,24 +383,58 @@ static int64_t deadline_ms(const struct message *message, enum key key)
 	return ms < MAX_DEADLINE_MS ? (int64_t)ms : MAX_DEADLINE_MS;
 }
 
+static bool known_engine(const struct message *message)
+{
+	char name[MAX_STRING];
+
+	if (!message_has(message, KEY_ENGINE))
+		return true;
+	message_str(message, KEY_ENGINE, name);
+	return engine_known(name);
+}
+
+/* CRIU's pid, or -1 and errno. */
+static pid_t start_criu(const struct message *begin)
+{
+	static struct criu_command command;
+	pid_t pid = -1;
+
+	if (criu_command_make(&command, &restore.directory, begin)) {
+		if (begin->field[KEY_WARM_IMAGES].size)
+			pid = warm_take(&restore.directory, begin, &command);
+		if (pid < 0)
+			pid = criu_start(&command);
+	}
+	criu_command_free(&command);
+	return pid;
+}
+
 static void begin(struct session *session, const struct message *message)
 {
 	if (!in_phase(session, UPLOADING))
 		return;
+	if (!known_engine(message)) {
+		session_break(session, "no container engine that the agent knows");
+		return;
+	}
 	restore.listener = listen_for_hook();
 	if (restore.listener < 0) {
 		session_break(session, "no socket for the hook: %s", strerror(errno));
 		return;
 	}
-	/* Whatever outlives CRIU must not get away from us. */
-	prctl(PR_SET_CHILD_SUBREAPER, 1);
-	restore.criu = criu_start(&restore.directory, message);
-	if (restore.criu < 0) {
-		session_break(session, "criu cannot be started: %s", errno == ESTALE ?
+	restore.engine = message_has(message, KEY_ENGINE);
+	/* Whatever outlives CRIU must not get away from us. What outlives an engine is its own. */
+	prctl(PR_SET_CHILD_SUBREAPER, !restore.engine);
+	restore.child = restore.engine ? engine_start(&restore.directory, message) :
+					 start_criu(message);
+	if (restore.child < 0) {
+		session_break(session, "%s cannot be started: %s",
+			      restore.engine ? "the container engine" : "criu", errno == ESTALE ?
 			      "the agent's own program file was replaced, restart the agent" :
 			      strerror(errno));
 		return;
 	}
+	restore.criu = restore.engine ? 0 : restore.child;
 	restore.phase = BUILDING;
 	restore.keep_log = message_uint(message, KEY_KEEP_LOG);
 	restore.silence_ms = deadline_ms(message, KEY_SILENCE_MS);
@@ -342,7 +454,7 @@ static void go(struct session *session)
 	restore.phase = RELEASED;
 	if (send(restore.hook, &word, 1, MSG_NOSIGNAL | MSG_DONTWAIT) != 1) {
 		restore.phase = HELD;
-		prctl(PR_SET_CHILD_SUBREAPER, 1);
+		prctl(PR_SET_CHILD_SUBREAPER, !restore.engine);
 		abort_restore("the hook died");
 	}
 }
@@ -384,6 +496,8 @@ void restore_message(struct session *session, const struct message *message)
 		go(session);
 		break;
 	default:
+		if (restore.owner == session && restore.phase == ENDING)
+			break;	/* the answer will come */
 		if (restore.owner == session && restore.phase != IDLE && restore.phase != RELEASED)
 			abort_restore("the host said so");
 		else
@@ -397,7 +511,7 @@ void restore_session_ended(struct session *session)
 		return;
 	restore.owner = NULL;
 	/* After "go" the tree is the guest's, whoever listens. */
-	if (restore.phase != RELEASED)
+	if (restore.phase != RELEASED && restore.phase != ENDING)
 		abort_restore("the link to the host broke");
 }
 
@@ -411,10 +525,10 @@ void restore_session_heard(struct session *session)
 
 bool restore_reaped(pid_t pid, int status)
 {
-	if (restore.phase < BUILDING || pid != restore.criu || restore.criu_ended)
+	if (restore.phase < BUILDING || pid != restore.child || restore.child_ended)
 		return false;
-	restore.criu_ended = true;
-	restore.criu_status = status;
+	restore.child_ended = true;
+	restore.child_status = status;
 	return true;
 }
 
@@ -422,12 +536,23 @@ void restore_work(void)
 {
 	if (restore.phase == IDLE)
 		return;
-	if (restore.criu_ended)
-		criu_ended();
+	if (restore.child_ended)
+		child_ended();
+	else if (restore.phase == HELD && criu_ended())
+		abort_restore("criu died while it held the tree");
 	else if (restore.phase == BUILDING && now_ms() >= restore.late_at)
 		abort_restore("criu took too long to build the tree");
-	else if (restore.phase != RELEASED && now_ms() >= restore.silent_at)
+	else if (restore.phase == ENDING && now_ms() >= restore.late_at)
+		engine_too_late();
+	else if ((restore.phase == BUILDING || restore.phase == HELD) &&
+		 now_ms() >= restore.silent_at)
 		abort_restore("the host was silent for too long");
+}
+
+/* Nothing to do but to look again. */
+static void on_criu_end(int fd, short events, void *context)
+{
+	(void)fd, (void)events, (void)context;
 }
 
 void restore_watch(struct loop *loop)
@@ -436,7 +561,9 @@ void restore_watch(struct loop *loop)
 		loop_watch(loop, restore.listener, POLLIN, on_hook_connection, NULL);
 	if (restore.hook >= 0)
 		loop_watch(loop, restore.hook, POLLIN, on_hook, NULL);
-	if (restore.phase == BUILDING)
+	if (restore.phase == HELD && restore.theirs.end >= 0)
+		loop_watch(loop, restore.theirs.end, POLLIN, on_criu_end, NULL);
+	if (restore.phase == BUILDING || restore.phase == ENDING)
 		loop_wake_at(loop, restore.late_at);
 	if (restore.phase != IDLE && restore.phase != RELEASED)
 		loop_wake_at(loop, restore.silent_at);

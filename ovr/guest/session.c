@@ -77,6 +77,7 @@ static void session_forget(struct session *session)
 	restore_session_ended(session);
 	lab_session_ended(session);
 	session->greeted = session->proved = false;
+	warm_session_ended(session);
 	session->in_size = session->out_start = session->out_size = 0;
 	if (session->link != LINK_STREAM)
 		session->state = STATE_LOST;
@@ -155,6 +156,7 @@ void session_break(struct session *session, const char *format, ...)
 
 	restore_session_ended(session);
 	lab_session_ended(session);
+	warm_session_ended(session);
 	va_start(args, format);
 	send_error(session, format, args);
 	va_end(args);
@@ -226,6 +228,8 @@ static void welcome(struct session *session, const struct mp_value *token)
 	message_add_str(&writer, KEY_BOOT_ID, boot);
 	message_add_bool(&writer, KEY_FORCE_WRITE, populate_can_force());
 	message_add_uint(&writer, KEY_SECRET_AT, proof_address());
+	engine_add_installed(&writer);
+	message_add_uint(&writer, KEY_WARM, warm_size());
 	session_send(session, &writer);
 }
 
@@ -287,8 +291,14 @@ static void dispatch(struct session *session, const uint8_t *body, size_t size)
 	case OP_PROVE:
 		prove(session, &message);
 		break;
+	case OP_POOL:
+		warm_message(session, &message);
+		break;
+	case OP_WARM:
 	case OP_FILES: case OP_BEGIN: case OP_TOUCH: case OP_MAP: case OP_GO: case OP_ABORT:
-		if (session->proved)
+		if (session->proved && message.op == OP_WARM)
+			warm_message(session, &message);
+		else if (session->proved)
 			restore_message(session, &message);
 		else
 			session_break(session, "prove first that you can read this VM's memory");

@@ -151,7 +151,10 @@ static bool is_top(const struct tree *tree, const struct process *process)
 		return true;
 	if (tree->root > 1 && process->pid == tree->root)
 		return true;
-	return tree->orphans && process->parent == getpid() && !lab_owns(process->pid);
+	if (tree->runtime > 1 && process->parent == tree->runtime)
+		return true;
+	return tree->orphans && process->parent == getpid() && !lab_owns(process->pid) &&
+	       !warm_owns(process->pid);
 }
 
 static struct process *find(const struct table *table, pid_t pid)
@@ -267,6 +270,15 @@ pid_t tree_tracer(pid_t pid)
 
 	snprintf(path, sizeof(path), "/proc/%d/status", pid);
 	return read_status(path, &process) ? process.tracer : 0;
+}
+
+pid_t tree_parent(pid_t pid)
+{
+	struct process process;
+	char path[64];
+
+	snprintf(path, sizeof(path), "/proc/%d/status", pid);
+	return read_status(path, &process) ? process.parent : 0;
 }
 
 static int traced_threads(pid_t pid, pid_t criu, uint32_t ids[MAX_TREE], int count)

@@ -155,6 +155,8 @@ def header() -> str:
     lines = ["/* Made from ovr/guest/protocol.py: change that. */", "#ifndef OVR_PROTOCOL_H"]
     lines += ["#define OVR_PROTOCOL_H", "", f'#define MAGIC "{protocol.MAGIC.decode()}"']
     lines += [f"#define MAGIC_SIZE {len(protocol.MAGIC)}"]
+    lines += [f'#define ENGINE_ARCHIVE "{protocol.ENGINE_ARCHIVE}"']
+    lines += [f'#define HOOK_HELD "{protocol.HOOK_HELD}"']
     lines += [f"#define {name} {value}" for name, value in limits.items()]
     lines += ["", "enum kind { KIND_UINT, KIND_STR, KIND_BIN, KIND_BOOL,"]
     lines += ["\t    KIND_UINTS, KIND_STRS, KIND_BINS };", "", "enum key {"]

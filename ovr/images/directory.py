@@ -32,6 +32,7 @@ class ImageDirectory:
         path: where it is.
         sizes: the size in bytes of each regular file that was there when it was opened.
         others: names that are neither regular files nor directories.
+        bases: where in its file the content of a name begins, in bytes, if not at 0.
     """
 
     def __init__(self, path: Path, label: str = "") -> None:
@@ -48,6 +49,7 @@ class ImageDirectory:
             ) from error
         self.sizes: dict[str, int] = {}
         self.others: set[str] = set()
+        self.bases: dict[str, int] = {}
         with os.scandir(self._fd) as found:
             for file in sorted(islice(found, _MAX_FILES), key=lambda file: file.name):
                 if file.is_file(follow_symlinks=False):
@@ -69,7 +71,7 @@ class ImageDirectory:
             )
         if name not in self.sizes:
             raise ImagesDamaged(f"{self.label}{name}: missing", DUMP_AGAIN)
-        return ImageFile(self, name, self.sizes[name])
+        return ImageFile(self, name, self.sizes[name], self.bases.get(name, 0))
 
     def open(self, name: str) -> int:
         """A new read-only descriptor of a regular file; the caller closes it."""
@@ -153,11 +155,13 @@ class ImageFile:
         directory: where it lies.
         name: its name there.
         size: its size in bytes when the directory was opened.
+        base: where its content begins in what `open` opens, in bytes.
     """
 
     directory: ImageDirectory
     name: str
     size: int
+    base: int = 0
 
     @property
     def label(self) -> str:
@@ -165,14 +169,14 @@ class ImageFile:
         return f"{self.directory.label}{self.name}"
 
     def open(self) -> int:
-        """A new read-only descriptor; the caller closes it.
+        """A new read-only descriptor of where it lies, from `base` on; the caller closes it.
 
         Raises:
             ImagesDamaged: the file was replaced by something else, or became shorter.
         """
         fd = self.directory.open(self.name)
         present = os.fstat(fd).st_size
-        if present < self.size:
+        if present < self.base + self.size:
             os.close(fd)
             raise ImagesDamaged(f"{self.label}: shrank while it was read", DUMP_AGAIN)
         return fd
@@ -185,7 +189,7 @@ class ImageFile:
         """
         fd = self.open()
         try:
-            return read_exactly(fd, offset, size, self.label)
+            return read_exactly(fd, self.base + offset, size, self.label)
         finally:
             os.close(fd)
 

@@ -46,18 +46,21 @@ M = TypeVar("M", bound=Message)
 
 
 class ImageSet:
-    """What ``criu dump -D`` wrote, read-only. Use as a context manager, or `close` it.
+    """What ``criu dump`` wrote, read-only. Use as a context manager, or `close` it.
 
     The inventory and the header of every image are checked on opening; tasks and memory are decoded
     when they are first asked for. Entries that it returns belong to it: change copies only.
 
+    Args:
+        directory: where the images lie; it is closed with the image set.
+
     Attributes:
-        path: the directory.
+        path: the directory, or the archive that they are in.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._levels = [ImageDirectory(path)]
+    def __init__(self, directory: ImageDirectory) -> None:
+        self.path = directory.path
+        self._levels = [directory]
         try:
             self._check_headers()
             self._check_inventory()
@@ -75,7 +78,7 @@ class ImageSet:
             ImagesDamaged: a file is missing or cut off, or has another image's header.
             ImagesUnsupported: an image, version or place that this tool does not know.
         """
-        return cls(path)
+        return cls(ImageDirectory(path))
 
     def close(self) -> None:
         """Close the directories."""

@@ -59,8 +59,9 @@ class Extents:
                     _close(fd)
                     file, fd = wanted, -1
                     fd = wanted.open()
-                for at in range(offset, offset + size, limit):
-                    yield read_exactly(fd, at, min(limit, offset + size - at), wanted.label)
+                start = wanted.base + offset
+                for at in range(start, start + size, limit):
+                    yield read_exactly(fd, at, min(limit, start + size - at), wanted.label)
         finally:
             _close(fd)
 

@@ -32,12 +32,19 @@ class Sources:
         """
         key = memory.name, level
         if key not in self._mapped:
-            fd = memory.open(level)
+            file = memory.file(level)
+            # Within an archive an image begins at any multiple of 512.
+            start = file.base // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
+            size = file.base - start + file.size
+            fd = file.open()
             try:
-                pages = self._stack.enter_context(mmap.mmap(fd, 0, access=mmap.ACCESS_READ))
+                pages = mmap.mmap(fd, size, access=mmap.ACCESS_READ, offset=start)
             finally:
                 os.close(fd)
-            view = memoryview(pages)
+            self._stack.enter_context(pages)
+            whole = memoryview(pages)
+            self._stack.callback(whole.release)
+            view = whole[file.base - start :]
             self._stack.callback(view.release)
             self._mapped[key] = view
         return self._mapped[key]

@@ -53,12 +53,12 @@ class Memory:
         """File name of the pages image."""
         return f"pages-{self.pages_id}.img"
 
-    def open(self, level: int = 0) -> int:
-        """A new read-only descriptor of the pages image of that level; the caller closes it."""
+    def file(self, level: int = 0) -> ImageFile:
+        """The pages image of that level."""
         file = self.files[level]
         if file is None:
             raise ValueError(f"{self.name} uses no data of level {level}")
-        return file.open()
+        return file
 
 
 @dataclass(frozen=True)

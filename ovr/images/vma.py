@@ -15,6 +15,7 @@ from ovr.images.pagemap import USER_END
 from ovr.images.wire import copy_of
 
 __all__ = [
+    "MADV_DOFORK",
     "MADV_DONTDUMP",
     "MADV_DONTFORK",
     "MADV_DONTNEED_LOCKED",
@@ -24,9 +25,12 @@ __all__ = [
     "MADV_POPULATE_WRITE",
     "MADV_WIPEONFORK",
     "MAP_ANONYMOUS",
+    "MAP_FIXED",
     "MAP_GROWSDOWN",
     "MAP_HUGETLB",
     "MAP_POPULATE",
+    "MAP_PRIVATE",
+    "MAP_STACK",
     "PROT_EXEC",
     "PROT_READ",
     "PROT_WRITE",
@@ -78,11 +82,15 @@ VMA_UNSUPP: Final = 1 << 31
 PROT_READ: Final = 1
 PROT_WRITE: Final = 2
 PROT_EXEC: Final = 4
+MAP_PRIVATE: Final = 0x02
+MAP_FIXED: Final = 0x10
 MAP_ANONYMOUS: Final = 0x20
 MAP_GROWSDOWN: Final = 0x100
 MAP_POPULATE: Final = 0x8000
+MAP_STACK: Final = 0x20000
 MAP_HUGETLB: Final = 0x40000
 MADV_DONTFORK: Final = 10
+MADV_DOFORK: Final = 11
 MADV_MERGEABLE: Final = 12
 MADV_HUGEPAGE: Final = 14
 MADV_NOHUGEPAGE: Final = 15

@@ -12,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final
+from uuid import UUID
 
 from ovr.addresses import Gva
 from ovr.errors import GuestFault, KernelNotFound
@@ -234,9 +235,28 @@ class Kernel:
         """Tell whether the kernel that was found still runs: not another one, nor another boot."""
         try:
             _check(self.space, self.info)
+        except (KernelNotFound, GuestFault):
+            return False
+        return self.same_boot()
+
+    def same_boot(self) -> bool:
+        """Tell the same from what takes microseconds to read: no other boot has this mark."""
+        try:
             return self._boot == self._boot_mark()
         except (KernelNotFound, GuestFault):
             return False
+
+    @property
+    @types_that_fit()
+    def boot_id(self) -> str:
+        """The UUID in ``/proc/sys/kernel/random/boot_id``; all zero before anybody asked for it.
+
+        Raises:
+            KernelNotFound: the kernel has it elsewhere.
+
+        Source: sysctl_bootid in drivers/char/random.c.
+        """
+        return str(UUID(bytes=self.space.read(self.symbol("sysctl_bootid"), 16)))
 
     @types_that_fit()
     def _boot_mark(self) -> tuple[bytes, int, int, int]:

@@ -19,7 +19,7 @@ In the body of a class Python rewrites names like ``task.__state``; there, write
 The kernel may run meanwhile: two reads are two moments. Who writes states why nobody else does.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from reprlib import repr as short
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -36,6 +36,7 @@ __all__ = [
     "NoSuchMember",
     "OutOfBounds",
     "Pointer",
+    "Recorder",
     "Space",
     "Struct",
     "address_of",
@@ -56,8 +57,16 @@ class OutOfBounds(GuestFault, IndexError):
     """An index is outside of a guest array."""
 
 
+Recorder = Callable[[str, Gva, bytes, bytes], None]
+"""Called with a member's name, its address, and its bytes as they are and as they are to be."""
+
+
 class Space(Protocol):
     """Guest memory by virtual address: what views need of `ovr.paging.AddressSpace`."""
+
+    @property
+    def recorder(self) -> Recorder | None:
+        """Who is told of every value before it is written, if anybody."""
 
     def read(self, gva: Gva, size: int) -> bytes:
         """Read `size` bytes; `GuestFault` if they are not mapped."""
@@ -304,9 +313,23 @@ def store(codec: Codec, space: Space, address: Gva, value: Any, path: str) -> No
         GuestFault: the address is not mapped.
     """
     try:
-        codec.store(space, address, value)
+        codec.store(_Recorded(space, path) if space.recorder else space, address, value)
     except (OverflowError, ValueError) as error:
         raise DoesNotFit(f"{path} = {short(value)}: {error}") from None
+
+
+class _Recorded:
+    # A space that tells its recorder what it is about to write.
+    def __init__(self, space: Space, path: str) -> None:
+        self.recorder = space.recorder
+        self.read = space.read
+        self._space = space
+        self._path = path
+
+    def write(self, gva: Gva, data: bytes) -> None:
+        if self.recorder:
+            self.recorder(self._path, gva, self.read(gva, len(data)), data)
+        self._space.write(gva, data)
 
 
 def _null(view: Struct, path: str) -> GuestFault:

@@ -12,7 +12,7 @@ guest was asked for them once more.
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Executor
+from concurrent.futures import Executor, Future, wait
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Final, TypeVar
@@ -21,6 +21,7 @@ import numpy as np
 
 from ovr._fastcopy import OWNED, PIECE, populate_read
 from ovr.errors import ImagesDamaged, RestoreFailed, VerifyMismatch
+from ovr.journal import Journal
 from ovr.paging import AddressSpace, Frames
 from ovr.ram import Runs
 from ovr.ranges import (
@@ -65,6 +66,8 @@ class Target:
         source: the pages image.
         source_name: what messages call it.
         ask: asks the guest to map pages, given as pieces, once more, content and all.
+        check: raises `RestoreFailed` if `space` is not that of its process any more; asked in every
+            hold before a page table is walked.
         spared: ranges of bytes that are left as the guest has them.
     """
 
@@ -75,6 +78,7 @@ class Target:
     source: memoryview
     source_name: str
     ask: Callable[[Runs], None]
+    check: Callable[[], None]
     spared: Ranges = field(default_factory=no_ranges)
 
 
@@ -108,6 +112,7 @@ class Copier:
         holder: keeps the VM still.
         pool: host threads for the copy.
         threads: how many of them to use for one hold.
+        journal: what is written is noted there.
         advance: told of every number of bytes that have been written.
     """
 
@@ -116,9 +121,11 @@ class Copier:
         holder: Holder,
         pool: Executor,
         threads: int,
+        journal: Journal,
         advance: Callable[[int], None] = lambda count: None,
     ) -> None:
         self.holder = holder
+        self.journal = journal
         self._pool = pool
         self._threads = threads
         self._advance = advance
@@ -195,6 +202,10 @@ class Copier:
                     target.ask(part)
             done = []
             with self.holder.held():
+                # The process may be dead, and its top page table another one's: whose pages are
+                # exclusive, too.
+                for check in {target.check for target, _ in left}:
+                    check()
                 for target, part in left:
                     runs = target.space.walk(part, target.frames)
                     found = runs[(runs["flags"] & wanted) == wanted]
@@ -218,6 +229,7 @@ class Copier:
         # vCPU runs until it ends, and the tasks themselves are stopped under CRIU until we commit.
         # Undone by killing the tree.
         self._in_parallel(runs, lambda share: target.space.ram.copy_in(share, target.source))
+        self.journal.add_memory(target.name, runs)
         self._advance(total(runs))
 
     def _compare(self, target: Target, runs: Runs) -> None:
@@ -235,7 +247,25 @@ class Copier:
     def _in_parallel(self, runs: Runs, work: Callable[[Runs], T]) -> list[T]:
         share = max(-(-total(runs) // self._threads), _SHARE)
         shares = list(split(runs, share))
-        return [work(one) for one in shares] if len(shares) < 2 else [*self._pool.map(work, shares)]
+        if len(shares) < 2:
+            return [work(one) for one in shares]
+        futures = [self._pool.submit(work, one) for one in shares]
+        try:
+            return [future.result() for future in futures]
+        finally:
+            _await_all(futures)
+
+
+def _await_all(futures: Sequence[Future[T]]) -> None:
+    # Neither an error nor Ctrl-C may end the hold while a thread still writes.
+    interrupted: BaseException | None = None
+    while any(not future.done() for future in futures):
+        try:
+            wait(futures)
+        except BaseException as error:
+            interrupted = error
+    if interrupted:
+        raise interrupted
 
 
 def _batches(parts: Iterable[Part]) -> Iterator[list[Part]]:

@@ -13,7 +13,7 @@ from ovr.errors import RestoreFailed
 from ovr.images import ImageSet, Task
 from ovr.images.objects import FdinfoEntry, FileEntry, IpcVarEntry, TtyInfoEntry, UtsnsEntry
 from ovr.images.wire import Message
-from ovr.kernel import Struct
+from ovr.kernel import Kernel, Struct, for_each_process, for_each_thread
 from ovr.state.guest import GuestTree
 
 __all__ = [
@@ -33,12 +33,16 @@ __all__ = [
     "Descriptor",
     "Place",
     "Scope",
+    "Users",
 ]
 
 _EVENTPOLL: Final = 7  # enum fd_types in CRIU's images/fdinfo.proto
 _S_IFMT: Final = 0o170000
 _S_IFREG: Final = 0o100000
 _PTMX: Final = 5 << 8 | 2  # makedev(5, 2), old encoding as in st_rdev
+
+
+Users = Callable[[Kernel], Iterator[Any]]
 
 
 @dataclass(frozen=True)
@@ -66,10 +70,13 @@ class Scope:
     Attributes:
         name: in one word or two.
         places: yields those of an image set.
+        users: yields the objects of this sort that tasks of the guest use, whoever they are; for
+            objects that may outlive the tree. None where killing the tree ends the object.
     """
 
     name: str
     places: Callable[[ImageSet], Iterator[Place]]
+    users: Users | None = None
 
 
 class Descriptor(NamedTuple):
@@ -250,6 +257,16 @@ def _namespace_finder(pid: int, field: str) -> Callable[[GuestTree], Any]:
     return find
 
 
+def _namespaces_in_use(field: str) -> Users:
+    def users(kernel: Kernel) -> Iterator[Any]:
+        for process in for_each_process(kernel):
+            for thread in for_each_thread(process):
+                if proxy := thread.nsproxy:  # a zombie has none
+                    yield getattr(proxy, field)
+
+    return users
+
+
 def _uts(images: ImageSet) -> Iterator[Place]:
     for image, entry, number, pid in _namespaces(images, "uts_ns", "utsns", UtsnsEntry):
         yield Place(f"UTS namespace {number}", image, 0, entry, _namespace_finder(pid, "uts_ns"))
@@ -297,8 +314,8 @@ TIMERFD: Final = _context_files("tfd", "timerfd_fops", "struct timerfd_ctx")
 TTY: Final = Scope("terminal", _ttys)
 """`TtyInfoEntry`; ``tty_struct``."""
 
-UTS: Final = Scope("UTS namespace", _uts)
+UTS: Final = Scope("UTS namespace", _uts, _namespaces_in_use("uts_ns"))
 """`UtsnsEntry`; ``uts_namespace``."""
 
-IPC: Final = Scope("IPC namespace", _ipc)
+IPC: Final = Scope("IPC namespace", _ipc, _namespaces_in_use("ipc_ns"))
 """`IpcVarEntry`; ``ipc_namespace``."""

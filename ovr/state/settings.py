@@ -11,6 +11,7 @@ from ovr.kernel import types_that_fit
 from ovr.state.guest import GuestTree
 from ovr.state.kind import Kind
 from ovr.state.scope import Place
+from ovr.state.undo import Recording
 from ovr.vm.hold import Holder
 
 __all__ = ["Setting", "neutralise", "take", "verify", "write"]
@@ -55,7 +56,12 @@ def neutralise(settings: Iterable[Setting], draft: Draft) -> None:
 
 
 @types_that_fit()
-def write(settings: Sequence[Setting], tree: Callable[[], GuestTree], holder: Holder) -> None:
+def write(
+    settings: Sequence[Setting],
+    tree: Callable[[], GuestTree],
+    holder: Holder,
+    recording: Recording,
+) -> None:
     """Write the values, a bounded number in one hold.
 
     In the hold no kernel code runs in the guest, so that an object is what it was found to be
@@ -65,6 +71,7 @@ def write(settings: Sequence[Setting], tree: Callable[[], GuestTree], holder: Ho
         settings: the values.
         tree: looks at the tree anew.
         holder: keeps the VM still.
+        recording: what is written is recorded there.
 
     Raises:
         RestoreFailed: the tree is not what the images say.
@@ -77,7 +84,10 @@ def write(settings: Sequence[Setting], tree: Callable[[], GuestTree], holder: Ho
         with holder.held():
             guest = tree()
             for setting in settings[start : start + _AT_ONCE]:
-                setting.kind.write(setting.place.find(guest), setting.value)
+                kind, target = setting.kind, setting.place.find(guest)
+                with recording.of(kind, setting.place, target):
+                    kind.write(target, setting.value)
+    recording.log_fields()
 
 
 def _rehearse(settings: Iterable[Setting], guest: GuestTree) -> None:

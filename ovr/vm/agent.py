@@ -22,7 +22,7 @@ from ovr.guest.wire import ProtocolError
 from ovr.vm.lab_agent import Completed, LabSession
 from ovr.vm.session import Hello, one_line
 
-__all__ = ["Agent", "Completed", "Hello", "Mapping", "Restored", "Skeleton"]
+__all__ = ["Agent", "Completed", "Hello", "Mapping", "Restored", "Skeleton", "Warm"]
 
 MessageT = TypeVar("MessageT", bound=Message)
 
@@ -40,18 +40,22 @@ class Skeleton:
         root_pid: the root task.
         criu_pid: CRIU, which traces all of them and is itself stopped.
         tasks: the ids of all held threads, leaders included.
+        warm: how many bytes of areas were made from the pool; `note`: why none, or not all.
     """
 
     root_pid: int
     criu_pid: int
     tasks: tuple[int, ...]
+    warm: int = 0
+    note: str = ""
 
 
 @dataclass(frozen=True)
 class Restored:
-    """The tree runs; `pid` is its root."""
+    """The tree runs; `pid` is its root, `container` what the engine calls it."""
 
     pid: int
+    container: str | None = None
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,25 @@ class Mapping:
 
     pid: int
     address: Gva
+
+
+@dataclass(frozen=True)
+class Warm:
+    """The pool.
+
+    Attributes:
+        size: in bytes; 0: there is none.
+        huge: how many of them are in huge pages.
+        pid: the process that has it, as for `Skeleton`.
+        address: where it is there.
+        note: why there is none.
+    """
+
+    size: int
+    huge: int
+    pid: int
+    address: Gva
+    note: str
 
 
 class Agent(LabSession):
@@ -74,6 +97,8 @@ class Agent(LabSession):
                 ...  # write memory and state from outside
             agent.go()
     """
+
+    _engine = "criu"
 
     def prove(self, secret: bytes) -> None:
         """Show that we can read the VM's RAM; `ovr.vm.proof` finds the secret there.
@@ -94,6 +119,8 @@ class Agent(LabSession):
         timeout: float = 60.0,
         log_level: int = 2,
         keep_log: bool = False,
+        engine: str | None = None,
+        warm_images: Sequence[str] = (),
     ) -> Skeleton:
         """Have the guest's CRIU build the tree from `images`, up to its pre-resume hook.
 
@@ -102,11 +129,14 @@ class Agent(LabSession):
 
         Args:
             images: the inside image set: plain file names and contents, whole or in pieces.
-            criu_options: added to ``criu restore -d …``.
+            criu_options: added to ``criu restore -d …``, or to the engine's command.
             silence: seconds without a frame after which the agent kills the tree.
             timeout: seconds that CRIU may take.
             log_level: CRIU's ``-v``.
             keep_log: leave CRIU's log in the guest.
+            engine: what runs CRIU: ``podman``, ``runc`` or ``crun``; see `protocol.Begin`.
+            warm_images: if the CRIU with the pool shall do it, the pagemaps of the tasks that get
+                memory of it, and their pages images.
 
         Raises:
             PidTaken: a pid of the images is in use in the guest.
@@ -115,12 +145,15 @@ class Agent(LabSession):
             ImagesUnsupported: the inside image set cannot be sent.
             AgentUnreachable: the link broke.
         """
+        self._engine = engine or "criu"
         begin = protocol.Begin(
             tuple(criu_options),
             silence_ms=int(silence * 1000),
             timeout_ms=int(timeout * 1000),
             log_level=log_level,
             keep_log=keep_log,
+            engine=engine,
+            warm_images=tuple(warm_images),
         )
         with self.keep_alive(silence / 4):
             try:
@@ -131,7 +164,9 @@ class Agent(LabSession):
                 self.close()
                 raise ImagesUnsupported(f"the inside image set cannot be sent: {error}") from error
             stopped = self._outcome(protocol.Stopped, self._deadline(timeout + self._timeout))
-        return Skeleton(stopped.root_pid, stopped.criu_pid, stopped.tasks)
+        return Skeleton(
+            stopped.root_pid, stopped.criu_pid, stopped.tasks, stopped.warm, one_line(stopped.note)
+        )
 
     def touch(
         self, pid: int, ranges: Iterable[tuple[int, int]], *, keep: bool, timeout: float = 120.0
@@ -183,6 +218,29 @@ class Agent(LabSession):
             self.touch(mapped.pid, here, keep=True, timeout=timeout)
         return Mapping(mapped.pid, Gva(mapped.address))
 
+    def warm(self, size: int, timeout: float = 600.0) -> "Warm":
+        """Have a CRIU started in advance, with so many bytes of memory; 0: end the one there is.
+
+        Raises:
+            RestoreFailed: the guest has not so much memory, or cannot do it.
+            AgentUnreachable: the link broke.
+        """
+        self._send(protocol.Warm(size))
+        return self._warmed(timeout)
+
+    def pool(self) -> "Warm":
+        """Ask what there is.
+
+        Raises:
+            AgentUnreachable: the link broke.
+        """
+        self._send(protocol.Pool())
+        return self._warmed(None)
+
+    def _warmed(self, timeout: float | None) -> "Warm":
+        found = self._outcome(protocol.Warmed, self._deadline(timeout))
+        return Warm(found.size, found.huge, found.pid, Gva(found.address), one_line(found.note))
+
     def go(self, timeout: float | None = None) -> Restored:
         """Let the tree run; returns when CRIU has detached and ended.
 
@@ -191,7 +249,8 @@ class Agent(LabSession):
             AgentUnreachable: the link broke.
         """
         self._send(protocol.Go())
-        return Restored(self._outcome(protocol.Restored, self._deadline(timeout)).pid)
+        restored = self._outcome(protocol.Restored, self._deadline(timeout))
+        return Restored(restored.pid, restored.container)
 
     def abort(self, timeout: float | None = None) -> None:
         """Kill the tree; returns when all of it is gone.
@@ -225,7 +284,7 @@ class Agent(LabSession):
         if isinstance(message, kind):
             return message
         if isinstance(message, protocol.Failed):
-            raise _failure(message)
+            raise _failure(message, self._engine)
         if isinstance(message, protocol.Aborted):
             raise _aborted(message)
         if isinstance(message, protocol.Error):
@@ -294,7 +353,7 @@ _CURES = {
 }
 
 
-def _failure(message: protocol.Failed) -> RestoreFailed:
+def _failure(message: protocol.Failed, program: str) -> RestoreFailed:
     log = tuple(one_line(line) for line in message.log)
     taken = [match[1] for line in log for known in _PID_TAKEN if (match := known.search(line))]
     error: RestoreFailed
@@ -304,12 +363,13 @@ def _failure(message: protocol.Failed) -> RestoreFailed:
             f"end the guest's process {taken[0]}, or restore into a pid namespace of its own",
         )
     elif log:
-        killed = any(_KILLED in line for line in log)
-        hint = _OUT_OF_MEMORY if killed else log[-1]
-        error = CriuFailed(f"criu in the guest failed ({message.status}): {log[0]}", hint)
+        more = log[-1] if len(log) > 1 else f"that is all that {program} says"
+        if any(_KILLED in line for line in log):
+            more = _OUT_OF_MEMORY
+        error = CriuFailed(f"{program} in the guest failed ({message.status}): {log[0]}", more)
     else:
         error = CriuFailed(
-            f"criu in the guest ended with status {message.status} and said nothing",
+            f"{program} in the guest ended with status {message.status} and said nothing",
             "try criu check in the guest",
         )
     error.add_note("\n".join(log))

@@ -3,14 +3,18 @@
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Final, Self
 
+from ovr.errors import RestoreFailed
 from ovr.kernel import Kernel
 from ovr.ram import GuestRam
 from ovr.vm.find import VmAddress, find_vm
 from ovr.vm.memory_map import guest_slots
+from ovr.vm.refusals import balloon_size
 
 __all__ = ["AttachedVm"]
+
+_BOOT_FIRST: Final = "wait until it has booted, and restore again"
 
 
 class AttachedVm:
@@ -20,6 +24,13 @@ class AttachedVm:
         spec: ``libvirt:DOMAIN``, ``name:NAME``, ``qmp:PATH``, ``pid:N`` or ``lab:NAME``.
         writable: map guest RAM for writing.
         vmlinux: the guest kernel's file, where its memory does not say enough.
+
+    Attributes:
+        address: where it is.
+        qmp: a connection to QEMU.
+        ram: its RAM.
+        kernel: the kernel that ran when we attached.
+        balloon: what the balloon left it then, in bytes; None without one, or not `writable`.
 
     Raises:
         UsageError: `spec` names no VM, or `vmlinux` is no such file.
@@ -33,7 +44,9 @@ class AttachedVm:
         self.address: VmAddress = find_vm(spec)
         with ExitStack() as stack:
             self.qmp = stack.enter_context(self.address.connect())
+            self.balloon = balloon_size(self.qmp) if writable else None
             self.ram = stack.enter_context(GuestRam(guest_slots(self.qmp), writable=writable))
+            self._resets = self.qmp.resets()
             self.kernel = Kernel.find(self.ram, vmlinux)
             self._stack = stack.pop_all()
 
@@ -47,6 +60,22 @@ class AttachedVm:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+    def check_same_boot(self) -> None:
+        """Make sure that the kernel that was found when we attached is the one that runs.
+
+        Asked in every hold that writes, in tens of microseconds. QEMU announces a reset before any
+        vCPU runs on: after it, the dead kernel lies in RAM as it was, for as long as nothing has
+        overwritten it. Where no such announcement reaches us (libvirt), and for what comes without
+        one (kexec, a snapshot that is loaded), the kernel's own mark of its boot tells, once that
+        has changed.
+
+        Raises:
+            RestoreFailed: it is not.
+            VmUnreachable: QEMU has ended.
+        """
+        if self.qmp.resets() != self._resets or not self.kernel.same_boot():
+            raise RestoreFailed("the guest was rebooted since ovr attached to it", _BOOT_FIRST)
 
     def close(self) -> None:
         """Let go of the VM; it runs on."""

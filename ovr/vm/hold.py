@@ -13,7 +13,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -35,20 +35,24 @@ class Holder:
 
     Args:
         qmp: a connection to the VM.
+        check: called at the begin of every hold; raises if the VM must not be written to.
 
     Attributes:
         seconds: for how long the VM was held, in all.
         longest: the longest single hold, in seconds.
         count: how often.
+        spans: begin and end of each hold, as time.perf_counter() has them.
 
     Raises:
         CheckFailed: the VM does not run, or its QEMU cannot be stopped from here.
     """
 
-    def __init__(self, qmp: Monitor) -> None:
+    def __init__(self, qmp: Monitor, check: Callable[[], None] = lambda: None) -> None:
+        self._check = check
         self.seconds = 0.0
         self.longest = 0.0
         self.count = 0
+        self.spans: list[tuple[float, float]] = []
         self._pid = _running_qemu(qmp)
         self._threads = Path(f"/proc/{self._pid}/task")
         with ExitStack() as stack:
@@ -84,12 +88,14 @@ class Holder:
         Raises:
             RestoreFailed: QEMU does not stop.
             VmUnreachable: QEMU has ended.
+            OvrError: what the holder's `check` raises.
         """
         self._tell("held")
         start = time.perf_counter()
         self._signal(signal.SIGSTOP)
         try:
             self._await_stop(start + _PATIENCE)
+            self._check()
             yield
         finally:
             self._signal(signal.SIGCONT)
@@ -98,6 +104,7 @@ class Holder:
             self.seconds += span
             self.longest = max(self.longest, span)
             self.count += 1
+            self.spans.append((start, start + span))
 
     def as_json(self) -> dict[str, float]:
         """Return what a report says about the holds."""

@@ -35,7 +35,7 @@ from ovr.errors import CheckFailed, RamNotShared
 from ovr.ram import Slot
 from ovr.vm.qmp import Monitor
 
-__all__ = ["Mapping", "RamRange", "guest_slots", "parse_maps", "ram_ranges", "refusals"]
+__all__ = ["Mapping", "RamRange", "guest_slots", "parse_maps", "ram_ranges"]
 
 _RANGE = re.compile(r" *([0-9a-f]{16})-([0-9a-f]{16}) \(prio -?\d+, ([\w/-]+)\): (\S+)")
 _HVA = re.compile(r"Host virtual address for 0x[0-9a-f]+ \(.*\) is 0x([0-9a-f]{1,16})\s*")
@@ -49,8 +49,6 @@ _SHARE_IT = (
     "<access mode='shared'/></memoryBacking>)"
 )
 _BECOME = "run as root, or as the user that runs QEMU, on its host"
-_MIGRATION_RESTS = {None, "none", "cancelled", "completed", "failed"}
-_CONFIDENTIAL = re.compile(r"child<(?:sev|sev-snp|tdx)-guest>")
 
 
 @dataclass(frozen=True)
@@ -98,32 +96,6 @@ def guest_slots(qmp: Monitor) -> tuple[Slot, ...]:
     for found in ranges:
         slots += _slots(found, _address(qmp, found.gpa), mappings, files)
     return tuple(_joined(slots))
-
-
-def refusals(qmp: Monitor) -> tuple[CheckFailed, ...]:
-    """Return why this VM must not be written to now, apart from its RAM; empty if it may.
-
-    Raises:
-        VmUnreachable: QMP broke.
-    """
-    found = []
-    state = qmp.status()
-    if state not in {"running", "paused"}:
-        found.append(CheckFailed(f"the VM is not up: its state is {state}", "wait until it runs"))
-    migration = qmp.execute("query-migrate")
-    status = migration.get("status") if isinstance(migration, dict) else None
-    if status not in _MIGRATION_RESTS:
-        # Writes from outside are invisible to dirty logging: the target would miss them.
-        found.append(CheckFailed(f"the VM migrates (state {status})", "wait until it has moved"))
-    for item in _list(qmp.execute("qom-list", path="/objects")):
-        if _CONFIDENTIAL.fullmatch(str(item.get("type"))):
-            found.append(
-                CheckFailed(
-                    f"the VM is confidential ({item.get('name')}): its RAM is encrypted",
-                    "restore with the guest's own CRIU",
-                )
-            )
-    return tuple(found)
 
 
 def ram_ranges(mtree: str) -> list[RamRange]:

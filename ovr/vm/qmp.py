@@ -5,17 +5,20 @@ up or falls silent is `VmUnreachable`. Protocol: QEMU's docs/interop/qmp-spec.rs
 """
 
 import json
+import select
 import socket
 import struct
 import time
 from abc import ABC, abstractmethod
 from collections import deque
+from collections.abc import Mapping
 from itertools import count
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from ovr.errors import OvrError, VmUnreachable
+from ovr.vm.claim import refuse_claimed
 
 __all__ = ["ExecuteError", "Monitor", "Qmp"]
 
@@ -71,6 +74,28 @@ class Monitor(ABC):
             ExecuteError: QEMU refused the command.
             VmUnreachable: the connection broke, or no answer came in time.
         """
+
+    def ask(self, queries: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+        """Run queries, each with its arguments; what QEMU refuses or does not know is None.
+
+        Raises:
+            VmUnreachable: the connection broke, or no answer came in time.
+        """
+        return {command: self._asked(command, queries[command]) for command in queries}
+
+    def _asked(self, command: str, arguments: Mapping[str, Any]) -> Any:
+        try:
+            return self.execute(command, **arguments)
+        except ExecuteError:
+            return None
+
+    def resets(self) -> int:
+        """Return how often the machine was reset since we connected, as far as we are told.
+
+        Never waits, so that it can be asked while QEMU is stopped. QEMU announces a reset before
+        any vCPU runs on. Monitors without events say 0.
+        """
+        return 0
 
     def human(self, command_line: str) -> str:
         """Run a command of the human monitor and return what it prints."""
@@ -133,6 +158,7 @@ class Qmp(Monitor):
         self._buffer = bytearray()
         self._ids = count(1)
         self.events: deque[dict[str, Any]] = deque(maxlen=_EVENTS_KEPT)
+        self._resets = 0
         greeting = self._receive(time.monotonic() + timeout)
         if not isinstance(greeting.get("QMP"), dict):
             raise self._unreachable("does not greet as QMP")
@@ -144,6 +170,7 @@ class Qmp(Monitor):
 
         Raises:
             VmUnreachable: nobody listens there, or it is not QMP.
+            CheckFailed: another `ovr` uses it for a restore.
         """
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         connection.settimeout(timeout)
@@ -154,6 +181,10 @@ class Qmp(Monitor):
             connection.close()
             reason = error.strerror or str(error)
             raise VmUnreachable(f"no VM answers at {path}: {reason}", _HINT) from error
+        except VmUnreachable:
+            with connection:
+                refuse_claimed(_peer(connection))
+            raise
         except BaseException:
             connection.close()
             raise
@@ -172,10 +203,7 @@ class Qmp(Monitor):
 
         0 if that process is in a pid namespace that cannot be seen from here.
         """
-        size = struct.calcsize("3i")
-        credentials = self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size)
-        pid: int = struct.unpack("3i", credentials)[0]
-        return pid
+        return _peer(self._socket)
 
     def execute(self, command: str, **arguments: Any) -> Any:
         """Run a QMP command and return its ``return`` value; see `Monitor.execute`."""
@@ -190,11 +218,24 @@ class Qmp(Monitor):
         while True:
             message = self._receive(deadline)
             if "event" in message:
-                self.events.append(message)
+                self._note(message)
             elif message.get("id") == identity:
                 return message
             elif "error" in message and "id" not in message:
                 raise self._unreachable("did not understand our QMP")
+
+    def resets(self) -> int:
+        """Return how often the machine was reset since we connected; see `Monitor.resets`."""
+        while select.select([self._socket], [], [], 0)[0]:
+            self._buffer += self._some_bytes(time.monotonic() + self._timeout)
+        while (message := self._buffered()) is not None:
+            if "event" in message:  # else the answer to a command that timed out
+                self._note(message)
+        return self._resets
+
+    def _note(self, event: dict[str, Any]) -> None:
+        self.events.append(event)
+        self._resets += event.get("event") == "RESET"
 
     def _send(self, data: bytes) -> None:
         self._socket.settimeout(self._timeout)
@@ -204,11 +245,16 @@ class Qmp(Monitor):
             raise self._unreachable(f"does not take commands: {error}") from error
 
     def _receive(self, deadline: float) -> dict[str, Any]:
-        # One message: QEMU ends each with a newline and has none inside.
-        while (end := self._buffer.find(b"\n")) < 0:
+        while (message := self._buffered()) is None:
             if len(self._buffer) > _MESSAGE_LIMIT:
                 raise self._unreachable("sends without end")
             self._buffer += self._some_bytes(deadline)
+        return message
+
+    def _buffered(self) -> dict[str, Any] | None:
+        # The next message, if all of it is there: QEMU ends each with a newline, has none inside.
+        if (end := self._buffer.find(b"\n")) < 0:
+            return None
         line = bytes(self._buffer[:end])
         del self._buffer[: end + 1]
         try:
@@ -236,3 +282,10 @@ class Qmp(Monitor):
 
     def _unreachable(self, what: str) -> VmUnreachable:
         return VmUnreachable(f"the VM at {self._name} {what}", _HINT)
+
+
+def _peer(connection: socket.socket) -> int:
+    size = struct.calcsize("3i")
+    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size)
+    pid: int = struct.unpack("3i", credentials)[0]
+    return pid

@@ -36,6 +36,8 @@ class Hello:
         boot_id: a UUID that changes with every boot of the guest.
         force_write: the agent may write to pages that their own task cannot write to.
         secret_at: address in the agent's memory of what shows who can read the VM's RAM.
+        engines: the container engines that are installed: podman, runc, crun.
+        warm: the size of the pool that is ready, in bytes, or 0.
     """
 
     protocol: int
@@ -48,6 +50,8 @@ class Hello:
     boot_id: str
     force_write: bool
     secret_at: int
+    warm: int
+    engines: tuple[str, ...] = ()
 
 
 class Session:
@@ -88,6 +92,11 @@ class Session:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+    @property
+    def address(self) -> str:
+        """Where the agent is, as ``--agent`` takes it."""
+        return str(self._link.address)
 
     def close(self) -> None:
         """Hang up; a restore that is still held is killed by the agent."""
@@ -153,6 +162,8 @@ class Session:
             boot_id=answer.boot_id,
             force_write=answer.force_write,
             secret_at=answer.secret_at,
+            engines=answer.engines,
+            warm=answer.warm,
         )
 
     def _synchronise(self, hello: bytes, token: bytes, deadline: float) -> None:

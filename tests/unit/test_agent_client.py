@@ -31,6 +31,8 @@ WELCOME: dict[str, Any] = {
     "boot_id": "x",
     "force_write": True,
     "secret_at": 1 << 40,
+    "engines": [],
+    "warm": 0,
 }
 
 
@@ -255,13 +257,16 @@ NUMBER = st.integers(0, (1 << 64) - 1)
             NUMBER,
             NUMBER,
             st.booleans(),
+            st.lists(TEXT, max_size=5).map(tuple),
         ),
         st.builds(
             protocol.Files,
             st.lists(TEXT, max_size=5).map(tuple),
             st.lists(st.binary(max_size=99), max_size=5).map(tuple),
         ),
-        st.builds(protocol.Stopped, NUMBER, NUMBER, st.lists(NUMBER, max_size=9).map(tuple)),
+        st.builds(
+            protocol.Stopped, NUMBER, NUMBER, st.lists(NUMBER, max_size=9).map(tuple), NUMBER, TEXT
+        ),
         st.builds(protocol.Run, st.just(("a",)), st.none() | st.just(("B=c",)), NUMBER),
     )
 )

@@ -160,13 +160,33 @@ def test_hook_dies_as_the_host_says_go(host: AgentHost, agent: Agent) -> None:
 
 
 def test_criu_is_killed_while_it_holds_the_tree(host: AgentHost, agent: Agent) -> None:
-    # The kernel then lets its tracees go; all we can do is to be quick.
+    # The kernel kills its tracees before anybody else hears of it.
+    for _ in range(5):
+        skeleton = begin(host, agent)
+        kill(skeleton.criu_pid)
+        wait_for(lambda tasks=skeleton.tasks: not alive(*tasks))
+        with pytest.raises(RestoreFailed, match="criu died"):
+            agent.go()
+        agent.ping()
+        assert not host.marks
+    assert_gone(host, skeleton)
+
+
+def test_criu_is_killed_and_nobody_looks(host: AgentHost, agent: Agent) -> None:
+    # Agent and hook are stopped: it is the kernel that kills the tree.
     skeleton = begin(host, agent)
-    kill(skeleton.criu_pid)
-    wait_for(lambda: not alive(*skeleton.tasks))
+    others = (host.process.pid, host.hook(skeleton.criu_pid))
+    for pid in others:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        kill(skeleton.criu_pid)
+        wait_for(lambda: not alive(*skeleton.tasks))
+    finally:
+        for pid in others:
+            os.kill(pid, signal.SIGCONT)
+    assert not host.marks
     with pytest.raises(RestoreFailed, match="criu died"):
         agent.go()
-    agent.ping()
 
 
 def test_agent_dies(host: AgentHost, agent: Agent) -> None:
@@ -192,7 +212,7 @@ def test_agent_dies_before_the_hook(host: AgentHost, agent: Agent) -> None:
     # The stand-in sleeps long before its scripts; then there is nobody to ask: it gives up.
     for message in (
         protocol.Files(("a",), (b"",)),
-        protocol.Begin(host.criu_options("ok"), 60000, 60000, 2, False),
+        protocol.Begin(host.criu_options("ok"), 60000, 60000, 2, False, ()),
     ):
         agent._send(message)
     wait_for(lambda: host.restores)
@@ -212,7 +232,7 @@ def test_criu_takes_too_long(host: AgentHost, agent: Agent) -> None:
 def test_link_breaks_while_criu_builds(host: AgentHost, agent: Agent) -> None:
     for message in (
         protocol.Files(("a",), (b"",)),
-        protocol.Begin(host.criu_options("slow"), 60000, 60000, 2, False),
+        protocol.Begin(host.criu_options("slow"), 60000, 60000, 2, False, ()),
     ):
         agent._send(message)
     wait_for(lambda: host.restores)

@@ -22,8 +22,9 @@ from ovr.lab.qemu import Hardware, boot_arguments, machine_arguments, service_ar
 from ovr.lab.ram import memory_size
 from ovr.ram import GuestRam
 from ovr.vm.find import LAB_STATE, find_vm, lab_directory
-from ovr.vm.memory_map import guest_slots, refusals
+from ovr.vm.memory_map import guest_slots
 from ovr.vm.qmp import ExecuteError, Qmp
+from ovr.vm.refusals import refusals
 
 GIB = 1 << 30
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from ovr.addresses import PAGE_SIZE
 from ovr.errors import CheckFailed, RamNotShared
 from ovr.ram import GuestRam
-from ovr.vm.memory_map import guest_slots, parse_maps, ram_ranges, refusals
+from ovr.vm.memory_map import guest_slots, parse_maps, ram_ranges
 
 M, G = 1 << 20, 1 << 30
 
@@ -159,9 +159,6 @@ class FakeQmp:
             "query-memdev": [
                 {"id": name, "share": share} for name, share in dict(backends).items()
             ],
-            "query-migrate": {},
-            "qom-list": [{"name": "type", "type": "string"}],
-            "status": "running",
             **{key.replace("_", "-"): value for key, value in answers.items()},
         }
 
@@ -176,9 +173,6 @@ class FakeQmp:
 
     def execute(self, command, **_arguments):
         return self._answers[command]
-
-    def status(self):
-        return self._answers["status"]
 
 
 class Ram:
@@ -320,25 +314,3 @@ def test_answers_that_are_not_understood(memfd):
         guest_slots(FakeQmp(view((0, PAGE_SIZE, "ram0")), {"ram0": True}, pid=2**22 + 1))
     with pytest.raises(RamNotShared):
         guest_slots(FakeQmp(view((0, PAGE_SIZE, "ram0")), query_memdev="what?"))
-
-
-def test_no_refusals():
-    assert refusals(FakeQmp()) == ()
-    assert refusals(FakeQmp(status="paused", query_migrate={"status": "completed"})) == ()
-
-
-@pytest.mark.parametrize(
-    ("answers", "words"),
-    [
-        ({"status": "prelaunch"}, "prelaunch"),
-        ({"status": "inmigrate"}, "inmigrate"),
-        ({"query_migrate": {"status": "active"}}, "migrates"),
-        ({"query_migrate": {"status": "postcopy-paused"}}, "migrates"),
-        ({"qom_list": [{"name": "sev0", "type": "child<sev-guest>"}]}, "confidential .sev0"),
-        ({"qom_list": [{"name": "t", "type": "child<tdx-guest>"}]}, "confidential"),
-    ],
-)
-def test_refusals(answers, words):
-    (error,) = refusals(FakeQmp(**answers))
-    assert re.search(words, str(error))
-    assert error.hint

@@ -9,9 +9,11 @@ from ovr.errors import RestoreFailed, VerifyMismatch
 from ovr.images import Draft, ImageSet, InsideImages, copy_of
 from ovr.images.framing import encode, image_bytes
 from ovr.images.objects import FileEntry, TtyInfoEntry
+from ovr.journal import Journal
 from ovr.kernel.fdtable import close_on_exec, files_lookup_fd, set_close_on_exec
 from ovr.state import KINDS, GuestTree, guest, scope
 from ovr.state.settings import neutralise, take, verify, write
+from ovr.state.undo import Recording
 from tests.unit.state_kernel import MiniKernel
 
 BY_NAME = {kind.name: kind for kind in KINDS}
@@ -177,7 +179,12 @@ def test_everything_is_found_and_written_in_short_holds(images):
     kind.__class__.scope = scope.Scope("many", lambda images: iter(places))
     settings = take(images, [kind])
     trees = []
-    write(settings, lambda: trees.append(recorder.held_now), recorder)
+
+    def tree():
+        trees.append(recorder.held_now)
+
+    kernel = SimpleNamespace(space=SimpleNamespace(recorder=None))
+    write(settings, tree, recorder, Recording(Journal(), kernel, tree, recorder))
     assert recorder.written == [(n, 0o137) for n in range(100)]
     assert sum(recorder.holds) == 100
     assert max(recorder.holds) <= 32

@@ -12,7 +12,7 @@ from ovr.images import ImageSet
 from ovr.lab.share import SHARE
 from ovr.plan import make_plan
 from tests.vm.conftest import EVERYTHING, PREFIX
-from tests.vm.services import PACKAGES, SERVICES, dump, pack, unpack
+from tests.vm.services import HARDWARE, PACKAGES, SERVICES, dump, pack, unpack
 from tests.vm.test_pool import TROUBLE, record
 
 pytestmark = pytest.mark.timeout(1800)  # all of them are started before the first test
@@ -30,7 +30,7 @@ class Journey:
 def journey(request, tmp_path_factory) -> Iterator[Journey]:
     suite = request.param
     share = tmp_path_factory.mktemp(f"services-{suite}")
-    hardware = {"suite": suite, "memory": "2G", "packages": PACKAGES[suite]}
+    hardware = {**HARDWARE, "suite": suite, "packages": PACKAGES[suite]}
     with demo.lab_vm(f"{PREFIX}services-a", share=share, **hardware) as vm:
         for service in SERVICES.values():
             service.prepare(vm)

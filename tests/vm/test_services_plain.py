@@ -13,7 +13,16 @@ import pytest
 from ovr import demo, lab
 from ovr.lab.share import SHARE
 from tests.vm.conftest import PREFIX
-from tests.vm.services import PACKAGES, SERVICES, Service, dump, pack, restore_plain, unpack
+from tests.vm.services import (
+    HARDWARE,
+    PACKAGES,
+    SERVICES,
+    Service,
+    dump,
+    pack,
+    restore_plain,
+    unpack,
+)
 
 pytestmark = [
     pytest.mark.skipif(
@@ -36,7 +45,7 @@ def journey(request, tmp_path_factory) -> Iterator[Journey]:
     """All services dumped in VM A, which is gone; a fresh VM B."""
     suite = request.param
     shared = tmp_path_factory.mktemp(f"services-{suite}")
-    hardware = {"suite": suite, "memory": "2G", "share": shared, "packages": PACKAGES[suite]}
+    hardware = {**HARDWARE, "suite": suite, "share": shared, "packages": PACKAGES[suite]}
     with demo.lab_vm(f"{PREFIX}services-a", **hardware) as vm:
         for service in SERVICES.values():
             depart(vm, service, shared)

@@ -25,8 +25,11 @@ FILE, OTHER_FILE = (REGULAR | VMA_FILE_PRIVATE, 2, 5), (REGULAR | VMA_FILE_PRIVA
 class PagesFile:
     """Stands for an `ImageFile`."""
 
+    base = 0
+
     def __init__(self, path, content):
         self.path = path
+        self.size = len(content)
         path.write_bytes(content)
 
     def open(self):

@@ -20,6 +20,7 @@ class Memory:
         self.base = base
         self.data = bytearray(size)
         self.writes: list[tuple[int, bytes]] = []
+        self.recorder = None
 
     def _at(self, gva: int, size: int) -> slice:
         if not self.base <= gva <= gva + size <= self.base + len(self.data):

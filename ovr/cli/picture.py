@@ -1,0 +1,213 @@
+"""A restore as a picture: one HTML file, for those who would rather look than read.
+
+When each phase was, when the VM was held, and where the bytes went. No script, nothing to load:
+the file can be mailed, and opened anywhere.
+"""
+
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from html import escape
+from importlib.metadata import version
+from pathlib import Path
+from typing import Final
+
+from ovr.cli.output import one_line, size
+from ovr.errors import UsageError
+from ovr.placement import Reason
+from ovr.report import Report, Span
+
+__all__ = ["page", "picture_file"]
+
+_WIDTH: Final = 860
+_LABELS: Final = 90
+"""Pixels on the left for the names of rows."""
+_ROW: Final = 26
+_TICKS: Final = 6
+_HELD: Final = "VM held"
+
+_STYLE: Final = """\
+:root { --ink: #1d2430; --dim: #667080; --line: #d9dee6; --paper: #ffffff;
+  --bar: #2f6fb7; --held: #c2571a; --b0: #2f6fb7; --b1: #6aa84f; --b2: #d9a441; --b3: #9a6fb0;
+  --b4: #c2571a; --b5: #4aa3a3; --b6: #8c8c8c; color-scheme: light dark; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e4e8ee; --dim: #98a2b3; --line: #3a4250;
+  --paper: #161a20; --bar: #5b9be0; --held: #e5854a; --b0: #5b9be0; } }
+body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper);
+  max-width: 900px; margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.4rem; margin-bottom: 0; } h2 { font-size: 1.05rem; margin-top: 2rem; }
+p, footer { color: var(--dim); margin-top: .2rem; }
+svg { width: 100%; height: auto; } svg text { font: 13px system-ui, sans-serif; fill: var(--ink); }
+svg .dim { fill: var(--dim); } svg line { stroke: var(--line); } svg .bar { fill: var(--bar); }
+svg .held { fill: var(--held); }
+table { border-collapse: collapse; width: 100%; } td, th { padding: .2rem .6rem .2rem 0;
+  border-bottom: 1px solid var(--line); text-align: left; } .n { text-align: right;
+  font-variant-numeric: tabular-nums; white-space: nowrap; }
+i { display: inline-block; width: .8em; height: .8em; margin-right: .5em; }
+"""
+
+
+@contextmanager
+def picture_file(path: Path) -> Iterator["Writer"]:
+    """Open a new file beside `path` for the body of the ``with``; written, it takes its place.
+
+    Raises:
+        UsageError: no file can be made there.
+    """
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        scratch.touch()
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise UsageError(f"the report {path} cannot be made: {reason}") from error
+    try:
+        yield Writer(scratch, path)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+class Writer:
+    """A file that appears whole, or not at all."""
+
+    def __init__(self, scratch: Path, path: Path) -> None:
+        self._scratch, self._path = scratch, path
+
+    def write(self, text: str) -> None:
+        """Let the file be `text`.
+
+        Raises:
+            OSError: the disk is full, or gone.
+        """
+        self._scratch.write_text(text, encoding="utf-8")
+        self._scratch.replace(self._path)
+
+
+def page(report: Report, facts: Mapping[str, str]) -> str:
+    """Return the HTML page.
+
+    Args:
+        report: what to show.
+        facts: what else to tell, by name: the images' directory, the VM.
+    """
+    total = report.seconds.get("total", 0.0)
+    title = f"pid {report.pid}: {size(report.bytes_total)} restored in {_seconds(total)}"
+    states = escape(", ".join(report.states) or "none")
+    about = " · ".join(f"{escape(k)} {escape(one_line(v))}" for k, v in facts.items())
+    body = (
+        f"<h1>{escape(title)}</h1>\n<p>{about}</p>\n"
+        f"<h2>When</h2>\n{_timeline(report)}\n{_phases(report)}"
+        f"<h2>Where the bytes went</h2>\n{_bytes(report)}"
+        f"<h2>State written from outside</h2>\n<p>{states}</p>\n"
+        f"<footer>ovr {escape(version('ovr'))}, {time.strftime('%Y-%m-%d %H:%M:%S %z')}</footer>\n"
+    )
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width">\n'
+        f"<title>ovr: {escape(title)}</title>\n<style>\n{_STYLE}</style>\n{body}</html>\n"
+    )
+
+
+def _timeline(report: Report) -> str:
+    # One row a phase, in the order in which they began, and one for the holds.
+    rows: dict[str, list[Span]] = {}
+    for span in report.spans:
+        rows.setdefault(span.name, []).append(span)
+    rows[_HELD] = [*report.holds]
+    end = max([report.seconds.get("total", 0.0), *(s.end for s in report.spans)]) or 1.0
+    scale = (_WIDTH - _LABELS) / end
+    height = _ROW * len(rows)
+    parts = [*_axis(end, scale, height)]
+    for number, (name, spans) in enumerate(rows.items()):
+        top = number * _ROW
+        parts.append(f'<text x="0" y="{top + 17}">{escape(name)}</text>')
+        parts += _bars(spans, scale, top, "held" if name == _HELD else "bar")
+    label = escape(", ".join(f"{k} {_seconds(v)}" for k, v in report.seconds.items()))
+    return (
+        f'<svg viewBox="0 0 {_WIDTH} {height + 24}" role="img" aria-label="{label}">\n'
+        + "\n".join(parts)
+        + "\n</svg>"
+    )
+
+
+def _axis(end: float, scale: float, height: int) -> Iterator[str]:
+    step = _step(end)
+    for n in range(int(end / step) + 1):
+        x = _LABELS + n * step * scale
+        anchor = "end" if x > _WIDTH - 20 else "middle"
+        yield f'<line x1="{x:.1f}" y1="0" x2="{x:.1f}" y2="{height}"/>'
+        yield (
+            f'<text class="dim" x="{x:.1f}" y="{height + 17}" text-anchor="{anchor}">'
+            f"{n * step:g} s</text>"
+        )
+
+
+def _step(end: float) -> float:
+    # A round number of seconds of which about `_TICKS` go into the whole.
+    magnitude = 1e-6
+    while magnitude * 10 <= end / _TICKS:
+        magnitude *= 10
+    return next(magnitude * f for f in (1, 2, 5, 10) if magnitude * f >= end / _TICKS)
+
+
+def _bars(spans: Sequence[Span], scale: float, top: int, kind: str) -> Iterator[str]:
+    for span in spans:
+        x, width = _LABELS + span.start * scale, max((span.end - span.start) * scale, 0.5)
+        tip = f"{span.name}: {_seconds(span.end - span.start)} from {_seconds(span.start)} on"
+        yield (
+            f'<rect class="{kind}" x="{x:.1f}" y="{top + 5}" width="{width:.1f}"'
+            f' height="{_ROW - 10}"><title>{escape(tip)}</title></rect>'
+        )
+
+
+def _phases(report: Report) -> str:
+    total = report.seconds.get("total", 0.0)
+    rows = [
+        (name, _seconds(seconds), f"{seconds / total:.0%}" if total else "")
+        for name, seconds in report.seconds.items()
+    ]
+    held = report.held
+    if held:
+        text = f"{held['count']:g} times, at most {_seconds(held['longest'])} at once"
+        rows.append((f"{_HELD}, {text}", _seconds(held["seconds"]), ""))
+    return _table(("Phase", "Time", "Share"), [(escape(name), *rest) for name, *rest in rows])
+
+
+def _bytes(report: Report) -> str:
+    whole = sum(report.reasons.values())
+    colours = {name: f"var(--b{n % 7})" for n, name in enumerate(report.reasons)}
+    x, parts = 0.0, []
+    for name, count in report.reasons.items():
+        width = count / whole * _WIDTH if whole else 0.0
+        parts.append(
+            f'<rect x="{x:.1f}" y="0" width="{width:.1f}" height="22" style="fill:{colours[name]}">'
+            f"<title>{escape(_text(name))}: {size(count)}</title></rect>"
+        )
+        x += width
+    rows = [
+        (
+            f'<i style="background:{colours[name]}"></i>{escape(_text(name))}',
+            size(count), f"{count / whole:.2%}" if whole else "",
+        )
+        for name, count in report.reasons.items()
+    ]  # fmt: skip
+    bar = f'<svg viewBox="0 0 {_WIDTH} 22" aria-hidden="true">\n' + "\n".join(parts) + "\n</svg>\n"
+    return bar + _table(("Pages", "Size", "Share"), rows)
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    # The cells are HTML; all but the first are numbers.
+    def line(cells: Sequence[str], tag: str) -> str:
+        first, *rest = cells
+        more = "".join(f'<{tag} class="n">{cell}</{tag}>' for cell in rest)
+        return f"<tr><{tag}>{first}</{tag}>{more}</tr>"
+
+    lines = [line(head, "th"), *(line(row, "td") for row in rows)]
+    return "<table>\n" + "\n".join(lines) + "\n</table>\n"
+
+
+def _text(reason: str) -> str:
+    return Reason[reason.upper()].text
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.2f} s" if value >= 1 else f"{value * 1e3:.3g} ms"

@@ -1,0 +1,204 @@
+/*
+ * Containers: podman, runc or crun restores, and CRIU is theirs, not our child.
+ *
+ * CRIU gets our hook by its environment, which all of them hand down: the
+ * file that CRIU_CONFIG_FILE names has the action script. Nothing in /etc
+ * changes, and no other restore in this guest ever sees us.
+ *
+ * Were the hook not run, an empty tree would be let go. So the images that
+ * come here lack one that CRIU cannot do without, until the hook gives it the
+ * name it should have (HOOK_HELD).
+ */
+#include <errno.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include "agent.h"
+
+#define FIXED_ARGUMENTS 12
+
+static const char *const programs[] = {"podman", "runc", "crun"};
+
+bool engine_known(const char *name)
+{
+	for (size_t i = 0; i < ARRAY_SIZE(programs); i++)
+		if (!strcmp(programs[i], name))
+			return true;
+	return false;
+}
+
+static bool installed(const char *program)
+{
+	static const char *const places[] = {
+		"/usr/local/sbin", "/usr/local/bin", "/usr/sbin", "/usr/bin", "/sbin", "/bin",
+	};
+	char path[64];
+
+	for (size_t i = 0; i < ARRAY_SIZE(places); i++) {
+		snprintf(path, sizeof(path), "%s/%s", places[i], program);
+		if (access(path, X_OK) == 0)
+			return true;
+	}
+	return false;
+}
+
+void engine_add_installed(struct writer *writer)
+{
+	uint32_t count = 0;
+
+	for (size_t i = 0; i < ARRAY_SIZE(programs); i++)
+		count += installed(programs[i]);
+	message_add_list(writer, KEY_ENGINES, count);
+	for (size_t i = 0; i < ARRAY_SIZE(programs); i++)
+		if (installed(programs[i]))
+			message_item_str(writer, programs[i]);
+}
+
+static bool write_config(const char *path)
+{
+	const char *self = criu_program();
+	char text[300];
+	int fd = -1, size;
+	bool done;
+
+	if (!self)
+		return false;
+	size = snprintf(text, sizeof(text), "action-script \"%s\"\n", self);
+	fd = open(path, O_WRONLY | O_CREAT | O_TRUNC | O_NOFOLLOW | O_CLOEXEC, 0600);
+	done = fd >= 0 && write(fd, text, (size_t)size) == size;
+	if (fd >= 0)
+		close(fd);
+	return done;
+}
+
+static pid_t start(char *const argv[], const struct directory *directory, const char *config)
+{
+	char socket[320], config_file[320], out[320], err[320];
+	char *env[] = {AGENT_PATH, "HOME=/root", "LC_ALL=C.UTF-8", socket, config_file, NULL};
+	struct child_io io = {-1, -1, -1};
+	const int flags = O_WRONLY | O_CREAT | O_TRUNC | O_NOFOLLOW | O_CLOEXEC;
+	pid_t pid = -1;
+
+	snprintf(socket, sizeof(socket), HOOK_SOCKET "=%s/hook", directory->path);
+	snprintf(config_file, sizeof(config_file), "CRIU_CONFIG_FILE=%s", config);
+	snprintf(out, sizeof(out), "%s/" ENGINE_OUT, directory->path);
+	snprintf(err, sizeof(err), "%s/" ENGINE_ERR, directory->path);
+	io.out = open(out, flags, 0600);
+	io.err = open(err, flags, 0600);
+	if (io.out >= 0 && io.err >= 0)
+		pid = child_start(argv, env, io);
+	if (io.out >= 0)
+		close(io.out);
+	if (io.err >= 0)
+		close(io.err);
+	return pid;
+}
+
+static int fixed_arguments(const char *argv[FIXED_ARGUMENTS], const char *program,
+			   const char *archive, const char *images, const char *work)
+{
+	const char *const podman[] = {program, "container", "restore", "--import", archive};
+	const char *const runtime[] = {
+		program, "restore", "--detach", "--image-path", images, "--work-path", work,
+	};
+	bool is_podman = !strcmp(program, "podman");
+	size_t count = is_podman ? ARRAY_SIZE(podman) : ARRAY_SIZE(runtime);
+
+	memcpy(argv, is_podman ? podman : runtime, count * sizeof(*argv));
+	return (int)count;
+}
+
+pid_t engine_start(const struct directory *directory, const struct message *begin)
+{
+	char program[MAX_STRING], archive[300], images[300], config[300];
+	const char *fixed[FIXED_ARGUMENTS];
+	char **extra = message_strings(begin, KEY_CRIU_OPTIONS);
+	uint32_t extras = begin->field[KEY_CRIU_OPTIONS].size;
+	char **argv = calloc(FIXED_ARGUMENTS + extras + 1, sizeof(*argv));
+	pid_t pid = -1;
+	int count;
+
+	message_str(begin, KEY_ENGINE, program);
+	snprintf(archive, sizeof(archive), "%s/images/" ENGINE_ARCHIVE, directory->path);
+	snprintf(images, sizeof(images), "%s/images", directory->path);
+	snprintf(config, sizeof(config), "%s/criu.conf", directory->path);
+	if (extra && argv && write_config(config)) {
+		count = fixed_arguments(fixed, program, archive, images, directory->path);
+		memcpy(argv, fixed, (size_t)count * sizeof(*argv));
+		memcpy(argv + count, extra, extras * sizeof(*argv));
+		pid = start(argv, directory, config);
+	}
+	free(argv);
+	free(extra);
+	return pid;
+}
+
+/* ------------------------------------------------------------------------ its CRIU */
+
+struct engine_criu engine_adopt(pid_t criu)
+{
+	struct engine_criu found = {
+		/* Readable once it has ended: nobody else tells us, we are not its parent. */
+		.end = (int)syscall(SYS_pidfd_open, criu, 0),
+		.log = -1,
+		.runtime = tree_parent(criu),
+	};
+	char path[64];
+
+	/* It works in the directory of its log; podman removes that when it fails. */
+	snprintf(path, sizeof(path), "/proc/%d/cwd/restore.log", criu);
+	found.log = open(path, O_RDONLY | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC);
+	return found;
+}
+
+bool engine_criu_ended(const struct engine_criu *criu)
+{
+	struct pollfd end = {.fd = criu->end, .events = POLLIN};
+
+	return criu->end < 0 || poll(&end, 1, 0) == 1;
+}
+
+void engine_forget(struct engine_criu *criu)
+{
+	if (criu->end >= 0)
+		close(criu->end);
+	if (criu->log >= 0)
+		close(criu->log);
+	*criu = (struct engine_criu){.end = -1, .log = -1};
+}
+
+/* ------------------------------------------------------------------------ what it says */
+
+/* The last line of its output: podman prints the container's id. */
+void engine_result(const struct directory *directory, char line[LOG_WIDTH])
+{
+	char path[300], lines[LOG_LINES][LOG_WIDTH];
+	int count, fd;
+
+	snprintf(path, sizeof(path), "%s/" ENGINE_OUT, directory->path);
+	fd = open(path, O_RDONLY | O_NOFOLLOW | O_CLOEXEC);
+	count = log_collect(fd, "", lines, 0);
+	line[0] = 0;
+	if (count)
+		memcpy(line, lines[count - 1], LOG_WIDTH);
+	if (fd >= 0)
+		close(fd);
+}
+
+int engine_log_errors(const struct directory *directory, const struct engine_criu *criu,
+		      char lines[LOG_LINES][LOG_WIDTH])
+{
+	int count = log_collect(criu->log, "Error", lines, 0), fd;
+	char path[300];
+
+	snprintf(path, sizeof(path), "%s/" ENGINE_ERR, directory->path);
+	fd = open(path, O_RDONLY | O_NOFOLLOW | O_CLOEXEC);
+	count = log_collect(fd, "", lines, count);
+	if (fd >= 0)
+		close(fd);
+	return count;
+}

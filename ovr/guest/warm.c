@@ -1,0 +1,438 @@
+/*
+ * The pool: a CRIU started in advance, with memory that is allocated already.
+ *
+ * It is our child, waits in the constructor of a library of ours (warm/), and
+ * becomes the CRIU of the next restore that wants it. It is good for one. The
+ * OOM killer takes it before anything else; it ends when we do.
+ */
+#include <errno.h>
+#include <fcntl.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include "agent.h"
+#include "warm/pool.h"
+#include "warm_library.h"
+
+#define DEATH_MS 10000
+#define PATIENCE_MS 600000	/* a slow guest fills terabytes */
+#define SPARE (64ull << 20)	/* bytes that the guest keeps for itself */
+
+enum stage { NONE, FILLING, READY };
+
+static struct {
+	enum stage stage;
+	pid_t pid;
+	int socket;
+	struct pool_state *state;
+	struct session *waiting;	/* who asked for it and has no answer yet */
+	char note[160];			/* why the last one is no more */
+} pool = {.socket = -1};
+
+/* That of the restore under way, which has used the pool up. */
+static struct pool_state *used;
+
+static void close_fd(int *fd)
+{
+	if (*fd >= 0)
+		close(*fd);
+	*fd = -1;
+}
+
+static void unmap(struct pool_state **state)
+{
+	if (*state)
+		munmap(*state, POOL_PAGE);
+	*state = NULL;
+}
+
+static void forget(void)
+{
+	close_fd(&pool.socket);
+	unmap(&pool.state);
+	pool.stage = NONE;
+	pool.pid = 0;
+}
+
+/* ------------------------------------------------------------------------ making it */
+
+/* The library, with a page behind it that we share with who has it loaded. */
+static int make_library(struct pool_state **state)
+{
+	size_t size = (sizeof(warm_library) + POOL_PAGE - 1) & ~(size_t)(POOL_PAGE - 1);
+	int fd = memfd_create("ovr-warm", MFD_CLOEXEC);
+
+	*state = NULL;
+	if (fd < 0)
+		return -1;
+	if (ftruncate(fd, (off_t)(size + POOL_PAGE)) == 0 &&
+	    write(fd, warm_library, sizeof(warm_library)) == (ssize_t)sizeof(warm_library)) {
+		*state = mmap(NULL, POOL_PAGE, PROT_READ | PROT_WRITE, MAP_SHARED, fd, (off_t)size);
+		if (*state != MAP_FAILED)
+			return fd;
+	}
+	*state = NULL;
+	close(fd);
+	return -1;
+}
+
+static enum pool_huge huge_pages(void)
+{
+	char text[64] = "";
+	FILE *file = fopen("/sys/kernel/mm/transparent_hugepage/enabled", "re");
+
+	if (file && !fgets(text, sizeof(text), file))
+		text[0] = 0;
+	if (file)
+		fclose(file);
+	if (strstr(text, "[always]"))
+		return POOL_HUGE_ALWAYS;
+	return strstr(text, "[madvise]") ? POOL_HUGE_ASKED : POOL_HUGE_NEVER;
+}
+
+static pid_t start(struct child_io io)
+{
+	char *argv[POOL_ARGUMENTS + 1] = {(char *)(uintptr_t)options.criu, "restore"};
+	/* The library knows itself by the first one. */
+	char *env[] = {"LD_PRELOAD=/proc/self/fd/0", AGENT_PATH, NULL};
+
+	for (int i = 2; i < POOL_ARGUMENTS; i++)
+		argv[i] = POOL_PADDING;
+	return child_start(argv, env, io);
+}
+
+static const char *make(uint64_t size)
+{
+	struct child_io io = {-1, -1, -1};
+	int ends[2] = {-1, -1}, error;
+
+	io.in = make_library(&pool.state);
+	if (io.in >= 0 && socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, ends) == 0) {
+		io.out = ends[1];
+		pool.state->wanted = size;
+		pool.state->agent = (uint64_t)getpid();
+		pool.state->huge = huge_pages();
+		pool.pid = start(io);
+	}
+	error = errno;
+	close_fd(&io.in);
+	close_fd(&ends[1]);
+	pool.socket = ends[0];
+	if (pool.pid <= 0) {
+		forget();
+		return strerror(error);
+	}
+	pool.stage = FILLING;
+	return NULL;
+}
+
+/* ------------------------------------------------------------------------ ending it */
+
+static void lost(const char *why)
+{
+	if (pool.state && pool.state->error)
+		snprintf(pool.note, sizeof(pool.note), "it could not %.39s: %s", pool.state->step,
+			 strerror((int)pool.state->error));
+	else
+		snprintf(pool.note, sizeof(pool.note), "%s", why);
+	complain("the pool is gone: %s", pool.note);
+	if (pool.waiting)
+		session_refuse(pool.waiting, "no pool: %s", pool.note);
+	pool.waiting = NULL;
+	forget();
+}
+
+static void end(const char *why)
+{
+	int64_t deadline = now_ms() + DEATH_MS;
+	pid_t pid = pool.pid;
+
+	if (pool.stage == NONE)
+		return;
+	kill(pid, SIGKILL);
+	while (pool.stage != NONE && now_ms() < deadline) {
+		snprintf(pool.note, sizeof(pool.note), "%s", why);
+		reap_children();
+		sleep_ms(1);
+	}
+	snprintf(pool.note, sizeof(pool.note), "%s", why);
+	forget();
+}
+
+bool warm_owns(pid_t pid)
+{
+	return pool.stage != NONE && pool.pid == pid;
+}
+
+bool warm_reaped(pid_t pid, int status)
+{
+	char why[80];
+
+	if (!warm_owns(pid))
+		return false;
+	if (WIFSIGNALED(status) && WTERMSIG(status) == SIGKILL)
+		snprintf(why, sizeof(why), "it was killed; the guest needed the memory");
+	else
+		snprintf(why, sizeof(why), "its process ended (%d)", status);
+	lost(why);
+	return true;
+}
+
+void warm_shutdown(void)
+{
+	end("the agent ends");
+}
+
+/* ------------------------------------------------------------------------ the host's words */
+
+/* How much of it is in huge pages, by the kernel's own count. */
+static uint64_t huge_bytes(void)
+{
+	unsigned long long kib = 0;
+	char path[64], line[128];
+	FILE *file;
+
+	snprintf(path, sizeof(path), "/proc/%d/smaps_rollup", pool.pid);
+	file = fopen(path, "re");
+	while (file && fgets(line, sizeof(line), file))
+		if (sscanf(line, "AnonHugePages: %llu", &kib) == 1)
+			break;
+	if (file)
+		fclose(file);
+	return kib << 10;
+}
+
+static void report(struct session *session)
+{
+	struct writer writer = session_writer(session, OP_WARMED);
+	bool ready = pool.stage == READY;
+
+	message_add_uint(&writer, KEY_SIZE, ready ? pool.state->wanted : 0);
+	message_add_uint(&writer, KEY_HUGE, ready ? huge_bytes() : 0);
+	message_add_uint(&writer, KEY_PID, ready ? (uint64_t)pool.pid : 0);
+	message_add_uint(&writer, KEY_ADDRESS, ready ? pool.state->base : 0);
+	message_add_str(&writer, KEY_NOTE, pool.stage == FILLING ? "it is being filled" :
+			ready ? "" : pool.note);
+	session_send(session, &writer);
+}
+
+static uint64_t available_bytes(void)
+{
+	unsigned long long kib = 0;
+	FILE *file = fopen("/proc/meminfo", "re");
+	char line[128];
+
+	while (file && fgets(line, sizeof(line), file))
+		if (sscanf(line, "MemAvailable: %llu", &kib) == 1)
+			break;
+	if (file)
+		fclose(file);
+	return kib << 10;
+}
+
+static void warm(struct session *session, uint64_t size)
+{
+	uint64_t available;
+	const char *error;
+
+	if (pool.stage == FILLING) {
+		session_refuse(session, "a pool is being filled already");
+		return;
+	}
+	available = available_bytes() + warm_size();
+	size = (size + POOL_UNIT - 1) & ~(POOL_UNIT - 1);
+	if (size > POOL_MAX || size + SPARE > available) {
+		session_refuse(session, "the guest has %llu MiB of memory available, too little for "
+			       "a pool of %llu MiB", (unsigned long long)available >> 20,
+			       (unsigned long long)size >> 20);
+		return;
+	}
+	end("it was given up for another");
+	error = make(size);
+	if (error)
+		session_refuse(session, "no pool: %s", error);
+	else
+		pool.waiting = session;
+}
+
+void warm_message(struct session *session, const struct message *message)
+{
+	uint64_t size = message_has(message, KEY_SIZE) ? message_uint(message, KEY_SIZE) : 0;
+
+	if (message->op == OP_WARM && size) {
+		warm(session, size);
+		return;
+	}
+	if (message->op == OP_WARM) {
+		if (pool.waiting)
+			session_refuse(pool.waiting, "the pool was given up");
+		pool.waiting = NULL;
+		end("it was given up");
+	}
+	report(session);
+}
+
+void warm_session_ended(struct session *session)
+{
+	if (pool.waiting == session)
+		pool.waiting = NULL;
+}
+
+static void on_news(int fd, short events, void *context)
+{
+	struct session *waiting = pool.waiting;
+	char word;
+
+	(void)events, (void)context;
+	if (fd != pool.socket)
+		return;
+	if (pool.stage != FILLING || recv(fd, &word, 1, MSG_DONTWAIT) <= 0) {
+		/* It ends; why, we learn from its exit. */
+		shutdown(fd, SHUT_RDWR);
+		close_fd(&pool.socket);
+		return;
+	}
+	pool.stage = READY;
+	pool.waiting = NULL;
+	if (waiting)
+		report(waiting);
+}
+
+void warm_watch(struct loop *loop)
+{
+	if (pool.socket >= 0)
+		loop_watch(loop, pool.socket, POLLIN, on_news, NULL);
+}
+
+uint64_t warm_size(void)
+{
+	return pool.stage == READY ? pool.state->wanted : 0;
+}
+
+/* ------------------------------------------------------------------------ using it */
+
+/*
+ * CRIU maps areas in functions of libc, where our library can see it, if the
+ * images have a parent; the parent's pagemaps are never looked into.
+ */
+static bool make_parent(const struct directory *directory, const struct message *begin)
+{
+	char **names = message_strings(begin, KEY_WARM_IMAGES), path[MAX_STRING + 16];
+	bool good = names && mkdirat(directory->images, "parent", 0700) == 0;
+
+	for (char **name = names; good && *name; name++) {
+		snprintf(path, sizeof(path), "parent/%s", *name);
+		good = !strchr(*name, '/') &&
+		       linkat(directory->images, *name, directory->images, path, 0) == 0;
+	}
+	free(names);
+	return good;
+}
+
+struct request {
+	struct pool_request head;
+	char text[POOL_REQUEST];
+	bool overflow;
+};
+
+static void add(struct request *request, const char *text)
+{
+	size_t size = strlen(text) + 1;
+
+	if (size > sizeof(request->text) - request->head.size) {
+		request->overflow = true;
+		return;
+	}
+	memcpy(request->text + request->head.size, text, size);
+	request->head.size += (uint32_t)size;
+}
+
+static bool send_all(const void *data, size_t size)
+{
+	const char *at = data;
+	ssize_t done;
+
+	for (; size; at += done, size -= (size_t)done) {
+		done = send(pool.socket, at, size, MSG_NOSIGNAL);
+		if (done <= 0)
+			return false;
+	}
+	return true;
+}
+
+static bool ask(const struct criu_command *command)
+{
+	static struct request request;
+	char path[400];
+
+	request.head = (struct pool_request){0};
+	request.overflow = false;
+	add(&request, command->output);
+	snprintf(path, sizeof(path), "%s/" WARM_TABLE, command->images);
+	add(&request, path);
+	for (char *const *text = command->argv; *text; text++, request.head.arguments++)
+		add(&request, *text);
+	for (; request.head.arguments < POOL_ARGUMENTS; request.head.arguments++)
+		add(&request, POOL_PADDING);
+	for (char *const *text = command->env; *text; text++, request.head.variables++)
+		add(&request, *text);
+	return !request.overflow && request.head.arguments <= POOL_ARGUMENTS &&
+	       send_all(&request.head, sizeof(request.head)) &&
+	       send_all(request.text, request.head.size);
+}
+
+pid_t warm_take(const struct directory *directory, const struct message *begin,
+		const struct criu_command *command)
+{
+	pid_t pid = pool.pid;
+	bool good;
+
+	if (pool.stage != READY) {
+		if (!pool.note[0])
+			snprintf(pool.note, sizeof(pool.note), "there is none");
+		return -1;
+	}
+	/* It may have died a moment ago. */
+	reap_children();
+	if (pool.stage != READY)
+		return -1;
+	good = make_parent(directory, begin) && ask(command);
+	if (!good) {
+		end("it does not take the request");
+		return -1;
+	}
+	used = pool.state;
+	pool.state = NULL;
+	snprintf(pool.note, sizeof(pool.note), "a restore has used it up");
+	forget();
+	return pid;
+}
+
+uint64_t warm_served(const char **why)
+{
+	static char text[120];
+
+	*why = "";
+	if (!used) {
+		*why = pool.note;
+		return 0;
+	}
+	if (used->error) {
+		snprintf(text, sizeof(text), "it could not %.39s: %s", used->step,
+			 strerror((int)used->error));
+		*why = text;
+	}
+	return used->served;
+}
+
+void warm_forget(void)
+{
+	unmap(&used);
+}

@@ -1,0 +1,176 @@
+"""Restore again and again into a guest that moves, merges, swaps and reuses all of its memory.
+
+``python -m tests.stress [--restores N] [--size MIB] [--unprotected] [--suite NAME]``
+"""
+
+import argparse
+import os
+import sys
+import tempfile
+import time
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import ovr
+from ovr import demo, lab
+from ovr.errors import OvrError
+from ovr.lab.cache import cache_directory
+from ovr.lab.image import SUITES
+from tests import subject
+from tests.stress.copier import Races, counting, unprotected
+from tests.stress.guest import Noise, trouble
+
+MIB = 1 << 20
+CANARIES = 3
+PAUSE = 0.1
+
+
+@dataclass
+class Outcome:
+    """What came of a run.
+
+    Attributes:
+        passed: restores after which everything was right.
+        failed: the others, each with what was wrong.
+        races: what the copier met.
+        counters: what the guest's kernel did meanwhile.
+    """
+
+    passed: int = 0
+    failed: list[str] = field(default_factory=list)
+    races: Races = field(default_factory=Races)
+    counters: dict[str, int] = field(default_factory=dict)
+
+
+class Stress:
+    """A VM under stress, and a dump to restore into it.
+
+    Args:
+        vm: the VM, with two NUMA nodes.
+        images: the dump.
+        canary_mib: what each canary holds.
+        verify: how much `ovr` compares itself.
+    """
+
+    def __init__(
+        self, vm: lab.LabVm, images: subject.Images, canary_mib: int, verify: str = "full"
+    ) -> None:
+        self.vm = vm
+        self.images = images
+        self.verify = verify
+        self.noise = Noise(vm, CANARIES, canary_mib)
+        subject.install(vm)
+        self.noise.start()
+        self.wrong = 0  # canary pages, as known so far
+
+    def restore(self) -> None:
+        """Restore once; raises what is wrong."""
+        with ovr.attach(f"lab:{self.vm.name}") as attached:
+            attached.restore(self.images.path, verify=self.verify)
+        answer = subject.ask(self.vm)
+        assert answer.pages == subject.pages(self.images.size), answer
+        assert answer.wrong == 0, answer
+        assert subject.marks(self.vm) == subject.MARKS
+        self.check_canaries()
+
+    def check_canaries(self) -> None:
+        """Raise if a canary has found damage since the last look."""
+        wrong = self.noise.canaries().wrong
+        new, self.wrong = wrong - self.wrong, wrong
+        assert not new, f"{new} pages of canaries are damaged"
+        said = trouble(self.vm)
+        assert not said, f"the guest's kernel says: {said}"
+
+    def finish(self) -> None:
+        """Have every canary check all of its memory once more."""
+        before = self.noise.canaries()
+        deadline = time.monotonic() + subject.PATIENCE
+        while any(
+            now < then + 2
+            for now, then in zip(self.noise.canaries().passes, before.passes, strict=True)
+        ):
+            assert time.monotonic() < deadline, "a canary does not come to an end"
+            time.sleep(0.5)
+        self.check_canaries()
+
+
+def run(
+    stress: Stress, restores: int, protection: AbstractContextManager[None], outcome: Outcome
+) -> None:
+    """Restore so many times, or until the guest is dead."""
+    with protection:
+        for number in range(1, restores + 1):
+            started = time.monotonic()
+            try:
+                stress.restore()
+                outcome.passed += 1
+                verdict = "passed"
+            except (OvrError, AssertionError) as error:
+                verdict = f"FAILED  {error}"
+                outcome.failed.append(str(error))
+            took = time.monotonic() - started
+            print(f"{number:4}  {took:5.1f} s  {verdict}  (pages so far: {outcome.races})")
+            sys.stdout.flush()
+            if not stress.vm.alive:
+                outcome.failed.append("the guest died")
+                return
+            subject.end(stress.vm)
+    try:
+        stress.finish()
+    except (OvrError, AssertionError) as error:
+        outcome.failed.append(str(error))
+    outcome.counters = stress.noise.counters()
+
+
+def memory_of(size: int) -> tuple[str, int]:
+    """RAM of the VM for a tree of `size` bytes, and MiB for each canary, which fill the rest."""
+    room = size // MIB + 640
+    memory = -(-(size // MIB * 2 + 1024) // 64) * 64
+    return f"{memory}M", max((memory - room) // CANARIES // 4 * 4, 16)
+
+
+def perform(name: str, scratch: Path, asked: argparse.Namespace) -> Outcome:
+    """Dump in one VM, restore into another."""
+    size = asked.size * MIB
+    memory, canary_mib = memory_of(size)
+    images = subject.dump_in_a_vm(
+        f"{name}-a", scratch, size, "mergeable", suite=asked.suite, memory=f"{asked.size + 768}M"
+    )
+    outcome = Outcome()
+    protection = (unprotected if asked.unprotected else counting)(outcome.races, PAUSE)
+    with demo.lab_vm(f"{name}-b", suite=asked.suite, memory=memory, numa=2) as vm:
+        # Without protection the tree itself shall find the damage, not we before it runs.
+        stress = Stress(vm, images, canary_mib, "none" if asked.unprotected else "full")
+        run(stress, asked.restores, protection, outcome)
+        if not vm.alive:
+            print(vm.console.read_text(errors="replace")[-2000:])
+    return outcome
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.stress", description=__doc__)
+    parser.add_argument("--restores", type=int, default=10)
+    parser.add_argument("--size", type=int, default=512, metavar="MIB", help="of the process")
+    parser.add_argument("--suite", choices=SUITES, default="trixie")
+    parser.add_argument(
+        "--unprotected", action="store_true",
+        help="write without holds and without asking whose a page is; passes if that does damage",
+    )  # fmt: skip
+    asked = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="ovr-stress-", dir=cache_directory()) as scratch:
+        outcome = perform(f"stress-{os.getpid()}", Path(scratch), asked)
+    for what, count in outcome.counters.items():
+        print(f"{count:12,}  {what}")
+    print(f"pages met: {outcome.races}")
+    if asked.unprotected:
+        print(f"without protection: {len(outcome.failed)} of {asked.restores} went wrong")
+        shown = bool(outcome.failed or outcome.races.moved)
+        print(f"{int(shown)} passed, {int(not shown)} failed")
+        return int(not shown)
+    print(f"{outcome.passed} passed, {len(outcome.failed)} failed")
+    return int(bool(outcome.failed) or outcome.passed < asked.restores)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

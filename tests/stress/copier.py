@@ -1,0 +1,126 @@
+"""Copiers for the tests: one that counts how often it met a race, and one without protection."""
+
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+
+import numpy as np
+
+from ovr._fastcopy import OWNED
+from ovr.ram import Runs
+from ovr.ranges import total
+from ovr.state import memory
+from ovr.state.memory import Copier, Family, Part, Target
+
+__all__ = ["Races", "counting", "unprotected"]
+
+PAGE = 4096
+HOLD_BYTES = 16 << 20
+
+
+@dataclass
+class Races:
+    """What the copier met.
+
+    Attributes:
+        away: pages that no page table led to when it came to them.
+        foreign: pages that were there, and not the tree's own: merged, shared, or on the move.
+        moved: pages that had another frame, or another owner, when they were written than when they
+            were looked up; only without protection.
+    """
+
+    away: int = 0
+    foreign: int = 0
+    moved: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.away} away, {self.foreign} not its own, {self.moved} moved"
+
+
+@contextmanager
+def counting(races: Races, pause: float) -> Iterator[None]:
+    """Have restores count the pages that the protection put off to another hold.
+
+    Args:
+        races: what was met.
+        pause: seconds before each hold, for the guest to do something.
+    """
+
+    class Counting(Copier):
+        def _prepare(self, batch: Sequence[Part]) -> None:
+            super()._prepare(batch)
+            time.sleep(pause)
+
+        def write(self, parts: Sequence[Part]) -> None:
+            super().write([(_counted(target), part) for target, part in parts])
+
+        def write_families(self, families: Sequence[Family]) -> list[Part]:  # type: ignore[override]
+            return super().write_families(
+                [replace(family, first=_counted(family.first)) for family in families]
+            )
+
+    def _counted(target: Target) -> Target:
+        return replace(target, ask=partial(note, target))
+
+    def note(target: Target, pieces: Runs) -> None:
+        there = total(target.space.walk(pieces)) // PAGE
+        races.away += total(pieces) // PAGE - there
+        races.foreign += there
+        target.ask(pieces)
+
+    with _in_place_of_the_copier(Counting):
+        yield
+
+
+@contextmanager
+def unprotected(races: Races, pause: float) -> Iterator[None]:
+    """Have restores write as if nothing ever moved: looked up first, written later.
+
+    Nothing is held still, nobody is asked whose a page is. What would have been refused is counted.
+
+    Args:
+        races: what was met.
+        pause: seconds between the look and the write.
+    """
+
+    class Unprotected(Copier):
+        def _each_run(
+            self, batch: Sequence[Part], work: Callable[[Target, Runs], None], wanted: int
+        ) -> None:
+            if wanted != OWNED:  # to verify is not what is tried here
+                super()._each_run(batch, work, wanted)
+                return
+            found = [(target, target.space.walk(part)) for target, part in batch]
+            races.away += sum(total(part) for _, part in batch) // PAGE
+            races.away -= sum(total(runs) for _, runs in found) // PAGE
+            time.sleep(pause)
+            for (target, runs), (_, part) in zip(found, batch, strict=True):
+                work(target, runs)
+                now = target.space.walk(part, target.frames)
+                races.moved += len(_pages(runs) - _pages(now[(now["flags"] & OWNED) == OWNED]))
+
+    with _in_place_of_the_copier(Unprotected):
+        yield
+
+
+def _pages(runs: Runs) -> set[tuple[int, int]]:
+    # GVA and GPA of each page.
+    counts = (runs["size"] // PAGE).astype(int)
+    steps = np.concatenate([np.arange(count, dtype="<u8") for count in counts] or [[]]) * PAGE
+    gva = np.repeat(runs["gva"], counts) + steps.astype("<u8")
+    gpa = np.repeat(runs["gpa"], counts) + steps.astype("<u8")
+    return {*zip(gva.tolist(), gpa.tolist(), strict=True)}
+
+
+@contextmanager
+def _in_place_of_the_copier(kind: type[Copier]) -> Iterator[None]:
+    # Many small holds: more borders between them.
+    module, usual, size = sys.modules["ovr.restore"], Copier, memory.HOLD_BYTES
+    module.Copier, memory.HOLD_BYTES = kind, HOLD_BYTES
+    try:
+        yield
+    finally:
+        module.Copier, memory.HOLD_BYTES = usual, size

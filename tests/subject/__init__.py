@@ -1,0 +1,138 @@
+"""The tree that is restored under stress, under fire and a thousand times over (`subject.c`).
+
+It checks itself, and each of its tasks leaves a mark as the first thing that it does.
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from ovr import demo, lab
+from ovr.lab.cache import digest
+from ovr.lab.share import SHARE
+from ovr.lab.workload import build_workload
+
+__all__ = [
+    "DIRECTORY", "HERE", "MARKS", "Answer", "Images", "ask", "build", "dump", "dump_in_a_vm", "end",
+    "install", "marks", "start",
+]  # fmt: skip
+
+HERE = Path(__file__).parent
+DIRECTORY = "/tmp/ovr-subject"  # as in pattern.h
+PROGRAM = "/usr/local/bin/ovr-subject"
+MARKS = frozenset({"main", "thread", "child"})
+PID = 21_000  # no freshly booted guest has given it away
+PATIENCE = 240.0  # seconds; a guest under TCG with all that noise is slow
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What both processes say of themselves: pages checked, pages wrong, the first of them."""
+
+    pages: int
+    wrong: int
+    first: str
+
+
+@dataclass(frozen=True)
+class Images:
+    """A dump on the host."""
+
+    path: Path
+    pid: int
+    size: int
+
+    def checksums(self) -> dict[str, str]:
+        """What each file holds."""
+        files = sorted(self.path.iterdir())
+        return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+def build(source: Path) -> Path:
+    """Compile a program that uses `pattern.h`."""
+    content = digest((HERE / "pattern.h").read_bytes())
+    return build_workload(source, "-std=gnu11", "-pthread", f"-I{HERE}", f"-DCOMMON={content}")
+
+
+def install(vm: lab.LabVm) -> None:
+    """Give the guest all that it needs to start or restore it."""
+    vm.put(build(HERE / "subject.c"), PROGRAM, 0o755)
+    must(vm, f"mkdir -p {DIRECTORY}")
+
+
+def start(vm: lab.LabVm, size: int, *words: str) -> int:
+    """Start it, and return its pid once all is set up."""
+    must(vm, f"echo {PID - 1} > /proc/sys/kernel/ns_last_pid")
+    with vm.connect() as agent:
+        agent.spawn([PROGRAM, str(size), *words])
+    return int(_wait_for(vm, ["pid"])["pid"])
+
+
+def dump(vm: lab.LabVm, pid: int, directory: str = SHARE) -> None:
+    """Have CRIU dump the tree, which ends it."""
+    must(vm, f"criu dump -t {pid} -D {directory} -v2 -o dump.log && sync", timeout=600)
+
+
+def dump_in_a_vm(
+    name: str, path: Path, size: int, *words: str, suite: str = "trixie", memory: str = "1G"
+) -> Images:
+    """Boot a VM, start the tree in it, and dump it into a directory of the host."""
+    with demo.lab_vm(name, suite=suite, memory=memory, share=path) as vm:
+        install(vm)
+        pid = start(vm, size, *words)
+        dump(vm, pid)
+    return Images(path, pid, size)
+
+
+def ask(vm: lab.LabVm) -> Answer:
+    """Have both processes check all of their memory."""
+    both = ("main", "child")
+    asked, answers = ([f"{what}-{who}" for who in both] for what in ("ask", "answer"))
+    must(vm, f"cd {DIRECTORY} && rm -f {' '.join(answers)} && touch {' '.join(asked)}")
+    said = [json.loads(text) for text in _wait_for(vm, answers).values()]
+    first = next((one["first"] for one in said if one["first"]), "")
+    return Answer(sum(one["pages"] for one in said), sum(one["wrong"] for one in said), first)
+
+
+def pages(size: int) -> int:
+    """How many pages an answer is about."""
+    part = size // 16 // 4096
+    return size // 4096 + 2 * part  # both look at what they share
+
+
+def marks(vm: lab.LabVm) -> set[str]:
+    """Which tasks ran since the last `end`."""
+    return {*vm.sh(f"ls {DIRECTORY}").stdout.decode().split()} & MARKS
+
+
+def end(vm: lab.LabVm) -> None:
+    """Kill all of it, wait until it is gone, and take the marks away."""
+    gone = "! pgrep -x ovr-subject >/dev/null"
+    must(
+        vm,
+        f"pkill -9 -x ovr-subject; for i in $(seq 600); do {gone} && break; sleep 0.1; done;"
+        f" {gone} && rm -rf {DIRECTORY} && mkdir {DIRECTORY}",
+    )
+
+
+def must(vm: lab.LabVm, command: str, timeout: float = PATIENCE) -> str:
+    """Run a shell command that has to succeed; returns what it says."""
+    done = vm.sh(command, timeout=timeout)
+    if done.status:
+        raise AssertionError(f"{command}: {(done.stdout + done.stderr).decode(errors='replace')}")
+    return done.stdout.decode(errors="replace")
+
+
+def _wait_for(vm: lab.LabVm, names: list[str]) -> Mapping[str, str]:
+    deadline = time.monotonic() + PATIENCE
+    look = f"cd {DIRECTORY} && cat {' '.join(names)} 2>/dev/null"
+    with vm.connect() as agent:
+        while time.monotonic() < deadline:
+            done = agent.run(["/bin/sh", "-c", look])
+            if done.status == 0:
+                return dict(zip(names, done.stdout.decode().splitlines(), strict=True))
+            time.sleep(0.1)
+    raise AssertionError(f"no {', '.join(names)} of ovr-subject in {vm.name}")

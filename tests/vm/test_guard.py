@@ -1,0 +1,157 @@
+"""What keeps a restore from harm when something happens to the VM, the tree or the images."""
+
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+import ovr
+from ovr.addresses import Gva
+from ovr.demo import prepare
+from ovr.errors import RestoreFailed, Unreachable, VerifyMismatch
+from ovr.ram import GuestRam
+from ovr.state.memory import Copier
+from ovr.vm.claim import claimed
+from tests.vm.conftest import EVERYTHING, alive, end_workload
+from tests.vm.test_failures import refused, unharmed
+
+
+@pytest.fixture(params=("trixie",))
+def suite(request):
+    """The kernel matters to none of this."""
+    return request.param
+
+
+@pytest.fixture
+def writes(monkeypatch):
+    """Every write of this process to guest memory."""
+    seen = []
+    for name in ("write", "copy_in"):
+        original = getattr(GuestRam, name)
+
+        def noted(ram, *arguments, original=original):
+            seen.append(arguments)
+            return original(ram, *arguments)
+
+        monkeypatch.setattr(GuestRam, name, noted)
+    return seen
+
+
+def between_copies(monkeypatch, happens):
+    """Copy little at a time, and let something happen after the first copy, the VM running."""
+    monkeypatch.setattr("ovr.state.memory.HOLD_BYTES", 16 << 20)
+    original = Copier._prepare
+    calls = []
+
+    def prepare(copier, batch):
+        original(copier, batch)
+        calls.append(batch)
+        if len(calls) == 2:
+            happens()
+
+    monkeypatch.setattr(Copier, "_prepare", prepare)
+
+
+def test_a_tree_that_dies_in_the_middle(vm, dump, writes, monkeypatch):
+    """Its page table goes to the next process; nothing is written to that one."""
+
+    def happens():
+        vm.sh(f"kill -9 {dump.pid}; while test -d /proc/{dump.pid}/fd/0; do sleep 0.1; done;"
+              " for i in $(seq 50); do /bin/true; done")  # fmt: skip
+        writes.clear()
+
+    between_copies(monkeypatch, happens)
+    with ovr.attach(f"lab:{vm.name}") as attached, pytest.raises(ovr.OvrError) as caught:
+        attached.restore(dump.path)
+    assert f"pid {dump.pid} has died" in str(caught.value)
+    assert writes == []
+    monkeypatch.undo()
+    unharmed(vm, dump)
+
+
+def test_two_at_once(vm, dump):
+    command = [sys.executable, "-m", "ovr", "restore", "-D", dump.path, "--vm", f"lab:{vm.name}"]
+    with ovr.attach(f"lab:{vm.name}") as attached, claimed(attached.ram.slots):
+        attached.qmp.close()  # QEMU serves one client of a monitor at a time
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        refused(done, 4, "another ovr restores into this VM", f"process {os.getpid()}")
+    unharmed(vm, dump)
+
+
+@pytest.mark.parametrize(("mode", "part"), [("sample", 0), ("full", 0.7)])
+def test_a_byte_that_changes_before_it_is_verified(vm, dump, monkeypatch, mode, part):
+    original = Copier.verify
+
+    def verify(copier, targets, *, full):
+        pieces = targets[0].pieces
+        gva = Gva(int(pieces["gva"][int(part * len(pieces))]) + 1234 * (part > 0))
+        space = targets[0].space
+        gpa = space.translate(gva)
+        space.ram.write(gpa, bytes([space.ram.read(gpa, 1)[0] ^ 0x10]))
+        return original(copier, targets, full=full)
+
+    monkeypatch.setattr(Copier, "verify", verify)
+    with ovr.attach(f"lab:{vm.name}") as attached, pytest.raises(VerifyMismatch) as caught:
+        attached.restore(dump.path, verify=mode)
+    assert caught.value.exit_code == 7
+    assert f"pid {dump.pid}: the page at 0x" in str(caught.value)
+    assert not alive(vm, dump.pid)
+    monkeypatch.undo()
+    unharmed(vm, dump)
+
+
+@pytest.fixture
+def own_vm(suite, pool):
+    """A VM that nobody uses afterwards: its vhost-user devices do not survive a reset."""
+    vm = pool.get(suite)
+    end_workload(vm)
+    yield vm
+    vm.down()
+
+
+def reset(attached) -> None:
+    attached.qmp.execute("set-action", reboot="reset")  # the lab's QEMU would rather end
+    attached.qmp.execute("system_reset")
+
+
+def test_reset_between_attach_and_restore(own_vm, dump, writes):
+    with ovr.attach(f"lab:{own_vm.name}") as attached:
+        reset(attached)
+        with pytest.raises(RestoreFailed, match="rebooted since") as caught:
+            attached.restore(dump.path)
+    assert "booted" in caught.value.hint
+    assert writes == []
+
+
+@pytest.mark.skipif(not EVERYTHING, reason="much the same")
+def test_reset_in_the_middle(own_vm, dump, writes, monkeypatch):
+    with ovr.attach(f"lab:{own_vm.name}") as attached:
+
+        def happens():
+            reset(attached)
+            writes.clear()
+
+        between_copies(monkeypatch, happens)
+        with pytest.raises(RestoreFailed, match="rebooted since"):
+            attached.restore(dump.path)
+    assert writes == []
+    monkeypatch.undo()
+    booted(own_vm)
+    with ovr.attach(f"lab:{own_vm.name}") as attached:
+        attached.restore(dump.path, agent=own_vm.serial, verify="full")
+
+
+def booted(vm) -> None:
+    """Wait until the agent of a guest that was reset answers, and make the guest what it was."""
+    deadline = time.monotonic() + 180
+    while time.monotonic() < deadline:
+        try:
+            vm.agent = vm.serial
+            prepare(vm)
+        except Unreachable:
+            time.sleep(1)
+        else:
+            return
+    pytest.fail("the guest does not come back")
