@@ -20,7 +20,7 @@ from ovr.vm.session import Hello
 
 CONFIG = {
     "id": "ab" * 32, "name": "web", "runtime": "crun", "rootfsImageName": "localhost/web:1",
-    "spec": {},
+    "spec": {}, "namedVolumes": [{"volumeName": "shelf", "dest": "/data"}],
 }  # fmt: skip
 EXTRAS = {
     "spec.dump": b"{}", "config.dump": json.dumps(CONFIG).encode(),
@@ -75,6 +75,7 @@ def test_images_are_those_of_the_directory(dumps, archive, packer):
     ):
         assert packed.container.name == "web"
         assert packed.container.maker == "podman"
+        assert packed.container.volumes == ("shelf",)
         assert packed.images.names == plain.names
         assert [packed.images.read(name) for name in plain.names] == [
             plain.read(name) for name in plain.names
