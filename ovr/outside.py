@@ -24,6 +24,7 @@ from ovr.kernel import (
     for_each_vma,
     mm_space,
     settled,
+    types_that_fit,
 )
 from ovr.memory_plan import SharedPlan, TaskPlan
 from ovr.paging import AddressSpace, Frames
@@ -64,6 +65,7 @@ class Outside:
         return [*{id(target): target for target in (*shared, *self.targets)}.values()]
 
 
+@types_that_fit()
 def find_outside(
     plan: Plan, guest: GuestTree, agent: Agent, sources: Sources, *, warm: bool = False
 ) -> Outside:
@@ -79,6 +81,7 @@ def find_outside(
     Raises:
         RestoreFailed: the guest has no memory for it, or the skeleton is not what was planned.
         GuestFault: kernel objects of the guest make no sense.
+        KernelNotFound: its types make no sense.
         AgentUnreachable: the link broke.
     """
     restorees = {task.task.pid: _Restoree(task, guest, agent, sources) for task in plan.tasks}
@@ -106,6 +109,7 @@ class _Alive:
         self._task = task
         self._root = space.root
 
+    @types_that_fit()
     def __call__(self) -> None:
         task: Struct | None = find_task(self._kernel, self._pid)
         if task != self._task or not task.mm or mm_space(self._kernel, task.mm).root != self._root:

@@ -106,7 +106,9 @@ def restore(
                     settings.write(plan.settings, tree, copier.holder, recording)
                 with watch("verify"):
                     settings.verify(plan.settings, tree())
+                    sources.check_unchanged()
                     compared = _verify(copier, memory, verify)
+                    sources.check_unchanged()
                 refuse_migration(vm.qmp)
                 vm.check_same_boot()
         # From here on the tree may run, whatever we hear, unless the agent says that it is dead.
@@ -115,7 +117,7 @@ def restore(
         watch.seconds["total"] = watch.total()
         return Report(
             pid=root.pid,
-            container=root.container,
+            container=root.container or checkpoint.container,
             tasks=len(plan.tasks),
             states=plan.states,
             bytes_total=plan.bytes_total,

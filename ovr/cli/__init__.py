@@ -5,6 +5,7 @@ with ``--json`` it is also an object on stdout.
 """
 
 import argparse
+import errno
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -43,6 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     log_to_stderr(getattr(options, "log_level", DEFAULT_LEVEL + options.verbose))
     try:
         code: int = options.run(options)
+        sys.stdout.flush()
     except OvrError as error:
         output.error(error, as_json=options.json)
         return error.exit_code
@@ -50,7 +52,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("ovr: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
+        output.give_up_stdout()
         return 141
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        output.give_up_stdout()
+        where = error.filename or "standard output"
+        output.error(OvrError(f"{where}: {error.strerror}", "free space there"), as_json=False)
+        return 1
     return code
 
 

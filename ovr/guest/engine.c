@@ -23,6 +23,11 @@
 
 static const char *const programs[] = {"podman", "runc", "crun"};
 
+static bool is_podman(const char *program)
+{
+	return !strcmp(program, "podman");
+}
+
 bool engine_known(const char *name)
 {
 	for (size_t i = 0; i < ARRAY_SIZE(programs); i++)
@@ -31,15 +36,15 @@ bool engine_known(const char *name)
 	return false;
 }
 
+/* Where execvpe() will look for it. */
 static bool installed(const char *program)
 {
-	static const char *const places[] = {
-		"/usr/local/sbin", "/usr/local/bin", "/usr/sbin", "/usr/bin", "/sbin", "/bin",
-	};
-	char path[64];
+	const char *places = getenv("PATH"), *next;
+	char path[512];
 
-	for (size_t i = 0; i < ARRAY_SIZE(places); i++) {
-		snprintf(path, sizeof(path), "%s/%s", places[i], program);
+	for (; places && *places; places = *next ? next + 1 : next) {
+		next = places + strcspn(places, ":");
+		snprintf(path, sizeof(path), "%.*s/%s", (int)(next - places), places, program);
 		if (access(path, X_OK) == 0)
 			return true;
 	}
@@ -81,16 +86,16 @@ static pid_t start(char *const argv[], const struct directory *directory, const 
 	char *env[] = {AGENT_PATH, "HOME=/root", "LC_ALL=C.UTF-8", socket, config_file, NULL};
 	struct child_io io = {-1, -1, -1};
 	const int flags = O_WRONLY | O_CREAT | O_TRUNC | O_NOFOLLOW | O_CLOEXEC;
-	pid_t pid = -1;
+	pid_t pid;
 
 	snprintf(socket, sizeof(socket), HOOK_SOCKET "=%s/hook", directory->path);
 	snprintf(config_file, sizeof(config_file), "CRIU_CONFIG_FILE=%s", config);
 	snprintf(out, sizeof(out), "%s/" ENGINE_OUT, directory->path);
 	snprintf(err, sizeof(err), "%s/" ENGINE_ERR, directory->path);
-	io.out = open(out, flags, 0600);
-	io.err = open(err, flags, 0600);
-	if (io.out >= 0 && io.err >= 0)
-		pid = child_start(argv, env, io);
+	/* A container that podman does not look after keeps what its runtime had: /dev/null. */
+	io.out = is_podman(argv[0]) ? open(out, flags, 0600) : -1;
+	io.err = is_podman(argv[0]) ? open(err, flags, 0600) : -1;
+	pid = child_start(argv, env, io);
 	if (io.out >= 0)
 		close(io.out);
 	if (io.err >= 0)
@@ -99,22 +104,23 @@ static pid_t start(char *const argv[], const struct directory *directory, const 
 }
 
 static int fixed_arguments(const char *argv[FIXED_ARGUMENTS], const char *program,
-			   const char *archive, const char *images, const char *work)
+			   const char *images, const char *archive, const char *work,
+			   const char *log)
 {
 	const char *const podman[] = {program, "container", "restore", "--import", archive};
 	const char *const runtime[] = {
-		program, "restore", "--detach", "--image-path", images, "--work-path", work,
+		program, "--log", log, "restore", "--detach",
+		"--image-path", images, "--work-path", work,
 	};
-	bool is_podman = !strcmp(program, "podman");
-	size_t count = is_podman ? ARRAY_SIZE(podman) : ARRAY_SIZE(runtime);
+	size_t count = is_podman(program) ? ARRAY_SIZE(podman) : ARRAY_SIZE(runtime);
 
-	memcpy(argv, is_podman ? podman : runtime, count * sizeof(*argv));
+	memcpy(argv, is_podman(program) ? podman : runtime, count * sizeof(*argv));
 	return (int)count;
 }
 
 pid_t engine_start(const struct directory *directory, const struct message *begin)
 {
-	char program[MAX_STRING], archive[300], images[300], config[300];
+	char program[MAX_STRING], archive[320], images[300], config[300], log[300];
 	const char *fixed[FIXED_ARGUMENTS];
 	char **extra = message_strings(begin, KEY_CRIU_OPTIONS);
 	uint32_t extras = begin->field[KEY_CRIU_OPTIONS].size;
@@ -126,8 +132,9 @@ pid_t engine_start(const struct directory *directory, const struct message *begi
 	snprintf(archive, sizeof(archive), "%s/images/" ENGINE_ARCHIVE, directory->path);
 	snprintf(images, sizeof(images), "%s/images", directory->path);
 	snprintf(config, sizeof(config), "%s/criu.conf", directory->path);
+	snprintf(log, sizeof(log), "%s/" ENGINE_ERR, directory->path);
 	if (extra && argv && write_config(config)) {
-		count = fixed_arguments(fixed, program, archive, images, directory->path);
+		count = fixed_arguments(fixed, program, images, archive, directory->path, log);
 		memcpy(argv, fixed, (size_t)count * sizeof(*argv));
 		memcpy(argv + count, extra, extras * sizeof(*argv));
 		pid = start(argv, directory, config);

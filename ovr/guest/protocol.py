@@ -198,7 +198,7 @@ class Begin(Message):
     timeout_ms: int
     log_level: int
     keep_log: bool
-    warm_images: tuple[str, ...]
+    warm_images: tuple[str, ...] = ()
     engine: str | None = None
 
 

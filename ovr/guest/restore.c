@@ -132,7 +132,7 @@ static void abort_restore(const char *reason)
 {
 	bool gone = restore.phase == UPLOADING || kill_everything();
 
-	if (!restore.engine || restore.child_ended) {
+	if (!restore.engine || restore.phase == UPLOADING || restore.child_ended) {
 		report_aborted(reason, gone);
 		return;
 	}
@@ -201,12 +201,16 @@ static void report_success(void)
 
 static void child_ended(void)
 {
+	char reason[sizeof(restore.reason)];
+
+	memcpy(reason, restore.reason, sizeof(reason));
 	if (restore.phase == ENDING)
-		report_aborted(restore.reason, restore.gone);
+		report_aborted(reason, restore.gone);
 	else if (restore.phase == RELEASED && exit_code(restore.child_status) == 0)
 		report_success();
 	else if (restore.phase == HELD)
-		abort_restore("criu died while it held the tree");
+		abort_restore(restore.engine ? "the container engine ended before the restore" :
+					       "criu died while it held the tree");
 	else
 		/* In BUILDING even status 0: a tree that did not pass our hook. */
 		report_failure();
@@ -540,6 +544,11 @@ bool restore_reaped(pid_t pid, int status)
 	return true;
 }
 
+static bool host_must_speak(void)
+{
+	return restore.phase == UPLOADING || restore.phase == BUILDING || restore.phase == HELD;
+}
+
 void restore_work(void)
 {
 	if (restore.phase == IDLE)
@@ -552,8 +561,7 @@ void restore_work(void)
 		abort_restore("criu took too long to build the tree");
 	else if (restore.phase == ENDING && now_ms() >= restore.late_at)
 		engine_too_late();
-	else if ((restore.phase == BUILDING || restore.phase == HELD) &&
-		 now_ms() >= restore.silent_at)
+	else if (host_must_speak() && now_ms() >= restore.silent_at)
 		abort_restore("the host was silent for too long");
 }
 
@@ -573,7 +581,7 @@ void restore_watch(struct loop *loop)
 		loop_watch(loop, restore.theirs.end, POLLIN, on_criu_end, NULL);
 	if (restore.phase == BUILDING || restore.phase == ENDING)
 		loop_wake_at(loop, restore.late_at);
-	if (restore.phase != IDLE && restore.phase != RELEASED)
+	if (host_must_speak())
 		loop_wake_at(loop, restore.silent_at);
 }
 

@@ -139,6 +139,11 @@ class Archive:
                     name = member.name.removeprefix("./")
                     if name in members or len(members) == _MAX_MEMBERS:
                         raise ImagesDamaged(f"{self.path}: {name} occurs twice", DUMP_AGAIN)
+                    if member.issparse():
+                        raise ImagesUnsupported(
+                            f"{self.path}: {name} is stored as a sparse file",
+                            "unpack the archive, and pack it again without --sparse",
+                        )
                     if _padded(member.offset_data + _stored(member)) > self._size:
                         raise ImagesDamaged(f"{self.path}: cut off in {name}", DUMP_AGAIN)
                     members[name] = member
@@ -208,7 +213,7 @@ class _Members(ImageDirectory):
             name = full.removeprefix(_IMAGES)
             if name == full or not name or "/" in name or member.isdir():
                 continue
-            if member.isreg() and not member.issparse():
+            if member.isreg():
                 self.sizes[name], self.bases[name] = member.size, member.offset_data
             else:
                 self.others.add(name)
@@ -223,7 +228,7 @@ class _Members(ImageDirectory):
 
 def _stored(member: tarfile.TarInfo) -> int:
     # Bytes of data that follow the header.
-    return member.size if member.isreg() else 0
+    return member.size if member.isreg() or member.type not in tarfile.SUPPORTED_TYPES else 0
 
 
 def _padded(size: int) -> int:
