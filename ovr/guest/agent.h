@@ -233,6 +233,22 @@ pid_t tree_parent(pid_t pid);
 /* Have the kernel kill what CRIU, which is stopped, traces when CRIU dies. NULL, or why not. */
 const char *exitkill_set(pid_t criu);
 
+/* touch.c */
+/* Have pages of a held task allocated; 0, or an errno. Only in a child that ends afterwards. */
+int touch_ranges(pid_t pid, struct mp_reader ranges, bool keep);
+/*
+ * Whatever its protection is: the kernel makes a page of the task's own first.
+ * Where nothing is to be kept nothing is read, since to read a page of a file
+ * maps its neighbours as well.
+ */
+bool touch_forced(int mem, uint64_t at, bool keep);
+
+/* priority.c: being served first while a restore is under way, in a guest that is busy */
+/* Before other processes and other sessions; 0: this process. It may fail, and then takes longer. */
+void priority_raise(pid_t pid);
+/* As everybody else; a session's other processes too. */
+void priority_reset(pid_t pid);
+
 /* populate.c: allocating pages for the host to write to */
 /* Whether the kernel lets us write where a task itself cannot (FOLL_FORCE). */
 bool populate_can_force(void);

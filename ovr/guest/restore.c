@@ -61,6 +61,7 @@ static void close_fd(int *fd)
 
 static void forget(void)
 {
+	priority_reset(0);
 	close_fd(&restore.listener);
 	close_fd(&restore.hook);
 	populate_end();
@@ -436,8 +437,11 @@ static pid_t start_criu(const struct message *begin)
 	if (criu_command_make(&command, &restore.directory, begin)) {
 		if (begin->field[KEY_WARM_IMAGES].size)
 			pid = warm_take(&restore.directory, begin, &command);
-		if (pid < 0)
+		if (pid < 0) {
 			pid = criu_start(&command);
+			if (pid > 0)
+				priority_raise(pid);
+		}
 	}
 	criu_command_free(&command);
 	return pid;
@@ -468,6 +472,8 @@ static void begin(struct session *session, const struct message *message)
 			      strerror(errno));
 		return;
 	}
+	/* Only now: an engine leaves processes behind, which would inherit it. */
+	priority_raise(0);
 	restore.criu = restore.engine ? 0 : restore.child;
 	restore.phase = BUILDING;
 	restore.keep_log = message_uint(message, KEY_KEEP_LOG);
@@ -485,6 +491,8 @@ static void go(struct session *session)
 	/* The restored root becomes init's child, as after any criu restore -d. */
 	prctl(PR_SET_CHILD_SUBREAPER, 0);
 	populate_end();
+	if (!restore.engine)
+		priority_reset(restore.criu);
 	restore.phase = RELEASED;
 	if (send(restore.hook, &word, 1, MSG_NOSIGNAL | MSG_DONTWAIT) != 1) {
 		restore.phase = HELD;
