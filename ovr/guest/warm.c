@@ -22,7 +22,6 @@
 #include "warm_library.h"
 
 #define DEATH_MS 10000
-#define PATIENCE_MS 600000	/* a slow guest fills terabytes */
 #define SPARE (64ull << 20)	/* bytes that the guest keeps for itself */
 
 enum stage { NONE, FILLING, READY };
@@ -34,7 +33,7 @@ static struct {
 	struct pool_state *state;
 	struct session *waiting;	/* who asked for it and has no answer yet */
 	char note[160];			/* why the last one is no more */
-} pool = {.socket = -1};
+} pool = {.socket = -1, .note = "none was made"};
 
 /* That of the restore under way, which has used the pool up. */
 static struct pool_state *used;
@@ -394,11 +393,8 @@ pid_t warm_take(const struct directory *directory, const struct message *begin,
 	pid_t pid = pool.pid;
 	bool good;
 
-	if (pool.stage != READY) {
-		if (!pool.note[0])
-			snprintf(pool.note, sizeof(pool.note), "there is none");
+	if (pool.stage != READY)
 		return -1;
-	}
 	/* It may have died a moment ago. */
 	reap_children();
 	if (pool.stage != READY)
