@@ -29,7 +29,7 @@ static struct restore {
 	struct directory directory;
 	int listener, hook;
 	pid_t criu, root;
-	bool criu_ended, keep_log;
+	bool criu_ended, keep_log, warm;
 	int criu_status;
 	int64_t silence_ms, silent_at, late_at;
 } restore = {.listener = -1, .hook = -1, .directory.images = -1};
@@ -115,7 +115,11 @@ static void report_failure(void)
 	int count = criu_log_errors(&restore.directory, lines);
 	int status = exit_code(restore.criu_status);
 	struct writer writer;
+	const char *note;
 
+	warm_served(&note);
+	if (!count && restore.warm && *note)
+		snprintf(lines[count++], LOG_WIDTH, "%s", note);
 	complain("criu failed: %d", status);
 	forget();
 	if (!owner)
@@ -315,6 +319,7 @@ static pid_t start_criu(const struct message *begin)
 	if (criu_command_make(&command, &restore.directory, begin)) {
 		if (begin->field[KEY_WARM_IMAGES].size)
 			pid = warm_take(&restore.directory, begin, &command);
+		restore.warm = pid > 0;
 		if (pid < 0)
 			pid = criu_start(&command);
 	}

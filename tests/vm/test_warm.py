@@ -4,7 +4,6 @@
 some not; it checks itself, and that no thread has another scheduling policy than before.
 """
 
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,6 @@ import pytest
 import ovr
 from ovr import demo, lab
 from ovr.lab.share import SHARE
-from ovr.vm.agent import Agent
 from tests.vm import pool
 from tests.vm.conftest import EVERYTHING, PREFIX, SUITES
 from tests.vm.smaps import Area, differences, memory_of
@@ -162,35 +160,3 @@ def test_a_failed_restore_costs_the_pool_and_nothing_else(guest):
     assert caught.value.exit_code == 1
     assert not pool.processes(guest.vm, LARGE)
     assert guest.pool() == 0
-
-
-def test_refuses_more_than_the_guest_has(guest):
-    guest.warm(ENOUGH)
-    with guest.vm.connect() as agent, pytest.raises(ovr.OvrError, match="MiB of memory available"):
-        agent.warm(64 << 30)
-    assert guest.pool() == ENOUGH
-
-
-@pytest.mark.parametrize("signal", ["TERM", "KILL"])
-def test_an_agent_that_ends_takes_its_pool_along(guest, signal):
-    """A second agent beside the guest's own."""
-    with guest.vm.connect() as agent:
-        command = ["/usr/local/sbin/ovr-agent", "--vsock-port", "2000", "--dir", "/run/ovr-second"]
-        pid = agent.spawn(command)
-    with connected(guest.vm.agent.rpartition(":")[0] + ":2000") as second:
-        holder = second.warm(16 << 20).pid
-        assert guest.out(f"readlink /proc/{holder}/exe").endswith("criu")
-        guest.vm.sh(f"kill -{signal} {pid}")
-    ended = f"for i in $(seq 600); do test -d /proc/{holder} || exit 0; sleep 0.1; done; exit 1"
-    assert guest.vm.sh(ended, timeout=120).status == 0
-
-
-def connected(address: str, patience: float = 60.0) -> Agent:
-    deadline = time.monotonic() + patience
-    while True:
-        try:
-            return Agent.connect(address)
-        except ovr.OvrError:
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(0.2)
