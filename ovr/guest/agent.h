@@ -142,6 +142,9 @@ bool directory_prepare_base(void);
 const char *directory_make(struct directory *directory);
 const char *directory_append(struct directory *directory, const struct mp_value *name,
 			     const struct mp_value *data);
+/* Links to some of the images, as if they were those of an earlier dump. */
+bool directory_make_parent(const struct directory *directory, char **names);
+void directory_remove_parent(const struct directory *directory);
 void directory_remove(struct directory *directory, bool keep_log);
 
 #define AGENT_PATH "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"

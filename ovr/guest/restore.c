@@ -38,7 +38,7 @@ static struct restore {
 	pid_t criu, root;
 	bool engine;
 	struct engine_criu theirs;	/* the engine's CRIU, from its first word on */
-	bool child_ended, keep_log;
+	bool child_ended, keep_log, warm;
 	int child_status;
 	int64_t silence_ms, silent_at, late_at;
 	int step;		/* ENDING: of the removal of what an engine has left */
@@ -197,6 +197,7 @@ static void report_failure(void)
 {
 	/* After "go" the tree is the engine's, and so is cleaning up. */
 	bool released = restore.engine && restore.phase == RELEASED;
+	const char *note;
 
 	outcome = (struct outcome){
 		.failed = true, .gone = released || kill_everything(),
@@ -205,6 +206,9 @@ static void report_failure(void)
 	outcome.count = restore.engine ?
 		engine_log_errors(&restore.directory, &restore.theirs, outcome.lines) :
 		criu_log_errors(&restore.directory, outcome.lines);
+	warm_served(&note);
+	if (!outcome.count && restore.warm && *note)
+		snprintf(outcome.lines[outcome.count++], LOG_WIDTH, "%s", note);
 	snprintf(outcome.reason, sizeof(outcome.reason), "%s ended with status %d",
 		 restore.engine ? "the container engine" : "criu", outcome.status);
 	if (released)
@@ -437,6 +441,7 @@ static pid_t start_criu(const struct message *begin)
 	if (criu_command_make(&command, &restore.directory, begin)) {
 		if (begin->field[KEY_WARM_IMAGES].size)
 			pid = warm_take(&restore.directory, begin, &command);
+		restore.warm = pid > 0;
 		if (pid < 0) {
 			pid = criu_start(&command);
 			if (pid > 0)
