@@ -532,6 +532,12 @@ bool restore_reaped(pid_t pid, int status)
 	return true;
 }
 
+/* The phases in which a host that says nothing ends the restore. */
+static bool may_fall_silent(void)
+{
+	return restore.phase == UPLOADING || restore.phase == BUILDING || restore.phase == HELD;
+}
+
 void restore_work(void)
 {
 	if (restore.phase == IDLE)
@@ -544,8 +550,7 @@ void restore_work(void)
 		abort_restore("criu took too long to build the tree");
 	else if (restore.phase == ENDING && now_ms() >= restore.late_at)
 		engine_too_late();
-	else if ((restore.phase == BUILDING || restore.phase == HELD) &&
-		 now_ms() >= restore.silent_at)
+	else if (may_fall_silent() && now_ms() >= restore.silent_at)
 		abort_restore("the host was silent for too long");
 }
 
@@ -565,7 +570,7 @@ void restore_watch(struct loop *loop)
 		loop_watch(loop, restore.theirs.end, POLLIN, on_criu_end, NULL);
 	if (restore.phase == BUILDING || restore.phase == ENDING)
 		loop_wake_at(loop, restore.late_at);
-	if (restore.phase != IDLE && restore.phase != RELEASED)
+	if (may_fall_silent())
 		loop_wake_at(loop, restore.silent_at);
 }
 
