@@ -120,6 +120,9 @@ cdef enum:
     # How many page table entries ahead a struct page is fetched: a miss takes as long as some.
     FETCH_AHEAD = 48
 
+    # Bytes for which a system call is worth it, when host pages are mapped ahead.
+    WORTH_ADVICE = 65536
+
 cdef struct Vmemmap:
     uint64_t gva
     char *host              # NULL: not known
@@ -198,6 +201,13 @@ cdef struct Copying:
     uint64_t total
     Py_ssize_t which        # the run that differs, `count` if none does
     int64_t at              # where in it
+
+cdef struct Mapping:
+    const Ram *ram
+    const Run *runs
+    Py_ssize_t count
+    int advice
+    uint64_t seen           # so that no compiler leaves out to look
 
 cdef struct Comparing:
     const uint8_t *one
@@ -351,23 +361,22 @@ cdef class RamMap:
     # ---- bulk ------------------------------------------------------------------------------
 
     def prefault(self, const Run[::1] runs not None):
-        # Errors do not matter here: what is not prefaulted faults during the copy.
-        cdef Py_ssize_t i
-        cdef uint64_t available = 0
-        cdef char *host
-        cdef int advice = MADV_POPULATE_WRITE if self._writable else MADV_POPULATE_READ
+        cdef Mapping job
+        cdef void *lost = NULL
+        if runs.shape[0] == 0:
+            return
+        job.ram = &self._ram
+        job.runs = &runs[0]
+        job.count = runs.shape[0]
+        job.seen = 0
+        job.advice = MADV_POPULATE_WRITE if self._writable else MADV_POPULATE_READ
         self._users += 1
         try:
             with nogil:
-                for i in range(runs.shape[0]):
-                    host = _host(&self._ram, runs[i].gpa, &available)
-                    if host != NULL:
-                        madvise(
-                            <void *>(<uint64_t>host & ~<uint64_t>4095),
-                            min(available, runs[i].size), advice,
-                        )
+                lost = ovr_guarded(_map, &job)
         finally:
             self._users -= 1
+        self._done(lost)
 
     def copy_in(self, const Run[::1] runs not None, const uint8_t[::1] source not None):
         cdef Copying job
@@ -668,6 +677,30 @@ cdef void _fetch(Frames *f, uint64_t entry) noexcept nogil:
 
 
 # ---- guarded work: bulk --------------------------------------------------------------------
+
+
+cdef void _map(void *given) noexcept nogil:
+    # Errors do not matter here: what is not mapped ahead faults during the copy.
+    cdef Mapping *job = <Mapping *>given
+    cdef Py_ssize_t i
+    cdef uint64_t size, at
+    cdef uint64_t available = 0
+    cdef char *host
+    for i in range(job.count):
+        host = _host(job.ram, job.runs[i].gpa, &available)
+        if host == NULL:
+            continue
+        host = <char *>(<uint64_t>host & ~<uint64_t>4095)
+        size = min(available, job.runs[i].size)
+        if size >= WORTH_ADVICE:
+            madvise(host, size, job.advice)
+            continue
+        # To look at a page maps it, of a shared file for writing too, and is faster than a system
+        # call where it is mapped already, as are most in RAM files of large pages.
+        at = 0
+        while at < size:
+            job.seen ^= read_once(host + at)
+            at += 4096
 
 
 cdef void _copy(void *given) noexcept nogil:
