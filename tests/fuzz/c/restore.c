@@ -106,16 +106,69 @@ void directory_remove(struct directory *directory, bool keep_log)
 	*directory = (struct directory){.images = -1};
 }
 
-pid_t criu_start(const struct directory *directory, const struct message *begin)
+bool criu_command_make(struct criu_command *command, const struct directory *directory,
+		       const struct message *begin)
+{
+	(void)command, (void)directory;
+	errno = ENOENT;
+	return message_uint(begin, KEY_LOG_LEVEL) != 7;
+}
+
+void criu_command_free(struct criu_command *command) { (void)command; }
+
+pid_t criu_start(const struct criu_command *command)
 {
 	CHECK(directory_there && !criu_lives && subreaper);
-	if (message_uint(begin, KEY_LOG_LEVEL) == 7) {
-		errno = ENOENT;
-		return -1;
-	}
 	criu_lives = true;
-	(void)directory;
+	(void)command;
 	return CRIU;
+}
+
+pid_t warm_take(const struct directory *directory, const struct message *begin,
+		const struct criu_command *command)
+{
+	(void)directory, (void)begin, (void)command;
+	return -1;
+}
+
+uint64_t warm_served(const char **why)
+{
+	*why = "";
+	return 0;
+}
+
+void warm_forget(void) {}
+const char *exitkill_set(pid_t criu) { CHECK(criu == CRIU); return NULL; }
+pid_t tree_parent(pid_t pid) { return pid == ROOT ? CRIU : 0; }
+
+/* No engine is known here. */
+bool engine_known(const char *name) { (void)name; return false; }
+bool engine_criu_ended(const struct engine_criu *criu) { (void)criu; return false; }
+void engine_forget(struct engine_criu *criu) { (void)criu; }
+
+pid_t engine_start(const struct directory *directory, const struct message *begin)
+{
+	(void)directory, (void)begin;
+	abort();
+}
+
+struct engine_criu engine_adopt(pid_t criu)
+{
+	(void)criu;
+	abort();
+}
+
+void engine_result(const struct directory *directory, char line[LOG_WIDTH])
+{
+	(void)directory, (void)line;
+	abort();
+}
+
+int engine_log_errors(const struct directory *directory, const struct engine_criu *criu,
+		      char lines[LOG_LINES][LOG_WIDTH])
+{
+	(void)directory, (void)criu, (void)lines;
+	abort();
 }
 
 int criu_log_errors(const struct directory *directory, char lines[LOG_LINES][LOG_WIDTH])
@@ -281,6 +334,7 @@ static void host_speaks(struct input *input, struct session *host)
 		message_add_uint(&writer, KEY_TIMEOUT_MS, 100u * (value >> 4));
 		message_add_uint(&writer, KEY_LOG_LEVEL, input_byte(input) & 7);
 		message_add_bool(&writer, KEY_KEEP_LOG, value & 1);
+		message_add_list(&writer, KEY_WARM_IMAGES, 0);
 	} else if (op == OP_TOUCH || op == OP_MAP) {
 		message_add_uint(&writer, KEY_PID, value & 1 ? ROOT : value & 2 ? 6000 : 1);
 		if (op == OP_TOUCH)
