@@ -35,6 +35,8 @@ class Vm(AttachedVm):
         *,
         archive: str | Path | None = None,
         name: str | None = None,
+        runtime: str | None = None,
+        bundle: str | None = None,
         agent: str | None = None,
         outside: Sequence[str] = ("all",),
         verify: str = "sample",
@@ -48,11 +50,14 @@ class Vm(AttachedVm):
             images: what ``criu dump -D`` wrote,
             archive: or what ``podman container checkpoint --export`` wrote.
             name: the container's new name.
+            runtime: ``runc`` or ``crun``, where it shall restore the container, not podman,
+            bundle: into this directory of the guest.
             agent: the agent's address; lab VMs know their own.
             outside: the kinds of state to write from outside, groups of them, or ``all``.
             verify: read back none of the memory, a ``sample``, or all (``full``).
             criu_options: further options for the guest's ``criu restore``, for `images`.
-            engine_options: further options for its ``podman container restore``, for `archive`.
+            engine_options: further options for its ``podman container restore`` or
+                ``runc restore``.
             log_level: how much the guest's CRIU logs (its ``-v``), for `images`.
 
         Raises:
@@ -64,8 +69,8 @@ class Vm(AttachedVm):
             with watch("open"):
                 checkpoint = stack.enter_context(
                     open_checkpoint(
-                        images, archive=archive, name=name, criu_options=criu_options,
-                        engine_options=engine_options,
+                        images, archive=archive, name=name, runtime=runtime, bundle=bundle,
+                        criu_options=criu_options, engine_options=engine_options,
                     )
                 )  # fmt: skip
             return restore(

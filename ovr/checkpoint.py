@@ -3,22 +3,35 @@
 Each kind says which images there are, what is sent into the guest, and who runs CRIU there.
 """
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import ClassVar, Final, Self
+from typing import Final, Self
 
 from ovr.errors import CheckFailed, ImagesUnsupported, UsageError
 from ovr.guest.protocol import ENGINE_ARCHIVE, HOOK_HELD
 from ovr.images import Archive, Extents, ImageSet, image_chunks
 from ovr.vm.session import Hello
 
-__all__ = ["Checkpoint", "ImagesCheckpoint", "PodmanCheckpoint", "open_checkpoint"]
+__all__ = [
+    "RUNTIMES",
+    "Checkpoint",
+    "ImagesCheckpoint",
+    "PodmanCheckpoint",
+    "RuntimeCheckpoint",
+    "open_checkpoint",
+]
+
+RUNTIMES: Final = ("runc", "crun")
+"""The engines that restore images into a bundle."""
 
 Inside = Mapping[str, bytes | Extents]
 
 _CRIU_SECONDS: Final = 60.0
 _ENGINE_SECONDS: Final = 300.0  # it unpacks a root file system first
+_SCRIPTS_FOR_ENGINES: Final = (3, 19)  # "action-scripts: allow shell scripts in rpc mode"
+_DESCRIPTORS: Final = "descriptors.json"  # runc and crun put it beside CRIU's images
 
 
 class Checkpoint(ABC):
@@ -27,14 +40,18 @@ class Checkpoint(ABC):
     Attributes:
         images: CRIU's images, as they were dumped.
         engine: what runs CRIU in the guest; None: the agent.
+        container: its name, where the engine does not tell an id.
         options: put at the end of its command line.
         patience: seconds that it may take.
+        volumes: the named volumes that it makes in the guest.
     """
 
     images: ImageSet
-    engine: ClassVar[str | None]
+    engine: str | None
+    container: str | None = None
     options: tuple[str, ...] = ()
     patience: float = _CRIU_SECONDS
+    volumes: tuple[str, ...] = ()
 
     @abstractmethod
     def files(self, inside: Inside) -> dict[str, Iterable[bytes]]:
@@ -44,9 +61,16 @@ class Checkpoint(ABC):
         """Raise `CheckFailed` if the guest cannot restore it."""
         if hello.criu is None:
             raise CheckFailed("the guest has no CRIU", "apt-get install criu, in the guest")
-        if self.engine is not None and self.engine not in hello.engines:
+        if self.engine is None:
+            return
+        if self.engine not in hello.engines:
             raise CheckFailed(
                 f"the guest has no {self.engine}", f"apt-get install {self.engine}, in the guest"
+            )
+        if _numbers(hello.criu) < _SCRIPTS_FOR_ENGINES:
+            raise CheckFailed(
+                f"the guest's CRIU {hello.criu} runs no action scripts for {self.engine}",
+                "use CRIU 3.19 or later in the guest",
             )
 
     def close(self) -> None:
@@ -102,12 +126,15 @@ class PodmanCheckpoint(Checkpoint):
         _check_podman_options(options)
         self._archive = Archive.open(path)
         self.images = self._archive.images
+        # podman refuses volumes that are there already; with that option it makes none.
+        if not any(option.startswith("--ignore-volumes") for option in options):
+            self.volumes = self._archive.container.volumes
         self.options = (*(("--name", name) if name is not None else ()), *options)
         if self._archive.container.maker != "podman":
             self.close()
             raise ImagesUnsupported(
                 f"{path}: written by {self._archive.container.maker}, not by podman",
-                "podman cannot restore it; see docs/podman.md",
+                "podman cannot restore it: give --runtime and --bundle, see docs/podman.md",
             )
 
     def files(self, inside: Inside) -> dict[str, Iterable[bytes]]:
@@ -118,6 +145,63 @@ class PodmanCheckpoint(Checkpoint):
         """Close the archive."""
         super().close()
         self._archive.close()
+
+
+class RuntimeCheckpoint(Checkpoint):
+    """Images of a container that runc or crun restores, into a bundle that is in the guest.
+
+    Args:
+        source: where ``runc checkpoint --image-path`` has written, or an archive with such images.
+        archive: whether it is an archive.
+        runtime: ``runc`` or ``crun``.
+        bundle: the guest's directory with ``config.json`` and the root file system.
+        name: what the runtime shall call the container.
+        options: further options for the guest's ``runc restore``.
+
+    Raises:
+        UsageError: a runtime that nobody knows.
+        OvrError: as `ImageSet.open` and `Archive.open`.
+    """
+
+    engine = None
+
+    def __init__(
+        self,
+        source: Path,
+        *,
+        archive: bool,
+        runtime: str,
+        bundle: str,
+        name: str,
+        options: Sequence[str] = (),
+    ) -> None:
+        if runtime not in RUNTIMES:
+            raise UsageError(f"no container runtime {runtime!r}", f"take {' or '.join(RUNTIMES)}")
+        self.engine = runtime
+        self.container = name
+        self.options = (*options, "--bundle", bundle, name)
+        self._archive = Archive.open(source) if archive else None
+        self.images = self._archive.images if self._archive else ImageSet.open(source)
+
+    def files(self, inside: Inside) -> dict[str, Iterable[bytes]]:
+        """Return the inside image set, and what the runtime has noted of standard descriptors."""
+        held = _held(self.images, inside)
+        files: dict[str, Iterable[bytes]] = {
+            name: image_chunks(image) for name, image in held.items()
+        }
+        if self.images.has(_DESCRIPTORS):
+            files[_DESCRIPTORS] = iter((self.images.read(_DESCRIPTORS),))
+        return files
+
+    def close(self) -> None:
+        """Close images and archive."""
+        super().close()
+        if self._archive:
+            self._archive.close()
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in re.findall(r"\d{1,9}", version))
 
 
 def _held(images: ImageSet, inside: Inside) -> Inside:
@@ -146,7 +230,7 @@ def _check_podman_options(options: Sequence[str]) -> None:
         word = option.partition("=")[0]
         if word in _REFUSED or not word.startswith("-"):
             cure = _REFUSED.get(word, "write values as --option=value")
-            raise UsageError(f"podman's {option} cannot be honoured", cure)
+            raise UsageError(f"podman's option {option} cannot be handed on", cure)
 
 
 def open_checkpoint(
@@ -154,22 +238,38 @@ def open_checkpoint(
     *,
     archive: str | Path | None = None,
     name: str | None = None,
+    runtime: str | None = None,
+    bundle: str | None = None,
     criu_options: Sequence[str] = (),
     engine_options: Sequence[str] = (),
 ) -> Checkpoint:
     """Open a directory of images or a container's archive; arguments as of `ovr.Vm.restore`.
 
     Raises:
-        UsageError: not exactly one of both, or options of the other.
-        OvrError: as `ImagesCheckpoint` and `PodmanCheckpoint`.
+        UsageError: not exactly one of both, or options that do not belong together.
+        OvrError: as the classes above.
     """
-    if archive is not None and images is None:
-        if criu_options:
-            raise UsageError(
-                f"podman runs CRIU itself: {criu_options[0]} cannot be handed on",
-                "podman has options of its own for it; they go behind --",
-            )
+    source = archive if images is None else images
+    if source is None or (images is not None and archive is not None):
+        raise UsageError("images, or the archive of a container?", "give one of them")
+    if (runtime is None) != (bundle is None) or (runtime is not None and name is None):
+        raise UsageError(
+            "a container runtime needs a bundle in the guest, and a name for the container",
+            "give --runtime, --bundle and --name",
+        )
+    if criu_options and (runtime or archive is not None):
+        raise UsageError(
+            f"{runtime or 'podman'} runs CRIU itself: {criu_options[0]} cannot be handed on",
+            "it has options of its own for it; they go behind --",
+        )
+    if runtime is not None and bundle is not None and name is not None:
+        return RuntimeCheckpoint(
+            Path(source), archive=archive is not None, runtime=runtime, bundle=bundle, name=name,
+            options=engine_options,
+        )  # fmt: skip
+    if archive is not None:
         return PodmanCheckpoint(Path(archive), name=name, options=engine_options)
-    if images is not None and archive is None and name is None and not engine_options:
-        return ImagesCheckpoint(Path(images), criu_options)
-    raise UsageError("images of a process, or the archive of a container?", "give one of them")
+    if name is not None or engine_options:
+        stray = engine_options[0] if engine_options else "--name"
+        raise UsageError(f"{stray} is of a container", "which? give --archive, or --runtime")
+    return ImagesCheckpoint(Path(source), criu_options)

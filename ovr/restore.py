@@ -85,28 +85,31 @@ def restore(
             prove(vm.kernel, link)
             skeleton = link.begin(
                 files, criu_options=checkpoint.options, engine=checkpoint.engine,
-                timeout=checkpoint.patience, log_level=log_level, warm_images=warm.images,
+                volumes=checkpoint.volumes, timeout=checkpoint.patience, log_level=log_level,
+                warm_images=warm.images,
             )  # fmt: skip
             cold = _why_cold(warm, skeleton)
         log.info("skeleton stands: pid %d, %d threads", skeleton.root_pid, len(skeleton.tasks))
         journal = Journal()
-        with _killed_on_error(link), link.keep_alive():
+        with _killed_on_error(link, checkpoint.patience), link.keep_alive():
             sources = stack.enter_context(Sources())
             with watch("populate"):
-                memory = find_outside(plan, _guest(vm, skeleton), link, sources)
+                tree = partial(_guest, vm, skeleton)
+                memory = find_outside(plan, tree(), link, sources, warm=not cold)
             copier = stack.enter_context(_copier(vm, journal, _counter(watch, memory.bytes)))
             with watch("memory"):
                 left = copier.write_families(memory.families)
                 copier.write([*left, *((target, target.pieces) for target in memory.targets)])
                 _log_memory(journal)
-            tree = partial(_guest, vm, skeleton)
             recording = Recording(journal, vm.kernel, tree, copier.holder)
             with recording.taken_back_on(BaseException):
                 with watch("state"):
                     settings.write(plan.settings, tree, copier.holder, recording)
                 with watch("verify"):
                     settings.verify(plan.settings, tree())
+                    sources.check_unchanged()
                     compared = _verify(copier, memory, verify)
+                    sources.check_unchanged()
                 refuse_migration(vm.qmp)
                 vm.check_same_boot()
         # From here on the tree may run, whatever we hear, unless the agent says that it is dead.
@@ -115,7 +118,7 @@ def restore(
         watch.seconds["total"] = watch.total()
         return Report(
             pid=root.pid,
-            container=root.container,
+            container=root.container or checkpoint.container,
             tasks=len(plan.tasks),
             states=plan.states,
             bytes_total=plan.bytes_total,
@@ -225,13 +228,13 @@ def _refuse_large(images: Mapping[str, bytes | Extents]) -> None:
 
 
 @contextmanager
-def _killed_on_error(link: Agent) -> Iterator[None]:
+def _killed_on_error(link: Agent, patience: float) -> Iterator[None]:
     # Nothing half-restored ever runs: whatever happens before the commit, the tree goes.
     try:
         yield
     except BaseException:
         try:
-            link.abort()
+            link.abort(patience)
         except OvrError as error:
             # The link is broken; the agent sees that too, and kills the tree by itself.
             log.warning("the agent does not confirm the abort: %s", error)

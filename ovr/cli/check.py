@@ -132,6 +132,8 @@ def _agent(address: str | None) -> Item:
     if hello.criu is None:
         return Item("agent", False, "the guest has no CRIU", "apt-get install criu, in the guest")
     text = f"version {hello.agent}, CRIU {hello.criu}, at {address}"
+    if hello.engines:
+        text += f"; containers by {', '.join(hello.engines)}"
     if not hello.force_write:
         text += (
             "; read-only memory stays inside (boot the guest with proc_mem.force_override=always)"

@@ -10,7 +10,7 @@ from typing import Any
 from ovr.cli.output import common, document, size, table
 from ovr.cli.terminal import fitted
 from ovr.cli.vm_options import add_vm_options
-from ovr.images import ImageSet
+from ovr.images import Archive, ImageSet
 from ovr.memory_plan import MemoryPlan
 from ovr.placement import Reason
 from ovr.plan import Plan, make_plan
@@ -30,9 +30,15 @@ def add(commands: Any) -> None:
             ovr plan -D images/
             ovr plan -D images/ -v        every run of pages, every value
             ovr plan -D images/ --json
+            ovr plan --archive web.tar.zst
             """,
     )
-    parser.add_argument("-D", "--images-dir", type=Path, required=True, metavar="DIR")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("-D", "--images-dir", type=Path, metavar="DIR", help="what criu dump wrote")
+    source.add_argument(
+        "--archive", type=Path, metavar="FILE",
+        help="what podman container checkpoint --export or CRI-O wrote",
+    )  # fmt: skip
     add_vm_options(parser, required=False)
     add_outside(parser)
     common(parser)
@@ -53,6 +59,10 @@ def run(options: argparse.Namespace) -> int:
     if options.vm:
         with AttachedVm(options.vm, vmlinux=options.vmlinux):
             pass
+    if options.archive is not None:
+        with Archive.open(options.archive) as archive:
+            show(make_plan(archive.images, options.outside), options)
+        return 0
     with ImageSet.open(options.images_dir) as images:
         show(make_plan(images, options.outside), options)
     return 0

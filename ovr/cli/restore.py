@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ovr.api import attach
-from ovr.checkpoint import open_checkpoint
+from ovr.checkpoint import RUNTIMES, open_checkpoint
 from ovr.cli.criu_files import criu_files, stats_text
 from ovr.cli.criu_options import Verbosity, add_criu_options
 from ovr.cli.logs import DEFAULT_LEVEL
@@ -16,6 +16,7 @@ from ovr.cli.output import document, json_option, printed, size
 from ovr.cli.picture import Writer, page, picture_file
 from ovr.cli.plan import add_outside, show
 from ovr.cli.progress import PROGRESS_MODES, make_watch
+from ovr.cli.signals import ended_in_order
 from ovr.cli.vm_options import add_agent_option, add_vm_options
 from ovr.errors import UsageError
 from ovr.plan import make_plan
@@ -73,12 +74,29 @@ def _add_container(parser: argparse.ArgumentParser) -> None:
         help="what podman container checkpoint --export wrote: the guest's podman restores it",
     )  # fmt: skip
     parser.add_argument(
-        "-n", "--name", metavar="NAME", help="give the container of --archive another name"
+        "-n",
+        "--name",
+        metavar="NAME",
+        help="what the container shall be called (default: as before)",
     )
     parser.add_argument(
-        "engine_options", nargs="*", metavar="-- OPTION",
-        help="after --: options of podman container restore; values as --option=value",
+        "--runtime", choices=RUNTIMES,
+        help="restore a container of this runtime, without podman, into --bundle as --name",
     )  # fmt: skip
+    parser.add_argument(
+        "--bundle", metavar="DIR", help="the guest's directory with config.json and root"
+    )
+    parser.add_argument(
+        "engine_options", nargs="*", metavar="-- OPTION", type=_engine_option,
+        help="after --: options of podman container restore, or of runc restore; values as"
+        " --option=value",
+    )  # fmt: skip
+
+
+def _engine_option(text: str) -> str:
+    if not text.startswith("-"):
+        raise argparse.ArgumentTypeError(f"{text!r}: no option; values go as --option=value")
+    return text
 
 
 def _add_files(parser: argparse.ArgumentParser) -> None:
@@ -106,7 +124,8 @@ def run(options: argparse.Namespace) -> int:
     """Restore, or with ``--dry-run`` go as far as is possible without touching the guest."""
     if options.dry_run:
         return _dry_run(options)
-    report = _restore(options)
+    with ended_in_order():
+        report = _restore(options)
     with printed(f"pid {report.pid} is restored and runs"):
         if options.json:
             document("ovr.restore/1", report.as_json())
@@ -155,15 +174,11 @@ def _draw(picture: Writer, report: Report, options: argparse.Namespace) -> None:
 
 def _source(options: argparse.Namespace) -> dict[str, Any]:
     """What to restore, as `ovr.Vm.restore` wants it."""
-    if options.archive is not None:
-        if options.images_dir is not None:
-            raise UsageError("--archive and -D are two checkpoints", "give one of them")
-        named = {"name": options.name} if options.name is not None else {}
-        return {"archive": options.archive, "engine_options": options.engine_options, **named}
-    if options.name is not None or options.engine_options:
-        stray = "--name" if options.name is not None else options.engine_options[0]
-        raise UsageError(f"{stray} is of a container", "which? give --archive FILE")
-    return {"images": options.images_dir or Path()}
+    names = ("archive", "name", "runtime", "bundle", "engine_options")
+    found = {name: getattr(options, name) for name in names if getattr(options, name)}
+    if options.archive is None or options.images_dir is not None:
+        found["images"] = options.images_dir or Path()
+    return found
 
 
 def _progress(options: argparse.Namespace) -> str:

@@ -23,6 +23,11 @@
 
 static const char *const programs[] = {"podman", "runc", "crun"};
 
+static bool is_podman(const char *program)
+{
+	return !strcmp(program, "podman");
+}
+
 bool engine_known(const char *name)
 {
 	for (size_t i = 0; i < ARRAY_SIZE(programs); i++)
@@ -31,15 +36,15 @@ bool engine_known(const char *name)
 	return false;
 }
 
+/* Where execvpe() will look for it. */
 static bool installed(const char *program)
 {
-	static const char *const places[] = {
-		"/usr/local/sbin", "/usr/local/bin", "/usr/sbin", "/usr/bin", "/sbin", "/bin",
-	};
-	char path[64];
+	const char *places = getenv("PATH"), *next;
+	char path[512];
 
-	for (size_t i = 0; i < ARRAY_SIZE(places); i++) {
-		snprintf(path, sizeof(path), "%s/%s", places[i], program);
+	for (; places && *places; places = *next ? next + 1 : next) {
+		next = places + strcspn(places, ":");
+		snprintf(path, sizeof(path), "%.*s/%s", (int)(next - places), places, program);
 		if (access(path, X_OK) == 0)
 			return true;
 	}
@@ -81,16 +86,16 @@ static pid_t start(char *const argv[], const struct directory *directory, const 
 	char *env[] = {AGENT_PATH, "HOME=/root", "LC_ALL=C.UTF-8", socket, config_file, NULL};
 	struct child_io io = {-1, -1, -1};
 	const int flags = O_WRONLY | O_CREAT | O_TRUNC | O_NOFOLLOW | O_CLOEXEC;
-	pid_t pid = -1;
+	pid_t pid;
 
 	snprintf(socket, sizeof(socket), HOOK_SOCKET "=%s/hook", directory->path);
 	snprintf(config_file, sizeof(config_file), "CRIU_CONFIG_FILE=%s", config);
 	snprintf(out, sizeof(out), "%s/" ENGINE_OUT, directory->path);
 	snprintf(err, sizeof(err), "%s/" ENGINE_ERR, directory->path);
-	io.out = open(out, flags, 0600);
-	io.err = open(err, flags, 0600);
-	if (io.out >= 0 && io.err >= 0)
-		pid = child_start(argv, env, io);
+	/* A container that podman does not look after keeps what its runtime had: /dev/null. */
+	io.out = is_podman(argv[0]) ? open(out, flags, 0600) : -1;
+	io.err = is_podman(argv[0]) ? open(err, flags, 0600) : -1;
+	pid = child_start(argv, env, io);
 	if (io.out >= 0)
 		close(io.out);
 	if (io.err >= 0)
@@ -99,22 +104,95 @@ static pid_t start(char *const argv[], const struct directory *directory, const 
 }
 
 static int fixed_arguments(const char *argv[FIXED_ARGUMENTS], const char *program,
-			   const char *archive, const char *images, const char *work)
+			   const char *images, const char *archive, const char *work,
+			   const char *log)
 {
 	const char *const podman[] = {program, "container", "restore", "--import", archive};
 	const char *const runtime[] = {
-		program, "restore", "--detach", "--image-path", images, "--work-path", work,
+		program, "--log", log, "restore", "--detach",
+		"--image-path", images, "--work-path", work,
 	};
-	bool is_podman = !strcmp(program, "podman");
-	size_t count = is_podman ? ARRAY_SIZE(podman) : ARRAY_SIZE(runtime);
+	size_t count = is_podman(program) ? ARRAY_SIZE(podman) : ARRAY_SIZE(runtime);
 
-	memcpy(argv, is_podman ? podman : runtime, count * sizeof(*argv));
+	memcpy(argv, is_podman(program) ? podman : runtime, count * sizeof(*argv));
 	return (int)count;
+}
+
+static struct {
+	char program[16], name[MAX_STRING];
+	char **volumes;		/* argv of their removal */
+} current;
+
+/* The runtimes' last argument is the container's name. */
+static void remember(const char *program, char *const extra[], uint32_t extras,
+		     const struct message *begin)
+{
+	uint32_t count = begin->field[KEY_VOLUMES].size;
+	char **names = message_strings(begin, KEY_VOLUMES);
+
+	engine_forget_names();
+	snprintf(current.program, sizeof(current.program), "%.15s", program);
+	snprintf(current.name, sizeof(current.name), "%s", extras ? extra[extras - 1] : "");
+	if (names && count)
+		current.volumes = names;
+	else
+		free(names);
+}
+
+void engine_forget_names(void)
+{
+	free(current.volumes);
+	memset(&current, 0, sizeof(current));
+}
+
+static pid_t remove_volumes(void)
+{
+	uint32_t count = 0;
+	char **argv, *env[] = {AGENT_PATH, "HOME=/root", NULL};
+	pid_t pid = 0;
+
+	while (current.volumes && current.volumes[count])
+		count++;
+	argv = count ? calloc(count + 5, sizeof(*argv)) : NULL;
+	if (argv) {
+		argv[0] = current.program;
+		argv[1] = "volume";
+		argv[2] = "rm";
+		argv[3] = "--";
+		memcpy(argv + 4, current.volumes, count * sizeof(*argv));
+		pid = child_start(argv, env, (struct child_io){-1, -1, -1});
+	}
+	free(argv);
+	return pid > 0 ? pid : 0;
+}
+
+static pid_t remove_container(const struct engine_criu *criu)
+{
+	char id[sizeof(criu->container)], *env[] = {AGENT_PATH, "HOME=/root", NULL};
+	char *podman[] = {current.program, "container", "rm", "--force", "--time", "0",
+			  "--volumes", id, NULL};
+	char *runtime[] = {current.program, "delete", "--force", current.name, NULL};
+	bool by_podman = is_podman(current.program);
+	pid_t pid = 0;
+
+	memcpy(id, criu->container, sizeof(id));
+	if (by_podman ? id[0] : current.name[0])
+		pid = child_start(by_podman ? podman : runtime, env,
+				  (struct child_io){-1, -1, -1});
+	return pid > 0 ? pid : 0;
+}
+
+pid_t engine_clean_up(int step, const struct engine_criu *criu)
+{
+	/* Before CRIU ran there may be no container, or one that was there before us. */
+	if (criu->end < 0 || step > 1)
+		return -1;
+	return step == 0 ? remove_container(criu) : remove_volumes();
 }
 
 pid_t engine_start(const struct directory *directory, const struct message *begin)
 {
-	char program[MAX_STRING], archive[300], images[300], config[300];
+	char program[MAX_STRING], archive[320], images[300], config[300], log[300];
 	const char *fixed[FIXED_ARGUMENTS];
 	char **extra = message_strings(begin, KEY_CRIU_OPTIONS);
 	uint32_t extras = begin->field[KEY_CRIU_OPTIONS].size;
@@ -126,10 +204,12 @@ pid_t engine_start(const struct directory *directory, const struct message *begi
 	snprintf(archive, sizeof(archive), "%s/images/" ENGINE_ARCHIVE, directory->path);
 	snprintf(images, sizeof(images), "%s/images", directory->path);
 	snprintf(config, sizeof(config), "%s/criu.conf", directory->path);
+	snprintf(log, sizeof(log), "%s/" ENGINE_ERR, directory->path);
 	if (extra && argv && write_config(config)) {
-		count = fixed_arguments(fixed, program, archive, images, directory->path);
+		count = fixed_arguments(fixed, program, images, archive, directory->path, log);
 		memcpy(argv, fixed, (size_t)count * sizeof(*argv));
 		memcpy(argv + count, extra, extras * sizeof(*argv));
+		remember(program, extra, extras, begin);
 		pid = start(argv, directory, config);
 	}
 	free(argv);
@@ -138,6 +218,22 @@ pid_t engine_start(const struct directory *directory, const struct message *begi
 }
 
 /* ------------------------------------------------------------------------ its CRIU */
+
+/* podman has CRIU work in ID/userdata. */
+static void container_of(pid_t criu, char id[65])
+{
+	char path[64], link[512], *end;
+	ssize_t size;
+
+	snprintf(path, sizeof(path), "/proc/%d/cwd", criu);
+	size = readlink(path, link, sizeof(link) - 1);
+	link[size > 0 ? size : 0] = 0;
+	end = strrchr(link, '/');
+	if (!end || strcmp(end, "/userdata") || end - link < 64)
+		return;
+	if (strspn(end - 64, "0123456789abcdef") == 64)
+		memcpy(id, end - 64, 64);
+}
 
 struct engine_criu engine_adopt(pid_t criu)
 {
@@ -152,6 +248,7 @@ struct engine_criu engine_adopt(pid_t criu)
 	/* It works in the directory of its log; podman removes that when it fails. */
 	snprintf(path, sizeof(path), "/proc/%d/cwd/restore.log", criu);
 	found.log = open(path, O_RDONLY | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC);
+	container_of(criu, found.container);
 	return found;
 }
 
@@ -169,6 +266,7 @@ void engine_forget(struct engine_criu *criu)
 	if (criu->log >= 0)
 		close(criu->log);
 	*criu = (struct engine_criu){.end = -1, .log = -1};
+	engine_forget_names();
 }
 
 /* ------------------------------------------------------------------------ what it says */

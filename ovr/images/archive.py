@@ -43,6 +43,7 @@ class Container:
         name: its name.
         runtime: the program that ran it: ``crun``, ``runc``, …
         image: the image it was made from, as people call it.
+        volumes: the names of its named volumes, which podman makes, and refuses if they exist.
     """
 
     maker: str
@@ -50,6 +51,7 @@ class Container:
     name: str
     runtime: str
     image: str
+    volumes: tuple[str, ...]
 
 
 class Archive:
@@ -139,6 +141,11 @@ class Archive:
                     name = member.name.removeprefix("./")
                     if name in members or len(members) == _MAX_MEMBERS:
                         raise ImagesDamaged(f"{self.path}: {name} occurs twice", DUMP_AGAIN)
+                    if member.issparse():
+                        raise ImagesUnsupported(
+                            f"{self.path}: {name} is stored as a sparse file",
+                            "unpack the archive, and pack it again without --sparse",
+                        )
                     if _padded(member.offset_data + _stored(member)) > self._size:
                         raise ImagesDamaged(f"{self.path}: cut off in {name}", DUMP_AGAIN)
                     members[name] = member
@@ -166,6 +173,7 @@ class Archive:
             name=_text(config, "name"),
             runtime=_text(config, "runtime"),
             image=_text(config, "rootfsImageName"),
+            volumes=tuple(_volumes(config)),
         )
 
     def _json(self, name: str) -> dict[str, Any]:
@@ -208,7 +216,7 @@ class _Members(ImageDirectory):
             name = full.removeprefix(_IMAGES)
             if name == full or not name or "/" in name or member.isdir():
                 continue
-            if member.isreg() and not member.issparse():
+            if member.isreg():
                 self.sizes[name], self.bases[name] = member.size, member.offset_data
             else:
                 self.others.add(name)
@@ -223,7 +231,7 @@ class _Members(ImageDirectory):
 
 def _stored(member: tarfile.TarInfo) -> int:
     # Bytes of data that follow the header.
-    return member.size if member.isreg() else 0
+    return member.size if member.isreg() or member.type not in tarfile.SUPPORTED_TYPES else 0
 
 
 def _padded(size: int) -> int:
@@ -243,3 +251,11 @@ def _text(config: Mapping[str, Any], name: str) -> str:
     # Only shown, and compared with what we know.
     found = config.get(name)
     return found if isinstance(found, str) else ""
+
+
+def _volumes(config: Mapping[str, Any]) -> Iterator[str]:
+    found = config.get("namedVolumes")
+    for volume in found if isinstance(found, list) else ():
+        name = volume.get("volumeName") if isinstance(volume, dict) else None
+        if isinstance(name, str):
+            yield name

@@ -100,6 +100,10 @@ class ImageSet:
         """The image file `name`."""
         return self._levels[0].file(name)
 
+    def has(self, name: str) -> bool:
+        """Whether there is a file `name`, an image or not."""
+        return name in self._levels[0].sizes
+
     def read(self, name: str) -> bytes:
         """The whole content of the image `name`."""
         return self._levels[0].read(name)

@@ -73,6 +73,9 @@ if mode == "silent":
     raise SystemExit(3)
 if run_script("pre-restore"):
     raise SystemExit(1)
+if options.get("--needs") and options["--needs"] not in os.listdir(options["-D"]):
+    say("(00.2) Error (criu/image.c:1): Can't open " + options["--needs"])
+    raise SystemExit(1)
 gate, opener = os.pipe()
 pids, reporter = os.pipe()
 shared = os.memfd_create("shared")
@@ -88,6 +91,11 @@ while (found := os.read(pids, 100)).count(b" ") < 2:
 tree = {{int(word) for word in found.split()}} | {{root}}
 if mode == "slow":
     time.sleep(60)
+if mode == "fail-built":
+    say("(00.3) Error (criu/cr-restore.c:3): too late")
+    for pid in tree:
+        os.kill(pid, signal.SIGKILL)
+    raise SystemExit(1)
 if mode == "crash":
     os.kill(os.getpid(), signal.SIGKILL)
 if run_script("post-restore", root):
@@ -107,6 +115,39 @@ if mode == "fail-late":
     for pid in tree:
         os.kill(pid, signal.SIGKILL)
     raise SystemExit(1)
+"""
+
+# What podman, conmon and a runtime are to the agent: a program that has another one run CRIU, with
+# its environment handed down, in the container's directory; it removes CRIU's log when that fails,
+# and leaves the container.
+_FAKE_PODMAN = """#!{python} -Ss
+import os, shutil, subprocess, sys
+
+containers = {directory!r} + "/containers/"
+if "rm" in sys.argv:
+    if sys.argv[1] == "container":
+        shutil.rmtree(containers + sys.argv[-1])
+    else:
+        open({directory!r} + "/removed", "w").write(" ".join(sys.argv[1:]))
+    raise SystemExit
+options = dict(zip(sys.argv[2:], sys.argv[3:]))
+work = containers + os.urandom(32).hex() + "/userdata"
+os.makedirs(work + "/checkpoint")
+shutil.copy(options["--import"], work + "/checkpoint/ovr-held-pagemap-1.img")
+script = "/bin/true"
+if options["--mode"] != "no-config":
+    with open(os.environ["CRIU_CONFIG_FILE"]) as config:
+        script = config.read().split('"')[1]
+command = [{criu!r}, "restore", "-W", work, "-D", work + "/checkpoint", "--action-script", script]
+command += ["--needs", "pagemap-1.img", "--marks", options["--marks"], "--mode", options["--mode"]]
+runtime = "import subprocess, sys; sys.exit(subprocess.call(sys.argv[1:]))"
+done = subprocess.run([sys.executable, "-c", runtime, *command], cwd=work)
+if done.returncode:
+    os.unlink(work + "/restore.log")
+    print("Error: OCI runtime error: CRIU failed", file=sys.stderr)
+    raise SystemExit(125)
+print("restoring")
+print("c0ffee")
 """
 
 
@@ -137,6 +178,11 @@ class AgentHost:
     def restores(self) -> list[Path]:
         """The directories of restores."""
         return list((self.directory / "run").glob("restore-*"))
+
+    @property
+    def containers(self) -> list[Path]:
+        """What the stand-in for podman has of its containers."""
+        return list(self.directory.glob("containers/*"))
 
     def criu_options(self, mode: str = "ok") -> tuple[str, ...]:
         """What tells the stand-in how to behave."""
@@ -187,10 +233,15 @@ def agent_host(directory: Path, binary: Path | None = None) -> Iterator[AgentHos
     criu = directory / "criu"
     criu.write_text(_FAKE_CRIU.format(python=sys.executable, valgrind=valgrind))
     criu.chmod(0o755)
+    podman = directory / "podman"
+    names = {"directory": str(directory), "criu": str(criu)}
+    podman.write_text(_FAKE_PODMAN.format(python=sys.executable, **names))
+    podman.chmod(0o755)
     (directory / "marks").mkdir()
     command = [*valgrind, binary, "--dir", directory / "run", "--criu", criu]
     command += ["--unix", directory / "stream", "--unix-serial", directory / "serial"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE) as process:
+    env = os.environ | {"PATH": f"{directory}:{os.environ['PATH']}"}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, env=env) as process:
         assert process.stderr is not None
         assert b"ready" in process.stderr.readline()
         host = AgentHost(directory, process, binary)

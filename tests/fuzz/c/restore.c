@@ -12,6 +12,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#define PROTOCOL_TABLES
 #include "fuzz.h"
 
 struct session {
@@ -138,6 +139,8 @@ uint64_t warm_served(const char **why)
 }
 
 void warm_forget(void) {}
+void priority_raise(pid_t pid) { (void)pid; }
+void priority_reset(pid_t pid) { (void)pid; }
 const char *exitkill_set(pid_t criu) { CHECK(criu == CRIU); return NULL; }
 pid_t tree_parent(pid_t pid) { return pid == ROOT ? CRIU : 0; }
 
@@ -149,6 +152,12 @@ void engine_forget(struct engine_criu *criu) { (void)criu; }
 pid_t engine_start(const struct directory *directory, const struct message *begin)
 {
 	(void)directory, (void)begin;
+	abort();
+}
+
+pid_t engine_clean_up(int step, const struct engine_criu *criu)
+{
+	(void)step, (void)criu;
 	abort();
 }
 
@@ -311,6 +320,27 @@ static void hook_comes(struct input *input)
 	send(hook, &report, size, MSG_NOSIGNAL);
 }
 
+/* What a message must have besides what is of interest here. */
+static void add_rest(struct writer *writer, enum op op, uint64_t given)
+{
+	for (int i = 0; i < schemas[op].count; i++) {
+		const struct field *field = &schemas[op].fields[i];
+
+		if (field->optional || given >> field->key & 1)
+			continue;
+		if (field->kind >= KIND_UINTS)
+			message_add_list(writer, field->key, 0);
+		else if (field->kind == KIND_UINT)
+			message_add_uint(writer, field->key, 0);
+		else if (field->kind == KIND_BOOL)
+			message_add_bool(writer, field->key, false);
+		else if (field->kind == KIND_STR)
+			message_add_str(writer, field->key, "");
+		else
+			message_add_bin(writer, field->key, "", 0);
+	}
+}
+
 static void host_speaks(struct input *input, struct session *host)
 {
 	static const enum op ops[] = {OP_FILES, OP_BEGIN, OP_TOUCH, OP_MAP, OP_GO, OP_ABORT};
@@ -320,31 +350,24 @@ static void host_speaks(struct input *input, struct session *host)
 	struct writer writer;
 	size_t size;
 	uint8_t value = input_byte(input);
+	uint64_t given = 0;
 
 	message_open(&writer, frame, sizeof(frame), op);
-	if (op == OP_FILES) {
+	if (op == OP_FILES && !value) {
 		/* Which names are good is another target's affair. */
-		message_add_list(&writer, KEY_NAMES, !value);
-		if (!value)
-			message_item_str(&writer, "more names than contents");
-		message_add_list(&writer, KEY_DATA, 0);
+		given = 1ull << KEY_NAMES;
+		message_add_list(&writer, KEY_NAMES, 1);
+		message_item_str(&writer, "more names than contents");
 	} else if (op == OP_BEGIN) {
-		message_add_list(&writer, KEY_CRIU_OPTIONS, 0);
+		given = 1ull << KEY_SILENCE_MS | 1ull << KEY_TIMEOUT_MS | 1ull << KEY_LOG_LEVEL;
 		message_add_uint(&writer, KEY_SILENCE_MS, 100u * (value & 15));
 		message_add_uint(&writer, KEY_TIMEOUT_MS, 100u * (value >> 4));
 		message_add_uint(&writer, KEY_LOG_LEVEL, input_byte(input) & 7);
-		message_add_bool(&writer, KEY_KEEP_LOG, value & 1);
-		message_add_list(&writer, KEY_WARM_IMAGES, 0);
 	} else if (op == OP_TOUCH || op == OP_MAP) {
+		given = 1ull << KEY_PID;
 		message_add_uint(&writer, KEY_PID, value & 1 ? ROOT : value & 2 ? 6000 : 1);
-		if (op == OP_TOUCH)
-			message_add_bool(&writer, KEY_KEEP, value & 4);
-		else
-			message_add_str(&writer, KEY_FILE, "fd/3");
-		if (op == OP_MAP)
-			message_add_uint(&writer, KEY_SIZE, 4096);
-		message_add_list(&writer, KEY_RANGES, 0);
 	}
+	add_rest(&writer, op, given);
 	size = message_close(&writer);
 	CHECK(size && !message_parse(&message, frame + 4, size - 4));
 	if (op == OP_GO && restore.phase == HELD && restore.owner == host)
