@@ -12,6 +12,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#define PROTOCOL_TABLES
 #include "fuzz.h"
 
 struct session {
@@ -106,16 +107,77 @@ void directory_remove(struct directory *directory, bool keep_log)
 	*directory = (struct directory){.images = -1};
 }
 
-pid_t criu_start(const struct directory *directory, const struct message *begin)
+bool criu_command_make(struct criu_command *command, const struct directory *directory,
+		       const struct message *begin)
+{
+	(void)command, (void)directory;
+	errno = ENOENT;
+	return message_uint(begin, KEY_LOG_LEVEL) != 7;
+}
+
+void criu_command_free(struct criu_command *command) { (void)command; }
+
+pid_t criu_start(const struct criu_command *command)
 {
 	CHECK(directory_there && !criu_lives && subreaper);
-	if (message_uint(begin, KEY_LOG_LEVEL) == 7) {
-		errno = ENOENT;
-		return -1;
-	}
 	criu_lives = true;
-	(void)directory;
+	(void)command;
 	return CRIU;
+}
+
+pid_t warm_take(const struct directory *directory, const struct message *begin,
+		const struct criu_command *command)
+{
+	(void)directory, (void)begin, (void)command;
+	return -1;
+}
+
+uint64_t warm_served(const char **why)
+{
+	*why = "";
+	return 0;
+}
+
+void warm_forget(void) {}
+void priority_raise(pid_t pid) { (void)pid; }
+void priority_reset(pid_t pid) { (void)pid; }
+const char *exitkill_set(pid_t criu) { CHECK(criu == CRIU); return NULL; }
+pid_t tree_parent(pid_t pid) { return pid == ROOT ? CRIU : 0; }
+
+/* No engine is known here. */
+bool engine_known(const char *name) { (void)name; return false; }
+bool engine_criu_ended(const struct engine_criu *criu) { (void)criu; return false; }
+void engine_forget(struct engine_criu *criu) { (void)criu; }
+
+pid_t engine_start(const struct directory *directory, const struct message *begin)
+{
+	(void)directory, (void)begin;
+	abort();
+}
+
+pid_t engine_clean_up(int step, const struct engine_criu *criu)
+{
+	(void)step, (void)criu;
+	abort();
+}
+
+struct engine_criu engine_adopt(pid_t criu)
+{
+	(void)criu;
+	abort();
+}
+
+void engine_result(const struct directory *directory, char line[LOG_WIDTH])
+{
+	(void)directory, (void)line;
+	abort();
+}
+
+int engine_log_errors(const struct directory *directory, const struct engine_criu *criu,
+		      char lines[LOG_LINES][LOG_WIDTH])
+{
+	(void)directory, (void)criu, (void)lines;
+	abort();
 }
 
 int criu_log_errors(const struct directory *directory, char lines[LOG_LINES][LOG_WIDTH])
@@ -258,6 +320,27 @@ static void hook_comes(struct input *input)
 	send(hook, &report, size, MSG_NOSIGNAL);
 }
 
+/* What a message must have besides what is of interest here. */
+static void add_rest(struct writer *writer, enum op op, uint64_t given)
+{
+	for (int i = 0; i < schemas[op].count; i++) {
+		const struct field *field = &schemas[op].fields[i];
+
+		if (field->optional || given >> field->key & 1)
+			continue;
+		if (field->kind >= KIND_UINTS)
+			message_add_list(writer, field->key, 0);
+		else if (field->kind == KIND_UINT)
+			message_add_uint(writer, field->key, 0);
+		else if (field->kind == KIND_BOOL)
+			message_add_bool(writer, field->key, false);
+		else if (field->kind == KIND_STR)
+			message_add_str(writer, field->key, "");
+		else
+			message_add_bin(writer, field->key, "", 0);
+	}
+}
+
 static void host_speaks(struct input *input, struct session *host)
 {
 	static const enum op ops[] = {OP_FILES, OP_BEGIN, OP_TOUCH, OP_MAP, OP_GO, OP_ABORT};
@@ -267,30 +350,24 @@ static void host_speaks(struct input *input, struct session *host)
 	struct writer writer;
 	size_t size;
 	uint8_t value = input_byte(input);
+	uint64_t given = 0;
 
 	message_open(&writer, frame, sizeof(frame), op);
-	if (op == OP_FILES) {
+	if (op == OP_FILES && !value) {
 		/* Which names are good is another target's affair. */
-		message_add_list(&writer, KEY_NAMES, !value);
-		if (!value)
-			message_item_str(&writer, "more names than contents");
-		message_add_list(&writer, KEY_DATA, 0);
+		given = 1ull << KEY_NAMES;
+		message_add_list(&writer, KEY_NAMES, 1);
+		message_item_str(&writer, "more names than contents");
 	} else if (op == OP_BEGIN) {
-		message_add_list(&writer, KEY_CRIU_OPTIONS, 0);
+		given = 1ull << KEY_SILENCE_MS | 1ull << KEY_TIMEOUT_MS | 1ull << KEY_LOG_LEVEL;
 		message_add_uint(&writer, KEY_SILENCE_MS, 100u * (value & 15));
 		message_add_uint(&writer, KEY_TIMEOUT_MS, 100u * (value >> 4));
 		message_add_uint(&writer, KEY_LOG_LEVEL, input_byte(input) & 7);
-		message_add_bool(&writer, KEY_KEEP_LOG, value & 1);
 	} else if (op == OP_TOUCH || op == OP_MAP) {
+		given = 1ull << KEY_PID;
 		message_add_uint(&writer, KEY_PID, value & 1 ? ROOT : value & 2 ? 6000 : 1);
-		if (op == OP_TOUCH)
-			message_add_bool(&writer, KEY_KEEP, value & 4);
-		else
-			message_add_str(&writer, KEY_FILE, "fd/3");
-		if (op == OP_MAP)
-			message_add_uint(&writer, KEY_SIZE, 4096);
-		message_add_list(&writer, KEY_RANGES, 0);
 	}
+	add_rest(&writer, op, given);
 	size = message_close(&writer);
 	CHECK(size && !message_parse(&message, frame + 4, size - 4));
 	if (op == OP_GO && restore.phase == HELD && restore.owner == host)
