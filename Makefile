@@ -11,7 +11,7 @@ PACKAGES += libvirt-daemon libvirt-daemon-driver-qemu libvirt-clients tmux
 # Where virtiofsd is no part of QEMU any more it is a package of its own.
 PACKAGES += $(shell apt-cache show virtiofsd >/dev/null 2>&1 && echo virtiofsd)
 
-.PHONY: demo test bench fuzz stress sanitize valgrind lint unit smoke vm setup packages clean
+.PHONY: demo test bench fuzz stress killtest soak liar sanitize valgrind lint unit smoke vm setup packages clean
 
 demo: setup
 	$(BIN)/python -m ovr demo $(DEMO)
@@ -41,6 +41,18 @@ valgrind: setup
 stress: setup
 	$(BIN)/python -m tests.stress $(STRESS)
 
+# Guests and agents that lie: LIAR="--rounds 50 --seed 7", or only about some things: LIAR="btf agent".
+liar: setup
+	$(BIN)/python -m tests.liar $(LIAR)
+
+# KILL="--points 50", of each victim; docs/stress.md.
+killtest: setup
+	$(BIN)/python -m tests.kill $(KILL)
+
+# SOAK="--restores 1000"; docs/stress.md.
+soak: setup
+	$(BIN)/python -m tests.soak $(SOAK)
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -68,7 +80,7 @@ packages:
 	[ -z "$$missing" ] || { sudo=$$([ $$(id -u) = 0 ] || echo sudo); set -x; \
 		$$sudo apt-get update -q && $$sudo apt-get install -qy --no-install-recommends $$missing; }
 
-.venv/ready: pyproject.toml setup.py ovr/_fastcopy.pyx
+.venv/ready: pyproject.toml setup.py ovr/_fastcopy.pyx ovr/_guard.h
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install -q --upgrade pip
 	$(BIN)/pip install -q --group dev

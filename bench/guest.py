@@ -85,7 +85,7 @@ class Guest:
         pid = demo.start_workload(self.vm, size, UMASK)
         return self._dump(f"workload-{size >> 20}M", size, "ovr-workload", pid)
 
-    def shape(self, kind: str, size: int, count: int) -> Subject:
+    def shape(self, kind: str, count: int, size: int) -> Subject:
         """Dump a process with `count` ``areas``, or a ``tree`` of so many processes."""
         self.sh(f"rm -f {SHAPES}/ready; echo {PID - 1} > /proc/sys/kernel/ns_last_pid")
         with self.vm.connect() as agent:

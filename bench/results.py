@@ -4,6 +4,7 @@ A run replaces the figures that it measures and leaves the others; each names it
 one can see what was measured together. `bench/README.md` says which key is what.
 """
 
+import importlib.metadata
 import json
 import os
 import platform
@@ -16,7 +17,6 @@ from typing import Any
 
 import psutil
 
-import ovr
 from ovr.lab import LabVm
 from ovr.lab.accel import qemu_program
 
@@ -82,7 +82,7 @@ def machine() -> dict[str, Any]:
         "kernel": platform.release(),
         "python": platform.python_version(),
         "qemu": qemu.stdout.splitlines()[0].removeprefix("QEMU emulator version "),
-        "ovr": ovr.__version__ if hasattr(ovr, "__version__") else "0.1.0",
+        "ovr": importlib.metadata.version("ovr"),
     }
 
 

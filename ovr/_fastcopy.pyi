@@ -10,7 +10,9 @@ Arrays are one-dimensional, C-contiguous structured numpy arrays:
   ``struct page`` says what `frames` asks for); ``page_shift`` is 12, 21 or 30.
 * ``PAIR`` (``one``, ``other``, ``size``): ranges of whole pages in two sources, to be compared.
 
-All loops over pages run with the GIL released, so that threads can share the work.
+All loops over pages run with the GIL released, so that threads can share the work. Where guest RAM
+or a source is a mapped file that somebody cuts off meanwhile, they end with an error:
+`RamNotShared` of guest RAM, `OSError` of a source. What was written until then stays written.
 """
 
 from collections.abc import Iterable
@@ -127,6 +129,8 @@ class RamMap:
             GuestFault: a run is not RAM; nothing was written.
             ValueError: a run reaches past the end of `source`; nothing was written.
             PermissionError: the map is read-only.
+            OSError: the file behind `source` was cut off, or has a bad page.
+            RamNotShared: that of the guest's RAM was.
         """
 
     def first_difference(self, runs: NDArray[np.void], source: Buffer) -> int | None:
@@ -147,4 +151,5 @@ def equal_pages(one: Buffer, other: Buffer, pairs: NDArray[np.void]) -> NDArray[
 
     Raises:
         ValueError: a range is not of whole pages, or reaches past the end of its source.
+        OSError: the file behind a source was cut off, or has a bad page.
     """

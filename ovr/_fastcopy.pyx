@@ -10,13 +10,17 @@ import os
 
 import numpy as np
 
-from libc.errno cimport EAGAIN, EINTR, errno
+from libc.errno cimport EAGAIN, EFAULT, EINTR, EIO, errno
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc, realloc
 from libc.string cimport memcmp, memcpy, memset
 from posix.mman cimport MAP_FAILED, MAP_SHARED, PROT_READ, PROT_WRITE, madvise, mmap, munmap
 
-from ovr.errors import GuestFault
+from ovr.errors import GuestFault, RamNotShared
+
+cdef extern from "_guard.h":
+    void ovr_guard_install() noexcept
+    void *ovr_guarded(void (*)(void *) noexcept nogil, void *) noexcept nogil
 
 cdef extern from *:
     """
@@ -28,8 +32,15 @@ cdef extern from *:
     {
         return __atomic_load_n((const uint64_t *)p, __ATOMIC_RELAXED);
     }
+
+    /* What was stored before is in memory if guarded work is left after it. */
+    static inline void ovr_settle(void)
+    {
+        __atomic_signal_fence(__ATOMIC_SEQ_CST);
+    }
     """
     uint64_t read_once "ovr_read_once"(const void *) noexcept nogil
+    void settle "ovr_settle"() noexcept nogil
     void *memmem(const void *, size_t, const void *, size_t) noexcept nogil
 
 cdef extern from "Python.h":
@@ -57,6 +68,8 @@ WRITE = F_WRITE
 USER = F_USER
 PROTNONE = F_PROTNONE
 OWNED = F_OWNED
+
+cdef str CUT_OFF = "it was cut off while it was read"
 
 PIECE = np.dtype([("gva", "<u8"), ("size", "<u8"), ("offset", "<i8")])
 RUN = np.dtype(
@@ -89,6 +102,10 @@ cdef struct Slot:
     uint64_t size
     char *host
 
+cdef struct Ram:
+    Slot *slots
+    Py_ssize_t count
+
 cdef struct Frames:
     # Where the guest keeps its `struct page` array and what to look at in an element.
     uint64_t root
@@ -110,6 +127,7 @@ cdef struct Frames:
     char *cached_host
 
 cdef struct Walk:
+    const Ram *ram
     Run *runs
     size_t count
     size_t capacity
@@ -122,10 +140,60 @@ cdef enum:
     WALK_FAULT = -1
     WALK_NOMEM = -2
 
+# Guarded work: what it is given, and what it leaves.
+
+cdef struct Bytes:
+    const Ram *ram
+    uint64_t gpa
+    uint64_t size
+    char *target
+    const uint8_t *source
+
+cdef struct Search:
+    const Ram *ram
+    uint64_t gpa
+    uint64_t end
+    const uint8_t *needle
+    size_t length
+    size_t step
+    uint64_t found          # not below `end` if there is none
+
+cdef struct Translation:
+    const Ram *ram
+    uint64_t root
+    int levels
+    uint64_t gva
+    uint64_t gpa
+    uint64_t available      # bytes from `gva` on that lie in the same leaf page
+    bint there
+
+cdef struct Walking:
+    Walk walk
+    uint64_t root
+    int levels
+    const Piece *pieces
+    Py_ssize_t count
+    int status
+
+cdef struct Copying:
+    const Ram *ram
+    const Run *runs
+    Py_ssize_t count
+    const uint8_t *source
+    uint64_t total
+    Py_ssize_t which        # the run that differs, `count` if none does
+    int64_t at              # where in it
+
+cdef struct Comparing:
+    const uint8_t *one
+    const uint8_t *other
+    const Pair *pairs
+    Py_ssize_t count
+    uint8_t *equal
+
 
 cdef class RamMap:
-    cdef Slot *_slots
-    cdef Py_ssize_t _count
+    cdef Ram _ram
     cdef bint _writable
     cdef int _users
 
@@ -134,8 +202,8 @@ cdef class RamMap:
         cdef int prot = PROT_READ | PROT_WRITE if writable else PROT_READ
         cdef void *host
         self._writable = writable
-        self._slots = <Slot *>malloc(max(1, len(slots)) * sizeof(Slot))
-        if self._slots == NULL:
+        self._ram.slots = <Slot *>malloc(max(1, len(slots)) * sizeof(Slot))
+        if self._ram.slots == NULL:
             raise MemoryError
         for i, (gpa, size, fd, offset) in enumerate(slots):
             if os.fstat(fd).st_size < offset + size or size <= 0:
@@ -143,271 +211,127 @@ cdef class RamMap:
             host = mmap(NULL, size, prot, MAP_SHARED, fd, offset)
             if host == MAP_FAILED:
                 raise OSError(errno, os.strerror(errno))
-            self._slots[i].gpa = gpa
-            self._slots[i].size = size
-            self._slots[i].host = <char *>host
-            self._count = i + 1
+            self._ram.slots[i].gpa = gpa
+            self._ram.slots[i].size = size
+            self._ram.slots[i].host = <char *>host
+            self._ram.count = i + 1
+        ovr_guard_install()
 
     def __dealloc__(self):
         self._unmap()
-        free(self._slots)
+        free(self._ram.slots)
 
     cdef void _unmap(self) noexcept:
         cdef Py_ssize_t i
-        for i in range(self._count):
-            munmap(self._slots[i].host, self._slots[i].size)
-        self._count = 0
+        for i in range(self._ram.count):
+            munmap(self._ram.slots[i].host, self._ram.slots[i].size)
+        self._ram.count = 0
 
     def close(self):
         if self._users:
             raise BufferError("guest RAM is being read or written by another thread")
         self._unmap()
 
-    # ---- addresses -------------------------------------------------------------------------
-
-    cdef char *_host(self, uint64_t gpa, uint64_t *available) noexcept nogil:
-        # Host address of `gpa`, or NULL; `available` bytes follow it in the same slot.
-        cdef Py_ssize_t i
-        for i in range(self._count):
-            if gpa >= self._slots[i].gpa and gpa - self._slots[i].gpa < self._slots[i].size:
-                available[0] = self._slots[i].size - (gpa - self._slots[i].gpa)
-                return self._slots[i].host + (gpa - self._slots[i].gpa)
-        return NULL
-
-    cdef const char *_table(self, uint64_t gpa) noexcept nogil:
-        cdef uint64_t available = 0
-        cdef char *host = self._host(gpa, &available)
-        return host if host != NULL and available >= 4096 else NULL
-
-    cdef bint _in_ram(self, uint64_t gpa, uint64_t size) noexcept nogil:
-        cdef uint64_t available = 0
-        while size:
-            if self._host(gpa, &available) == NULL:
-                return False
-            if available >= size:
-                return True
-            gpa += available
-            size -= available
-        return True
-
     # ---- plain access ----------------------------------------------------------------------
 
     def read(self, uint64_t gpa, size_t size):
+        cdef Bytes job
         self._check(gpa, size)
         cdef bytes data = PyBytes_FromStringAndSize(NULL, size)
-        cdef char *target = data
-        cdef uint64_t part = 0
-        cdef char *host
-        while size:
-            host = self._host(gpa, &part)
-            part = min(part, size)
-            memcpy(target, host, part)
-            target += part
-            gpa += part
-            size -= part
+        job.ram, job.gpa, job.size, job.target = &self._ram, gpa, size, data
+        self._done(ovr_guarded(_read, &job))
         return data
 
     def write(self, uint64_t gpa, const uint8_t[::1] data not None):
+        cdef Bytes job
         if not self._writable:
             raise PermissionError("guest RAM is mapped read-only")
-        cdef size_t size = data.shape[0]
-        cdef const uint8_t *source
-        cdef uint64_t part = 0
-        cdef char *host
-        if size == 0:
+        if data.shape[0] == 0:
             return
-        self._check(gpa, size)
-        source = &data[0]
-        while size:
-            host = self._host(gpa, &part)
-            part = min(part, size)
-            _store(host, source, part)
-            source += part
-            gpa += part
-            size -= part
+        self._check(gpa, data.shape[0])
+        job.ram, job.gpa, job.size, job.source = &self._ram, gpa, data.shape[0], &data[0]
+        self._done(ovr_guarded(_write, &job))
 
     def find(self, uint64_t gpa, uint64_t end, const uint8_t[::1] needle not None, size_t step):
-        cdef uint64_t available = 0
-        cdef char *host
-        cdef char *hit
-        cdef size_t size
-        cdef size_t length = needle.shape[0]
-        cdef const uint8_t *pattern
-        if length == 0 or step == 0:
+        cdef Search job
+        cdef void *lost
+        job.length = needle.shape[0]
+        if job.length == 0 or step == 0:
             raise ValueError("needle and step must not be empty")
-        pattern = &needle[0]
-        self._users += 1
+        job.ram, job.gpa, job.end, job.needle, job.step = &self._ram, gpa, end, &needle[0], step
+        self._begin()
         try:
             with nogil:
-                host = self._host(gpa, &available)
-                size = <size_t>min(available, end - gpa) if end > gpa and host != NULL else 0
-                if step == 1:
-                    hit = <char *>memmem(host, size, pattern, length)
-                else:
-                    hit = _find_stepped(host, size, pattern, length, step)
+                lost = ovr_guarded(_find, &job)
+            self._done(lost)
         finally:
             self._users -= 1
-        return -1 if hit == NULL else gpa + <uint64_t>(hit - host)
+        return job.found if job.found < end else -1
 
     cdef _check(self, uint64_t gpa, uint64_t size):
-        if gpa + size < gpa or not self._in_ram(gpa, size):
+        if gpa + size < gpa or not _in_ram(&self._ram, gpa, size):
             raise GuestFault(f"guest physical range {gpa:#x}+{size:#x} is not RAM", gpa)
+
+    cdef void _begin(self) noexcept:
+        # Before a loop; whoever calls this counts `_users` down again.
+        self._users += 1
+        ovr_guard_install()
+
+    cdef int _done(self, void *lost) except -1:
+        # `lost` is what guarded work could not touch: guest RAM, or else its source.
+        cdef Py_ssize_t i
+        cdef uint64_t offset
+        if lost == NULL:
+            return 0
+        for i in range(self._ram.count):
+            offset = <uint64_t>lost - <uint64_t>self._ram.slots[i].host
+            if offset < self._ram.slots[i].size:
+                raise RamNotShared(
+                    f"guest RAM at GPA {self._ram.slots[i].gpa + offset:#x} is gone: its file was"
+                    " cut off",
+                    "end the VM: it cannot go on without its RAM",
+                )
+        raise OSError(EIO, CUT_OFF)
 
     # ---- page tables -----------------------------------------------------------------------
 
     def translate(self, uint64_t root, int levels, uint64_t gva):
-        cdef uint64_t gpa = 0
-        cdef uint64_t leaf = 0
+        cdef Translation job
         _check_levels(levels)
-        if not self._translate(root, levels, gva, &gpa, &leaf):
+        job.ram, job.root, job.levels, job.gva = &self._ram, root, levels, gva
+        self._done(ovr_guarded(_translating, &job))
+        if not job.there:
             raise GuestFault(f"guest virtual address {gva:#x} is not mapped", gva)
-        return gpa
-
-    cdef bint _translate(
-        self, uint64_t root, int levels, uint64_t gva, uint64_t *gpa, uint64_t *available
-    ) noexcept nogil:
-        # `available` bytes from `gva` on lie in the same leaf page.
-        cdef int level = levels
-        cdef uint64_t entry = root
-        cdef uint64_t leaf
-        cdef const char *table
-        if not _canonical(gva, levels):
-            return False
-        while True:
-            table = self._table(entry & PTE_ADDRESS)
-            if table == NULL:
-                return False
-            entry = read_once(table + ((gva >> (12 + 9 * (level - 1))) & 511) * 8)
-            if not entry & PTE_PRESENT:
-                return False
-            if level == 1 or (level <= 3 and entry & PTE_PSE):
-                leaf = <uint64_t>1 << (12 + 9 * (level - 1))
-                gpa[0] = (entry & PTE_ADDRESS & ~(leaf - 1)) + (gva & (leaf - 1))
-                available[0] = leaf - (gva & (leaf - 1))
-                return True
-            level -= 1
+        return job.gpa
 
     def walk(self, uint64_t root, int levels, const Piece[::1] pieces not None, frames=None):
-        cdef Walk w
+        cdef Walking job
         cdef Frames f
-        cdef Py_ssize_t i
-        cdef int status = WALK_OK
+        cdef void *lost
         _check_levels(levels)
         _check_pieces(pieces, levels)
-        memset(&w, 0, sizeof(w))
+        memset(&job, 0, sizeof(job))
         if frames is not None:
             _load_frames(&f, frames)
-            w.frames = &f
-        self._users += 1
+            job.walk.frames = &f
+        job.walk.ram, job.root, job.levels, job.count = &self._ram, root, levels, pieces.shape[0]
+        job.pieces = &pieces[0] if pieces.shape[0] else NULL
+        self._begin()
         try:
             with nogil:
-                for i in range(pieces.shape[0]):
-                    w.piece = pieces[i]
-                    status = self._walk_table(
-                        &w, root & PTE_ADDRESS, levels,
-                        pieces[i].gva, pieces[i].gva + (pieces[i].size - 1),
-                    )
-                    if status != WALK_OK:
-                        break
-            if status == WALK_NOMEM:
+                lost = ovr_guarded(_walk, &job)
+            self._done(lost)
+            if job.status == WALK_NOMEM:
                 raise MemoryError
-            if status == WALK_FAULT:
+            if job.status == WALK_FAULT:
                 raise GuestFault(
-                    f"a guest page table at GPA {w.fault:#x} is damaged or not in RAM", w.fault
+                    f"a guest page table at GPA {job.walk.fault:#x} is damaged or not in RAM",
+                    job.walk.fault,
                 )
-            return _as_runs(&w)
+            return _as_runs(&job.walk)
         finally:
             self._users -= 1
-            free(w.runs)
-
-    cdef int _walk_table(
-        self, Walk *w, uint64_t table_gpa, int level, uint64_t start, uint64_t last
-    ) noexcept nogil:
-        # mm/pagewalk.c, in one function for all levels: the MMU repeats itself. The range is
-        # [start, last], so that one that ends with the address space needs no 65th bit.
-        cdef const char *table = self._table(table_gpa)
-        cdef int shift = 12 + 9 * (level - 1)
-        cdef uint64_t below = (<uint64_t>1 << shift) - 1
-        cdef uint64_t entry, part_last
-        cdef int status
-        if table == NULL:
-            w.fault = table_gpa
-            return WALK_FAULT
-        while True:
-            part_last = min(start | below, last)
-            entry = read_once(table + ((start >> shift) & 511) * 8)
-            status = WALK_OK
-            if entry & PTE_PRESENT:
-                if level == 1 or (entry & PTE_PSE and level <= 3):
-                    status = self._leaf(w, entry, entry & PTE_ADDRESS, shift, start, part_last)
-                elif entry & PTE_PSE:
-                    w.fault = table_gpa
-                    status = WALK_FAULT
-                else:
-                    status = self._walk_table(w, entry & PTE_ADDRESS, level - 1, start, part_last)
-            elif entry & PTE_PROTNONE and (level == 1 or (level <= 3 and entry & PTE_PSE)):
-                # PROT_NONE and NUMA-hinting entries keep their frame, with the address bits
-                # inverted against L1TF (arch/x86/include/asm/pgtable-invert.h).
-                status = self._leaf(w, entry, ~entry & PTE_ADDRESS, shift, start, part_last)
-            if status != WALK_OK or part_last == last:
-                return status
-            start = part_last + 1
-
-    cdef int _leaf(
-        self, Walk *w, uint64_t entry, uint64_t frame, int shift, uint64_t start, uint64_t last
-    ) noexcept nogil:
-        cdef uint64_t inside = start & ((<uint64_t>1 << shift) - 1)
-        cdef uint32_t flags = 0
-        frame &= ~((<uint64_t>1 << shift) - 1)
-        if entry & PTE_PRESENT:
-            flags |= F_WRITE if entry & PTE_RW else 0
-            flags |= F_USER if entry & PTE_USER else 0
-        else:
-            flags |= F_PROTNONE
-        if w.frames != NULL and self._owned(w.frames, frame >> 12):
-            flags |= F_OWNED
-        return _emit(w, start, frame + inside, last - start + 1, flags, shift)
-
-    cdef bint _owned(self, Frames *f, uint64_t pfn) noexcept nogil:
-        # True if the kernel itself says what `frames` asks for: of an anonymous page that it
-        # belongs to one process alone, of a page of shared memory which object it belongs to.
-        cdef uint64_t gva = f.vmemmap + pfn * f.stride
-        cdef char *page = self._page(f, gva)
-        cdef uint64_t head
-        if page == NULL or read_once(page + f.flags) & f.page_mask != f.page_mask:
-            return False
-        head = read_once(page + f.compound_head)
-        if head & 1:
-            # Newer kernels keep a mask there instead of the head's address, where a struct page
-            # is 64 bytes (compound_info, in v7.1): its upper half is all ones, no address's is.
-            if (head >> 32) == <uint64_t>0xFFFFFFFF:
-                head &= gva
-            page = self._page(f, head & ~<uint64_t>1)
-            if page == NULL:
-                return False
-        return (
-            read_once(page + f.flags) & f.folio_mask == f.folio_value
-            and read_once(page + f.mapping) & f.mapping_mask == f.mapping_value
-        )
-
-    cdef char *_page(self, Frames *f, uint64_t gva) noexcept nogil:
-        cdef uint64_t gpa = 0
-        cdef uint64_t available = 0
-        cdef uint64_t in_slot = 0
-        cdef char *host
-        if gva & 7:  # the guest says where a folio's head is
-            return NULL
-        if gva - f.cached_gva >= f.cached_size or f.cached_size - (gva - f.cached_gva) < f.stride:
-            if not self._translate(f.root, f.levels, gva, &gpa, &available):
-                return NULL
-            host = self._host(gpa, &in_slot)
-            available = min(available, in_slot)
-            if host == NULL or available < f.stride:
-                return NULL
-            f.cached_gva = gva
-            f.cached_size = available
-            f.cached_host = host
-        return f.cached_host + (gva - f.cached_gva)
+            free(job.walk.runs)
 
     # ---- bulk ------------------------------------------------------------------------------
 
@@ -421,7 +345,7 @@ cdef class RamMap:
         try:
             with nogil:
                 for i in range(runs.shape[0]):
-                    host = self._host(runs[i].gpa, &available)
+                    host = _host(&self._ram, runs[i].gpa, &available)
                     if host != NULL:
                         madvise(
                             <void *>(<uint64_t>host & ~<uint64_t>4095),
@@ -431,67 +355,36 @@ cdef class RamMap:
             self._users -= 1
 
     def copy_in(self, const Run[::1] runs not None, const uint8_t[::1] source not None):
+        cdef Copying job
         if not self._writable:
             raise PermissionError("guest RAM is mapped read-only")
-        self._check_runs(runs, source.shape[0])
-        cdef uint64_t total = 0
-        if runs.shape[0] == 0:
-            return 0
-        self._users += 1
-        try:
-            with nogil:
-                total = self._copy(runs, &source[0])
-        finally:
-            self._users -= 1
-        return total
-
-    cdef uint64_t _copy(self, const Run[::1] runs, const uint8_t *source) noexcept nogil:
-        cdef Py_ssize_t i
-        cdef uint64_t gpa, left, part = 0, total = 0
-        cdef const uint8_t *data
-        cdef char *host
-        for i in range(runs.shape[0]):
-            gpa = runs[i].gpa
-            left = runs[i].size
-            data = source + runs[i].offset
-            total += left
-            while left:
-                host = self._host(gpa, &part)
-                part = min(part, left)
-                memcpy(host, data, part)
-                data += part
-                gpa += part
-                left -= part
-        return total
+        self._on_runs(&job, _copy, runs, source)
+        return job.total
 
     def first_difference(self, const Run[::1] runs not None, const uint8_t[::1] source not None):
-        cdef Py_ssize_t i
-        cdef int64_t at = -1
+        cdef Copying job
+        self._on_runs(&job, _differ, runs, source)
+        return None if job.which == job.count else runs[job.which].gva + <uint64_t>job.at
+
+    cdef _on_runs(
+        self, Copying *job, void (*work)(void *) noexcept nogil, const Run[::1] runs,
+        const uint8_t[::1] source
+    ):
+        cdef void *lost
         self._check_runs(runs, source.shape[0])
+        memset(job, 0, sizeof(job[0]))
+        job.ram, job.count = &self._ram, runs.shape[0]
         if runs.shape[0] == 0:
-            return None
-        self._users += 1
+            return
+        job.runs = &runs[0]
+        job.source = &source[0]
+        self._begin()
         try:
             with nogil:
-                for i in range(runs.shape[0]):
-                    at = self._differs(&runs[i], &source[0])
-                    if at >= 0:
-                        break
+                lost = ovr_guarded(work, job)
+            self._done(lost)
         finally:
             self._users -= 1
-        return None if at < 0 else runs[i].gva + <uint64_t>at
-
-    cdef int64_t _differs(self, const Run *run, const uint8_t *source) noexcept nogil:
-        # Offset in the run of the first page-sized step that differs, or -1.
-        cdef uint64_t done = 0, part = 0
-        cdef char *host
-        while done < run.size:
-            host = self._host(run.gpa + done, &part)
-            part = min(part, run.size - done, <uint64_t>4096)
-            if memcmp(host, source + run.offset + done, part):
-                return done
-            done += part
-        return -1
 
     cdef _check_runs(self, const Run[::1] runs, uint64_t source_size):
         # All of it before the first byte moves: a bad list must not leave a half-done copy.
@@ -506,6 +399,282 @@ cdef class RamMap:
                 raise ValueError(f"run at {runs[i].gva:#x} reaches past the end of its source")
 
 
+# ---- addresses -----------------------------------------------------------------------------
+
+
+cdef char *_host(const Ram *ram, uint64_t gpa, uint64_t *available) noexcept nogil:
+    # Host address of `gpa`, or NULL; `available` bytes follow it in the same slot.
+    cdef Py_ssize_t i
+    for i in range(ram.count):
+        if gpa >= ram.slots[i].gpa and gpa - ram.slots[i].gpa < ram.slots[i].size:
+            available[0] = ram.slots[i].size - (gpa - ram.slots[i].gpa)
+            return ram.slots[i].host + (gpa - ram.slots[i].gpa)
+    return NULL
+
+
+cdef const char *_table(const Ram *ram, uint64_t gpa) noexcept nogil:
+    cdef uint64_t available = 0
+    cdef char *host = _host(ram, gpa, &available)
+    return host if host != NULL and available >= 4096 else NULL
+
+
+cdef bint _in_ram(const Ram *ram, uint64_t gpa, uint64_t size) noexcept nogil:
+    cdef uint64_t available = 0
+    while size:
+        if _host(ram, gpa, &available) == NULL:
+            return False
+        if available >= size:
+            return True
+        gpa += available
+        size -= available
+    return True
+
+
+# ---- guarded work: plain access ------------------------------------------------------------
+
+
+cdef void _read(void *given) noexcept nogil:
+    cdef Bytes *job = <Bytes *>given
+    cdef uint64_t part = 0
+    cdef char *host
+    while job.size:
+        host = _host(job.ram, job.gpa, &part)
+        part = min(part, job.size)
+        memcpy(job.target, host, part)
+        job.target += part
+        job.gpa += part
+        job.size -= part
+
+
+cdef void _write(void *given) noexcept nogil:
+    cdef Bytes *job = <Bytes *>given
+    cdef uint64_t part = 0
+    cdef char *host
+    while job.size:
+        host = _host(job.ram, job.gpa, &part)
+        part = min(part, job.size)
+        _store(host, job.source, part)
+        job.source += part
+        job.gpa += part
+        job.size -= part
+
+
+cdef void _find(void *given) noexcept nogil:
+    cdef Search *job = <Search *>given
+    cdef uint64_t available = 0
+    cdef char *hit
+    cdef char *host = _host(job.ram, job.gpa, &available)
+    cdef size_t size = 0
+    if job.end > job.gpa and host != NULL:
+        size = <size_t>min(available, job.end - job.gpa)
+    if job.step == 1:
+        hit = <char *>memmem(host, size, job.needle, job.length)
+    else:
+        hit = _find_stepped(host, size, job.needle, job.length, job.step)
+    job.found = job.end if hit == NULL else job.gpa + <uint64_t>(hit - host)
+
+
+# ---- guarded work: page tables -------------------------------------------------------------
+
+
+cdef void _translating(void *given) noexcept nogil:
+    cdef Translation *job = <Translation *>given
+    job.there = _translate(
+        job.ram, job.root, job.levels, job.gva, &job.gpa, &job.available
+    )
+
+
+cdef bint _translate(
+    const Ram *ram, uint64_t root, int levels, uint64_t gva, uint64_t *gpa, uint64_t *available
+) noexcept nogil:
+    # `available` bytes from `gva` on lie in the same leaf page.
+    cdef int level = levels
+    cdef uint64_t entry = root
+    cdef uint64_t leaf
+    cdef const char *table
+    if not _canonical(gva, levels):
+        return False
+    while True:
+        table = _table(ram, entry & PTE_ADDRESS)
+        if table == NULL:
+            return False
+        entry = read_once(table + ((gva >> (12 + 9 * (level - 1))) & 511) * 8)
+        if not entry & PTE_PRESENT:
+            return False
+        if level == 1 or (level <= 3 and entry & PTE_PSE):
+            leaf = <uint64_t>1 << (12 + 9 * (level - 1))
+            gpa[0] = (entry & PTE_ADDRESS & ~(leaf - 1)) + (gva & (leaf - 1))
+            available[0] = leaf - (gva & (leaf - 1))
+            return True
+        level -= 1
+
+
+cdef void _walk(void *given) noexcept nogil:
+    cdef Walking *job = <Walking *>given
+    cdef Py_ssize_t i
+    for i in range(job.count):
+        job.walk.piece = job.pieces[i]
+        job.status = _walk_table(
+            &job.walk, job.root & PTE_ADDRESS, job.levels,
+            job.pieces[i].gva, job.pieces[i].gva + (job.pieces[i].size - 1),
+        )
+        if job.status != WALK_OK:
+            return
+
+
+cdef int _walk_table(
+    Walk *w, uint64_t table_gpa, int level, uint64_t start, uint64_t last
+) noexcept nogil:
+    # mm/pagewalk.c, in one function for all levels: the MMU repeats itself. The range is
+    # [start, last], so that one that ends with the address space needs no 65th bit.
+    cdef const char *table = _table(w.ram, table_gpa)
+    cdef int shift = 12 + 9 * (level - 1)
+    cdef uint64_t below = (<uint64_t>1 << shift) - 1
+    cdef uint64_t entry, part_last
+    cdef int status
+    if table == NULL:
+        w.fault = table_gpa
+        return WALK_FAULT
+    while True:
+        part_last = min(start | below, last)
+        entry = read_once(table + ((start >> shift) & 511) * 8)
+        status = WALK_OK
+        if entry & PTE_PRESENT:
+            if level == 1 or (entry & PTE_PSE and level <= 3):
+                status = _leaf(w, entry, entry & PTE_ADDRESS, shift, start, part_last)
+            elif entry & PTE_PSE:
+                w.fault = table_gpa
+                status = WALK_FAULT
+            else:
+                status = _walk_table(w, entry & PTE_ADDRESS, level - 1, start, part_last)
+        elif entry & PTE_PROTNONE and (level == 1 or (level <= 3 and entry & PTE_PSE)):
+            # PROT_NONE and NUMA-hinting entries keep their frame, with the address bits
+            # inverted against L1TF (arch/x86/include/asm/pgtable-invert.h).
+            status = _leaf(w, entry, ~entry & PTE_ADDRESS, shift, start, part_last)
+        if status != WALK_OK or part_last == last:
+            return status
+        start = part_last + 1
+
+
+cdef int _leaf(
+    Walk *w, uint64_t entry, uint64_t frame, int shift, uint64_t start, uint64_t last
+) noexcept nogil:
+    cdef uint64_t inside = start & ((<uint64_t>1 << shift) - 1)
+    cdef uint32_t flags = 0
+    frame &= ~((<uint64_t>1 << shift) - 1)
+    if entry & PTE_PRESENT:
+        flags |= F_WRITE if entry & PTE_RW else 0
+        flags |= F_USER if entry & PTE_USER else 0
+    else:
+        flags |= F_PROTNONE
+    if w.frames != NULL and _owned(w.ram, w.frames, frame >> 12):
+        flags |= F_OWNED
+    return _emit(w, start, frame + inside, last - start + 1, flags, shift)
+
+
+cdef bint _owned(const Ram *ram, Frames *f, uint64_t pfn) noexcept nogil:
+    # True if the kernel itself says what `frames` asks for: of an anonymous page that it
+    # belongs to one process alone, of a page of shared memory which object it belongs to.
+    cdef uint64_t gva = f.vmemmap + pfn * f.stride
+    cdef char *page = _page(ram, f, gva)
+    cdef uint64_t head
+    if page == NULL or read_once(page + f.flags) & f.page_mask != f.page_mask:
+        return False
+    head = read_once(page + f.compound_head)
+    if head & 1:
+        # Newer kernels keep a mask there instead of the head's address, where a struct page
+        # is 64 bytes (compound_info, in v7.1): its upper half is all ones, no address's is.
+        if (head >> 32) == <uint64_t>0xFFFFFFFF:
+            head &= gva
+        page = _page(ram, f, head & ~<uint64_t>1)
+        if page == NULL:
+            return False
+    return (
+        read_once(page + f.flags) & f.folio_mask == f.folio_value
+        and read_once(page + f.mapping) & f.mapping_mask == f.mapping_value
+    )
+
+
+cdef char *_page(const Ram *ram, Frames *f, uint64_t gva) noexcept nogil:
+    cdef uint64_t gpa = 0
+    cdef uint64_t available = 0
+    cdef uint64_t in_slot = 0
+    cdef char *host
+    if gva & 7:  # the guest says where a folio's head is
+        return NULL
+    if gva - f.cached_gva >= f.cached_size or f.cached_size - (gva - f.cached_gva) < f.stride:
+        if not _translate(ram, f.root, f.levels, gva, &gpa, &available):
+            return NULL
+        host = _host(ram, gpa, &in_slot)
+        available = min(available, in_slot)
+        if host == NULL or available < f.stride:
+            return NULL
+        f.cached_gva = gva
+        f.cached_size = available
+        f.cached_host = host
+    return f.cached_host + (gva - f.cached_gva)
+
+
+# ---- guarded work: bulk --------------------------------------------------------------------
+
+
+cdef void _copy(void *given) noexcept nogil:
+    cdef Copying *job = <Copying *>given
+    cdef Py_ssize_t i
+    cdef uint64_t gpa, left, part = 0
+    cdef const uint8_t *data
+    cdef char *host
+    for i in range(job.count):
+        gpa = job.runs[i].gpa
+        left = job.runs[i].size
+        data = job.source + job.runs[i].offset
+        job.total += left
+        while left:
+            host = _host(job.ram, gpa, &part)
+            part = min(part, left)
+            memcpy(host, data, part)
+            data += part
+            gpa += part
+            left -= part
+
+
+cdef void _differ(void *given) noexcept nogil:
+    cdef Copying *job = <Copying *>given
+    for job.which in range(job.count):
+        job.at = _differs(job.ram, &job.runs[job.which], job.source)
+        if job.at >= 0:
+            return
+    job.which = job.count
+
+
+cdef void _compare(void *given) noexcept nogil:
+    cdef Comparing *job = <Comparing *>given
+    cdef Py_ssize_t i
+    cdef uint64_t done
+    cdef uint8_t *equal = job.equal
+    for i in range(job.count):
+        done = 0
+        while done < job.pairs[i].size:
+            equal[0] = memcmp(
+                job.one + job.pairs[i].one + done, job.other + job.pairs[i].other + done, 4096
+            ) == 0
+            equal += 1
+            done += 4096
+
+
+cdef int64_t _differs(const Ram *ram, const Run *run, const uint8_t *source) noexcept nogil:
+    # Offset in the run of the first page-sized step that differs, or -1.
+    cdef uint64_t done = 0, part = 0
+    cdef char *host
+    while done < run.size:
+        host = _host(ram, run.gpa + done, &part)
+        part = min(part, run.size - done, <uint64_t>4096)
+        if memcmp(host, source + run.offset + done, part):
+            return done
+        done += part
+    return -1
+
+
 def populate_read(const uint8_t[::1] source not None):
     cdef uint64_t start
     cdef int result
@@ -516,6 +685,8 @@ def populate_read(const uint8_t[::1] source not None):
         result = madvise(
             <void *>(start & ~<uint64_t>4095), source.shape[0] + (start & 4095), MADV_POPULATE_READ
         )
+    if result and errno == EFAULT:
+        raise OSError(EIO, CUT_OFF)
     if result and errno not in (EAGAIN, EINTR):
         raise OSError(errno, os.strerror(errno))
 
@@ -524,10 +695,11 @@ def equal_pages(
     const uint8_t[::1] one not None, const uint8_t[::1] other not None,
     const Pair[::1] pairs not None
 ):
+    cdef Comparing job
     cdef Py_ssize_t i
-    cdef uint64_t done
     cdef uint64_t pages = 0
     cdef uint8_t[::1] view
+    cdef void *lost
     for i in range(pairs.shape[0]):
         _check_range(pairs[i].one, pairs[i].size, one.shape[0])
         _check_range(pairs[i].other, pairs[i].size, other.shape[0])
@@ -536,16 +708,13 @@ def equal_pages(
     if pages == 0:
         return equal
     view = equal.view(np.uint8)
-    pages = 0
+    job.one, job.other, job.equal = &one[0], &other[0], &view[0]
+    job.pairs, job.count = &pairs[0], pairs.shape[0]
+    ovr_guard_install()
     with nogil:
-        for i in range(pairs.shape[0]):
-            done = 0
-            while done < pairs[i].size:
-                view[pages] = memcmp(
-                    &one[pairs[i].one] + done, &other[pairs[i].other] + done, 4096
-                ) == 0
-                pages += 1
-                done += 4096
+        lost = ovr_guarded(_compare, &job)
+    if lost != NULL:
+        raise OSError(EIO, CUT_OFF)
     return equal
 
 
@@ -599,6 +768,7 @@ cdef int _emit(
         if grown == NULL:
             return WALK_NOMEM
         w.runs = grown
+        settle()  # the old one is freed
     last = &w.runs[w.count]
     last.gva = gva
     last.gpa = gpa

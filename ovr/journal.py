@@ -39,19 +39,30 @@ class FieldWrite:
     def __str__(self) -> str:
         return (
             f"{self.of}: {self.state}: {self.field} at {self.gva:#x} (GPA {self.gpa:#x}):"
-            f" {_shown(self.old)} -> {_shown(self.new)}"
+            f" {_shown(self.values[0])} -> {_shown(self.values[1])}"
         )
+
+    @property
+    def values(self) -> tuple[int, int] | tuple[str, str]:
+        """Old and new: words as numbers, text as text, all else as hexadecimal digits."""
+        old, new = self.old, self.new
+        if len(old) in (1, 2, 4, 8):
+            return int.from_bytes(old, "little"), int.from_bytes(new, "little")
+        if any(new) and _is_text(old) and _is_text(new):
+            return old.partition(b"\0")[0].decode(), new.partition(b"\0")[0].decode()
+        return old.hex(), new.hex()
 
     def as_json(self) -> dict[str, Any]:
         """Return the fields as ``ovr.restore/1`` has them in ``journal.fields``."""
+        old, new = self.values
         return {
             "of": self.of,
             "state": self.state,
             "field": self.field,
             "gva": self.gva,
             "gpa": self.gpa,
-            "old": _value(self.old),
-            "new": _value(self.new),
+            "old": old,
+            "new": new,
         }
 
 
@@ -169,16 +180,10 @@ def _continues(last: FieldWrite, write: FieldWrite) -> bool:
     return same and last.gva + len(last.new) == write.gva
 
 
-def _value(data: bytes) -> int | str:
-    # Words as numbers, strings of the kernel as text, everything else as hexadecimal digits.
-    if len(data) in (1, 2, 4, 8):
-        return int.from_bytes(data, "little")
+def _is_text(data: bytes) -> bool:
     text, _, rest = data.partition(b"\0")
-    if text.isascii() and text.decode().isprintable() and not rest.strip(b"\0"):
-        return text.decode()
-    return data.hex()
+    return text.isascii() and text.decode().isprintable() and not any(rest)
 
 
-def _shown(data: bytes) -> str:
-    value = _value(data)
+def _shown(value: int | str) -> str:
     return f"{value:#x}" if isinstance(value, int) else repr(value)

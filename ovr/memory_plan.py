@@ -51,6 +51,8 @@ __all__ = [
     "plan_tasks",
 ]
 
+_LARGE: Final = 64 << 20
+"""Bytes of a piece that are worth a request of its own, and threads."""
 _MAP_TYPE: Final = 0x0F
 _MAP_DROPPABLE: Final = 0x08
 
@@ -177,24 +179,41 @@ class TaskPlan(MemoryPlan):
         ].tolist()
         return pages
 
-    def put(self, inside: InsideImages, draft: Draft, cuts: Cuts) -> list[VmaEntry]:
-        """Make the task's part of the inside image set; return its areas there."""
+    @cached_property
+    def large_pieces(self) -> Ranges:
+        """Of `pieces_of_criu` those that the agent allocates faster: by many threads, at once."""
+        pieces = self.pieces_of_criu
+        large: Ranges = pieces[pieces["end"] - pieces["start"] >= _LARGE]
+        return large
+
+    def put(
+        self, inside: InsideImages, draft: Draft, cuts: Cuts, *, all_by_criu: bool
+    ) -> list[VmaEntry]:
+        """Make the task's part of the inside image set; return its areas there.
+
+        Args:
+            inside: the set.
+            draft: of its messages.
+            cuts: where areas are cut.
+            all_by_criu: CRIU is asked for `large_pieces`, too.
+        """
         self.drop(inside)
         mm = draft.message(f"mm-{self.task.pid}.img", 0, MmEntry)
         areas: list[VmaEntry] = []
         for vma in mm.vmas:
             edges = cuts.get((vma.start, vma.end), ())
             for piece in split_vma(vma, edges) if edges else [vma]:
-                self._ask_criu(piece)
+                self._ask_criu(piece, all_by_criu)
                 areas.append(piece)
         del mm.vmas[:]
         mm.vmas.extend(areas)
         return list(mm.vmas)
 
-    def _ask_criu(self, piece: VmaEntry) -> None:
+    def _ask_criu(self, piece: VmaEntry, all_of_it: bool) -> None:
         if _contains(self.pieces_of_criu, piece):
             if piece.prot & PROT_WRITE:
-                piece.madv |= 1 << MADV_POPULATE_WRITE
+                if all_of_it or not _contains(self.large_pieces, piece):
+                    piece.madv |= 1 << MADV_POPULATE_WRITE
             else:
                 piece.flags |= MAP_POPULATE  # while CRIU still has it writable
         if _contains(self.sharing.dropped, piece):

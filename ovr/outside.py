@@ -24,12 +24,13 @@ from ovr.kernel import (
     for_each_vma,
     mm_space,
     settled,
+    types_that_fit,
 )
 from ovr.memory_plan import SharedPlan, TaskPlan
 from ovr.paging import AddressSpace, Frames
 from ovr.placement import Runs
 from ovr.plan import Plan
-from ovr.ranges import RANGE, Ranges, cut_to, join, total
+from ovr.ranges import RANGE, Ranges, common, cut_to, join, ranges_of, total, without
 from ovr.state import GuestTree
 from ovr.state.memory import Family, Target
 from ovr.vm.agent import Agent
@@ -64,19 +65,30 @@ class Outside:
         return [*{id(target): target for target in (*shared, *self.targets)}.values()]
 
 
-def find_outside(plan: Plan, guest: GuestTree, agent: Agent, sources: Sources) -> Outside:
+@types_that_fit()
+def find_outside(
+    plan: Plan, guest: GuestTree, agent: Agent, sources: Sources, *, warm: bool = False
+) -> Outside:
     """Have the guest allocate what the plan writes outside, and return where it is.
+
+    Args:
+        plan: the plan.
+        guest: the skeleton.
+        agent: holds it.
+        sources: the pages images.
+        warm: CRIU has populated the large pieces, too.
 
     Raises:
         RestoreFailed: the guest has no memory for it, or the skeleton is not what was planned.
         GuestFault: kernel objects of the guest make no sense.
+        KernelNotFound: its types make no sense.
         AgentUnreachable: the link broke.
     """
     restorees = {task.task.pid: _Restoree(task, guest, agent, sources) for task in plan.tasks}
     families: list[Family] = []
     targets: list[Target] = []
     for restoree in restorees.values():
-        restoree.allocate()
+        restoree.allocate(large=not warm)
         targets += restoree.targets(restoree.plan.pieces)
     for restoree in restorees.values():
         if restoree.plan.bequeathed:
@@ -97,6 +109,7 @@ class _Alive:
         self._task = task
         self._root = space.root
 
+    @types_that_fit()
     def __call__(self) -> None:
         task: Struct | None = find_task(self._kernel, self._pid)
         if task != self._task or not task.mm or mm_space(self._kernel, task.mm).root != self._root:
@@ -135,9 +148,15 @@ class _Restoree:
     def _ask(self, pieces: Runs) -> None:
         self._agent.touch(self._pid, pieces[["gva", "size"]].tolist(), keep=True)
 
-    def allocate(self) -> None:
-        if len(self.plan.to_touch()):
-            _touch(self.plan, self._agent, self._pid)
+    def allocate(self, *, large: bool) -> None:
+        ranges = [self.plan.to_touch()]
+        if large and len(self.plan.large_pieces):
+            # Where the kernel has written something meanwhile, it must stay: page by page.
+            kept = _pages_of(self.plan.spared)
+            ranges += [without(self.plan.large_pieces, kept), common(self.plan.large_pieces, kept)]
+        for one in ranges:
+            if len(one):
+                _touch(one, self.plan.spared, self._agent, self._pid)
 
 
 def _families(
@@ -187,14 +206,20 @@ def _frames_of_the_tree(kernel: Kernel, anon_vma: Gva, ours: set[Gva], pid: int)
     return kernel.anon_frames(anon_vma)
 
 
-def _touch(plan: TaskPlan, agent: Agent, pid: int) -> None:
-    ranges = plan.to_touch()
+def _touch(ranges: Ranges, spared: Ranges, agent: Agent, pid: int) -> None:
     # Where the kernel has written something meanwhile, it must stay.
-    precious = _overlaps(ranges, plan.spared)
+    precious = _overlaps(ranges, spared)
     for keep in (False, True):
         chosen = ranges[precious == keep]
         sizes = (chosen["end"] - chosen["start"]).tolist()
         agent.touch(pid, zip(chosen["start"].tolist(), sizes, strict=True), keep=keep)
+
+
+def _pages_of(ranges: Ranges) -> Ranges:
+    # The pages with a byte in one of the ranges.
+    page = np.uint64(PAGE_SIZE)
+    last = (ranges["end"] + page - np.uint64(1)) // page * page
+    return join(ranges_of(ranges["start"] // page * page, last))
 
 
 def _overlaps(ranges: Ranges, others: Ranges) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:

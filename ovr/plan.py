@@ -89,7 +89,8 @@ class Plan:
         cuts = cuts_of(self.tasks, self.cow)
         areas = {}
         for task in self.tasks:
-            areas[task.task.pid] = task.put(inside, draft, cuts[task.task.pid])
+            mine = cuts[task.task.pid]
+            areas[task.task.pid] = task.put(inside, draft, mine, all_by_criu=pool is not None)
         warm = plan_warm(self.tasks, self.cow, areas, pool) if pool else WarmPlan()
         for shared in self.shared:
             shared.drop(inside)

@@ -47,7 +47,9 @@ def join(*sets: Ranges) -> Ranges:
     ranges = np.concatenate([no_ranges(), *sets])
     if not len(ranges):
         return ranges
-    ordered = np.sort(ranges, order="start")
+    # Nearly always in order already; to sort structures by a field is slow.
+    order = np.argsort(ranges["start"], kind="stable")
+    ordered = ranges[order]
     reach = np.maximum.accumulate(ordered["end"])
     opens = np.append(True, ordered["start"][1:] > reach[:-1])
     last = np.append(np.flatnonzero(opens)[1:] - 1, len(ordered) - 1)
@@ -66,7 +68,7 @@ def without(one: Ranges, other: Ranges) -> Ranges:
 
 def _combined(one: Ranges, other: Ranges, both: Callable[..., Any]) -> Ranges:
     flat = [_edges(join(one)), _edges(join(other))]
-    edges = np.unique(np.concatenate(flat))
+    edges = _merged(*flat)
     # Behind an odd number of a set's edges one is inside of it.
     inside = [np.searchsorted(f, edges, side="right") % 2 == 1 for f in flat]
     kept = np.flatnonzero(both(*inside))
@@ -119,7 +121,7 @@ def cut_to(
     """Return of `runs` what lies in the sorted ranges of GVAs, which do not overlap, in order."""
     if not len(runs) or not len(start):
         return runs[:0]
-    parts = cut_at(runs, np.unique(np.concatenate([start, end])))
+    parts = cut_at(runs, _merged(start, end))
     kept: NDArray[np.void] = parts[inside(parts["gva"], start, end)]
     return kept
 
@@ -147,6 +149,14 @@ def cut_at(
         parts[name] += (low - start[which]).astype(parts.dtype[name])
     parts[address], parts["size"] = low, high - low
     return parts
+
+
+def _merged(*edges: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    # Each of the sorted edges once. A stable sort merges what is in order already, several times
+    # faster than np.unique, which hashes.
+    every = np.concatenate(edges)
+    every.sort(kind="stable")
+    return every[np.append(True, every[1:] != every[:-1])] if len(every) else every
 
 
 def _edges(ranges: Ranges) -> NDArray[np.uint64]:

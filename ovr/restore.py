@@ -94,20 +94,22 @@ def restore(
         with _killed_on_error(link, checkpoint.patience), link.keep_alive():
             sources = stack.enter_context(Sources())
             with watch("populate"):
-                memory = find_outside(plan, _guest(vm, skeleton), link, sources)
+                tree = partial(_guest, vm, skeleton)
+                memory = find_outside(plan, tree(), link, sources, warm=not cold)
             copier = stack.enter_context(_copier(vm, journal, _counter(watch, memory.bytes)))
             with watch("memory"):
                 left = copier.write_families(memory.families)
                 copier.write([*left, *((target, target.pieces) for target in memory.targets)])
                 _log_memory(journal)
-            tree = partial(_guest, vm, skeleton)
             recording = Recording(journal, vm.kernel, tree, copier.holder)
             with recording.taken_back_on(BaseException):
                 with watch("state"):
                     settings.write(plan.settings, tree, copier.holder, recording)
                 with watch("verify"):
                     settings.verify(plan.settings, tree())
+                    sources.check_unchanged()
                     compared = _verify(copier, memory, verify)
+                    sources.check_unchanged()
                 refuse_migration(vm.qmp)
                 vm.check_same_boot()
         # From here on the tree may run, whatever we hear, unless the agent says that it is dead.

@@ -36,7 +36,7 @@ from ovr.images.vma import (
     vma_array,
 )
 from ovr.memory_plan import TaskPlan
-from ovr.ranges import Ranges, common, join, ranges_of, without
+from ovr.ranges import RANGE, Ranges, common, join, ranges_of, without
 
 __all__ = ["TABLE", "UNIT", "Pool", "WarmPlan", "foreign_cgroup", "plan_warm"]
 
@@ -137,7 +137,8 @@ def plan_warm(
         pool: what there is.
     """
     by_pid = {plan.task.pid: plan for plan in plans}
-    served = {pid: [*_served(by_pid[pid], cow)] for pid in _family_order(plans)}
+    taken = _inherited(plans, areas)
+    served = {pid: [*_served(by_pid[pid], cow, taken[pid])] for pid in _family_order(plans)}
     size = 0
     parts = {}
     for pid, each in served.items():
@@ -154,38 +155,53 @@ def plan_warm(
     users = [by_pid[pid].memory for pid, each in served.items() if each]
     names = (name for memory in users for name in (memory.name, memory.pages_name))
     all_served = [area for each in served.values() for area in each]
+    table = _Table(cow, pool.criu)
+    for pid, part in _subtrees(by_pid, parts).items():
+        table.add(by_pid[pid], part, served[pid], areas[pid])
     return WarmPlan(
-        _table(by_pid, served, _subtrees(by_pid, parts), areas, pool.criu),
+        table.build(),
         tuple(names),
         sum(area.end - area.start for area in all_served),
         sum(total_of(area.kept) for area in all_served),
     )
 
 
-def _table(
-    plans: Mapping[int, TaskPlan],
-    served: Mapping[int, Sequence[_Served]],
-    parts: Mapping[int, tuple[int, int]],
-    areas: Mapping[int, Sequence[VmaEntry]],
-    criu: str,
-) -> bytes:
-    # As guest/warm/pool.h has it.
-    tasks: list[bytes] = []
-    drops: list[bytes] = []
-    rows: list[bytes] = []
-    for pid, part in parts.items():
-        here, extent, base = [], 0, 0
-        if served[pid]:
-            window = _window(areas[pid], pid)
-            here = [*_rows(plans[pid], window, served[pid], criu)]
-            extent, base = window.size, _base(plans[pid], window, served[pid])
-            _mark(areas[pid], served[pid])
-        tasks.append(struct.pack("<7Q", pid, *part, extent, base, len(rows), len(here)))
-        drops += [struct.pack("<2Q", *drop) for area in served[pid] for drop in _drops(area)]
-        rows += here
-    end = max(end for _, end in parts.values())
-    head = struct.pack("<5Q", _MAGIC, end, len(tasks), len(drops), len(rows))
-    return b"".join([head, *tasks, *drops, *rows])
+class _Table:
+    # As guest/warm/pool.h has it, task by task.
+
+    def __init__(self, cow: CowPlan, criu: str) -> None:
+        self._cow = cow
+        self._criu = criu
+        self._tasks: list[bytes] = []
+        self._drops: list[bytes] = []
+        self._rows: list[bytes] = []
+        self._lowest = _LOWEST
+        self._end = 0
+
+    def add(
+        self, plan: TaskPlan, part: tuple[int, int], served: Sequence[_Served],
+        areas: Sequence[VmaEntry],
+    ) -> None:  # fmt: skip
+        rows, extent, base = [], 0, 0
+        if served:
+            window = _window(areas, plan.task.pid)
+            family = _family(self._cow, plan.task.pid)
+            read_only = without(_mapped_without_write(plan, self._criu), family)
+            rows = [*_rows(window, served, read_only)]
+            extent, base = window.size, _base(plan, window, served, self._lowest)
+            # A child is made while its parent still has its own.
+            self._lowest = base + extent if base + extent < _HIGHEST else _LOWEST
+            _mark(areas, served)
+        first = len(self._rows)
+        self._tasks.append(struct.pack("<7Q", plan.task.pid, *part, extent, base, first, len(rows)))
+        self._drops += [struct.pack("<2Q", *drop) for area in served for drop in _drops(area)]
+        self._rows += rows
+        self._end = max(self._end, part[1])
+
+    def build(self) -> bytes:
+        parts = self._tasks, self._drops, self._rows
+        head = struct.pack("<5Q", _MAGIC, self._end, *map(len, parts))
+        return b"".join([head, *self._tasks, *self._drops, *self._rows])
 
 
 def total_of(ranges: Ranges) -> int:
@@ -219,7 +235,23 @@ def _subtrees(
     return {pid: part for pid, part in found.items() if part[0] < part[1]}
 
 
-def _served(plan: TaskPlan, cow: CowPlan) -> Iterator[_Served]:
+def _inherited(
+    plans: Sequence[TaskPlan], areas: Mapping[int, Sequence[VmaEntry]]
+) -> dict[int, Ranges]:
+    # What CRIU has a task inherit, or bequeath: pieces that parent and child have at the same
+    # place, even if the areas that they are of are not the same.
+    bounds = {pid: {(area.start, area.end) for area in each} for pid, each in areas.items()}
+    same: dict[int, set[tuple[int, int]]] = {pid: set() for pid in bounds}
+    for plan in plans:
+        pid, parent = plan.task.pid, plan.task.ppid
+        if parent in bounds:
+            both = bounds[pid] & bounds[parent]
+            same[pid] |= both
+            same[parent] |= both
+    return {pid: join(np.array([*each], dtype=RANGE)) for pid, each in same.items()}
+
+
+def _served(plan: TaskPlan, cow: CowPlan, inherited: Ranges) -> Iterator[_Served]:
     # The areas of a task that are worth it.
     vmas, pid = plan.task.vmas, plan.task.pid
     assert vmas is not None
@@ -230,7 +262,7 @@ def _served(plan: TaskPlan, cow: CowPlan) -> Iterator[_Served]:
     plain &= vmas["prot"] & _WRITABLE == _WRITABLE
     plain &= vmas["end"] - vmas["start"] >= UNIT
     # Children must inherit these, and find nothing there that is not theirs.
-    family = join(cow.heirs(pid), *cow.rooted[pid].values())
+    family = join(inherited, _family(cow, pid))
     for start, end in vmas[plain][["start", "end"]].tolist():
         area = _range(start, end)
         if len(common(area, family)):
@@ -238,6 +270,10 @@ def _served(plan: TaskPlan, cow: CowPlan) -> Iterator[_Served]:
         served = _Served(start, end, _units(common(plan.pieces_of_criu, area)))
         if 2 * total_of(served.kept) >= served.room:
             yield served
+
+
+def _family(cow: CowPlan, pid: int) -> Ranges:
+    return join(cow.heirs(pid), *cow.rooted[pid].values())
 
 
 def _range(start: int, end: int) -> Ranges:
@@ -266,9 +302,8 @@ def _window(areas: Sequence[VmaEntry], pid: int) -> _Window:
     return _Window(vmas, np.concatenate([np.zeros(1, "<u8"), np.cumsum(sizes)]))
 
 
-def _rows(plan: TaskPlan, window: _Window, served: Sequence[_Served], criu: str) -> Iterator[bytes]:
+def _rows(window: _Window, served: Sequence[_Served], read_only: Ranges) -> Iterator[bytes]:
     starts = np.array([one.start for one in served], "<u8")
-    read_only = _mapped_without_write(plan, criu)
     for start, end, at, write in zip(
         window.areas["start"].tolist(), window.areas["end"].tolist(), window.at.tolist(),
         (window.areas["prot"] & PROT_WRITE != 0).tolist(), strict=False,
@@ -277,14 +312,15 @@ def _rows(plan: TaskPlan, window: _Window, served: Sequence[_Served], criu: str)
         if one >= 0 and end <= served[one].end:
             how, where = _SERVE, served[one].at + start - served[one].start
         else:
-            without = not write and len(common(read_only, _range(start, end)))
-            how, where = _WITHOUT_WRITE if without else _PLAIN, 0
+            shut = not write and len(common(read_only, _range(start, end)))
+            how, where = _WITHOUT_WRITE if shut else _PLAIN, 0
         yield struct.pack("<4Q", at, end - start, where, how)
 
 
 def _mapped_without_write(plan: TaskPlan, criu: str) -> Ranges:
     # The areas that CRIU alone would map as they are in the end, since the next page that it has is
-    # behind them (premap_priv_vmas of criu/mem.c); the kernel accounts for the others (VM_ACCOUNT).
+    # behind them (premap_priv_vmas of criu/mem.c), unless they are inherited; the kernel accounts
+    # for the others (VM_ACCOUNT).
     assert plan.task.vmas is not None
     vmas = plan.task.vmas[is_private(plan.task.vmas)]
     entries = plan.memory.entries
@@ -301,7 +337,7 @@ def _excludes_the_end(criu: str) -> bool:
     return version is not None and int(version[0]) >= 4
 
 
-def _base(plan: TaskPlan, window: _Window, served: Sequence[_Served]) -> int:
+def _base(plan: TaskPlan, window: _Window, served: Sequence[_Served], base: int) -> int:
     # Where CRIU's reservation is best: away from all areas of the task, and so that most of what
     # comes from the pool lies there as in the end, modulo huge pages.
     shifts: dict[int, int] = {}
@@ -312,7 +348,7 @@ def _base(plan: TaskPlan, window: _Window, served: Sequence[_Served]) -> int:
     shift = max(shifts, key=lambda each: shifts[each])
     vmas = plan.task.vmas
     assert vmas is not None
-    base = _LOWEST
+    base = -(-base // UNIT) * UNIT
     for start, end in vmas[["start", "end"]].tolist():
         if start < base + UNIT + window.size and base < end < _HIGHEST:
             base = -(-end // UNIT) * UNIT

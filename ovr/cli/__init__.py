@@ -5,32 +5,24 @@ with ``--json`` it is also an object on stdout.
 """
 
 import argparse
+import errno
 import sys
 import textwrap
 from collections.abc import Sequence
-from importlib.metadata import version
+from importlib import import_module
 from typing import Any, Final
 
-from ovr.cli import (
-    agent,
-    check,
-    completion,
-    demo,
-    lab,
-    list,
-    output,
-    plan,
-    ps,
-    restore,
-    states,
-    warm,
-)
+from ovr.cli import completion, output
 from ovr.cli.logs import DEFAULT_LEVEL, log_to_stderr
 from ovr.errors import OvrError
 
 __all__ = ["main", "make_parser"]
 
-_COMMANDS: Final = (restore, plan, warm, states, ps, list, check, agent, lab, demo)
+# Modules of this package. Of those that are not asked for nothing is loaded: a restore is to begin
+# at once.
+_COMMANDS: Final = (
+    "restore", "warm", "plan", "states", "ps", "list", "check", "agent", "lab", "demo",
+)  # fmt: skip
 
 _WIDTH: Final = 92
 _EPILOG: Final = """\
@@ -47,10 +39,12 @@ exit codes:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
-    options = make_parser().parse_args(arguments)
+    words = sys.argv[1:] if arguments is None else arguments
+    options = make_parser(words[0] if words else None).parse_args(words)
     log_to_stderr(getattr(options, "log_level", DEFAULT_LEVEL + options.verbose))
     try:
         code: int = options.run(options)
+        sys.stdout.flush()
     except OvrError as error:
         output.error(error, as_json=options.json)
         return error.exit_code
@@ -58,7 +52,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("ovr: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
+        output.give_up_stdout()
         return 141
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        output.give_up_stdout()
+        where = error.filename or "standard output"
+        output.error(OvrError(f"{where}: {error.strerror}", "free space there"), as_json=False)
+        return 1
     return code
 
 
@@ -81,12 +83,17 @@ class _Version(argparse.Action):
         values: object,
         option_string: str | None = None,
     ) -> None:
+        from importlib.metadata import version  # noqa: PLC0415 - no command should wait for it
+
         print(f"ovr {version('ovr')}")
         parser.exit()
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """Return the parser of the whole command line."""
+def make_parser(only: str | None = None) -> argparse.ArgumentParser:
+    """Return the parser of the whole command line, or, faster, of the command `only`.
+
+    What is no command gets the whole parser, which says so.
+    """
     parser = _Command(
         prog="ovr",
         description="Restore checkpointed processes into a running QEMU VM, from outside the VM.",
@@ -100,7 +107,7 @@ def make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(
         title="commands", required=True, metavar="COMMAND", parser_class=_Command
     )
-    for command in _COMMANDS:
-        command.add(commands)
+    for name in (only,) if only in _COMMANDS else _COMMANDS:
+        import_module(f"ovr.cli.{name}").add(commands)
     completion.add(commands, make_parser)
     return parser

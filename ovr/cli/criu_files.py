@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Final
 
 from ovr.addresses import PAGE_SIZE
 from ovr.cli.logs import log_to_file
@@ -17,6 +18,8 @@ from ovr.images.stats import STATS_RESTORE, stats_image
 from ovr.report import Report
 
 __all__ = ["criu_files", "stats_text"]
+
+_ROOM: Final = b"\n" * 10
 
 log = logging.getLogger("ovr.restore")
 
@@ -45,7 +48,7 @@ def criu_files(
     if path is not None:
         with _usage("pidfile", path):
             # As CRIU does it: a pidfile that exists may be somebody's who lives.
-            os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644))
+            _reserve(path)
     try:
         yield lambda report: _finish(report, work, path)
     except BaseException as error:
@@ -54,6 +57,18 @@ def criu_files(
         if log_file is not None:
             _log_failure(error)
         raise
+
+
+def _reserve(path: Path) -> None:
+    # With room for a pid, since there is no way back once the tree runs.
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+    try:
+        os.write(fd, _ROOM)
+    except OSError:
+        path.unlink()
+        raise
+    finally:
+        os.close(fd)
 
 
 def stats_text(report: Report) -> str:
@@ -72,7 +87,9 @@ def stats_text(report: Report) -> str:
 
 def _finish(report: Report, work: Path, pidfile: Path | None) -> None:
     if pidfile is not None:
-        pidfile.write_text(str(report.pid))
+        with pidfile.open("r+") as file:  # in the room that is there
+            file.write(str(report.pid))
+            file.truncate()
     stats = stats_image(
         pages=report.bytes_total // PAGE_SIZE,
         forking=report.seconds["skeleton"],

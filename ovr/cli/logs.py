@@ -7,6 +7,7 @@
 
 import logging
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -29,6 +30,24 @@ class _Formatter(logging.Formatter):
         return "\n".join(f"({seconds:09.6f}) {_mark(record)}{line}" for line in text.splitlines())
 
 
+class _File(logging.FileHandler):
+    # A disk that is full is no reason to end a restore: said once, and the rest is lost.
+    complained = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+        elif not self.complained:
+            self.complained = True
+            reason = f"{self.baseFilename} cannot be written: {error.strerror}"
+            print(f"ovr: the log {reason} (free space there)", file=sys.stderr)
+
+    def close(self) -> None:
+        with suppress(OSError):  # of what could not be written before
+            super().close()
+
+
 def log_to_stderr(level: int) -> None:
     """Log to stderr, up to CRIU's `level`."""
     _log(logging.StreamHandler(sys.stderr), level)
@@ -40,7 +59,7 @@ def log_to_file(path: Path, level: int) -> None:
     Raises:
         OSError: it cannot be written.
     """
-    _log(logging.FileHandler(path, mode="w", encoding="utf-8"), level)
+    _log(_File(path, mode="w", encoding="utf-8"), level)
 
 
 def _log(handler: logging.Handler, level: int) -> None:

@@ -2,14 +2,26 @@
 
 import argparse
 import json
+import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from ovr.cli.terminal import painted
 from ovr.errors import OvrError
 
-__all__ = ["common", "document", "error", "json_option", "one_line", "size", "table"]
+__all__ = [
+    "common",
+    "document",
+    "error",
+    "give_up_stdout",
+    "json_option",
+    "one_line",
+    "printed",
+    "size",
+    "table",
+]
 
 
 def common(parser: argparse.ArgumentParser) -> None:
@@ -37,17 +49,39 @@ def error(problem: OvrError, *, as_json: bool) -> None:
         f"{painted('ovr:', 'bad', sys.stderr)} {one_line(str(problem))}{one_line(cure)}",
         file=sys.stderr,
     )
+    fields = {
+        "kind": problem.kind,
+        "message": str(problem),
+        "hint": problem.hint,
+        "exit_code": problem.exit_code,
+        "undone": list(problem.undone),
+    }
     if as_json:
-        document(
-            "ovr.error/1",
-            {
-                "kind": problem.kind,
-                "message": str(problem),
-                "hint": problem.hint,
-                "exit_code": problem.exit_code,
-                "undone": list(problem.undone),
-            },
-        )
+        with printed("it ended with this error"):
+            document("ovr.error/1", fields)
+
+
+@contextmanager
+def printed(known: str) -> Iterator[None]:
+    """Print within the ``with`` what is not worth failing for; where stdout is full, say so.
+
+    Args:
+        known: what stays true though it cannot be printed.
+    """
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        give_up_stdout()
+        print(f"ovr: {known}, but that cannot be printed: {error.strerror}", file=sys.stderr)
+
+
+def give_up_stdout() -> None:
+    """Forget what could not be printed: Python would try again at its end, and fail then."""
+    with open(os.devnull, "w") as nowhere:  # noqa: PTH123
+        os.dup2(nowhere.fileno(), sys.stdout.fileno())
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> None:

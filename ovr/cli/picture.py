@@ -9,7 +9,6 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from html import escape
-from importlib.metadata import version
 from pathlib import Path
 from typing import Final
 
@@ -89,6 +88,8 @@ def page(report: Report, facts: Mapping[str, str]) -> str:
         report: what to show.
         facts: what else to tell, by name: the images' directory, the VM.
     """
+    from importlib.metadata import version  # noqa: PLC0415 - slow to load, and rarely asked for
+
     total = report.seconds.get("total", 0.0)
     title = f"pid {report.pid}: {size(report.bytes_total)} restored in {_seconds(total)}"
     states = escape(", ".join(report.states) or "none")

@@ -12,10 +12,11 @@ from ovr.checkpoint import RUNTIMES, open_checkpoint
 from ovr.cli.criu_files import criu_files, stats_text
 from ovr.cli.criu_options import Verbosity, add_criu_options
 from ovr.cli.logs import DEFAULT_LEVEL
-from ovr.cli.output import document, json_option, size
+from ovr.cli.output import document, json_option, printed, size
 from ovr.cli.picture import Writer, page, picture_file
 from ovr.cli.plan import add_outside, show
 from ovr.cli.progress import PROGRESS_MODES, make_watch
+from ovr.cli.signals import ended_in_order
 from ovr.cli.vm_options import add_agent_option, add_vm_options
 from ovr.errors import UsageError
 from ovr.plan import make_plan
@@ -123,13 +124,15 @@ def run(options: argparse.Namespace) -> int:
     """Restore, or with ``--dry-run`` go as far as is possible without touching the guest."""
     if options.dry_run:
         return _dry_run(options)
-    report = _restore(options)
-    if options.json:
-        document("ovr.restore/1", report.as_json())
-    else:
-        print(_sentence(report))
-    if options.display_stats:
-        print(stats_text(report), file=sys.stderr if options.json else sys.stdout)
+    with ended_in_order():
+        report = _restore(options)
+    with printed(f"pid {report.pid} is restored and runs"):
+        if options.json:
+            document("ovr.restore/1", report.as_json())
+        else:
+            print(_sentence(report))
+        if options.display_stats:
+            print(stats_text(report), file=sys.stderr if options.json else sys.stdout)
     return 0
 
 

@@ -142,6 +142,9 @@ bool directory_prepare_base(void);
 const char *directory_make(struct directory *directory);
 const char *directory_append(struct directory *directory, const struct mp_value *name,
 			     const struct mp_value *data);
+/* Links to some of the images, as if they were those of an earlier dump. */
+bool directory_make_parent(const struct directory *directory, char **names);
+void directory_remove_parent(const struct directory *directory);
 void directory_remove(struct directory *directory, bool keep_log);
 
 #define AGENT_PATH "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -232,6 +235,22 @@ pid_t tree_parent(pid_t pid);
 /* exitkill.c */
 /* Have the kernel kill what CRIU, which is stopped, traces when CRIU dies. NULL, or why not. */
 const char *exitkill_set(pid_t criu);
+
+/* touch.c */
+/* Have pages of a held task allocated; 0, or an errno. Only in a child that ends afterwards. */
+int touch_ranges(pid_t pid, struct mp_reader ranges, bool keep);
+/*
+ * Whatever its protection is: the kernel makes a page of the task's own first.
+ * Where nothing is to be kept nothing is read, since to read a page of a file
+ * maps its neighbours as well.
+ */
+bool touch_forced(int mem, uint64_t at, bool keep);
+
+/* priority.c: being served first while a restore is under way, in a guest that is busy */
+/* Before other processes and other sessions; 0: this process. It may fail, and then takes longer. */
+void priority_raise(pid_t pid);
+/* As everybody else; a session's other processes too. */
+void priority_reset(pid_t pid);
 
 /* populate.c: allocating pages for the host to write to */
 /* Whether the kernel lets us write where a task itself cannot (FOLL_FORCE). */

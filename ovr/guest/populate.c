@@ -19,7 +19,6 @@
 #include <sys/prctl.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
-#include <sys/uio.h>
 #include <sys/vfs.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -27,7 +26,6 @@
 #include "agent.h"
 
 #define PAGE 4096ull
-#define BATCH 1024		/* IOV_MAX */
 #define MAX_MAPPERS 4096
 #define MAPPER_DEATH_MS 5000
 #define TMPFS_MAGIC 0x01021994
@@ -68,59 +66,15 @@ static void succeed(int out, uint64_t address)
 		_exit(2);
 }
 
-/* How many pages from `at` on could be written to, the way the task itself may. */
-static uint64_t touch_writable(pid_t pid, uint64_t at, uint64_t pages)
-{
-	static const char zeros[BATCH];
-	struct iovec from = {(void *)(uintptr_t)zeros, pages < BATCH ? pages : BATCH};
-	struct iovec to[BATCH];
-	ssize_t done;
-
-	for (size_t i = 0; i < from.iov_len; i++)
-		to[i] = (struct iovec){(void *)(uintptr_t)(at + i * PAGE), 1};
-	done = process_vm_writev(pid, &from, 1, to, from.iov_len, 0);
-	return done < 0 ? 0 : (uint64_t)done;
-}
-
-/*
- * Whatever its protection is: the kernel makes a page of the task's own first.
- * Where nothing is to be kept nothing is read, since to read a page of a file
- * maps its neighbours as well.
- */
-static bool touch_forced(int mem, uint64_t at, bool keep)
-{
-	char byte = 0;
-
-	return (!keep || pread(mem, &byte, 1, (off_t)at) == 1) &&
-	       pwrite(mem, &byte, 1, (off_t)at) == 1;
-}
-
 static void touch(const struct message *message, int out)
 {
-	pid_t pid = (pid_t)message_uint(message, KEY_PID);
-	bool keep = message_uint(message, KEY_KEEP);
 	uint32_t count;
-	struct mp_reader ranges = message_list(message, KEY_RANGES, &count);
-	struct mp_value start, size;
-	char path[64];
-	int mem;
 
-	snprintf(path, sizeof(path), "/proc/%d/mem", pid);
-	mem = open(path, O_RDWR | O_CLOEXEC);
-	if (mem < 0)
-		fail(out, path);
-	while (mp_read(&ranges, &start) && mp_read(&ranges, &size)) {
-		uint64_t at = start.number, pages = size.number / PAGE, done;
-
-		for (; pages; pages -= done, at += done * PAGE) {
-			done = keep ? 0 : touch_writable(pid, at, pages);
-			if (done)
-				continue;
-			if (!touch_forced(mem, at, keep))
-				fail(out, "touch a page");
-			done = 1;
-		}
-	}
+	errno = touch_ranges((pid_t)message_uint(message, KEY_PID),
+			     message_list(message, KEY_RANGES, &count),
+			     message_uint(message, KEY_KEEP));
+	if (errno)
+		fail(out, "touch a page");
 	succeed(out, 0);
 }
 

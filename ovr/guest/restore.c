@@ -38,7 +38,7 @@ static struct restore {
 	pid_t criu, root;
 	bool engine;
 	struct engine_criu theirs;	/* the engine's CRIU, from its first word on */
-	bool child_ended, keep_log;
+	bool child_ended, keep_log, warm;
 	int child_status;
 	int64_t silence_ms, silent_at, late_at;
 	int step;		/* ENDING: of the removal of what an engine has left */
@@ -61,6 +61,7 @@ static void close_fd(int *fd)
 
 static void forget(void)
 {
+	priority_reset(0);
 	close_fd(&restore.listener);
 	close_fd(&restore.hook);
 	populate_end();
@@ -196,6 +197,7 @@ static void report_failure(void)
 {
 	/* After "go" the tree is the engine's, and so is cleaning up. */
 	bool released = restore.engine && restore.phase == RELEASED;
+	const char *note;
 
 	outcome = (struct outcome){
 		.failed = true, .gone = released || kill_everything(),
@@ -204,6 +206,9 @@ static void report_failure(void)
 	outcome.count = restore.engine ?
 		engine_log_errors(&restore.directory, &restore.theirs, outcome.lines) :
 		criu_log_errors(&restore.directory, outcome.lines);
+	warm_served(&note);
+	if (!outcome.count && restore.warm && *note)
+		snprintf(outcome.lines[outcome.count++], LOG_WIDTH, "%s", note);
 	snprintf(outcome.reason, sizeof(outcome.reason), "%s ended with status %d",
 		 restore.engine ? "the container engine" : "criu", outcome.status);
 	if (released)
@@ -436,8 +441,12 @@ static pid_t start_criu(const struct message *begin)
 	if (criu_command_make(&command, &restore.directory, begin)) {
 		if (begin->field[KEY_WARM_IMAGES].size)
 			pid = warm_take(&restore.directory, begin, &command);
-		if (pid < 0)
+		restore.warm = pid > 0;
+		if (pid < 0) {
 			pid = criu_start(&command);
+			if (pid > 0)
+				priority_raise(pid);
+		}
 	}
 	criu_command_free(&command);
 	return pid;
@@ -468,6 +477,8 @@ static void begin(struct session *session, const struct message *message)
 			      strerror(errno));
 		return;
 	}
+	/* Only now: an engine leaves processes behind, which would inherit it. */
+	priority_raise(0);
 	restore.criu = restore.engine ? 0 : restore.child;
 	restore.phase = BUILDING;
 	restore.keep_log = message_uint(message, KEY_KEEP_LOG);
@@ -485,6 +496,8 @@ static void go(struct session *session)
 	/* The restored root becomes init's child, as after any criu restore -d. */
 	prctl(PR_SET_CHILD_SUBREAPER, 0);
 	populate_end();
+	if (!restore.engine)
+		priority_reset(restore.criu);
 	restore.phase = RELEASED;
 	if (send(restore.hook, &word, 1, MSG_NOSIGNAL | MSG_DONTWAIT) != 1) {
 		restore.phase = HELD;

@@ -16,7 +16,7 @@ from ovr._fastcopy import PAIR, equal_pages
 from ovr.addresses import PAGE_SHIFT, PAGE_SIZE
 from ovr.images.pagemap import Entries
 from ovr.images.runs import clip, ends_of
-from ovr.images.source import Sources
+from ovr.images.source import Sources, readable
 from ovr.images.task import Memory, Task
 from ovr.images.vma import MAP_ANONYMOUS, MAP_GROWSDOWN, VMA_FILE_PRIVATE, Vmas, is_private
 from ovr.ranges import RANGE, Ranges, ranges_of
@@ -44,7 +44,7 @@ def inheritance(tasks: Sequence[Task]) -> Mapping[int, Inheritance]:
         tasks: those that are alive, of one image set.
 
     Raises:
-        ImagesDamaged: a pages image is no longer as long as it was.
+        ImagesDamaged: a pages image is no longer as long as it was, or cannot be read.
     """
     by_pid = {task.pid: task for task in tasks}
     found: dict[int, Inheritance] = {}
@@ -63,7 +63,7 @@ def zero_pages(task: Task, ranges: Ranges) -> Ranges:
     """Return the pages of a task in `ranges` that hold nothing but zeros.
 
     Raises:
-        ImagesDamaged: a pages image is no longer as long as it was.
+        ImagesDamaged: a pages image is no longer as long as it was, or cannot be read.
     """
     assert task.memory is not None
     runs = clip(task.memory.entries, ranges["start"], ranges["end"])
@@ -74,7 +74,8 @@ def zero_pages(task: Task, ranges: Ranges) -> Ranges:
             pages = _page_by_page(runs[runs["level"] == level])
             source = sources.of(task.memory, level)
             here = (runs["level"] == level)[run_of_page]
-            zero[here] = equal_pages(source, bytes(PAGE_SIZE), pages)
+            with readable(task.memory.pages_name):
+                zero[here] = equal_pages(source, bytes(PAGE_SIZE), pages)
     return _as_ranges(runs, run_of_page, zero)
 
 
@@ -119,7 +120,8 @@ def _equal(own: Memory, theirs: Memory, areas: Vmas, sources: Sources) -> Ranges
     for one, two in np.unique(levels, axis=0).tolist():
         here = (levels == (one, two)).all(axis=1)
         pair = sources.of(own, one), sources.of(theirs, two)
-        equal[here[run_of_page]] = equal_pages(*pair, _pairs(mine[here], other[here]))
+        with readable(f"{own.pages_name} or {theirs.pages_name}"):
+            equal[here[run_of_page]] = equal_pages(*pair, _pairs(mine[here], other[here]))
     return _as_ranges(mine, run_of_page, equal)
 
 

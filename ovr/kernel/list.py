@@ -1,7 +1,7 @@
 """The kernel's linked lists: ``struct list_head`` and ``struct hlist_head``.
 
 A running guest changes its lists while we read them: every walk ends, with `GuestFault` if the
-list does not lead back to its head.
+list does not lead back to its head, or takes too long.
 
 Source: include/linux/list.h, include/linux/rculist.h.
 """
@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any, Final
 
 from ovr.errors import GuestFault
+from ovr.kernel.live import Deadline
 from ovr.kernel.view import Struct, container_of
 
 __all__ = ["hlist_for_each_entry", "list_for_each_entry"]
@@ -46,7 +47,9 @@ def hlist_for_each_entry(type_name: str, head: Struct, member: str) -> Iterator[
 def _follow(node: Struct, head: Struct | None) -> Iterator[Struct]:
     end = head.address_ if head is not None else 0
     seen: set[int] = set()
+    deadline = Deadline("a list")
     while node.address_ != end:
+        deadline.check(node.address_)
         if node.address_ in seen or len(seen) >= MAX_ENTRIES:
             raise GuestFault(f"a list has no end: at {node.address_:#x}", node.address_)
         seen.add(node.address_)

@@ -7,14 +7,41 @@ from typing import Final, TypeVar
 
 from ovr.errors import GuestFault, KernelNotFound, OvrError
 
-__all__ = ["settled", "types_that_fit"]
+__all__ = ["Deadline", "settled", "types_that_fit"]
 
 ATTEMPTS: Final = 8
 PATIENCE: Final = 5.0
 """Seconds after which nothing is tried again: a guest that makes us read in vain for so long lies,
 or is busier than we can be."""
 
+WALK_SECONDS: Final = 120.0
+"""What one walk along a list or a tree may take, with all that is done at its entries."""
+
 Value = TypeVar("Value")
+
+
+class Deadline:
+    """When a walk must have ended: what a guest claims to have may be longer than we can read.
+
+    Args:
+        what: what is walked, for the message.
+    """
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+        self._until = time.monotonic() + WALK_SECONDS
+
+    def check(self, address: int) -> None:
+        """Go on, at the entry at `address`.
+
+        Raises:
+            GuestFault: the time is over.
+        """
+        if time.monotonic() > self._until:
+            raise GuestFault(
+                f"{self._what} has no end within {WALK_SECONDS:g} s: at {address:#x}", address,
+                "does the guest lie? if the host is only busy, try again when it is not",
+            )  # fmt: skip
 
 
 def settled(read: Callable[[], Value]) -> Value:

@@ -8,6 +8,7 @@ from typing import Final, NamedTuple
 
 from ovr.addresses import Gva
 from ovr.errors import GuestFault, KernelNotFound
+from ovr.kernel.live import Deadline
 from ovr.kernel.view import Array, Struct
 from ovr.kernel.xarray import is_internal, is_node
 
@@ -49,10 +50,12 @@ class _Walk:
     def __init__(self, tree: Struct) -> None:
         self._tree = tree
         self._budget = MAX_NODES
+        self._deadline = Deadline("a maple tree")
         self._kinds = tree.types_.enum("enum maple_type")
 
     def node(self, entry: int, first: int, last: int, depth: int) -> Iterator[Range]:
         at = Gva(entry & NODE_MASK)
+        self._deadline.check(at)
         self._budget -= 1
         if not self._budget or depth > MAX_DEPTH:
             raise GuestFault(f"a maple tree loops at {at:#x}", at)

@@ -8,6 +8,7 @@ from typing import Any, Final
 
 from ovr.addresses import Gva
 from ovr.errors import GuestFault
+from ovr.kernel.live import Deadline
 from ovr.kernel.view import Struct, container_of
 
 __all__ = ["rbtree_for_each_entry"]
@@ -32,9 +33,11 @@ def rbtree_for_each_entry(type_name: str, root: Struct, member: str) -> Iterator
     """
     path: list[Struct] = []
     seen: set[Gva] = set()
+    deadline = Deadline("a red-black tree")
     node = root.rb_node
     while path or node:
         while node:
+            deadline.check(node.address_)
             known = node.address_ in seen or len(seen) >= MAX_ENTRIES
             if known or len(path) >= MAX_DEPTH:
                 raise GuestFault(f"a red-black tree loops at {node.address_:#x}", node.address_)

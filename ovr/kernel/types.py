@@ -138,9 +138,12 @@ class Types:
         """Return the object of type `name` at `address`: a view, or a scalar's value."""
         return self.codec(name).load(space, address, name)
 
-    def pointer(self, name: str, space: Space, address: Gva) -> Any:
-        """Return a pointer to type `name`: a `Struct` if it is one, else a `Pointer`."""
-        return self._point(self.codec(name), space, address, name)
+    def pointer(self, name: str, space: Space, address: Gva, via: str = "") -> Any:
+        """Return a pointer to type `name`: a `Struct` if it is one, else a `Pointer`.
+
+        Messages say `via` where they say by which member it was reached.
+        """
+        return self._point(self.codec(name), space, address, via or name)
 
     def variable(self, name: str) -> Codec | None:
         """Return the type of a per-cpu variable, or None: BTF knows no other variables."""

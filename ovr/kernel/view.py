@@ -146,7 +146,7 @@ class Struct:
 
     def cast_(self, type_name: str) -> Any:
         """Return what lies at the same address, seen as another type."""
-        return self.types_.pointer(type_name, self.space_, self.address_)
+        return self.types_.pointer(type_name, self.space_, self.address_, self.via_)
 
     def bytes_(self) -> bytes:
         """Return the object's bytes as they lie in guest memory."""
@@ -244,7 +244,7 @@ class Pointer:
 
     def cast_(self, type_name: str) -> Any:
         """Return the pointer as one to `type_name`."""
-        return self.types_.pointer(type_name, self.space_, self.address_)
+        return self.types_.pointer(type_name, self.space_, self.address_, self._via)
 
     def string_(self, limit: int = 4096) -> bytes:
         """Return the bytes before the NUL that must come within `limit` bytes."""

@@ -20,7 +20,8 @@ from typing import Final, TypeVar
 import numpy as np
 
 from ovr._fastcopy import OWNED, PIECE, populate_read
-from ovr.errors import ImagesDamaged, RestoreFailed, VerifyMismatch
+from ovr.errors import RestoreFailed, VerifyMismatch
+from ovr.images.source import readable
 from ovr.journal import Journal
 from ovr.paging import AddressSpace, Frames
 from ovr.ram import Runs
@@ -228,15 +229,17 @@ class Copier:
         # have, or pages of a shared object that only the tree has. The hold keeps them still: no
         # vCPU runs until it ends, and the tasks themselves are stopped under CRIU until we commit.
         # Undone by killing the tree.
-        self._in_parallel(runs, lambda share: target.space.ram.copy_in(share, target.source))
+        with readable(target.source_name):
+            self._in_parallel(runs, lambda share: target.space.ram.copy_in(share, target.source))
         self.journal.add_memory(target.name, runs)
         self._advance(total(runs))
 
     def _compare(self, target: Target, runs: Runs) -> None:
         ram = target.space.ram
-        differences = self._in_parallel(
-            runs, lambda share: ram.first_difference(share, target.source)
-        )
+        with readable(target.source_name):
+            differences = self._in_parallel(
+                runs, lambda share: ram.first_difference(share, target.source)
+            )
         for gva in differences:
             if gva is not None:
                 raise VerifyMismatch(
@@ -285,13 +288,9 @@ def _batches(parts: Iterable[Part]) -> Iterator[list[Part]]:
 
 def _read_ahead(target: Target, part: Runs) -> None:
     # Fault the source in, and find out here, not in a hold, that it cannot be read.
-    try:
+    with readable(target.source_name):
         for start, end in _file_ranges(part):
             populate_read(target.source[start:end])
-    except OSError as error:
-        raise ImagesDamaged(
-            f"{target.source_name}: cannot be read: {error.strerror}", "dump again"
-        ) from error
 
 
 def _file_ranges(part: Runs) -> Iterator[tuple[int, int]]:

@@ -342,13 +342,16 @@ _PID_TAKEN = (
 )
 
 
+_FREE_MEMORY = "free memory in the guest, or raise the limit of the task's cgroup"
+_KILLED = "killed by signal 9"
+_OUT_OF_MEMORY = f"was it the OOM killer? See the guest's kernel log; {_FREE_MEMORY}"
 # By what the agent says: strerror() of the C library, and its own words.
 _CURES = {
     "No space left on device": "free memory or disk space in the guest where that directory is, or"
     " start ovr-agent with another --dir",
     "busy": "wait until the other restore has ended",
-    "Cannot allocate memory": "free memory in the guest, or raise the limit of the task's cgroup",
-    "is the guest out of it?": "free memory in the guest, or raise the limit of the task's cgroup",
+    "Cannot allocate memory": _FREE_MEMORY,
+    "is the guest out of it?": _FREE_MEMORY,
     "what lies in the memory": "is this agent in the VM that --vm names?",
 }
 
@@ -364,7 +367,8 @@ def _failure(message: protocol.Failed, program: str) -> RestoreFailed:
         )
     elif log:
         more = log[-1] if len(log) > 1 else f"that is all that {program} says"
-        error = CriuFailed(f"{program} in the guest failed ({message.status}): {log[0]}", more)
+        hint = _OUT_OF_MEMORY if any(_KILLED in line for line in log) else more
+        error = CriuFailed(f"{program} in the guest failed ({message.status}): {log[0]}", hint)
     else:
         error = CriuFailed(
             f"{program} in the guest ended with status {message.status} and said nothing",

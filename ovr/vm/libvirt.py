@@ -14,12 +14,14 @@ import subprocess
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Final
-from xml.etree import ElementTree
+from typing import TYPE_CHECKING, Any, Final
 
 from ovr.errors import VmUnreachable
 from ovr.vm.processes import AGENT_CHANNEL, qemu_processes
 from ovr.vm.qmp import Monitor
+
+if TYPE_CHECKING:
+    from xml.etree.ElementTree import Element
 
 __all__ = ["Domain", "LibvirtMonitor", "find_domain"]
 
@@ -53,6 +55,8 @@ def find_domain(name: str, timeout: float = 10.0) -> Domain:
     Raises:
         VmUnreachable: there is none, it does not run, or libvirt cannot be asked.
     """
+    from xml.etree import ElementTree  # noqa: PLC0415 - others than libvirt:… need it not
+
     text = _virsh(name, "dumpxml", "--domain", name, timeout=timeout)
     try:
         root = ElementTree.fromstring(text)
@@ -143,7 +147,7 @@ def _virsh(name: str, *words: str, timeout: float) -> str:
     raise VmUnreachable(f"libvirt refuses, for the domain {name}: {reason}", "virsh list --all")
 
 
-def _agent(root: ElementTree.Element) -> str | None:
+def _agent(root: "Element") -> str | None:
     cid = root.find("devices/vsock/cid")
     if cid is not None and (address := cid.get("address")):
         return f"vsock:{address}"

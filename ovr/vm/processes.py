@@ -7,8 +7,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final
 
-import psutil
-
 from ovr.errors import VmUnreachable
 
 __all__ = [
@@ -93,6 +91,8 @@ def qemu_process(pid: int) -> QemuProcess:
     Raises:
         VmUnreachable: there is no such process, it is not QEMU, or we may not look at it.
     """
+    import psutil  # noqa: PLC0415 - as long to load as all of this package; lab VMs need it not
+
     try:
         process = psutil.Process(pid)
         command_line = process.cmdline()
@@ -109,6 +109,8 @@ def qemu_process(pid: int) -> QemuProcess:
 
 def qemu_processes() -> list[QemuProcess]:
     """Return the QEMUs of this host that run a VM, by pid; those of other users too."""
+    import psutil  # noqa: PLC0415 - as above
+
     found = []
     for process in psutil.process_iter():
         try:

@@ -46,6 +46,7 @@ C_TARGETS = {
     "agent-message": CTarget("message.c", MESSAGES, {}, longest=1 << 14),
     "agent-ranges": CTarget("populate.c", MESSAGES, {}),
     "agent-images": CTarget("images.c", ("ovr/guest/images.c",), SMALL),
+    "agent-restore": CTarget("restore.c", MESSAGES, {}, longest=512),
     "agent-session": CTarget("session.c", MESSAGES, SMALL),
 }
 

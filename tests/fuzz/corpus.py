@@ -86,9 +86,24 @@ def _sessions() -> Iterator[bytes]:
         yield begin + b"\4" + b"".join(steps[:12]) + b"\5\7"
 
 
+def _restores() -> Iterator[bytes]:
+    # As in c/restore.c: what the host says, the hook's coming and its end, CRIU's end, time.
+    files, begin, touch, go, abort = (bytes([0, op, 1]) for op in (0, 1, 2, 4, 5))
+    begin = begin[:2] + b"\xff\2"
+    asked, held, hook_ends, criu_ends = b"\2\0", b"\2\1", b"\3", b"\4\0"
+    start = files + begin + asked + hook_ends + held
+    yield start + touch + go + hook_ends + criu_ends + start + abort
+    for late in (criu_ends, hook_ends, b"\5\xff", b"\6", b"\x80" + go[1:], b"\4\1"):
+        yield start + late + go
+        yield start + go + late
+        yield files + begin + late + held + go
+    yield files + begin + b"\2\5" + b"\2\2" + b"\2\x11"
+
+
 C_SEEDS = {
     "agent-message": _messages,
     "agent-ranges": _ranges,
     "agent-images": _names,
+    "agent-restore": _restores,
     "agent-session": _sessions,
 }

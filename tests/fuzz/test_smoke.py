@@ -16,7 +16,7 @@ from tests.fuzz.targets import TARGETS
 
 SECONDS = 2.0
 MOST = 300
-SLOWEST = 10.0
+SLOWEST = 60.0 if os.environ.get("OVR_SANITIZE") else 10.0
 """Seconds for one input, on a machine that does other things too."""
 
 
@@ -52,8 +52,7 @@ def test_in_python(name):
         started = time.monotonic()
         target.run(data)
         assert time.monotonic() - started < SLOWEST, data
-        if time.monotonic() > until:
-            assert number > 10
+        if time.monotonic() > until and number > 10:
             break
 
 

@@ -6,7 +6,7 @@ It checks itself, and each of its tasks leaves a mark as the first thing that it
 import hashlib
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,13 +16,14 @@ from ovr.lab.share import SHARE
 from ovr.lab.workload import build_workload
 
 __all__ = [
-    "DIRECTORY", "HERE", "MARKS", "Answer", "Images", "ask", "build", "dump", "dump_in_a_vm", "end",
-    "install", "marks", "start",
+    "HERE", "MARKS", "Answer", "Images", "ask", "build", "dump", "dump_in_a_vm", "end", "install",
+    "kill", "look", "marks", "must", "pages", "start",
 ]  # fmt: skip
 
 HERE = Path(__file__).parent
 DIRECTORY = "/tmp/ovr-subject"  # as in pattern.h
 PROGRAM = "/usr/local/bin/ovr-subject"
+LOOK = "/usr/local/bin/ovr-look"
 MARKS = frozenset({"main", "thread", "child"})
 PID = 21_000  # no freshly booted guest has given it away
 PATIENCE = 240.0  # seconds; a guest under TCG with all that noise is slow
@@ -60,6 +61,7 @@ def build(source: Path) -> Path:
 def install(vm: lab.LabVm) -> None:
     """Give the guest all that it needs to start or restore it."""
     vm.put(build(HERE / "subject.c"), PROGRAM, 0o755)
+    vm.put(build(HERE / "look.c"), LOOK, 0o755)
     must(vm, f"mkdir -p {DIRECTORY}")
 
 
@@ -68,7 +70,7 @@ def start(vm: lab.LabVm, size: int, *words: str) -> int:
     must(vm, f"echo {PID - 1} > /proc/sys/kernel/ns_last_pid")
     with vm.connect() as agent:
         agent.spawn([PROGRAM, str(size), *words])
-    return int(_wait_for(vm, ["pid"])["pid"])
+    return int(_wait_for(vm, [f"{DIRECTORY}/pid"])[0])
 
 
 def dump(vm: lab.LabVm, pid: int, directory: str = SHARE) -> None:
@@ -90,9 +92,12 @@ def dump_in_a_vm(
 def ask(vm: lab.LabVm) -> Answer:
     """Have both processes check all of their memory."""
     both = ("main", "child")
-    asked, answers = ([f"{what}-{who}" for who in both] for what in ("ask", "answer"))
-    must(vm, f"cd {DIRECTORY} && rm -f {' '.join(answers)} && touch {' '.join(asked)}")
-    said = [json.loads(text) for text in _wait_for(vm, answers).values()]
+    asked, answers = ([f"{DIRECTORY}/{what}-{who}" for who in both] for what in ("ask", "answer"))
+    # No shell: under TCG on a busy host every process counts.
+    with vm.connect() as agent:
+        agent.run(["/bin/rm", "-f", *answers])
+        agent.run(["/bin/touch", *asked])
+    said = [json.loads(text) for text in _wait_for(vm, answers)]
     first = next((one["first"] for one in said if one["first"]), "")
     return Answer(sum(one["pages"] for one in said), sum(one["wrong"] for one in said), first)
 
@@ -103,19 +108,32 @@ def pages(size: int) -> int:
     return size // 4096 + 2 * part  # both look at what they share
 
 
-def marks(vm: lab.LabVm) -> set[str]:
-    """Which tasks ran since the last `end`."""
-    return {*vm.sh(f"ls {DIRECTORY}").stdout.decode().split()} & MARKS
+def look(vm: lab.LabVm) -> dict[str, int]:
+    """How many there are of this and that: see `look.c`."""
+    lines = _run(vm, LOOK).splitlines()
+    return {name: int(count) for name, count in (line.rsplit(" ", 1) for line in lines)}
+
+
+def marks(seen: Mapping[str, int]) -> set[str]:
+    """Which tasks ran since the last `end`, as a look has seen it."""
+    return {mark for mark in MARKS if seen[f"mark-{mark}"]}
+
+
+def kill(vm: lab.LabVm, victim: str) -> bool:
+    """Kill a victim that `look.c` knows; False if there is none."""
+    return "killed" in _run(vm, LOOK, "kill", victim)
 
 
 def end(vm: lab.LabVm) -> None:
     """Kill all of it, wait until it is gone, and take the marks away."""
-    gone = "! pgrep -x ovr-subject >/dev/null"
-    must(
-        vm,
-        f"pkill -9 -x ovr-subject; for i in $(seq 600); do {gone} && break; sleep 0.1; done;"
-        f" {gone} && rm -rf {DIRECTORY} && mkdir {DIRECTORY}",
-    )
+    _run(vm, LOOK, "end")
+
+
+def _run(vm: lab.LabVm, *command: str) -> str:
+    with vm.connect() as agent:
+        done = agent.run(command, timeout=PATIENCE)
+    assert done.status == 0, f"{command}: {done}"
+    return done.stdout.decode()
 
 
 def must(vm: lab.LabVm, command: str, timeout: float = PATIENCE) -> str:
@@ -126,13 +144,13 @@ def must(vm: lab.LabVm, command: str, timeout: float = PATIENCE) -> str:
     return done.stdout.decode(errors="replace")
 
 
-def _wait_for(vm: lab.LabVm, names: list[str]) -> Mapping[str, str]:
+def _wait_for(vm: lab.LabVm, paths: Sequence[str]) -> list[str]:
+    # The lines of files, once all are there.
     deadline = time.monotonic() + PATIENCE
-    look = f"cd {DIRECTORY} && cat {' '.join(names)} 2>/dev/null"
     with vm.connect() as agent:
         while time.monotonic() < deadline:
-            done = agent.run(["/bin/sh", "-c", look])
+            done = agent.run(["/bin/cat", *paths])
             if done.status == 0:
-                return dict(zip(names, done.stdout.decode().splitlines(), strict=True))
+                return done.stdout.decode().splitlines()
             time.sleep(0.1)
-    raise AssertionError(f"no {', '.join(names)} of ovr-subject in {vm.name}")
+    raise AssertionError(f"no {', '.join(paths)} in {vm.name}")

@@ -9,7 +9,7 @@ from ovr.addresses import PAGE_SIZE
 from ovr.errors import UsageError
 from ovr.images import ImageSet, image_chunks
 from ovr.images.framing import decode, frames
-from ovr.images.messages import PagemapEntry
+from ovr.images.messages import MmEntry, PagemapEntry
 from ovr.images.source import Sources
 from ovr.images.vma import MADV_POPULATE_WRITE, PROT_WRITE, VMA_ANON_PRIVATE
 from ovr.placement import Reason
@@ -228,3 +228,29 @@ def test_a_plan_reads_and_does_not_write(dumps):
     with ImageSet.open(dumps / "tree") as images:
         make_plan(images).inside_images()
     assert state(dumps) == before
+
+
+def test_large_pieces_are_left_to_the_agent(images, monkeypatch):
+    """CRIU is not asked for them; nor does it lose one that is not large."""
+    plan = make_plan(images)
+    pieces = [task.pieces_of_criu for task in plan.tasks]
+    largest = max(int((some["end"] - some["start"]).max()) for some in pieces if len(some))
+    monkeypatch.setattr("ovr.memory_plan._LARGE", largest)
+    content = plan.inside_images()
+    left = 0
+    for task in plan.tasks:
+        large = task.large_pieces
+        sizes = large["end"] - large["start"]
+        assert (sizes >= largest).all()
+        left += len(large)
+        data = b"".join(image_chunks(content[f"mm-{task.task.pid}.img"]))
+        (frame,) = frames(data, f"mm-{task.task.pid}.img")
+        mm = decode(MmEntry, frame.payload, "mm")
+        asked = {(vma.start, vma.end) for vma in mm.vmas if vma.madv >> MADV_POPULATE_WRITE & 1}
+        rest = task.pieces_of_criu
+        rest = rest[rest["end"] - rest["start"] < largest]
+        assert sum(end - start for start, end in asked) == int((rest["end"] - rest["start"]).sum())
+        assert not any(
+            start < high and low < end for start, end in asked for low, high in large.tolist()
+        )
+    assert left > 0

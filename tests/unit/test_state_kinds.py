@@ -1,5 +1,6 @@
 """Kinds of state, one by one: what real images say, and what lands in a kernel's objects."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -100,6 +101,11 @@ def test_neighbours_stay(kernel, name):
     assert BY_NAME[name].read(target) == values[-1]
     assert kernel.memory.data[start - 8 : start] == b"\xff" * 8
     assert kernel.memory.data[start + size : start + size + 8] == b"\xff" * 8
+
+
+def test_the_safety_of_every_kind_is_documented():
+    said = (Path(__file__).parents[2] / "docs" / "safety.md").read_text()
+    assert [kind.name for kind in KINDS if f"`{kind.name}`" not in said] == []
 
 
 def test_every_kind_is_explained():

@@ -1,19 +1,23 @@
 """What keeps a restore from harm when something happens to the VM, the tree or the images."""
 
 import os
+import shutil
 import subprocess
 import sys
 import time
+from contextlib import suppress
 
 import pytest
 
 import ovr
 from ovr.addresses import Gva
 from ovr.demo import prepare
-from ovr.errors import RestoreFailed, Unreachable, VerifyMismatch
+from ovr.errors import AgentUnreachable, ImagesDamaged, RestoreFailed, Unreachable, VerifyMismatch
 from ovr.ram import GuestRam
+from ovr.state import settings
 from ovr.state.memory import Copier
 from ovr.vm.claim import claimed
+from tests.vm import states_lab as states
 from tests.vm.conftest import EVERYTHING, alive, end_workload
 from tests.vm.test_failures import refused, unharmed
 
@@ -77,7 +81,7 @@ def test_two_at_once(vm, dump):
         attached.qmp.close()  # QEMU serves one client of a monitor at a time
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         refused(done, 4, "another ovr restores into this VM", f"process {os.getpid()}")
-    unharmed(vm, dump)
+    assert not alive(vm, dump.pid)
 
 
 @pytest.mark.parametrize(("mode", "part"), [("sample", 0), ("full", 0.7)])
@@ -100,6 +104,77 @@ def test_a_byte_that_changes_before_it_is_verified(vm, dump, monkeypatch, mode, 
     assert not alive(vm, dump.pid)
     monkeypatch.undo()
     unharmed(vm, dump)
+
+
+def test_images_that_are_cut_off_while_they_are_copied(vm, dump, tmp_path, monkeypatch):
+    """When they have been read ahead: the copy itself is what meets the end."""
+    images = tmp_path / "images"
+    shutil.copytree(dump.path, images)
+    [pages] = images.glob("pages-*.img")
+    between_copies(monkeypatch, lambda: os.truncate(pages, 0))
+    with ovr.attach(f"lab:{vm.name}") as attached, pytest.raises(ImagesDamaged) as caught:
+        attached.restore(images)
+    assert caught.value.exit_code == 6
+    assert str(caught.value).startswith(f"{pages.name}: cannot be read: it was cut off")
+    assert not alive(vm, dump.pid)
+    monkeypatch.undo()
+    unharmed(vm, dump)
+
+
+@pytest.mark.parametrize("why", ["mismatch", "agent killed"])
+def test_names_of_a_namespace_that_outlives_the_tree(vm, tmp_path, monkeypatch, why):
+    """Somebody joins the tree's namespace and names the machine; after the abort it is so again."""
+    vm.sh("rm -f /tmp/joined")
+    [pid] = states.start(vm, 1)
+    images = tmp_path / "images"
+    images.mkdir()
+    states.dump(vm, pid, images)
+    write = settings.write
+    seen = {}
+
+    def joined(*arguments):
+        inside = "hostname before-ovr; echo $$ > /tmp/joined; exec sleep 1000"
+        with vm.connect() as agent:
+            agent.spawn(["nsenter", f"--uts=/proc/{pid}/ns/uts", "sh", "-c", inside])
+        states.wait_for(vm, "/tmp/joined")
+        seen["before"] = hostname(vm)
+        write(*arguments)
+        seen["written"] = hostname(vm)
+
+    def aborted(copier, targets, *, full):
+        if why == "mismatch":
+            raise VerifyMismatch("not what was written")
+        with suppress(AgentUnreachable), vm.connect() as agent:
+            agent.run(["kill", "-9", str(agent.hello.pid)])  # the init starts another one
+        await_death(vm, pid)
+        raise AgentUnreachable("the link is broken")
+
+    monkeypatch.setattr(settings, "write", joined)
+    monkeypatch.setattr(Copier, "verify", aborted)
+    with ovr.attach(f"lab:{vm.name}") as attached, pytest.raises(ovr.OvrError) as caught:
+        attached.restore(images)
+    undone = {(undo["state"], undo["outcome"]) for undo in caught.value.undone}
+    assert seen["before"] == "before-ovr"
+    assert seen["written"] not in ("before-ovr", vm.name)
+    assert hostname(vm) == "before-ovr"
+    assert ("nodename", "undone") in undone
+    assert not alive(vm, pid)
+    vm.sh("kill $(cat /tmp/joined)")
+
+
+def await_death(vm, pid: int) -> None:
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        with suppress(Unreachable):
+            if not alive(vm, pid):
+                return
+        time.sleep(0.2)
+    pytest.fail("the tree is not killed")
+
+
+def hostname(vm) -> str:
+    """As who has joined the namespace sees it."""
+    return vm.sh("nsenter --uts=/proc/$(cat /tmp/joined)/ns/uts hostname").stdout.decode().strip()
 
 
 @pytest.fixture

@@ -1,6 +1,8 @@
 """The kernel's containers, sound and damaged."""
 
+import itertools
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
@@ -345,3 +347,19 @@ def test_settled_does_not_wait_for_ever(monkeypatch):
     with pytest.raises(GuestFault):
         settled(read)
     assert calls == [0.0, 3.0]
+
+
+def test_walks_that_take_too_long(memory, monkeypatch):
+    """Entries that differ from one another can go on for as long as somebody reads them."""
+    clock = itertools.count(1000.0, 30.0)  # half a minute for each look at an entry
+    monkeypatch.setattr("ovr.kernel.live.time", SimpleNamespace(monotonic=lambda: next(clock)))
+    link(memory, ITEMS[:4])
+    assert list_keys(memory) == [0, 1, 2, 3]
+    link(memory, ITEMS)
+    with pytest.raises(GuestFault, match="a list has no end within 120 s") as caught:
+        list_keys(memory)
+    assert caught.value.hint
+    root = TYPES.object("struct rb_root", memory, HEAD)
+    memory.poke(HEAD, "Q", plant(memory, 0, 10))
+    with pytest.raises(GuestFault, match="a red-black tree has no end within"):
+        list(rbtree_for_each_entry("struct item", root, "rb"))

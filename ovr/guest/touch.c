@@ -1,0 +1,171 @@
+/*
+ * Touching pages of a held task, so that the kernel allocates them.
+ *
+ * What takes long is that the kernel zeroes them. So as many threads as there are CPUs do it, before
+ * anybody else gets a CPU: real-time priority is for these threads alone, which end afterwards.
+ * Runs in a child of the agent's.
+ */
+#include <errno.h>
+#include <fcntl.h>
+#include <pthread.h>
+#include <sched.h>
+#include <stdio.h>
+#include <sys/uio.h>
+#include <unistd.h>
+
+#include "agent.h"
+
+#define PAGE 4096ull
+#define HUGE_PAGE (2ull << 20)
+#define HUGE_PAGES (HUGE_PAGE / PAGE)
+#define MAX_THREADS 16
+/* Present, and mapped by nobody else: Documentation/admin-guide/mm/pagemap.rst */
+#define PAGEMAP_OWN (1ull << 63 | 1ull << 56)
+
+static struct {
+	pthread_mutex_t lock;		/* of what follows up to `error` */
+	struct mp_reader ranges;
+	uint64_t at, end;		/* what is left of the range that was read last */
+	int error;
+	pid_t pid;
+	int mem, pagemap;
+	bool keep;
+} job = {.lock = PTHREAD_MUTEX_INITIALIZER};
+
+/* The next pages that are nobody's work yet; they lie in one huge page. */
+static bool take(uint64_t *at, uint64_t *pages)
+{
+	struct mp_value start, size;
+	uint64_t border;
+	bool more;
+
+	pthread_mutex_lock(&job.lock);
+	if (job.at == job.end && mp_read(&job.ranges, &start) && mp_read(&job.ranges, &size)) {
+		job.at = start.number;
+		job.end = start.number + size.number;
+	}
+	more = !job.error && job.at < job.end;
+	if (more) {
+		border = (job.at / HUGE_PAGE + 1) * HUGE_PAGE;
+		*at = job.at;
+		job.at = border < job.end ? border : job.end;
+		*pages = (job.at - *at) / PAGE;
+	}
+	pthread_mutex_unlock(&job.lock);
+	return more;
+}
+
+static void give_up(int error)
+{
+	pthread_mutex_lock(&job.lock);
+	job.error = error;
+	pthread_mutex_unlock(&job.lock);
+}
+
+/* How many pages from `at` on could be written to, the way the task itself may. */
+static uint64_t touch_writable(uint64_t at, uint64_t pages)
+{
+	static const char zeros[HUGE_PAGES];
+	struct iovec from = {(void *)(uintptr_t)zeros, pages};
+	struct iovec to[HUGE_PAGES];
+	ssize_t done;
+
+	for (uint64_t i = 0; i < pages; i++)
+		to[i] = (struct iovec){(void *)(uintptr_t)(at + i * PAGE), 1};
+	done = process_vm_writev(job.pid, &from, 1, to, pages, 0);
+	return done < 0 ? 0 : (uint64_t)done;
+}
+
+bool touch_forced(int mem, uint64_t at, bool keep)
+{
+	char byte = 0;
+
+	return (!keep || pread(mem, &byte, 1, (off_t)at) == 1) &&
+	       pwrite(mem, &byte, 1, (off_t)at) == 1;
+}
+
+/* A byte of a huge page gets all of it, where the kernel has one to give. */
+static bool touch_huge(uint64_t at, uint64_t pages, uint64_t entries[HUGE_PAGES])
+{
+	ssize_t size = HUGE_PAGES * sizeof(*entries);
+
+	return pages == HUGE_PAGES && !job.keep && touch_writable(at, 1) == 1 &&
+	       pread(job.pagemap, entries, (size_t)size, (off_t)(at / PAGE * 8)) == size;
+}
+
+static bool touch_pages(uint64_t at, uint64_t pages)
+{
+	uint64_t entries[HUGE_PAGES] = {0}, done, absent;
+
+	touch_huge(at, pages, entries);
+	for (uint64_t i = 0; i < pages; i += done) {
+		for (absent = 0; i + absent < pages; absent++)
+			if ((entries[i + absent] & PAGEMAP_OWN) == PAGEMAP_OWN)
+				break;
+		done = 1;
+		if (!absent)
+			continue;
+		done = job.keep ? 0 : touch_writable(at + i * PAGE, absent);
+		if (!done && !touch_forced(job.mem, at + i * PAGE, job.keep))
+			return false;
+		done = done ? done : 1;
+	}
+	return true;
+}
+
+static void *work(void *unused)
+{
+	uint64_t at, pages;
+
+	(void)unused;
+	while (take(&at, &pages))
+		if (!touch_pages(at, pages))
+			give_up(errno);
+	return NULL;
+}
+
+static int open_file(pid_t pid, const char *name, int flags)
+{
+	char path[64];
+
+	snprintf(path, sizeof(path), "/proc/%d/%s", pid, name);
+	return open(path, flags | O_CLOEXEC);
+}
+
+static long thread_count(uint64_t bytes)
+{
+	long count = sysconf(_SC_NPROCESSORS_ONLN);
+
+	if (count > MAX_THREADS)
+		count = MAX_THREADS;
+	return count < (long)(bytes / HUGE_PAGE) ? count : (long)(bytes / HUGE_PAGE);
+}
+
+int touch_ranges(pid_t pid, struct mp_reader ranges, bool keep)
+{
+	struct sched_param first = {.sched_priority = 1};
+	struct mp_reader all = ranges;
+	struct mp_value start, size;
+	pthread_t threads[MAX_THREADS];
+	uint64_t bytes = 0;
+	long started = 0;
+
+	while (mp_read(&all, &start) && mp_read(&all, &size))
+		bytes += size.number;
+	job.ranges = ranges;
+	job.pid = pid;
+	job.keep = keep;
+	job.mem = open_file(pid, "mem", O_RDWR);
+	job.pagemap = open_file(pid, "pagemap", O_RDONLY);
+	if (job.mem < 0)
+		return errno;
+	/* Where that is forbidden it only takes longer. */
+	sched_setscheduler(0, SCHED_FIFO, &first);
+	while (started < thread_count(bytes) - 1 &&
+	       !pthread_create(&threads[started], NULL, work, NULL))
+		started++;
+	work(NULL);
+	while (started)
+		pthread_join(threads[--started], NULL);
+	return job.error;
+}

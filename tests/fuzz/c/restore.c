@@ -1,0 +1,354 @@
+/*
+ * One restore at a time (restore.c): two hosts, CRIU, its hook and the clock
+ * do anything in any order. No tree is let go but by its owner's word while
+ * it is held; no hook ends before the tree is dead or let go; when all is
+ * over, nothing is left open.
+ */
+#include <fcntl.h>
+#include <signal.h>
+#include <sys/prctl.h>
+#include <sys/socket.h>
+#include <sys/un.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include "fuzz.h"
+
+struct session {
+	bool broken;
+	size_t answers;
+};
+
+static int fuzz_kill(pid_t pid, int number);
+static int fuzz_prctl(int option, unsigned long value);
+
+#define kill fuzz_kill
+#define prctl fuzz_prctl
+#include "../../../ovr/guest/restore.c"
+#undef kill
+#undef prctl
+
+#define CRIU 4242
+#define ROOT 5000
+
+struct options options;
+
+static struct session hosts[2];
+static int64_t now;
+static int hook = -1;			/* CRIU's action script: our end of its connection */
+static bool criu_lives, subreaper, directory_there, said_go, tree_lives, tree_runs, traced;
+static int mappers;
+
+/* ------------------------------------------------------------------------ the rest of the agent */
+
+int64_t now_ms(void) { return now; }
+void sleep_ms(int ms) { now += ms; }
+void complain(const char *format, ...) { (void)format; }
+
+static void end_criu(int status)
+{
+	criu_lives = false;
+	CHECK(restore_reaped(CRIU, status) == (restore.phase >= BUILDING));
+}
+
+void reap_children(void)
+{
+}
+
+static int fuzz_kill(pid_t pid, int number)
+{
+	CHECK(pid == CRIU);
+	if (number == SIGKILL && criu_lives)
+		end_criu(SIGKILL);
+	else if (number == SIGCONT)
+		CHECK(said_go);
+	return 0;
+}
+
+static int fuzz_prctl(int option, unsigned long value)
+{
+	CHECK(option == PR_SET_CHILD_SUBREAPER);
+	subreaper = value;
+	return 0;
+}
+
+const char *directory_make(struct directory *directory)
+{
+	const char *temporary = getenv("TMPDIR");
+
+	CHECK(!directory_there);
+	*directory = (struct directory){.images = -1};
+	snprintf(directory->path, sizeof(directory->path), "%s", temporary ? temporary : "/tmp");
+	directory_there = true;
+	return NULL;
+}
+
+const char *directory_append(struct directory *directory, const struct mp_value *name,
+			     const struct mp_value *data)
+{
+	CHECK(directory_there);
+	directory->bytes += name->size + data->size;
+	return name->size ? NULL : "no name";
+}
+
+void directory_remove(struct directory *directory, bool keep_log)
+{
+	char path[300];
+
+	(void)keep_log;
+	/* Whatever was built is dead, or the guest's. */
+	CHECK(!tree_lives || tree_runs);
+	if (directory->path[0]) {
+		snprintf(path, sizeof(path), "%s/hook", directory->path);
+		unlink(path);
+	}
+	directory_there = false;
+	*directory = (struct directory){.images = -1};
+}
+
+pid_t criu_start(const struct directory *directory, const struct message *begin)
+{
+	CHECK(directory_there && !criu_lives && subreaper);
+	if (message_uint(begin, KEY_LOG_LEVEL) == 7) {
+		errno = ENOENT;
+		return -1;
+	}
+	criu_lives = true;
+	(void)directory;
+	return CRIU;
+}
+
+int criu_log_errors(const struct directory *directory, char lines[LOG_LINES][LOG_WIDTH])
+{
+	CHECK(directory_there && directory->path[0]);
+	strcpy(lines[0], "Error (criu/cr-restore.c:1): no");
+	return 1;
+}
+
+bool tree_stop_criu(pid_t criu)
+{
+	CHECK(criu == CRIU);
+	return true;
+}
+
+bool tree_kill(struct tree tree)
+{
+	CHECK(tree.orphans && (tree.criu == CRIU || !criu_lives));
+	tree_lives = tree_runs = false;
+	return true;
+}
+
+int tree_traced(pid_t criu, uint32_t ids[MAX_TREE])
+{
+	CHECK(criu == CRIU);
+	ids[0] = ROOT;
+	return traced ? 1 : 0;
+}
+
+pid_t tree_tracer(pid_t pid) { return pid == ROOT && tree_lives ? CRIU : 0; }
+bool populate_owns(pid_t pid) { return mappers && pid == 6000; }
+void populate_end(void) { mappers = 0; }
+
+const char *populate_start(struct session *session, const struct message *message)
+{
+	CHECK(restore.phase == HELD && session == restore.owner && tree_lives && !tree_runs);
+	mappers += message->op == OP_MAP;
+	return NULL;
+}
+
+void loop_watch(struct loop *loop, int fd, short events, callback call, void *context)
+{
+	CHECK(loop->count < (int)ARRAY_SIZE(loop->fds));
+	loop->fds[loop->count] = (struct pollfd){.fd = fd, .events = events};
+	loop->calls[loop->count] = call;
+	loop->contexts[loop->count++] = context;
+}
+
+void loop_wake_at(struct loop *loop, int64_t deadline) { (void)loop, (void)deadline; }
+
+static uint8_t answer[MAX_FRAME + 4];
+
+struct writer session_writer(struct session *session, enum op op)
+{
+	struct writer writer;
+
+	CHECK(session == &hosts[0] || session == &hosts[1]);
+	message_open(&writer, answer, sizeof(answer), op);
+	return writer;
+}
+
+void session_send(struct session *session, struct writer *writer)
+{
+	size_t size = message_close(writer);
+	struct message message;
+
+	CHECK(size && !message_parse(&message, answer + 4, size - 4));
+	use_message(&message);
+	session->answers++;
+	if (message.op == OP_RESTORED)
+		CHECK(said_go && tree_runs);
+	if (message.op == OP_FAILED || message.op == OP_ABORTED)
+		CHECK(!tree_lives && message_has(&message, KEY_GONE));
+}
+
+void session_refuse(struct session *session, const char *format, ...)
+{
+	(void)format;
+	session->answers++;
+}
+
+void session_break(struct session *session, const char *format, ...)
+{
+	(void)format;
+	restore_session_ended(session);
+	session->answers++;
+}
+
+/* ------------------------------------------------------------------------ what happens */
+
+static void turn(void)
+{
+	static struct loop loop;
+
+	restore_work();
+	loop.count = 0;
+	restore_watch(&loop);
+	if (poll(loop.fds, (nfds_t)loop.count, 0) > 0)
+		for (int i = 0; i < loop.count; i++)
+			if (loop.fds[i].revents)
+				loop.calls[i](loop.fds[i].fd, loop.fds[i].revents, loop.contexts[i]);
+}
+
+/* CRIU goes on when its script has ended, by the word that it was given or without. */
+static void hook_ends(void)
+{
+	char word = 0;
+	bool told = hook >= 0 && recv(hook, &word, 1, MSG_DONTWAIT) == 1;
+
+	if (hook < 0)
+		return;
+	if (told && tree_lives && word == HOOK_GO && said_go)
+		tree_runs = true;
+	close(hook);
+	hook = -1;
+}
+
+static void hook_comes(struct input *input)
+{
+	struct sockaddr_un address = {.sun_family = AF_UNIX};
+	uint8_t what = input_byte(input);
+	struct hook_report report = {what & 1 ? ROOT : what & 2 ? ROOT + 1 : 0,
+				     what & 4 ? CRIU + 1 : CRIU};
+	size_t size = what & 8 ? input_byte(input) % (sizeof(report) + 1) : sizeof(report);
+	const char *temporary = getenv("TMPDIR");
+
+	if (hook >= 0 || !criu_lives)
+		return;
+	snprintf(address.sun_path, sizeof(address.sun_path), "%s/hook", temporary ? temporary : "/tmp");
+	hook = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_NONBLOCK, 0);
+	CHECK(hook >= 0);
+	if (connect(hook, (struct sockaddr *)&address, sizeof(address)) < 0) {
+		close(hook);
+		hook = -1;
+		return;
+	}
+	traced = !(what & 16);
+	if (report.root)
+		tree_lives = true;
+	send(hook, &report, size, MSG_NOSIGNAL);
+}
+
+static void host_speaks(struct input *input, struct session *host)
+{
+	static const enum op ops[] = {OP_FILES, OP_BEGIN, OP_TOUCH, OP_MAP, OP_GO, OP_ABORT};
+	enum op op = ops[input_byte(input) % ARRAY_SIZE(ops)];
+	static uint8_t frame[4096];
+	struct message message;
+	struct writer writer;
+	size_t size;
+	uint8_t value = input_byte(input);
+
+	message_open(&writer, frame, sizeof(frame), op);
+	if (op == OP_FILES) {
+		/* Which names are good is another target's affair. */
+		message_add_list(&writer, KEY_NAMES, !value);
+		if (!value)
+			message_item_str(&writer, "more names than contents");
+		message_add_list(&writer, KEY_DATA, 0);
+	} else if (op == OP_BEGIN) {
+		message_add_list(&writer, KEY_CRIU_OPTIONS, 0);
+		message_add_uint(&writer, KEY_SILENCE_MS, 100u * (value & 15));
+		message_add_uint(&writer, KEY_TIMEOUT_MS, 100u * (value >> 4));
+		message_add_uint(&writer, KEY_LOG_LEVEL, input_byte(input) & 7);
+		message_add_bool(&writer, KEY_KEEP_LOG, value & 1);
+	} else if (op == OP_TOUCH || op == OP_MAP) {
+		message_add_uint(&writer, KEY_PID, value & 1 ? ROOT : value & 2 ? 6000 : 1);
+		if (op == OP_TOUCH)
+			message_add_bool(&writer, KEY_KEEP, value & 4);
+		else
+			message_add_str(&writer, KEY_FILE, "fd/3");
+		if (op == OP_MAP)
+			message_add_uint(&writer, KEY_SIZE, 4096);
+		message_add_list(&writer, KEY_RANGES, 0);
+	}
+	size = message_close(&writer);
+	CHECK(size && !message_parse(&message, frame + 4, size - 4));
+	if (op == OP_GO && restore.phase == HELD && restore.owner == host)
+		said_go = true;
+	restore_session_heard(host);
+	restore_message(host, &message);
+}
+
+static void step(struct input *input)
+{
+	uint8_t what = input_byte(input);
+	struct session *host = &hosts[what >> 7];
+
+	switch (what & 7) {
+	case 0: case 1: host_speaks(input, host); break;
+	case 2: hook_comes(input); break;
+	case 3: hook_ends(); break;
+	case 4:
+		/* It is stopped at its hook; after "go" its end lets the tree go, too. */
+		if (criu_lives && said_go)
+			tree_runs = tree_lives;
+		if (criu_lives)
+			end_criu(input_byte(input) << 8);
+		break;
+	case 5: now += 100 * (int64_t)input_byte(input); break;
+	case 6: restore_session_ended(host); break;
+	case 7: restore_session_heard(host); break;
+	}
+	/* A connection, what came on it, and what follows of that. */
+	for (int i = 0; i < 3; i++)
+		turn();
+	CHECK(!tree_runs || said_go);
+	/* A new one begins with nothing of the last. */
+	if (restore.phase == IDLE) {
+		hook_ends();
+		CHECK(restore.hook < 0 && restore.listener < 0 && !directory_there && !mappers);
+		CHECK(!restore.owner && !subreaper && (!tree_lives || tree_runs));
+		criu_lives = criu_lives && said_go;
+		tree_lives = tree_runs = said_go = false;
+		if (criu_lives)
+			criu_lives = false;
+	}
+}
+
+int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
+{
+	struct input input = {data, data + size};
+
+	while (input_left(&input))
+		step(&input);
+	restore_shutdown();
+	hook_ends();
+	for (int i = 0; restore.phase != IDLE; i++) {
+		CHECK(i < 4 && restore.phase == RELEASED);
+		end_criu(0);
+		turn();
+	}
+	CHECK(restore.hook < 0 && restore.listener < 0 && !directory_there);
+	criu_lives = tree_lives = tree_runs = said_go = false;
+	return 0;
+}

@@ -1,0 +1,147 @@
+"""Kill all who have a part in a restore, at every point of it.
+
+``python -m tests.kill [--points N] [--victims NAME,…] [--suite NAME]``
+"""
+
+import argparse
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ovr import lab
+from ovr.errors import OvrError
+from ovr.lab.cache import cache_directory
+from ovr.lab.image import SUITES
+from tests import subject
+from tests.kill import check
+from tests.kill.attempt import VICTIMS, Event, Point, events_of, perform, points
+
+MIB = 1 << 20
+MEMORY = "512M"
+
+
+@dataclass
+class Outcome:
+    """What came of the points so far."""
+
+    passed: int = 0
+    failed: list[str] = field(default_factory=list)
+
+
+class Range:
+    """Where it is done: images, and a VM that is booted when there is none.
+
+    Args:
+        boot: boots a VM.
+        images: the dump.
+        scratch: a directory for this run.
+    """
+
+    def __init__(
+        self, boot: Callable[[], lab.LabVm], images: subject.Images, scratch: Path
+    ) -> None:
+        self._boot = boot
+        self.images = images
+        self._checksums = images.checksums()
+        self.temporary = scratch / "tmp"
+        self.temporary.mkdir()
+        self._vm: lab.LabVm | None = None
+        self.events: list[Event] = []
+
+    @property
+    def vm(self) -> lab.LabVm:
+        """A VM that runs."""
+        if self._vm is None or not self._vm.alive:
+            self.down()
+            self._vm = self._boot()
+            subject.install(self._vm)
+            for _ in range(0 if self.events else 2):  # the first is slow
+                self.events = events_of(self._vm, self.images.path, self.temporary)
+                subject.end(self._vm)
+        return self._vm
+
+    def down(self) -> None:
+        """End the VM."""
+        if self._vm is not None:
+            self._vm.down()
+            self._vm = None
+
+    def shoot(self, victim: str, point: Point) -> str:
+        """Kill the victim at that point, and restore again; returns what became of the tree."""
+        became = self.hit(victim, point)
+        check.next_restore(self.vm, self.images)
+        return became
+
+    def hit(self, victim: str, point: Point) -> str:
+        """Kill the victim at that point of a restore; returns what became of the tree."""
+        vm = self.vm
+        subject.end(vm)
+        attempt, met = perform(vm, self.images.path, victim, point, self.temporary)
+        try:
+            became = check.after(vm, victim, attempt, self.temporary)
+        finally:
+            attempt.close()
+        assert self.images.checksums() == self._checksums, "the images have changed"
+        assert vm.alive or victim == "qemu", "the VM is dead"
+        return became if met else f"{became}; nobody to kill"
+
+
+def sweep(place: Range, victim: str, count: int, outcome: Outcome) -> None:
+    """Kill the victim at so many points."""
+    place.vm  # noqa: B018 - boots, and learns the events
+    for point in points(place.events, victim, count):
+        started = time.monotonic()
+        try:
+            verdict = f"passed  {place.shoot(victim, point)}"
+            outcome.passed += 1
+        except (OvrError, AssertionError) as error:
+            verdict = f"FAILED  {error}"
+            outcome.failed.append(f"{victim} {point}: {error}")
+            place.down()  # what is left in it must not spoil the next
+        took = time.monotonic() - started
+        print(f"{victim:5}  {point.event:3} {point.name:32} {took:5.1f} s  {verdict}")
+        sys.stdout.flush()
+
+
+@contextmanager
+def shooting_range(name: str, suite: str, scratch: Path) -> Iterator[Range]:
+    """Dump in one VM; the body of the ``with`` restores into others."""
+    directory = scratch / "images"
+    directory.mkdir()
+    images = subject.dump_in_a_vm(f"{name}-a", directory, 8 * MIB, suite=suite, memory=MEMORY)
+    place = Range(lambda: lab.up(f"{name}-b", suite=suite, memory=MEMORY), images, scratch)
+    try:
+        yield place
+    finally:
+        place.down()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.kill", description=__doc__)
+    parser.add_argument("--points", type=int, default=10, help="of each victim")
+    parser.add_argument("--victims", default=",".join(VICTIMS), help="%(default)s")
+    parser.add_argument("--suite", choices=SUITES, default="trixie")
+    asked = parser.parse_args()
+    victims = asked.victims.split(",")
+    if unknown := {*victims} - {*VICTIMS}:
+        parser.error(f"no such victim: {', '.join(sorted(unknown))}")
+    outcome = Outcome()
+    with (
+        tempfile.TemporaryDirectory(prefix="ovr-kill-", dir=cache_directory()) as scratch,
+        shooting_range(f"kill-{os.getpid()}", asked.suite, Path(scratch)) as place,
+    ):
+        for victim in victims:
+            sweep(place, victim, asked.points, outcome)
+    for line in outcome.failed:
+        print(line)
+    print(f"{outcome.passed} passed, {len(outcome.failed)} failed")
+    return int(bool(outcome.failed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

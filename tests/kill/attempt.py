@@ -1,0 +1,210 @@
+"""One restore, and a victim that is killed at one point of it."""
+
+import contextlib
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from ovr import lab
+from ovr.errors import AgentUnreachable, OvrError
+from tests import subject
+
+__all__ = ["VICTIMS", "Attempt", "Event", "Point", "events_of", "points"]
+
+PATIENCE = 90.0  # seconds for a restore to come to its end, whatever was killed
+IN_THE_GUEST = ("agent", "hook", "criu", "root", "task")
+OF_THE_TREE = ("hook", "criu", "root", "task")
+VICTIMS = ("ovr", *IN_THE_GUEST, "qemu")
+GO = "sending go"
+
+
+@dataclass(frozen=True)
+class Event:
+    """A step of a restore.
+
+    Attributes:
+        held: whether the VM is stopped meanwhile.
+        name: what it is.
+        at: seconds since the restore began.
+    """
+
+    held: bool
+    name: str
+    at: float
+
+
+@dataclass(frozen=True)
+class Point:
+    """When to kill.
+
+    Attributes:
+        event: its number.
+        delay: seconds after it; 0 is while the restore waits in it.
+        name: for people.
+    """
+
+    event: int
+    delay: float
+    name: str
+
+
+class Attempt:
+    """A restore in a process of its own.
+
+    Args:
+        vm: where to.
+        images: what.
+        event: the number of the event to wait at, or -1.
+        scratch: an empty directory for its temporary files.
+    """
+
+    def __init__(self, vm: lab.LabVm, images: Path, event: int, scratch: Path) -> None:
+        command = [sys.executable, "-m", "tests.kill.restorer", f"lab:{vm.name}", str(images)]
+        self._log = (scratch.parent / "restorer.log").open("w+")
+        self.process = subprocess.Popen(
+            [*command, str(event)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            stderr=self._log, env={**os.environ, "TMPDIR": str(scratch)}, bufsize=0,
+        )  # fmt: skip
+        self._started = time.monotonic()
+        self._input = b""
+        self.events: list[Event] = []
+        self.last = ""
+        """What it said at last: done, or failed and why; empty if it was killed."""
+
+    def read_up_to(self, event: int) -> bool:
+        """Read what it tells until that event has come; False when it ended before."""
+        deadline = time.monotonic() + PATIENCE
+        while len(self.events) <= event:
+            line = self._line(deadline)
+            if line is None:
+                return False
+            if line.startswith("event "):
+                _, number, held, name = line.split(" ", 3)
+                assert int(number) == len(self.events), line
+                self.events.append(Event(held == "1", name, time.monotonic() - self._started))
+            else:
+                self.last = line
+        return True
+
+    def go_on(self) -> None:
+        """Let it go on from where it waits."""
+        assert self.process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # it was killed
+            self.process.stdin.write(b"\n")
+
+    def finish(self) -> None:
+        """Wait for its end, and read the rest."""
+        try:
+            self.read_up_to(1 << 30)
+            self.process.wait(PATIENCE)
+        finally:
+            self.process.kill()
+            self.process.wait()
+
+    @property
+    def said_go(self) -> bool:
+        """Whether it may have told the agent to let the tree run."""
+        return any(GO in event.name for event in self.events)
+
+    @property
+    def errors(self) -> str:
+        """What it wrote to stderr."""
+        self._log.seek(0)
+        return self._log.read()
+
+    def close(self) -> None:
+        """Give everything back."""
+        self.process.kill()
+        self.process.wait()
+        for stream in (self.process.stdin, self.process.stdout, self._log):
+            assert stream is not None
+            stream.close()
+
+    def _line(self, deadline: float) -> str | None:
+        assert self.process.stdout is not None
+        while b"\n" not in self._input:
+            left = max(0.0, deadline - time.monotonic())
+            readable = select.select([self.process.stdout], [], [], left)[0]
+            assert readable, f"it does not come to an end after {self.events[-1:]}: {self.errors}"
+            data = os.read(self.process.stdout.fileno(), 1 << 16)
+            if not data:
+                return None
+            self._input += data
+        line, _, self._input = self._input.partition(b"\n")
+        return line.decode()
+
+
+def events_of(vm: lab.LabVm, images: Path, scratch: Path) -> list[Event]:
+    """Restore once without harm, and return the events."""
+    attempt = Attempt(vm, images, -1, scratch)
+    try:
+        attempt.finish()
+        assert attempt.last == "done", f"{attempt.last}: {attempt.errors}"
+        return attempt.events
+    finally:
+        attempt.close()
+
+
+def points(events: list[Event], victim: str, count: int) -> list[Point]:
+    """Spread points over that part of a restore in which there is such a victim.
+
+    Most are at events. The others are some time after "begin" and "go": CRIU builds the tree, and
+    lets it go, and nothing tells the host how far it is. What runs in the guest cannot be killed
+    while the VM is held.
+    """
+    names = [event.name for event in events]
+    built, gone = names.index("end of skeleton"), names.index(f"after {GO}")
+    there = range(built, gone + 1) if victim in OF_THE_TREE else range(len(events))
+    free = [n for n in there if not (victim in IN_THE_GUEST and events[n].held)]
+    late = max(count * 3 // 10, 1)
+    exact = count - late
+    numbers = [free[round((i + 0.5) * len(free) / exact - 0.5)] for i in range(exact)]
+    found = [Point(number, 0.0, names[number]) for number in numbers]
+    building = -(-late // 2)
+    for words, share in (("after sending begin", building), (f"after {GO}", late - building)):
+        number = names.index(words)
+        span = events[number + 2].at - events[number].at
+        for delay in (span * (i + 0.5) / share for i in range(share)):
+            found.append(Point(number, delay, f"{delay * 1000:.0f} ms {words}"))
+    return sorted(found, key=lambda point: (point.event, point.delay))
+
+
+def kill(vm: lab.LabVm, victim: str, attempt: Attempt) -> bool:
+    """Kill the victim; False if there was none at that moment."""
+    if victim == "ovr":
+        attempt.process.kill()
+        return True
+    if victim == "qemu":
+        os.kill(vm.pid, signal.SIGKILL)
+        return True
+    try:
+        return subject.kill(vm, victim)
+    except AgentUnreachable:
+        if victim == "agent":
+            return True  # it cannot tell
+        raise
+
+
+def perform(
+    vm: lab.LabVm, images: Path, victim: str, point: Point, scratch: Path
+) -> tuple[Attempt, bool]:
+    """Restore, and kill the victim at that point; returns how it went, and whether it met one."""
+    attempt = Attempt(vm, images, point.event, scratch)
+    try:
+        met = False
+        if attempt.read_up_to(point.event):
+            if point.delay:
+                attempt.go_on()
+                time.sleep(point.delay)
+            met = kill(vm, victim, attempt)
+            attempt.go_on()
+        attempt.finish()
+    except (AssertionError, OvrError):
+        attempt.close()
+        raise
+    return attempt, met

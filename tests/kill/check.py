@@ -1,0 +1,117 @@
+"""What must hold after a victim was killed in a restore, whoever it was."""
+
+import os
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import ovr
+from ovr import lab
+from ovr.errors import AgentUnreachable
+from tests import subject
+from tests.kill.attempt import Attempt
+
+__all__ = ["after", "next_restore", "restored", "wait_for"]
+
+PATIENCE = 30.0
+
+
+def wait_for(condition: Callable[[], bool], what: str) -> None:
+    """Raise unless it comes to that."""
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.1)
+
+
+def after(vm: lab.LabVm, victim: str, attempt: Attempt, scratch: Path) -> str:
+    """Check the host, the guest and the tree; returns what became of the tree."""
+    said = attempt.last
+    assert "Traceback" not in attempt.errors, attempt.errors
+    if victim == "ovr" and attempt.process.returncode == -9:
+        said = "killed"
+    else:
+        assert said, (
+            f"it ended with {attempt.process.returncode} and said nothing: {attempt.errors}"
+        )
+    wait_for(lambda: not guardians(vm.pid), "the guardian of a hold is left")
+    assert not list(scratch.iterdir()), f"temporary files are left: {list(scratch.iterdir())}"
+    if victim == "qemu":
+        assert said.startswith("failed ") or attempt.events[-1].name == "end of commit", said
+        return said
+    assert state_of(vm.pid) not in "tT", "the VM is held"
+    return fate(vm, victim, attempt, said, once_quiet(vm))
+
+
+def fate(vm: lab.LabVm, victim: str, attempt: Attempt, said: str, seen: Mapping[str, int]) -> str:
+    """Tell what became of the tree: all of it runs and is right, or nothing of it is there.
+
+    Unless "go" was said nothing of it may ever have run. After that a task may have run before it,
+    or CRIU, was killed; it must have been whole then.
+    """
+    marks, alive = subject.marks(seen), seen["subjects"]
+    if said == "done" and victim not in ("root", "task"):
+        assert alive == 2, f"{alive} processes run"
+    if not attempt.said_go:
+        assert said != "done"
+        assert not marks, f"{marks} ran"
+    if alive == 2:
+        assert attempt.said_go
+        restored(vm)
+        return "runs"
+    if victim not in ("root", "task"):
+        assert not alive, f"{alive} processes of the tree are left"
+        assert not marks or victim == "criu", f"{marks} ran, and are gone"
+    return "ran in part" if marks else "gone"
+
+
+def restored(vm: lab.LabVm, size: int = 0) -> None:
+    """Check that all of the tree runs and is right."""
+    answer = subject.ask(vm)
+    assert answer.wrong == 0, answer
+    assert not size or answer.pages == subject.pages(size), answer
+    wait_for(
+        lambda: subject.marks(subject.look(vm)) == subject.MARKS, "a task of the tree does not run"
+    )
+
+
+def next_restore(vm: lab.LabVm, images: subject.Images) -> None:
+    """Restore as if nothing had happened."""
+    subject.end(vm)
+    with ovr.attach(f"lab:{vm.name}") as attached:
+        assert attached.qmp.status() == "running"
+        attached.restore(images.path, verify="full")
+    restored(vm, images.size)
+    subject.end(vm)
+
+
+def once_quiet(vm: lab.LabVm) -> dict[str, int]:
+    """Wait until the agent is there, no restore is under way and nobody is held; return a look."""
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        try:
+            seen = subject.look(vm)
+        except AgentUnreachable:
+            seen = {}
+        if seen and (seen["criu"], seen["restores"], seen["held"], seen["agents"]) == (0, 0, 0, 1):
+            return seen
+        assert time.monotonic() < deadline, f"something of the restore is left in the guest: {seen}"
+        time.sleep(0.1)
+
+
+def state_of(pid: int) -> str:
+    """The state of a process of the host."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
+def guardians(qemu: int) -> list[int]:
+    """Processes that guard holds of that VM."""
+    found = []
+    for directory in Path("/proc").iterdir():
+        try:
+            words = (directory / "cmdline").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if b"ovr-guardian" in words and str(qemu).encode() in words and directory.name.isdigit():
+            found.append(int(directory.name))
+    return [pid for pid in found if pid != os.getpid()]

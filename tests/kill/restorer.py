@@ -1,0 +1,117 @@
+"""A restore that tells where it is, and waits there.
+
+``python -m tests.kill.restorer VM IMAGES POINT`` runs in a process of its own, to be killed. Every
+step is an event: phases of the restore begin and end, messages are sent to the agent and answered,
+the VM is held, memory is written. Each is a line on stdout, "event NUMBER HELD NAME"; at number
+POINT it waits for a line on stdin before it goes on. The last line is "done" or "failed KIND: WHY".
+"""
+
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import ovr
+from ovr.errors import OvrError
+from ovr.guest.protocol import Alive, Message
+from ovr.report import Stopwatch
+from ovr.state import memory, settings
+from ovr.state.memory import Copier
+from ovr.vm.agent import Agent
+from ovr.vm.hold import Holder
+
+
+class Events:
+    """Counts and tells events, and waits at one of them."""
+
+    def __init__(self, point: int) -> None:
+        self._point = point
+        self._count = 0
+        self._main = threading.current_thread()
+        self.held = False
+
+    def __call__(self, name: str) -> None:
+        if threading.current_thread() is not self._main:
+            return
+        print(f"event {self._count} {int(self.held)} {name}", flush=True)
+        if self._count == self._point:
+            sys.stdin.readline()
+        self._count += 1
+
+
+def around(events: Events, owner: Any, method: str, name: Callable[..., str | None]) -> None:
+    """Make a method two events; `name` says how a call is called, None for not at all."""
+    original = getattr(owner, method)
+
+    def told(*args: Any, **kwargs: Any) -> Any:
+        called = name(*args, **kwargs)
+        if called is None:
+            return original(*args, **kwargs)
+        events(f"before {called}")
+        result = original(*args, **kwargs)
+        events(f"after {called}")
+        return result
+
+    setattr(owner, method, told)
+
+
+def watch_phases(events: Events) -> None:
+    original = Stopwatch.__call__
+
+    @contextmanager
+    def phase(watch: Stopwatch, name: str) -> Iterator[None]:
+        events(f"begin of {name}")
+        with original(watch, name):
+            yield
+        events(f"end of {name}")
+
+    Stopwatch.__call__ = phase  # type: ignore[method-assign]
+
+
+def watch_holds(events: Events) -> None:
+    original = Holder.held
+
+    @contextmanager
+    def held(holder: Holder) -> Iterator[None]:
+        with original(holder):
+            events.held = True
+            events("the VM is held")
+            yield
+            events("the VM is let go")
+            events.held = False
+
+    Holder.held = held  # type: ignore[method-assign]
+
+
+def sent(_: Agent, message: Message) -> str | None:
+    return None if isinstance(message, Alive) else f"sending {message.op}"
+
+
+def watch(events: Events) -> None:
+    """Make events of all that a restore does."""
+    watch_phases(events)
+    watch_holds(events)
+    around(events, Agent, "_send", sent)
+    around(events, Agent, "_receive", lambda *_: "hearing the agent")
+    around(events, Copier, "_copy", lambda *_: "copying")
+    around(events, settings, "_rehearse", lambda *_: "reading the state")
+
+
+def main() -> int:
+    spec, images, point = sys.argv[1:]
+    events = Events(int(point))
+    memory.HOLD_BYTES = 1 << 20  # many holds: many points
+    watch(events)
+    try:
+        with ovr.attach(spec) as vm:
+            vm.restore(images, verify="full")
+    except OvrError as error:
+        print(f"failed {type(error).__name__}: {error}", flush=True)
+        return error.exit_code
+    print("done", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
