@@ -118,7 +118,11 @@ class RamMap:
         """
 
     def prefault(self, runs: NDArray[np.void]) -> None:
-        """Map the host pages behind `runs` ahead of the copy (``MADV_POPULATE_WRITE``)."""
+        """Map the host pages behind `runs` ahead of the copy.
+
+        Raises:
+            RamNotShared: the RAM file was cut off.
+        """
 
     def copy_in(self, runs: NDArray[np.void], source: Buffer) -> int:
         """Copy ``source[run.offset:][:run.size]`` to ``run.gpa`` for every run.

@@ -33,6 +33,11 @@ cdef extern from *:
         return __atomic_load_n((const uint64_t *)p, __ATOMIC_RELAXED);
     }
 
+    static inline void ovr_prefetch(const void *p)
+    {
+        __builtin_prefetch(p);
+    }
+
     /* What was stored before is in memory if guarded work is left after it. */
     static inline void ovr_settle(void)
     {
@@ -40,6 +45,7 @@ cdef extern from *:
     }
     """
     uint64_t read_once "ovr_read_once"(const void *) noexcept nogil
+    void prefetch "ovr_prefetch"(const void *) noexcept nogil
     void settle "ovr_settle"() noexcept nogil
     void *memmem(const void *, size_t, const void *, size_t) noexcept nogil
 
@@ -106,6 +112,21 @@ cdef struct Ram:
     Slot *slots
     Py_ssize_t count
 
+cdef enum:
+    # Struct pages of scattered frames are scattered: translations of the array, a large page
+    # each, are remembered, enough for 128 GiB of guest RAM.
+    VMEMMAP_SHIFT = 21
+    VMEMMAP_PIECES = 1024
+    # How many page table entries ahead a struct page is fetched: a miss takes as long as some.
+    FETCH_AHEAD = 48
+
+    # Bytes for which a system call is worth it, when host pages are mapped ahead.
+    WORTH_ADVICE = 65536
+
+cdef struct Vmemmap:
+    uint64_t gva
+    char *host              # NULL: not known
+
 cdef struct Frames:
     # Where the guest keeps its `struct page` array and what to look at in an element.
     uint64_t root
@@ -121,10 +142,7 @@ cdef struct Frames:
     uint64_t folio_value
     uint64_t mapping_mask
     uint64_t mapping_value
-    # The last translated piece of the array: consecutive frames are neighbours in it.
-    uint64_t cached_gva
-    uint64_t cached_size
-    char *cached_host
+    Vmemmap known[VMEMMAP_PIECES]
 
 cdef struct Walk:
     const Ram *ram
@@ -183,6 +201,13 @@ cdef struct Copying:
     uint64_t total
     Py_ssize_t which        # the run that differs, `count` if none does
     int64_t at              # where in it
+
+cdef struct Mapping:
+    const Ram *ram
+    const Run *runs
+    Py_ssize_t count
+    int advice
+    uint64_t seen           # so that no compiler leaves out to look
 
 cdef struct Comparing:
     const uint8_t *one
@@ -336,23 +361,22 @@ cdef class RamMap:
     # ---- bulk ------------------------------------------------------------------------------
 
     def prefault(self, const Run[::1] runs not None):
-        # Errors do not matter here: what is not prefaulted faults during the copy.
-        cdef Py_ssize_t i
-        cdef uint64_t available = 0
-        cdef char *host
-        cdef int advice = MADV_POPULATE_WRITE if self._writable else MADV_POPULATE_READ
+        cdef Mapping job
+        cdef void *lost = NULL
+        if runs.shape[0] == 0:
+            return
+        job.ram = &self._ram
+        job.runs = &runs[0]
+        job.count = runs.shape[0]
+        job.seen = 0
+        job.advice = MADV_POPULATE_WRITE if self._writable else MADV_POPULATE_READ
         self._users += 1
         try:
             with nogil:
-                for i in range(runs.shape[0]):
-                    host = _host(&self._ram, runs[i].gpa, &available)
-                    if host != NULL:
-                        madvise(
-                            <void *>(<uint64_t>host & ~<uint64_t>4095),
-                            min(available, runs[i].size), advice,
-                        )
+                lost = ovr_guarded(_map, &job)
         finally:
             self._users -= 1
+        self._done(lost)
 
     def copy_in(self, const Run[::1] runs not None, const uint8_t[::1] source not None):
         cdef Copying job
@@ -535,25 +559,48 @@ cdef int _walk_table(
     if table == NULL:
         w.fault = table_gpa
         return WALK_FAULT
+    if level == 1:
+        return _walk_pages(w, table, start, last)
     while True:
         part_last = min(start | below, last)
         entry = read_once(table + ((start >> shift) & 511) * 8)
         status = WALK_OK
         if entry & PTE_PRESENT:
-            if level == 1 or (entry & PTE_PSE and level <= 3):
+            if entry & PTE_PSE and level <= 3:
                 status = _leaf(w, entry, entry & PTE_ADDRESS, shift, start, part_last)
             elif entry & PTE_PSE:
                 w.fault = table_gpa
                 status = WALK_FAULT
             else:
                 status = _walk_table(w, entry & PTE_ADDRESS, level - 1, start, part_last)
-        elif entry & PTE_PROTNONE and (level == 1 or (level <= 3 and entry & PTE_PSE)):
+        elif entry & PTE_PROTNONE and level <= 3 and entry & PTE_PSE:
             # PROT_NONE and NUMA-hinting entries keep their frame, with the address bits
             # inverted against L1TF (arch/x86/include/asm/pgtable-invert.h).
             status = _leaf(w, entry, ~entry & PTE_ADDRESS, shift, start, part_last)
         if status != WALK_OK or part_last == last:
             return status
         start = part_last + 1
+
+
+cdef int _walk_pages(
+    Walk *w, const char *table, uint64_t start, uint64_t last
+) noexcept nogil:
+    # The lowest level, where nearly all entries are: `start` and `last` lie in this table.
+    cdef uint64_t at = (start >> 12) & 511
+    cdef uint64_t end = (last >> 12) & 511
+    cdef uint64_t entry
+    cdef int status = WALK_OK
+    while at <= end and status == WALK_OK:
+        if w.frames != NULL and at + FETCH_AHEAD <= end:
+            _fetch(w.frames, read_once(table + (at + FETCH_AHEAD) * 8))
+        entry = read_once(table + at * 8)
+        if entry & PTE_PRESENT:
+            status = _leaf(w, entry, entry & PTE_ADDRESS, 12, start, start | 4095)
+        elif entry & PTE_PROTNONE:
+            status = _leaf(w, entry, ~entry & PTE_ADDRESS, 12, start, start | 4095)
+        start += 4096
+        at += 1
+    return status
 
 
 cdef int _leaf(
@@ -596,26 +643,64 @@ cdef bint _owned(const Ram *ram, Frames *f, uint64_t pfn) noexcept nogil:
 
 
 cdef char *_page(const Ram *ram, Frames *f, uint64_t gva) noexcept nogil:
+    cdef uint64_t piece = <uint64_t>1 << VMEMMAP_SHIFT
+    cdef uint64_t inside = gva & (piece - 1)
+    cdef Vmemmap *known = &f.known[(gva >> VMEMMAP_SHIFT) & (VMEMMAP_PIECES - 1)]
     cdef uint64_t gpa = 0
     cdef uint64_t available = 0
     cdef uint64_t in_slot = 0
     cdef char *host
     if gva & 7:  # the guest says where a folio's head is
         return NULL
-    if gva - f.cached_gva >= f.cached_size or f.cached_size - (gva - f.cached_gva) < f.stride:
-        if not _translate(ram, f.root, f.levels, gva, &gpa, &available):
-            return NULL
-        host = _host(ram, gpa, &in_slot)
-        available = min(available, in_slot)
-        if host == NULL or available < f.stride:
-            return NULL
-        f.cached_gva = gva
-        f.cached_size = available
-        f.cached_host = host
-    return f.cached_host + (gva - f.cached_gva)
+    if known.host != NULL and known.gva == gva - inside and piece - inside >= f.stride:
+        return known.host + inside
+    if not _translate(ram, f.root, f.levels, gva, &gpa, &available):
+        return NULL
+    host = _host(ram, gpa, &in_slot)
+    if host == NULL or min(available, in_slot) < f.stride:
+        return NULL
+    # Remembered only if all of the piece is in one page of the guest, and in one slot.
+    if available + inside >= piece and gpa >= inside:
+        if _host(ram, gpa - inside, &in_slot) == host - inside and in_slot >= piece:
+            known.gva = gva - inside
+            known.host = host - inside
+    return host
+
+
+cdef void _fetch(Frames *f, uint64_t entry) noexcept nogil:
+    # Only where a known piece is: a guess that is wrong or missing costs a little time.
+    cdef uint64_t gva = f.vmemmap + ((entry & PTE_ADDRESS) >> 12) * f.stride
+    cdef uint64_t inside = gva & ((<uint64_t>1 << VMEMMAP_SHIFT) - 1)
+    cdef Vmemmap *known = &f.known[(gva >> VMEMMAP_SHIFT) & (VMEMMAP_PIECES - 1)]
+    if known.host != NULL and known.gva == gva - inside:
+        prefetch(known.host + inside)
 
 
 # ---- guarded work: bulk --------------------------------------------------------------------
+
+
+cdef void _map(void *given) noexcept nogil:
+    # Errors do not matter here: what is not mapped ahead faults during the copy.
+    cdef Mapping *job = <Mapping *>given
+    cdef Py_ssize_t i
+    cdef uint64_t size, at
+    cdef uint64_t available = 0
+    cdef char *host
+    for i in range(job.count):
+        host = _host(job.ram, job.runs[i].gpa, &available)
+        if host == NULL:
+            continue
+        host = <char *>(<uint64_t>host & ~<uint64_t>4095)
+        size = min(available, job.runs[i].size)
+        if size >= WORTH_ADVICE:
+            madvise(host, size, job.advice)
+            continue
+        # To look at a page maps it, of a shared file for writing too, and is faster than a system
+        # call where it is mapped already, as are most in RAM files of large pages.
+        at = 0
+        while at < size:
+            job.seen ^= read_once(host + at)
+            at += 4096
 
 
 cdef void _copy(void *given) noexcept nogil:

@@ -50,6 +50,7 @@ _TRIES: Final = 20
 _TRY_AGAIN_AFTER: Final = 0.05  # seconds; collapse and migration of a page take less
 _SAMPLE_PAGES: Final = 4096
 _SHARE: Final = 1 << 20  # bytes that are worth a thread
+_MANY_RUNS: Final = 2048  # of one hold: to walk them is worth a thread
 
 T = TypeVar("T")
 OF_ANYBODY: Final = 0
@@ -130,6 +131,7 @@ class Copier:
         self._pool = pool
         self._threads = threads
         self._advance = advance
+        self._scattered = False
 
     def write(self, parts: Sequence[Part]) -> None:
         """Write pieces of targets.
@@ -145,8 +147,7 @@ class Copier:
 
     def _prepare(self, batch: Sequence[Part]) -> None:
         for target, part in batch:
-            _read_ahead(target, part)
-            target.space.ram.prefault(target.space.walk(part))
+            self._in_parallel(part, partial(_make_ready, target))
 
     def write_families(self, families: Iterable[Family]) -> list[Part]:
         """Write what tasks share; return what is left, since it is not shared after all.
@@ -208,12 +209,13 @@ class Copier:
                 for check in {target.check for target, _ in left}:
                     check()
                 for target, part in left:
-                    runs = target.space.walk(part, target.frames)
+                    runs = self._walk(target, part)
                     found = runs[(runs["flags"] & wanted) == wanted]
                     work(target, cut_out(found, target.spared))
                     done.append(found)
-            rest = [(t, _without(part, ours)) for (t, part), ours in zip(left, done, strict=True)]
-            left = [(target, part) for target, part in rest if len(part)]
+            both = zip(left, done, strict=True)
+            missed = [(t, p, ours) for (t, p), ours in both if total(ours) < total(p)]
+            left = [(target, _without(part, ours)) for target, part, ours in missed]
             if not left:
                 return
         target, part = left[0]
@@ -222,6 +224,17 @@ class Copier:
             " own pages",
             "the guest may be out of memory; free some and restore again",
         )
+
+    def _walk(self, target: Target, part: Runs) -> Runs:
+        # Where pages are scattered, to ask whose each is takes nearly as long as to copy it.
+        if self._scattered:
+            runs = np.concatenate(
+                self._in_parallel(part, lambda share: target.space.walk(share, target.frames))
+            )
+        else:
+            runs = target.space.walk(part, target.frames)
+        self._scattered = len(runs) >= _MANY_RUNS
+        return runs
 
     def _copy(self, target: Target, runs: Runs) -> None:
         # SAFETY: the frames are the target's own by the guest kernel's word, found in this very
@@ -284,6 +297,12 @@ def _batches(parts: Iterable[Part]) -> Iterator[list[Part]]:
             room -= total(part)
     if batch:
         yield batch
+
+
+def _make_ready(target: Target, part: Runs) -> None:
+    # What can be done with the VM running: the host's page faults.
+    _read_ahead(target, part)
+    target.space.ram.prefault(target.space.walk(part))
 
 
 def _read_ahead(target: Target, part: Runs) -> None:

@@ -276,8 +276,8 @@ static __attribute__((noreturn)) void mover(void)
 {
 	char text[128];
 
-	/* It has to be quick: a tree is held for seconds at most. */
-	setpriority(PRIO_PROCESS, 0, -5);
+	/* It must not be late: a tree is held for seconds at most. */
+	setpriority(PRIO_PROCESS, 0, 0);
 	for (;;) {
 		DIR *proc = opendir("/proc");
 		struct dirent *entry;
@@ -285,9 +285,9 @@ static __attribute__((noreturn)) void mover(void)
 		while (proc && (entry = readdir(proc))) {
 			pid_t pid = atoi(entry->d_name);
 
-			for (int i = 0; i < 20 && pid > 0 && held(pid); i++) {
+			for (int i = 0; i < 5 && pid > 0 && held(pid); i++) {
 				move(pid);
-				nap(2);
+				nap(30);
 			}
 		}
 		closedir(proc);

@@ -234,7 +234,10 @@ def test_large_pieces_are_left_to_the_agent(images, monkeypatch):
     """CRIU is not asked for them; nor does it lose one that is not large."""
     plan = make_plan(images)
     pieces = [task.pieces_of_criu for task in plan.tasks]
-    largest = max(int((some["end"] - some["start"]).max()) for some in pieces if len(some))
+    sizes = [int((some["end"] - some["start"]).max()) for some in pieces if len(some)]
+    if not sizes:
+        pytest.skip("its pages lie in no pieces")
+    largest = max(sizes)
     monkeypatch.setattr("ovr.memory_plan._LARGE", largest)
     content = plan.inside_images()
     left = 0

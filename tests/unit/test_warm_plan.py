@@ -53,7 +53,8 @@ def one(pid, areas, populated, *, ppid=0, pages=None):
         entries[n]["vaddr"], entries[n]["nr_pages"] = start, (end - start) // PAGE_SIZE
     memory = SimpleNamespace(name=f"pagemap-{pid}.img", pages_name=f"pages-{pid}.img",
                              entries=entries)  # fmt: skip
-    task = SimpleNamespace(pid=pid, ppid=ppid, vmas=vma_array(areas, "mm"))
+    task = SimpleNamespace(pid=pid, ppid=ppid, vmas=vma_array(areas, "mm"),
+                           mm=SimpleNamespace(thp_disabled=False))  # fmt: skip
     return SimpleNamespace(task=task, memory=memory, pieces_of_criu=populated)
 
 
@@ -219,6 +220,12 @@ def test_other_areas_are_left_alone(other):
     plan = task_of(1, areas, ranges((BASE, BASE + 8 * MIB)))
     _, warm = planned([plan])
     assert (warm.table, warm.why) == (b"", "no area has whole 2 MiB that a pool could give")
+
+
+def test_a_task_that_wants_no_huge_pages():
+    plan = task_of(1, [area(BASE, BASE + 8 * MIB)], ranges((BASE, BASE + 8 * MIB)))
+    plan.task.mm.thp_disabled = True
+    assert planned([plan])[1].why == "no area has whole 2 MiB that a pool could give"
 
 
 def test_what_a_child_inherits_is_left_alone():
