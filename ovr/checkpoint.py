@@ -21,6 +21,7 @@ __all__ = [
     "PodmanCheckpoint",
     "RuntimeCheckpoint",
     "open_checkpoint",
+    "runs_scripts_for_engines",
 ]
 
 RUNTIMES: Final = ("runc", "crun")
@@ -67,7 +68,7 @@ class Checkpoint(ABC):
             raise CheckFailed(
                 f"the guest has no {self.engine}", f"apt-get install {self.engine}, in the guest"
             )
-        if _numbers(hello.criu) < _SCRIPTS_FOR_ENGINES:
+        if not runs_scripts_for_engines(hello):
             raise CheckFailed(
                 f"the guest's CRIU {hello.criu} runs no action scripts for {self.engine}",
                 "use CRIU 3.19 or later in the guest",
@@ -200,8 +201,10 @@ class RuntimeCheckpoint(Checkpoint):
             self._archive.close()
 
 
-def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(number) for number in re.findall(r"\d{1,9}", version))
+def runs_scripts_for_engines(hello: Hello) -> bool:
+    """Whether the guest's CRIU runs action scripts of its configuration for container engines."""
+    numbers = (int(number) for number in re.findall(r"\d{1,9}", hello.criu or ""))
+    return tuple(numbers) >= _SCRIPTS_FOR_ENGINES
 
 
 def _held(images: ImageSet, inside: Inside) -> Inside:

@@ -9,13 +9,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from ovr.checkpoint import runs_scripts_for_engines
 from ovr.cli.output import common, document, size
 from ovr.cli.terminal import painted
 from ovr.cli.vm_options import add_agent_option, add_vm_options
 from ovr.errors import OvrError, UsageError
 from ovr.kernel import Kernel
 from ovr.ram import GuestRam
-from ovr.vm.agent import Agent
+from ovr.vm.agent import Agent, Hello
 from ovr.vm.claim import claimed
 from ovr.vm.find import find_vm
 from ovr.vm.memory_map import guest_slots
@@ -119,6 +120,11 @@ def _kernel(kernel: Kernel) -> Iterator[Item]:
     yield Item("struct page", True, f"{frames.stride} bytes, {mask}")
 
 
+def _containers(hello: Hello) -> str:
+    names = ", ".join(hello.engines)
+    return names if runs_scripts_for_engines(hello) else f"{names}, but they need CRIU 3.19"
+
+
 def _agent(address: str | None) -> Item:
     if address is None:
         return Item("agent", False, "nobody said where it is", _NO_ADDRESS)
@@ -133,7 +139,7 @@ def _agent(address: str | None) -> Item:
         return Item("agent", False, "the guest has no CRIU", "apt-get install criu, in the guest")
     text = f"version {hello.agent}, CRIU {hello.criu}, at {address}"
     if hello.engines:
-        text += f"; containers by {', '.join(hello.engines)}"
+        text += f"; containers: {_containers(hello)}"
     if not hello.force_write:
         text += (
             "; read-only memory stays inside (boot the guest with proc_mem.force_override=always)"

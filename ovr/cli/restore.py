@@ -43,7 +43,7 @@ def add(commands: Any) -> None:
             """,
         usage="ovr restore -D DIR --vm VM [option …] [option of criu restore …]\n"
         "       ovr restore --archive FILE --vm VM [--name NAME] [option …]"
-        " [-- option of podman container restore …]",
+        " [-- podman option …]",
     )  # fmt: skip
     parser.add_argument(
         "-D", "--images-dir", type=Path, metavar="DIR",
