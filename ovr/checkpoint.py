@@ -43,6 +43,7 @@ class Checkpoint(ABC):
         container: its name, where the engine does not tell an id.
         options: put at the end of its command line.
         patience: seconds that it may take.
+        volumes: the named volumes that it makes in the guest.
     """
 
     images: ImageSet
@@ -50,6 +51,7 @@ class Checkpoint(ABC):
     container: str | None = None
     options: tuple[str, ...] = ()
     patience: float = _CRIU_SECONDS
+    volumes: tuple[str, ...] = ()
 
     @abstractmethod
     def files(self, inside: Inside) -> dict[str, Iterable[bytes]]:
@@ -124,6 +126,9 @@ class PodmanCheckpoint(Checkpoint):
         _check_podman_options(options)
         self._archive = Archive.open(path)
         self.images = self._archive.images
+        # podman refuses volumes that are there already; with that option it makes none.
+        if not any(option.startswith("--ignore-volumes") for option in options):
+            self.volumes = self._archive.container.volumes
         self.options = (*(("--name", name) if name is not None else ()), *options)
         if self._archive.container.maker != "podman":
             self.close()

@@ -85,12 +85,13 @@ def restore(
             prove(vm.kernel, link)
             skeleton = link.begin(
                 files, criu_options=checkpoint.options, engine=checkpoint.engine,
-                timeout=checkpoint.patience, log_level=log_level, warm_images=warm.images,
+                volumes=checkpoint.volumes, timeout=checkpoint.patience, log_level=log_level,
+                warm_images=warm.images,
             )  # fmt: skip
             cold = _why_cold(warm, skeleton)
         log.info("skeleton stands: pid %d, %d threads", skeleton.root_pid, len(skeleton.tasks))
         journal = Journal()
-        with _killed_on_error(link), link.keep_alive():
+        with _killed_on_error(link, checkpoint.patience), link.keep_alive():
             sources = stack.enter_context(Sources())
             with watch("populate"):
                 tree = partial(_guest, vm, skeleton)
@@ -227,13 +228,13 @@ def _refuse_large(images: Mapping[str, bytes | Extents]) -> None:
 
 
 @contextmanager
-def _killed_on_error(link: Agent) -> Iterator[None]:
+def _killed_on_error(link: Agent, patience: float) -> Iterator[None]:
     # Nothing half-restored ever runs: whatever happens before the commit, the tree goes.
     try:
         yield
     except BaseException:
         try:
-            link.abort()
+            link.abort(patience)
         except OvrError as error:
             # The link is broken; the agent sees that too, and kills the tree by itself.
             log.warning("the agent does not confirm the abort: %s", error)

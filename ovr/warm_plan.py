@@ -253,8 +253,10 @@ def _inherited(
 
 def _served(plan: TaskPlan, cow: CowPlan, inherited: Ranges) -> Iterator[_Served]:
     # The areas of a task that are worth it.
-    vmas, pid = plan.task.vmas, plan.task.pid
-    assert vmas is not None
+    vmas, mm, pid = plan.task.vmas, plan.task.mm, plan.task.pid
+    assert vmas is not None and mm is not None
+    if mm.thp_disabled:
+        return  # the pool has huge pages
     if (vmas[is_private(vmas)]["flags"] & MAP_HUGETLB).any():
         return  # these are not in CRIU's reservation, or are, by its version
     plain = is_private(vmas) & (vmas["status"] & VMA_ANON_PRIVATE != 0)

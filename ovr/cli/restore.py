@@ -204,7 +204,8 @@ def _sentence(report: Report) -> str:
         what = f"container {report.container[:12]}, {what}"
     return (
         f"restored {what} ({report.tasks} tasks, {size(report.bytes_outside)} of "
-        f"{size(report.bytes_total)} from outside) in {report.seconds['total']:.3f} s; "
+        f"{size(report.bytes_total)} from outside, {report.skeleton} skeleton) in "
+        f"{report.seconds['total']:.3f} s; "
         f"VM held {report.held['seconds'] * 1e3:.0f} ms, at most "
         f"{report.held['longest'] * 1e3:.0f} ms at once"
     )

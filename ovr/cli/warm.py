@@ -63,7 +63,7 @@ def run(options: argparse.Namespace) -> int:
     elif pool.size:
         print(f"{size(pool.size)} are ready, {size(pool.huge)} of them in huge pages")
     else:
-        print(f"no pool{f': {pool.note}' if pool.note else ''}")
+        print(f"no pool: {pool.note}")
     return 0
 
 

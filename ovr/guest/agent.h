@@ -142,6 +142,9 @@ bool directory_prepare_base(void);
 const char *directory_make(struct directory *directory);
 const char *directory_append(struct directory *directory, const struct mp_value *name,
 			     const struct mp_value *data);
+/* Links to some of the images, as if they were those of an earlier dump. */
+bool directory_make_parent(const struct directory *directory, char **names);
+void directory_remove_parent(const struct directory *directory);
 void directory_remove(struct directory *directory, bool keep_log);
 
 #define AGENT_PATH "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -180,6 +183,7 @@ struct engine_criu {
 	int end;		/* readable once it has ended */
 	int log;
 	pid_t runtime;		/* its parent, and the parent of the tree that it makes */
+	char container[65];	/* podman's id of what it restores; empty: not known */
 };
 
 bool engine_known(const char *name);
@@ -187,8 +191,14 @@ void engine_add_installed(struct writer *writer);
 /* Its pid, or -1 and errno. */
 pid_t engine_start(const struct directory *directory, const struct message *begin);
 struct engine_criu engine_adopt(pid_t criu);
+/*
+ * Have what a failed restore has left removed, step by step, each a child: its pid, 0 if there is
+ * nothing to do in this step, -1 after the last one.
+ */
+pid_t engine_clean_up(int step, const struct engine_criu *criu);
 bool engine_criu_ended(const struct engine_criu *criu);
 void engine_forget(struct engine_criu *criu);
+void engine_forget_names(void);
 void engine_result(const struct directory *directory, char line[LOG_WIDTH]);
 int engine_log_errors(const struct directory *directory, const struct engine_criu *criu,
 		      char lines[LOG_LINES][LOG_WIDTH]);

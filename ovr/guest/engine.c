@@ -118,6 +118,78 @@ static int fixed_arguments(const char *argv[FIXED_ARGUMENTS], const char *progra
 	return (int)count;
 }
 
+static struct {
+	char program[16], name[MAX_STRING];
+	char **volumes;		/* argv of their removal */
+} current;
+
+/* The runtimes' last argument is the container's name. */
+static void remember(const char *program, char *const extra[], uint32_t extras,
+		     const struct message *begin)
+{
+	uint32_t count = begin->field[KEY_VOLUMES].size;
+	char **names = message_strings(begin, KEY_VOLUMES);
+
+	engine_forget_names();
+	snprintf(current.program, sizeof(current.program), "%.15s", program);
+	snprintf(current.name, sizeof(current.name), "%s", extras ? extra[extras - 1] : "");
+	if (names && count)
+		current.volumes = names;
+	else
+		free(names);
+}
+
+void engine_forget_names(void)
+{
+	free(current.volumes);
+	memset(&current, 0, sizeof(current));
+}
+
+static pid_t remove_volumes(void)
+{
+	uint32_t count = 0;
+	char **argv, *env[] = {AGENT_PATH, "HOME=/root", NULL};
+	pid_t pid = 0;
+
+	while (current.volumes && current.volumes[count])
+		count++;
+	argv = count ? calloc(count + 5, sizeof(*argv)) : NULL;
+	if (argv) {
+		argv[0] = current.program;
+		argv[1] = "volume";
+		argv[2] = "rm";
+		argv[3] = "--";
+		memcpy(argv + 4, current.volumes, count * sizeof(*argv));
+		pid = child_start(argv, env, (struct child_io){-1, -1, -1});
+	}
+	free(argv);
+	return pid > 0 ? pid : 0;
+}
+
+static pid_t remove_container(const struct engine_criu *criu)
+{
+	char id[sizeof(criu->container)], *env[] = {AGENT_PATH, "HOME=/root", NULL};
+	char *podman[] = {current.program, "container", "rm", "--force", "--time", "0",
+			  "--volumes", id, NULL};
+	char *runtime[] = {current.program, "delete", "--force", current.name, NULL};
+	bool by_podman = is_podman(current.program);
+	pid_t pid = 0;
+
+	memcpy(id, criu->container, sizeof(id));
+	if (by_podman ? id[0] : current.name[0])
+		pid = child_start(by_podman ? podman : runtime, env,
+				  (struct child_io){-1, -1, -1});
+	return pid > 0 ? pid : 0;
+}
+
+pid_t engine_clean_up(int step, const struct engine_criu *criu)
+{
+	/* Before CRIU ran there may be no container, or one that was there before us. */
+	if (criu->end < 0 || step > 1)
+		return -1;
+	return step == 0 ? remove_container(criu) : remove_volumes();
+}
+
 pid_t engine_start(const struct directory *directory, const struct message *begin)
 {
 	char program[MAX_STRING], archive[320], images[300], config[300], log[300];
@@ -137,6 +209,7 @@ pid_t engine_start(const struct directory *directory, const struct message *begi
 		count = fixed_arguments(fixed, program, images, archive, directory->path, log);
 		memcpy(argv, fixed, (size_t)count * sizeof(*argv));
 		memcpy(argv + count, extra, extras * sizeof(*argv));
+		remember(program, extra, extras, begin);
 		pid = start(argv, directory, config);
 	}
 	free(argv);
@@ -145,6 +218,22 @@ pid_t engine_start(const struct directory *directory, const struct message *begi
 }
 
 /* ------------------------------------------------------------------------ its CRIU */
+
+/* podman has CRIU work in ID/userdata. */
+static void container_of(pid_t criu, char id[65])
+{
+	char path[64], link[512], *end;
+	ssize_t size;
+
+	snprintf(path, sizeof(path), "/proc/%d/cwd", criu);
+	size = readlink(path, link, sizeof(link) - 1);
+	link[size > 0 ? size : 0] = 0;
+	end = strrchr(link, '/');
+	if (!end || strcmp(end, "/userdata") || end - link < 64)
+		return;
+	if (strspn(end - 64, "0123456789abcdef") == 64)
+		memcpy(id, end - 64, 64);
+}
 
 struct engine_criu engine_adopt(pid_t criu)
 {
@@ -159,6 +248,7 @@ struct engine_criu engine_adopt(pid_t criu)
 	/* It works in the directory of its log; podman removes that when it fails. */
 	snprintf(path, sizeof(path), "/proc/%d/cwd/restore.log", criu);
 	found.log = open(path, O_RDONLY | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC);
+	container_of(criu, found.container);
 	return found;
 }
 
@@ -176,6 +266,7 @@ void engine_forget(struct engine_criu *criu)
 	if (criu->log >= 0)
 		close(criu->log);
 	*criu = (struct engine_criu){.end = -1, .log = -1};
+	engine_forget_names();
 }
 
 /* ------------------------------------------------------------------------ what it says */

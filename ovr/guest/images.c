@@ -36,14 +36,23 @@ static void empty(int parent, const char *name)
 	closedir(files);
 }
 
+static void remove_parent(int images)
+{
+	empty(images, "parent");
+	unlinkat(images, "parent", AT_REMOVEDIR);
+}
+
 static void remove_tree(const char *name, bool keep_log)
 {
 	int fd = openat(base, name, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
+	int images = openat(fd, "images", O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
 
+	if (images >= 0) {
+		remove_parent(images);
+		close(images);
+	}
 	if (fd < 0)
 		return;
-	empty(fd, "images/parent");
-	unlinkat(fd, "images/parent", AT_REMOVEDIR);
 	empty(fd, "images");
 	unlinkat(fd, "images", AT_REMOVEDIR);
 	if (!keep_log)
@@ -174,6 +183,24 @@ const char *directory_append(struct directory *directory, const struct mp_value 
 	directory->bytes += done;
 	close(fd);
 	return done == data->size ? NULL : failure();
+}
+
+bool directory_make_parent(const struct directory *directory, char **names)
+{
+	char path[MAX_STRING + 16];
+	bool good = names && mkdirat(directory->images, "parent", 0700) == 0;
+
+	for (char **name = names; good && *name; name++) {
+		snprintf(path, sizeof(path), "parent/%s", *name);
+		good = !strchr(*name, '/') &&
+		       linkat(directory->images, *name, directory->images, path, 0) == 0;
+	}
+	return good;
+}
+
+void directory_remove_parent(const struct directory *directory)
+{
+	remove_parent(directory->images);
 }
 
 void directory_remove(struct directory *directory, bool keep_log)

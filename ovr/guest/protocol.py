@@ -187,6 +187,7 @@ class Begin(Message):
         timeout_ms: abort when CRIU has not reached the hook after so long.
         log_level: CRIU's ``-v``.
         keep_log: leave the restore's directory (without the images) in the guest.
+        volumes: what podman makes volumes of; they are removed if the restore fails.
         engine: ``podman``, ``runc`` or ``crun``; none: CRIU alone. podman finds all in the file
             `ENGINE_ARCHIVE`. One image that CRIU needs comes as `HOOK_HELD` and its name.
         warm_images: to have CRIU that waits with a pool do it: the pagemaps of the tasks that get
@@ -200,6 +201,7 @@ class Begin(Message):
     keep_log: bool
     warm_images: tuple[str, ...] = ()
     engine: str | None = None
+    volumes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

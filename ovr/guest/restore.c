@@ -38,12 +38,19 @@ static struct restore {
 	pid_t criu, root;
 	bool engine;
 	struct engine_criu theirs;	/* the engine's CRIU, from its first word on */
-	bool child_ended, keep_log;
+	bool child_ended, keep_log, warm;
 	int child_status;
 	int64_t silence_ms, silent_at, late_at;
-	char reason[128];	/* ENDING: why */
-	bool gone;
+	int step;		/* ENDING: of the removal of what an engine has left */
 } restore = NO_RESTORE;
+
+/* What the host is to hear of a restore that has come to nothing. */
+static struct outcome {
+	bool failed;		/* by CRIU or an engine, not by us or the host */
+	bool gone;
+	int status, count;
+	char reason[128], lines[LOG_LINES][LOG_WIDTH];
+} outcome;
 
 static void close_fd(int *fd)
 {
@@ -113,71 +120,101 @@ static bool kill_everything(void)
 	return gone && criu_ended();
 }
 
-static void report_aborted(const char *reason, bool gone)
+static void report_end(void)
 {
 	struct session *owner = restore.owner;
+	struct outcome end = outcome;
 	struct writer writer;
 
-	complain("restore aborted: %s%s", reason, gone ? "" : "; tasks are still there");
+	complain("restore %s: %s%s", end.failed ? "failed" : "aborted", end.reason,
+		 end.gone ? "" : "; tasks are still there");
 	forget();
 	if (!owner)
 		return;
-	writer = session_writer(owner, OP_ABORTED);
-	message_add_str(&writer, KEY_REASON, reason);
-	message_add_bool(&writer, KEY_GONE, gone);
+	writer = session_writer(owner, end.failed ? OP_FAILED : OP_ABORTED);
+	if (end.failed) {
+		message_add_uint(&writer, KEY_STATUS, (uint64_t)end.status);
+		message_add_list(&writer, KEY_LOG, (uint32_t)end.count);
+		for (int i = 0; i < end.count; i++)
+			message_item_str(&writer, end.lines[i]);
+	} else {
+		message_add_str(&writer, KEY_REASON, end.reason);
+	}
+	message_add_bool(&writer, KEY_GONE, end.gone);
 	session_send(owner, &writer);
+}
+
+/* The engine has ended, or one of those that remove what it has left. */
+static void clean_up(void)
+{
+	pid_t pid = 0;
+
+	while (pid == 0)
+		pid = engine_clean_up(restore.step++, &restore.theirs);
+	if (pid < 0) {
+		report_end();
+		return;
+	}
+	restore.child = pid;
+	restore.child_ended = false;
+	restore.late_at = now_ms() + ENGINE_END_MS;
+}
+
+/* The tree is dead. What an engine has made besides is to go, too. */
+static void end_restore(void)
+{
+	if (!restore.engine || restore.phase == UPLOADING) {
+		report_end();
+		return;
+	}
+	/*
+	 * The engine sees that its CRIU failed; if it has not come to CRIU yet,
+	 * the hook that gets no answer makes CRIU give up.
+	 */
+	close_fd(&restore.hook);
+	populate_end();
+	restore.phase = ENDING;
+	restore.late_at = now_ms() + ENGINE_END_MS;
+	if (restore.child_ended)
+		clean_up();
 }
 
 static void abort_restore(const char *reason)
 {
-	bool gone = restore.phase == UPLOADING || kill_everything();
-
-	if (!restore.engine || restore.phase == UPLOADING || restore.child_ended) {
-		report_aborted(reason, gone);
-		return;
-	}
-	/*
-	 * The engine sees that its CRIU failed and cleans up; if it has not come
-	 * to CRIU yet, the hook that gets no answer makes CRIU give up.
-	 */
-	close_fd(&restore.hook);
-	populate_end();
-	snprintf(restore.reason, sizeof(restore.reason), "%s", reason);
-	restore.gone = gone;
-	restore.phase = ENDING;
-	restore.late_at = now_ms() + ENGINE_END_MS;
+	outcome = (struct outcome){.gone = restore.phase == UPLOADING || kill_everything()};
+	snprintf(outcome.reason, sizeof(outcome.reason), "%s", reason);
+	end_restore();
 }
 
 static void engine_too_late(void)
 {
-	complain("the engine does not end; it is killed");
+	complain("the container engine does not end; it is killed");
 	kill(restore.child, SIGKILL);
 	restore.late_at = now_ms() + ENGINE_END_MS;
 }
 
 static void report_failure(void)
 {
-	struct session *owner = restore.owner;
-	char lines[LOG_LINES][LOG_WIDTH];
 	/* After "go" the tree is the engine's, and so is cleaning up. */
-	bool gone = (restore.engine && restore.phase == RELEASED) || kill_everything();
-	int count = restore.engine ?
-		engine_log_errors(&restore.directory, &restore.theirs, lines) :
-		criu_log_errors(&restore.directory, lines);
-	int status = exit_code(restore.child_status);
-	struct writer writer;
+	bool released = restore.engine && restore.phase == RELEASED;
+	const char *note;
 
-	complain("%s failed: %d", restore.engine ? "the container engine" : "criu", status);
-	forget();
-	if (!owner)
-		return;
-	writer = session_writer(owner, OP_FAILED);
-	message_add_uint(&writer, KEY_STATUS, (uint64_t)status);
-	message_add_list(&writer, KEY_LOG, (uint32_t)count);
-	for (int i = 0; i < count; i++)
-		message_item_str(&writer, lines[i]);
-	message_add_bool(&writer, KEY_GONE, gone);
-	session_send(owner, &writer);
+	outcome = (struct outcome){
+		.failed = true, .gone = released || kill_everything(),
+		.status = exit_code(restore.child_status),
+	};
+	outcome.count = restore.engine ?
+		engine_log_errors(&restore.directory, &restore.theirs, outcome.lines) :
+		criu_log_errors(&restore.directory, outcome.lines);
+	warm_served(&note);
+	if (!outcome.count && restore.warm && *note)
+		snprintf(outcome.lines[outcome.count++], LOG_WIDTH, "%s", note);
+	snprintf(outcome.reason, sizeof(outcome.reason), "%s ended with status %d",
+		 restore.engine ? "the container engine" : "criu", outcome.status);
+	if (released)
+		report_end();
+	else
+		end_restore();
 }
 
 static void report_success(void)
@@ -201,11 +238,8 @@ static void report_success(void)
 
 static void child_ended(void)
 {
-	char reason[sizeof(restore.reason)];
-
-	memcpy(reason, restore.reason, sizeof(reason));
 	if (restore.phase == ENDING)
-		report_aborted(reason, restore.gone);
+		clean_up();
 	else if (restore.phase == RELEASED && exit_code(restore.child_status) == 0)
 		report_success();
 	else if (restore.phase == HELD)
@@ -407,6 +441,7 @@ static pid_t start_criu(const struct message *begin)
 	if (criu_command_make(&command, &restore.directory, begin)) {
 		if (begin->field[KEY_WARM_IMAGES].size)
 			pid = warm_take(&restore.directory, begin, &command);
+		restore.warm = pid > 0;
 		if (pid < 0) {
 			pid = criu_start(&command);
 			if (pid > 0)

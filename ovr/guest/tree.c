@@ -23,6 +23,7 @@
 #define KILL_MS 10000
 #define STOP_MS 5000
 #define MAX_LOOKS 100
+#define PF_EXITING 0x4		/* include/linux/sched.h */
 
 struct process {
 	pid_t pid, parent, tracer;
@@ -71,6 +72,31 @@ static bool dead(const struct process *process)
 }
 
 /*
+ * Will it never run again? The init of a pid namespace that dies waits until
+ * all others there are reaped; those that CRIU traces, which is stopped, are
+ * not before CRIU dies.
+ */
+static bool exiting(pid_t pid)
+{
+	char path[64], text[512], *at;
+	unsigned long flags = 0;
+	ssize_t size;
+	int fd;
+
+	snprintf(path, sizeof(path), "/proc/%d/stat", pid);
+	fd = open(path, O_RDONLY | O_CLOEXEC);
+	size = fd < 0 ? -1 : read(fd, text, sizeof(text) - 1);
+	if (fd >= 0)
+		close(fd);
+	text[size > 0 ? size : 0] = 0;
+	/* The name may hold anything, but the last parenthesis ends it. */
+	at = strrchr(text, ')');
+	if (!at || sscanf(at + 1, " %*c %*d %*d %*d %*d %*d %lu", &flags) != 1)
+		return false;
+	return flags & PF_EXITING;
+}
+
+/*
  * A dead leader is a zombie while other threads still live; and dead threads
  * are still counted until their tracer, who is stopped, has waited for them.
  */
@@ -82,13 +108,16 @@ static bool alive(const struct process *process)
 	char path[320];
 	DIR *tasks;
 
-	if (!dead(process) || process->threads <= 1)
-		return !dead(process);
+	if (!dead(process) && !exiting(process->pid))
+		return true;
+	if (process->threads <= 1)
+		return false;
 	snprintf(path, sizeof(path), "/proc/%d/task", process->pid);
 	tasks = opendir(path);
 	while (tasks && !found && (entry = readdir(tasks))) {
 		snprintf(path, sizeof(path), "/proc/%d/task/%s/status", process->pid, entry->d_name);
-		found = entry->d_name[0] != '.' && read_status(path, &thread) && !dead(&thread);
+		found = entry->d_name[0] != '.' && read_status(path, &thread) && !dead(&thread) &&
+			!exiting(thread.pid);
 	}
 	if (tasks)
 		closedir(tasks);

@@ -22,7 +22,6 @@
 #include "warm_library.h"
 
 #define DEATH_MS 10000
-#define PATIENCE_MS 600000	/* a slow guest fills terabytes */
 #define SPARE (64ull << 20)	/* bytes that the guest keeps for itself */
 
 enum stage { NONE, FILLING, READY };
@@ -34,7 +33,7 @@ static struct {
 	struct pool_state *state;
 	struct session *waiting;	/* who asked for it and has no answer yet */
 	char note[160];			/* why the last one is no more */
-} pool = {.socket = -1};
+} pool = {.socket = -1, .note = "none was made"};
 
 /* That of the restore under way, which has used the pool up. */
 static struct pool_state *used;
@@ -318,24 +317,6 @@ uint64_t warm_size(void)
 
 /* ------------------------------------------------------------------------ using it */
 
-/*
- * CRIU maps areas in functions of libc, where our library can see it, if the
- * images have a parent; the parent's pagemaps are never looked into.
- */
-static bool make_parent(const struct directory *directory, const struct message *begin)
-{
-	char **names = message_strings(begin, KEY_WARM_IMAGES), path[MAX_STRING + 16];
-	bool good = names && mkdirat(directory->images, "parent", 0700) == 0;
-
-	for (char **name = names; good && *name; name++) {
-		snprintf(path, sizeof(path), "parent/%s", *name);
-		good = !strchr(*name, '/') &&
-		       linkat(directory->images, *name, directory->images, path, 0) == 0;
-	}
-	free(names);
-	return good;
-}
-
 struct request {
 	struct pool_request head;
 	char text[POOL_REQUEST];
@@ -388,23 +369,34 @@ static bool ask(const struct criu_command *command)
 	       send_all(request.text, request.head.size);
 }
 
+/*
+ * CRIU maps areas in functions of libc, where our library can see it, if the
+ * images have a parent; the parent's pagemaps are never looked into.
+ */
+static bool hand_over(const struct directory *directory, const struct message *begin,
+		      const struct criu_command *command)
+{
+	char **names = message_strings(begin, KEY_WARM_IMAGES);
+	bool good = directory_make_parent(directory, names) && ask(command);
+
+	if (!good)
+		directory_remove_parent(directory);
+	free(names);
+	return good;
+}
+
 pid_t warm_take(const struct directory *directory, const struct message *begin,
 		const struct criu_command *command)
 {
 	pid_t pid = pool.pid;
-	bool good;
 
-	if (pool.stage != READY) {
-		if (!pool.note[0])
-			snprintf(pool.note, sizeof(pool.note), "there is none");
+	if (pool.stage != READY)
 		return -1;
-	}
 	/* It may have died a moment ago. */
 	reap_children();
 	if (pool.stage != READY)
 		return -1;
-	good = make_parent(directory, begin) && ask(command);
-	if (!good) {
+	if (!hand_over(directory, begin, command)) {
 		end("it does not take the request");
 		return -1;
 	}

@@ -43,6 +43,7 @@ class Container:
         name: its name.
         runtime: the program that ran it: ``crun``, ``runc``, …
         image: the image it was made from, as people call it.
+        volumes: the names of its named volumes, which podman makes, and refuses if they exist.
     """
 
     maker: str
@@ -50,6 +51,7 @@ class Container:
     name: str
     runtime: str
     image: str
+    volumes: tuple[str, ...]
 
 
 class Archive:
@@ -171,6 +173,7 @@ class Archive:
             name=_text(config, "name"),
             runtime=_text(config, "runtime"),
             image=_text(config, "rootfsImageName"),
+            volumes=tuple(_volumes(config)),
         )
 
     def _json(self, name: str) -> dict[str, Any]:
@@ -248,3 +251,11 @@ def _text(config: Mapping[str, Any], name: str) -> str:
     # Only shown, and compared with what we know.
     found = config.get(name)
     return found if isinstance(found, str) else ""
+
+
+def _volumes(config: Mapping[str, Any]) -> Iterator[str]:
+    found = config.get("namedVolumes")
+    for volume in found if isinstance(found, list) else ():
+        name = volume.get("volumeName") if isinstance(volume, dict) else None
+        if isinstance(name, str):
+            yield name

@@ -120,6 +120,7 @@ class Agent(LabSession):
         log_level: int = 2,
         keep_log: bool = False,
         engine: str | None = None,
+        volumes: Sequence[str] = (),
         warm_images: Sequence[str] = (),
     ) -> Skeleton:
         """Have the guest's CRIU build the tree from `images`, up to its pre-resume hook.
@@ -134,6 +135,7 @@ class Agent(LabSession):
             timeout: seconds that CRIU may take.
             log_level: CRIU's ``-v``.
             keep_log: leave CRIU's log in the guest.
+            volumes: those that podman makes, to be removed if the restore fails.
             engine: what runs CRIU: ``podman``, ``runc`` or ``crun``; see `protocol.Begin`.
             warm_images: if the CRIU with the pool shall do it, the pagemaps of the tasks that get
                 memory of it, and their pages images.
@@ -154,6 +156,7 @@ class Agent(LabSession):
             keep_log=keep_log,
             engine=engine,
             warm_images=tuple(warm_images),
+            volumes=tuple(volumes),
         )
         with self.keep_alive(silence / 4):
             try:

@@ -25,7 +25,7 @@ def claimed(slots: Sequence[Slot]) -> Iterator[None]:
         slots: the VM's RAM.
 
     Raises:
-        CheckFailed: another one is at it.
+        CheckFailed: another one is at it, or the file's file system knows no locks.
         RamNotShared: the RAM file cannot be opened.
     """
     path = min(slots, key=lambda slot: slot.gpa).path
@@ -41,6 +41,11 @@ def claimed(slots: Sequence[Slot]) -> Iterator[None]:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise _taken(_locks().get(_name(os.fstat(fd)), 0)) from error
+        except OSError as error:
+            raise CheckFailed(
+                f"the VM's RAM file {path} cannot be locked: {error.strerror}",
+                "keep it on a file system with locks (flock), such as tmpfs",
+            ) from error
         yield
     finally:
         os.close(fd)

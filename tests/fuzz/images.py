@@ -1,6 +1,7 @@
 """Targets: CRIU images."""
 
 import atexit
+import io
 import itertools
 import shutil
 import tarfile
@@ -12,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from ovr.errors import OvrError
-from ovr.images import ImageSet, image_chunks
+from ovr.images import Archive, ImageSet, image_chunks
 from ovr.images.directory import ImageDirectory
 from ovr.images.packed import packing, refuse_packed
 from ovr.images.pagemap import Pagemap, decode_pagemap, encode_pagemap
@@ -123,6 +124,50 @@ def pagemap_seeds() -> Iterator[bytes]:
                 yield content
 
 
+@cache
+def tar_of(number: int) -> bytes:
+    """A container's archive of a dump; what damage can reach comes first."""
+    config = b'{"id": "1", "name": "n", "spec": {}, "namedVolumes": [{"volumeName": "v"}]}'
+    chosen = dump(number % len(SUITES) * len(DUMPS))  # the small ones: `images` has all
+    images = zip(chosen.names, chosen.contents, strict=True)
+    parts = [("config.dump", config), ("spec.dump", b"{}"), ("rootfs-diff.tar", b"x" * 100)]
+    parts += [(f"checkpoint/{name}", content) for name, content in images]
+    made = io.BytesIO()
+    with tarfile.open(fileobj=made, mode="w") as tar:
+        for name, content in parts:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return made.getvalue()
+
+
+def archive(data: bytes) -> None:
+    """A damaged archive: what is made of it for the guest is an archive of the same container."""
+    source = Input(data)
+    (damaged,) = patched([tar_of(source.number())], source)
+    with tempfile.NamedTemporaryFile(prefix="ovr-fuzz-") as file:
+        file.write(damaged)
+        file.flush()
+        with Archive.open(Path(file.name)) as found:
+            inside = make_plan(found.images).inside_images()
+            container, size = found.container, 0
+            with tempfile.NamedTemporaryFile(prefix="ovr-fuzz-") as made:
+                for chunk in found.with_images(inside):
+                    size += made.write(chunk)
+                    if size > len(damaged) + PARENT_SIZE:
+                        raise AssertionError("larger than all that was given")
+                made.flush()
+                with Archive.open(Path(made.name)) as again:
+                    assert again.container == container
+                    assert set(again.images.names) == set(inside)
+
+
+def archive_seeds() -> Iterator[bytes]:
+    for number in range(len(SUITES)):
+        for sample in sample_patches([tar_of(number)[: 1 << 16]]):
+            yield bytes([number]) + sample
+
+
 def packed(data: bytes) -> None:
     """What is packed is told from images by its first bytes; a file is no directory."""
     refused = packing(data) is not None
@@ -150,5 +195,6 @@ TARGETS = (
     Target("images", several_seeds, several),
     Target("image", whole_seeds, whole),
     Target("pagemap", pagemap_seeds, pagemap),
+    Target("archive", archive_seeds, archive),
     Target("packed", packed_seeds, packed, longest=600),
 )

@@ -18,6 +18,7 @@ __all__ = ["VICTIMS", "Attempt", "Event", "Point", "events_of", "points"]
 
 PATIENCE = 90.0  # seconds for a restore to come to its end, whatever was killed
 IN_THE_GUEST = ("agent", "hook", "criu", "root", "task")
+OF_THE_TREE = ("hook", "criu", "root", "task")
 VICTIMS = ("ovr", *IN_THE_GUEST, "qemu")
 GO = "sending go"
 
@@ -150,24 +151,25 @@ def events_of(vm: lab.LabVm, images: Path, scratch: Path) -> list[Event]:
 
 
 def points(events: list[Event], victim: str, count: int) -> list[Point]:
-    """Spread points over a restore: most at events, the others after some, while the guest works.
+    """Spread points over that part of a restore in which there is such a victim.
 
-    What runs in the guest cannot be killed while the VM is held.
+    Most are at events. The others are some time after "begin" and "go": CRIU builds the tree, and
+    lets it go, and nothing tells the host how far it is. What runs in the guest cannot be killed
+    while the VM is held.
     """
-    in_guest = victim in IN_THE_GUEST
-    free = [number for number, event in enumerate(events) if not (in_guest and event.held)]
+    names = [event.name for event in events]
+    built, gone = names.index("end of skeleton"), names.index(f"after {GO}")
+    there = range(built, gone + 1) if victim in OF_THE_TREE else range(len(events))
+    free = [n for n in there if not (victim in IN_THE_GUEST and events[n].held)]
     late = max(count * 3 // 10, 1)
-    chosen = [
-        free[round(i * (len(free) - 1) / max(count - late - 1, 1))] for i in range(count - late)
-    ]
-    found = [Point(number, 0.0, events[number].name) for number in chosen]
-    # CRIU builds the tree; CRIU lets it go: there nothing tells the host how far it is.
-    for words, share in (("after sending begin", 2), ("after sending go", 3)):
-        number = next(n for n, event in enumerate(events) if event.name == words)
+    exact = count - late
+    numbers = [free[round((i + 0.5) * len(free) / exact - 0.5)] for i in range(exact)]
+    found = [Point(number, 0.0, names[number]) for number in numbers]
+    building = -(-late // 2)
+    for words, share in (("after sending begin", building), (f"after {GO}", late - building)):
+        number = names.index(words)
         span = events[number + 2].at - events[number].at
-        ours = late // share if share == 2 else late - late // 2
-        for i in range(ours):
-            delay = span * (i + 0.5) / ours
+        for delay in (span * (i + 0.5) / share for i in range(share)):
             found.append(Point(number, delay, f"{delay * 1000:.0f} ms {words}"))
     return sorted(found, key=lambda point: (point.event, point.delay))
 

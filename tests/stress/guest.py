@@ -90,7 +90,7 @@ class Noise:
 
     def start(self) -> None:
         """Start it, and wait until the canaries have filled their memory."""
-        words = (CGROUP, "ovr-subject", self._canaries, self._mib)
+        words = (CGROUP, self._canaries, self._mib)
         with self._vm.connect() as agent:
             agent.spawn([PROGRAM, *map(str, words)])
         there = f"[ $(ls {NOISE}/canary-? | wc -l) = {self._canaries} ]"

@@ -1,7 +1,7 @@
 /*
  * What a busy and hostile guest does to memory while a tree is restored into it.
  *
- *     ovr-noise CGROUP VICTIM CANARIES MIB
+ *     ovr-noise CGROUP CANARIES MIB
  *
  * Runs until it is killed, as these processes:
  *
@@ -10,9 +10,9 @@
  *   pages were wrong;
  * - compaction of all memory, and reclaim of the memory of CGROUP, again and again;
  * - storms of forks, and memory that comes and goes;
- * - a mover, which does to held tasks of the program VICTIM, by their pid, what the kernel may do at
- *   any moment: moves their pages to another NUMA node, writes them to swap, collapses them into
- *   huge pages. NOISE/moved says how often.
+ * - a mover, which does to held tasks, by their pid, what the kernel may do at any moment: moves their
+ *   pages to another NUMA node, writes them to swap, collapses them into huge pages. NOISE/moved
+ *   says how often.
  */
 #define _GNU_SOURCE
 #include <dirent.h>
@@ -202,9 +202,10 @@ static struct {
 	unsigned long rounds, migrated, paged_out, collapsed;
 } moved;
 
-static bool held(pid_t pid, const char *victim)
+/* In a stop of ptrace's; its name may be another than its program's as yet. */
+static bool held(pid_t pid)
 {
-	char path[64], text[512], name[64], state;
+	char path[64], text[512], state;
 	int fd;
 	ssize_t size;
 
@@ -216,8 +217,7 @@ static bool held(pid_t pid, const char *victim)
 	if (size <= 0)
 		return false;
 	text[size] = 0;
-	return sscanf(text, "%*d (%63[^)]) %c", name, &state) == 2 && state == 't' &&
-	       !strcmp(name, victim);
+	return sscanf(text, "%*d (%*63[^)]) %c", &state) == 1 && state == 't';
 }
 
 /* Writable areas with some memory in them; a few chosen by chance, and pieces of these. */
@@ -272,12 +272,12 @@ static void move(pid_t pid)
 	moved.rounds++;
 }
 
-static __attribute__((noreturn)) void mover(const char *victim)
+static __attribute__((noreturn)) void mover(void)
 {
 	char text[128];
 
-	/* It has to be quick: a tree is held for seconds at most. */
-	setpriority(PRIO_PROCESS, 0, -5);
+	/* It must not be late: a tree is held for seconds at most. */
+	setpriority(PRIO_PROCESS, 0, 0);
 	for (;;) {
 		DIR *proc = opendir("/proc");
 		struct dirent *entry;
@@ -285,9 +285,9 @@ static __attribute__((noreturn)) void mover(const char *victim)
 		while (proc && (entry = readdir(proc))) {
 			pid_t pid = atoi(entry->d_name);
 
-			for (int i = 0; i < 20 && pid > 0 && held(pid, victim); i++) {
+			for (int i = 0; i < 5 && pid > 0 && held(pid); i++) {
 				move(pid);
-				nap(2);
+				nap(30);
 			}
 		}
 		closedir(proc);
@@ -313,8 +313,8 @@ static bool is_child(void)
 
 int main(int argc, char **argv)
 {
-	if (argc != 5) {
-		fprintf(stderr, "usage: ovr-noise CGROUP VICTIM CANARIES MIB\n");
+	if (argc != 4) {
+		fprintf(stderr, "usage: ovr-noise CGROUP CANARIES MIB\n");
 		return 2;
 	}
 	setsid();
@@ -323,9 +323,9 @@ int main(int argc, char **argv)
 		die("PR_SET_MEMORY_MERGE");
 	/* The restore should get a turn now and then. */
 	setpriority(PRIO_PROCESS, 0, 10);
-	for (int i = 0; i < atoi(argv[3]); i++)
+	for (int i = 0; i < atoi(argv[2]); i++)
 		if (is_child())
-			canary((unsigned)i, strtoul(argv[4], NULL, 10));
+			canary((unsigned)i, strtoul(argv[3], NULL, 10));
 	if (is_child())
 		fork_storm();
 	if (is_child())
@@ -335,7 +335,7 @@ int main(int argc, char **argv)
 	if (is_child())
 		reclaim(argv[1]);
 	if (is_child())
-		mover(argv[2]);
+		mover();
 	wait(NULL);
 	die("a part of the noise has ended");
 }

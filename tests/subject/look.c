@@ -18,7 +18,7 @@
 
 #include "pattern.h"
 
-#define SUBJECT "ovr-subject"
+#define SUBJECT "/usr/local/bin/ovr-subject"
 #define AGENT "ovr-agent"
 #define CRIU "criu"
 #define ROOT 21000 /* as in __init__.py */
@@ -27,6 +27,7 @@
 struct process {
 	pid_t pid, parent;
 	char name[32], state;
+	bool subject; /* by its program: a half-restored task has another name */
 };
 
 static struct process table[MOST];
@@ -51,13 +52,18 @@ static void read_table(void)
 {
 	DIR *proc = opendir("/proc");
 	struct dirent *entry;
-	char path[300];
+	char path[300], program[300];
+	ssize_t size;
 
 	count = 0;
 	while (proc && count < MOST && (entry = readdir(proc))) {
 		snprintf(path, sizeof(path), "/proc/%s/stat", entry->d_name);
-		if (atoi(entry->d_name) > 0 && read_stat(path, &table[count]))
-			count++;
+		if (atoi(entry->d_name) <= 0 || !read_stat(path, &table[count]))
+			continue;
+		snprintf(path, sizeof(path), "/proc/%s/exe", entry->d_name);
+		size = readlink(path, program, sizeof(program) - 1);
+		program[size > 0 ? size : 0] = 0;
+		table[count++].subject = !strcmp(program, SUBJECT);
 	}
 	closedir(proc);
 }
@@ -65,6 +71,15 @@ static void read_table(void)
 static bool is(const struct process *process, const char *name)
 {
 	return !strcmp(process->name, name) && process->state != 'Z' && process->state != 'X';
+}
+
+static int subjects(void)
+{
+	int found = 0;
+
+	for (int i = 0; i < count; i++)
+		found += table[i].subject;
+	return found;
 }
 
 static int number_of(const char *name)
@@ -170,7 +185,7 @@ static void look(void)
 
 	read_table();
 	agent = first(AGENT, 0);
-	printf("subjects %d\ncriu %d\nagents %d\nheld %d\n", number_of(SUBJECT), number_of(CRIU),
+	printf("subjects %d\ncriu %d\nagents %d\nheld %d\n", subjects(), number_of(CRIU),
 	       number_of(AGENT), held());
 	printf("processes %d\n", user_processes());
 	printf("restores %d\n", entries("/run/ovr", "restore-"));
@@ -206,9 +221,9 @@ static const struct process *victim(const char *name)
 				one = &table[i];
 		return one;
 	}
-	nth = number_of(SUBJECT) ? (int)(time(NULL) % number_of(SUBJECT)) : -1;
+	nth = subjects() ? (int)(time(NULL) % subjects()) : -1;
 	for (int i = 0; i < count; i++)
-		if (is(&table[i], SUBJECT) && nth-- == 0)
+		if (table[i].subject && nth-- == 0)
 			one = &table[i];
 	return one;
 }
@@ -224,13 +239,14 @@ static int end(void)
 
 	for (;;) {
 		read_table();
-		/* A zombie has its pid still. */
 		int left = 0;
 
 		for (int i = 0; i < count; i++)
-			if (!strcmp(table[i].name, SUBJECT)) {
+			if (table[i].subject) {
 				kill(table[i].pid, SIGKILL);
 				left++;
+			} else if (table[i].pid == ROOT) {
+				left++; /* a zombie has no program any more, and its pid still */
 			}
 		if (!left)
 			break;

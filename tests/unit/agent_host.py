@@ -91,6 +91,11 @@ while (found := os.read(pids, 100)).count(b" ") < 2:
 tree = {{int(word) for word in found.split()}} | {{root}}
 if mode == "slow":
     time.sleep(60)
+if mode == "fail-built":
+    say("(00.3) Error (criu/cr-restore.c:3): too late")
+    for pid in tree:
+        os.kill(pid, signal.SIGKILL)
+    raise SystemExit(1)
 if mode == "crash":
     os.kill(os.getpid(), signal.SIGKILL)
 if run_script("post-restore", root):
@@ -113,13 +118,21 @@ if mode == "fail-late":
 """
 
 # What podman, conmon and a runtime are to the agent: a program that has another one run CRIU, with
-# its environment handed down, in a directory that is gone when that fails.
+# its environment handed down, in the container's directory; it removes CRIU's log when that fails,
+# and leaves the container.
 _FAKE_PODMAN = """#!{python} -Ss
-import os, shutil, subprocess, sys, tempfile
+import os, shutil, subprocess, sys
 
+containers = {directory!r} + "/containers/"
+if "rm" in sys.argv:
+    if sys.argv[1] == "container":
+        shutil.rmtree(containers + sys.argv[-1])
+    else:
+        open({directory!r} + "/removed", "w").write(" ".join(sys.argv[1:]))
+    raise SystemExit
 options = dict(zip(sys.argv[2:], sys.argv[3:]))
-work = tempfile.mkdtemp(dir={directory!r}, prefix="container-")
-os.mkdir(work + "/checkpoint")
+work = containers + os.urandom(32).hex() + "/userdata"
+os.makedirs(work + "/checkpoint")
 shutil.copy(options["--import"], work + "/checkpoint/ovr-held-pagemap-1.img")
 script = "/bin/true"
 if options["--mode"] != "no-config":
@@ -130,7 +143,7 @@ command += ["--needs", "pagemap-1.img", "--marks", options["--marks"], "--mode",
 runtime = "import subprocess, sys; sys.exit(subprocess.call(sys.argv[1:]))"
 done = subprocess.run([sys.executable, "-c", runtime, *command], cwd=work)
 if done.returncode:
-    shutil.rmtree(work)
+    os.unlink(work + "/restore.log")
     print("Error: OCI runtime error: CRIU failed", file=sys.stderr)
     raise SystemExit(125)
 print("restoring")
@@ -169,7 +182,7 @@ class AgentHost:
     @property
     def containers(self) -> list[Path]:
         """What the stand-in for podman has of its containers."""
-        return list(self.directory.glob("container-*"))
+        return list(self.directory.glob("containers/*"))
 
     def criu_options(self, mode: str = "ok") -> tuple[str, ...]:
         """What tells the stand-in how to behave."""

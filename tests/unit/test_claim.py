@@ -1,5 +1,7 @@
 """Two restores into one VM at once: the second is told who has it."""
 
+import errno
+import fcntl
 import os
 import signal
 import socket
@@ -71,6 +73,16 @@ def test_another_name_is_the_same_vm(slots, other, tmp_path):
         claimed([Slot(Gpa(0), 4096, str(alias), Offset(0))]),
     ):
         pytest.fail("two at once")
+
+
+def test_a_file_system_without_locks(slots, monkeypatch):
+    def flock(fd, operation):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(CheckFailed, match="cannot be locked") as caught, claimed(slots):
+        pytest.fail("not locked")
+    assert "tmpfs" in caught.value.hint
 
 
 def test_a_file_that_is_gone(slots):

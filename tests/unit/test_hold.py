@@ -78,6 +78,23 @@ def test_an_error_in_the_hold_lets_go(qemu):
         assert "T" not in qemu.states()
 
 
+def test_what_is_checked_in_every_hold(qemu):
+    asked = []
+
+    def check():
+        assert qemu.stopped
+        asked.append(len(asked))
+        if len(asked) == 2:
+            raise CheckFailed("not now")
+
+    with Qmp.connect(qemu.path) as qmp, Holder(qmp, check) as holder:
+        with holder.held():
+            assert asked == [0]
+        with pytest.raises(CheckFailed, match="not now"), holder.held():
+            pytest.fail("held what must not be written to")
+        assert "T" not in qemu.states()
+
+
 def test_a_vm_that_somebody_else_paused_is_refused(tmp_path):
     server = QmpServer(tmp_path / "qmp")
     server.state = "paused"

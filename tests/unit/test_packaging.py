@@ -35,7 +35,9 @@ def test_wheel(wheel):
         names = set(archive.namelist())
     tracked = {str(path.relative_to(ROOT)) for path in (ROOT / "ovr").rglob("*")
                if path.is_file() and "__pycache__" not in path.parts}  # fmt: skip
-    wanted = {name for name in tracked if not re.search(r"\.(so|pyx)$|_fastcopy\.c$", name)}
+    wanted = {
+        name for name in tracked if not re.search(r"(\.so|\.pyx|_fastcopy\.c|_guard\.h)$", name)
+    }
     wanted |= {"ovr/py.typed", "ovr/_fastcopy.pyi"}
     assert wanted <= names
     assert not [name for name in names if name.endswith((".pyx", "_fastcopy.c"))]

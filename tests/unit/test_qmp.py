@@ -178,3 +178,27 @@ def test_status_that_is_none(peer):
         pytest.raises(VmUnreachable),
     ):
         qmp.status()
+
+
+def test_resets_are_heard_without_waiting(peer):
+    """In time, whatever stands before them; and half a message is waited for by nobody."""
+    reset = b'{"event": "RESET", "data": {"guest": false}}\r\n'
+    late = b'{"return": {}, "id": 77}\r\n'
+    one = peer(*ready(b'{"return": 5, "id": 2}\r\n' + late + reset + reset + reset[:9]), 3)
+    with Qmp.connect(one.path, 20) as qmp:
+        assert qmp.execute("query-status") == 5
+        deadline = time.monotonic() + 10
+        while qmp.resets() < 2 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        start = time.monotonic()
+        assert qmp.resets() == 2
+        assert time.monotonic() - start < 10  # less than it waits for an answer
+
+
+def test_a_qemu_that_is_gone_when_it_is_asked_for_resets(peer):
+    one = peer(*ready(b'{"return": 5, "id": 2}\r\n'))
+    with Qmp.connect(one.path, 20) as qmp:
+        assert qmp.execute("query-status") == 5
+        one.close()
+        with pytest.raises(VmUnreachable, match="closed the connection"):
+            qmp.resets()

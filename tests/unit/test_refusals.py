@@ -129,7 +129,7 @@ def test_each_refusal_is_in_the_documentation():
         "### the VM is not up: …", "### the VM migrates, or is being saved (state …)",
         "### somebody tracks the VM's dirty pages (…)", "### QEMU records or replays …",
         "### the VM is confidential (…): its RAM is encrypted", "### the VM's balloon is …",
-        "### memory of the VM is being …", "### another ovr restores into this VM: process …",
+        "### memory of the VM is being …", "### another ovr restores into this VM: …",
         "### the guest was rebooted since …",
     ):  # fmt: skip
         assert words in said

@@ -38,8 +38,10 @@ class Journey:
             return vm.restore(archive=archive, verify="full", **options)
 
     def nothing_is_left(self) -> bool:
+        """Neither processes nor containers; conmon still cleans up for a moment."""
         names = "redis-server|conmon|crun|runc|criu|podman"
-        return run(self.vm, f"pgrep -x '{names}' || podman ps -aq") == ""
+        run(self.vm, f"while pgrep -x '{names}'; do sleep 0.2; done", timeout=300)
+        return podman(self.vm, "ps -aq") + podman(self.vm, "volume ls -q") == ""
 
 
 @pytest.fixture(scope="module")

@@ -43,7 +43,8 @@ static struct pool_table *table;
 static struct pool_task *tasks;
 static struct pool_drop *drops;
 static struct pool_row *rows;
-static struct pool_task *current;	/* the restored task that we are in */
+static bool in_tree;			/* we are in a restored task, not in CRIU */
+static struct pool_task *current;	/* which one, if it gets anything */
 static char *window;			/* CRIU's reservation */
 static char text[POOL_REQUEST];
 static char score[16];			/* /proc/self/oom_score_adj */
@@ -278,13 +279,22 @@ static void redirect(const char *output)
 	call1(__NR_close, out);
 }
 
+static void real_time(bool on)
+{
+	struct { int priority; } parameter = {on};
+
+	call3(__NR_sched_setscheduler, 0, on ? SCHED_FIFO : SCHED_NORMAL, &parameter);
+}
+
+/*
+ * In a busy guest. CRIU gives the restored threads a policy and a nice value of
+ * their own, but not a timer slack; real-time tasks have none, and it is
+ * inherited. So tasks are made by, and are themselves, no real-time tasks.
+ */
 static void hurry(void)
 {
-	struct { int priority; } parameter = {1};
-
-	/* CRIU gives the restored threads a policy of their own. */
-	if (state->fifo && FAILED(call3(__NR_sched_setscheduler, 0, SCHED_FIFO, &parameter)))
-		call3(__NR_setpriority, 0, 0, -20);
+	call3(__NR_setpriority, 0, 0, -20);
+	real_time(true);
 }
 
 static void wait_for_request(int argc, char **argv, char **envp)
@@ -366,21 +376,27 @@ static struct pool_task *find_task(uint64_t pid)
 static long fork_task(struct clone_args *args, size_t size)
 {
 	struct pool_task *task = find_task((uint64_t)*(int *)args->set_tid);
+	bool first = !in_tree;
 	long result;
 
-	if (task && !current)
+	if (task && first)
 		for (uint64_t i = 0; i < table->drops; i++)
 			advise(drops[i].from, drops[i].to, MADV_DONTNEED);
 	if (task)
 		advise(task->from, task->to, MADV_DOFORK);
+	if (first)
+		real_time(false);
 	result = call2(__NR_clone3, args, size);
+	if (result && first)
+		real_time(true);
 	if (result == 0) {
+		in_tree = true;
 		current = task;
 		window = NULL;
 		if (task)
 			advise(task->from, task->to, MADV_DONTFORK);
 	} else if (task) {
-		uint64_t from = current ? task->from : 0, to = current ? task->to : state->wanted;
+		uint64_t from = first ? 0 : task->from, to = first ? state->wanted : task->to;
 
 		if (from < to)
 			call2(__NR_munmap, pool + from, to - from);

@@ -20,7 +20,6 @@ struct pool_state {
 	uint64_t wanted;		/* bytes, whole units */
 	uint64_t agent;			/* its pid */
 	uint64_t huge;			/* enum pool_huge */
-	uint64_t fifo;			/* run CRIU with real-time priority */
 	/* the library's words */
 	uint64_t base;			/* where the pool is; 0: not yet */
 	uint64_t served;		/* bytes of areas that were made from it */

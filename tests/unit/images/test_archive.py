@@ -20,7 +20,7 @@ from ovr.vm.session import Hello
 
 CONFIG = {
     "id": "ab" * 32, "name": "web", "runtime": "crun", "rootfsImageName": "localhost/web:1",
-    "spec": {},
+    "spec": {}, "namedVolumes": [{"volumeName": "shelf", "dest": "/data"}],
 }  # fmt: skip
 EXTRAS = {
     "spec.dump": b"{}", "config.dump": json.dumps(CONFIG).encode(),
@@ -75,6 +75,7 @@ def test_images_are_those_of_the_directory(dumps, archive, packer):
     ):
         assert packed.container.name == "web"
         assert packed.container.maker == "podman"
+        assert packed.container.volumes == ("shelf",)
         assert packed.images.names == plain.names
         assert [packed.images.read(name) for name in plain.names] == [
             plain.read(name) for name in plain.names
@@ -128,7 +129,10 @@ def test_a_runtime_gets_its_images(archive, tmp_path, content):
 
 
 def test_what_the_guest_must_have(archive):
-    hello = Hello(3, "0", False, "6.12", "4.1.1", 1, 4096, "", True, ("podman", "crun"))
+    hello = Hello(
+        protocol=3, agent="0", lab=False, kernel="6.12", criu="4.1.1", pid=1, page_size=4096,
+        boot_id="", force_write=True, secret_at=0, warm=0, engines=("podman", "crun"),
+    )  # fmt: skip
     with PodmanCheckpoint(archive) as checkpoint:
         checkpoint.check(hello)
         checkpoint.check(replace(hello, criu="3.19"))
