@@ -50,7 +50,7 @@ class Lanes:
             self.warm.on()
 
         def run() -> Measures:
-            measures = self._restore_outside()
+            measures = self._restore_outside("warm")
             self.warm.off()
             return measures
 
@@ -69,8 +69,8 @@ class Lanes:
         self._clear()
         return self._outside.peak_memory()
 
-    def _restore_outside(self) -> Measures:
-        measures = dict(self._outside.run())
+    def _restore_outside(self, skeleton: str = "cold") -> Measures:
+        measures = dict(self._outside.run(skeleton))
         if self.limit:
             measures[LIMIT] = self.limit.seconds()
         return measures

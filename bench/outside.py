@@ -28,8 +28,8 @@ class Outside:
         self._target = f"lab:{vm.name}"
         self._images = images
 
-    def run(self) -> Measures:
-        """Restore: wall and CPU time of the command, and its phases in seconds.
+    def run(self, skeleton: str = "cold") -> Measures:
+        """Restore, by a skeleton of this kind: wall and CPU time of the command, and its phases.
 
         ``start`` is what is left of the wall time: loading Python and ovr, and ending.
         """
@@ -42,6 +42,7 @@ class Outside:
             errors.seek(0)
             assert status == 0, errors.read().decode()
         report = json.loads(output)
+        assert report.get("skeleton", "cold") == skeleton, report.get("skeleton_why")
         phases = {phase: report["seconds"].get(phase, 0.0) for phase in PHASES}
         return {
             "seconds": seconds,

@@ -20,6 +20,7 @@ from typing import Final, TypeVar
 import numpy as np
 
 from ovr._fastcopy import OWNED, PIECE, populate_read
+from ovr.addresses import PAGE_SIZE
 from ovr.errors import RestoreFailed, VerifyMismatch
 from ovr.images.source import readable
 from ovr.journal import Journal
@@ -261,7 +262,9 @@ class Copier:
                 )
 
     def _in_parallel(self, runs: Runs, work: Callable[[Runs], T]) -> list[T]:
-        share = max(-(-total(runs) // self._threads), _SHARE)
+        # Whole pages: what is to be walked must be.
+        pages = -(-total(runs) // (self._threads * PAGE_SIZE))
+        share = max(pages * PAGE_SIZE, _SHARE)
         shares = list(split(runs, share))
         if len(shares) < 2:
             return [work(one) for one in shares]

@@ -1,12 +1,17 @@
-"""Which pages of an heir are the very ones of its ancestor."""
+"""Which pages of an heir are the very ones of its ancestor; how work is divided among threads."""
+
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from ovr._fastcopy import PIECE, RUN
 from ovr.addresses import PAGE_SIZE
-from ovr.state.memory import _as_pieces, _same_frames, _without
+from ovr.journal import Journal
+from ovr.ranges import total
+from ovr.state.memory import Copier, _as_pieces, _same_frames, _without
 
 FRAMES = st.lists(st.sampled_from([None, 0, 1, 2, 3, 7, 8, 9]), min_size=1, max_size=30)
 
@@ -50,3 +55,15 @@ def test_what_is_left(frames):
     left = _without(whole, done)
     assert pages_of(left) == pages_of(whole) - pages_of(done)
     assert pages_of(_as_pieces(done)) == pages_of(done)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 7])
+@pytest.mark.parametrize("pages", [1, 255, 257, 2049])
+def test_threads_get_whole_pages(threads, pages):
+    runs = np.array([(0x7000_0000_0000, pages * 4096, 0)], PIECE)
+    with ThreadPoolExecutor(threads) as pool:
+        copier = Copier(None, pool, threads, Journal())
+        shares = copier._in_parallel(runs, lambda share: share)
+    assert len(shares) <= threads
+    assert all((share["gva"] | share["size"]) % 4096 == 0 for share in shares)
+    assert sum(map(total, shares)) == total(runs)
