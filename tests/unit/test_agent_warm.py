@@ -98,7 +98,7 @@ def test_a_program_that_is_no_criu(host: AgentHost, agent: Agent) -> None:
     (host.directory / "criu").unlink()
     with pytest.raises(RestoreFailed, match="no pool: No such file"):
         agent.warm(2 * MIB)
-    (host.directory / "criu").symlink_to(host._exe)
+    (host.directory / "criu").symlink_to(host.program)
     with pytest.raises(RestoreFailed, match="no pool: its process ended"):
         agent.warm(2 * MIB)
 
