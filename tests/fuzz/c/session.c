@@ -29,6 +29,20 @@ int transport_port_waiter(void) { return waiter; }
 bool transport_port_connected(int fd) { return fd >= 0; }
 bool populate_can_force(void) { return true; }
 const char *criu_version(void) { return "4.1"; }
+uint64_t warm_size(void) { return 1 << 20; }
+void warm_session_ended(struct session *session) { (void)session; }
+void engine_add_installed(struct writer *writer)
+{
+	message_add_list(writer, KEY_ENGINES, 1);
+	message_item_str(writer, "podman");
+}
+
+void warm_message(struct session *session, const struct message *message)
+{
+	use_message(message);
+	session_refuse(session, "no pool");
+}
+
 uint64_t proof_address(void) { return 0x7f0000000000; }
 bool proof_right(const struct mp_value *secret) { return secret->size == 1; }
 
