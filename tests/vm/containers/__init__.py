@@ -118,7 +118,12 @@ POD = Container(
         redis-cli -s /tmp/socket get answer; redis-cli -s /tmp/socket debug digest
         cat /data/note /etc/changed /root/new; ls /etc/passwd 2>/dev/null || echo removed
         tr '\\0' '\\n' < /proc/1/environ | grep COLOUR; hostname; grep Umask /proc/1/status
-        cat /proc/[0-9]*/comm | grep -v -e ^sh$ -e ^cat$ -e ^grep$ | sort | uniq -c
+        for task in /proc/[0-9]*; do
+            case "$(tr '\\0' ' ' < $task/cmdline)" in
+                "sleep 1000000 ") echo sleeper;;
+                redis-server*) echo redis;;
+            esac
+        done | sort
         before=$(cat /data/count); sleep 1; test $(cat /data/count) != $before && echo counts
     """,
 )
