@@ -110,8 +110,7 @@ POD = Container(
     runtime="runc",
     options="-v shelf:/data -e COLOUR=green --hostname pod --memory 300m",
     command=f"sh -c '({_WORKER}) & (exec sleep 1000000) & umask 027; {_REDIS}'",
-    prepare=redis(8 << 20)
-    + "echo kept > /data/note; echo new > /root/new; rm /etc/passwd",
+    prepare=redis(8 << 20) + "echo kept > /data/note; echo new > /root/new; rm /etc/passwd",
     packing="none",
     ask="""
         redis-cli -s /tmp/socket get answer; redis-cli -s /tmp/socket debug digest
