@@ -153,9 +153,6 @@ def test_it_takes_too_long(host: AgentHost, agent: Agent) -> None:
 
 def test_criu_fails(host: AgentHost, agent: Agent) -> None:
     """Its log is gone by then, as with podman; the agent has it open."""
-    with pytest.raises(CriuFailed, match=r"podman in the guest failed.*CRIU failed"):
-        begin(host, agent, "crash")
-    assert not host.containers
     with pytest.raises(CriuFailed, match=r"podman in the guest failed.*Error .*too late"):
         begin(host, agent, "fail-built")
     assert not host.restores

@@ -22,7 +22,6 @@ _MAKE = f"""
     mkdir -p /root/tiny && cd /root/tiny
     mkdir -p usr proc sys dev run tmp etc data root var && ln -sf usr/bin bin && ln -sf usr/lib lib
     ln -sf usr/lib64 lib64 && echo 'root:x:0:0:root:/root:/bin/sh' > etc/passwd
-    echo original > etc/changed
     tar -cf - . | podman import -q --change 'ENV PATH=/usr/bin' - {_IMAGE} >&2
     podman save -q -o {SHARE}/image.tar {_IMAGE}
 """
@@ -111,14 +110,18 @@ POD = Container(
     runtime="runc",
     options="-v shelf:/data -e COLOUR=green --hostname pod --memory 300m",
     command=f"sh -c '({_WORKER}) & (exec sleep 1000000) & umask 027; {_REDIS}'",
-    prepare=redis(8 << 20)
-    + "echo kept > /data/note; echo changed > /etc/changed; echo new > /root/new; rm /etc/passwd",
+    prepare=redis(8 << 20) + "echo kept > /data/note; echo new > /root/new; rm /etc/passwd",
     packing="none",
     ask="""
         redis-cli -s /tmp/socket get answer; redis-cli -s /tmp/socket debug digest
-        cat /data/note /etc/changed /root/new; ls /etc/passwd 2>/dev/null || echo removed
+        cat /data/note /root/new; ls /etc/passwd 2>/dev/null || echo removed
         tr '\\0' '\\n' < /proc/1/environ | grep COLOUR; hostname; grep Umask /proc/1/status
-        cat /proc/[0-9]*/comm | grep -v -e ^sh$ -e ^cat$ -e ^grep$ | sort | uniq -c
+        for task in /proc/[0-9]*; do
+            case "$(tr '\\0' ' ' < $task/cmdline)" in
+                "sleep 1000000 ") echo sleeper;;
+                redis-server*) echo redis;;
+            esac
+        done | sort
         before=$(cat /data/count); sleep 1; test $(cat /data/count) != $before && echo counts
     """,
 )
