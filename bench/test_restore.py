@@ -100,7 +100,7 @@ def _keep_ratios(found, results):
             )  # fmt: skip
             allowed = [2 * one + 0.2 for one in limit]
             results.put(f"{ours}.{state}.of_allowed", ratios(times, allowed), "x")
-        if ours in found.heats["idle"]:
+        if all(ours in heats for heats in found.heats.values()):
             slower = ratios(found.times(ours, "loaded"), found.times(ours, "idle"))
             results.put(f"{ours}.loaded.of_idle", slower, "x")
 
