@@ -122,7 +122,8 @@ def test_works_on(guest):
     assert report.skeleton == "warm"
     root = pool.root_pid(guest.vm, LARGE)
     huge = int(guest.out(f"grep AnonHugePages /proc/{root}/smaps_rollup | tr -dc 0-9")) << 10
-    assert huge >= (16 << 21) - (made.size - made.huge)
+    # At least those of the largest area; where the heap lies modulo 2 MiB is chance.
+    assert huge >= (6 << 21) - (made.size - made.huge)
     guest.answers()
     trouble = "BUG|WARNING|Oops|Call Trace|Bad page|Bad rss|corrupt"
     assert not guest.out(f"dmesg | grep -E '{trouble}'")
