@@ -285,6 +285,13 @@ pid_t warm_take(const struct directory *directory, const struct message *begin,
 uint64_t warm_served(const char **why);
 void warm_forget(void);
 
+/* oom.c: whom the OOM killer takes */
+void oom_protect_agent(void);
+/* In a child: the score that the agent was started with. */
+void oom_as_before(void);
+void oom_take_me_first(void);
+void oom_hide(pid_t pid);
+
 /* child.c */
 struct child_io {
 	int in, out, err;	/* what becomes its standard descriptors; -1: /dev/null */

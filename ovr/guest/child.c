@@ -13,6 +13,7 @@ static void become(char *const argv[], char *const env[], struct child_io io)
 	int from[3] = {io.in, io.out, io.err};
 	sigset_t none;
 
+	oom_as_before();
 	sigemptyset(&none);
 	sigprocmask(SIG_SETMASK, &none, NULL);
 	signal(SIGPIPE, SIG_DFL);

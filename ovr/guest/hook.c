@@ -64,21 +64,6 @@ static void block_all_signals(void)
 	sigprocmask(SIG_BLOCK, &all, NULL);
 }
 
-/* The OOM killer releases a tree as surely as anybody when it kills its tracer. */
-static void hide_from_oom_killer(pid_t pid)
-{
-	char path[64];
-	int fd;
-
-	snprintf(path, sizeof(path), "/proc/%d/oom_score_adj", pid);
-	fd = open(path, O_WRONLY | O_CLOEXEC);
-	if (fd < 0)
-		return;
-	if (write(fd, "-1000", 5) != 5)
-		complain("%s: %s", path, strerror(errno));
-	close(fd);
-}
-
 static void kill_tree(pid_t criu, pid_t root)
 {
 	struct tree tree = {.criu = criu, .root = root};
@@ -101,8 +86,8 @@ static int hold(void)
 
 	if (criu > 1) {
 		tree_stop_criu(criu);
-		hide_from_oom_killer(criu);
-		hide_from_oom_killer(getpid());
+		oom_hide(criu);	/* it would release the tree */
+		oom_hide(getpid());
 		problem = exitkill_set(criu);
 		if (problem)
 			complain("%s", problem);

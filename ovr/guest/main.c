@@ -70,6 +70,7 @@ int main(int argc, char **argv)
 	}
 	if (!directory_prepare_base())
 		return 1;
+	oom_protect_agent();
 	loop_run(&loop);
 	return 0;
 }

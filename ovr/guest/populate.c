@@ -191,6 +191,8 @@ static void work(const struct message *message, pid_t parent, int out)
 	/* Nobody's connection is to stay open because of us. */
 	if (dup2(out, 3) < 0 || syscall(SYS_close_range, 4, ~0u, 0) < 0)
 		_exit(2);
+	/* What it allocates is the task's; its own death costs one restore and nothing else. */
+	oom_take_me_first();
 	sigemptyset(&none);
 	sigprocmask(SIG_SETMASK, &none, NULL);
 	if (message->op == OP_MAP)

@@ -44,7 +44,7 @@ class CTarget:
 MESSAGES = ("tests/fuzz/c/use.c", "ovr/guest/message.c", "ovr/guest/msgpack.c")
 C_TARGETS = {
     "agent-message": CTarget("message.c", MESSAGES, {}, longest=1 << 14),
-    "agent-ranges": CTarget("populate.c", (*MESSAGES, "ovr/guest/touch.c"), {}),
+    "agent-ranges": CTarget("populate.c", (*MESSAGES, "ovr/guest/touch.c", "ovr/guest/oom.c"), {}),
     "agent-images": CTarget("images.c", ("ovr/guest/images.c",), SMALL),
     "agent-restore": CTarget("restore.c", MESSAGES, {}, longest=512),
     "agent-session": CTarget("session.c", MESSAGES, SMALL),

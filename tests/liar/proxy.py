@@ -55,7 +55,7 @@ SAID: dict[str, Lie] = {
     "root is a kernel thread": _changed(protocol.Stopped, root_pid=2),
     "no tasks": _changed(protocol.Stopped, tasks=()),
     "wrong tasks": _changed(protocol.Stopped, tasks=(1, 2, 3, (1 << 64) - 1)),
-    "stopped before it is": _instead(protocol.Touched, protocol.Stopped(1, 1, (1,))),
+    "stopped before it is": _instead(protocol.Touched, protocol.Stopped(1, 1, (1,), 0, "")),
     "mapped in pid 1": _changed(protocol.Mapped, pid=1),
     "mapped in nobody": _changed(protocol.Mapped, pid=4_000_000),
     "mapped somewhere": _changed(protocol.Mapped, address=_somewhere),

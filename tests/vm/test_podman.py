@@ -97,6 +97,7 @@ def test_goes_on_as_podmans_container(journey, container):
     podman(journey.vm, f"stop -t 60 {container.name}")
     assert container.inspect(journey.vm)["State"]["Status"] == "exited"
     podman(journey.vm, f"rm -v {container.name}")
+    podman(journey.vm, "volume rm --all --force")
     assert journey.nothing_is_left()
 
 

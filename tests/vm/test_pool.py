@@ -161,6 +161,8 @@ def test_many_in_a_row(journey):
     assert not journey.trouble()
     memory = after.pop("MemAvailable") - before.pop("MemAvailable")
     assert memory > -(16 << 10), f"{-memory} KiB are gone after {ROUNDS} restores"
+    # The kernel counts open files in batches, one a CPU.
+    assert abs(after.pop("files") - before.pop("files")) <= 1
     assert after == before
 
 

@@ -45,5 +45,5 @@ def test_restore(vm, dump, tmp_path):
     again = screen([*OVR, "restore", "-D", dump.path, "--vm", f"lab:{vm.name}"], width=160)
     assert_golden("restore-taken", again, MASKS)
     end_workload(vm)
-    talkative = screen([*OVR, "restore", "-D", dump.path, "--vm", f"lab:{vm.name}", "-v"])
+    talkative = screen([*command, "-v"], height=900)
     assert "skeleton stands" in talkative

@@ -4,7 +4,9 @@
 some not; it checks itself, and that no thread has another scheduling policy than before.
 """
 
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +15,8 @@ import pytest
 import ovr
 from ovr import demo, lab
 from ovr.lab.share import SHARE
+from ovr.vm.agent import Agent
+from ovr.vm.proof import prove
 from tests.vm import pool
 from tests.vm.conftest import EVERYTHING, PREFIX, SUITES
 from tests.vm.smaps import Area, differences, memory_of
@@ -30,8 +34,15 @@ class Guest:
 
     def warm(self, size: int) -> int:
         """Make a pool, or end it, and return how large it is."""
-        with self.vm.connect() as agent:
+        with self.proved() as agent:
             return agent.warm(size).size
+
+    @contextmanager
+    def proved(self) -> Iterator[Agent]:
+        """Whom the agent makes a pool for."""
+        with ovr.attach(f"lab:{self.vm.name}") as vm, self.vm.connect() as agent:
+            prove(vm.kernel, agent)
+            yield agent
 
     def pool(self) -> int:
         with self.vm.connect() as agent:
@@ -114,7 +125,7 @@ def test_comes_back_warm_and_leaves_no_trace(guest):
 def test_works_on(guest):
     """In huge pages, as far as the pool had them, and every word right."""
     guest.vm.sh("sync; echo 3 > /proc/sys/vm/drop_caches; echo 1 > /proc/sys/vm/compact_memory")
-    with guest.vm.connect() as agent:
+    with guest.proved() as agent:
         made = agent.warm(ENOUGH)
     assert made.size == ENOUGH
     assert made.huge > 0
@@ -146,7 +157,8 @@ def test_a_pool_that_is_taken_away(guest):
     assert guest.out(f"cat /proc/{holder}/oom_score_adj") == "1000"
     guest.vm.sh(f"kill -9 {holder}")
     with guest.vm.connect() as agent:
-        left = agent.pool()
+        while (left := agent.pool()).size:
+            time.sleep(0.1)  # its end is still on its way to the agent
     assert (left.size, left.note) == (0, "it was killed; the guest needed the memory")
     assert guest.warm(ENOUGH) == ENOUGH
     assert guest.warm(0) == 0
