@@ -1,7 +1,23 @@
 """Restore checkpointed processes and containers into a running QEMU VM, from outside the VM."""
 
-from ovr.api import Vm, attach
-from ovr.errors import OvrError
-from ovr.report import Report
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ovr.api import Vm, attach
+    from ovr.errors import OvrError
+    from ovr.report import Report
 
 __all__ = ["OvrError", "Report", "Vm", "attach"]
+
+_ROOMS = {"OvrError": "errors", "Report": "report", "Vm": "api", "attach": "api"}
+
+
+def __getattr__(name: str) -> Any:
+    # Loaded when they are asked for: `ovr --help` needs no numpy, and the command line sets up its
+    # process before anything large is loaded.
+    if name not in _ROOMS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found = getattr(import_module(f"ovr.{_ROOMS[name]}"), name)
+    globals()[name] = found
+    return found

@@ -124,30 +124,40 @@ class RamMap:
             RamNotShared: the RAM file was cut off.
         """
 
-    def copy_in(self, runs: NDArray[np.void], source: Buffer) -> int:
-        """Copy ``source[run.offset:][:run.size]`` to ``run.gpa`` for every run.
+    def copy_in(self, runs: NDArray[np.void], fd: int, base: int, size: int) -> int:
+        """Copy a source's ``[run.offset:][:run.size]`` to ``run.gpa`` for every run.
+
+        The source is the `size` bytes of a file from `base` on; ``preadv`` copies them.
 
         Returns the number of bytes copied.
 
         Raises:
             GuestFault: a run is not RAM; nothing was written.
-            ValueError: a run reaches past the end of `source`; nothing was written.
+            ValueError: a run reaches past the end of the source; nothing was written.
             PermissionError: the map is read-only.
+            OSError: the file was cut off, or cannot be read.
+            RamNotShared: that of the guest's RAM was cut off.
+        """
+
+    def first_difference(self, runs: NDArray[np.void], source: Buffer) -> int | None:
+        """Compare ``source[run.offset:][:run.size]`` with what is at ``run.gpa``, for every run.
+
+        Returns the GVA of the first page that differs, or None.
+
+        Raises:
+            GuestFault: a run is not RAM.
+            ValueError: a run reaches past the end of `source`.
             OSError: the file behind `source` was cut off, or has a bad page.
             RamNotShared: that of the guest's RAM was.
         """
 
-    def first_difference(self, runs: NDArray[np.void], source: Buffer) -> int | None:
-        """Compare what `copy_in` would write with what is there.
+def in_page_cache(fd: int, offset: int, size: int) -> bool:
+    """Tell whether a range of a file is in the page cache, all of it (``cachestat``).
 
-        Returns the GVA of the first page that differs, or None. Raises as `copy_in`.
-        """
-
-def populate_read(source: Buffer) -> None:
-    """Fault in the pages behind `source` (``MADV_POPULATE_READ``).
+    False too where the kernel cannot tell: before Linux 6.5, and for some file systems.
 
     Raises:
-        OSError: a page cannot be read, as in a file that was truncated meanwhile.
+        ValueError: not a range of a file.
     """
 
 def equal_pages(one: Buffer, other: Buffer, pairs: NDArray[np.void]) -> NDArray[np.bool_]:

@@ -10,7 +10,7 @@ import os
 
 import numpy as np
 
-from libc.errno cimport EAGAIN, EFAULT, EINTR, EIO, errno
+from libc.errno cimport EFAULT, EINTR, EIO, errno
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc, realloc
 from libc.string cimport memcmp, memcpy, memset
@@ -26,6 +26,20 @@ cdef extern from *:
     """
     #include <string.h>
     #include <stdint.h>
+    #include <unistd.h>
+    #include <sys/syscall.h>
+
+    #ifndef SYS_cachestat
+    #define SYS_cachestat 451 /* in v6.5 */
+    #endif
+
+    /* How many pages of a range of a file are in the page cache; -1 if the kernel cannot tell. */
+    static inline int64_t ovr_cached_pages(int fd, uint64_t offset, uint64_t size)
+    {
+        uint64_t range[2] = {offset, size}, found[5];
+
+        return syscall(SYS_cachestat, fd, range, found, 0u) ? -1 : (int64_t)found[0];
+    }
 
     /* The guest may change any word while we look at it: read it once, whole. */
     static inline uint64_t ovr_read_once(const void *p)
@@ -47,7 +61,15 @@ cdef extern from *:
     uint64_t read_once "ovr_read_once"(const void *) noexcept nogil
     void prefetch "ovr_prefetch"(const void *) noexcept nogil
     void settle "ovr_settle"() noexcept nogil
+    int64_t cached_pages "ovr_cached_pages"(int, uint64_t, uint64_t) noexcept nogil
     void *memmem(const void *, size_t, const void *, size_t) noexcept nogil
+
+cdef extern from "<sys/uio.h>" nogil:
+    cdef struct iovec:
+        void *iov_base
+        size_t iov_len
+
+    ssize_t preadv(int, const iovec *, int, int64_t)
 
 cdef extern from "Python.h":
     bytes PyBytes_FromStringAndSize(const char *, Py_ssize_t)
@@ -123,6 +145,9 @@ cdef enum:
     # Bytes for which a system call is worth it, when host pages are mapped ahead.
     WORTH_ADVICE = 65536
 
+    # UIO_MAXIOV of include/uapi/linux/uio.h
+    MAX_VECTORS = 1024
+
 cdef struct Vmemmap:
     uint64_t gva
     char *host              # NULL: not known
@@ -193,7 +218,7 @@ cdef struct Walking:
     Py_ssize_t count
     int status
 
-cdef struct Copying:
+cdef struct Matching:
     const Ram *ram
     const Run *runs
     Py_ssize_t count
@@ -201,6 +226,18 @@ cdef struct Copying:
     uint64_t total
     Py_ssize_t which        # the run that differs, `count` if none does
     int64_t at              # where in it
+
+cdef struct Reading:
+    const Ram *ram
+    const Run *runs
+    Py_ssize_t count
+    int fd
+    int64_t base            # where in the file the source begins
+    Py_ssize_t at           # the run that is next, and how much of it is done
+    uint64_t done
+    int error               # an errno; EFAULT is of guest RAM
+    void *lost              # what could not be written to, then
+    iovec vectors[MAX_VECTORS]
 
 cdef struct Mapping:
     const Ram *ram
@@ -378,20 +415,40 @@ cdef class RamMap:
             self._users -= 1
         self._done(lost)
 
-    def copy_in(self, const Run[::1] runs not None, const uint8_t[::1] source not None):
-        cdef Copying job
+    def copy_in(self, const Run[::1] runs not None, int fd, int64_t base, int64_t size):
+        cdef Reading job
+        cdef Py_ssize_t i
+        cdef uint64_t total = 0
         if not self._writable:
             raise PermissionError("guest RAM is mapped read-only")
-        self._on_runs(&job, _copy, runs, source)
-        return job.total
+        if base < 0 or size < 0 or base + size < base:
+            raise ValueError(f"{size} bytes at {base} are not a range of a file")
+        self._check_runs(runs, size)
+        if runs.shape[0] == 0:
+            return 0
+        for i in range(runs.shape[0]):
+            total += runs[i].size
+        job.ram, job.runs, job.count = &self._ram, &runs[0], runs.shape[0]
+        job.fd, job.base, job.at, job.done, job.error, job.lost = fd, base, 0, 0, 0, NULL
+        self._users += 1
+        try:
+            with nogil:
+                _copy_in(&job)
+        finally:
+            self._users -= 1
+        if job.error == EFAULT:
+            self._done(job.lost)
+        if job.error:
+            raise OSError(job.error, CUT_OFF if job.error == EIO else os.strerror(job.error))
+        return total
 
     def first_difference(self, const Run[::1] runs not None, const uint8_t[::1] source not None):
-        cdef Copying job
+        cdef Matching job
         self._on_runs(&job, _differ, runs, source)
         return None if job.which == job.count else runs[job.which].gva + <uint64_t>job.at
 
     cdef _on_runs(
-        self, Copying *job, void (*work)(void *) noexcept nogil, const Run[::1] runs,
+        self, Matching *job, void (*work)(void *) noexcept nogil, const Run[::1] runs,
         const uint8_t[::1] source
     ):
         cdef void *lost
@@ -703,28 +760,67 @@ cdef void _map(void *given) noexcept nogil:
             at += 4096
 
 
-cdef void _copy(void *given) noexcept nogil:
-    cdef Copying *job = <Copying *>given
-    cdef Py_ssize_t i
-    cdef uint64_t gpa, left, part = 0
-    cdef const uint8_t *data
+cdef void _copy_in(Reading *job) noexcept nogil:
+    # The kernel copies from its page cache to the RAM file: no page of the source is mapped here,
+    # which costs as much as half of the copy, and what is cut off is an error instead of a signal.
+    cdef int64_t start = 0
+    cdef ssize_t got
+    cdef size_t part
+    cdef int count, i
+    while job.at < job.count:
+        count = _gather(job, &start)
+        i = 0
+        while i < count:
+            got = preadv(job.fd, &job.vectors[i], count - i, job.base + start)
+            if got <= 0:
+                if got < 0 and errno == EINTR:
+                    continue
+                job.error = EIO if got == 0 else errno
+                job.lost = job.vectors[i].iov_base
+                return
+            start += got
+            while got > 0:
+                part = min(<size_t>got, job.vectors[i].iov_len)
+                job.vectors[i].iov_base = <char *>job.vectors[i].iov_base + part
+                job.vectors[i].iov_len -= part
+                got -= part
+                if job.vectors[i].iov_len == 0:
+                    i += 1
+
+
+cdef int _gather(Reading *job, int64_t *start) noexcept nogil:
+    # Where the next bytes of the source go, as long as they follow each other there.
+    cdef const Run *run = &job.runs[job.at]
+    cdef int64_t at = run.offset + <int64_t>job.done
+    cdef uint64_t part = 0
     cdef char *host
-    for i in range(job.count):
-        gpa = job.runs[i].gpa
-        left = job.runs[i].size
-        data = job.source + job.runs[i].offset
-        job.total += left
-        while left:
-            host = _host(job.ram, gpa, &part)
-            part = min(part, left)
-            memcpy(host, data, part)
-            data += part
-            gpa += part
-            left -= part
+    cdef int count = 0
+    start[0] = at
+    while job.at < job.count:
+        run = &job.runs[job.at]
+        if run.offset + <int64_t>job.done != at:
+            break
+        if job.done < run.size:
+            host = _host(job.ram, run.gpa + job.done, &part)
+            part = min(part, run.size - job.done)
+            if count and <char *>job.vectors[count - 1].iov_base + job.vectors[count - 1].iov_len == host:
+                job.vectors[count - 1].iov_len += part
+            elif count == MAX_VECTORS:
+                break
+            else:
+                job.vectors[count].iov_base = host
+                job.vectors[count].iov_len = part
+                count += 1
+            job.done += part
+            at += part
+        if job.done == run.size:
+            job.at += 1
+            job.done = 0
+    return count
 
 
 cdef void _differ(void *given) noexcept nogil:
-    cdef Copying *job = <Copying *>given
+    cdef Matching *job = <Matching *>given
     for job.which in range(job.count):
         job.at = _differs(job.ram, &job.runs[job.which], job.source)
         if job.at >= 0:
@@ -760,20 +856,11 @@ cdef int64_t _differs(const Ram *ram, const Run *run, const uint8_t *source) noe
     return -1
 
 
-def populate_read(const uint8_t[::1] source not None):
-    cdef uint64_t start
-    cdef int result
-    if source.shape[0] == 0:
-        return
-    start = <uint64_t>&source[0]
-    with nogil:
-        result = madvise(
-            <void *>(start & ~<uint64_t>4095), source.shape[0] + (start & 4095), MADV_POPULATE_READ
-        )
-    if result and errno == EFAULT:
-        raise OSError(EIO, CUT_OFF)
-    if result and errno not in (EAGAIN, EINTR):
-        raise OSError(errno, os.strerror(errno))
+def in_page_cache(int fd, int64_t offset, int64_t size):
+    cdef int64_t first = offset & ~<int64_t>4095
+    if size <= 0 or offset < 0:
+        raise ValueError(f"{size} bytes at {offset} are not a range of a file")
+    return cached_pages(fd, first, size + offset - first) == (size + offset - first + 4095) >> 12
 
 
 def equal_pages(

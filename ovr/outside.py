@@ -15,6 +15,7 @@ import numpy as np
 from ovr.addresses import PAGE_SIZE, Gva
 from ovr.errors import RestoreFailed
 from ovr.images.source import Sources
+from ovr.images.task import Memory
 from ovr.kernel import (
     Kernel,
     Struct,
@@ -35,7 +36,7 @@ from ovr.state import GuestTree
 from ovr.state.memory import Family, Target
 from ovr.vm.agent import Agent
 
-__all__ = ["Outside", "find_outside"]
+__all__ = ["Outside", "find_outside", "sources_of"]
 
 _OF_THE_TASK: Final = "was it killed? look for the OOM killer in the guest's kernel log"
 
@@ -63,6 +64,14 @@ class Outside:
         """Every target, once."""
         shared = [target for family in self.families for target in (family.first, *family.heirs)]
         return [*{id(target): target for target in (*shared, *self.targets)}.values()]
+
+
+def sources_of(plan: Plan) -> Iterator[tuple[Memory, int]]:
+    """Return the pages images that the plan writes from, with their levels in chains of dumps."""
+    for task in (*plan.tasks, *plan.shared):
+        for level, pieces in task.pieces.items():
+            if len(pieces):
+                yield task.memory, level
 
 
 @types_that_fit()
@@ -139,7 +148,6 @@ class _Restoree:
                     frames=frames or self._kernel.private_frames,
                     pieces=here,
                     source=self._sources.of(self.plan.memory, level),
-                    source_name=self.plan.memory.pages_name,
                     ask=self._ask,
                     check=self.check,
                     spared=self.plan.spared,
@@ -264,7 +272,6 @@ def _of_shared(
             frames=guest.kernel.shared_frames(Gva(mapping.address_)),
             pieces=here,
             source=sources.of(plan.memory, level),
-            source_name=plan.memory.pages_name,
             ask=ask,
             check=check,
         )

@@ -132,9 +132,9 @@ class GuestRam:
         """See `_fastcopy.RamMap.prefault`."""
         self._map.prefault(runs)
 
-    def copy_in(self, runs: Runs, source: "Buffer") -> int:
+    def copy_in(self, runs: Runs, fd: int, base: int, size: int) -> int:
         """See `_fastcopy.RamMap.copy_in`. Who calls this states why the frames stay put."""
-        return self._map.copy_in(runs, source)
+        return self._map.copy_in(runs, fd, base, size)
 
     def first_difference(self, runs: Runs, source: "Buffer") -> Gva | None:
         """See `_fastcopy.RamMap.first_difference`."""

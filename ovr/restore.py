@@ -22,7 +22,7 @@ from ovr.images import Extents, image_size
 from ovr.images.source import Sources
 from ovr.journal import Journal
 from ovr.kernel import find_task
-from ovr.outside import Outside, find_outside
+from ovr.outside import Outside, find_outside, sources_of
 from ovr.plan import Plan, make_plan
 from ovr.report import Report, Span, Stopwatch
 from ovr.state import GuestTree, settings
@@ -81,7 +81,9 @@ def restore(
                 plan = make_plan(checkpoint.images, outside, force_write=False)
             inside, warm = _build(plan, link, checkpoint)
             files = checkpoint.files(inside)
+        sources = stack.enter_context(Sources())
         with watch("skeleton"):
+            sources.read_ahead(sources_of(plan))
             prove(vm.kernel, link)
             skeleton = link.begin(
                 files, criu_options=checkpoint.options, engine=checkpoint.engine,
@@ -92,7 +94,6 @@ def restore(
         log.info("skeleton stands: pid %d, %d threads", skeleton.root_pid, len(skeleton.tasks))
         journal = Journal()
         with _killed_on_error(link, checkpoint.patience), link.keep_alive():
-            sources = stack.enter_context(Sources())
             with watch("populate"):
                 tree = partial(_guest, vm, skeleton)
                 memory = find_outside(plan, tree(), link, sources, warm=not cold)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import Any, Final
 
-from ovr.cli import completion, output
+from ovr.cli import completion, output, process
 from ovr.cli.logs import DEFAULT_LEVEL, log_to_stderr
 from ovr.errors import OvrError
 
@@ -40,6 +40,10 @@ exit codes:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     words = sys.argv[1:] if arguments is None else arguments
+    if arguments is None:
+        process.set_up()
+        if words[:1] == ["restore"]:
+            process.hurry()
     options = make_parser(words[0] if words else None).parse_args(words)
     log_to_stderr(getattr(options, "log_level", DEFAULT_LEVEL + options.verbose))
     try:

@@ -75,7 +75,7 @@ def zero_pages(task: Task, ranges: Ranges) -> Ranges:
             source = sources.of(task.memory, level)
             here = (runs["level"] == level)[run_of_page]
             with readable(task.memory.pages_name):
-                zero[here] = equal_pages(source, bytes(PAGE_SIZE), pages)
+                zero[here] = equal_pages(source.pages, bytes(PAGE_SIZE), pages)
     return _as_ranges(runs, run_of_page, zero)
 
 
@@ -119,7 +119,7 @@ def _equal(own: Memory, theirs: Memory, areas: Vmas, sources: Sources) -> Ranges
     equal = np.zeros(len(run_of_page), dtype=bool)
     for one, two in np.unique(levels, axis=0).tolist():
         here = (levels == (one, two)).all(axis=1)
-        pair = sources.of(own, one), sources.of(theirs, two)
+        pair = sources.of(own, one).pages, sources.of(theirs, two).pages
         with readable(f"{own.pages_name} or {theirs.pages_name}"):
             equal[here[run_of_page]] = equal_pages(*pair, _pairs(mine[here], other[here]))
     return _as_ranges(mine, run_of_page, equal)

@@ -1,69 +1,127 @@
-"""Pages images, mapped into this process."""
+"""Pages images: open, mapped into this process, and read ahead."""
 
 import mmap
 import os
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from typing import Final, Self
 
+import psutil
+
+from ovr._fastcopy import in_page_cache
 from ovr.errors import ImagesDamaged
 from ovr.images.task import Memory
 
-__all__ = ["Sources", "readable"]
+__all__ = ["Source", "Sources", "readable"]
 
 _ELSEWHERE: Final = "dump again, or copy the images to where nobody changes them"
+_READ_AT_ONCE: Final = 1 << 20
+_ASK_AT_ONCE: Final = 16 << 20
+
+
+@dataclass(frozen=True)
+class Source:
+    """A pages image.
+
+    Attributes:
+        name: what messages call it.
+        pages: it, mapped; who reads it does so within `readable`: somebody may cut it off.
+        fd: of the file that it is in.
+        base: where it begins there, in bytes.
+    """
+
+    name: str
+    pages: memoryview
+    fd: int
+    base: int
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return len(self.pages)
+
+    def read_ahead(self, start: int, end: int) -> None:
+        """Have the host's page cache hold what is from `start` up to `end`.
+
+        Raises:
+            ImagesDamaged: it cannot be read.
+        """
+        at, end = self.base + start, self.base + end
+        if in_page_cache(self.fd, at, end - at):
+            return
+        with readable(self.name):
+            os.posix_fadvise(self.fd, at, end - at, os.POSIX_FADV_WILLNEED)
+            buffer = bytearray(min(_READ_AT_ONCE, end - at))
+            while at < end:
+                got = os.preadv(self.fd, [memoryview(buffer)[: end - at]], at)
+                if not got:
+                    raise OSError(0, "it was cut off while it was read")
+                at += got
 
 
 class Sources:
-    """The pages images of an image set, each mapped once, until the ``with`` ends."""
+    """The pages images of an image set, each opened once, until the ``with`` ends."""
 
     def __init__(self) -> None:
         self._stack = ExitStack()
-        self._mapped: dict[tuple[str, int], memoryview] = {}
-        self._as_mapped: dict[tuple[str, int], tuple[Memory, tuple[int, ...]]] = {}
+        self._opened: dict[tuple[str, int], Source] = {}
+        self._as_opened: dict[tuple[str, int], tuple[Memory, tuple[int, ...]]] = {}
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._mapped.clear()
+        self._opened.clear()
         self._stack.close()
 
-    def of(self, memory: Memory, level: int) -> memoryview:
-        """Return the pages image of `memory` at `level` of the chain of dumps, read-only.
-
-        Who reads it does so within `readable`: somebody may cut it off.
+    def of(self, memory: Memory, level: int) -> Source:
+        """Return the pages image of `memory` at `level` of the chain of dumps.
 
         Raises:
             ImagesDamaged: it is no longer as long as it was.
         """
         key = memory.name, level
-        if key not in self._mapped:
+        if key not in self._opened:
             file = memory.file(level)
             # Within an archive an image begins at any multiple of 512.
             start = file.base // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
             size = file.base - start + file.size
             fd = file.open()
-            try:
-                self._as_mapped[key] = memory, _mark(fd)
-                pages = mmap.mmap(fd, size, access=mmap.ACCESS_READ, offset=start)
-            finally:
-                os.close(fd)
+            self._stack.callback(os.close, fd)
+            self._as_opened[key] = memory, _mark(fd)
+            pages = mmap.mmap(fd, size, access=mmap.ACCESS_READ, offset=start)
             self._stack.enter_context(pages)
             whole = memoryview(pages)
             self._stack.callback(whole.release)
             view = whole[file.base - start :]
             self._stack.callback(view.release)
-            self._mapped[key] = view
-        return self._mapped[key]
+            self._opened[key] = Source(memory.pages_name, view, fd, file.base)
+        return self._opened[key]
+
+    def read_ahead(self, wanted: Iterable[tuple[Memory, int]]) -> None:
+        """Begin to read images that are not in the host's page cache; returns at once.
+
+        What does not fit into half of the memory that is available is left for later.
+
+        Raises:
+            ImagesDamaged: as `of`.
+        """
+        sources = [self.of(*one) for one in wanted]
+        stop = threading.Event()
+        thread = threading.Thread(target=_ask_for, args=(sources, stop), daemon=True)
+        thread.start()
+        self._stack.callback(thread.join)
+        self._stack.callback(stop.set)
 
     def check_unchanged(self) -> None:
-        """Make sure that nobody has written to the files since they were mapped.
+        """Make sure that nobody has written to the files since they were opened.
 
         Raises:
             ImagesDamaged: somebody has; what was read may be of before or of after.
         """
-        for (_, level), (memory, mark) in self._as_mapped.items():
+        for (_, level), (memory, mark) in self._as_opened.items():
             fd = memory.file(level).open()
             try:
                 same = _mark(fd) == mark
@@ -73,6 +131,24 @@ class Sources:
                 raise ImagesDamaged(
                     f"{memory.pages_name}: changed while it was restored", _ELSEWHERE
                 )
+
+
+def _ask_for(sources: Sequence[Source], stop: threading.Event) -> None:
+    # An error is for who reads: it does not matter here.
+    room = psutil.virtual_memory().available // 2
+    windows = (
+        (source, at)
+        for source in sources
+        for at in range(source.base, source.base + source.size, _ASK_AT_ONCE)
+    )
+    for source, at in windows:
+        size = min(_ASK_AT_ONCE, source.base + source.size - at)
+        if stop.is_set() or room < size:
+            return
+        if not in_page_cache(source.fd, at, size):
+            room -= size
+            with suppress(OSError):
+                os.posix_fadvise(source.fd, at, size, os.POSIX_FADV_WILLNEED)
 
 
 @contextmanager

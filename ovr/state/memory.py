@@ -19,10 +19,10 @@ from typing import Final, TypeVar
 
 import numpy as np
 
-from ovr._fastcopy import OWNED, PIECE, populate_read
+from ovr._fastcopy import OWNED, PIECE
 from ovr.addresses import PAGE_SIZE
 from ovr.errors import RestoreFailed, VerifyMismatch
-from ovr.images.source import readable
+from ovr.images.source import Source, readable
 from ovr.journal import Journal
 from ovr.paging import AddressSpace, Frames
 from ovr.ram import Runs
@@ -42,8 +42,10 @@ from ovr.vm.hold import Holder
 
 __all__ = ["Copier", "Family", "Part", "Target"]
 
-HOLD_BYTES: Final = 64 << 20
-"""How much is copied in one hold: some 6 ms of a host core; to stop QEMU takes one."""
+HOLD_BYTES: Final = 256 << 20
+"""How much is copied in one hold at most; the first one copies a quarter of it."""
+HOLD_SECONDS: Final = 0.025
+"""How long a hold is meant to be: on two cores some 200 MiB. To stop QEMU takes one of 25 ms."""
 HOLD_PARTS: Final = 32
 """Of how many targets something is copied in one hold: each costs a page walk of its own."""
 
@@ -51,6 +53,7 @@ _TRIES: Final = 20
 _TRY_AGAIN_AFTER: Final = 0.05  # seconds; collapse and migration of a page take less
 _SAMPLE_PAGES: Final = 4096
 _SHARE: Final = 1 << 20  # bytes that are worth a thread
+_LARGE_SHARE: Final = 4 << 20  # where there is as much, more shares than threads: they end together
 _MANY_RUNS: Final = 2048  # of one hold: to walk them is worth a thread
 
 T = TypeVar("T")
@@ -67,7 +70,6 @@ class Target:
         frames: says which frames are the target's own.
         pieces: a `_fastcopy.PIECE` array; offsets are positions in `source`.
         source: the pages image.
-        source_name: what messages call it.
         ask: asks the guest to map pages, given as pieces, once more, content and all.
         check: raises `RestoreFailed` if `space` is not that of its process any more; asked in every
             hold before a page table is walked.
@@ -78,8 +80,7 @@ class Target:
     space: AddressSpace
     frames: Frames
     pieces: Runs
-    source: memoryview
-    source_name: str
+    source: Source
     ask: Callable[[Runs], None]
     check: Callable[[], None]
     spared: Ranges = field(default_factory=no_ranges)
@@ -133,6 +134,7 @@ class Copier:
         self._threads = threads
         self._advance = advance
         self._scattered = False
+        self._room = HOLD_BYTES // 4
 
     def write(self, parts: Sequence[Part]) -> None:
         """Write pieces of targets.
@@ -142,9 +144,33 @@ class Copier:
             ImagesDamaged: a pages image cannot be read.
             GuestFault: page tables of the guest are damaged.
         """
-        for batch in _batches(parts):
+        for batch in self._batches(parts):
             self._prepare(batch)
             self._each_owned_run(batch, self._copy)
+
+    def _batches(self, parts: Iterable[Part]) -> Iterator[list[Part]]:
+        # What is done in one hold, as large as the holds before have shown to be right.
+        batch: list[tuple[Target, list[Runs]]] = []
+        room = self._room
+        for target, pieces in parts:
+            for grain in split(pieces, HOLD_BYTES // 16):
+                fits = total(grain) <= room
+                if batch and batch[-1][0] is target and fits:
+                    batch[-1][1].append(grain)
+                else:
+                    if batch and not (fits and len(batch) < HOLD_PARTS):
+                        yield [(one, np.concatenate(grains)) for one, grains in batch]
+                        batch, room = [], self._room
+                    batch.append((target, [grain]))
+                room -= total(grain)
+        if batch:
+            yield [(one, np.concatenate(grains)) for one, grains in batch]
+
+    def _learn(self, size: int, seconds: float) -> None:
+        # How much the next hold does: not more than twice as much as this one did.
+        if size:
+            fitting = int(size * min(HOLD_SECONDS / seconds, 2.0))
+            self._room = min(max(fitting, HOLD_BYTES // 16), HOLD_BYTES)
 
     def _prepare(self, batch: Sequence[Part]) -> None:
         for target, part in batch:
@@ -159,7 +185,7 @@ class Copier:
         """
         left: list[Part] = []
         for family in families:
-            for batch in _batches([(family.first, family.first.pieces)]):
+            for batch in self._batches([(family.first, family.first.pieces)]):
                 self._prepare(batch)
                 self._each_owned_run(batch, partial(self._copy_family, family, left))
         return left
@@ -187,7 +213,7 @@ class Copier:
             RestoreFailed: as `write`.
         """
         parts = [(target, target.pieces if full else _sample(target.pieces)) for target in targets]
-        for batch in _batches(parts):
+        for batch in self._batches(parts):
             self._each_run(batch, self._compare, OF_ANYBODY)
         return sum(total(part) for _, part in parts)
 
@@ -205,6 +231,7 @@ class Copier:
                     target.ask(part)
             done = []
             with self.holder.held():
+                start = time.perf_counter()
                 # The process may be dead, and its top page table another one's: whose pages are
                 # exclusive, too.
                 for check in {target.check for target, _ in left}:
@@ -214,6 +241,9 @@ class Copier:
                     found = runs[(runs["flags"] & wanted) == wanted]
                     work(target, cut_out(found, target.spared))
                     done.append(found)
+                seconds = time.perf_counter() - start
+            if not attempt:
+                self._learn(sum(map(total, done)), seconds)
             both = zip(left, done, strict=True)
             missed = [(t, p, ours) for (t, p), ours in both if total(ours) < total(p)]
             left = [(target, _without(part, ours)) for target, part, ours in missed]
@@ -243,16 +273,19 @@ class Copier:
         # have, or pages of a shared object that only the tree has. The hold keeps them still: no
         # vCPU runs until it ends, and the tasks themselves are stopped under CRIU until we commit.
         # Undone by killing the tree.
-        with readable(target.source_name):
-            self._in_parallel(runs, lambda share: target.space.ram.copy_in(share, target.source))
+        source, ram = target.source, target.space.ram
+        with readable(source.name):
+            self._in_parallel(
+                runs, lambda share: ram.copy_in(share, source.fd, source.base, source.size)
+            )
         self.journal.add_memory(target.name, runs)
         self._advance(total(runs))
 
     def _compare(self, target: Target, runs: Runs) -> None:
         ram = target.space.ram
-        with readable(target.source_name):
+        with readable(target.source.name):
             differences = self._in_parallel(
-                runs, lambda share: ram.first_difference(share, target.source)
+                runs, lambda share: ram.first_difference(share, target.source.pages)
             )
         for gva in differences:
             if gva is not None:
@@ -265,6 +298,8 @@ class Copier:
         # Whole pages: what is to be walked must be.
         pages = -(-total(runs) // (self._threads * PAGE_SIZE))
         share = max(pages * PAGE_SIZE, _SHARE)
+        if share >= 4 * _LARGE_SHARE:
+            share = pages // 4 * PAGE_SIZE
         shares = list(split(runs, share))
         if len(shares) < 2:
             return [work(one) for one in shares]
@@ -287,32 +322,12 @@ def _await_all(futures: Sequence[Future[T]]) -> None:
         raise interrupted
 
 
-def _batches(parts: Iterable[Part]) -> Iterator[list[Part]]:
-    # What is done in one hold.
-    batch: list[Part] = []
-    room = HOLD_BYTES
-    for target, pieces in parts:
-        for part in split(pieces, HOLD_BYTES):
-            if batch and (total(part) > room or len(batch) == HOLD_PARTS):
-                yield batch
-                batch, room = [], HOLD_BYTES
-            batch.append((target, part))
-            room -= total(part)
-    if batch:
-        yield batch
-
-
 def _make_ready(target: Target, part: Runs) -> None:
-    # What can be done with the VM running: the host's page faults.
-    _read_ahead(target, part)
+    # What can be done with the VM running: the host's page faults, and to find out that the source
+    # cannot be read.
+    for start, end in _file_ranges(part):
+        target.source.read_ahead(start, end)
     target.space.ram.prefault(target.space.walk(part))
-
-
-def _read_ahead(target: Target, part: Runs) -> None:
-    # Fault the source in, and find out here, not in a hold, that it cannot be read.
-    with readable(target.source_name):
-        for start, end in _file_ranges(part):
-            populate_read(target.source[start:end])
 
 
 def _file_ranges(part: Runs) -> Iterator[tuple[int, int]]:

@@ -14,6 +14,7 @@ from ovr.addresses import PAGE_SIZE, Gpa, Gva
 from ovr.errors import GuestFault
 from ovr.paging import PTE_ADDRESS, Frames, Leaf, pieces, reference_walk
 from tests.fuzz.target import Input, Target
+from tests.sources import as_file
 
 __all__ = ["TARGETS"]
 
@@ -270,7 +271,7 @@ def _copy(runs):
     runs["offset"] = np.arange(len(runs)) * 100
     source = bytes(range(256)) * 128
     try:
-        RAM.map.copy_in(runs, source)
+        RAM.map.copy_in(runs, *as_file(source))
     except GuestFault:
         assert RAM.content() == before
         return
@@ -328,7 +329,7 @@ def lists(data: bytes) -> None:
     before = RAM.content()
     RAM.map.prefault(rows)
     try:
-        RAM.map.copy_in(rows, content)
+        RAM.map.copy_in(rows, *as_file(content))
         assert RAM.map.first_difference(rows[-1:], content) is None
     except (GuestFault, ValueError):
         assert RAM.content() == before

@@ -245,7 +245,7 @@ static int end(void)
 			if (table[i].subject) {
 				kill(table[i].pid, SIGKILL);
 				left++;
-			} else if (table[i].pid == ROOT) {
+			} else if (table[i].pid == ROOT || !strcmp(table[i].name, "ovr-subject")) {
 				left++; /* a zombie has no program any more, and its pid still */
 			}
 		if (!left)

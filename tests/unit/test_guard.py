@@ -15,6 +15,7 @@ import pytest
 from ovr._fastcopy import PAIR, RUN, RamMap, equal_pages
 from ovr.addresses import PAGE_SIZE
 from ovr.errors import RamNotShared
+from tests.sources import as_file
 
 SIZE = 64 * PAGE_SIZE
 CUT = 48 * PAGE_SIZE
@@ -62,7 +63,7 @@ def runs(offset: int = 0, size: int = SIZE) -> np.ndarray:
         lambda ram, step: ram.walk(
             (1 << 20) + CUT, 4, np.array([(0, PAGE_SIZE, 0)], dtype="<u8,<u8,<i8")
         ),
-        lambda ram, step: ram.copy_in(runs(), bytes(SIZE)),
+        lambda ram, step: ram.copy_in(runs(), *as_file(bytes(SIZE))),
         lambda ram, step: ram.first_difference(runs(), bytes(SIZE)),
     ],
     ids=["read", "write", "find", "translate", "walk", "copy_in", "first_difference"],
@@ -77,15 +78,16 @@ def test_a_ram_file_that_is_cut_off(ram, ram_file, touch, step):
 
 
 def test_a_source_that_is_cut_off(ram, pages):
-    with mapped(pages) as source:
+    with mapped(pages) as source, pages.open("rb") as file:
         os.truncate(pages, CUT)
-        for work in (ram.copy_in, ram.first_difference):
+        ways = ((ram.copy_in, (file.fileno(), 0, SIZE)), (ram.first_difference, (source,)))
+        for work, arguments in ways:
             with pytest.raises(OSError, match="cut off") as caught:
-                work(runs(), source)
+                work(runs(), *arguments)
             assert caught.value.errno == errno.EIO
-            work(runs(0, CUT), source)
+            work(runs(0, CUT), *arguments)
             with pytest.raises(OSError, match="cut off"):
-                work(runs(CUT, PAGE_SIZE), source)
+                work(runs(CUT, PAGE_SIZE), *arguments)
     ram.close()  # nobody counts as being inside of it
 
 
@@ -100,16 +102,18 @@ def test_pages_to_compare_that_are_cut_off(pages):
 
 def test_in_several_threads(ram, pages):
     """Those whose part is there are done; the others say so."""
-    with mapped(pages) as source, ThreadPoolExecutor(8) as pool:
+    with mapped(pages) as source, pages.open("rb") as file, ThreadPoolExecutor(8) as pool:
         os.truncate(pages, CUT)
-        jobs = {
-            offset: pool.submit(ram.copy_in, runs(offset, PAGE_SIZE), source)
+        ways = ((ram.copy_in, (file.fileno(), 0, SIZE)), (ram.first_difference, (source,)))
+        jobs = [
+            (offset, pool.submit(work, runs(offset, PAGE_SIZE), *arguments))
             for _ in range(20)
+            for work, arguments in ways
             for offset in range(0, SIZE, PAGE_SIZE)
-        }
-        for offset, job in jobs.items():
+        ]
+        for offset, job in jobs:
             if offset < CUT:
-                assert job.result() == PAGE_SIZE
+                assert job.result() in (PAGE_SIZE, None)
             else:
                 with pytest.raises(OSError, match="cut off"):
                     job.result()

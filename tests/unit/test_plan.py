@@ -165,7 +165,7 @@ def content_of(task):
     with Sources() as sources:
         return {
             int(e["vaddr"]) + n * PAGE_SIZE: bytes(
-                sources.of(task.memory, int(e["level"]))[
+                sources.of(task.memory, int(e["level"])).pages[
                     int(e["offset"]) + n * PAGE_SIZE : int(e["offset"]) + (n + 1) * PAGE_SIZE
                 ]
             )

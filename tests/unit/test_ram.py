@@ -1,6 +1,5 @@
 """Slots, bounds, copy and compare."""
 
-import mmap
 import os
 import threading
 from pathlib import Path
@@ -10,10 +9,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ovr._fastcopy import RUN, RamMap, populate_read
+from ovr._fastcopy import RUN, RamMap, in_page_cache
 from ovr.addresses import PAGE_SIZE, Gpa, Offset
 from ovr.errors import GuestFault, RamNotShared
 from ovr.ram import GuestRam, Slot
+from tests.sources import as_file
 from tests.unit.machine import Machine
 
 
@@ -59,7 +59,7 @@ def test_adjacent_slots_are_one_memory(tmp_path):
         slots.append(Slot(Gpa(number * PAGE_SIZE), PAGE_SIZE, str(path), Offset(0)))
     with GuestRam(slots[::-1], writable=True) as ram:
         data = os.urandom(PAGE_SIZE)
-        ram.copy_in(runs(run(2048, PAGE_SIZE, 0)), data)
+        ram.copy_in(runs(run(2048, PAGE_SIZE, 0)), *as_file(data))
         assert ram.read(Gpa(2048), PAGE_SIZE) == data
         assert ram.first_difference(runs(run(2048, PAGE_SIZE, 0)), data) is None
         ram.write(Gpa(PAGE_SIZE - 2), b"abcd")
@@ -71,7 +71,7 @@ def test_a_read_only_map_cannot_write(machine):
         with pytest.raises(PermissionError):
             ram.write(Gpa(0), b"x")
         with pytest.raises(PermissionError):
-            ram.copy_in(runs(run(0, 1, 0)), b"x")
+            ram.copy_in(runs(run(0, 1, 0)), *as_file(b"x"))
 
 
 @pytest.mark.parametrize(
@@ -86,20 +86,20 @@ def test_a_read_only_map_cannot_write(machine):
 )
 def test_a_bad_source_range_copies_nothing(machine, bad):
     with pytest.raises((ValueError, GuestFault)):
-        machine.ram.copy_in(runs(run(PAGE_SIZE, 16, 0), bad), b"\xff" * PAGE_SIZE)
+        machine.ram.copy_in(runs(run(PAGE_SIZE, 16, 0), bad), *as_file(b"\xff" * PAGE_SIZE))
     assert machine.ram.read(Gpa(PAGE_SIZE), 16) == bytes(16)
 
 
 def test_a_run_outside_of_ram_copies_nothing(machine):
     with pytest.raises(GuestFault):
-        machine.ram.copy_in(runs(run(0, 16, 0), run((1 << 20) - 8, 16, 0)), b"\xff" * 16)
+        machine.ram.copy_in(runs(run(0, 16, 0), run((1 << 20) - 8, 16, 0)), *as_file(b"\xff" * 16))
     assert machine.ram.read(Gpa(0), 16) == bytes(16)
 
 
 def test_first_difference_names_the_page(machine):
     data = os.urandom(4 * PAGE_SIZE)
     rows = runs(run(0, 4 * PAGE_SIZE, 0, gva=0x7000_0000))
-    machine.ram.copy_in(rows, data)
+    machine.ram.copy_in(rows, *as_file(data))
     assert machine.ram.first_difference(rows, data) is None
     machine.ram.write(Gpa(2 * PAGE_SIZE + 77), bytes([data[2 * PAGE_SIZE + 77] ^ 1]))
     assert machine.ram.first_difference(rows, data) == 0x7000_0000 + 2 * PAGE_SIZE
@@ -124,7 +124,7 @@ def test_copy_agrees_with_a_plain_one(tmp_path_factory, rows):
         native.append(run(gpa, size, offset))
         model[gpa : gpa + size] = source[offset : offset + size]
     machine.ram.prefault(runs(*native))
-    assert machine.ram.copy_in(runs(*native), source) == sum(r[2] for r in native)
+    assert machine.ram.copy_in(runs(*native), *as_file(source)) == sum(r[2] for r in native)
     assert machine.ram.read(Gpa(0), 1 << 20) == bytes(model)
     machine.ram.close()
 
@@ -204,11 +204,14 @@ def test_close_waits_for_nobody_but_refuses_while_used(tmp_path):
     assert busy
 
 
-def test_populate_read_of_a_truncated_file_is_an_error_not_a_crash(tmp_path):
+def test_what_is_in_the_page_cache(tmp_path):
     path = tmp_path / "pages"
     path.write_bytes(bytes(4 * PAGE_SIZE))
-    with path.open("r+b") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
-        populate_read(view)
-        file.truncate(PAGE_SIZE)
-        with pytest.raises(OSError):
-            populate_read(view)
+    with path.open("rb") as file:
+        assert in_page_cache(file.fileno(), 1, 4 * PAGE_SIZE - 1)
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        assert not in_page_cache(file.fileno(), 0, PAGE_SIZE)
+        for offset, size in ((0, 0), (-1, 1), (0, -1)):
+            with pytest.raises(ValueError):
+                in_page_cache(file.fileno(), offset, size)
