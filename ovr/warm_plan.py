@@ -38,7 +38,7 @@ from ovr.images.vma import (
 from ovr.memory_plan import TaskPlan
 from ovr.ranges import RANGE, Ranges, common, join, ranges_of, without
 
-__all__ = ["TABLE", "UNIT", "Pool", "WarmPlan", "foreign_cgroup", "plan_warm"]
+__all__ = ["SEAT", "TABLE", "UNIT", "Pool", "WarmPlan", "foreign_cgroup", "plan_warm"]
 
 TABLE: Final = "ovr-warm.tab"
 """The table's name beside the images; WARM_TABLE in guest/agent.h."""
@@ -55,6 +55,8 @@ _WRITABLE: Final = PROT_READ | PROT_WRITE
 # Where CRIU's reservation may lie; half of what a process has.
 _LOWEST: Final = 0x1000_0000_0000
 _HIGHEST: Final = 0x7000_0000_0000
+SEAT: Final = 0x4000_0000_0000
+"""Where the guest's pool is, as far as nothing else was there; POOL_SEAT in guest/warm/pool.h."""
 
 Points = NDArray[np.uint64]
 
@@ -155,7 +157,7 @@ def plan_warm(
     users = [by_pid[pid].memory for pid, each in served.items() if each]
     names = (name for memory in users for name in (memory.name, memory.pages_name))
     all_served = [area for each in served.values() for area in each]
-    table = _Table(cow, pool.criu)
+    table = _Table(cow, pool.criu, alone=sum(map(bool, served.values())) == 1)
     for pid, part in _subtrees(by_pid, parts).items():
         table.add(by_pid[pid], part, served[pid], areas[pid])
     return WarmPlan(
@@ -169,9 +171,10 @@ def plan_warm(
 class _Table:
     # As guest/warm/pool.h has it, task by task.
 
-    def __init__(self, cow: CowPlan, criu: str) -> None:
+    def __init__(self, cow: CowPlan, criu: str, *, alone: bool) -> None:
         self._cow = cow
         self._criu = criu
+        self._alone = alone  # one task has it all
         self._tasks: list[bytes] = []
         self._drops: list[bytes] = []
         self._rows: list[bytes] = []
@@ -188,7 +191,8 @@ class _Table:
             family = _family(self._cow, plan.task.pid)
             read_only = without(_mapped_without_write(plan, self._criu), family)
             rows = [*_rows(window, served, read_only)]
-            extent, base = window.size, _base(plan, window, served, self._lowest)
+            extent, base = window.size, _seated(plan, window, served) if self._alone else 0
+            base = base or _base(plan, window, served, self._lowest)
             # A child is made while its parent still has its own.
             self._lowest = base + extent if base + extent < _HIGHEST else _LOWEST
             _mark(areas, served)
@@ -355,6 +359,18 @@ def _base(plan: TaskPlan, window: _Window, served: Sequence[_Served], base: int)
         if start < base + UNIT + window.size and base < end < _HIGHEST:
             base = -(-end // UNIT) * UNIT
     return base + shift
+
+
+def _seated(plan: TaskPlan, window: _Window, served: Sequence[_Served]) -> int:
+    # Where CRIU's reservation has the largest area where the pool has it, so that one move is
+    # enough; 0 if an area of the task is in the way. What else is in the pool is moved once more.
+    largest = max(served, key=lambda one: total_of(one.kept))
+    place = int(window.at[np.searchsorted(window.areas["start"], np.uint64(largest.start))])
+    base = SEAT + largest.at - place
+    vmas = plan.task.vmas
+    assert vmas is not None
+    apart = (vmas["end"] <= base) | (vmas["start"] >= base + window.size)
+    return base if apart.all() else 0
 
 
 def _mark(areas: Sequence[VmaEntry], served: Sequence[_Served]) -> None:

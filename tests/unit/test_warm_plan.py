@@ -26,7 +26,7 @@ from ovr.images.vma import (
     vma_array,
 )
 from ovr.ranges import RANGE, common, join, no_ranges, without
-from ovr.warm_plan import UNIT, Pool, foreign_cgroup, plan_warm
+from ovr.warm_plan import SEAT, UNIT, Pool, foreign_cgroup, plan_warm
 
 MIB = 1 << 20
 RW = PROT_READ | PROT_WRITE
@@ -190,6 +190,26 @@ def test_an_area_at_any_place():
     assert warm.images == ("pagemap-1.img", "pages-1.img")
     [task] = parsed(warm.table)[1]
     assert (task.base + task.rows[0][1] - start) % UNIT == 0  # so that huge pages stay whole
+
+
+def test_the_largest_area_is_where_the_pool_has_it():
+    small, large = (BASE, BASE + 4 * MIB), (BASE + 9 * MIB + PAGE_SIZE, BASE + 70 * MIB)
+    areas = [area(0x400000, 0x403000, prot=PROT_READ), area(*small), area(*large)]
+    plan = task_of(1, areas, ranges(small, large))
+    pieces, warm = planned([plan])
+    check([plan], pieces, warm)
+    [task] = parsed(warm.table)[1]
+    at_seat = [task.base + at == SEAT + start for at, _, start, how in task.rows if how == SERVE]
+    sizes = [size for _, size, _, how in task.rows if how == SERVE]
+    assert sum(size for size, there in zip(sizes, at_seat, strict=True) if there) >= 60 * MIB
+
+
+def test_the_pool_stays_aside_where_the_task_has_areas():
+    areas = [area(SEAT, SEAT + 8 * MIB)]
+    plan = task_of(1, areas, ranges((SEAT, SEAT + 8 * MIB)))
+    pieces, warm = planned([plan])
+    check([plan], pieces, warm)
+    assert warm.bytes == 8 * MIB
 
 
 def test_small_holes_come_along_and_large_ones_do_not_pay():

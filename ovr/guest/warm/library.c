@@ -46,6 +46,7 @@ static struct pool_row *rows;
 static bool in_tree;			/* we are in a restored task, not in CRIU */
 static struct pool_task *current;	/* which one, if it gets anything */
 static char *window;			/* CRIU's reservation */
+static char *seat;			/* where the pool was made; `pool` is where it is */
 static char text[POOL_REQUEST];
 static char score[16];			/* /proc/self/oom_score_adj */
 
@@ -169,10 +170,14 @@ static void make_pool(void)
 
 	if (!size || size % POOL_UNIT || size > POOL_MAX)
 		fail(-EINVAL_NUMBER, "believe the pool's size");
-	at = map(NULL, size + POOL_UNIT, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	at = map((void *)POOL_SEAT, size + POOL_UNIT, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 	if (FAILED(at))
 		fail(at, "reserve the pool");
-	pool = (char *)((at + (long)POOL_UNIT - 1) & -(long)POOL_UNIT);
+	seat = pool = (char *)((at + (long)POOL_UNIT - 1) & -(long)POOL_UNIT);
+	/* What is around it stays free for reservations. */
+	if (pool > (char *)at)
+		call2(__NR_munmap, at, pool - (char *)at);
+	call2(__NR_munmap, pool + size, (char *)at + POOL_UNIT - pool);
 	at = map(pool, size, PROT_READ | PROT_WRITE,
 		 MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0);
 	if (!FAILED(at))
@@ -415,10 +420,73 @@ long syscall(long number, long a, long b, long c, long d, long e, long f)
 	return with_errno(raw(number, a, b, c, d, e, f));
 }
 
+static bool is_in_place(const struct pool_row *row)
+{
+	return row->how == POOL_SERVE && seat == (char *)POOL_SEAT &&
+	       current->base + row->at == POOL_SEAT + row->from;
+}
+
+/* The part of the pool that is where the reservation wants it: none if `from` is not below `to`. */
+static void find_in_place(uint64_t *from, uint64_t *to)
+{
+	*from = current->to;
+	*to = current->from;
+	for (uint64_t i = current->first; i < current->first + current->count; i++) {
+		if (!is_in_place(&rows[i]))
+			continue;
+		if (rows[i].from < *from)
+			*from = rows[i].from;
+		if (rows[i].from + rows[i].size > *to)
+			*to = rows[i].from + rows[i].size;
+	}
+}
+
+static void move_part(uint64_t from, uint64_t to)
+{
+	long at = from < to ? raw(__NR_mremap, (long)(seat + from), (long)(to - from),
+				  (long)(to - from), MREMAP_MAYMOVE | MREMAP_FIXED,
+				  (long)(pool + from), 0) : 0;
+
+	if (FAILED(at))
+		fail(at, "move a part of the pool");
+}
+
+static void reserve_part(char *from, char *to, int flags, int fd)
+{
+	long at = from < to ? map(from, (uint64_t)(to - from), PROT_NONE,
+				  flags | MAP_FIXED_NOREPLACE, fd, 0) : (long)from;
+
+	if (at != (long)from)
+		fail(FAILED(at) ? at : -EINVAL_NUMBER, "reserve what is around the pool");
+}
+
+/* The reservation around what is in its place; the rest of the pool is moved away. */
+static long reserve_around(uint64_t from, uint64_t to, uint64_t size, int flags, int fd)
+{
+	char *low = (char *)current->base, *high = low + size;
+	long at = map(NULL, state->wanted, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+
+	if (FAILED(at))
+		fail(at, "reserve room for the pool");
+	pool = (char *)at;
+	move_part(current->from, from);
+	move_part(to, current->to);
+	reserve_part(low, seat + from, flags, fd);
+	reserve_part(seat + to, high, flags, fd);
+	window = low;
+	return (long)window;
+}
+
 /* CRIU moves areas from here to where they belong: best if huge pages stay whole. */
 static long reserve(uint64_t size, int flags, int fd)
 {
-	long at = map((void *)current->base, size, PROT_NONE, flags | MAP_FIXED_NOREPLACE, fd, 0);
+	uint64_t from, to;
+	long at;
+
+	find_in_place(&from, &to);
+	if (from < to)
+		return reserve_around(from, to, size, flags, fd);
+	at = map((void *)current->base, size, PROT_NONE, flags | MAP_FIXED_NOREPLACE, fd, 0);
 
 	if (!FAILED(at) && at != (long)current->base) {
 		call2(__NR_munmap, at, size);
@@ -450,8 +518,11 @@ static const struct pool_row *find_row(uint64_t at, uint64_t size)
 
 static long serve(const struct pool_row *row, char *at, int prot)
 {
-	long result = raw(__NR_mremap, (long)(pool + row->from), (long)row->size, (long)row->size,
-			  MREMAP_MAYMOVE | MREMAP_FIXED, (long)at, 0);
+	long result = (long)at;
+
+	if (!is_in_place(row) || at != seat + row->from)
+		result = raw(__NR_mremap, (long)(pool + row->from), (long)row->size,
+			     (long)row->size, MREMAP_MAYMOVE | MREMAP_FIXED, (long)at, 0);
 
 	if (!FAILED(result) && prot != (PROT_READ | PROT_WRITE)) {
 		long done = call3(__NR_mprotect, at, row->size, prot);

@@ -10,6 +10,7 @@
 #define POOL_PAGE 4096ull
 #define POOL_UNIT (2ull << 20)		/* a huge page */
 #define POOL_MAX (1ull << 40)
+#define POOL_SEAT 0x400000000000ull	/* where a pool is if nothing else is there */
 #define POOL_ARGUMENTS 256		/* CRIU gets so many, padded with one that does nothing */
 #define POOL_PADDING "--no-default-config"
 #define POOL_REQUEST (256u << 10)	/* bytes of strings at most */
@@ -50,7 +51,11 @@ struct pool_table {
 struct pool_task {
 	uint64_t pid;			/* as in the images */
 	uint64_t from, to;		/* its and its descendants' part of the pool */
-	uint64_t window, base;		/* CRIU's reservation: its size, and where it is best */
+	/*
+	 * CRIU's reservation: its size, and where it is best. Where that puts an area
+	 * on its part of a pool at POOL_SEAT, the area need not be moved there.
+	 */
+	uint64_t window, base;
 	uint64_t first, count;		/* rows */
 };
 
