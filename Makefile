@@ -19,7 +19,7 @@ demo: setup
 test: lint unit smoke vm
 
 bench: setup
-	$(BIN)/python -m pytest bench --benchmark-only $(BENCH)
+	$(BIN)/python -m pytest bench -rs $(BENCH)
 
 # FUZZ="--seconds 60" for each target, or FUZZ="--executions 1000000" for all; see docs/fuzzing.md.
 fuzz: setup

@@ -43,8 +43,7 @@ Instead of an answer there may be `Error`. A session that broke the protocol get
 closed; its restore, if it had one, is aborted.
 """
 
-from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar, dataclass_transform
 
 __all__ = [
     "CHUNK",
@@ -128,21 +127,65 @@ HOOK_HELD = "ovr-held-"
 """What a name begins with as long as CRIU has not run the hook: without it nothing is restored."""
 
 
-@dataclass(frozen=True)
+@dataclass_transform(frozen_default=True)
 class Message:
-    """Any message; `op` is its name on the wire."""
+    """Any message; its fields are those of the class, as with a frozen dataclass.
+
+    A dataclass compiles six functions for each class, which takes a tenth of the time in which a
+    command loads.
+
+    Attributes:
+        op: its name on the wire.
+        lab: whether only agents of lab VMs know it.
+        field_names: in their order.
+    """
 
     op: ClassVar[str] = ""
     lab: ClassVar[bool] = False
+    field_names: ClassVar[tuple[str, ...]] = ()
 
     def __init_subclass__(cls) -> None:
         cls.op = cls.__name__.lower()
+        cls.field_names = tuple(cls.__annotations__)
+
+    def __init__(self, *values: Any, **named: Any) -> None:
+        given = dict(zip(self.field_names, values, strict=False))
+        both = given.keys() & named.keys()
+        given |= named
+        absent = [
+            name for name in self.field_names if name not in given and not hasattr(self, name)
+        ]
+        if (
+            both
+            or absent
+            or len(values) > len(self.field_names)
+            or not given.keys() <= {*self.field_names}
+        ):
+            raise TypeError(f"{type(self).__name__}{self.field_names} from {values} and {named}")
+        self.__dict__.update(given)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError(f"{type(self).__name__}.{name} is for good")
+
+    def _values(self) -> tuple[Any, ...]:
+        return tuple(getattr(self, name) for name in self.field_names)
+
+    def __eq__(self, other: object) -> bool:
+        if type(other) is not type(self):
+            return NotImplemented
+        return self._values() == other._values()
+
+    def __hash__(self) -> int:
+        return hash((self.op, self._values()))
+
+    def __repr__(self) -> str:
+        fields = ", ".join(f"{name}={getattr(self, name)!r}" for name in self.field_names)
+        return f"{type(self).__name__}({fields})"
 
 
 # Host to agent -----------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
 class Hello(Message):
     """The first message of a session; `token` is 16 random bytes."""
 
@@ -150,26 +193,22 @@ class Hello(Message):
     token: bytes
 
 
-@dataclass(frozen=True)
 class Prove(Message):
     """Shows that the host can read the VM's RAM: `SECRET_SIZE` bytes from there."""
 
     secret: bytes
 
 
-@dataclass(frozen=True)
 class Ping(Message):
     """Asks for a `Pong` with the same number."""
 
     number: int
 
 
-@dataclass(frozen=True)
 class Alive(Message):
     """The host lives; no answer."""
 
 
-@dataclass(frozen=True)
 class Files(Message):
     """Image files: `data[i]` is appended to the file `names[i]`, made at its first mention."""
 
@@ -177,7 +216,6 @@ class Files(Message):
     data: tuple[bytes, ...]
 
 
-@dataclass(frozen=True)
 class Begin(Message):
     """Start CRIU on the files sent so far, or have a container engine do so.
 
@@ -204,7 +242,6 @@ class Begin(Message):
     volumes: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
 class Touch(Message):
     """Allocate pages of a held task, or of a process that `Mapped` named.
 
@@ -220,7 +257,6 @@ class Touch(Message):
     ranges: tuple[int, ...]
 
 
-@dataclass(frozen=True)
 class Map(Message):
     """Map all of a shared object of a held task in a new process, and allocate pages of it.
 
@@ -240,29 +276,24 @@ class Map(Message):
     ranges: tuple[int, ...]
 
 
-@dataclass(frozen=True)
 class Warm(Message):
     """Start a CRIU with a pool of `size` bytes, in place of the one that is there; 0: end that."""
 
     size: int
 
 
-@dataclass(frozen=True)
 class Pool(Message):
     """Asks for a `Warmed` that says what there is."""
 
 
-@dataclass(frozen=True)
 class Go(Message):
     """Let the tree run."""
 
 
-@dataclass(frozen=True)
 class Abort(Message):
     """Kill the tree."""
 
 
-@dataclass(frozen=True)
 class Run(Message):
     """Run a command; `env` is a list of ``NAME=value`` that replaces the default environment."""
 
@@ -272,7 +303,6 @@ class Run(Message):
     timeout_ms: int
 
 
-@dataclass(frozen=True)
 class Stdin(Message):
     """Bytes for the running command's standard input; none: end of file."""
 
@@ -280,7 +310,6 @@ class Stdin(Message):
     data: bytes
 
 
-@dataclass(frozen=True)
 class Credit(Message):
     """So many bytes of `Output` or `Data`, and `FRAME_COST` for each frame, have been read."""
 
@@ -288,7 +317,6 @@ class Credit(Message):
     size: int
 
 
-@dataclass(frozen=True)
 class Spawn(Message):
     """Start a detached process: own session, no standard input, output to a file or nowhere."""
 
@@ -298,7 +326,6 @@ class Spawn(Message):
     output: str | None
 
 
-@dataclass(frozen=True)
 class Put(Message):
     """Replace the file `path` by the `Data` that follow."""
 
@@ -307,7 +334,6 @@ class Put(Message):
     mode: int
 
 
-@dataclass(frozen=True)
 class Get(Message):
     """Send the file `path`."""
 
@@ -318,7 +344,6 @@ class Get(Message):
 # Both ways -----------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
 class Data(Message):
     """A piece of a file; empty from the host: end of file."""
 
@@ -329,7 +354,6 @@ class Data(Message):
 # Agent to host ---------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
 class Welcome(Message):
     """The answer to `Hello`: who is there.
 
@@ -355,14 +379,12 @@ class Welcome(Message):
     engines: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
 class Pong(Message):
     """The answer to `Ping`."""
 
     number: int
 
 
-@dataclass(frozen=True)
 class Stopped(Message):
     """The skeleton stands: pids as the agent sees them, `tasks` are the held threads' ids.
 
@@ -376,7 +398,6 @@ class Stopped(Message):
     note: str
 
 
-@dataclass(frozen=True)
 class Warmed(Message):
     """The pool.
 
@@ -395,12 +416,10 @@ class Warmed(Message):
     note: str
 
 
-@dataclass(frozen=True)
 class Touched(Message):
     """All pages of a `Touch` are there."""
 
 
-@dataclass(frozen=True)
 class Mapped(Message):
     """The object is mapped at `address` in the process `pid`."""
 
@@ -408,7 +427,6 @@ class Mapped(Message):
     address: int
 
 
-@dataclass(frozen=True)
 class Restored(Message):
     """CRIU has let the tree go and is gone; `container` is what the engine calls it."""
 
@@ -416,7 +434,6 @@ class Restored(Message):
     container: str | None = None
 
 
-@dataclass(frozen=True)
 class Failed(Message):
     """CRIU or the engine ended badly.
 
@@ -431,7 +448,6 @@ class Failed(Message):
     gone: bool
 
 
-@dataclass(frozen=True)
 class Aborted(Message):
     """The tree was killed; `gone`: and no task of it is left."""
 
@@ -439,14 +455,12 @@ class Aborted(Message):
     gone: bool
 
 
-@dataclass(frozen=True)
 class Error(Message):
     """The request was refused."""
 
     text: str
 
 
-@dataclass(frozen=True)
 class Output(Message):
     """A piece of the running command's output (`stream` 1) or error output (2)."""
 
@@ -455,14 +469,12 @@ class Output(Message):
     data: bytes
 
 
-@dataclass(frozen=True)
 class Taken(Message):
     """The command has taken the last `Stdin`, or will take no more."""
 
     lab = True
 
 
-@dataclass(frozen=True)
 class Exited(Message):
     """The command has ended: its exit status, or 128 plus the signal that killed it."""
 
@@ -471,7 +483,6 @@ class Exited(Message):
     timed_out: bool
 
 
-@dataclass(frozen=True)
 class Spawned(Message):
     """The detached process runs."""
 
@@ -479,7 +490,6 @@ class Spawned(Message):
     pid: int
 
 
-@dataclass(frozen=True)
 class Stored(Message):
     """All of a `Put` is in its file."""
 
@@ -487,7 +497,6 @@ class Stored(Message):
     size: int
 
 
-@dataclass(frozen=True)
 class End(Message):
     """All of a `Get` has been sent."""
 

@@ -1,7 +1,7 @@
 """Messages to bytes and back, and the C header with the same schema."""
 
 import types
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import msgpack
@@ -63,12 +63,12 @@ def _is_utf8(text: str) -> bool:
 def _schema(message: type[Message]) -> tuple[_Field, ...]:
     hints = get_type_hints(message)
     result = []
-    for field in fields(message):
-        hint = hints[field.name]
+    for name in message.field_names:
+        hint = hints[name]
         optional = get_origin(hint) in (Union, types.UnionType)
         if optional:
             (hint,) = (arm for arm in get_args(hint) if arm is not types.NoneType)
-        result.append(_Field(field.name, _KINDS[hint], optional))
+        result.append(_Field(name, _KINDS[hint], optional))
     return tuple(result)
 
 
