@@ -1,8 +1,17 @@
-"""``python -m ovr``."""
+"""``python -m ovr``, and the command ``ovr``."""
 
-import sys
+from typing import NoReturn
 
 from ovr.cli import main
+from ovr.cli.process import leave
+
+__all__ = ["run"]
+
+
+def run() -> NoReturn:
+    """Run one command, as a process."""
+    leave(main())
+
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

@@ -1,11 +1,13 @@
-"""The process of a command: settings that must be there before anything large is loaded."""
+"""The process of a command: what must be set before anything large is loaded, and how it ends."""
 
 import gc
+import logging
 import os
+import sys
 from contextlib import suppress
-from typing import Final
+from typing import Final, NoReturn
 
-__all__ = ["hurry", "set_up"]
+__all__ = ["hurry", "leave", "set_up"]
 
 _GARBAGE: Final = 50_000
 _FIRST: Final = -20
@@ -28,3 +30,15 @@ def hurry() -> None:
     if os.getpriority(os.PRIO_PROCESS, 0) == 0:
         with suppress(PermissionError):
             os.setpriority(os.PRIO_PROCESS, 0, _FIRST)
+
+
+def leave(code: int) -> NoReturn:
+    """End this process, all said and done.
+
+    Python would take every module and object apart first: a tenth of a second, for nobody.
+    """
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
