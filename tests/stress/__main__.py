@@ -112,15 +112,17 @@ def run(
             took = time.monotonic() - started
             print(f"{number:4}  {took:5.1f} s  {verdict}  (pages so far: {outcome.races})")
             sys.stdout.flush()
-            if not stress.vm.alive:
-                outcome.failed.append("the guest died")
+            try:
+                subject.end(stress.vm)
+            except (OvrError, AssertionError) as error:
+                # Damage may be to the guest's kernel or the agent, and nothing answers any more.
+                outcome.failed.append(f"the guest died: {error}")
                 return
-            subject.end(stress.vm)
     try:
         stress.finish()
+        outcome.counters = stress.noise.counters()
     except (OvrError, AssertionError) as error:
         outcome.failed.append(str(error))
-    outcome.counters = stress.noise.counters()
 
 
 def memory_of(size: int) -> tuple[str, int]:
