@@ -23,8 +23,9 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    if SMOKE:  # before pytest-benchmark looks at its options
-        config.option.benchmark_skip = config.option.benchmark_only = False
+    # Before pytest-benchmark looks at its options: it leaves out what is no benchmark, or what is.
+    config.option.benchmark_skip = config.option.benchmark_only = False
+    if SMOKE:
         config.option.benchmark_disable = True
 
 
