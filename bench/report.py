@@ -81,17 +81,24 @@ def restore_table(figures: Figures) -> str:
     return "\n".join([*lines, "", "Median (least … most), seconds.", *notes])
 
 
-def phase_table(figures: Figures) -> str:
-    """Where the time of `ovr` goes."""
+def phase_table(figures: Figures, runs: Mapping[str, Any]) -> str:
+    """Where the time of `ovr` goes; what was measured with another size says so."""
+
+    def heading(name: str, state: str) -> str:
+        size, usual = (
+            runs[figures[f"{one}.memory"]["run"]]["size"]
+            for one in (f"{name}.{state}", f"{COLD}.idle")
+        )
+        other = "" if size == usual else f" ({size / (1 << 30):.3g} GiB)"
+        return f"{NAMES[name]}, {state}{other}".replace("`", "")
+
     columns = [
         (name, state)
         for name in (COLD, WARM)
         for state in ("idle", "loaded", "scattered")
         if f"{name}.{state}.memory" in figures
     ]
-    head = " | ".join(
-        f"{NAMES[name].strip('`')}, {state}".replace("`", "") for name, state in columns
-    )
+    head = " | ".join(heading(name, state) for name, state in columns)
     lines = [f"| phase, s | {head} |", f"|---|{'---:|' * len(columns)}"]
     for phase in ("start", *PHASES, "", "cpu", "held"):
         if not phase:
@@ -129,6 +136,8 @@ def shape_table(figures: Figures) -> str:
         others = [median(figures, f"shape.{shape}.{name}.of_one") for shape in ("areas", "tree")]
         cells = " | ".join("-" if other is None else f"{other:.2f} x" for other in others)
         lines.append(f"| {NAMES[name]} | {one:.2f} | {cells} |")
+    if len(lines) == 2:
+        return "Not measured."
     return "\n".join(lines)
 
 
@@ -169,7 +178,7 @@ def main() -> int:
     parts = {
         "conditions": conditions(whole),
         "restore": restore_table(figures),
-        "phases": phase_table(figures),
+        "phases": phase_table(figures, whole["runs"]),
         "goals": goal_table(figures),
         "shapes": shape_table(figures),
     }

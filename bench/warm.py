@@ -5,6 +5,9 @@ import sys
 
 from ovr.lab import LabVm
 
+# An area takes as much as it is long, up to whole huge pages at both ends.
+ROOM = 4 << 20
+
 
 class Warm:
     """Memory that a VM has ready for a restore.
@@ -20,7 +23,7 @@ class Warm:
 
     def on(self) -> None:
         """Have it ready; returns when it is."""
-        done = self._ovr("--vm", f"lab:{self._vm.name}", "--size", str(self._size))
+        done = self._ovr("--vm", f"lab:{self._vm.name}", "--size", str(self._size + ROOM))
         assert done.returncode == 0, done.stderr
 
     def off(self) -> None:
