@@ -794,6 +794,7 @@ cdef int _gather(Reading *job, int64_t *start) noexcept nogil:
     cdef int64_t at = run.offset + <int64_t>job.done
     cdef uint64_t part = 0
     cdef char *host
+    cdef char *end = NULL       # of the last vector
     cdef int count = 0
     start[0] = at
     while job.at < job.count:
@@ -803,7 +804,7 @@ cdef int _gather(Reading *job, int64_t *start) noexcept nogil:
         if job.done < run.size:
             host = _host(job.ram, run.gpa + job.done, &part)
             part = min(part, run.size - job.done)
-            if count and <char *>job.vectors[count - 1].iov_base + job.vectors[count - 1].iov_len == host:
+            if count and host == end:
                 job.vectors[count - 1].iov_len += part
             elif count == MAX_VECTORS:
                 break
@@ -811,6 +812,7 @@ cdef int _gather(Reading *job, int64_t *start) noexcept nogil:
                 job.vectors[count].iov_base = host
                 job.vectors[count].iov_len = part
                 count += 1
+            end = host + part
             job.done += part
             at += part
         if job.done == run.size:

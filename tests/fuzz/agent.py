@@ -1,6 +1,5 @@
 """Targets: what the agent in the guest sends."""
 
-import dataclasses
 import socket
 from collections.abc import Iterator
 from contextlib import suppress
@@ -33,9 +32,9 @@ def samples() -> list[Message]:
     for kind in Message.__subclasses__():
         hints = get_type_hints(kind)
         values = {}
-        for field in dataclasses.fields(kind):
-            hint = hints[field.name]
-            values[field.name] = next(
+        for name in kind.field_names:
+            hint = hints[name]
+            values[name] = next(
                 value for known, value in VALUES.items() if hint in (known, known | None)
             )
         made.append(kind(**values))

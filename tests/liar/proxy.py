@@ -4,7 +4,6 @@ It listens where a vhost-device-vsock would, and passes frames on in both direct
 lie. What is asked of the agent may be kept from it, too.
 """
 
-import dataclasses
 import random
 import socket
 import threading
@@ -26,7 +25,9 @@ def _changed(kind: type[Message], **changes: object) -> Lie:
         if not isinstance(message, kind):
             return None
         values = {k: v(message, chance) if callable(v) else v for k, v in changes.items()}
-        return encode(dataclasses.replace(message, **values))
+        return encode(
+            type(message)(**{name: getattr(message, name) for name in message.field_names} | values)
+        )
 
     return change
 
