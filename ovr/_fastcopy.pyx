@@ -223,7 +223,6 @@ cdef struct Matching:
     const Run *runs
     Py_ssize_t count
     const uint8_t *source
-    uint64_t total
     Py_ssize_t which        # the run that differs, `count` if none does
     int64_t at              # where in it
 

@@ -122,6 +122,10 @@ class _Window:
     def size(self) -> int:
         return int(self.at[-1])
 
+    def place(self, start: int) -> int:
+        # That of the area that begins at `start` in the task.
+        return int(self.at[np.searchsorted(self.areas["start"], np.uint64(start))])
+
 
 def plan_warm(
     plans: Sequence[TaskPlan],
@@ -347,9 +351,8 @@ def _base(plan: TaskPlan, window: _Window, served: Sequence[_Served], base: int)
     # Where CRIU's reservation is best: away from all areas of the task, and so that most of what
     # comes from the pool lies there as in the end, modulo huge pages.
     shifts: dict[int, int] = {}
-    places = dict(zip(window.areas["start"].tolist(), window.at.tolist(), strict=False))
     for one in served:
-        shift = (one.start - places[one.start]) % UNIT
+        shift = (one.start - window.place(one.start)) % UNIT
         shifts[shift] = shifts.get(shift, 0) + total_of(one.kept)
     shift = max(shifts, key=lambda each: shifts[each])
     vmas = plan.task.vmas
@@ -365,8 +368,7 @@ def _seated(plan: TaskPlan, window: _Window, served: Sequence[_Served]) -> int:
     # Where CRIU's reservation has the largest area where the pool has it, so that one move is
     # enough; 0 if an area of the task is in the way. What else is in the pool is moved once more.
     largest = max(served, key=lambda one: total_of(one.kept))
-    place = int(window.at[np.searchsorted(window.areas["start"], np.uint64(largest.start))])
-    base = SEAT + largest.at - place
+    base = SEAT + largest.at - window.place(largest.start)
     vmas = plan.task.vmas
     assert vmas is not None
     apart = (vmas["end"] <= base) | (vmas["start"] >= base + window.size)

@@ -104,16 +104,19 @@ def test_in_several_threads(ram, pages):
     """Those whose part is there are done; the others say so."""
     with mapped(pages) as source, pages.open("rb") as file, ThreadPoolExecutor(8) as pool:
         os.truncate(pages, CUT)
-        ways = ((ram.copy_in, (file.fileno(), 0, SIZE)), (ram.first_difference, (source,)))
+        ways = (
+            (ram.copy_in, (file.fileno(), 0, SIZE), PAGE_SIZE),
+            (ram.first_difference, (source,), None),
+        )
         jobs = [
-            (offset, pool.submit(work, runs(offset, PAGE_SIZE), *arguments))
+            (offset, pool.submit(work, runs(offset, PAGE_SIZE), *arguments), expected)
             for _ in range(20)
-            for work, arguments in ways
+            for work, arguments, expected in ways
             for offset in range(0, SIZE, PAGE_SIZE)
         ]
-        for offset, job in jobs:
+        for offset, job, expected in jobs:
             if offset < CUT:
-                assert job.result() in (PAGE_SIZE, None)
+                assert job.result() == expected
             else:
                 with pytest.raises(OSError, match="cut off"):
                     job.result()

@@ -64,6 +64,16 @@ def test_cut_off(memory, pages):
             sources.check_unchanged()
 
 
+def test_reading_ahead_of_what_was_cut_off(memory, pages):
+    with Sources() as sources:
+        source = sources.of(memory, 0)
+        source.read_ahead(0, source.size)
+        os.truncate(pages, 4096)
+        source.read_ahead(0, 4096)
+        with pytest.raises(ImagesDamaged, match=f"{pages.name}: cannot be read: it was cut off"):
+            source.read_ahead(0, source.size)
+
+
 def test_what_the_native_loops_find():
     with pytest.raises(ImagesDamaged, match="pages: cannot be read: no end"), readable("pages"):
         raise OSError(5, "no end")
