@@ -520,7 +520,7 @@ static long serve(const struct pool_row *row, char *at, int prot)
 {
 	long result = (long)at;
 
-	if (!is_in_place(row) || at != seat + row->from)
+	if (at != seat + row->from)
 		result = raw(__NR_mremap, (long)(pool + row->from), (long)row->size,
 			     (long)row->size, MREMAP_MAYMOVE | MREMAP_FIXED, (long)at, 0);
 
