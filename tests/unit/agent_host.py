@@ -9,7 +9,7 @@ import os
 import signal
 import socket
 import subprocess
-import sys
+import sysconfig
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,6 +20,10 @@ from ovr.guest import build, protocol
 from ovr.vm.agent import Agent
 from ovr.vm.link import Address, Link
 
+# Not `sys.executable`: one with AddressSanitizer refuses to have a library loaded before it.
+_PYTHON = Path(
+    str(sysconfig.get_config_var("BINDIR")), f"python{sysconfig.get_config_var('VERSION')}"
+)
 IMAGES = {"inventory.img": b"inventory", "core-1.img": b"\x00" * 5000, "empty.img": b""}
 
 _FAKE_CRIU = """#!{python} -Ss
@@ -231,11 +235,11 @@ def agent_host(directory: Path, binary: Path | None = None) -> Iterator[AgentHos
     valgrind = _valgrind(directory) if os.environ.get("OVR_VALGRIND") else []
     binary = binary or build(lab=True, flags=("-O1",) if valgrind else None)
     criu = directory / "criu"
-    criu.write_text(_FAKE_CRIU.format(python=sys.executable, valgrind=valgrind))
+    criu.write_text(_FAKE_CRIU.format(python=_PYTHON, valgrind=valgrind))
     criu.chmod(0o755)
     podman = directory / "podman"
     names = {"directory": str(directory), "criu": str(criu)}
-    podman.write_text(_FAKE_PODMAN.format(python=sys.executable, **names))
+    podman.write_text(_FAKE_PODMAN.format(python=_PYTHON, **names))
     podman.chmod(0o755)
     (directory / "marks").mkdir()
     command = [*valgrind, binary, "--dir", directory / "run", "--criu", criu]

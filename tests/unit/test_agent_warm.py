@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from ovr.errors import RestoreFailed
-from ovr.guest import protocol
+from ovr.guest import build, protocol
 from ovr.vm.agent import Agent, Warm
 from tests.unit.agent_host import IMAGES, AgentHost, agent_host, alive, kill, wait_for
 
@@ -98,7 +98,7 @@ def test_a_program_that_is_no_criu(host: AgentHost, agent: Agent) -> None:
     (host.directory / "criu").unlink()
     with pytest.raises(RestoreFailed, match="no pool: No such file"):
         agent.warm(2 * MIB)
-    (host.directory / "criu").symlink_to(host.program)
+    (host.directory / "criu").symlink_to(build(flags=("-static",)))
     with pytest.raises(RestoreFailed, match="no pool: its process ended"):
         agent.warm(2 * MIB)
 
