@@ -226,6 +226,11 @@ class AgentHost:
         return hook
 
 
+def agent_program() -> Path:
+    """The agent as it is built here: valgrind does not see through a static C library."""
+    return build(lab=True, flags=("-O1",) if os.environ.get("OVR_VALGRIND") else None)
+
+
 @contextmanager
 def agent_host(directory: Path, binary: Path | None = None) -> Iterator[AgentHost]:
     """Run an agent below `directory`; it must end well.
@@ -233,7 +238,7 @@ def agent_host(directory: Path, binary: Path | None = None) -> Iterator[AgentHos
     With ``OVR_VALGRIND`` in the environment valgrind runs it, and the action script.
     """
     valgrind = _valgrind(directory) if os.environ.get("OVR_VALGRIND") else []
-    binary = binary or build(lab=True, flags=("-O1",) if valgrind else None)
+    binary = binary or agent_program()
     criu = directory / "criu"
     criu.write_text(_FAKE_CRIU.format(python=_PYTHON, valgrind=valgrind))
     criu.chmod(0o755)

@@ -16,9 +16,17 @@ from ovr.errors import (
     PidTaken,
     RestoreFailed,
 )
-from ovr.guest import build, protocol
+from ovr.guest import protocol
 from ovr.vm.agent import Agent, Skeleton
-from tests.unit.agent_host import IMAGES, AgentHost, agent_host, alive, kill, wait_for
+from tests.unit.agent_host import (
+    IMAGES,
+    AgentHost,
+    agent_host,
+    agent_program,
+    alive,
+    kill,
+    wait_for,
+)
 
 
 @pytest.fixture
@@ -293,7 +301,7 @@ def test_criu_is_not_there(tmp_path: Path) -> None:
 def test_agent_whose_program_was_replaced(tmp_path: Path) -> None:
     # CRIU would start another program than the one that holds the other end.
     program, new = tmp_path / "ovr-agent", tmp_path / "new"
-    shutil.copy(build(lab=True), program)
+    shutil.copy(agent_program(), program)
     with agent_host(tmp_path, program) as host, host.connect() as agent:
         shutil.copy(program, new)
         new.rename(program)
