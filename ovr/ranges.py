@@ -91,10 +91,12 @@ def split(ranges: NDArray[np.void], limit: int) -> Iterator[NDArray[np.void]]:
         limit: bytes; a multiple of the page size keeps the parts page-aligned.
     """
     ends = np.cumsum(ranges["size"], dtype=np.uint64)
-    for low in range(0, total(ranges), limit):
-        high = min(low + limit, int(ends[-1]))
-        first = int(np.searchsorted(ends, low, side="right"))
-        last = int(np.searchsorted(ends, high, side="left"))
+    whole = int(ends[-1]) if len(ends) else 0
+    lows = np.arange(0, whole, limit, dtype=np.uint64)
+    highs = np.minimum(lows + np.uint64(limit), np.uint64(whole))
+    firsts = np.searchsorted(ends, lows, side="right").tolist()
+    lasts = np.searchsorted(ends, highs, side="left").tolist()
+    for low, high, first, last in zip(lows.tolist(), highs.tolist(), firsts, lasts, strict=True):
         part = ranges[first : last + 1].copy()
         part["size"][-1] -= int(ends[last]) - high
         _advance(part[:1], low - (int(ends[first]) - int(ranges["size"][first])))
@@ -110,9 +112,15 @@ def cut_out(runs: NDArray[np.void], holes: Ranges) -> NDArray[np.void]:
     """
     if not len(runs) or not len(holes):
         return runs
-    parts = cut_at(runs, _edges(holes))
-    kept: NDArray[np.void] = parts[~inside(parts["gva"], holes["start"], holes["end"])]
-    return kept
+    # Holes are few, and near each other, if there are any: most runs are left as they are.
+    start, end = holes["start"][0], holes["end"][-1]
+    near = np.flatnonzero((runs["gva"] < end) & (runs["gva"] + runs["size"] > start))
+    if not len(near):
+        return runs
+    first, last = near[0], near[-1] + 1
+    parts = cut_at(runs[first:last], _edges(holes))
+    kept = parts[~inside(parts["gva"], holes["start"], holes["end"])]
+    return np.concatenate([runs[:first], kept, runs[last:]])
 
 
 def cut_to(

@@ -238,7 +238,7 @@ class Copier:
                     check()
                 for target, part in left:
                     runs = self._walk(target, part)
-                    found = runs[(runs["flags"] & wanted) == wanted]
+                    found = _with_flags(runs, wanted)
                     work(target, cut_out(found, target.spared))
                     done.append(found)
                 seconds = time.perf_counter() - start
@@ -345,6 +345,12 @@ def _as_pieces(runs: Runs) -> Runs:
     for name in ("gva", "size", "offset"):
         pieces[name] = runs[name]
     return pieces
+
+
+def _with_flags(runs: Runs, wanted: int) -> Runs:
+    has = (runs["flags"] & wanted) == wanted
+    # To choose some of many takes as long as to walk them, and nearly always it is all.
+    return runs if has.all() else runs[has]
 
 
 def _same_frames(runs: Runs, others: Runs) -> Runs:
