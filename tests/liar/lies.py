@@ -184,6 +184,7 @@ def found(victim: Victim, kind: str) -> list[Area]:
 def main() -> None:
     spec, kind, seed, pid = sys.argv[1:]
     with AttachedVm(spec, writable=True) as vm:
+        vm.qmp.close()  # it serves one, and that is `ovr`
         lies(vm, kind, seed, int(pid))
 
 
