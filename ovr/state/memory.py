@@ -10,6 +10,7 @@ that it belongs to. Pages of which it does not say so are looked up again a litt
 guest was asked for them once more.
 """
 
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, wait
@@ -54,7 +55,6 @@ _TRY_AGAIN_AFTER: Final = 0.05  # seconds; collapse and migration of a page take
 _SAMPLE_PAGES: Final = 4096
 _SHARE: Final = 1 << 20  # bytes that are worth a thread
 _LARGE_SHARE: Final = 4 << 20  # where there is as much, more shares than threads: they end together
-_MANY_RUNS: Final = 2048  # of one hold: to walk them is worth a thread
 
 T = TypeVar("T")
 OF_ANYBODY: Final = 0
@@ -133,7 +133,7 @@ class Copier:
         self._pool = pool
         self._threads = threads
         self._advance = advance
-        self._scattered = False
+        self._told = threading.Lock()
         self._room = HOLD_BYTES // 4
 
     def write(self, parts: Sequence[Part]) -> None:
@@ -146,7 +146,7 @@ class Copier:
         """
         for batch in self._batches(parts):
             self._prepare(batch)
-            self._each_owned_run(batch, self._copy)
+            self._each_run(batch, self._copy, OWNED)
 
     def _batches(self, parts: Iterable[Part]) -> Iterator[list[Part]]:
         # What is done in one hold, as large as the holds before have shown to be right.
@@ -187,10 +187,11 @@ class Copier:
         for family in families:
             for batch in self._batches([(family.first, family.first.pieces)]):
                 self._prepare(batch)
-                self._each_owned_run(batch, partial(self._copy_family, family, left))
+                self._each_run(batch, self._copy, OWNED, partial(self._look_at_kin, family, left))
         return left
 
-    def _copy_family(self, family: Family, left: list[Part], target: Target, runs: Runs) -> None:
+    def _look_at_kin(self, family: Family, left: list[Part], target: Target, runs: Runs) -> None:
+        # All of a hold's pages at once: there may be a hundred tasks to walk.
         for space, ranges in family.strangers:
             near = cut_to(runs, ranges["start"], ranges["end"])
             if len(_same_frames(space.walk(_as_pieces(near)), near)):
@@ -198,7 +199,6 @@ class Copier:
                     f"{target.name}: a descendant has inherited pages that it should not have",
                     "report it, with the images",
                 )
-        self._copy(target, runs)
         for heir in family.heirs:
             pieces = cut_to(heir.pieces, runs["gva"], runs["gva"] + runs["size"])
             same = _same_frames(heir.space.walk(pieces), runs)
@@ -217,12 +217,12 @@ class Copier:
             self._each_run(batch, self._compare, OF_ANYBODY)
         return sum(total(part) for _, part in parts)
 
-    def _each_owned_run(self, batch: Sequence[Part], work: Work) -> None:
-        self._each_run(batch, work, OWNED)
-
-    def _each_run(self, batch: Sequence[Part], work: Work, wanted: int) -> None:
+    def _each_run(
+        self, batch: Sequence[Part], work: Work, wanted: int, then: Work | None = None
+    ) -> None:
         # Do `work` on every run of the parts, each in the hold in which it was found to be there,
-        # with the flags that are wanted.
+        # with the flags that are wanted, by several threads; in that hold, do `then` on all runs
+        # of a part.
         left = list(batch)
         for attempt in range(_TRIES):
             if attempt:
@@ -237,16 +237,16 @@ class Copier:
                 for check in {target.check for target, _ in left}:
                     check()
                 for target, part in left:
-                    runs = self._walk(target, part)
-                    found = _with_flags(runs, wanted)
-                    work(target, cut_out(found, target.spared))
-                    done.append(found)
+                    do = partial(_find_and_do, target, work, wanted)
+                    done.append(self._in_parallel(part, do))
+                    if then:
+                        then(target, np.concatenate(done[-1]))
                 seconds = time.perf_counter() - start
             if not attempt:
-                self._learn(sum(map(total, done)), seconds)
+                self._learn(sum(total(runs) for shares in done for runs in shares), seconds)
             both = zip(left, done, strict=True)
-            missed = [(t, p, ours) for (t, p), ours in both if total(ours) < total(p)]
-            left = [(target, _without(part, ours)) for target, part, ours in missed]
+            missed = [(t, p, ours) for (t, p), ours in both if sum(map(total, ours)) < total(p)]
+            left = [(target, _without(part, np.concatenate(ours))) for target, part, ours in missed]
             if not left:
                 return
         target, part = left[0]
@@ -256,43 +256,28 @@ class Copier:
             "the guest may be out of memory; free some and restore again",
         )
 
-    def _walk(self, target: Target, part: Runs) -> Runs:
-        # Where pages are scattered, to ask whose each is takes nearly as long as to copy it.
-        if self._scattered:
-            runs = np.concatenate(
-                self._in_parallel(part, lambda share: target.space.walk(share, target.frames))
-            )
-        else:
-            runs = target.space.walk(part, target.frames)
-        self._scattered = len(runs) >= _MANY_RUNS
-        return runs
-
     def _copy(self, target: Target, runs: Runs) -> None:
         # SAFETY: the frames are the target's own by the guest kernel's word, found in this very
         # hold: a task's exclusive anonymous pages, anonymous pages that only tasks of the tree can
         # have, or pages of a shared object that only the tree has. The hold keeps them still: no
         # vCPU runs until it ends, and the tasks themselves are stopped under CRIU until we commit.
         # Undone by killing the tree.
-        source, ram = target.source, target.space.ram
+        source = target.source
         with readable(source.name):
-            self._in_parallel(
-                runs, lambda share: ram.copy_in(share, source.fd, source.base, source.size)
-            )
-        self.journal.add_memory(target.name, runs)
-        self._advance(total(runs))
+            target.space.ram.copy_in(runs, source.fd, source.base, source.size)
+        with self._told:
+            self.journal.add_memory(target.name, runs)
+            self._advance(total(runs))
 
     def _compare(self, target: Target, runs: Runs) -> None:
-        ram = target.space.ram
-        with readable(target.source.name):
-            differences = self._in_parallel(
-                runs, lambda share: ram.first_difference(share, target.source.pages)
+        source = target.source
+        with readable(source.name):
+            gva = target.space.ram.first_difference(runs, source.pages)
+        if gva is not None:
+            raise VerifyMismatch(
+                f"{target.name}: the page at {gva:#x} is not what was written",
+                "restore again; if it happens again, report it with the guest's kernel log",
             )
-        for gva in differences:
-            if gva is not None:
-                raise VerifyMismatch(
-                    f"{target.name}: the page at {gva:#x} is not what was written",
-                    "restore again; if it happens again, report it with the guest's kernel log",
-                )
 
     def _in_parallel(self, runs: Runs, work: Callable[[Runs], T]) -> list[T]:
         # Whole pages: what is to be walked must be.
@@ -345,6 +330,14 @@ def _as_pieces(runs: Runs) -> Runs:
     for name in ("gva", "size", "offset"):
         pieces[name] = runs[name]
     return pieces
+
+
+def _find_and_do(target: Target, work: Work, wanted: int, part: Runs) -> Runs:
+    # Walked where it is worked on: the runs of scattered pages are as many as the pages, and to
+    # hand them from thread to thread takes as long as to walk them.
+    runs = _with_flags(target.space.walk(part, target.frames if wanted else None), wanted)
+    work(target, cut_out(runs, target.spared))
+    return runs
 
 
 def _with_flags(runs: Runs, wanted: int) -> Runs:

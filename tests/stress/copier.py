@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,7 +13,7 @@ from ovr._fastcopy import OWNED
 from ovr.ram import Runs
 from ovr.ranges import total
 from ovr.state import memory
-from ovr.state.memory import Copier, Family, Part, Target
+from ovr.state.memory import Copier, Family, Part, Target, Work
 
 __all__ = ["Races", "counting", "unprotected"]
 
@@ -88,10 +88,10 @@ def unprotected(races: Races, pause: float) -> Iterator[None]:
 
     class Unprotected(Copier):
         def _each_run(
-            self, batch: Sequence[Part], work: Callable[[Target, Runs], None], wanted: int
+            self, batch: Sequence[Part], work: Work, wanted: int, then: Work | None = None
         ) -> None:
             if wanted != OWNED:  # to verify is not what is tried here
-                super()._each_run(batch, work, wanted)
+                super()._each_run(batch, work, wanted, then)
                 return
             found = [(target, target.space.walk(part)) for target, part in batch]
             races.away += sum(total(part) for _, part in batch) // PAGE
@@ -99,6 +99,8 @@ def unprotected(races: Races, pause: float) -> Iterator[None]:
             time.sleep(pause)
             for (target, runs), (_, part) in zip(found, batch, strict=True):
                 work(target, runs)
+                if then:
+                    then(target, runs)
                 now = target.space.walk(part, target.frames)
                 races.moved += len(_pages(runs) - _pages(now[(now["flags"] & OWNED) == OWNED]))
 

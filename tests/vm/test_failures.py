@@ -30,8 +30,8 @@ original = memory.Copier._copy
 def copy(self, task, runs):
     global copied
     original(self, task, runs)
-    copied += 1
-    if copied == 4:
+    copied += int(runs["size"].sum())
+    if copied >= 64 << 20:
         os.kill(os.getpid(), signal.SIGKILL)  # with the VM held, a third of the pages written
 
 memory.Copier._copy = copy
