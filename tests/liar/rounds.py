@@ -197,13 +197,17 @@ class Liar:
     def _run(self, command: list[str]) -> tuple[int, str, Watch]:
         watch = Watch({str(path) for path in self._living().ram}, (str(self.scratch),))
         with subprocess.Popen(
-            [sys.executable, "-m", "ovr", *command], stdout=subprocess.DEVNULL,
+            [sys.executable, "-m", "ovr", *command], stdout=subprocess.PIPE,
             stderr=subprocess.PIPE, text=True, errors="replace",
         ) as ovr:  # fmt: skip
+            printed: list[str] = []
             said: list[str] = []
-            assert ovr.stderr is not None
-            reader = threading.Thread(target=said.extend, args=(ovr.stderr,))
-            reader.start()
+            readers = [
+                threading.Thread(target=words.extend, args=(stream,))
+                for words, stream in ((printed, ovr.stdout), (said, ovr.stderr))
+            ]
+            for reader in readers:
+                reader.start()
             deadline = time.monotonic() + LIMIT
             while ovr.poll() is None and time.monotonic() < deadline:
                 watch.look(ovr.pid)
@@ -211,8 +215,11 @@ class Liar:
             if ovr.poll() is None:
                 ovr.kill()
                 said.append(f"it took more than {LIMIT:g} s")
-            reader.join()
-        return ovr.returncode, " ".join("".join(said).split()), watch
+            for reader in readers:
+                reader.join()
+        # What `ovr check` finds is no error but its result.
+        words = said or (printed if command[0] == "check" else [])
+        return ovr.returncode, " ".join("".join(words).split()), watch
 
     def _judge(self, code: int, said: str, watch: Watch, subject: Subject) -> str:
         changed = [path for path, was in self._guards.items() if path.read_bytes() != was]
