@@ -15,6 +15,7 @@
 #include <stddef.h>
 #include <stdint.h>
 #include <sys/types.h>
+#include <unistd.h>
 
 #include "msgpack.h"
 #include "protocol.h"
@@ -34,6 +35,13 @@ struct options {
 };
 
 extern struct options options;
+
+static inline void close_fd(int *fd)
+{
+	if (*fd >= 0)
+		close(*fd);
+	*fd = -1;
+}
 
 /* loop.c */
 typedef void (*callback)(int fd, short events, void *context);
