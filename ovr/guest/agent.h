@@ -62,7 +62,7 @@ void complain(const char *format, ...) __attribute__((format(printf, 1, 2)));
 void reap_children(void);
 void sleep_ms(int ms);
 
-/* message.c: the schema of protocol.py, decoded and encoded */
+/* message.c: the schema of protocol.py and lab_protocol.py, decoded and encoded */
 struct message {
 	enum op op;
 	uint64_t present;	/* bit KEY_x: the field is there */
