@@ -12,7 +12,8 @@ Arrays are one-dimensional, C-contiguous structured numpy arrays:
 
 All loops over pages run with the GIL released, so that threads can share the work. Where guest RAM
 or a source is a mapped file that somebody cuts off meanwhile, they end with an error:
-`RamNotShared` of guest RAM, `OSError` of a source. What was written until then stays written.
+`RamNotShared` of guest RAM, `OSError` (``EIO``, ``CUT_OFF``) of a source. What was written until
+then stays written.
 """
 
 from collections.abc import Iterable
@@ -29,6 +30,7 @@ OWNED: Final[int]
 PIECE: Final[np.dtype[Any]]
 RUN: Final[np.dtype[Any]]
 PAIR: Final[np.dtype[Any]]
+CUT_OFF: Final[str]
 
 class _Frames(Protocol):
     @property

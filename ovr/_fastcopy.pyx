@@ -97,7 +97,7 @@ USER = F_USER
 PROTNONE = F_PROTNONE
 OWNED = F_OWNED
 
-cdef str CUT_OFF = "it was cut off while it was read"
+CUT_OFF = "it was cut off while it was read"
 
 PIECE = np.dtype([("gva", "<u8"), ("size", "<u8"), ("offset", "<i8")])
 RUN = np.dtype(

@@ -91,7 +91,7 @@ class MemoryPlan:
         outside: Runs = self.runs[self.runs["reason"] == Reason.OUTSIDE]
         return outside
 
-    @property
+    @cached_property
     def pieces(self) -> dict[int, Runs]:
         """The pages that go outside and have frames of their own, as `pieces_of`."""
         outside = self.outside
@@ -143,7 +143,7 @@ class TaskPlan(MemoryPlan):
         outside = self.outside
         return _joined(outside[outside["allocation"] == Allocation.CRIU])
 
-    @property
+    @cached_property
     def bequeathed(self) -> dict[int, Runs]:
         """The pages that descendants inherit, written here for all of them, as `pieces_of`."""
         outside = self.outside

@@ -69,9 +69,8 @@ class Outside:
 def sources_of(plan: Plan) -> Iterator[tuple[Memory, int]]:
     """Return the pages images that the plan writes from, with their levels in chains of dumps."""
     for task in (*plan.tasks, *plan.shared):
-        for level, pieces in task.pieces.items():
-            if len(pieces):
-                yield task.memory, level
+        for level in task.pieces:
+            yield task.memory, level
 
 
 @types_that_fit()

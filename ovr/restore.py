@@ -206,6 +206,8 @@ def _refuse(vm: AttachedVm, plan: Plan) -> None:
 
 def _same_guest(vm: AttachedVm, link: Agent) -> None:
     # Between attaching and here the guest may have been rebooted, and the agent may be in any VM.
+    # `prove` answers another question, the agent's: a dead kernel's memory, too, may have a secret
+    # where it is looked for. And this one comes before anything that the agent says is believed.
     try:
         found = vm.kernel.boot_id
     except KernelNotFound:

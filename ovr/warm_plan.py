@@ -1,6 +1,6 @@
 """What a pool in the guest can give to the restored tasks, and the table that says so.
 
-A CRIU that was started in advance holds a pool of allocated memory (`guest/warm/library.c`). Of an
+A CRIU that was started in advance holds a pool of allocated memory (`guest/warm/pool.c`). Of an
 area that CRIU would be asked to populate, whole units of 2 MiB come from there; what is left of the
 area is populated as ever. An area's part of the pool lies in it as the area lies in memory, modulo
 2 MiB and without gaps, so that huge pages stay whole when they are moved and the kernel makes one

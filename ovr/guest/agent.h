@@ -15,6 +15,7 @@
 #include <stddef.h>
 #include <stdint.h>
 #include <sys/types.h>
+#include <unistd.h>
 
 #include "msgpack.h"
 #include "protocol.h"
@@ -35,6 +36,13 @@ struct options {
 
 extern struct options options;
 
+static inline void close_fd(int *fd)
+{
+	if (*fd >= 0)
+		close(*fd);
+	*fd = -1;
+}
+
 /* loop.c */
 typedef void (*callback)(int fd, short events, void *context);
 
@@ -54,7 +62,7 @@ void complain(const char *format, ...) __attribute__((format(printf, 1, 2)));
 void reap_children(void);
 void sleep_ms(int ms);
 
-/* message.c: the schema of protocol.py, decoded and encoded */
+/* message.c: the schema of protocol.py and lab_protocol.py, decoded and encoded */
 struct message {
 	enum op op;
 	uint64_t present;	/* bit KEY_x: the field is there */

@@ -24,7 +24,7 @@ SANITIZED = (
     "-static-libubsan",
 )
 """Linked with a C library of the guest's own, but with nothing that it may not have."""
-_LIBRARY = _SOURCES / "warm" / "library.c"
+_LIBRARY_SOURCES = _SOURCES / "warm"
 # Loaded into a CRIU with whatever libc that has: it needs none.
 _LIBRARY_FLAGS = (
     "-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", "-nostdlib",
@@ -59,7 +59,8 @@ def build(
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         Path(scratch, "protocol.h").write_text(header())
         library = Path(scratch, "library.so")
-        _compile(["gcc", *_LIBRARY_FLAGS, str(_LIBRARY), "-o", str(library)])
+        parts = sorted(_LIBRARY_SOURCES.glob("*.c"))
+        _compile(["gcc", *_LIBRARY_FLAGS, *map(str, parts), "-o", str(library)])
         Path(scratch, "warm_library.h").write_text(_as_array("warm_library", library.read_bytes()))
         binary = Path(scratch, "ovr-agent")
         _compile([*command, f"-I{scratch}", *map(str, sources), "-o", str(binary)])

@@ -53,13 +53,6 @@ bool lab_owns(pid_t pid)
 	return child_slot(pid) != NULL;
 }
 
-static void close_fd(int *fd)
-{
-	if (*fd >= 0)
-		close(*fd);
-	*fd = -1;
-}
-
 static void end_job(struct job *job)
 {
 	close_fd(&job->in);

@@ -1,4 +1,4 @@
-/* Messages by the table that protocol.py makes: one parser and one writer for all of them. */
+/* Messages by the table that wire.py makes: one parser and one writer for all of them. */
 #include <stdlib.h>
 #include <string.h>
 

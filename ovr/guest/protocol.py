@@ -1,11 +1,11 @@
 """The one source of the agent protocol: messages and limits.
 
-`wire` encodes and decodes these dataclasses and makes `protocol.h` for the C side from them.
+`wire` encodes and decodes these classes and makes `protocol.h` for the C side from them.
 
 Frame
     a 32-bit big-endian length (1 … `MAX_FRAME`), then that many bytes: one msgpack map.
     Its key ``"op"`` is the message's name; the other keys are the fields of that message's
-    dataclass below: `int` is an unsigned msgpack integer, `str`, `bytes` and `bool` are
+    class below: `int` is an unsigned msgpack integer, `str`, `bytes` and `bool` are
     themselves, a tuple is an array of the first three. ``| None`` fields may be left out.
     Unknown, repeated and missing keys are errors: both sides have the same `VERSION`.
 
@@ -32,23 +32,18 @@ Restore (one at a time, owned by one session)
 Pool (at any time, for the next restore)
     `Warm` → `Warmed` when it is filled; `Pool` → `Warmed`.
 
-Lab (agents built with ``OVR_LAB`` only; one job a session)
-    `Run`, `Stdin`… (empty: end of file; the next one after `Taken`) → `Output`… `Exited`;
-    `Spawn` → `Spawned`; `Put`, `Data`… (empty: end of file) → `Stored`; `Get` → `Data`… `End`.
-    The host returns `Credit` for what it has read of `Output` and `Data`; the agent stops while
-    `WINDOW` bytes are under way: less than fills the Unix socket behind a vhost-device-vsock,
-    which (0.3) may lose its wake-up and stall the connection when it does fill.
+Lab (agents built with ``OVR_LAB`` only)
+    Commands and files: `lab_protocol`.
 
 Instead of an answer there may be `Error`. A session that broke the protocol gets one and is
 closed; its restore, if it had one, is aborted.
 """
 
-from typing import Any, ClassVar, dataclass_transform
+from ovr.guest.message import Message
 
 __all__ = [
     "CHUNK",
     "ENGINE_ARCHIVE",
-    "FRAME_COST",
     "HOOK_HELD",
     "MAGIC",
     "MAX_FILES",
@@ -57,43 +52,27 @@ __all__ = [
     "MAX_LIST",
     "MAX_RANGES",
     "MAX_STRING",
-    "PIECE",
     "SECRET_SIZE",
     "SYNC_ZEROS",
     "TOKEN_SIZE",
     "VERSION",
-    "WINDOW",
     "Abort",
     "Aborted",
     "Alive",
     "Begin",
-    "Credit",
-    "Data",
-    "End",
     "Error",
-    "Exited",
     "Failed",
     "Files",
-    "Get",
     "Go",
     "Hello",
     "Map",
     "Mapped",
-    "Message",
-    "Output",
     "Ping",
     "Pong",
     "Pool",
     "Prove",
-    "Put",
     "Restored",
-    "Run",
-    "Spawn",
-    "Spawned",
-    "Stdin",
     "Stopped",
-    "Stored",
-    "Taken",
     "Touch",
     "Touched",
     "Warm",
@@ -109,11 +88,6 @@ SECRET_SIZE = 32
 MAX_FRAME = 256 << 10
 CHUNK = MAX_FRAME - (4 << 10)
 """Most bytes of bulk data in one frame: leaves room for the map around them."""
-PIECE = 32 << 10
-"""Most bytes of bulk data in one frame from the agent."""
-WINDOW = 96 << 10
-FRAME_COST = 1024
-"""What a frame counts besides its bytes, in `WINDOW` and in `Credit`."""
 MAX_STRING = 4096
 MAX_LIST = 32768
 MAX_RANGES = 8192
@@ -125,62 +99,6 @@ ENGINE_ARCHIVE = "checkpoint.tar"
 """The file in which podman gets everything."""
 HOOK_HELD = "ovr-held-"
 """What a name begins with as long as CRIU has not run the hook: without it nothing is restored."""
-
-
-@dataclass_transform(frozen_default=True)
-class Message:
-    """Any message; its fields are those of the class, as with a frozen dataclass.
-
-    A dataclass compiles six functions for each class, which takes a tenth of the time in which a
-    command loads.
-
-    Attributes:
-        op: its name on the wire.
-        lab: whether only agents of lab VMs know it.
-        field_names: in their order.
-    """
-
-    op: ClassVar[str] = ""
-    lab: ClassVar[bool] = False
-    field_names: ClassVar[tuple[str, ...]] = ()
-
-    def __init_subclass__(cls) -> None:
-        cls.op = cls.__name__.lower()
-        cls.field_names = tuple(cls.__annotations__)
-
-    def __init__(self, *values: Any, **named: Any) -> None:
-        given = dict(zip(self.field_names, values, strict=False))
-        both = given.keys() & named.keys()
-        given |= named
-        absent = [
-            name for name in self.field_names if name not in given and not hasattr(self, name)
-        ]
-        if (
-            both
-            or absent
-            or len(values) > len(self.field_names)
-            or not given.keys() <= {*self.field_names}
-        ):
-            raise TypeError(f"{type(self).__name__}{self.field_names} from {values} and {named}")
-        self.__dict__.update(given)
-
-    def __setattr__(self, name: str, value: object) -> None:
-        raise AttributeError(f"{type(self).__name__}.{name} is for good")
-
-    def _values(self) -> tuple[Any, ...]:
-        return tuple(getattr(self, name) for name in self.field_names)
-
-    def __eq__(self, other: object) -> bool:
-        if type(other) is not type(self):
-            return NotImplemented
-        return self._values() == other._values()
-
-    def __hash__(self) -> int:
-        return hash((self.op, self._values()))
-
-    def __repr__(self) -> str:
-        fields = ", ".join(f"{name}={getattr(self, name)!r}" for name in self.field_names)
-        return f"{type(self).__name__}({fields})"
 
 
 # Host to agent -----------------------------------------------------------------------------
@@ -294,63 +212,6 @@ class Abort(Message):
     """Kill the tree."""
 
 
-class Run(Message):
-    """Run a command; `env` is a list of ``NAME=value`` that replaces the default environment."""
-
-    lab = True
-    argv: tuple[str, ...]
-    env: tuple[str, ...] | None
-    timeout_ms: int
-
-
-class Stdin(Message):
-    """Bytes for the running command's standard input; none: end of file."""
-
-    lab = True
-    data: bytes
-
-
-class Credit(Message):
-    """So many bytes of `Output` or `Data`, and `FRAME_COST` for each frame, have been read."""
-
-    lab = True
-    size: int
-
-
-class Spawn(Message):
-    """Start a detached process: own session, no standard input, output to a file or nowhere."""
-
-    lab = True
-    argv: tuple[str, ...]
-    env: tuple[str, ...] | None
-    output: str | None
-
-
-class Put(Message):
-    """Replace the file `path` by the `Data` that follow."""
-
-    lab = True
-    path: str
-    mode: int
-
-
-class Get(Message):
-    """Send the file `path`."""
-
-    lab = True
-    path: str
-
-
-# Both ways -----------------------------------------------------------------------------------
-
-
-class Data(Message):
-    """A piece of a file; empty from the host: end of file."""
-
-    lab = True
-    data: bytes
-
-
 # Agent to host ---------------------------------------------------------------------------------
 
 
@@ -459,46 +320,3 @@ class Error(Message):
     """The request was refused."""
 
     text: str
-
-
-class Output(Message):
-    """A piece of the running command's output (`stream` 1) or error output (2)."""
-
-    lab = True
-    stream: int
-    data: bytes
-
-
-class Taken(Message):
-    """The command has taken the last `Stdin`, or will take no more."""
-
-    lab = True
-
-
-class Exited(Message):
-    """The command has ended: its exit status, or 128 plus the signal that killed it."""
-
-    lab = True
-    status: int
-    timed_out: bool
-
-
-class Spawned(Message):
-    """The detached process runs."""
-
-    lab = True
-    pid: int
-
-
-class Stored(Message):
-    """All of a `Put` is in its file."""
-
-    lab = True
-    size: int
-
-
-class End(Message):
-    """All of a `Get` has been sent."""
-
-    lab = True
-    size: int

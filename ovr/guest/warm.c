@@ -38,13 +38,6 @@ static struct {
 /* That of the restore under way, which has used the pool up. */
 static struct pool_state *used;
 
-static void close_fd(int *fd)
-{
-	if (*fd >= 0)
-		close(*fd);
-	*fd = -1;
-}
-
 static void unmap(struct pool_state **state)
 {
 	if (*state)

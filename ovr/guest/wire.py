@@ -6,8 +6,8 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import msgpack
 
-from ovr.guest import protocol
-from ovr.guest.protocol import Message
+from ovr.guest import lab_protocol, protocol
+from ovr.guest.message import Message
 
 __all__ = ["ProtocolError", "decode", "encode", "header"]
 
@@ -34,7 +34,7 @@ class _Field:
     optional: bool
 
     def check(self, value: Any) -> Any:
-        """Return the value as the dataclass wants it."""
+        """Return the value as the message wants it."""
         if self.kind in ("UINTS", "STRS", "BINS"):
             if not isinstance(value, list | tuple) or len(value) > protocol.MAX_LIST:
                 raise ProtocolError(f"field {self.name} is no array")
@@ -142,9 +142,9 @@ def header() -> str:
         "SECRET_SIZE": protocol.SECRET_SIZE,
         "MAX_FRAME": protocol.MAX_FRAME,
         "CHUNK": protocol.CHUNK,
-        "PIECE": protocol.PIECE,
-        "WINDOW": protocol.WINDOW,
-        "FRAME_COST": protocol.FRAME_COST,
+        "PIECE": lab_protocol.PIECE,
+        "WINDOW": lab_protocol.WINDOW,
+        "FRAME_COST": lab_protocol.FRAME_COST,
         "MAX_STRING": protocol.MAX_STRING,
         "MAX_LIST": protocol.MAX_LIST,
         "MAX_RANGES": protocol.MAX_RANGES,
@@ -152,8 +152,9 @@ def header() -> str:
         "MAX_IMAGE_BYTES": protocol.MAX_IMAGE_BYTES,
         "SYNC_ZEROS": protocol.SYNC_ZEROS,
     }
-    lines = ["/* Made from ovr/guest/protocol.py: change that. */", "#ifndef OVR_PROTOCOL_H"]
-    lines += ["#define OVR_PROTOCOL_H", "", f'#define MAGIC "{protocol.MAGIC.decode()}"']
+    lines = ["/* Made from protocol.py and lab_protocol.py in ovr/guest: change those. */"]
+    lines += ["#ifndef OVR_PROTOCOL_H", "#define OVR_PROTOCOL_H", ""]
+    lines += [f'#define MAGIC "{protocol.MAGIC.decode()}"']
     lines += [f"#define MAGIC_SIZE {len(protocol.MAGIC)}"]
     lines += [f'#define ENGINE_ARCHIVE "{protocol.ENGINE_ARCHIVE}"']
     lines += [f'#define HOOK_HELD "{protocol.HOOK_HELD}"']

@@ -1,5 +1,6 @@
 """Pages images: open, mapped into this process, and read ahead."""
 
+import errno
 import mmap
 import os
 import threading
@@ -10,7 +11,7 @@ from typing import Final, Self
 
 import psutil
 
-from ovr._fastcopy import in_page_cache
+from ovr._fastcopy import CUT_OFF, in_page_cache
 from ovr.errors import ImagesDamaged
 from ovr.images.task import Memory
 
@@ -57,7 +58,7 @@ class Source:
             while at < end:
                 got = os.preadv(self.fd, [memoryview(buffer)[: end - at]], at)
                 if not got:
-                    raise OSError(0, "it was cut off while it was read")
+                    raise OSError(errno.EIO, CUT_OFF)
                 at += got
 
 

@@ -104,6 +104,10 @@ class Kernel:
                 places.note(Place.now(kernel.info.gpa, kernel.wall_clock()))
         return kernel
 
+    def close(self) -> None:
+        """Let go of the kernel's types: no object of it can be looked at any more."""
+        self.types.close()
+
     @property
     def release(self) -> str:
         """What ``uname -r`` prints in the guest."""
@@ -297,6 +301,7 @@ def _searched(cls: type[Kernel], ram: GuestRam, vmlinux: Vmlinux | None) -> Kern
                 )
             )
     if found:
+        reasons.clear()  # their tracebacks have this function's variables, and so each other
         # A kernel that was left by a reboot or kexec may still be whole in RAM.
         return found[0] if len(found) == 1 else max(found, key=cls.wall_clock)
     if reasons:

@@ -93,6 +93,14 @@ class Types:
         self._fields: dict[int, dict[str, Field]] = {}
         self._ids: dict[str, tuple[int, int]] = {}
 
+    def close(self) -> None:
+        """Let go of the BTF, and of all that was made of it: no view can be used any more.
+
+        View classes, what reads their members, and we refer to each other. So the BTF, which is
+        some megabytes, would stay until Python looks for cycles.
+        """
+        vars(self).clear()
+
     def __contains__(self, name: str) -> bool:
         try:
             self._lookup(name)

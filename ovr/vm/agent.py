@@ -17,7 +17,7 @@ from ovr.errors import (
     RestoreFailed,
 )
 from ovr.guest import protocol
-from ovr.guest.protocol import Message
+from ovr.guest.message import Message
 from ovr.guest.wire import ProtocolError
 from ovr.vm.lab_agent import Completed, LabSession
 from ovr.vm.session import Hello, one_line

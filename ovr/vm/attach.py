@@ -48,6 +48,7 @@ class AttachedVm:
             self.ram = stack.enter_context(GuestRam(guest_slots(self.qmp), writable=writable))
             self._resets = self.qmp.resets()
             self.kernel = Kernel.find(self.ram, vmlinux)
+            stack.callback(self.kernel.close)
             self._stack = stack.pop_all()
 
     def __enter__(self) -> Self:

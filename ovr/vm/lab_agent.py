@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import IO
 
 from ovr.errors import LabError
-from ovr.guest import protocol
-from ovr.guest.protocol import Message
+from ovr.guest import lab_protocol, protocol
+from ovr.guest.message import Message
 from ovr.guest.wire import ProtocolError
 from ovr.vm.session import Session, one_line
 
@@ -53,15 +53,15 @@ class LabSession(Session):
             LabError: it cannot be started, or took too long.
             AgentUnreachable: the link broke.
         """
-        self._request(protocol.Run(tuple(argv), _env(env), int(timeout * 1000)))
+        self._request(lab_protocol.Run(tuple(argv), _env(env), int(timeout * 1000)))
         pieces = _pieces(input)
-        self._send(protocol.Stdin(next(pieces)))
+        self._send(lab_protocol.Stdin(next(pieces)))
         output: dict[int, list[bytes]] = {1: [], 2: []}
         deadline = self._deadline(timeout + self._timeout)
-        while not isinstance(message := self._answer(deadline), protocol.Exited):
-            if isinstance(message, protocol.Taken):
-                self._send(protocol.Stdin(next(pieces)))
-            elif isinstance(message, protocol.Output) and message.stream in output:
+        while not isinstance(message := self._answer(deadline), lab_protocol.Exited):
+            if isinstance(message, lab_protocol.Taken):
+                self._send(lab_protocol.Stdin(next(pieces)))
+            elif isinstance(message, lab_protocol.Output) and message.stream in output:
                 output[message.stream].append(message.data)
                 self._credit(message.data)
             else:
@@ -86,10 +86,10 @@ class LabSession(Session):
             LabError: it cannot be started.
             AgentUnreachable: the link broke.
         """
-        self._request(protocol.Spawn(tuple(argv), _env(env), output))
+        self._request(lab_protocol.Spawn(tuple(argv), _env(env), output))
         message = self._answer(self._deadline(None))
-        if not isinstance(message, protocol.Spawned):
-            raise self._broken(f"{message.op} instead of {protocol.Spawned.op}")
+        if not isinstance(message, lab_protocol.Spawned):
+            raise self._broken(f"{message.op} instead of {lab_protocol.Spawned.op}")
         return message.pid
 
     def put(self, local: Path, remote: str, mode: int = 0o644) -> None:
@@ -100,18 +100,18 @@ class LabSession(Session):
             AgentUnreachable: the link broke.
         """
         size = 0
-        self._request(protocol.Put(remote, mode))
+        self._request(lab_protocol.Put(remote, mode))
         with _opened(local, "rb") as file:
             while piece := file.read(protocol.CHUNK):
                 if self._has_news():
                     break  # an early answer is a refusal
-                self._send(protocol.Data(piece))
+                self._send(lab_protocol.Data(piece))
                 size += len(piece)
-            self._send(protocol.Data(b""))
+            self._send(lab_protocol.Data(b""))
         # What was sent last may still be on its way to a slow disk.
         message = self._answer(self._deadline(self._timeout + 60))
-        if not isinstance(message, protocol.Stored) or message.size != size:
-            raise self._broken(f"{message.op} instead of {protocol.Stored.op}")
+        if not isinstance(message, lab_protocol.Stored) or message.size != size:
+            raise self._broken(f"{message.op} instead of {lab_protocol.Stored.op}")
 
     def get(self, remote: str, local: Path) -> None:
         """Copy a file out of the guest.
@@ -121,16 +121,16 @@ class LabSession(Session):
             AgentUnreachable: the link broke.
         """
         size = 0
-        self._request(protocol.Get(remote))
+        self._request(lab_protocol.Get(remote))
         message = self._answer(self._deadline(None))
         with _opened(local, "wb") as file:
-            while isinstance(message, protocol.Data):
+            while isinstance(message, lab_protocol.Data):
                 file.write(message.data)
                 size += len(message.data)
                 self._credit(message.data)
                 message = self._answer(self._deadline(None))
-        if not isinstance(message, protocol.End) or message.size != size:
-            raise self._broken(f"{message.op} instead of {protocol.End.op}")
+        if not isinstance(message, lab_protocol.End) or message.size != size:
+            raise self._broken(f"{message.op} instead of {lab_protocol.End.op}")
 
     def _request(self, message: Message) -> None:
         if not self.hello.lab:
@@ -150,7 +150,7 @@ class LabSession(Session):
         return message
 
     def _credit(self, data: bytes) -> None:
-        self._send(protocol.Credit(len(data) + protocol.FRAME_COST))
+        self._send(lab_protocol.Credit(len(data) + lab_protocol.FRAME_COST))
 
 
 def _pieces(data: bytes) -> Iterator[bytes]:

@@ -10,7 +10,7 @@ from typing import Self, TypeVar
 
 from ovr.errors import AgentUnreachable
 from ovr.guest import protocol
-from ovr.guest.protocol import Message
+from ovr.guest.message import Message
 from ovr.guest.wire import ProtocolError, decode, encode
 from ovr.vm.link import Link, open_link
 

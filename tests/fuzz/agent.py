@@ -7,7 +7,7 @@ from typing import Any, get_type_hints
 
 from ovr.errors import OvrError
 from ovr.guest import protocol
-from ovr.guest.protocol import Message
+from ovr.guest.message import Message
 from ovr.guest.wire import ProtocolError, decode, encode
 from ovr.vm.agent import Agent
 from ovr.vm.link import Address, Link

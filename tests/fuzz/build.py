@@ -92,7 +92,8 @@ def build_extension(directory: Path) -> Path:
     _run(
         ["clang", "-shared", "-fPIC", "-pthread", *COMMON, *generated, "-Wno-unused-function",
          "-Wno-unreachable-code-fallthrough", "-fsanitize=fuzzer-no-link",
-         f"-I{sysconfig.get_path('include')}", str(source.with_suffix(".c")), "-o", str(module)]
+         f"-I{ROOT / 'ovr'}", f"-I{sysconfig.get_path('include')}",
+         str(source.with_suffix(".c")), "-o", str(module)]
     )  # fmt: skip
     return module
 

@@ -14,7 +14,8 @@ from typing import Any
 
 import ovr
 from ovr.errors import OvrError
-from ovr.guest.protocol import Alive, Message
+from ovr.guest.message import Message
+from ovr.guest.protocol import Alive
 from ovr.report import Stopwatch
 from ovr.state import memory, settings
 from ovr.state.memory import Copier

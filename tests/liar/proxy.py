@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from ovr.guest import protocol
-from ovr.guest.protocol import Message
+from ovr.guest.message import Message
 from ovr.guest.wire import decode, encode
 from ovr.vm.link import open_link
 
@@ -25,9 +25,7 @@ def _changed(kind: type[Message], **changes: object) -> Lie:
         if not isinstance(message, kind):
             return None
         values = {k: v(message, chance) if callable(v) else v for k, v in changes.items()}
-        return encode(
-            type(message)(**{name: getattr(message, name) for name in message.field_names} | values)
-        )
+        return encode(message.replace(**values))
 
     return change
 

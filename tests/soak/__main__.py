@@ -58,7 +58,7 @@ class Leak:
 def measure(vm: lab.LabVm) -> dict[str, int]:
     """What both sides have, once the guest has come to rest."""
     must(vm, "sleep 1; sync; echo 3 > /proc/sys/vm/drop_caches; sleep 1")
-    gc.collect()  # an attached VM is a cycle of objects
+    gc.collect()  # the view classes of an attached VM are cycles of objects
     guest = subject.look(vm)
     guest["KiB used"] = -guest.pop("KiB available")  # of interest is by how much it grows
     us = psutil.Process()

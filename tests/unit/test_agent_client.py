@@ -15,8 +15,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ovr.errors import AgentUnreachable, CriuFailed, LabError, RestoreFailed
-from ovr.guest import protocol, wire
-from ovr.guest.protocol import Message
+from ovr.guest import lab_protocol, protocol, wire
+from ovr.guest.message import Message
 from ovr.vm.agent import Agent
 from ovr.vm.link import Address, Link
 
@@ -267,7 +267,7 @@ NUMBER = st.integers(0, (1 << 64) - 1)
         st.builds(
             protocol.Stopped, NUMBER, NUMBER, st.lists(NUMBER, max_size=9).map(tuple), NUMBER, TEXT
         ),
-        st.builds(protocol.Run, st.just(("a",)), st.none() | st.just(("B=c",)), NUMBER),
+        st.builds(lab_protocol.Run, st.just(("a",)), st.none() | st.just(("B=c",)), NUMBER),
     )
 )
 def test_round_trip(message: Message) -> None:
@@ -276,18 +276,26 @@ def test_round_trip(message: Message) -> None:
     assert wire.decode(data[4:]) == message
 
 
+def test_a_message_with_other_values() -> None:
+    message = protocol.Restored(7)
+    assert message.replace(container="web") == protocol.Restored(7, "web")
+    assert message == protocol.Restored(7)
+    with pytest.raises(TypeError):
+        message.replace(pods=1)
+
+
 def test_what_cannot_be_sent() -> None:
     for message in (
-        protocol.Data(bytes(protocol.MAX_FRAME)),
-        protocol.Get("x" * protocol.MAX_STRING),
-        protocol.Get("a\0b"),
+        lab_protocol.Data(bytes(protocol.MAX_FRAME)),
+        lab_protocol.Get("x" * protocol.MAX_STRING),
+        lab_protocol.Get("a\0b"),
         protocol.Ping(-1),
         protocol.Ping(1 << 64),
         protocol.Files(("\udcff",), (b"",)),
     ):
         with pytest.raises(wire.ProtocolError):
             wire.encode(message)
-    wire.encode(protocol.Data(bytes(protocol.CHUNK)))
+    wire.encode(lab_protocol.Data(bytes(protocol.CHUNK)))
 
 
 def test_header_compiles(tmp_path: Path) -> None:

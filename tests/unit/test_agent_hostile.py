@@ -16,7 +16,7 @@ import msgpack
 import pytest
 
 from ovr.errors import RestoreFailed
-from ovr.guest import build, compiler, protocol
+from ovr.guest import build, compiler, lab_protocol, protocol
 from ovr.guest.compiler import SANITIZED
 from ovr.guest.wire import encode, header
 from tests.unit.agent_host import IMAGES, AgentHost, agent_host, wait_for
@@ -133,10 +133,10 @@ def test_mutated_frames(host: AgentHost) -> None:
     good = [
         encode(protocol.Files(("a.img", "b.img"), (b"x" * 100, b""))),
         encode(protocol.Ping(7)),
-        encode(protocol.Put(str(host.directory / "put"), 0o600)),
-        encode(protocol.Data(b"data")),
-        encode(protocol.Get("/proc/self/comm")),
-        encode(protocol.Stdin(b"data")),
+        encode(lab_protocol.Put(str(host.directory / "put"), 0o600)),
+        encode(lab_protocol.Data(b"data")),
+        encode(lab_protocol.Get("/proc/self/comm")),
+        encode(lab_protocol.Stdin(b"data")),
         encode(protocol.Go()),
         encode(protocol.Abort()),
         encode(protocol.Alive()),

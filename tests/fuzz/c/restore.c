@@ -1,5 +1,5 @@
 /*
- * One restore at a time (restore.c): two hosts, CRIU, its hook and the clock
+ * One restore at a time (restore*.c): two hosts, CRIU, its hook and the clock
  * do anything in any order. No tree is let go but by its owner's word while
  * it is held; no hook ends before the tree is dead or let go; when all is
  * over, nothing is left open.
@@ -26,6 +26,8 @@ static int fuzz_prctl(int option, unsigned long value);
 #define kill fuzz_kill
 #define prctl fuzz_prctl
 #include "../../../ovr/guest/restore.c"
+#include "../../../ovr/guest/restore_end.c"
+#include "../../../ovr/guest/restore_hook.c"
 #undef kill
 #undef prctl
 

@@ -1,0 +1,197 @@
+/*
+ * Every end of a restore: its tree is killed, or it is the guest's; what an
+ * engine has left is removed; the host hears of it.
+ */
+#include <signal.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/wait.h>
+
+#include "restore.h"
+
+#define CRIU_DEATH_MS 5000
+#define ENGINE_END_MS 60000
+
+/* What the host is to hear of a restore that has come to nothing. */
+static struct outcome {
+	bool failed;		/* by CRIU or an engine, not by us or the host */
+	bool gone;
+	int status, count;
+	char reason[128], lines[LOG_LINES][LOG_WIDTH];
+} outcome;
+
+static int exit_code(int status)
+{
+	return WIFSIGNALED(status) ? 128 + WTERMSIG(status) : WEXITSTATUS(status);
+}
+
+bool restore_criu_ended(void)
+{
+	if (restore.engine)
+		return restore.criu <= 1 || engine_criu_ended(&restore.theirs);
+	return restore.child_ended;
+}
+
+static void kill_criu(void)
+{
+	int64_t deadline = now_ms() + CRIU_DEATH_MS;
+
+	if (!restore_criu_ended())
+		kill(restore.criu, SIGKILL);
+	while (!restore_criu_ended() && now_ms() < deadline) {
+		reap_children();
+		sleep_ms(1);
+	}
+}
+
+/* True when nothing of it is left: neither its tasks, nor CRIU. */
+static bool kill_everything(void)
+{
+	struct tree tree = {
+		.criu = restore_criu_ended() ? 0 : restore.criu,
+		.root = restore.root,
+		.orphans = !restore.engine,
+		.runtime = restore_criu_ended() ? 0 : restore.theirs.runtime,
+	};
+	bool gone = true;
+
+	if (tree.criu > 1)
+		tree_stop_criu(tree.criu);
+	/* The hook too: it is CRIU's child, and stopped as it is CRIU learns nothing. */
+	if (tree.criu > 1 || tree.root > 1 || tree.orphans)
+		gone = tree_kill(tree);
+	kill_criu();
+	/* CRIU's zombies are ours now (we are their subreaper): their pids must become free. */
+	reap_children();
+	return gone && restore_criu_ended();
+}
+
+static void report_end(void)
+{
+	struct session *owner = restore.owner;
+	struct outcome end = outcome;
+	struct writer writer;
+
+	complain("restore %s: %s%s", end.failed ? "failed" : "aborted", end.reason,
+		 end.gone ? "" : "; tasks are still there");
+	restore_forget();
+	if (!owner)
+		return;
+	writer = session_writer(owner, end.failed ? OP_FAILED : OP_ABORTED);
+	if (end.failed) {
+		message_add_uint(&writer, KEY_STATUS, (uint64_t)end.status);
+		message_add_list(&writer, KEY_LOG, (uint32_t)end.count);
+		for (int i = 0; i < end.count; i++)
+			message_item_str(&writer, end.lines[i]);
+	} else {
+		message_add_str(&writer, KEY_REASON, end.reason);
+	}
+	message_add_bool(&writer, KEY_GONE, end.gone);
+	session_send(owner, &writer);
+}
+
+/* The engine has ended, or one of those that remove what it has left. */
+static void clean_up(void)
+{
+	pid_t pid = 0;
+
+	while (pid == 0)
+		pid = engine_clean_up(restore.step++, &restore.theirs);
+	if (pid < 0) {
+		report_end();
+		return;
+	}
+	restore.child = pid;
+	restore.child_ended = false;
+	restore.late_at = now_ms() + ENGINE_END_MS;
+}
+
+/* The tree is dead. What an engine has made besides is to go, too. */
+static void end_restore(void)
+{
+	if (!restore.engine || restore.phase == UPLOADING) {
+		report_end();
+		return;
+	}
+	/*
+	 * The engine sees that its CRIU failed; if it has not come to CRIU yet,
+	 * the hook that gets no answer makes CRIU give up.
+	 */
+	close_fd(&restore.hook);
+	populate_end();
+	restore.phase = ENDING;
+	restore.late_at = now_ms() + ENGINE_END_MS;
+	if (restore.child_ended)
+		clean_up();
+}
+
+void restore_abort(const char *reason)
+{
+	outcome = (struct outcome){.gone = restore.phase == UPLOADING || kill_everything()};
+	snprintf(outcome.reason, sizeof(outcome.reason), "%s", reason);
+	end_restore();
+}
+
+void restore_engine_too_late(void)
+{
+	complain("the container engine does not end; it is killed");
+	kill(restore.child, SIGKILL);
+	restore.late_at = now_ms() + ENGINE_END_MS;
+}
+
+static void report_failure(void)
+{
+	/* After "go" the tree is the engine's, and so is cleaning up. */
+	bool released = restore.engine && restore.phase == RELEASED;
+	const char *note;
+
+	outcome = (struct outcome){
+		.failed = true, .gone = released || kill_everything(),
+		.status = exit_code(restore.child_status),
+	};
+	outcome.count = restore.engine ?
+		engine_log_errors(&restore.directory, &restore.theirs, outcome.lines) :
+		criu_log_errors(&restore.directory, outcome.lines);
+	warm_served(&note);
+	if (!outcome.count && restore.warm && *note)
+		snprintf(outcome.lines[outcome.count++], LOG_WIDTH, "%s", note);
+	snprintf(outcome.reason, sizeof(outcome.reason), "%s ended with status %d",
+		 restore.engine ? "the container engine" : "criu", outcome.status);
+	if (released)
+		report_end();
+	else
+		end_restore();
+}
+
+static void report_success(void)
+{
+	struct session *owner = restore.owner;
+	pid_t root = restore.root;
+	char container[LOG_WIDTH] = "";
+	struct writer writer;
+
+	if (restore.engine)
+		engine_result(&restore.directory, container);
+	restore_forget();
+	if (!owner)
+		return;
+	writer = session_writer(owner, OP_RESTORED);
+	message_add_uint(&writer, KEY_PID, (uint64_t)root);
+	if (container[0])
+		message_add_str(&writer, KEY_CONTAINER, container);
+	session_send(owner, &writer);
+}
+
+void restore_child_ended(void)
+{
+	if (restore.phase == ENDING)
+		clean_up();
+	else if (restore.phase == RELEASED && exit_code(restore.child_status) == 0)
+		report_success();
+	else if (restore.phase == HELD)
+		restore_abort(restore.engine ? "the container engine ended before the restore" :
+					       "criu died while it held the tree");
+	else
+		/* In BUILDING even status 0: a tree that did not pass our hook. */
+		report_failure();
+}

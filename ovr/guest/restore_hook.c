@@ -1,0 +1,142 @@
+/* The agent's side of the hook (hook.c): CRIU says where it is, and waits with its tree. */
+#include <errno.h>
+#include <signal.h>
+#include <stdio.h>
+#include <sys/socket.h>
+#include <sys/un.h>
+
+#include "restore.h"
+
+static void report_stopped(const uint32_t *tasks, int count)
+{
+	struct writer writer = session_writer(restore.owner, OP_STOPPED);
+	const char *note;
+
+	message_add_uint(&writer, KEY_ROOT_PID, (uint64_t)restore.root);
+	message_add_uint(&writer, KEY_CRIU_PID, (uint64_t)restore.criu);
+	message_add_list(&writer, KEY_TASKS, (uint32_t)count);
+	for (int i = 0; i < count; i++)
+		message_item_uint(&writer, tasks[i]);
+	message_add_uint(&writer, KEY_WARM, warm_served(&note));
+	message_add_str(&writer, KEY_NOTE, note);
+	session_send(restore.owner, &writer);
+}
+
+static bool contains(const uint32_t *tasks, int count, pid_t task)
+{
+	for (int i = 0; i < count; i++)
+		if (tasks[i] == (uint32_t)task)
+			return true;
+	return false;
+}
+
+static void tree_stands(pid_t root)
+{
+	static uint32_t tasks[MAX_TREE];
+	int count;
+
+	restore.phase = HELD;
+	restore.root = root;
+	if (!tree_stop_criu(restore.criu)) {
+		restore_abort("criu does not stop");
+		return;
+	}
+	count = tree_traced(restore.criu, tasks);
+	if (!contains(tasks, count, root)) {
+		restore_abort(count < 0 ? "the tree has too many threads" : "criu holds no tree");
+		return;
+	}
+	restore.silent_at = now_ms() + restore.silence_ms;
+	report_stopped(tasks, count);
+}
+
+/* The first word of an engine's CRIU, before it has made a task. */
+static bool adopt(pid_t criu)
+{
+	if (!restore.engine || restore.criu > 1)
+		return !restore.engine || criu == 0 || criu == restore.criu;
+	restore.theirs = engine_adopt(criu);
+	if (restore.theirs.end < 0)
+		return false;
+	restore.criu = criu;
+	return true;
+}
+
+bool hook_say_go(void)
+{
+	char word = HOOK_GO;
+
+	return send(restore.hook, &word, 1, MSG_NOSIGNAL | MSG_DONTWAIT) == 1;
+}
+
+static void on_hook(int fd, short events, void *context)
+{
+	struct hook_report report;
+	ssize_t size;
+
+	(void)events, (void)context;
+	if (fd != restore.hook)
+		return;
+	size = recv(fd, &report, sizeof(report), MSG_DONTWAIT);
+	if (size < 0 && (errno == EAGAIN || errno == EINTR))
+		return;
+	if (size <= 0) {
+		close_fd(&restore.hook);
+		if (restore.phase == HELD)
+			restore_abort("the hook died");
+		else if (restore.phase == RELEASED && !restore_criu_ended())
+			/* It may have died before it could: go is go. */
+			kill(restore.criu, SIGCONT);
+	} else if (restore.phase == ENDING) {
+		close_fd(&restore.hook);
+	} else if (restore.phase != BUILDING || size != (ssize_t)sizeof(report)) {
+		restore_abort("the hook makes no sense");
+	} else if (report.root == 0 && !adopt(report.criu)) {
+		restore_abort("another criu than the engine's runs our hook");
+	} else if (report.root == 0) {
+		/* pre-restore, post-restore: only asks whether we are there */
+		hook_say_go();
+		close_fd(&restore.hook);
+	} else if (report.criu != restore.criu) {
+		restore_abort("another criu than ours holds the tree");
+	} else {
+		tree_stands(report.root);
+	}
+}
+
+static void on_hook_connection(int fd, short events, void *context)
+{
+	int hook;
+
+	(void)events, (void)context;
+	if (fd != restore.listener)
+		return;
+	hook = accept4(fd, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK);
+	if (hook >= 0 && restore.hook >= 0)
+		close(hook);
+	else
+		restore.hook = hook;
+}
+
+bool hook_listen(void)
+{
+	struct sockaddr_un address = {.sun_family = AF_UNIX};
+	int fd = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
+	int size = snprintf(address.sun_path, sizeof(address.sun_path), "%s/hook",
+			    restore.directory.path);
+
+	if (fd >= 0 && (size >= (int)sizeof(address.sun_path) ||
+			bind(fd, (struct sockaddr *)&address, sizeof(address)) < 0 ||
+			listen(fd, 4) < 0))
+		close_fd(&fd);
+	restore.listener = fd;
+	return fd >= 0;
+}
+
+void hook_watch(struct loop *loop)
+{
+	if (restore.listener >= 0)
+		loop_watch(loop, restore.listener, POLLIN, on_hook_connection, NULL);
+	if (restore.hook >= 0)
+		loop_watch(loop, restore.hook, POLLIN, on_hook, NULL);
+}
