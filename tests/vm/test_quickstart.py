@@ -1,6 +1,6 @@
 """docs/quickstart.md, word by word: a new user, and a VM made with Debian's own tools.
 
-The VM is one with systemd and apt, so it also shows the ways into a guest of docs/guest.md.
+The VM is one with systemd and apt, so it also shows the agent's ways of docs/guest.md.
 """
 
 import os
@@ -25,8 +25,8 @@ CHECK = block("docs/quickstart.md", "ovr check")
 BOOT_SECONDS = 900  # systemd under TCG, on a busy machine
 MEMORY_FILE = "/dev/shm/quickstart"
 
+BY_APT = block("docs/guest.md", "apt install")  # as in the quickstart itself
 WAYS = (
-    block("docs/guest.md", "apt install"),
     block("docs/guest.md", "systemctl enable"),
     block("docs/guest.md", "ovr-agent --vsock-port"),
 )
@@ -92,6 +92,13 @@ def comes_by(way, number, directory):
         background = f"setsid ./{command} < /dev/null > /dev/null 2>&1 &"
         in_the_guest(background if by_init else command, directory)
     assert "Looks good." in run(CHECK, directory)
+
+
+def test_by_apt():
+    [made] = commands(BY_APT, "on the host")
+    [installed] = commands(BY_APT, "in the guest")
+    assert f"{made}\n" in BLOCKS
+    assert any(f"vm '{installed}'\n" in text for text in BLOCKS)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="the quickstart is for root")
