@@ -9,7 +9,7 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -167,12 +167,17 @@ def filled(text: str, parts: Mapping[str, str]) -> str:
     return re.sub(r"(<!-- bench (\w+) -->)\n.*?(<!-- end -->)", fill, text, flags=re.DOTALL)
 
 
-def main() -> int:
-    """Write, or check."""
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Return what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--results", type=Path, default=COMMITTED)
     parser.add_argument("--check", action="store_true")
-    options = parser.parse_args()
+    return parser.parse_args(arguments)
+
+
+def main() -> int:
+    """Write, or check."""
+    options = parse()
     whole = json.loads(options.results.read_text())
     figures = whole["figures"]
     parts = {

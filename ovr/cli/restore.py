@@ -38,7 +38,7 @@ def add(commands: Any) -> None:
             ovr restore -D images/ --vm libvirt:web
             ovr restore -D images/ --vm qmp:/run/vm/qmp.sock --agent vsock:3 --dry-run
             ovr restore -D images/ --vm name:web --outside memory,umask --verify full
-            ovr restore --archive web.tar.zst --vm libvirt:web --name web2 -- --tcp-established
+            ovr restore --archive web.tar.zst --vm libvirt:web --name web2 -- --ignore-static-ip
             OVR_VM=libvirt:web ovr restore -D images/ -W work/ -d --pidfile pid -o restore.log -v4
             """,
         usage="ovr restore -D DIR --vm VM [option …] [option of criu restore …]\n"

@@ -11,8 +11,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import atheris
-
 from tests.fuzz.build import C_TARGETS, ROOT, build_extension, build_program
 from tests.fuzz.corpus import pack, seeds, unpack, write
 from tests.fuzz.targets import TARGETS
@@ -95,6 +93,8 @@ def prepare(name: str) -> Job:
     longest = TARGETS[name].longest
     if not TARGETS[name].native:
         return Job(name, command, {}, longest, MEMORY)
+    import atheris  # noqa: PLC0415 - `make fuzz` installs it; `parse` does without
+
     environment = {
         "OVR_FUZZ_NATIVE": str(build_extension(BUILD / "extension")),
         "LD_PRELOAD": str(Path(atheris.path()) / "asan_with_fuzzer.so"),
@@ -147,18 +147,26 @@ def limits(names: Sequence[str], seconds: int | None, executions: int | None) ->
     return found | {name: f"-runs={-(-left // len(native))}" for name in native}
 
 
-def main() -> int:
-    names = [*TARGETS, *C_TARGETS]
+NAMES = (*TARGETS, *C_TARGETS)
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Return what the command line asks for."""
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
-    parser.add_argument("targets", nargs="*", metavar="TARGET", help=f"of {', '.join(names)}")
+    parser.add_argument("targets", nargs="*", metavar="TARGET", help=f"of {', '.join(NAMES)}")
     how_long = parser.add_mutually_exclusive_group()
     how_long.add_argument("--seconds", type=int, help="for each target; 20 if nothing is said")
     how_long.add_argument("--executions", type=int, help="of all targets together")
     parser.add_argument("--keep", action="store_true", help="put what was found into the corpus")
-    asked = parser.parse_args()
-    if unknown := {*asked.targets} - {*names}:
+    asked = parser.parse_args(arguments)
+    if unknown := {*asked.targets} - {*NAMES}:
         parser.error(f"no such target: {', '.join(sorted(unknown))}")
-    chosen = asked.targets or names
+    return asked
+
+
+def main() -> int:
+    asked = parse()
+    chosen = asked.targets or NAMES
     each = limits(chosen, asked.seconds, asked.executions)
     results = []
     for name in chosen:

@@ -8,7 +8,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -121,21 +121,32 @@ def shooting_range(name: str, suite: str, scratch: Path) -> Iterator[Range]:
         place.down()
 
 
-def main() -> int:
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Return what the command line asks for."""
     parser = argparse.ArgumentParser(prog="python -m tests.kill", description=__doc__)
     parser.add_argument("--points", type=int, default=10, help="of each victim")
-    parser.add_argument("--victims", default=",".join(VICTIMS), help="%(default)s")
+    parser.add_argument(
+        "--victims", type=victims, default=VICTIMS, help=f"some of {','.join(VICTIMS)}"
+    )
     parser.add_argument("--suite", choices=SUITES, default="trixie")
-    asked = parser.parse_args()
-    victims = asked.victims.split(",")
-    if unknown := {*victims} - {*VICTIMS}:
-        parser.error(f"no such victim: {', '.join(sorted(unknown))}")
+    return parser.parse_args(arguments)
+
+
+def victims(names: str) -> list[str]:
+    """Return the victims that an option names."""
+    if unknown := {*names.split(",")} - {*VICTIMS}:
+        raise argparse.ArgumentTypeError(f"no such victim: {', '.join(sorted(unknown))}")
+    return names.split(",")
+
+
+def main() -> int:
+    asked = parse()
     outcome = Outcome()
     with (
         tempfile.TemporaryDirectory(prefix="ovr-kill-", dir=cache_directory()) as scratch,
         shooting_range(f"kill-{os.getpid()}", asked.suite, Path(scratch)) as place,
     ):
-        for victim in victims:
+        for victim in asked.victims:
             sweep(place, victim, asked.points, outcome)
     for line in outcome.failed:
         print(line)

@@ -4,21 +4,28 @@ import argparse
 import os
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from ovr import demo
 from tests.liar.rounds import SUBJECTS, WHAT, Liar, Subject
 
 
-def main() -> int:
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Return what the command line asks for."""
     parser = argparse.ArgumentParser(prog="python -m tests.liar", description=__doc__)
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--seed", default="1")
     parser.add_argument("what", nargs="*", help=f"what is lied about: {', '.join(WHAT)}")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     unknown = {*options.what} - {*WHAT}
     if unknown:
         parser.error(f"nobody lies about {', '.join(sorted(unknown))}")
+    return options
+
+
+def main() -> int:
+    options = parse()
     name = f"liar-{os.getpid()}"
     failed = 0
     with tempfile.TemporaryDirectory(prefix="ovr-liar-") as place:

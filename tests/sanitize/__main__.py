@@ -99,12 +99,17 @@ def valgrind(tests: Sequence[str]) -> Runs:
     return runs
 
 
-def main() -> int:
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Return what the command line asks for."""
     parser = argparse.ArgumentParser(prog="python -m tests.sanitize", description=__doc__)
     parser.add_argument("tool", choices=("sanitizers", "valgrind"))
     parser.add_argument("tests", nargs="*", help="instead of the usual ones")
     parser.add_argument("--all", action="store_true", help="sanitizers: all tests on VMs")
-    options = parser.parse_args()
+    return parser.parse_args(arguments)
+
+
+def main() -> int:
+    options = parse()
     if options.tool == "sanitizers":
         runs = sanitizers(options.tests, options.all)
     else:

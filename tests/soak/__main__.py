@@ -10,7 +10,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -126,11 +126,16 @@ def soak(
     return wrong + [str(leak) for leak in leaks(before, after, growth)]
 
 
-def main() -> int:
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Return what the command line asks for."""
     parser = argparse.ArgumentParser(prog="python -m tests.soak", description=__doc__)
     parser.add_argument("--restores", type=int, default=100, help="after a warm-up of some more")
     parser.add_argument("--suite", choices=SUITES, default="trixie")
-    asked = parser.parse_args()
+    return parser.parse_args(arguments)
+
+
+def main() -> int:
+    asked = parse()
     name = f"soak-{os.getpid()}"
     with tempfile.TemporaryDirectory(prefix="ovr-soak-", dir=cache_directory()) as scratch:
         directory, tempfile.tempdir = Path(scratch, "images"), str(Path(scratch, "tmp"))

@@ -8,6 +8,7 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -150,7 +151,8 @@ def perform(name: str, scratch: Path, asked: argparse.Namespace) -> Outcome:
     return outcome
 
 
-def main() -> int:
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Return what the command line asks for."""
     parser = argparse.ArgumentParser(prog="python -m tests.stress", description=__doc__)
     parser.add_argument("--restores", type=int, default=10)
     parser.add_argument("--size", type=int, default=512, metavar="MIB", help="of the process")
@@ -159,7 +161,11 @@ def main() -> int:
         "--unprotected", action="store_true",
         help="write without holds and without asking whose a page is; passes if that does damage",
     )  # fmt: skip
-    asked = parser.parse_args()
+    return parser.parse_args(arguments)
+
+
+def main() -> int:
+    asked = parse()
     with tempfile.TemporaryDirectory(prefix="ovr-stress-", dir=cache_directory()) as scratch:
         outcome = perform(f"stress-{os.getpid()}", Path(scratch), asked)
     for what, count in outcome.counters.items():

@@ -17,6 +17,8 @@ from elftools.elf.elffile import ELFFile
 from ovr import cli
 from ovr.errors import LabError
 from ovr.guest import package
+from tests.documents import block
+from tests.documents import run as shell
 
 ROOT = Path(__file__).parents[2]
 NAME = f"ovr-agent_{version('ovr')}_amd64.deb"
@@ -75,8 +77,9 @@ def test_restored_processes_inherit_nothing_from_the_unit(capsys):
     assert not [name for name in settings if re.match(forbidden, name)]
 
 
-def test_cloud_init(capsys):
-    text = run(capsys, "cloud-init")
+def test_cloud_init(tmp_path):
+    assert shell(block("docs/guest.md", "ovr agent cloud-init"), tmp_path) == ""
+    text = (tmp_path / "user-data").read_text()
     assert text.startswith("#cloud-config\n")
     config = yaml.safe_load(text)
     agent, unit = config["write_files"]

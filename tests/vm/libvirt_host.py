@@ -15,6 +15,7 @@ from pathlib import Path
 from ovr.guest import build
 from ovr.lab.image import guest_image
 from ovr.lab.process import await_socket, last_line, spawn
+from tests.documents import block, said
 
 WHY_NOT = (
     "needs root" if os.geteuid() else
@@ -51,12 +52,15 @@ done
 cp $1/qemu.conf /etc/libvirt
 exec libvirtd --config $1/libvirtd.conf --pid-file $1/libvirtd.pid
 """
+MEMORY_BACKING = block("docs/libvirt.md", "<memoryBacking>")
+VSOCK = block("docs/libvirt.md", "<vsock ")
+CHANNEL = block("docs/libvirt.md", "<channel ")
 DOMAIN = """\
 <domain type='qemu'>
   <name>{name}</name>
   <memory unit='MiB'>1024</memory>
   <vcpu>2</vcpu>
-  <memoryBacking><source type='memfd'/><access mode='{access}'/></memoryBacking>
+  {memory_backing}
   <os>
     <type arch='x86_64' machine='q35'>hvm</type>
     <kernel>{kernel}</kernel>
@@ -77,10 +81,7 @@ DOMAIN = """\
       <target dev='vda' bus='virtio'/>
     </disk>
     <serial type='file'><source path='{directory}/console'/><target port='0'/></serial>
-    <channel type='unix'>
-      <source mode='bind' path='{directory}/agent'/>
-      <target type='virtio' name='org.ovr.0'/>
-    </channel>
+    {agent}
     <memballoon model='none'/>
   </devices>
 </domain>
@@ -105,14 +106,14 @@ def libvirtd(directory: Path) -> Iterator[str]:
 
 
 @contextmanager
-def domain(uri: str, name: str, directory: Path, access: str = "shared") -> Iterator[str]:
+def domain(uri: str, name: str, directory: Path) -> Iterator[str]:
     """Boot a trixie guest as a libvirt domain; gives the address of its agent."""
     image = guest_image("trixie")
     (directory / "initramfs").write_bytes(image.initramfs(build(lab=True)))
     # A copy with holes: libvirt locks what its domains write to, and others boot from the image.
     subprocess.run(["cp", "--sparse=always", image.disk, directory / "disk"], check=True)
-    xml = DOMAIN.format(name=name, access=access, kernel=image.kernel, directory=directory)
-    (directory / "domain.xml").write_text(xml)
+    channel = said(CHANNEL, {"/run/DOMAIN.ovr": str(directory / "agent")})
+    (directory / "domain.xml").write_text(domain_xml(name, directory, channel))
     virsh(uri, "create", str(directory / "domain.xml"))
     try:
         await_ready(directory / "console")
@@ -120,6 +121,20 @@ def domain(uri: str, name: str, directory: Path, access: str = "shared") -> Iter
     finally:
         virsh(uri, "destroy", name)
         (directory / "disk").unlink()
+
+
+def domain_xml(name: str, directory: Path, agent: str) -> str:
+    """Return the XML of a domain, with what docs/libvirt.md wants it to have.
+
+    Args:
+        name: of the domain.
+        directory: has its disk and its initramfs, and gets its console.
+        agent: a device that leads to the guest's agent.
+    """
+    return DOMAIN.format(
+        name=name, kernel=guest_image("trixie").kernel, directory=directory,
+        memory_backing=MEMORY_BACKING, agent=agent,
+    )  # fmt: skip
 
 
 def virsh(uri: str, *words: str) -> str:

@@ -11,6 +11,7 @@ import pytest
 from ovr.demo import answer_of
 from ovr.images.framing import decode, frames
 from ovr.images.stats import StatsEntry
+from tests.documents import block, run, said
 from tests.vm.conftest import SIZE, UMASK, alive, end_workload
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -118,13 +119,19 @@ def test_progress_as_json_lines(vm, dump):
     whole(vm, dump)
 
 
-def test_options_reach_the_guests_criu(vm, dump):
-    """An option that only the guest's CRIU can refuse is refused by it."""
-    command = [sys.executable, "-m", "ovr", "restore", "--vm", f"lab:{vm.name}", "-D", dump.path]
-    done = subprocess.run(
-        [*command, "--manage-cgroups=nonsense"], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 1
+def test_the_documented_script(vm, dump, tmp_path):
+    """All is well; and an option that only the guest's CRIU can refuse is refused by it."""
+    (tmp_path / "images").symlink_to(dump.path)
+    work = tmp_path / "work"
+    work.mkdir()
+    documented = block("docs/criu-scripts.md", "OVR_VM=")
+    script = said(documented, {"libvirt:web": f"lab:{vm.name}"}).rstrip()
+    with pytest.raises(AssertionError, match="--manage-cgroups=nonsense"):
+        run(f"{script} --manage-cgroups=nonsense", tmp_path)
     assert not alive(vm, dump.pid)
-    subprocess.run([*command, "--manage-cgroups=ignore"], check=True, capture_output=True)
+    assert not (work / "pid").exists()
+    run(f"{script} --manage-cgroups=ignore", tmp_path)
+    assert (work / "pid").read_text() == str(dump.pid)
+    assert "Restore finished successfully" in (work / "restore.log").read_text()
+    assert stats((work / "stats-restore").read_bytes()).pages_restored
     whole(vm, dump)

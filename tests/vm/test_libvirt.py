@@ -1,16 +1,16 @@
 """A libvirt domain, found by name, looked into, restored into; libvirtd is the test's own."""
 
 import json
-import subprocess
-import sys
+from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
-import ovr
 from ovr import demo, lab
 from ovr.lab.qemu import Hardware
+from tests.documents import block, commands, run, said
 from tests.vm.conftest import PREFIX, SIZE, UMASK
-from tests.vm.libvirt_host import WHY_NOT, domain, libvirtd, virsh
+from tests.vm.libvirt_host import VSOCK, WHY_NOT, domain, domain_xml, libvirtd, virsh
 
 pytestmark = pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT)
 NAME = f"{PREFIX}libvirt"
@@ -37,9 +37,7 @@ def vm(host, dumps, tmp_path_factory):
 
 
 def command(*words):
-    return subprocess.run(
-        [sys.executable, "-m", "ovr", *words], capture_output=True, text=True, check=True
-    ).stdout
+    return run(f"ovr {' '.join(words)}", Path("/"))
 
 
 def test_it_is_listed_and_usable(vm):
@@ -56,12 +54,17 @@ def test_ps(vm):
     assert "[kthreadd]" in names
 
 
-def test_restore(vm, dumps, host):
+def test_restore_as_documented(vm, dumps, host, tmp_path):
     dump = dumps["trixie"]
     demo.prepare(vm)
-    with ovr.attach(f"libvirt:{NAME}") as attached:
-        report = attached.restore(dump.path, verify="full")
-    assert report.bytes_outside / report.bytes_total >= 0.99
+    (tmp_path / "images").symlink_to(dump.path)
+    documented = said(block("docs/libvirt.md", "ovr list"), {"DOMAIN": NAME})
+    lists, checks, restores = commands(documented)
+    assert f"libvirt:{NAME}" in run(lists, tmp_path)
+    assert run(checks, tmp_path).endswith("Looks good.\n")
+    restores = said(restores, {"ovr restore": "ovr restore --json --verify full"})
+    report = json.loads(run(restores, tmp_path))
+    assert report["bytes_outside"] / report["bytes_total"] >= 0.99
     answer = demo.answer_of(vm, dump.pid)
     assert (answer.words, answer.wrong, int(answer.umask, 8)) == (SIZE // 8, 0, UMASK)
     assert virsh(host, "domstate", NAME).strip() == "running"
@@ -76,3 +79,16 @@ def test_a_suspended_domain_is_refused_and_named(vm, host):
         assert "virsh resume" in one["problem"]["hint"]
     finally:
         virsh(host, "resume", NAME)
+
+
+def test_a_domain_with_vsock(host, tmp_path):
+    """This host may have no vhost-vsock to start it with; libvirt knows what QEMU would get."""
+    name = f"{NAME}-vsock"
+    (tmp_path / "domain.xml").write_text(domain_xml(name, tmp_path, VSOCK))
+    virsh(host, "define", str(tmp_path / "domain.xml"), "--validate")
+    try:
+        xml = ElementTree.fromstring(virsh(host, "dumpxml", name))
+        assert xml.find("devices/vsock/cid").attrib["auto"] == "yes"
+        assert "vhost-vsock" in virsh(host, "domxml-to-native", "qemu-argv", "--domain", name)
+    finally:
+        virsh(host, "undefine", name)

@@ -4,23 +4,35 @@ The guests have stock podman, crun, runc and CRIU. bookworm's CRIU does not run 
 its configuration for container engines (fixed in CRIU 3.19), so this is about trixie.
 """
 
-from dataclasses import dataclass
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import pytest
 
 import ovr
 from ovr import demo, lab
 from ovr.errors import CriuFailed, RestoreFailed
+from ovr.lab.share import SHARE
 from ovr.state import settings
+from tests.documents import block, commands, said
+from tests.documents import run as shell
 from tests.vm.conftest import EVERYTHING, PREFIX
-from tests.vm.containers import CACHE, PACKAGES, POD, Container, load_image, make_image, podman
-from tests.vm.containers.bundle import BUNDLE, Plain
+from tests.vm.containers import CACHE, PACKAGES, POD, Container, make_image, podman
+from tests.vm.containers.bundle import Plain
 from tests.vm.services.base import run
 
 pytestmark = pytest.mark.timeout(1800)
 
 RUNTIMES = ("runc", "crun") if EVERYTHING else ("runc",)
+MOVED = block("docs/podman.md", "podman container checkpoint")
+RENAMED = block("docs/podman.md", "--name web2 --")
+FROM_PYTHON = block("docs/podman.md", "import ovr")
+BUNDLED = block("docs/podman.md", "--bundle")
+SHOWN = block("README.md", "podman container checkpoint")
 HARDWARE = {"suite": "trixie", "memory": "1G", "packages": PACKAGES}
 
 
@@ -32,10 +44,18 @@ class Journey:
     directory: Path
     answers: dict[str, str]
 
-    def restore(self, container: Container, **options: object) -> ovr.Report:
+    def restore(self, container: Container) -> ovr.Report:
         with ovr.attach(f"lab:{self.vm.name}") as vm:
-            archive = self.directory / container.archive
-            return vm.restore(archive=archive, verify="full", **options)
+            return vm.restore(archive=self.directory / container.archive, verify="full")
+
+    def restored(self, documented: str, instead: Mapping[str, str] = MappingProxyType({})) -> Any:
+        """Do what a document says is done on the host, and return the report's fields."""
+        ours = {
+            "libvirt:vm-b": f"lab:{self.vm.name}",
+            "ovr restore": "ovr restore --json --verify full",
+            **instead,
+        }
+        return json.loads(shell(said(documented, ours), self.directory))
 
     def nothing_is_left(self) -> bool:
         """Neither processes nor containers; conmon still cleans up for a moment."""
@@ -53,7 +73,8 @@ def journey(tmp_path_factory):
         for container in (CACHE, POD):
             container.start(vm)
             answers[container.name] = container.answer(vm)
-            container.checkpoint(vm)
+        perform(vm, MOVED, "in VM A")
+        POD.checkpoint(vm)
         for plain in map(Plain, RUNTIMES):
             plain.prepare(vm)
             plain.start(vm)
@@ -63,12 +84,19 @@ def journey(tmp_path_factory):
         yield Journey(vm, share, answers)
 
 
+def perform(vm: lab.LabVm, documented: str, where: str) -> str:
+    """Run the commands of a block that belong there; files are in the directory shared with us."""
+    lines = commands(documented, where)
+    assert lines
+    return run(vm, f"set -e; cd {SHARE}; {'; '.join(lines)}", timeout=300)
+
+
 def test_podman_says_what_is_missing(journey):
     with pytest.raises(CriuFailed, match="podman in the guest failed") as caught:
         journey.restore(CACHE)
     assert "localhost/tiny" in str(caught.value)
     assert journey.nothing_is_left()
-    load_image(journey.vm, "/mnt/share/image.tar")
+    perform(journey.vm, MOVED, "in VM B, if it has not got the image")
 
 
 def test_a_tree_that_is_wrong_never_runs(journey, monkeypatch):
@@ -84,17 +112,42 @@ def test_a_tree_that_is_wrong_never_runs(journey, monkeypatch):
     assert journey.nothing_is_left()
 
 
-@pytest.mark.parametrize("container", [CACHE, POD], ids=lambda container: container.runtime)
-def test_goes_on_as_podmans_container(journey, container):
-    report = journey.restore(container)
-    assert report.bytes_outside >= 0.95 * (report.bytes_total - report.bytes_cow)
+def test_goes_on_as_podmans_container(journey):
+    """README and docs/podman.md say the same; podman's log is from before and after."""
+    assert commands(SHOWN, "in VM A") == commands(MOVED, "in VM A")
+    [command] = commands(MOVED, "on the host")
+    assert commands(SHOWN, "on the host") == [command]
+    report = journey.restored(command)
+    assert "Ready to accept connections" in perform(journey.vm, SHOWN, "in VM B")
+    goes_on(journey, CACHE, CACHE, report)
+
+
+def test_under_another_name(journey):
+    goes_on(journey, CACHE, replace(CACHE, name="web2"), journey.restored(RENAMED))
+
+
+def test_from_python(journey, monkeypatch, capsys):
+    monkeypatch.chdir(journey.directory)
+    ours = {
+        "libvirt:vm-b": f"lab:{journey.vm.name}",
+        '"web.tar.zst",': f'"{POD.archive}", verify="full",',
+    }
+    names: dict[str, Any] = {}
+    exec(said(FROM_PYTHON, ours), names)
+    report = names["report"].as_json()
+    assert capsys.readouterr().out == f"{report['container']}\n"
+    goes_on(journey, POD, replace(POD, name="web2"), report)
+
+
+def goes_on(journey, was, container, report):
+    """What `was` in VM A is podman's container in VM B, and can be ended as any other."""
+    assert report["bytes_outside"] >= 0.95 * (report["bytes_total"] - report["bytes_cow"])
     found = container.inspect(journey.vm)
-    assert found["Id"] == report.container
+    assert found["Id"] == report["container"]
     assert found["State"]["Status"] == "running"
     assert found["OCIRuntime"] == container.runtime
-    assert container.answer(journey.vm) == journey.answers[container.name]
-    assert "Ready to accept connections" in podman(journey.vm, f"logs {container.name}")
-    podman(journey.vm, f"stop -t 60 {container.name}")
+    assert container.answer(journey.vm) == journey.answers[was.name]
+    podman(journey.vm, f"stop -t 10 {container.name}")  # a shell as pid 1 does not hear it
     assert container.inspect(journey.vm)["State"]["Status"] == "exited"
     podman(journey.vm, f"rm -v {container.name}")
     podman(journey.vm, "volume rm --all --force")
@@ -106,13 +159,14 @@ def test_goes_on_in_its_bundle(journey, runtime):
     """Without podman: the runtime restores its own images."""
     plain = Plain(runtime)
     plain.prepare(journey.vm)
-    with ovr.attach(f"lab:{journey.vm.name}") as vm:
-        report = vm.restore(
-            journey.directory / plain.name, runtime=runtime, bundle=BUNDLE, name=plain.name,
-            verify="full",
-        )  # fmt: skip
-    assert report.container == plain.name
-    assert report.bytes_outside >= 0.95 * report.bytes_total
+    ours = {
+        "--runtime runc": f"--runtime {runtime}",
+        "images/": f"{plain.name}/",
+        "--name web": f"--name {plain.name}",
+    }
+    report = journey.restored(BUNDLED, ours)
+    assert report["container"] == plain.name
+    assert report["bytes_outside"] >= 0.95 * report["bytes_total"]
     assert plain.state(journey.vm) == "running"
     assert plain.answer(journey.vm) == journey.answers[plain.name]
     plain.end(journey.vm)

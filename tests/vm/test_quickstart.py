@@ -1,7 +1,11 @@
-"""docs/quickstart.md, word by word: a new user, and a VM made with Debian's own tools."""
+"""docs/quickstart.md, word by word: a new user, and a VM made with Debian's own tools.
+
+The VM is one with systemd and apt, so it also shows the agent's ways of docs/guest.md.
+"""
 
 import os
 import re
+import shlex
 import signal
 import socket
 import subprocess
@@ -13,11 +17,26 @@ from pathlib import Path
 
 import pytest
 
-TEXT = (Path(__file__).parents[2] / "docs" / "quickstart.md").read_text()
-BLOCKS = re.findall(r"^```sh\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
-WITHOUT_KVM = re.search(r"add `(-machine accel=tcg [^`]*)`", TEXT)
+from tests.documents import block, blocks, commands, run, said, text_of
+
+BLOCKS = blocks("docs/quickstart.md", "sh")
+WITHOUT_KVM = re.search(r"add `(-machine accel=tcg [^`]*)`", text_of("docs/quickstart.md"))
+CHECK = block("docs/quickstart.md", "ovr check")
 BOOT_SECONDS = 900  # systemd under TCG, on a busy machine
 MEMORY_FILE = "/dev/shm/quickstart"
+
+BY_APT = block("docs/guest.md", "apt install")  # as in the quickstart itself
+WAYS = (
+    block("docs/guest.md", "systemctl enable"),
+    block("docs/guest.md", "ovr-agent --vsock-port"),
+)
+# Whatever way the agent came by before, and whatever it left.
+WITHOUT_AGENT = """
+    systemctl disable -q --now ovr-agent; dpkg -P ovr-agent
+    rm -f ovr-agent* /usr/sbin/ovr-agent /etc/systemd/system/ovr-agent.service
+    systemctl daemon-reload
+    ! pgrep -x ovr-agent
+"""
 
 
 def free_port():
@@ -41,10 +60,12 @@ def await_ssh(port, vm, log):
 
 
 @contextmanager
-def in_a_terminal_of_its_own(command, env, log) -> Iterator[subprocess.Popen]:
+def in_a_terminal_of_its_own(command, directory, log) -> Iterator[subprocess.Popen]:
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     with log.open("wb") as out:
         vm = subprocess.Popen(
-            ["bash", "-euc", command], cwd=log.parent, env=env, start_new_session=True,
+            ["bash", "-euc", command], cwd=directory, start_new_session=True,
+            env={**os.environ, "PATH": path, "HOME": str(directory)},
             stdin=subprocess.DEVNULL, stdout=out, stderr=out,
         )  # fmt: skip
     try:
@@ -55,38 +76,57 @@ def in_a_terminal_of_its_own(command, env, log) -> Iterator[subprocess.Popen]:
         vm.wait()
 
 
+def in_the_guest(script, directory):
+    return run(f"ssh -F ssh_config vm {shlex.quote(script)}", directory, HOME=str(directory))
+
+
+def comes_by(way, number, directory):
+    """Bring the agent into the guest in a way of docs/guest.md, and have ovr look for it."""
+    in_the_guest(WITHOUT_AGENT, directory)
+    made = directory / f"way-{number}"
+    made.mkdir()
+    run("\n".join(commands(way, "on the host")), made)
+    run(f"scp -q -F ssh_config {made}/* vm:", directory, HOME=str(directory))
+    for command in commands(way, "in the guest"):
+        by_init = command.startswith("ovr-agent ")  # from where scp has put it
+        background = f"setsid ./{command} < /dev/null > /dev/null 2>&1 &"
+        in_the_guest(background if by_init else command, directory)
+    assert "Looks good." in run(CHECK, directory)
+
+
+def test_by_apt():
+    [made] = commands(BY_APT, "on the host")
+    [installed] = commands(BY_APT, "in the guest")
+    assert f"{made}\n" in BLOCKS
+    assert any(f"vm '{installed}'\n" in text for text in BLOCKS)
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="the quickstart is for root")
 @pytest.mark.timeout(2400)
 def test_every_command(tmp_path):
     assert WITHOUT_KVM
     port, ram = free_port(), f"{MEMORY_FILE}-{os.getpid()}"
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    env = {"PATH": path, "HOME": str(tmp_path), "LANG": "C.UTF-8"}
 
-    def said(text):
-        for ours, theirs in (("2222", str(port)), (MEMORY_FILE, ram)):
-            text = text.replace(ours, theirs)
-        return text
+    def command(text):
+        found = {"2222": str(port), MEMORY_FILE: ram}
+        return said(text, {theirs: ours for theirs, ours in found.items() if theirs in text})
 
-    def run(block):
-        done = subprocess.run(
-            ["bash", "-euo", "pipefail", "-c", said(block)], cwd=tmp_path, env=env,
-            capture_output=True, text=True, timeout=900, check=False,
-        )  # fmt: skip
-        assert done.returncode == 0, f"{block}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
-        return done.stdout
+    def perform(text):
+        return run(command(text), tmp_path, HOME=str(tmp_path), LANG="C.UTF-8")
 
-    [at] = [n for n, block in enumerate(BLOCKS) if block.startswith("debvm-run")]
-    for block in BLOCKS[:at]:
-        run(block)
+    [at] = [n for n, text in enumerate(BLOCKS) if text.startswith("debvm-run")]
+    for text in BLOCKS[:at]:
+        perform(text)
     log = tmp_path / "vm.log"
-    start = f"{said(BLOCKS[at]).rstrip()} {WITHOUT_KVM[1]}"
+    start = f"{command(BLOCKS[at]).rstrip()} {WITHOUT_KVM[1]}"
     try:
-        with in_a_terminal_of_its_own(start, env, log) as vm:
+        with in_a_terminal_of_its_own(start, tmp_path, log) as vm:
             await_ssh(port, vm, log)
-            printed = [run(block) for block in BLOCKS[at + 1 : -1]]
+            printed = [perform(text) for text in BLOCKS[at + 1 : -1]]
+            for number, way in enumerate(WAYS):
+                comes_by(way, number, tmp_path)
             with suppress(AssertionError):  # the connection may end before its command
-                run(BLOCKS[-1])
+                perform(BLOCKS[-1])
             vm.wait(BOOT_SECONDS)
     finally:
         Path(ram).unlink(missing_ok=True)

@@ -17,6 +17,7 @@ from ovr import demo, lab
 from ovr.lab.share import SHARE
 from ovr.vm.agent import Agent
 from ovr.vm.proof import prove
+from tests.documents import block, commands, run, said
 from tests.vm import pool
 from tests.vm.conftest import EVERYTHING, PREFIX, SUITES
 from tests.vm.smaps import Area, differences, memory_of
@@ -150,7 +151,7 @@ def test_too_small_a_pool_is_left_alone(guest):
 
 
 def test_a_pool_that_is_taken_away(guest):
-    """By whoever kills it, as the OOM killer would, who takes it first; and by --off."""
+    """By whoever kills it, as the OOM killer would, who takes it first."""
     guest.warm(ENOUGH)
     with guest.vm.connect() as agent:
         holder = agent.pool().pid
@@ -160,8 +161,18 @@ def test_a_pool_that_is_taken_away(guest):
         while (left := agent.pool()).size:
             time.sleep(0.1)  # its end is still on its way to the agent
     assert (left.size, left.note) == (0, "it was killed; the guest needed the memory")
-    assert guest.warm(ENOUGH) == ENOUGH
-    assert guest.warm(0) == 0
+
+
+def test_the_documented_commands(guest, tmp_path):
+    ours = {"libvirt:web": f"lab:{guest.vm.name}", "5G": "96M"}
+    printed = [
+        run(line, tmp_path) for line in commands(said(block("docs/warm.md", "ovr warm"), ours))
+    ]
+    made, asked, ended = printed
+    assert made == asked
+    assert made.startswith("96.0 MiB are ready, ")
+    assert ended.startswith("no pool: ")
+    assert guest.pool() == 0
 
 
 def test_a_failed_restore_costs_the_pool_and_nothing_else(guest):

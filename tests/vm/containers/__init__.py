@@ -17,6 +17,7 @@ __all__ = ["CACHE", "PACKAGES", "POD", "Container", "load_image", "make_image", 
 
 PACKAGES = ("busybox-static", "crun", "libcriu2", "podman", "redis-server", "runc", "zstd")
 
+_ENDINGS = {"none": "", "zstd": ".zst"}
 _IMAGE = "localhost/tiny:1"
 _MAKE = f"""
     mkdir -p /root/tiny && cd /root/tiny
@@ -51,7 +52,7 @@ class Container:
     @property
     def archive(self) -> str:
         """The file name of its checkpoint."""
-        return f"{self.name}.tar" if self.packing == "none" else f"{self.name}.tar.{self.packing}"
+        return f"{self.name}.tar{_ENDINGS[self.packing]}"
 
     def start(self, vm: lab.LabVm) -> None:
         """Run it, and wait until it is prepared."""
@@ -95,7 +96,7 @@ def redis(size: int) -> str:
 
 
 CACHE = Container(
-    name="cache",
+    name="web",  # as the documents call theirs
     runtime="crun",
     options="",
     command=_REDIS,
