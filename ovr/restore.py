@@ -21,7 +21,7 @@ from ovr.guest.protocol import MAX_IMAGE_BYTES
 from ovr.images import Extents, image_size
 from ovr.images.source import Sources
 from ovr.journal import Journal
-from ovr.kernel import find_task
+from ovr.kernel import find_task, settled
 from ovr.outside import Outside, find_outside, sources_of
 from ovr.plan import Plan, make_plan
 from ovr.report import Report, Span, Stopwatch
@@ -116,6 +116,7 @@ def restore(
         # From here on the tree may run, whatever we hear, unless the agent says that it is dead.
         with watch("commit"), recording.taken_back_on(RestoreFailed):
             root = link.go(checkpoint.patience)
+            _let_go(vm, skeleton, root.pid)
         watch.seconds["total"] = watch.total()
         return Report(
             pid=root.pid,
@@ -269,6 +270,20 @@ def _counter(watch: Stopwatch, size: int) -> Callable[[int], None]:
 
 def _verify(copier: Copier, memory: Outside, mode: str) -> int:
     return 0 if mode == "none" else copier.verify(memory.all, full=mode == "full")
+
+
+def _let_go(vm: AttachedVm, skeleton: Skeleton, pid: int) -> None:
+    # The agent's word is not all there is: CRIU traces what it holds. A task that is not there any
+    # more has run and ended, for all that can be seen from here.
+    def held() -> bool:
+        root = find_task(vm.kernel, skeleton.root_pid)
+        return root is not None and bool(root.ptrace)
+
+    if pid != skeleton.root_pid or settled(held):
+        raise RestoreFailed(
+            f"the agent says that pid {pid} runs, but pid {skeleton.root_pid} is still held",
+            "the agent kills it when ovr ends; is this agent the guest's own, and unchanged?",
+        )
 
 
 def _guest(vm: AttachedVm, skeleton: Skeleton) -> GuestTree:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from ovr.errors import LabError
-from ovr.guest import build, protocol
+from ovr.guest import build, lab_protocol
 from ovr.vm.agent import Agent
 from tests.unit.agent_host import AgentHost, agent_host, alive, wait_for
 
@@ -79,8 +79,8 @@ def test_command_dies_with_its_session(agent: Agent, host: AgentHost, tmp_path: 
     pid_file.unlink()
     with host.connect() as other:
         command = ("sh", "-c", f"echo $$ > {pid_file}; exec sleep 30")
-        other._request(protocol.Run(command, None, 60_000))
-        other._send(protocol.Stdin(b""))
+        other._request(lab_protocol.Run(command, None, 60_000))
+        other._send(lab_protocol.Stdin(b""))
         wait_for(lambda: pid_file.exists() and pid_file.read_text())
     wait_for(lambda: not alive(int(pid_file.read_text())))
 
