@@ -47,6 +47,9 @@ def build_python() -> Path:
          f"-L{libdir}", f"-L{libpl}", f"-Wl,-rpath,{libdir}", "-Wl,-E", f"-lpython{version}",
          *libs.split(), *syslibs.split(), "-o", str(python)]
     )  # fmt: skip
+    command = place / "bin" / "ovr"
+    command.write_text(f'#!/bin/sh\nexec {python} -m ovr "$@"\n')
+    command.chmod(0o755)
     shutil.copyfile(Path(sys.prefix) / "pyvenv.cfg", place / "pyvenv.cfg")
     packages = place.joinpath(*Path(sysconfig.get_path("purelib")).relative_to(sys.prefix).parts)
     packages.parent.mkdir(parents=True)

@@ -193,7 +193,8 @@ def test_criu_is_killed_and_nobody_looks(host: AgentHost, agent: Agent) -> None:
         for pid in others:
             os.kill(pid, signal.SIGCONT)
     assert not host.marks
-    with pytest.raises(RestoreFailed, match="criu died"):
+    # The agent hears of both at once, in this order or the other.
+    with pytest.raises(RestoreFailed, match=r"criu died|criu in the guest failed \(137\)"):
         agent.go()
 
 
