@@ -273,8 +273,9 @@ def test_criu_crashes(host: AgentHost, agent: Agent) -> None:
     with pytest.raises(CriuFailed, match="status 137"):
         agent.begin(IMAGES, criu_options=host.criu_options("crash"))
     agent.ping()
-    # The tasks that CRIU left behind are ours to kill, and nobody else's.
-    assert not Path(f"/proc/{host.process.pid}/task/{host.process.pid}/children").read_text()
+    # The tasks that CRIU left behind are ours to kill, and nobody else's; and to reap, in time.
+    children = Path(f"/proc/{host.process.pid}/task/{host.process.pid}/children")
+    wait_for(lambda: not children.read_text())
     assert not host.marks
 
 
