@@ -16,9 +16,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, wait
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Final, TypeVar
+from typing import Final, NamedTuple, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ovr._fastcopy import OWNED, PIECE
 from ovr.addresses import PAGE_SIZE
@@ -52,6 +53,7 @@ HOLD_PARTS: Final = 32
 
 _TRIES: Final = 20
 _TRY_AGAIN_AFTER: Final = 0.05  # seconds; collapse and migration of a page take less
+_TRIES_TO_SHARE: Final = 4
 _SAMPLE_PAGES: Final = 4096
 _SHARE: Final = 1 << 20  # bytes that are worth a thread
 _LARGE_SHARE: Final = 4 << 20  # where there is as much, more shares than threads: they end together
@@ -104,6 +106,14 @@ class Family:
     first: Target
     heirs: Sequence[Target]
     strangers: Sequence[tuple[AddressSpace, Ranges]]
+
+
+class _Unlike(NamedTuple):
+    """Pieces of an heir that are not on the frames that the first of its family has there."""
+
+    first: Target
+    heir: Target
+    pieces: Runs
 
 
 Work = Callable[[Target, Runs], None]
@@ -183,14 +193,16 @@ class Copier:
             RestoreFailed: as `write`; or a task would see pages that it has not inherited.
             ImagesDamaged, GuestFault: as `write`.
         """
-        left: list[Part] = []
+        unlike: list[_Unlike] = []
         for family in families:
             for batch in self._batches([(family.first, family.first.pieces)]):
                 self._prepare(batch)
-                self._each_run(batch, self._copy, OWNED, partial(self._look_at_kin, family, left))
-        return left
+                self._each_run(batch, self._copy, OWNED, partial(self._look_at_kin, family, unlike))
+        return self._not_shared(unlike)
 
-    def _look_at_kin(self, family: Family, left: list[Part], target: Target, runs: Runs) -> None:
+    def _look_at_kin(
+        self, family: Family, unlike: list[_Unlike], target: Target, runs: Runs
+    ) -> None:
         # All of a hold's pages at once: there may be a hundred tasks to walk.
         for space, ranges in family.strangers:
             near = cut_to(runs, ranges["start"], ranges["end"])
@@ -200,10 +212,34 @@ class Copier:
                     "report it, with the images",
                 )
         for heir in family.heirs:
-            pieces = cut_to(heir.pieces, runs["gva"], runs["gva"] + runs["size"])
+            pieces = cut_to(heir.pieces, runs["gva"], _ends(runs))
             same = _same_frames(heir.space.walk(pieces), runs)
             if len(rest := _without(pieces, same)):
-                left.append((heir, rest))
+                unlike.append(_Unlike(target, heir, rest))
+
+    def _not_shared(self, unlike: Sequence[_Unlike]) -> list[Part]:
+        # Of pages that an heir had not where the first had them, those that stay so. While the
+        # guest moves a shared page it is in one page table after the other, and what has been
+        # written goes with it; an own page would be right, but no longer shared.
+        left: list[Part] = []
+        for _ in range(_TRIES_TO_SHARE):
+            if not unlike:
+                break
+            time.sleep(_TRY_AGAIN_AFTER)
+            absent: list[_Unlike] = []
+            with self.holder.held():
+                for check in {one.check for pair in unlike for one in (pair.first, pair.heir)}:
+                    check()
+                for first, heir, pieces in unlike:
+                    theirs = first.space.walk(pieces)
+                    there = cut_to(heir.space.walk(pieces), theirs["gva"], _ends(theirs))
+                    same = _same_frames(there, theirs)
+                    if len(other := _without(_as_pieces(there), same)):
+                        left.append((heir, other))
+                    if len(gone := _without(pieces, there)):
+                        absent.append(_Unlike(first, heir, gone))
+            unlike = absent
+        return left + [(heir, pieces) for _, heir, pieces in unlike]
 
     def verify(self, targets: Sequence[Target], *, full: bool) -> int:
         """Compare pieces with their source, all or a sample; return the bytes compared.
@@ -348,7 +384,7 @@ def _with_flags(runs: Runs, wanted: int) -> Runs:
 
 def _same_frames(runs: Runs, others: Runs) -> Runs:
     # The parts of `runs` that have the frames that `others` have at the same addresses.
-    starts, ends = others["gva"], others["gva"] + others["size"]
+    starts, ends = others["gva"], _ends(others)
     parts = cut_at(runs, np.unique(np.concatenate([starts, ends])))
     parts = parts[inside(parts["gva"], starts, ends)]
     at = np.searchsorted(starts, parts["gva"], side="right") - 1
@@ -358,7 +394,12 @@ def _same_frames(runs: Runs, others: Runs) -> Runs:
 
 def _without(part: Runs, done: Runs) -> Runs:
     # What is left of the pieces `part` after the runs `done`.
-    return cut_out(part, join(ranges_of(done["gva"], done["gva"] + done["size"])))
+    return cut_out(part, join(ranges_of(done["gva"], _ends(done))))
+
+
+def _ends(runs: Runs) -> NDArray[np.uint64]:
+    ends: NDArray[np.uint64] = runs["gva"] + runs["size"]
+    return ends
 
 
 def _sample(ranges: Runs) -> Runs:

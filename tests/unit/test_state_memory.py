@@ -1,6 +1,9 @@
 """Which pages of an heir are the very ones of its ancestor; how work is divided among threads."""
 
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,8 +13,9 @@ from hypothesis import strategies as st
 from ovr._fastcopy import PIECE, RUN
 from ovr.addresses import PAGE_SIZE
 from ovr.journal import Journal
-from ovr.ranges import total
-from ovr.state.memory import Copier, _as_pieces, _same_frames, _without
+from ovr.ranges import cut_to, total
+from ovr.state import memory
+from ovr.state.memory import Copier, _as_pieces, _same_frames, _Unlike, _without
 
 FRAMES = st.lists(st.sampled_from([None, 0, 1, 2, 3, 7, 8, 9]), min_size=1, max_size=30)
 
@@ -67,3 +71,49 @@ def test_threads_get_whole_pages(threads, pages):
     assert len(shares) <= threads
     assert all((share["gva"] | share["size"]) % 4096 == 0 for share in shares)
     assert sum(map(total, shares)) == total(runs)
+
+
+@dataclass
+class Task:
+    """One whose page table is another one at each look; the last one stays."""
+
+    looks: list
+    checked: list = field(default_factory=list)
+
+    @property
+    def space(self):
+        return self
+
+    def walk(self, pieces):
+        runs = runs_of(self.looks[0])
+        self.looks = self.looks[1:] or self.looks
+        return cut_to(runs, pieces["gva"], pieces["gva"] + pieces["size"])
+
+    def check(self):
+        self.checked.append(len(self.looks))
+
+
+@pytest.mark.parametrize(
+    ("first", "heir", "own"),
+    [
+        pytest.param([[4, 5]], [[4, None], [4, 5]], [], id="moved in the heir"),
+        pytest.param([[4, None], [4, 5]], [[4, 5]], [], id="moved in the first"),
+        pytest.param([[4, None], [4, 6]], [[4, None], [4, 6]], [], id="moved in both"),
+        pytest.param([[4, 5]], [[4, 6]], [1], id="another page"),
+        pytest.param([[4, None], [4, 5]], [[4, None], [4, 6]], [1], id="another page, later"),
+        pytest.param([[4, 5]], [[4, None]], [1], id="never there"),
+        pytest.param([[4, 5]], [[None, 6]], [0, 1], id="one of each"),
+    ],
+)
+def test_a_page_that_moves_is_shared_still(first, heir, own, monkeypatch):
+    """Neither is it given a content of its own because it was absent for a moment."""
+    monkeypatch.setattr(memory, "_TRY_AGAIN_AFTER", 0)
+    one, other = Task(first), Task(heir)
+    copier = Copier(SimpleNamespace(held=nullcontext), None, 1, Journal())
+    whole = np.array([(0, 2 * PAGE_SIZE, 0)], dtype=PIECE)
+    left = copier._not_shared([_Unlike(one, other, whole)])
+    assert all(target is other for target, _ in left)
+    assert sorted(page for _, runs in left for page in pages_of(runs)) == [
+        page * PAGE_SIZE for page in own
+    ]
+    assert one.checked and other.checked
