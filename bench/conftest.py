@@ -10,7 +10,9 @@ from bench.results import COMMITTED, Results
 from ovr import lab
 from ovr.lab.ram import memory_size
 from ovr.vm.attach import AttachedVm
+from tests.tcg import Guests
 
+PREFIX = f"bench-{os.getpid()}-"
 SMOKE = os.environ.get("OVR_BENCH") == "smoke"
 
 
@@ -23,6 +25,7 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    config.pluginmanager.register(Guests(PREFIX))
     # Before pytest-benchmark looks at its options: it leaves out what is no benchmark, or what is.
     config.option.benchmark_skip = config.option.benchmark_only = False
     if SMOKE:
@@ -58,7 +61,7 @@ def share(tmp_path_factory):
 @pytest.fixture(scope="session")
 def vm(share, size, results):
     suite = os.environ.get("OVR_BENCH_SUITE", "trixie")
-    made = lab.up(f"bench-{os.getpid()}", suite=suite, memory=memory_for(size), share=share)
+    made = lab.up(f"{PREFIX}main", suite=suite, memory=memory_for(size), share=share)
     results.describe(made)
     yield made
     made.down()

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import ovr
-from bench.conftest import SMOKE
+from bench.conftest import PREFIX, SMOKE
 from ovr import demo
 from ovr.lab import LabVm
 from ovr.lab.ram import memory_size
@@ -43,12 +43,12 @@ def bench(tmp_path_factory):
     share = tmp_path_factory.mktemp("archive")
     container = replace(CACHE, packing="none", prepare=redis(SIZE))
     hardware = {"memory": MEMORY, "share": share, "packages": PACKAGES}
-    with demo.lab_vm("bench-podman-a", **hardware) as source:
+    with demo.lab_vm(f"{PREFIX}podman-a", **hardware) as source:
         make_image(source)
         container.start(source)
         answer = container.answer(source)
         container.checkpoint(source)
-    with demo.lab_vm("bench-podman-b", **hardware) as target:
+    with demo.lab_vm(f"{PREFIX}podman-b", **hardware) as target:
         load_image(target, "/mnt/share/image.tar")
         assert target.sh(f"cp /mnt/share/{container.archive} {ARCHIVE}", timeout=600).status == 0
         yield Bench(target, container, share / container.archive, answer)

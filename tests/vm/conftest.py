@@ -1,4 +1,4 @@
-"""Lab VMs, booted once a session and shared; their consoles are shown when a test fails."""
+"""Lab VMs, booted once a session and shared."""
 
 import os
 import re
@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from _pytest.runner import runtestprotocol
 
 from ovr import demo, lab
+from tests.tcg import Guests
 
 UMASK = 0o137
 SIZE = 192 << 20
@@ -18,53 +18,18 @@ EVERYTHING = bool(os.environ.get("OVR_ALL"))
 """Whether to run what is much the same on another suite, too: an hour under TCG."""
 
 
+PREFIX = f"test-{os.getpid()}-"
+FINDING = re.compile(r"ERROR: \w+Sanitizer|runtime error:")
+
+
+def pytest_configure(config):
+    config.pluginmanager.register(Guests(PREFIX))
+
+
 def pytest_collection_modifyitems(items):
     for item in items:
         if "tests/vm" in str(item.fspath):
             item.add_marker("vm")
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_runtest_protocol(item, nextitem):
-    """Run a test again, once, if its guest fell to a bug of QEMU's TCG.
-
-    When a kernel patches its own code, another vCPU may run a stale int3 of the old translation
-    ("Oops: int3"). Nothing else that kills a guest is forgiven.
-    """
-    item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
-    reports = runtestprotocol(item, nextitem=nextitem, log=False)
-    if any(report.failed for report in reports) and died_of_tcg():
-        print(f"\n{item.nodeid}: the guest died of a stale int3 (TCG); running the test again")
-        item._initrequest()
-        reports = runtestprotocol(item, nextitem=nextitem, log=False)
-    for report in reports:
-        item.ihook.pytest_runtest_logreport(report=report)
-    item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
-    return True
-
-
-def died_of_tcg() -> bool:
-    """Whether one of our VMs is dead and its console says that."""
-    dead = [vm for vm in lab.ls() if vm.name.startswith(PREFIX) and not vm.alive]
-    found = any(b"Oops: int3" in vm.console.read_bytes() for vm in dead if vm.console.exists())
-    for vm in dead:
-        vm.down()
-    return found
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item, call):
-    report = yield
-    if report.failed:
-        for vm in lab.ls():
-            if vm.name.startswith(PREFIX):
-                text = vm.console.read_text(errors="replace") if vm.console.exists() else "(none)"
-                report.sections.append((f"console of {vm.name}", text[-6000:]))
-    return report
-
-
-PREFIX = f"test-{os.getpid()}-"
-FINDING = re.compile(r"ERROR: \w+Sanitizer|runtime error:")
 
 
 @pytest.fixture(autouse=True)
