@@ -279,9 +279,14 @@ def _let_go(vm: AttachedVm, skeleton: Skeleton, pid: int) -> None:
         root = find_task(vm.kernel, skeleton.root_pid)
         return root is not None and bool(root.ptrace)
 
-    if pid != skeleton.root_pid or settled(held):
+    wrong = ""
+    if pid != skeleton.root_pid:
+        wrong = f"the skeleton was pid {skeleton.root_pid}"
+    elif settled(held):
+        wrong = "it is still held"
+    if wrong:
         raise RestoreFailed(
-            f"the agent says that pid {pid} runs, but pid {skeleton.root_pid} is still held",
+            f"the agent says that pid {pid} runs, but {wrong}",
             "the agent kills it when ovr ends; is this agent the guest's own, and unchanged?",
         )
 

@@ -239,7 +239,7 @@ class Liar:
             return ""
         vm, wrong = self._living(), ""
         try:  # a guest may die of the lies only now
-            if not restored and not _gone(vm, subject):
+            if not restored and not gone(vm, subject.comm):
                 wrong = "tasks of a failed restore are left"
             elif restored and not subject.right(vm) and not may_be_wrong:
                 wrong = "what was restored is wrong"
@@ -248,7 +248,7 @@ class Liar:
         if self.vm is not None:
             with suppress(OvrError):
                 vm.sh(f"pkill -9 -x {subject.comm}")
-                _gone(vm, subject)
+                gone(vm, subject.comm)
         return wrong
 
     # ------------------------------------------------------------------------ the guest
@@ -295,9 +295,9 @@ def _end(liar: subprocess.Popen[bytes]) -> None:
     liar.stdout.close()
 
 
-def _gone(vm: lab.LabVm, subject: Subject) -> bool:
-    # The agent may have to find out by itself that the host is gone.
-    wait = f"for i in $(seq 300); do pgrep -x {subject.comm} || exit 0; sleep 0.1; done; exit 1"
+def gone(vm: lab.LabVm, comm: str) -> bool:
+    """Wait for the last process of a name to end: the agent may have to miss the host itself."""
+    wait = f"for i in $(seq 300); do pgrep -x {comm} || exit 0; sleep 0.1; done; exit 1"
     return vm.sh(wait, timeout=120).status == 0
 
 

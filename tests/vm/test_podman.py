@@ -33,6 +33,7 @@ RENAMED = block("docs/podman.md", "--name web2 --")
 FROM_PYTHON = block("docs/podman.md", "import ovr")
 BUNDLED = block("docs/podman.md", "--bundle")
 SHOWN = block("README.md", "podman container checkpoint")
+LOGGED = "Ready to accept connections"  # by redis, in VM A
 HARDWARE = {"suite": "trixie", "memory": "1G", "packages": PACKAGES}
 
 
@@ -113,13 +114,18 @@ def test_a_tree_that_is_wrong_never_runs(journey, monkeypatch):
 
 
 def test_goes_on_as_podmans_container(journey):
-    """README and docs/podman.md say the same; podman's log is from before and after."""
+    """README and docs/podman.md say the same; podman's log comes along."""
     assert commands(SHOWN, "in VM A") == commands(MOVED, "in VM A")
     [command] = commands(MOVED, "on the host")
     assert commands(SHOWN, "on the host") == [command]
     report = journey.restored(command)
-    assert "Ready to accept connections" in perform(journey.vm, SHOWN, "in VM B")
+    assert LOGGED in perform(journey.vm, SHOWN, "in VM B")
     goes_on(journey, CACHE, CACHE, report)
+
+
+def test_a_pod_goes_on(journey):
+    """Several processes, a volume, a changed root file system; under runc."""
+    goes_on(journey, POD, POD, journey.restore(POD).as_json())
 
 
 def test_under_another_name(journey):
@@ -147,6 +153,7 @@ def goes_on(journey, was, container, report):
     assert found["State"]["Status"] == "running"
     assert found["OCIRuntime"] == container.runtime
     assert container.answer(journey.vm) == journey.answers[was.name]
+    assert LOGGED in podman(journey.vm, f"logs {container.name}")
     podman(journey.vm, f"stop -t 10 {container.name}")  # a shell as pid 1 does not hear it
     assert container.inspect(journey.vm)["State"]["Status"] == "exited"
     podman(journey.vm, f"rm -v {container.name}")
