@@ -125,8 +125,9 @@ def prepare(vm: lab.LabVm) -> None:
 def start_workload(vm: lab.LabVm, size: int, umask: int) -> int:
     """Start the workload and return its pid once its memory is filled."""
     prepare(vm)
-    # A pid that no freshly booted guest has given to somebody else.
-    vm.sh(f"echo {_PID - 1} > /proc/sys/kernel/ns_last_pid")
+    # Whoever wrote the file before had the same pid. That is one that no freshly booted guest has
+    # given to somebody else.
+    vm.sh(f"rm -f {_DIRECTORY}/pid; echo {_PID - 1} > /proc/sys/kernel/ns_last_pid")
     with vm.connect() as agent:
         agent.spawn([_PROGRAM, _DIRECTORY, str(size), f"{umask:o}"])
     return int(_await(vm, f"{_DIRECTORY}/pid"))

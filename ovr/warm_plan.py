@@ -154,7 +154,7 @@ def plan_warm(
             size += area.room
         parts[pid] = first, size
     if not size:
-        return WarmPlan(why="no area has whole 2 MiB that a pool could give")
+        return WarmPlan(why="no area has enough whole 2 MiB that a pool could give")
     if size > pool.size:
         needed = f"the tasks need {size >> 20} MiB"
         return WarmPlan(why=f"the pool has {pool.size >> 20} MiB, and {needed}")

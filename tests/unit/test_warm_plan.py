@@ -239,13 +239,13 @@ def test_other_areas_are_left_alone(other):
     areas = [area(BASE, BASE + 8 * MIB, **other)]
     plan = task_of(1, areas, ranges((BASE, BASE + 8 * MIB)))
     _, warm = planned([plan])
-    assert (warm.table, warm.why) == (b"", "no area has whole 2 MiB that a pool could give")
+    assert (warm.table, warm.why) == (b"", "no area has enough whole 2 MiB that a pool could give")
 
 
 def test_a_task_that_wants_no_huge_pages():
     plan = task_of(1, [area(BASE, BASE + 8 * MIB)], ranges((BASE, BASE + 8 * MIB)))
     plan.task.mm.thp_disabled = True
-    assert planned([plan])[1].why == "no area has whole 2 MiB that a pool could give"
+    assert planned([plan])[1].why == "no area has enough whole 2 MiB that a pool could give"
 
 
 def test_what_a_child_inherits_is_left_alone():
