@@ -57,7 +57,7 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	PATH=$(BIN):$$PATH cython-lint ovr/_fastcopy.pyx
+	PATH=$(BIN):$$PATH cython-lint ovr/_fastcopy.pyx ovr/native/*.pxi
 	$(BIN)/python -m mypy.stubtest ovr._fastcopy --mypy-config-file pyproject.toml \
 		--ignore-disjoint-bases --allowlist tests/stubtest.allow
 
@@ -80,7 +80,7 @@ packages:
 	[ -z "$$missing" ] || { sudo=$$([ $$(id -u) = 0 ] || echo sudo); set -x; \
 		$$sudo apt-get update -q && $$sudo apt-get install -qy --no-install-recommends $$missing; }
 
-.venv/ready: pyproject.toml setup.py ovr/_fastcopy.pyx ovr/_guard.h
+.venv/ready: pyproject.toml setup.py ovr/_fastcopy.pyx $(wildcard ovr/native/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install -q --upgrade pip
 	$(BIN)/pip install -q --group dev

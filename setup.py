@@ -23,8 +23,8 @@ setup(
             Extension(
                 "ovr._fastcopy",
                 ["ovr/_fastcopy.pyx"],
-                depends=["ovr/_guard.h"],
-                include_dirs=["ovr"],
+                depends=["ovr/native/guard.h"],
+                include_dirs=["ovr/native"],
                 extra_compile_args=CFLAGS,
                 extra_link_args=LDFLAGS,
                 define_macros=[("Py_LIMITED_API", "0x030B0000")] if ABI3 else [],

@@ -1,6 +1,7 @@
 """Builds with sanitizers: the agent's parts as libFuzzer programs, and the extension."""
 
 import re
+import shutil
 import subprocess
 import sysconfig
 from collections.abc import Mapping, Sequence
@@ -83,6 +84,7 @@ def build_extension(directory: Path) -> Path:
     source.parent.mkdir(exist_ok=True)
     (source.parent / "__init__.py").touch()
     source.write_bytes((ROOT / "ovr" / "_fastcopy.pyx").read_bytes())
+    shutil.copytree(ROOT / "ovr" / "native", source.parent / "native", dirs_exist_ok=True)
     cythonize(["-q", "-3", str(source)])
     generated = (
         "-Wno-unused-parameter",
@@ -92,7 +94,7 @@ def build_extension(directory: Path) -> Path:
     _run(
         ["clang", "-shared", "-fPIC", "-pthread", *COMMON, *generated, "-Wno-unused-function",
          "-Wno-unreachable-code-fallthrough", "-fsanitize=fuzzer-no-link",
-         f"-I{ROOT / 'ovr'}", f"-I{sysconfig.get_path('include')}",
+         f"-I{ROOT / 'ovr' / 'native'}", f"-I{sysconfig.get_path('include')}",
          str(source.with_suffix(".c")), "-o", str(module)]
     )  # fmt: skip
     return module

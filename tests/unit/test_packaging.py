@@ -23,6 +23,7 @@ def run(program, *words):
 def test_sdist(sdist, tmp_path):
     source = unpacked(sdist, tmp_path)
     assert (source / "ovr" / "_fastcopy.pyx").exists()
+    assert (source / "ovr" / "native" / "ram.pxi").exists()
     assert not (source / "ovr" / "_fastcopy.c").exists()
     assert (source / "docs" / "ovr.8").exists()
     assert (source / "examples" / "restore.sh").exists()
@@ -35,12 +36,11 @@ def test_wheel(wheel):
         names = set(archive.namelist())
     tracked = {str(path.relative_to(ROOT)) for path in (ROOT / "ovr").rglob("*")
                if path.is_file() and "__pycache__" not in path.parts}  # fmt: skip
-    wanted = {
-        name for name in tracked if not re.search(r"(\.so|\.pyx|_fastcopy\.c|_guard\.h)$", name)
-    }
+    native = re.compile(r"\.so$|_fastcopy\.(c|pyx)$|/native/")
+    wanted = {name for name in tracked if not native.search(name)}
     wanted |= {"ovr/py.typed", "ovr/_fastcopy.pyi"}
     assert wanted <= names
-    assert not [name for name in names if name.endswith((".pyx", "_fastcopy.c"))]
+    assert not [name for name in names if name.endswith((".pyx", ".pxi", "_fastcopy.c"))]
     assert not [name for name in names if name.split("/")[0] in ("tests", "bench")]
     assert f"ovr-{VERSION}.data/data/share/man/man8/ovr.8" in names
     assert any(name.endswith("licenses/LICENSE") for name in names)

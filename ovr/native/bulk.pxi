@@ -1,0 +1,177 @@
+# Many pages at once: mapped ahead, copied, compared.
+
+cdef enum:
+    # Bytes for which a system call is worth it, when host pages are mapped ahead.
+    WORTH_ADVICE = 65536
+
+    # UIO_MAXIOV of include/uapi/linux/uio.h
+    MAX_VECTORS = 1024
+
+cdef packed struct Pair:
+    int64_t one
+    int64_t other
+    uint64_t size
+
+cdef struct Matching:
+    const Ram *ram
+    const Run *runs
+    Py_ssize_t count
+    const uint8_t *source
+    Py_ssize_t which        # the run that differs, `count` if none does
+    int64_t at              # where in it
+
+cdef struct Reading:
+    const Ram *ram
+    const Run *runs
+    Py_ssize_t count
+    int fd
+    int64_t base            # where in the file the source begins
+    Py_ssize_t at           # the run that is next, and how much of it is done
+    uint64_t done
+    int error               # an errno; EFAULT is of guest RAM
+    void *lost              # what could not be written to, then
+    iovec vectors[MAX_VECTORS]
+
+cdef struct Mapping:
+    const Ram *ram
+    const Run *runs
+    Py_ssize_t count
+    int advice
+    uint64_t seen           # so that no compiler leaves out to look
+
+cdef struct Comparing:
+    const uint8_t *one
+    const uint8_t *other
+    const Pair *pairs
+    Py_ssize_t count
+    uint8_t *equal
+
+
+cdef void _map(void *given) noexcept nogil:
+    # Errors do not matter here: what is not mapped ahead faults during the copy.
+    cdef Mapping *job = <Mapping *>given
+    cdef Py_ssize_t i
+    cdef uint64_t size, at
+    cdef uint64_t available = 0
+    cdef char *host
+    for i in range(job.count):
+        host = _host(job.ram, job.runs[i].gpa, &available)
+        if host == NULL:
+            continue
+        host = <char *>(<uint64_t>host & ~<uint64_t>4095)
+        size = min(available, job.runs[i].size)
+        if size >= WORTH_ADVICE:
+            madvise(host, size, job.advice)
+            continue
+        # To look at a page maps it, of a shared file for writing too, and is faster than a system
+        # call where it is mapped already, as are most in RAM files of large pages.
+        at = 0
+        while at < size:
+            job.seen ^= read_once(host + at)
+            at += 4096
+
+
+cdef void _copy_in(Reading *job) noexcept nogil:
+    # The kernel copies from its page cache to the RAM file: no page of the source is mapped here,
+    # which costs as much as half of the copy, and what is cut off is an error instead of a signal.
+    cdef int64_t start = 0
+    cdef ssize_t got
+    cdef size_t part
+    cdef int count, i
+    while job.at < job.count:
+        count = _gather(job, &start)
+        i = 0
+        while i < count:
+            got = preadv(job.fd, &job.vectors[i], count - i, job.base + start)
+            if got <= 0:
+                if got < 0 and errno == EINTR:
+                    continue
+                job.error = EIO if got == 0 else errno
+                job.lost = job.vectors[i].iov_base
+                return
+            start += got
+            while got > 0:
+                part = min(<size_t>got, job.vectors[i].iov_len)
+                job.vectors[i].iov_base = <char *>job.vectors[i].iov_base + part
+                job.vectors[i].iov_len -= part
+                got -= part
+                if job.vectors[i].iov_len == 0:
+                    i += 1
+
+
+cdef int _gather(Reading *job, int64_t *start) noexcept nogil:
+    # Where the next bytes of the source go, as long as they follow each other there.
+    cdef const Run *run = &job.runs[job.at]
+    cdef int64_t at = run.offset + <int64_t>job.done
+    cdef uint64_t part = 0
+    cdef char *host
+    cdef char *end = NULL       # of the last vector
+    cdef int count = 0
+    start[0] = at
+    while job.at < job.count:
+        run = &job.runs[job.at]
+        if run.offset + <int64_t>job.done != at:
+            break
+        if job.done < run.size:
+            host = _host(job.ram, run.gpa + job.done, &part)
+            part = min(part, run.size - job.done)
+            if count and host == end:
+                job.vectors[count - 1].iov_len += part
+            elif count == MAX_VECTORS:
+                break
+            else:
+                job.vectors[count].iov_base = host
+                job.vectors[count].iov_len = part
+                count += 1
+            end = host + part
+            job.done += part
+            at += part
+        if job.done == run.size:
+            job.at += 1
+            job.done = 0
+    return count
+
+
+cdef void _differ(void *given) noexcept nogil:
+    cdef Matching *job = <Matching *>given
+    for job.which in range(job.count):
+        job.at = _differs(job.ram, &job.runs[job.which], job.source)
+        if job.at >= 0:
+            return
+    job.which = job.count
+
+
+cdef void _compare(void *given) noexcept nogil:
+    cdef Comparing *job = <Comparing *>given
+    cdef Py_ssize_t i
+    cdef uint64_t done
+    cdef uint8_t *equal = job.equal
+    for i in range(job.count):
+        done = 0
+        while done < job.pairs[i].size:
+            equal[0] = memcmp(
+                job.one + job.pairs[i].one + done, job.other + job.pairs[i].other + done, 4096
+            ) == 0
+            equal += 1
+            done += 4096
+
+
+cdef int64_t _differs(const Ram *ram, const Run *run, const uint8_t *source) noexcept nogil:
+    # Offset in the run of the first page-sized step that differs, or -1.
+    cdef uint64_t done = 0, part = 0
+    cdef char *host
+    while done < run.size:
+        host = _host(ram, run.gpa + done, &part)
+        part = min(part, run.size - done, <uint64_t>4096)
+        if memcmp(host, source + run.offset + done, part):
+            return done
+        done += part
+    return -1
+
+
+cdef int _check_range(int64_t offset, uint64_t size, uint64_t source_size) except -1:
+    if size & 4095 or not size:
+        raise ValueError(f"{size} bytes at {offset} are not whole pages")
+    if offset < 0 or size > source_size or <uint64_t>offset > source_size - size:
+        raise ValueError(f"{size} bytes at {offset} reach past the end of their source")
+    return 0

@@ -1,0 +1,61 @@
+# What is C: the guard, what the kernel and the compiler give.
+
+cdef extern from "guard.h":
+    void ovr_guard_install() noexcept
+    void *ovr_guarded(void (*)(void *) noexcept nogil, void *) noexcept nogil
+
+cdef extern from *:
+    """
+    #include <string.h>
+    #include <stdint.h>
+    #include <unistd.h>
+    #include <sys/syscall.h>
+
+    #ifndef SYS_cachestat
+    #define SYS_cachestat 451 /* in v6.5 */
+    #endif
+
+    /* How many pages of a range of a file are in the page cache; -1 if the kernel cannot tell. */
+    static inline int64_t ovr_cached_pages(int fd, uint64_t offset, uint64_t size)
+    {
+        uint64_t range[2] = {offset, size}, found[5];
+
+        return syscall(SYS_cachestat, fd, range, found, 0u) ? -1 : (int64_t)found[0];
+    }
+
+    /* The guest may change any word while we look at it: read it once, whole. */
+    static inline uint64_t ovr_read_once(const void *p)
+    {
+        return __atomic_load_n((const uint64_t *)p, __ATOMIC_RELAXED);
+    }
+
+    static inline void ovr_prefetch(const void *p)
+    {
+        __builtin_prefetch(p);
+    }
+
+    /* What was stored before is in memory if guarded work is left after it. */
+    static inline void ovr_settle(void)
+    {
+        __atomic_signal_fence(__ATOMIC_SEQ_CST);
+    }
+    """
+    uint64_t read_once "ovr_read_once"(const void *) noexcept nogil
+    void prefetch "ovr_prefetch"(const void *) noexcept nogil
+    void settle "ovr_settle"() noexcept nogil
+    int64_t cached_pages "ovr_cached_pages"(int, uint64_t, uint64_t) noexcept nogil
+    void *memmem(const void *, size_t, const void *, size_t) noexcept nogil
+
+cdef extern from "<sys/uio.h>" nogil:
+    cdef struct iovec:
+        void *iov_base
+        size_t iov_len
+
+    ssize_t preadv(int, const iovec *, int, int64_t)
+
+cdef extern from "Python.h":
+    bytes PyBytes_FromStringAndSize(const char *, Py_ssize_t)
+
+cdef enum:
+    MADV_POPULATE_READ = 22
+    MADV_POPULATE_WRITE = 23
