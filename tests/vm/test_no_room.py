@@ -40,14 +40,12 @@ def in_guest(vm, command: str) -> str:
 @contextmanager
 def full_run(vm, left: int) -> Iterator[None]:
     """The file system of the agent's directory, with `left` KiB free."""
-    options = in_guest(vm, "grep ' /run ' /proc/mounts").split()[3]
-    assert "size=" not in options
-    used = int(in_guest(vm, "df --output=used -k /run | tail -n 1"))
+    size, used = map(int, in_guest(vm, "df --output=size,used -k /run | tail -n 1").split())
     in_guest(vm, f"mount -o remount,size={used + left}k /run")
     try:
         yield
     finally:
-        in_guest(vm, "mount -o remount,size=50% /run")
+        in_guest(vm, f"mount -o remount,size={size}k /run")
 
 
 def test_no_room_in_the_guest_for_image_files(vm, dump):

@@ -26,6 +26,7 @@ from ovr.kernel.view import Array, Pointer, Struct
 from ovr.lab.workload import build_workload
 from ovr.paging import PROTNONE, pieces
 from ovr.vm.attach import AttachedVm
+from ovr.vm.hold import Holder
 from tests.unit.kernel.writers import elf
 from tests.vm.drgn_reader import drgn_program
 from tests.vm.test_failures import ovr_command
@@ -45,11 +46,13 @@ def attached(vm):
 
 @pytest.fixture
 def busy(vm, attached):
-    """The same, busy, and then held still."""
+    """The same, busy, and then held still.
+
+    Not by QMP's stop and cont, after which vhost-device-vsock may be deaf.
+    """
     vm.sh(BUSY + "sleep 1")
-    attached.qmp.execute("stop")
-    yield attached
-    attached.qmp.execute("cont")
+    with Holder(attached.qmp, attached.check_same_boot) as holder, holder.held():
+        yield attached
     vm.sh("pkill -9 -x sleep; pkill -9 -f 'while :'")
 
 
