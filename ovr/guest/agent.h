@@ -105,20 +105,22 @@ enum link {
 };
 
 bool session_start(int fd, enum link link);
-void session_watch(struct loop *loop);
-/* Everything that can be done without waiting; sessions end only here. */
-void session_work(void);
 int session_index(const struct session *session);
-struct writer session_writer(struct session *session, enum op op);
-void session_send(struct session *session, struct writer *writer);
-/* Room for bulk output without crowding out answers. */
-bool session_has_room(const struct session *session);
 /* Answer with an error; the session goes on. */
 void session_refuse(struct session *session, const char *format, ...)
 	__attribute__((format(printf, 2, 3)));
 /* Answer with an error and end the session. */
 void session_break(struct session *session, const char *format, ...)
 	__attribute__((format(printf, 2, 3)));
+
+/* session_io.c */
+struct writer session_writer(struct session *session, enum op op);
+void session_send(struct session *session, struct writer *writer);
+/* Room for bulk output without crowding out answers. */
+bool session_has_room(const struct session *session);
+void session_watch(struct loop *loop);
+/* Everything that can be done without waiting; sessions end only here. */
+void session_work(void);
 
 /* transport.c */
 void transport_watch(struct loop *loop);

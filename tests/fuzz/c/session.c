@@ -11,6 +11,7 @@
 #include "fuzz.h"
 
 #include "../../../ovr/guest/session.c"
+#include "../../../ovr/guest/session_io.c"
 
 #define MAX_TURNS 64
 
