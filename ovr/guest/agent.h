@@ -313,7 +313,7 @@ struct child_io {
  */
 pid_t child_start(char *const argv[], char *const env[], struct child_io io);
 
-/* lab.c */
+/* lab.c, lab_run.c */
 #ifdef OVR_LAB
 #define LAB_BUILD true
 bool lab_message(struct session *session, const struct message *message);
