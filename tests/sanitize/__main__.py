@@ -26,8 +26,9 @@ ONE_SUITE = "not bookworm and not forky"
 # They build packages of the tree in its repository, which the copy is not.
 NOT_IN_A_COPY = ("--ignore=tests/unit/test_packaging.py", "--ignore=tests/vm/test_readme.py")
 UNDER_VALGRIND = (
-    "tests/unit/test_agent_restore.py", "tests/unit/test_agent_hostile.py",
-    "tests/unit/test_agent_lab.py", "tests/sanitize/test_valgrind.py",
+    "tests/unit/test_agent_restore.py", "tests/unit/test_agent_restore_end.py",
+    "tests/unit/test_agent_hostile.py", "tests/unit/test_agent_lab.py",
+    "tests/sanitize/test_valgrind.py",
 )  # fmt: skip
 
 

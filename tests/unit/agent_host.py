@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ovr.guest import build, protocol
-from ovr.vm.agent import Agent
+from ovr.vm.agent import Agent, Skeleton
 from ovr.vm.link import Address, Link
 
 # Not `sys.executable`: one with AddressSanitizer refuses to have a library loaded before it.
@@ -292,6 +292,24 @@ def kill(*pids: int) -> None:
     for pid in pids:
         os.kill(pid, signal.SIGKILL)
     wait_for(lambda: not alive(*pids))
+
+
+def begin(host: AgentHost, agent: Agent, **options: float) -> Skeleton:
+    """Have the stand-in build a tree and hold it."""
+    return agent.begin(IMAGES, criu_options=host.criu_options(), **options)
+
+
+def assert_gone(host: AgentHost, skeleton: Skeleton) -> None:
+    """No task ran, none is left, and the next restore succeeds."""
+    wait_for(lambda: not alive(*skeleton.tasks, skeleton.criu_pid))
+    wait_for(lambda: not host.restores)
+    assert not host.marks
+    with host.connect() as other:
+        again = begin(host, other)
+        assert not host.marks
+        other.go()
+        wait_for(lambda: host.marks == set(again.tasks))
+    kill(*again.tasks)
 
 
 def _state(pid: int) -> str:

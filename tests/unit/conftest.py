@@ -1,11 +1,15 @@
 import json
 import shutil
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import settings
+
+from ovr.vm.agent import Agent
+from tests.unit.agent_host import AgentHost, agent_host
 
 # Tests never judge times: this machine has other things to do.
 settings.register_profile("ovr", deadline=None)
@@ -41,3 +45,17 @@ def one(dumps: Path, tmp_path: Path) -> Path:
 def tree(dumps: Path, tmp_path: Path) -> Path:
     """A copy of the dump of a parent, a child and a zombie, to be damaged."""
     return Path(shutil.copytree(dumps / "tree", tmp_path / "tree", symlinks=True))
+
+
+@pytest.fixture
+def host(tmp_path: Path) -> Iterator[AgentHost]:
+    """An agent on this machine."""
+    with agent_host(tmp_path) as host:
+        yield host
+
+
+@pytest.fixture(params=[False, True], ids=["stream", "serial"])
+def agent(host: AgentHost, request: pytest.FixtureRequest) -> Iterator[Agent]:
+    """A session with it, over each kind of link."""
+    with host.connect(serial=request.param) as agent:
+        yield agent

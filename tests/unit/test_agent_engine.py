@@ -10,15 +10,9 @@ import pytest
 from ovr.errors import AgentUnreachable, CriuFailed, RestoreFailed
 from ovr.guest import protocol
 from ovr.vm.agent import Agent, Skeleton
-from tests.unit.agent_host import AgentHost, agent_host, alive, kill, wait_for
+from tests.unit.agent_host import AgentHost, alive, kill, wait_for
 
 ARCHIVE = {protocol.ENGINE_ARCHIVE: b"all of it"}
-
-
-@pytest.fixture
-def host(tmp_path: Path) -> Iterator[AgentHost]:
-    with agent_host(tmp_path) as host:
-        yield host
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 import subprocess
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,21 +9,9 @@ import pytest
 from ovr.errors import LabError
 from ovr.guest import build, lab_protocol
 from ovr.vm.agent import Agent
-from tests.unit.agent_host import AgentHost, agent_host, alive, wait_for
+from tests.unit.agent_host import AgentHost, alive, wait_for
 
 BLOCK = bytes(range(256)) * 4096
-
-
-@pytest.fixture
-def host(tmp_path: Path) -> Iterator[AgentHost]:
-    with agent_host(tmp_path) as host:
-        yield host
-
-
-@pytest.fixture(params=[False, True], ids=["stream", "serial"])
-def agent(host: AgentHost, request: pytest.FixtureRequest) -> Iterator[Agent]:
-    with host.connect(serial=request.param) as agent:
-        yield agent
 
 
 def test_run(agent: Agent) -> None:

@@ -17,12 +17,6 @@ MIB = 1 << 20
 
 
 @pytest.fixture
-def host(tmp_path: Path) -> Iterator[AgentHost]:
-    with agent_host(tmp_path) as host:
-        yield host
-
-
-@pytest.fixture
 def agent(host: AgentHost) -> Iterator[Agent]:
     with host.connect(timeout=60) as agent:
         yield agent
