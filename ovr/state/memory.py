@@ -19,26 +19,23 @@ from functools import partial
 from typing import Final, NamedTuple, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
-from ovr._fastcopy import OWNED, PIECE
+from ovr._fastcopy import OWNED
 from ovr.addresses import PAGE_SIZE
 from ovr.errors import RestoreFailed, VerifyMismatch
 from ovr.images.source import Source, readable
 from ovr.journal import Journal
 from ovr.paging import AddressSpace, Frames
 from ovr.ram import Runs
-from ovr.ranges import (
-    Ranges,
-    cut_at,
-    cut_out,
-    cut_to,
-    inside,
-    join,
-    no_ranges,
-    ranges_of,
-    split,
-    total,
+from ovr.ranges import Ranges, cut_out, cut_to, no_ranges, split, total
+from ovr.state.runs import (
+    as_pieces,
+    ends_of,
+    file_ranges,
+    left_of,
+    on_same_frames,
+    sample,
+    with_flags,
 )
 from ovr.vm.hold import Holder
 
@@ -206,15 +203,15 @@ class Copier:
         # All of a hold's pages at once: there may be a hundred tasks to walk.
         for space, ranges in family.strangers:
             near = cut_to(runs, ranges["start"], ranges["end"])
-            if len(_same_frames(space.walk(_as_pieces(near)), near)):
+            if len(on_same_frames(space.walk(as_pieces(near)), near)):
                 raise RestoreFailed(
                     f"{target.name}: a descendant has inherited pages that it should not have",
                     "report it, with the images",
                 )
         for heir in family.heirs:
-            pieces = cut_to(heir.pieces, runs["gva"], _ends(runs))
-            same = _same_frames(heir.space.walk(pieces), runs)
-            if len(rest := _without(pieces, same)):
+            pieces = cut_to(heir.pieces, runs["gva"], ends_of(runs))
+            same = on_same_frames(heir.space.walk(pieces), runs)
+            if len(rest := left_of(pieces, same)):
                 unlike.append(_Unlike(target, heir, rest))
 
     def _not_shared(self, unlike: Sequence[_Unlike]) -> list[Part]:
@@ -232,11 +229,11 @@ class Copier:
                     check()
                 for first, heir, pieces in unlike:
                     theirs = first.space.walk(pieces)
-                    there = cut_to(heir.space.walk(pieces), theirs["gva"], _ends(theirs))
-                    same = _same_frames(there, theirs)
-                    if len(other := _without(_as_pieces(there), same)):
+                    there = cut_to(heir.space.walk(pieces), theirs["gva"], ends_of(theirs))
+                    same = on_same_frames(there, theirs)
+                    if len(other := left_of(as_pieces(there), same)):
                         left.append((heir, other))
-                    if len(gone := _without(pieces, there)):
+                    if len(gone := left_of(pieces, there)):
                         absent.append(_Unlike(first, heir, gone))
             unlike = absent
         return left + [(heir, pieces) for _, heir, pieces in unlike]
@@ -248,7 +245,11 @@ class Copier:
             VerifyMismatch: a page is not what was written.
             RestoreFailed: as `write`.
         """
-        parts = [(target, target.pieces if full else _sample(target.pieces)) for target in targets]
+
+        def chosen(target: Target) -> Runs:
+            return target.pieces if full else sample(target.pieces, _SAMPLE_PAGES)
+
+        parts = [(target, chosen(target)) for target in targets]
         for batch in self._batches(parts):
             self._each_run(batch, self._compare, OF_ANYBODY)
         return sum(total(part) for _, part in parts)
@@ -282,7 +283,7 @@ class Copier:
                 self._learn(sum(total(runs) for shares in done for runs in shares), seconds)
             both = zip(left, done, strict=True)
             missed = [(t, p, ours) for (t, p), ours in both if sum(map(total, ours)) < total(p)]
-            left = [(target, _without(part, np.concatenate(ours))) for target, part, ours in missed]
+            left = [(target, left_of(part, np.concatenate(ours))) for target, part, ours in missed]
             if not left:
                 return
         target, part = left[0]
@@ -346,73 +347,14 @@ def _await_all(futures: Sequence[Future[T]]) -> None:
 def _make_ready(target: Target, part: Runs) -> None:
     # What can be done with the VM running: the host's page faults, and to find out that the source
     # cannot be read.
-    for start, end in _file_ranges(part):
+    for start, end in file_ranges(part):
         target.source.read_ahead(start, end)
     target.space.ram.prefault(target.space.walk(part))
-
-
-def _file_ranges(part: Runs) -> Iterator[tuple[int, int]]:
-    # The source ranges of `part`, neighbours joined: pages images are read in order.
-    starts = part["offset"]
-    ends = starts + part["size"].astype("<i8")
-    breaks = np.flatnonzero(starts[1:] != ends[:-1]) + 1
-    firsts = np.concatenate([[0], breaks])
-    lasts = np.concatenate([breaks - 1, [len(part) - 1]])
-    yield from zip(starts[firsts].tolist(), ends[lasts].tolist(), strict=True)
-
-
-def _as_pieces(runs: Runs) -> Runs:
-    pieces = np.empty(len(runs), dtype=PIECE)
-    for name in ("gva", "size", "offset"):
-        pieces[name] = runs[name]
-    return pieces
 
 
 def _find_and_do(target: Target, work: Work, wanted: int, part: Runs) -> Runs:
     # Walked where it is worked on: the runs of scattered pages are as many as the pages, and to
     # hand them from thread to thread takes as long as to walk them.
-    runs = _with_flags(target.space.walk(part, target.frames if wanted else None), wanted)
+    runs = with_flags(target.space.walk(part, target.frames if wanted else None), wanted)
     work(target, cut_out(runs, target.spared))
     return runs
-
-
-def _with_flags(runs: Runs, wanted: int) -> Runs:
-    has = (runs["flags"] & wanted) == wanted
-    # To choose some of many takes as long as to walk them, and nearly always it is all.
-    return runs if has.all() else runs[has]
-
-
-def _same_frames(runs: Runs, others: Runs) -> Runs:
-    # The parts of `runs` that have the frames that `others` have at the same addresses.
-    starts, ends = others["gva"], _ends(others)
-    parts = cut_at(runs, np.unique(np.concatenate([starts, ends])))
-    parts = parts[inside(parts["gva"], starts, ends)]
-    at = np.searchsorted(starts, parts["gva"], side="right") - 1
-    same: Runs = parts[parts["gpa"] - parts["gva"] == (others["gpa"] - others["gva"])[at]]
-    return same
-
-
-def _without(part: Runs, done: Runs) -> Runs:
-    # What is left of the pieces `part` after the runs `done`.
-    return cut_out(part, join(ranges_of(done["gva"], _ends(done))))
-
-
-def _ends(runs: Runs) -> NDArray[np.uint64]:
-    ends: NDArray[np.uint64] = runs["gva"] + runs["size"]
-    return ends
-
-
-def _sample(ranges: Runs) -> Runs:
-    # Pages spread evenly over all bytes, the first and the last among them.
-    pages = total(ranges) >> 12
-    if pages <= _SAMPLE_PAGES:
-        return ranges
-    chosen = np.unique(np.linspace(0, pages - 1, _SAMPLE_PAGES).astype("<u8"))
-    ends = np.cumsum(ranges["size"] >> np.uint64(12))
-    owner = np.searchsorted(ends, chosen, side="right")
-    inside = (chosen - (ends[owner] - (ranges["size"][owner] >> np.uint64(12)))) << np.uint64(12)
-    sample = np.empty(len(chosen), dtype=PIECE)
-    sample["gva"] = ranges["gva"][owner] + inside
-    sample["size"] = 4096
-    sample["offset"] = ranges["offset"][owner] + inside.astype("<i8")
-    return sample

@@ -15,7 +15,8 @@ from ovr.addresses import PAGE_SIZE
 from ovr.journal import Journal
 from ovr.ranges import cut_to, total
 from ovr.state import memory
-from ovr.state.memory import Copier, _as_pieces, _same_frames, _Unlike, _without
+from ovr.state.memory import Copier, _Unlike
+from ovr.state.runs import as_pieces, left_of, on_same_frames
 
 FRAMES = st.lists(st.sampled_from([None, 0, 1, 2, 3, 7, 8, 9]), min_size=1, max_size=30)
 
@@ -42,7 +43,7 @@ def pages_of(runs):
 
 @given(heir=FRAMES, first=FRAMES)
 def test_same_frames(heir, first):
-    same = _same_frames(runs_of(heir), runs_of(first))
+    same = on_same_frames(runs_of(heir), runs_of(first))
     expected = {
         page * PAGE_SIZE
         for page, (one, other) in enumerate(zip(heir, first, strict=False))
@@ -56,9 +57,9 @@ def test_same_frames(heir, first):
 def test_what_is_left(frames):
     whole = np.array([(0, len(frames) * PAGE_SIZE, 0)], dtype=PIECE)
     done = runs_of(frames)
-    left = _without(whole, done)
+    left = left_of(whole, done)
     assert pages_of(left) == pages_of(whole) - pages_of(done)
-    assert pages_of(_as_pieces(done)) == pages_of(done)
+    assert pages_of(as_pieces(done)) == pages_of(done)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 7])
