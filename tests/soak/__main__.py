@@ -58,7 +58,8 @@ class Leak:
 
 def measure(vm: lab.LabVm) -> dict[str, int]:
     """What both sides have, once the guest has come to rest."""
-    must(vm, "sleep 1; sync; echo 3 > /proc/sys/vm/drop_caches; sleep 1")
+    must(vm, "sleep 1; sync; echo 3 > /proc/sys/vm/drop_caches")
+    time.sleep(1)  # so that the agent has heard of that connection's end, too
     gc.collect()  # the view classes of an attached VM are cycles of objects
     ctypes.CDLL(None).malloc_trim(0)  # what is free is given back as it comes: 20 MiB more or less
     guest = subject.look(vm)
