@@ -96,3 +96,8 @@ def parse(line: str) -> None:
             cli.make_parser().parse_args(words)
     else:
         cli.make_parser().parse_args(words)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_nothing_is_left_to_fill_in(document):
+    assert not re.findall(r"@[A-Z]+@|\b(?:TODO|TBD|FIXME|XXX)\b", (ROOT / document).read_text())
