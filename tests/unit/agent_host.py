@@ -16,6 +16,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
+
+from ovr.errors import AgentUnreachable, RestoreFailed
 from ovr.guest import build, protocol
 from ovr.vm.agent import Agent, Skeleton
 from ovr.vm.link import Address, Link
@@ -310,6 +313,24 @@ def assert_gone(host: AgentHost, skeleton: Skeleton) -> None:
         other.go()
         wait_for(lambda: host.marks == set(again.tasks))
     kill(*again.tasks)
+
+
+def hook_dies(host: AgentHost, agent: Agent, skeleton: Skeleton) -> None:
+    """Kill the hook that holds a tree: the tree dies, and the host hears why."""
+    kill(host.hook(skeleton.criu_pid))
+    wait_for(lambda: not alive(*skeleton.tasks))
+    with pytest.raises(RestoreFailed, match="the hook died"):
+        agent.go()
+
+
+def agent_dies(host: AgentHost, agent: Agent, skeleton: Skeleton) -> None:
+    """Kill the agent that holds a tree: the tree dies with it."""
+    kill(host.process.pid)
+    wait_for(lambda: not alive(*skeleton.tasks, skeleton.criu_pid))
+    assert not host.marks
+    with pytest.raises(AgentUnreachable):
+        agent.go()
+    host.process.wait()
 
 
 def _state(pid: int) -> str:

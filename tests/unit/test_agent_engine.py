@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from ovr.errors import AgentUnreachable, CriuFailed, RestoreFailed
+from ovr.errors import CriuFailed, RestoreFailed
 from ovr.guest import protocol
 from ovr.vm.agent import Agent, Skeleton
-from tests.unit.agent_host import AgentHost, alive, kill, wait_for
+from tests.unit.agent_host import AgentHost, agent_dies, alive, hook_dies, kill, wait_for
 
 ARCHIVE = {protocol.ENGINE_ARCHIVE: b"all of it"}
 
@@ -103,10 +103,7 @@ def test_nobody_else_while_the_engine_cleans_up(host: AgentHost, agent: Agent) -
 
 def test_hook_dies(host: AgentHost, agent: Agent) -> None:
     skeleton = begin(host, agent)
-    kill(host.hook(skeleton.criu_pid))
-    wait_for(lambda: not alive(*skeleton.tasks))
-    with pytest.raises(RestoreFailed, match="the hook died"):
-        agent.go()
+    hook_dies(host, agent, skeleton)
     assert_gone(host, skeleton)
 
 
@@ -121,12 +118,7 @@ def test_criu_is_killed_while_it_holds_the_tree(host: AgentHost, agent: Agent) -
 
 def test_agent_dies(host: AgentHost, agent: Agent) -> None:
     skeleton = begin(host, agent)
-    kill(host.process.pid)
-    wait_for(lambda: not alive(*skeleton.tasks, skeleton.criu_pid))
-    assert not host.marks
-    with pytest.raises(AgentUnreachable):
-        agent.go()
-    host.process.wait()
+    agent_dies(host, agent, skeleton)
 
 
 def test_agent_is_told_to_end(host: AgentHost, agent: Agent) -> None:

@@ -8,17 +8,19 @@ from pathlib import Path
 
 import pytest
 
-from ovr.errors import AgentUnreachable, CriuFailed, PidTaken, RestoreFailed
+from ovr.errors import CriuFailed, PidTaken, RestoreFailed
 from ovr.guest import protocol
 from ovr.vm.agent import Agent
 from tests.unit.agent_host import (
     IMAGES,
     AgentHost,
+    agent_dies,
     agent_host,
     agent_program,
     alive,
     assert_gone,
     begin,
+    hook_dies,
     kill,
     wait_for,
 )
@@ -55,10 +57,7 @@ def test_host_is_silent(host: AgentHost, agent: Agent) -> None:
 
 def test_hook_dies(host: AgentHost, agent: Agent) -> None:
     skeleton = begin(host, agent)
-    kill(host.hook(skeleton.criu_pid))
-    wait_for(lambda: not alive(*skeleton.tasks))
-    with pytest.raises(RestoreFailed, match="the hook died"):
-        agent.go()
+    hook_dies(host, agent, skeleton)
     assert_gone(host, skeleton)
 
 
@@ -112,12 +111,7 @@ def test_criu_is_killed_and_nobody_looks(host: AgentHost, agent: Agent) -> None:
 
 def test_agent_dies(host: AgentHost, agent: Agent) -> None:
     skeleton = begin(host, agent)
-    kill(host.process.pid)
-    wait_for(lambda: not alive(*skeleton.tasks, skeleton.criu_pid))
-    assert not host.marks
-    with pytest.raises(AgentUnreachable):
-        agent.go()
-    host.process.wait()
+    agent_dies(host, agent, skeleton)
 
 
 def test_agent_is_told_to_end(host: AgentHost, agent: Agent) -> None:
@@ -129,14 +123,19 @@ def test_agent_is_told_to_end(host: AgentHost, agent: Agent) -> None:
     assert not host.restores
 
 
-def test_agent_dies_before_the_hook(host: AgentHost, agent: Agent) -> None:
-    # The stand-in sleeps long before its scripts; then there is nobody to ask: it gives up.
+def start(host: AgentHost, agent: Agent, mode: str) -> None:
+    """Say begin, and do not wait for the tree."""
     for message in (
         protocol.Files(("a",), (b"",)),
-        protocol.Begin(host.criu_options("ok"), 60000, 60000, 2, False, ()),
+        protocol.Begin(host.criu_options(mode), 60000, 60000, 2, False, ()),
     ):
         agent._send(message)
     wait_for(lambda: host.restores)
+
+
+def test_agent_dies_before_the_hook(host: AgentHost, agent: Agent) -> None:
+    # The stand-in sleeps long before its scripts; then there is nobody to ask: it gives up.
+    start(host, agent, "ok")
     kill(host.process.pid)
     host.process.wait()
     time.sleep(1.5)
@@ -151,12 +150,7 @@ def test_criu_takes_too_long(host: AgentHost, agent: Agent) -> None:
 
 
 def test_link_breaks_while_criu_builds(host: AgentHost, agent: Agent) -> None:
-    for message in (
-        protocol.Files(("a",), (b"",)),
-        protocol.Begin(host.criu_options("slow"), 60000, 60000, 2, False, ()),
-    ):
-        agent._send(message)
-    wait_for(lambda: host.restores)
+    start(host, agent, "slow")
     agent.close()
     wait_for(lambda: not host.restores)
     assert not host.marks
