@@ -8,6 +8,7 @@ this is seen in the restored tasks.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Final
 
 import numpy as np
@@ -34,7 +35,7 @@ from ovr.plan import Plan
 from ovr.ranges import RANGE, Ranges, common, cut_to, join, ranges_of, total, without
 from ovr.state import GuestTree
 from ovr.state.memory import Family, Target
-from ovr.vm.agent import Agent
+from ovr.vm.agent import Agent, Portion
 
 __all__ = ["Outside", "find_outside", "sources_of"]
 
@@ -95,8 +96,8 @@ def find_outside(
     restorees = {task.task.pid: _Restoree(task, guest, agent, sources) for task in plan.tasks}
     families: list[Family] = []
     targets: list[Target] = []
+    agent.touch(chain.from_iterable(r.portions(large=not warm) for r in restorees.values()))
     for restoree in restorees.values():
-        restoree.allocate(large=not warm)
         targets += restoree.targets(restoree.plan.pieces)
     for restoree in restorees.values():
         if restoree.plan.bequeathed:
@@ -153,9 +154,10 @@ class _Restoree:
                 )
 
     def _ask(self, pieces: Runs) -> None:
-        self._agent.touch(self._pid, pieces[["gva", "size"]].tolist(), keep=True)
+        self._agent.touch([Portion(self._pid, True, pieces[["gva", "size"]].tolist())])
 
-    def allocate(self, *, large: bool) -> None:
+    def portions(self, *, large: bool) -> Iterator[Portion]:
+        """Yield what the agent is to allocate."""
         ranges = [self.plan.to_touch()]
         if large and len(self.plan.large_pieces):
             # Where the kernel has written something meanwhile, it must stay: page by page.
@@ -163,7 +165,7 @@ class _Restoree:
             ranges += [without(self.plan.large_pieces, kept), common(self.plan.large_pieces, kept)]
         for one in ranges:
             if len(one):
-                _touch(one, self.plan.spared, self._agent, self._pid)
+                yield from _portions(one, self.plan.spared, self._pid)
 
 
 def _families(
@@ -213,13 +215,18 @@ def _frames_of_the_tree(kernel: Kernel, anon_vma: Gva, ours: set[Gva], pid: int)
     return kernel.anon_frames(anon_vma)
 
 
-def _touch(ranges: Ranges, spared: Ranges, agent: Agent, pid: int) -> None:
+def _portions(ranges: Ranges, spared: Ranges, pid: int) -> Iterator[Portion]:
     # Where the kernel has written something meanwhile, it must stay.
     precious = _overlaps(ranges, spared)
     for keep in (False, True):
         chosen = ranges[precious == keep]
-        sizes = (chosen["end"] - chosen["start"]).tolist()
-        agent.touch(pid, zip(chosen["start"].tolist(), sizes, strict=True), keep=keep)
+        if len(chosen):
+            yield Portion(pid, keep, _starts_and_sizes(chosen))
+
+
+def _starts_and_sizes(ranges: Ranges) -> list[tuple[int, int]]:
+    sizes = (ranges["end"] - ranges["start"]).tolist()
+    return [*zip(ranges["start"].tolist(), sizes, strict=True)]
 
 
 def _pages_of(ranges: Ranges) -> Ranges:
@@ -246,21 +253,20 @@ def _of_shared(
     mapping = file.f_mapping
     size = -(-mapping.host.i_size // PAGE_SIZE) * PAGE_SIZE
     ranges = plan.to_touch()
-    sizes = (ranges["end"] - ranges["start"]).tolist()
     if not len(ranges) or int(ranges["end"][-1]) > size:
         raise RestoreFailed(
             f"shared memory {plan.shared.shmid}: {size} bytes in the guest, fewer than in the"
             " images",
             "report it, with the images",
         )
-    mapped = agent.map(pid, way, size, zip(ranges["start"].tolist(), sizes, strict=True))
+    mapped = agent.map(pid, way, size, _starts_and_sizes(ranges))
     task = _mapper(guest.kernel, mapped.pid)
     space = mm_space(guest.kernel, task.mm)
     name = f"shared memory {plan.shared.shmid}"
     check = _Alive(name, guest.kernel, task, space)
 
     def ask(pieces: Runs) -> None:
-        agent.touch(mapped.pid, pieces[["gva", "size"]].tolist(), keep=True)
+        agent.touch([Portion(mapped.pid, True, pieces[["gva", "size"]].tolist())])
 
     for level, pieces in plan.pieces.items():
         here = pieces.copy()

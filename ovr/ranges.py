@@ -43,35 +43,41 @@ def no_ranges() -> Ranges:
 
 
 def join(*sets: Ranges) -> Ranges:
-    """Return what is in any of the sets."""
-    ranges = np.concatenate([no_ranges(), *sets])
-    if not len(ranges):
+    """Return what is in any of the sets; one of them itself, if that is it."""
+    filled = [one for one in sets if len(one)]
+    if not filled:
+        return no_ranges()
+    ranges = filled[0] if len(filled) == 1 else np.concatenate(filled)
+    if (ranges["start"][1:] > ranges["end"][:-1]).all():
         return ranges
     # Nearly always in order already; to sort structures by a field is slow.
     order = np.argsort(ranges["start"], kind="stable")
     ordered = ranges[order]
     reach = np.maximum.accumulate(ordered["end"])
-    opens = np.append(True, ordered["start"][1:] > reach[:-1])
-    last = np.append(np.flatnonzero(opens)[1:] - 1, len(ordered) - 1)
-    return ranges_of(ordered["start"][opens], reach[last])
+    opens = np.ones(len(ordered), dtype=np.bool_)
+    opens[1:] = ordered["start"][1:] > reach[:-1]
+    first = opens.nonzero()[0]
+    last = np.empty_like(first)
+    last[:-1], last[-1] = first[1:] - 1, len(ordered) - 1
+    return ranges_of(ordered["start"][first], reach[last])
 
 
 def common(one: Ranges, other: Ranges) -> Ranges:
     """Return what is in both sets."""
-    return _combined(one, other, np.logical_and)
+    return _combined(one, other, np.logical_and) if len(one) and len(other) else no_ranges()
 
 
 def without(one: Ranges, other: Ranges) -> Ranges:
     """Return what is in `one` and not in `other`."""
-    return _combined(one, other, np.greater)
+    return _combined(one, other, np.greater) if len(one) and len(other) else join(one)
 
 
 def _combined(one: Ranges, other: Ranges, both: Callable[..., Any]) -> Ranges:
     flat = [_edges(join(one)), _edges(join(other))]
     edges = _merged(*flat)
     # Behind an odd number of a set's edges one is inside of it.
-    inside = [np.searchsorted(f, edges, side="right") % 2 == 1 for f in flat]
-    kept = np.flatnonzero(both(*inside))
+    inside = [f.searchsorted(edges, side="right") % 2 == 1 for f in flat]
+    kept = both(*inside).nonzero()[0]
     return join(ranges_of(edges[kept], edges[np.minimum(kept + 1, len(edges) - 1)]))
 
 
@@ -164,11 +170,14 @@ def _merged(*edges: NDArray[np.uint64]) -> NDArray[np.uint64]:
     # faster than np.unique, which hashes.
     every = np.concatenate(edges)
     every.sort(kind="stable")
-    return every[np.append(True, every[1:] != every[:-1])] if len(every) else every
+    new = np.ones(len(every), dtype=np.bool_)
+    new[1:] = every[1:] != every[:-1]
+    return every[new]
 
 
 def _edges(ranges: Ranges) -> NDArray[np.uint64]:
-    edges: NDArray[np.uint64] = np.stack([ranges["start"], ranges["end"]], axis=1).reshape(-1)
+    edges = np.empty(2 * len(ranges), dtype=np.uint64)
+    edges[::2], edges[1::2] = ranges["start"], ranges["end"]
     return edges
 
 

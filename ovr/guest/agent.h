@@ -247,8 +247,11 @@ pid_t tree_parent(pid_t pid);
 const char *exitkill_set(pid_t criu);
 
 /* touch.c */
-/* Have pages of a held task allocated; 0, or an errno. Only in a child that ends afterwards. */
-int touch_ranges(pid_t pid, struct mp_reader ranges, bool keep);
+/*
+ * Have pages of held tasks allocated, as a Touch has them; 0, or an errno.
+ * Only in a child that ends afterwards.
+ */
+int touch_portions(struct mp_reader portions, struct mp_reader ranges);
 /*
  * Whatever its protection is: the kernel makes a page of the task's own first.
  * Where nothing is to be kept nothing is read, since to read a page of a file

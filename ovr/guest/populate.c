@@ -2,8 +2,8 @@
  * Allocating pages for the host to write to.
  *
  * Each request is a child of ours, so that neither a slow guest nor the OOM
- * killer keeps us from the loop. One that touches pages of a held task ends
- * when it is done; the kernel charges them to the task. One that maps a
+ * killer keeps us from the loop. One that touches pages of held tasks ends
+ * when it is done; the kernel charges them to the tasks. One that maps a
  * shared object joins the task's cgroup first, since there the one who
  * touches is charged; it keeps the object mapped, so that the host finds its
  * pages by way of a page table, until the tree is let go or killed.
@@ -70,9 +70,8 @@ static void touch(const struct message *message, int out)
 {
 	uint32_t count;
 
-	errno = touch_ranges((pid_t)message_uint(message, KEY_PID),
-			     message_list(message, KEY_RANGES, &count),
-			     message_uint(message, KEY_KEEP));
+	errno = touch_portions(message_list(message, KEY_PORTIONS, &count),
+			       message_list(message, KEY_RANGES, &count));
 	if (errno)
 		fail(out, "touch a page");
 	succeed(out, 0);
@@ -204,6 +203,23 @@ static void work(const struct message *message, pid_t parent, int out)
 
 /* ------------------------------------------------------------------------ in the agent */
 
+/* Every range belongs to one portion. */
+static bool portions_fit(const struct message *message, uint32_t ranges)
+{
+	uint32_t numbers, left = ranges;
+	struct mp_reader portions = message_list(message, KEY_PORTIONS, &numbers);
+	struct mp_value pid, keep, count;
+
+	for (; numbers >= 3; numbers -= 3) {
+		if (!mp_read(&portions, &pid) || !mp_read(&portions, &keep) ||
+		    !mp_read(&portions, &count) || keep.number > 1 || !count.number ||
+		    count.number > left)
+			return false;
+		left -= (uint32_t)count.number;
+	}
+	return !numbers && !left;
+}
+
 /* What is read here is written on the way to the guest's memory: no overflow, no part of a page. */
 static const char *check(const struct message *message)
 {
@@ -214,6 +230,8 @@ static const char *check(const struct message *message)
 
 	if (count % 2 || count > 2 * MAX_RANGES || !limit || limit > 1ull << 57 || limit % PAGE)
 		return "bad ranges";
+	if (message->op == OP_TOUCH && !portions_fit(message, count / 2))
+		return "bad portions";
 	while (mp_read(&ranges, &start) && mp_read(&ranges, &size))
 		if ((start.number | size.number) % PAGE || !size.number || start.number > limit ||
 		    size.number > limit - start.number)

@@ -80,7 +80,7 @@ __all__ = [
     "Welcome",
 ]
 
-VERSION = 3
+VERSION = 4
 MAGIC = b"OVRSYNC1"
 TOKEN_SIZE = 16
 SECRET_SIZE = 32
@@ -91,7 +91,7 @@ CHUNK = MAX_FRAME - (4 << 10)
 MAX_STRING = 4096
 MAX_LIST = 32768
 MAX_RANGES = 8192
-"""Most ranges in one `Touch` or `Map`: at 18 bytes each they fit a frame."""
+"""Most ranges in one `Touch` or `Map`: at 18 bytes each, and 9 for a portion, they fit a frame."""
 MAX_FILES = 65536
 MAX_IMAGE_BYTES = 1 << 30
 SYNC_ZEROS = MAX_FRAME + 64
@@ -161,17 +161,16 @@ class Begin(Message):
 
 
 class Touch(Message):
-    """Allocate pages of a held task, or of a process that `Mapped` named.
+    """Allocate pages of held tasks, or of processes that `Mapped` named.
 
     Attributes:
-        pid: the process.
-        keep: the pages may have content that must stay. Without it the first byte of each page
-            may become 0, which takes fewer system calls.
-        ranges: GVA and size in bytes of each range, one after the other; whole pages.
+        portions: three numbers each: the pid of a process; 1 if the pages may have content that
+            must stay, or 0, when the first byte of each page may become 0, which takes fewer
+            system calls; how many of the ranges are meant.
+        ranges: GVA and size in bytes of each range, portion after portion; whole pages.
     """
 
-    pid: int
-    keep: bool
+    portions: tuple[int, ...]
     ranges: tuple[int, ...]
 
 

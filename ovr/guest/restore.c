@@ -1,5 +1,6 @@
 /* One restore at a time: what its host says, and what happens if nobody says anything. */
 #include <errno.h>
+#include <limits.h>
 #include <string.h>
 #include <sys/prctl.h>
 
@@ -159,9 +160,28 @@ static void go(struct session *session)
 }
 
 /* Of the tree that is held, or one of our own that map its memory. */
-static bool belongs(pid_t pid)
+static bool belongs(uint64_t pid)
 {
-	return populate_owns(pid) || (pid > 1 && tree_tracer(pid) == restore.criu);
+	return pid > 1 && pid <= INT_MAX &&
+	       (populate_owns((pid_t)pid) || tree_tracer((pid_t)pid) == restore.criu);
+}
+
+static bool all_belong(const struct message *message)
+{
+	uint32_t count;
+	struct mp_reader portions;
+	struct mp_value pid, keep, ranges;
+	uint64_t good = 0;
+
+	if (message->op == OP_MAP)
+		return belongs(message_uint(message, KEY_PID));
+	portions = message_list(message, KEY_PORTIONS, &count);
+	while (mp_read(&portions, &pid) && mp_read(&portions, &keep) && mp_read(&portions, &ranges)) {
+		if (!pid.number || (pid.number != good && !belongs(pid.number)))
+			return false;
+		good = pid.number;
+	}
+	return true;
 }
 
 static void populate(struct session *session, const struct message *message)
@@ -170,7 +190,7 @@ static void populate(struct session *session, const struct message *message)
 
 	if (!in_phase(session, HELD))
 		return;
-	if (!belongs((pid_t)message_uint(message, KEY_PID)))
+	if (!all_belong(message))
 		error = "not a task of the tree";
 	else
 		error = populate_start(session, message);

@@ -1,5 +1,5 @@
 /*
- * Touching pages of a held task, so that the kernel allocates them.
+ * Touching pages of held tasks, so that the kernel allocates them.
  *
  * What takes long is that the kernel zeroes them. So as many threads as there are CPUs do it, before
  * anybody else gets a CPU: real-time priority is for these threads alone, which end afterwards.
@@ -25,12 +25,13 @@
 static struct {
 	pthread_mutex_t lock;		/* of what follows up to `error` */
 	struct mp_reader ranges;
+	uint64_t left;			/* how many of them belong to this task */
 	uint64_t at, end;		/* what is left of the range that was read last */
 	int error;
 	pid_t pid;
 	int mem, pagemap;
 	bool keep;
-} job = {.lock = PTHREAD_MUTEX_INITIALIZER};
+} job = {.lock = PTHREAD_MUTEX_INITIALIZER, .mem = -1, .pagemap = -1};
 
 /* The next pages that are nobody's work yet; they lie in one huge page. */
 static bool take(uint64_t *at, uint64_t *pages)
@@ -40,7 +41,9 @@ static bool take(uint64_t *at, uint64_t *pages)
 	bool more;
 
 	pthread_mutex_lock(&job.lock);
-	if (job.at == job.end && mp_read(&job.ranges, &start) && mp_read(&job.ranges, &size)) {
+	if (job.at == job.end && job.left && mp_read(&job.ranges, &start) &&
+	    mp_read(&job.ranges, &size)) {
+		job.left--;
 		job.at = start.number;
 		job.end = start.number + size.number;
 	}
@@ -141,26 +144,30 @@ static long thread_count(uint64_t bytes)
 	return count < (long)(bytes / HUGE_PAGE) ? count : (long)(bytes / HUGE_PAGE);
 }
 
-int touch_ranges(pid_t pid, struct mp_reader ranges, bool keep)
+static bool open_task(pid_t pid)
 {
-	struct sched_param first = {.sched_priority = 1};
-	struct mp_reader all = ranges;
+	if (job.pid == pid)
+		return true;
+	close_fd(&job.mem);
+	close_fd(&job.pagemap);
+	job.pid = pid;
+	job.mem = open_file(pid, "mem", O_RDWR);
+	job.pagemap = open_file(pid, "pagemap", O_RDONLY);
+	return job.mem >= 0;
+}
+
+/* The next so many ranges, which are all of one task. */
+static int touch_portion(uint64_t count)
+{
+	struct mp_reader all = job.ranges;
 	struct mp_value start, size;
 	pthread_t threads[MAX_THREADS];
 	uint64_t bytes = 0;
 	long started = 0;
 
-	while (mp_read(&all, &start) && mp_read(&all, &size))
+	for (uint64_t i = 0; i < count && mp_read(&all, &start) && mp_read(&all, &size); i++)
 		bytes += size.number;
-	job.ranges = ranges;
-	job.pid = pid;
-	job.keep = keep;
-	job.mem = open_file(pid, "mem", O_RDWR);
-	job.pagemap = open_file(pid, "pagemap", O_RDONLY);
-	if (job.mem < 0)
-		return errno;
-	/* Where that is forbidden it only takes longer. */
-	sched_setscheduler(0, SCHED_FIFO, &first);
+	job.left = count;
 	while (started < thread_count(bytes) - 1 &&
 	       !pthread_create(&threads[started], NULL, work, NULL))
 		started++;
@@ -168,4 +175,21 @@ int touch_ranges(pid_t pid, struct mp_reader ranges, bool keep)
 	while (started)
 		pthread_join(threads[--started], NULL);
 	return job.error;
+}
+
+int touch_portions(struct mp_reader portions, struct mp_reader ranges)
+{
+	struct sched_param first = {.sched_priority = 1};
+	struct mp_value pid, keep, count;
+	int error = 0;
+
+	/* Where that is forbidden it only takes longer. */
+	sched_setscheduler(0, SCHED_FIFO, &first);
+	job.ranges = ranges;
+	while (!error && mp_read(&portions, &pid) && mp_read(&portions, &keep) &&
+	       mp_read(&portions, &count)) {
+		job.keep = keep.number;
+		error = open_task((pid_t)pid.number) ? touch_portion(count.number) : errno;
+	}
+	return error;
 }

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from functools import cached_property, partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Final, Self, TypeVar
+from typing import Final, Self, TypeVar, cast
 
 from google.protobuf.message import Message
 
@@ -61,6 +61,7 @@ class ImageSet:
     def __init__(self, directory: ImageDirectory) -> None:
         self.path = directory.path
         self._levels = [directory]
+        self._decoded: dict[tuple[str, type[Message]], tuple[Message, ...]] = {}
         try:
             self._check_headers()
             self._check_inventory()
@@ -112,14 +113,20 @@ class ImageSet:
         """All entries of an image; none if there is no such image, as for CRIU itself.
 
         For images without raw bytes between the entries. `kind` may come from
-        `ovr.images.messages` or `ovr.images.objects`.
+        `ovr.images.messages` or `ovr.images.objects`. They are decoded once and belong to the image
+        set: who changes one changes a copy.
 
         Raises:
             ImagesDamaged, ImagesUnsupported: as for `open`.
         """
         if name not in self._levels[0].sizes:
             return ()
-        return tuple(decode(kind, frame.payload, name) for frame in frames(self.read(name), name))
+        found = self._decoded.get((name, kind))
+        if found is None:
+            read = frames(self.read(name), name)
+            found = tuple(decode(kind, frame.payload, name) for frame in read)
+            self._decoded[name, kind] = found
+        return cast(tuple[M, ...], found)
 
     @cached_property
     def inventory(self) -> InventoryEntry:

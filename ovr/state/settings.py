@@ -1,5 +1,7 @@
 """All values of all kinds: taken from the images, left out inside, written and verified outside."""
 
+import time
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from reprlib import repr as short
@@ -16,8 +18,8 @@ from ovr.vm.hold import Holder
 
 __all__ = ["Setting", "neutralise", "take", "verify", "write"]
 
-_AT_ONCE: Final = 32
-"""Settings a hold: a few milliseconds."""
+_HOLD_SECONDS: Final = 0.01
+"""After which a hold for settings ends: to begin and end one takes 2 ms."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ def write(
     holder: Holder,
     recording: Recording,
 ) -> None:
-    """Write the values, a bounded number in one hold.
+    """Write the values, as many in one hold as its time allows.
 
     In the hold no kernel code runs in the guest, so that an object is what it was found to be
     until it is written: a stopped task that the OOM killer ends meanwhile gives its objects back.
@@ -80,13 +82,18 @@ def write(
         KernelNotFound: its types make no sense.
     """
     _rehearse(settings, tree())
-    for start in range(0, len(settings), _AT_ONCE):
+    left = deque(settings)
+    while left:
         with holder.held():
+            until = time.perf_counter() + _HOLD_SECONDS
             guest = tree()
-            for setting in settings[start : start + _AT_ONCE]:
+            while left:
+                setting = left.popleft()
                 kind, target = setting.kind, setting.place.find(guest)
                 with recording.of(kind, setting.place, target):
                     kind.write(target, setting.value)
+                if time.perf_counter() >= until:
+                    break
     recording.log_fields()
 
 

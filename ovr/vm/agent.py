@@ -1,32 +1,28 @@
 """The agent in the guest, as a restore sees it."""
 
 import collections.abc
-import re
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain, islice
-from typing import TypeVar
+from itertools import chain
+from typing import Final, NamedTuple, TypeVar
 
 from ovr.addresses import Gva
-from ovr.errors import (
-    AgentUnreachable,
-    CriuFailed,
-    ImagesUnsupported,
-    PidTaken,
-    RestoreFailed,
-)
+from ovr.errors import AgentUnreachable, ImagesUnsupported
 from ovr.guest import protocol
 from ovr.guest.message import Message
 from ovr.guest.wire import ProtocolError
+from ovr.vm.agent_errors import aborted, failure, refused, still_there
 from ovr.vm.lab_agent import Completed, LabSession
 from ovr.vm.session import Hello, one_line
 
-__all__ = ["Agent", "Completed", "Hello", "Mapping", "Restored", "Skeleton", "Warm"]
+__all__ = ["Agent", "Completed", "Hello", "Mapping", "Portion", "Restored", "Skeleton", "Warm"]
 
 MessageT = TypeVar("MessageT", bound=Message)
 
 _FILES_PER_FRAME = 512
+_BYTES_PER_TOUCH: Final = 4 << 30
+"""Of several portions: what one request may take to allocate is bounded."""
 
 Files = collections.abc.Mapping[str, bytes | Iterable[bytes]]
 """Contents by file name, whole or in pieces."""
@@ -56,6 +52,20 @@ class Restored:
 
     pid: int
     container: str | None = None
+
+
+class Portion(NamedTuple):
+    """Pages to be allocated.
+
+    Attributes:
+        pid: of a held task, or of the process of a `Mapping`; in the guest's initial pid namespace.
+        keep: the pages may have content that must stay.
+        ranges: GVA and size in bytes, whole pages.
+    """
+
+    pid: int
+    keep: bool
+    ranges: Sequence[tuple[int, int]]
 
 
 @dataclass(frozen=True)
@@ -171,23 +181,21 @@ class Agent(LabSession):
             stopped.root_pid, stopped.criu_pid, stopped.tasks, stopped.warm, one_line(stopped.note)
         )
 
-    def touch(
-        self, pid: int, ranges: Iterable[tuple[int, int]], *, keep: bool, timeout: float = 120.0
-    ) -> None:
-        """Have pages of a held task allocated, charged to it.
+    def touch(self, portions: Iterable[Portion], timeout: float = 120.0) -> None:
+        """Have pages of held tasks allocated, charged to them.
+
+        A request takes the guest a process, so portions of many tasks share one.
 
         Args:
-            pid: the task, or the process of a `Mapping`; in the guest's initial pid namespace.
-            ranges: GVA and size in bytes, whole pages.
-            keep: the pages may have content that must stay.
+            portions: the pages.
             timeout: seconds that each of several requests may take.
 
         Raises:
             RestoreFailed: the guest has no memory for them, or they lie in no area of the task.
             AgentUnreachable: the link broke.
         """
-        for part in _portions(ranges):
-            self._send(protocol.Touch(pid, keep, part))
+        for request in _requests(portions):
+            self._send(request)
             self._outcome(protocol.Touched, self._deadline(timeout))
 
     def map(
@@ -195,7 +203,7 @@ class Agent(LabSession):
         pid: int,
         file: str,
         size: int,
-        ranges: Iterable[tuple[int, int]],
+        ranges: Sequence[tuple[int, int]],
         *,
         timeout: float = 120.0,
     ) -> "Mapping":
@@ -213,12 +221,11 @@ class Agent(LabSession):
             RestoreFailed: it is no shared memory, or the guest has no memory for it.
             AgentUnreachable: the link broke.
         """
-        first, *more = _portions(ranges)
-        self._send(protocol.Map(pid, file, size, first))
+        first, more = ranges[: protocol.MAX_RANGES], ranges[protocol.MAX_RANGES :]
+        self._send(protocol.Map(pid, file, size, _flat(first)))
         mapped = self._outcome(protocol.Mapped, self._deadline(timeout))
-        for part in more:
-            here = ((mapped.address + at, length) for at, length in _pairs(part))
-            self.touch(mapped.pid, here, keep=True, timeout=timeout)
+        here = [(mapped.address + at, length) for at, length in more]
+        self.touch([Portion(mapped.pid, True, here)], timeout)
         return Mapping(mapped.pid, Gva(mapped.address))
 
     def warm(self, size: int, timeout: float = 600.0) -> "Warm":
@@ -267,7 +274,7 @@ class Agent(LabSession):
         message = self._receive(deadline)
         if isinstance(message, protocol.Aborted | protocol.Failed):
             if not message.gone:
-                raise _still_there()
+                raise still_there()
         elif not isinstance(message, protocol.Error):
             raise self._broken(f"{message.op} instead of {protocol.Aborted.op}")
         self.ping()  # an end of its own accord may have crossed our words
@@ -287,23 +294,37 @@ class Agent(LabSession):
         if isinstance(message, kind):
             return message
         if isinstance(message, protocol.Failed):
-            raise _failure(message, self._engine)
+            raise failure(message, self._engine)
         if isinstance(message, protocol.Aborted):
-            raise _aborted(message)
+            raise aborted(message)
         if isinstance(message, protocol.Error):
-            raise _refused(message)
+            raise refused(message)
         raise self._broken(f"{message.op} instead of {kind.op}")
 
 
-def _portions(ranges: Iterable[tuple[int, int]]) -> Iterator[tuple[int, ...]]:
-    """Ranges as the protocol has them, as many as fit into one message."""
-    left = iter(ranges)
-    while part := tuple(chain.from_iterable(islice(left, protocol.MAX_RANGES))):
-        yield part
+def _requests(portions: Iterable[Portion]) -> Iterator[protocol.Touch]:
+    """Portions as the protocol has them, as many as fit into one message."""
+    heads: list[int] = []
+    ranges: list[tuple[int, int]] = []
+    size = 0
+    for portion in portions:
+        for start in range(0, len(portion.ranges), protocol.MAX_RANGES):
+            part = portion.ranges[start : start + protocol.MAX_RANGES]
+            grown = size + sum(length for _, length in part)
+            if ranges and (
+                len(ranges) + len(part) > protocol.MAX_RANGES or grown > _BYTES_PER_TOUCH
+            ):
+                yield protocol.Touch(tuple(heads), _flat(ranges))
+                heads, ranges, grown = [], [], grown - size
+            heads += (portion.pid, int(portion.keep), len(part))
+            ranges += part
+            size = grown
+    if ranges:
+        yield protocol.Touch(tuple(heads), _flat(ranges))
 
 
-def _pairs(flat: Sequence[int]) -> Iterator[tuple[int, int]]:
-    return zip(flat[::2], flat[1::2], strict=True)
+def _flat(ranges: Iterable[tuple[int, int]]) -> tuple[int, ...]:
+    return tuple(chain.from_iterable(ranges))
 
 
 def _file_frames(images: Files) -> Iterator[protocol.Files]:
@@ -331,70 +352,3 @@ def _pieces(content: bytes | Iterable[bytes]) -> Iterator[bytes]:
     for part in parts:
         for start in range(0, len(part), step):
             yield part[start : start + step]
-
-
-# What CRIU says when clone3(set_tid) fails with EEXIST (fork_with_pid in criu/cr-restore.c), or,
-# on kernels without set_tid, when the kernel handed out another pid than the one asked for.
-_PID_TAKEN = (
-    re.compile(r"Can't fork for (\d+): File exists"),
-    re.compile(r"Pid \d+ do not match expected (\d+)"),
-    re.compile(r"Thread pid mismatch (\d+)/\d+"),
-)
-
-
-_FREE_MEMORY = "free memory in the guest, or raise the limit of the task's cgroup"
-_KILLED = "killed by signal 9"
-_OUT_OF_MEMORY = f"was it the OOM killer? See the guest's kernel log; {_FREE_MEMORY}"
-# By what the agent says: strerror() of the C library, and its own words.
-_CURES = {
-    "No space left on device": "free memory or disk space in the guest where that directory is, or"
-    " start ovr-agent with another --dir",
-    "busy": "wait until the other restore has ended",
-    "Cannot allocate memory": _FREE_MEMORY,
-    "is the guest out of it?": _FREE_MEMORY,
-    "what lies in the memory": "is this agent in the VM that --vm names?",
-}
-
-
-def _failure(message: protocol.Failed, program: str) -> RestoreFailed:
-    log = tuple(one_line(line) for line in message.log)
-    taken = [match[1] for line in log for known in _PID_TAKEN if (match := known.search(line))]
-    error: RestoreFailed
-    if taken:
-        error = PidTaken(
-            f"pid {taken[0]} is in use in the guest",
-            f"end the guest's process {taken[0]}, or restore into a pid namespace of its own",
-        )
-    elif log:
-        more = log[-1] if len(log) > 1 else f"that is all that {program} says"
-        hint = _OUT_OF_MEMORY if any(_KILLED in line for line in log) else more
-        error = CriuFailed(f"{program} in the guest failed ({message.status}): {log[0]}", hint)
-    else:
-        error = CriuFailed(
-            f"{program} in the guest ended with status {message.status} and said nothing",
-            "try criu check in the guest",
-        )
-    error.add_note("\n".join(log))
-    return error if message.gone else _still_there()
-
-
-def _refused(message: protocol.Error) -> RestoreFailed:
-    text = one_line(message.text)
-    cure = next((cure for sign, cure in _CURES.items() if sign in text), "try again")
-    return RestoreFailed(f"the agent refused: {text}", f"the guest is as it was; {cure}")
-
-
-def _aborted(message: protocol.Aborted) -> RestoreFailed:
-    if not message.gone:
-        return _still_there()
-    return RestoreFailed(
-        f"the agent killed the tree: {one_line(message.reason)}",
-        "the guest is as it was; the restore can be tried again",
-    )
-
-
-def _still_there() -> RestoreFailed:
-    return RestoreFailed(
-        "the tree was killed, but some of its tasks do not go away",
-        "look for uninterruptible tasks in the guest",
-    )

@@ -9,7 +9,7 @@ from ovr.errors import OvrError
 from ovr.guest import protocol
 from ovr.guest.message import Message
 from ovr.guest.wire import ProtocolError, decode, encode
-from ovr.vm.agent import Agent
+from ovr.vm.agent import Agent, Portion
 from ovr.vm.link import Address, Link
 from tests.fuzz.target import Input, Target
 
@@ -97,7 +97,7 @@ def session(data: bytes) -> None:
             agent.ping,
             lambda: agent.prove(bytes(protocol.SECRET_SIZE)),
             lambda: agent.begin({"core-1.img": b"x" * 10, "pages-1.img": [b"y", b""]}),
-            lambda: agent.touch(1, [(0, 4096)], keep=False),
+            lambda: agent.touch([Portion(1, False, [(0, 4096)])]),
             lambda: agent.map(1, "fd/3", 8192, [(0, 4096)]),
             lambda: agent.run(["true"], input=b"in"),
             agent.go,

@@ -62,7 +62,7 @@ def _messages() -> Iterator[bytes]:
 
 def _ranges() -> Iterator[bytes]:
     for message in (
-        protocol.Touch(1, True, (0, 4096, 8192, 8192)),
+        protocol.Touch((1, 1, 1, 2, 0, 1), (0, 4096, 8192, 8192)),
         protocol.Map(1, "fd/3", 1 << 20, (0, 4096, 4096, 4096)),
     ):
         yield b"\0" + encode(message)[4:]

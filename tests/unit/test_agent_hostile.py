@@ -220,7 +220,7 @@ def test_who_cannot_read_its_memory_gets_no_restore(host: AgentHost) -> None:
     for guess in guesses:
         answer = send(host, HELLO + encode(protocol.Prove(guess)) + RESTORE)
         assert b"not what lies in the memory" in answer
-    for message in (*UPLOAD, protocol.Go(), protocol.Abort(), protocol.Touch(1, True, (0, 4096))):
+    for message in (*UPLOAD, protocol.Go(), protocol.Abort(), protocol.Touch((1, 1, 1), (0, 4096))):
         for serial in (False, True):
             start = SYNC if serial else b""
             answer = send(host, start + HELLO + encode(message), serial=serial)

@@ -8,7 +8,8 @@ import pytest
 
 from ovr.errors import ImagesUnsupported, RestoreFailed
 from ovr.guest import protocol
-from ovr.vm.agent import Agent
+from ovr.guest.message import Message
+from ovr.vm.agent import Agent, Portion
 from tests.unit.agent_host import AgentHost, agent_host, alive, assert_gone, begin, kill, wait_for
 
 
@@ -136,7 +137,8 @@ def test_touch(host: AgentHost, agent: Agent) -> None:
     assert "rw" in line
     pages = (end - start) // PAGE
     assert not all(present(skeleton.root_pid, start, pages))
-    agent.touch(skeleton.root_pid, [(start, PAGE), (start + PAGE, end - start - PAGE)], keep=True)
+    ranges = [(start, PAGE), (start + PAGE, end - start - PAGE)]
+    agent.touch([Portion(skeleton.root_pid, True, ranges)])
     assert all(present(skeleton.root_pid, start, pages))
     agent.go()
     wait_for(lambda: host.marks == set(skeleton.tasks))
@@ -153,12 +155,57 @@ def test_touch_what_the_task_cannot_write(host: AgentHost, agent: Agent) -> None
     with Path(f"/proc/{pid}/mem").open("rb", buffering=0) as memory:
         memory.seek(start)
         before = memory.read(PAGE)
-        agent.touch(pid, [(start, PAGE)], keep=True)
+        agent.touch([Portion(pid, True, [(start, PAGE)])])
         memory.seek(start)
         assert memory.read(PAGE) == before
-        agent.touch(pid, [(start, PAGE)], keep=False)
+        agent.touch([Portion(pid, False, [(start, PAGE)])])
         memory.seek(start)
         assert memory.read(PAGE) == b"\0" + before[1:]
+    agent.abort()
+    assert_gone(host, skeleton)
+
+
+def test_touch_pages_of_several_tasks_in_one_request(
+    host: AgentHost, agent: Agent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each portion in its own task, with its own `keep`; no task of somebody else's among them."""
+    requests: list[protocol.Touch] = []
+    send = agent._send
+
+    def count(message: Message) -> None:
+        if isinstance(message, protocol.Touch):
+            requests.append(message)
+        send(message)
+
+    monkeypatch.setattr(agent, "_send", count)
+    skeleton = begin(host, agent)
+    (child,) = {*skeleton.tasks} - {skeleton.root_pid}
+    places = {pid: mapping_of(pid, "[stack]")[:2] for pid in (skeleton.root_pid, child)}
+    ranges = {pid: [(start, end - start)] for pid, (start, end) in places.items()}
+    with pytest.raises(RestoreFailed, match="not a task of the tree"):
+        portions = [Portion(child, True, ranges[child]), Portion(os.getpid(), True, ranges[child])]
+        agent.touch(portions)
+    for pid, (start, end) in places.items():
+        assert not all(present(pid, start, (end - start) // PAGE))
+    agent.touch([Portion(pid, pid == child, ranges[pid]) for pid in places])
+    for pid, (start, end) in places.items():
+        assert all(present(pid, start, (end - start) // PAGE))
+    assert len(requests) == 2
+    agent.abort()
+    assert_gone(host, skeleton)
+
+
+def test_portions_and_ranges_must_agree(host: AgentHost, agent: Agent) -> None:
+    skeleton = begin(host, agent)
+    start, _, _ = mapping_of(skeleton.root_pid, "[stack]")
+    pid = skeleton.root_pid
+    for portions in (
+        (), (pid,), (pid, 1), (pid, 1, 0), (pid, 1, 2), (pid, 2, 1), (pid, 1, 1, pid),
+        (pid, 1, 1, pid, 1, 1), (pid, 1, 1 << 32 | 1),
+    ):  # fmt: skip
+        agent._send(protocol.Touch(portions, (start, PAGE)))
+        with pytest.raises(RestoreFailed, match="bad portions"):
+            agent._outcome(protocol.Touched, time.monotonic() + 5)
     agent.abort()
     assert_gone(host, skeleton)
 
@@ -166,14 +213,14 @@ def test_touch_what_the_task_cannot_write(host: AgentHost, agent: Agent) -> None
 def test_touch_and_map_only_what_is_held(host: AgentHost, agent: Agent) -> None:
     skeleton = begin(host, agent)
     start, _, _ = mapping_of(skeleton.root_pid, "[stack]")
-    for pid in (os.getpid(), host.process.pid, 0, 1, 1 << 31):
+    for pid in (os.getpid(), host.process.pid, 0, 1, 1 << 31, (1 << 32) - 1, 1 << 32):
         with pytest.raises(RestoreFailed, match="not a task of the tree"):
-            agent.touch(pid, [(start, PAGE)], keep=True)
+            agent.touch([Portion(pid, True, [(start, PAGE)])])
     for ranges in ([(start, 100)], [(start, 0)], [(start + 1, PAGE)], [(1 << 63, 1 << 63)]):
         with pytest.raises(RestoreFailed, match="bad ranges"):
-            agent.touch(skeleton.root_pid, ranges, keep=True)
+            agent.touch([Portion(skeleton.root_pid, True, ranges)])
     with pytest.raises(RestoreFailed, match="touch a page"):
-        agent.touch(skeleton.root_pid, [(0, PAGE)], keep=False)
+        agent.touch([Portion(skeleton.root_pid, False, [(0, PAGE)])])
     for file in ("exe", "../1/mem", "fd/0/", "fd/x", "map_files/1-2;", "mem"):
         with pytest.raises(RestoreFailed, match="neither a descriptor nor a mapping"):
             agent.map(skeleton.root_pid, file, PAGE, [(0, PAGE)])
@@ -192,7 +239,7 @@ def test_map_a_memfd_of_the_tree(host: AgentHost, agent: Agent) -> None:
     )
     mapping = agent.map(skeleton.root_pid, f"fd/{fd}", 16 * PAGE, [(0, PAGE), (8 * PAGE, PAGE)])
     assert present(mapping.pid, mapping.address, 16) == [n in (0, 8) for n in range(16)]
-    agent.touch(mapping.pid, [(mapping.address + PAGE, 2 * PAGE)], keep=True)
+    agent.touch([Portion(mapping.pid, True, [(mapping.address + PAGE, 2 * PAGE)])])
     assert present(mapping.pid, mapping.address, 4) == [True, True, True, False]
     agent.go()
     wait_for(lambda: host.marks == set(skeleton.tasks))

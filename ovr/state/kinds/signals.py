@@ -15,6 +15,7 @@ _SIGSTOP: Final = 19
 _SIGNALS: Final = 64
 _ALL: Final = (1 << _SIGNALS) - 1
 NEVER_BLOCKED: Final = 1 << _SIGKILL - 1 | 1 << _SIGSTOP - 1
+_DEFAULT: Final = (0, 0, 0, 0)
 _HANDLED: Final = tuple(n for n in range(1, _SIGNALS + 1) if n not in (_SIGKILL, _SIGSTOP))
 
 # UAPI_SA_FLAGS in include/linux/signal_types.h with x86's SA_RESTORER; the kernel drops others.
@@ -94,18 +95,24 @@ class Sigactions(Kind):
         # CLONE_THREAD), and its threads are stopped. Others only read it, to see whether a signal
         # is ignored, and for a traced task none is (sig_ignored()); so no signal is lost under the
         # neutral action, and none has to be flushed under the true one. Undone by killing the tree.
-        for number, (handler, flags, restorer, mask) in zip(_HANDLED, value, strict=True):
+        for number, wanted, found in zip(_HANDLED, value, self.read(target), strict=True):
+            if wanted == found:
+                continue  # most are default, as they were built
             action = target.sighand.action[number - 1].sa
-            action.sa_handler = handler
-            action.sa_flags = flags
-            action.sa_restorer = restorer
-            action.sa_mask.sig[0] = mask
+            action.sa_handler, action.sa_flags, action.sa_restorer, action.sa_mask.sig[0] = wanted
 
     def read(self, target: Any) -> tuple[tuple[int, int, int, int], ...]:
-        """Read them."""
+        """Read them; those that are all zeros at once."""
+        array = target.sighand.action
+        raw = bytes(array)
+        size = len(raw) // len(array)
+        default = bytes(size)
         found = []
         for number in _HANDLED:
-            sa = target.sighand.action[number - 1].sa
+            if raw[(number - 1) * size : number * size] == default:
+                found.append(_DEFAULT)
+                continue
+            sa = array[number - 1].sa
             mask = sa.sa_mask.sig[0]
             found.append((int(sa.sa_handler), sa.sa_flags, int(sa.sa_restorer), mask))
         return tuple(found)

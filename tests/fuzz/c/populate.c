@@ -32,6 +32,23 @@ void session_refuse(struct session *session, const char *format, ...)
 	abort();
 }
 
+static void check_portions(const struct message *message, uint64_t ranges)
+{
+	struct mp_value pid, keep, count;
+	struct mp_reader portions;
+	uint32_t numbers;
+
+	portions = message_list(message, KEY_PORTIONS, &numbers);
+	CHECK(numbers % 3 == 0);
+	for (; numbers; numbers -= 3) {
+		CHECK(mp_read(&portions, &pid) && mp_read(&portions, &keep) &&
+		      mp_read(&portions, &count));
+		CHECK(keep.number <= 1 && count.number && count.number <= ranges);
+		ranges -= count.number;
+	}
+	CHECK(!ranges);
+}
+
 static void check_ranges(const struct message *message)
 {
 	unsigned __int128 limit = message->op == OP_MAP ? message_uint(message, KEY_SIZE) : 1ull << 57;
@@ -49,6 +66,8 @@ static void check_ranges(const struct message *message)
 		CHECK(size.number && start.number % PAGE == 0 && size.number % PAGE == 0);
 		CHECK((unsigned __int128)start.number + size.number <= limit);
 	}
+	if (message->op == OP_TOUCH)
+		check_portions(message, count / 2);
 }
 
 /* Two bytes a number: what it is of, and its bits of a page number. */
@@ -70,15 +89,18 @@ static void made(struct input *input)
 	struct message message;
 	struct writer writer;
 	size_t size;
-	uint8_t first = input_byte(input), count = input_byte(input);
+	uint8_t first = input_byte(input), count = input_byte(input), left;
 
 	message_open(&writer, frame, sizeof(frame), first & 1 ? OP_MAP : OP_TOUCH);
-	message_add_uint(&writer, KEY_PID, input_byte(input));
 	if (first & 1) {
+		message_add_uint(&writer, KEY_PID, input_byte(input));
 		message_add_str(&writer, KEY_FILE, "fd/3");
 		message_add_uint(&writer, KEY_SIZE, number(input));
 	} else {
-		message_add_bool(&writer, KEY_KEEP, first & 2);
+		left = input_byte(input);
+		message_add_list(&writer, KEY_PORTIONS, left);
+		while (left--)
+			message_item_uint(&writer, input_byte(input) >> 6);
 	}
 	message_add_list(&writer, KEY_RANGES, count);
 	while (count--)

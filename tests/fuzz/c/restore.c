@@ -213,9 +213,26 @@ pid_t tree_tracer(pid_t pid) { return pid == ROOT && tree_lives ? CRIU : 0; }
 bool populate_owns(pid_t pid) { return mappers && pid == 6000; }
 void populate_end(void) { mappers = 0; }
 
+/* Nobody's memory but the tree's. */
+static void check_pids(const struct message *message)
+{
+	uint32_t left;
+	struct mp_reader portions;
+	struct mp_value number;
+
+	if (message->op == OP_MAP) {
+		CHECK(message_uint(message, KEY_PID) != 1);
+		return;
+	}
+	portions = message_list(message, KEY_PORTIONS, &left);
+	for (uint32_t i = 0; i < left; i++)
+		CHECK(mp_read(&portions, &number) && (i % 3 || number.number != 1));
+}
+
 const char *populate_start(struct session *session, const struct message *message)
 {
 	CHECK(restore.phase == HELD && session == restore.owner && tree_lives && !tree_runs);
+	check_pids(message);
 	mappers += message->op == OP_MAP;
 	return NULL;
 }
@@ -343,6 +360,11 @@ static void add_rest(struct writer *writer, enum op op, uint64_t given)
 	}
 }
 
+static uint64_t some_pid(uint8_t value)
+{
+	return value & 1 ? ROOT : value & 2 ? 6000 : 1;
+}
+
 static void host_speaks(struct input *input, struct session *host)
 {
 	static const enum op ops[] = {OP_FILES, OP_BEGIN, OP_TOUCH, OP_MAP, OP_GO, OP_ABORT};
@@ -365,9 +387,14 @@ static void host_speaks(struct input *input, struct session *host)
 		message_add_uint(&writer, KEY_SILENCE_MS, 100u * (value & 15));
 		message_add_uint(&writer, KEY_TIMEOUT_MS, 100u * (value >> 4));
 		message_add_uint(&writer, KEY_LOG_LEVEL, input_byte(input) & 7);
-	} else if (op == OP_TOUCH || op == OP_MAP) {
+	} else if (op == OP_MAP) {
 		given = 1ull << KEY_PID;
-		message_add_uint(&writer, KEY_PID, value & 1 ? ROOT : value & 2 ? 6000 : 1);
+		message_add_uint(&writer, KEY_PID, some_pid(value));
+	} else if (op == OP_TOUCH) {
+		given = 1ull << KEY_PORTIONS;
+		message_add_list(&writer, KEY_PORTIONS, 6);
+		for (int i = 0; i < 6; i++)
+			message_item_uint(&writer, i % 3 ? 1 : some_pid(i ? value >> 2 : value));
 	}
 	add_rest(&writer, op, given);
 	size = message_close(&writer);
