@@ -3,7 +3,7 @@
  *
  * Where the kernel groups processes by session (autogroup), a nice value counts within the session
  * only, and the session has one of its own. Nothing of this stays with restored tasks: CRIU gives
- * each its own nice value, and the session's is reset before they run.
+ * each its own nice value, and that of each session, theirs too, is reset before they run.
  *
  * Not real-time priority: since "hrtimer: Use and report correct timerslack values for realtime
  * tasks" (v6.12) children of a real-time process have a timer slack of 0, whatever they become.

@@ -98,11 +98,10 @@ static pid_t start_criu(const struct message *begin)
 		if (begin->field[KEY_WARM_IMAGES].size)
 			pid = warm_take(&restore.directory, begin, &command);
 		restore.warm = pid > 0;
-		if (pid < 0) {
+		if (pid < 0)
 			pid = criu_start(&command);
-			if (pid > 0)
-				priority_raise(pid);
-		}
+		if (pid > 0)
+			priority_raise(pid);
 	}
 	criu_command_free(&command);
 	return pid;
@@ -150,7 +149,7 @@ static void go(struct session *session)
 	prctl(PR_SET_CHILD_SUBREAPER, 0);
 	populate_end();
 	if (!restore.engine)
-		priority_reset(restore.criu);
+		hook_reset_priorities();
 	restore.phase = RELEASED;
 	if (!hook_say_go()) {
 		restore.phase = HELD;

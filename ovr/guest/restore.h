@@ -42,6 +42,8 @@ void restore_forget(void);
 /* restore_hook.c */
 bool hook_listen(void);
 void hook_watch(struct loop *loop);
+/* CRIU and the tree that it holds are as everybody else. */
+void hook_reset_priorities(void);
 /* False when there is nobody to hear it. */
 bool hook_say_go(void);
 

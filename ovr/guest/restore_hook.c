@@ -7,7 +7,11 @@
 
 #include "restore.h"
 
-static void report_stopped(const uint32_t *tasks, int count)
+/* The threads that are held, since the hook has come. */
+static uint32_t tasks[MAX_TREE];
+static int count;
+
+static void report_stopped(void)
 {
 	struct writer writer = session_writer(restore.owner, OP_STOPPED);
 	const char *note;
@@ -22,7 +26,7 @@ static void report_stopped(const uint32_t *tasks, int count)
 	session_send(restore.owner, &writer);
 }
 
-static bool contains(const uint32_t *tasks, int count, pid_t task)
+static bool holds(pid_t task)
 {
 	for (int i = 0; i < count; i++)
 		if (tasks[i] == (uint32_t)task)
@@ -32,9 +36,6 @@ static bool contains(const uint32_t *tasks, int count, pid_t task)
 
 static void tree_stands(pid_t root)
 {
-	static uint32_t tasks[MAX_TREE];
-	int count;
-
 	restore.phase = HELD;
 	restore.root = root;
 	if (!tree_stop_criu(restore.criu)) {
@@ -42,12 +43,20 @@ static void tree_stands(pid_t root)
 		return;
 	}
 	count = tree_traced(restore.criu, tasks);
-	if (!contains(tasks, count, root)) {
+	if (!holds(root)) {
 		restore_abort(count < 0 ? "the tree has too many threads" : "criu holds no tree");
 		return;
 	}
 	restore.silent_at = now_ms() + restore.silence_ms;
-	report_stopped(tasks, count);
+	report_stopped();
+}
+
+void hook_reset_priorities(void)
+{
+	priority_reset(restore.criu);
+	/* By the library in its CRIU each session of the tree has been first. */
+	for (int i = 0; restore.warm && i < count; i++)
+		priority_reset((pid_t)tasks[i]);
 }
 
 /* The first word of an engine's CRIU, before it has made a task. */

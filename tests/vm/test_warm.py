@@ -92,6 +92,7 @@ def seen(guest: Guest) -> tuple[dict[int, list[Area]], dict[str, str]]:
         "files": "ls -l /proc/{}/fd | sed 's/.* \\([0-9]* -> \\)/\\1/; s/:.*//' | tail -n +2",
         "cgroup": "cat /proc/{}/cgroup",
         "scores": "cat /proc/{}/oom_score_adj /proc/{}/timerslack_ns",
+        "autogroup": "sed 's/.* nice/nice/' /proc/{}/autogroup",
         "threads": "cat /proc/{}/task/*/stat | awk '{{print $(NF-33), $(NF-12), $(NF-11)}}'",
         "limits": "cat /proc/{}/limits",
     }

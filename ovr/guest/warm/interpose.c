@@ -1,7 +1,8 @@
 /*
  * What CRIU calls of libc, and gets from us: it makes tasks by syscall() and
  * their areas by mmap(). A task gets its part of the pool, and its areas are
- * moved from there.
+ * moved from there. In a session of its own it is first until the agent
+ * lets it go.
  */
 #include <linux/sched.h>
 
@@ -11,6 +12,7 @@
 
 extern int *__errno_location(void) __attribute__((weak));
 EXPORT long syscall(long number, long a, long b, long c, long d, long e, long f);
+EXPORT int setsid(void);
 EXPORT void *mmap(void *at, size_t size, int prot, int flags, int fd, long offset);
 EXPORT void *mmap64(void *at, size_t size, int prot, int flags, int fd, long offset);
 
@@ -79,6 +81,26 @@ long syscall(long number, long a, long b, long c, long d, long e, long f)
 	    args->set_tid_size && args->set_tid && args->set_tid + 4096 > 4096)
 		return with_errno(fork_task(args, (size_t)b));
 	return with_errno(raw(number, a, b, c, d, e, f));
+}
+
+/*
+ * A nice value counts within its session where the kernel groups by session
+ * (kernel/sched/autogroup.c), and a new session begins with none.
+ */
+int setsid(void)
+{
+	static const char path[] = "/proc/self/autogroup", first[] = "-20";
+	long result = call1(__NR_setsid, 0), fd;
+
+	if (!FAILED(result) && in_tree) {
+		fd = call3(__NR_open, path, O_WRONLY | O_CLOEXEC, 0);
+		/* Where there is none, or it is forbidden, it only takes longer. */
+		if (!FAILED(fd)) {
+			call3(__NR_write, fd, first, sizeof(first) - 1);
+			call1(__NR_close, fd);
+		}
+	}
+	return (int)with_errno(result);
 }
 
 static bool is_in_place(const struct pool_row *row)
