@@ -9,13 +9,14 @@ from typing import Final
 
 from ovr.cow_plan import CowPlan
 from ovr.errors import UsageError
-from ovr.images import Draft, Extents, ImageSet, InsideImages
+from ovr.images import Draft, Extents, ImageSet, InsideImages, VmaEntry
 from ovr.images.shared import shared_memory
 from ovr.memory_plan import MemoryPlan, SharedPlan, TaskPlan, cuts_of, plan_shared, plan_tasks
 from ovr.placement import Reason
 from ovr.state import KINDS, Setting
 from ovr.state.settings import neutralise, take
-from ovr.warm_plan import TABLE, Pool, WarmPlan, plan_warm
+from ovr.warm_areas import Pool, fitting_pool
+from ovr.warm_plan import TABLE, WarmPlan, plan_warm
 
 __all__ = ["Plan", "SharedPlan", "TaskPlan", "make_plan"]
 
@@ -84,13 +85,28 @@ class Plan:
         """Build an inside image set that also a CRIU with a pool can restore."""
         return self._inside(pool)
 
+    def fitting_pool(self, criu: str) -> Pool | None:
+        """Return the smallest pool that gives all that a pool can; None if that is nothing.
+
+        Args:
+            criu: the version of the guest's CRIU.
+        """
+        areas = self._areas(InsideImages(self.images), Draft(self.images), all_by_criu=True)
+        return fitting_pool(self.tasks, self.cow, areas, criu)
+
+    def _areas(
+        self, inside: InsideImages, draft: Draft, *, all_by_criu: bool
+    ) -> dict[int, Sequence[VmaEntry]]:
+        # Those of each task as the inside image set gets them, by pid.
+        cuts = cuts_of(self.tasks, self.cow)
+        return {
+            task.task.pid: task.put(inside, draft, cuts[task.task.pid], all_by_criu=all_by_criu)
+            for task in self.tasks
+        }
+
     def _inside(self, pool: Pool | None) -> tuple[dict[str, bytes | Extents], WarmPlan]:
         inside, draft = InsideImages(self.images), Draft(self.images)
-        cuts = cuts_of(self.tasks, self.cow)
-        areas = {}
-        for task in self.tasks:
-            mine = cuts[task.task.pid]
-            areas[task.task.pid] = task.put(inside, draft, mine, all_by_criu=pool is not None)
+        areas = self._areas(inside, draft, all_by_criu=pool is not None)
         warm = plan_warm(self.tasks, self.cow, areas, pool) if pool else WarmPlan()
         for shared in self.shared:
             shared.drop(inside)

@@ -34,7 +34,8 @@ from ovr.vm.claim import claimed
 from ovr.vm.hold import Holder
 from ovr.vm.proof import prove
 from ovr.vm.refusals import refusals, refuse_migration
-from ovr.warm_plan import Pool, WarmPlan, foreign_cgroup
+from ovr.warm_areas import Pool
+from ovr.warm_plan import WarmPlan, foreign_cgroup
 
 __all__ = ["VERIFY_MODES", "restore"]
 
@@ -168,7 +169,7 @@ def _build(
     if why:
         images, warm = plan.inside_images(), WarmPlan(why=why)
     else:
-        images, warm = plan.warm_images(Pool(size, link.hello.criu or ""))
+        images, warm = plan.warm_images(Pool(size, link.hello.criu or "", link.hello.warm_at))
     _refuse_large(images)
     return images, warm
 

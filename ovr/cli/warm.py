@@ -1,19 +1,28 @@
 """``ovr warm``: memory that is ready in the guest before a restore wants it."""
 
 import argparse
+import logging
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from ovr.cli.output import common, document, size
 from ovr.cli.vm_options import add_agent_option, add_vm_options
-from ovr.errors import AgentUnreachable, LabError, UsageError
+from ovr.errors import AgentUnreachable, ImagesUnsupported, LabError, UsageError
+from ovr.images import ImageSet
 from ovr.lab.ram import memory_size
+from ovr.plan import make_plan
 from ovr.vm.agent import Agent
 from ovr.vm.attach import AttachedVm
 from ovr.vm.find import find_vm
 from ovr.vm.proof import prove
+from ovr.vm.session import Hello
+from ovr.warm_areas import TABLE_SPAN
+from ovr.warm_plan import foreign_cgroup
 
 __all__ = ["add"]
+
+log = logging.getLogger("ovr.warm")
 
 
 def add(commands: Any) -> None:
@@ -25,6 +34,7 @@ def add(commands: Any) -> None:
         " allocated already. The next restore that fits into it takes it and is done sooner."
         " Without an option, say what there is.",
         examples="""\
+            ovr warm --vm libvirt:web -D images/
             ovr warm --vm libvirt:web --size 5G
             ovr warm --vm libvirt:web
             ovr warm --vm qmp:/run/vm/qmp.sock --agent vsock:3 --off
@@ -36,6 +46,10 @@ def add(commands: Any) -> None:
     what.add_argument(
         "--size", metavar="SIZE", help="make a pool of so much memory, as 5G, in place of the last"
     )
+    what.add_argument(
+        "-D", "--images-dir", metavar="DIR", type=Path,
+        help="make a pool that is right for these images, in place of the last",
+    )  # fmt: skip
     what.add_argument("--off", action="store_true", help="give the pool back to the guest")
     common(parser)
     parser.set_defaults(run=run)
@@ -44,18 +58,20 @@ def add(commands: Any) -> None:
 def run(options: argparse.Namespace) -> int:
     """Make or end the pool, or ask for it; then say what there is."""
     wanted = 0 if options.off else _bytes(options.size) if options.size else None
+    changes = wanted is not None or options.images_dir is not None
     address = options.agent or find_vm(options.vm).agent
     if address is None:
         raise AgentUnreachable(
             f"nobody said where the agent of {options.vm} is", "give --agent ADDR"
         )
     with Agent.connect(address) as agent:
-        if wanted is None:
-            pool = agent.pool()
-        else:
+        place = 0
+        if options.images_dir is not None:
+            wanted, place = _fitting(options.images_dir, agent.hello)
+        if changes:
             with AttachedVm(options.vm, vmlinux=options.vmlinux) as vm:
                 prove(vm.kernel, agent)
-            pool = agent.warm(wanted)
+        pool = agent.pool() if wanted is None else agent.warm(wanted, place)
     if options.json:
         fields = asdict(pool)
         del fields["address"]
@@ -72,3 +88,22 @@ def _bytes(text: str) -> int:
         return memory_size(text)
     except LabError as error:
         raise UsageError(str(error), error.hint or "write 5G or 1536M") from error
+
+
+def _fitting(directory: Path, guest: Hello) -> tuple[int, int]:
+    # The size of the pool, and its place modulo `TABLE_SPAN`.
+    with ImageSet.open(directory) as images:
+        plan = make_plan(images, force_write=guest.force_write)
+        pool = plan.fitting_pool(guest.criu or "")
+        if foreign_cgroup(images, ()):
+            log.warning(
+                "%s: its tasks belong into cgroups; a restore takes a pool only with"
+                " --manage-cgroups=ignore",
+                directory,
+            )
+    if pool is None:
+        raise ImagesUnsupported(
+            f"{directory}: no area has enough whole 2 MiB that a pool could give",
+            "restore without a pool",
+        )
+    return pool.size, pool.at % TABLE_SPAN

@@ -289,8 +289,9 @@ bool warm_owns(pid_t pid);
 bool warm_reaped(pid_t pid, int status);
 void warm_watch(struct loop *loop);
 void warm_shutdown(void);
-/* Bytes that are ready. */
+/* Bytes that are ready, and where they are in their process. */
 uint64_t warm_size(void);
+uint64_t warm_address(void);
 /* Give the pool's CRIU its arguments: its pid, or -1 when it cannot be used; it is gone then. */
 pid_t warm_take(const struct directory *directory, const struct message *begin,
 		const struct criu_command *command);

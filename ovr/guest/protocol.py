@@ -194,9 +194,15 @@ class Map(Message):
 
 
 class Warm(Message):
-    """Start a CRIU with a pool of `size` bytes, in place of the one that is there; 0: end that."""
+    """Start a CRIU with a pool, instead of the one that is there.
+
+    Attributes:
+        size: of the pool, in bytes; 0: have none.
+        place: how far behind a multiple of 1 GiB it begins in memory, in bytes; whole huge pages.
+    """
 
     size: int
+    place: int = 0
 
 
 class Pool(Message):
@@ -221,6 +227,7 @@ class Welcome(Message):
         force_write: the kernel lets the agent write to pages that their own task cannot write to.
         secret_at: the GVA, in the agent's process, of what `Prove` has to say.
         warm: the size of the pool that is ready, 0 if there is none.
+        warm_at: the GVA of the pool, in its process.
         engines: the container engines that are installed.
     """
 
@@ -236,6 +243,7 @@ class Welcome(Message):
     force_write: bool
     secret_at: int
     warm: int
+    warm_at: int
     engines: tuple[str, ...] = ()
 
 

@@ -144,6 +144,7 @@ static void welcome(struct session *session, const struct mp_value *token)
 	message_add_uint(&writer, KEY_SECRET_AT, proof_address());
 	engine_add_installed(&writer);
 	message_add_uint(&writer, KEY_WARM, warm_size());
+	message_add_uint(&writer, KEY_WARM_AT, warm_address());
 	session_send(session, &writer);
 }
 

@@ -17,26 +17,13 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-#include "agent.h"
-#include "warm/pool.h"
+#include "warm.h"
 #include "warm_library.h"
 
 #define DEATH_MS 10000
 #define SPARE (64ull << 20)	/* bytes that the guest keeps for itself */
 
-enum stage { NONE, FILLING, READY };
-
-static struct {
-	enum stage stage;
-	pid_t pid;
-	int socket;
-	struct pool_state *state;
-	struct session *waiting;	/* who asked for it and has no answer yet */
-	char note[160];			/* why the last one is no more */
-} pool = {.socket = -1, .note = "none was made"};
-
-/* That of the restore under way, which has used the pool up. */
-static struct pool_state *used;
+struct warm_pool pool = {.socket = -1, .note = "none was made"};
 
 static void unmap(struct pool_state **state)
 {
@@ -45,7 +32,7 @@ static void unmap(struct pool_state **state)
 	*state = NULL;
 }
 
-static void forget(void)
+void pool_forget(void)
 {
 	close_fd(&pool.socket);
 	unmap(&pool.state);
@@ -100,7 +87,7 @@ static pid_t start(struct child_io io)
 	return child_start(argv, env, io);
 }
 
-static const char *make(uint64_t size)
+static const char *make(uint64_t size, uint64_t place)
 {
 	struct child_io io = {-1, -1, -1};
 	int ends[2] = {-1, -1}, error;
@@ -109,6 +96,7 @@ static const char *make(uint64_t size)
 	if (io.in >= 0 && socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, ends) == 0) {
 		io.out = ends[1];
 		pool.state->wanted = size;
+		pool.state->place = place;
 		pool.state->agent = (uint64_t)getpid();
 		pool.state->huge = huge_pages();
 		pool.pid = start(io);
@@ -118,7 +106,7 @@ static const char *make(uint64_t size)
 	close_fd(&ends[1]);
 	pool.socket = ends[0];
 	if (pool.pid <= 0) {
-		forget();
+		pool_forget();
 		return strerror(error);
 	}
 	pool.stage = FILLING;
@@ -138,10 +126,10 @@ static void lost(const char *why)
 	if (pool.waiting)
 		session_refuse(pool.waiting, "no pool: %s", pool.note);
 	pool.waiting = NULL;
-	forget();
+	pool_forget();
 }
 
-static void end(const char *why)
+void pool_end(const char *why)
 {
 	int64_t deadline = now_ms() + DEATH_MS;
 	pid_t pid = pool.pid;
@@ -155,7 +143,7 @@ static void end(const char *why)
 		sleep_ms(1);
 	}
 	snprintf(pool.note, sizeof(pool.note), "%s", why);
-	forget();
+	pool_forget();
 }
 
 bool warm_owns(pid_t pid)
@@ -179,7 +167,7 @@ bool warm_reaped(pid_t pid, int status)
 
 void warm_shutdown(void)
 {
-	end("the agent ends");
+	pool_end("the agent ends");
 }
 
 /* ------------------------------------------------------------------------ the host's words */
@@ -229,13 +217,17 @@ static uint64_t available_bytes(void)
 	return kib << 10;
 }
 
-static void warm(struct session *session, uint64_t size)
+static void warm(struct session *session, uint64_t size, uint64_t place)
 {
 	uint64_t available;
 	const char *error;
 
 	if (pool.stage == FILLING) {
 		session_refuse(session, "a pool is being filled already");
+		return;
+	}
+	if (place >= POOL_SPAN || place % POOL_UNIT) {
+		session_refuse(session, "a pool begins at whole huge pages");
 		return;
 	}
 	available = available_bytes() + warm_size();
@@ -246,8 +238,8 @@ static void warm(struct session *session, uint64_t size)
 			       (unsigned long long)size >> 20);
 		return;
 	}
-	end("it was given up for another");
-	error = make(size);
+	pool_end("it was given up for another");
+	error = make(size, place);
 	if (error)
 		session_refuse(session, "no pool: %s", error);
 	else
@@ -259,14 +251,14 @@ void warm_message(struct session *session, const struct message *message)
 	uint64_t size = message_has(message, KEY_SIZE) ? message_uint(message, KEY_SIZE) : 0;
 
 	if (message->op == OP_WARM && size) {
-		warm(session, size);
+		warm(session, size, message_uint(message, KEY_PLACE));
 		return;
 	}
 	if (message->op == OP_WARM) {
 		if (pool.waiting)
 			session_refuse(pool.waiting, "the pool was given up");
 		pool.waiting = NULL;
-		end("it was given up");
+		pool_end("it was given up");
 	}
 	report(session);
 }
@@ -303,121 +295,12 @@ void warm_watch(struct loop *loop)
 		loop_watch(loop, pool.socket, POLLIN, on_news, NULL);
 }
 
+uint64_t warm_address(void)
+{
+	return pool.stage == READY ? pool.state->base : 0;
+}
+
 uint64_t warm_size(void)
 {
 	return pool.stage == READY ? pool.state->wanted : 0;
-}
-
-/* ------------------------------------------------------------------------ using it */
-
-struct request {
-	struct pool_request head;
-	char text[POOL_REQUEST];
-	bool overflow;
-};
-
-static void add(struct request *request, const char *text)
-{
-	size_t size = strlen(text) + 1;
-
-	if (size > sizeof(request->text) - request->head.size) {
-		request->overflow = true;
-		return;
-	}
-	memcpy(request->text + request->head.size, text, size);
-	request->head.size += (uint32_t)size;
-}
-
-static bool send_all(const void *data, size_t size)
-{
-	const char *at = data;
-	ssize_t done;
-
-	for (; size; at += done, size -= (size_t)done) {
-		done = send(pool.socket, at, size, MSG_NOSIGNAL);
-		if (done <= 0)
-			return false;
-	}
-	return true;
-}
-
-static bool ask(const struct criu_command *command)
-{
-	static struct request request;
-	char path[400];
-
-	request.head = (struct pool_request){0};
-	request.overflow = false;
-	add(&request, command->output);
-	snprintf(path, sizeof(path), "%s/" WARM_TABLE, command->images);
-	add(&request, path);
-	for (char *const *text = command->argv; *text; text++, request.head.arguments++)
-		add(&request, *text);
-	for (; request.head.arguments < POOL_ARGUMENTS; request.head.arguments++)
-		add(&request, POOL_PADDING);
-	for (char *const *text = command->env; *text; text++, request.head.variables++)
-		add(&request, *text);
-	return !request.overflow && request.head.arguments <= POOL_ARGUMENTS &&
-	       send_all(&request.head, sizeof(request.head)) &&
-	       send_all(request.text, request.head.size);
-}
-
-/*
- * CRIU maps areas in functions of libc, where our library can see it, if the
- * images have a parent; the parent's pagemaps are never looked into.
- */
-static bool hand_over(const struct directory *directory, const struct message *begin,
-		      const struct criu_command *command)
-{
-	char **names = message_strings(begin, KEY_WARM_IMAGES);
-	bool good = directory_make_parent(directory, names) && ask(command);
-
-	if (!good)
-		directory_remove_parent(directory);
-	free(names);
-	return good;
-}
-
-pid_t warm_take(const struct directory *directory, const struct message *begin,
-		const struct criu_command *command)
-{
-	pid_t pid = pool.pid;
-
-	if (pool.stage != READY)
-		return -1;
-	/* It may have died a moment ago. */
-	reap_children();
-	if (pool.stage != READY)
-		return -1;
-	if (!hand_over(directory, begin, command)) {
-		end("it does not take the request");
-		return -1;
-	}
-	used = pool.state;
-	pool.state = NULL;
-	snprintf(pool.note, sizeof(pool.note), "a restore has used it up");
-	forget();
-	return pid;
-}
-
-uint64_t warm_served(const char **why)
-{
-	static char text[120];
-
-	*why = "";
-	if (!used) {
-		*why = pool.note;
-		return 0;
-	}
-	if (used->error) {
-		snprintf(text, sizeof(text), "it could not %.39s: %s", used->step,
-			 strerror((int)used->error));
-		*why = text;
-	}
-	return used->served;
-}
-
-void warm_forget(void)
-{
-	unmap(&used);
 }

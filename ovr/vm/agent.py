@@ -228,14 +228,19 @@ class Agent(LabSession):
         self.touch([Portion(mapped.pid, True, here)], timeout)
         return Mapping(mapped.pid, Gva(mapped.address))
 
-    def warm(self, size: int, timeout: float = 600.0) -> "Warm":
+    def warm(self, size: int, place: int = 0, timeout: float = 600.0) -> "Warm":
         """Have a CRIU started in advance, with so many bytes of memory; 0: end the one there is.
+
+        Args:
+            size: bytes.
+            place: how far behind a multiple of 1 GiB they begin, in bytes; whole huge pages.
+            timeout: seconds.
 
         Raises:
             RestoreFailed: the guest has not so much memory, or cannot do it.
             AgentUnreachable: the link broke.
         """
-        self._send(protocol.Warm(size))
+        self._send(protocol.Warm(size, place))
         return self._warmed(timeout)
 
     def pool(self) -> "Warm":

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Self, TypeVar
 
+from ovr.addresses import Gva
 from ovr.errors import AgentUnreachable
 from ovr.guest import protocol
 from ovr.guest.message import Message
@@ -38,6 +39,7 @@ class Hello:
         secret_at: address in the agent's memory of what shows who can read the VM's RAM.
         engines: the container engines that are installed: podman, runc, crun.
         warm: the size of the pool that is ready, in bytes, or 0.
+        warm_at: where it is in its process.
     """
 
     protocol: int
@@ -51,6 +53,7 @@ class Hello:
     force_write: bool
     secret_at: int
     warm: int
+    warm_at: Gva
     engines: tuple[str, ...] = ()
 
 
@@ -164,6 +167,7 @@ class Session:
             secret_at=answer.secret_at,
             engines=answer.engines,
             warm=answer.warm,
+            warm_at=Gva(answer.warm_at),
         )
 
     def _synchronise(self, hello: bytes, token: bytes, deadline: float) -> None:

@@ -33,6 +33,7 @@ WELCOME: dict[str, Any] = {
     "secret_at": 1 << 40,
     "engines": [],
     "warm": 0,
+    "warm_at": 0,
 }
 
 

@@ -294,7 +294,7 @@ def test_links_in_the_way(host: AgentHost, name: str) -> None:
     victim.write_bytes(b"untouched")
     with host.connect() as agent:
         agent._send(protocol.Files(("first.img",), (b"x",)))
-        wait_for(lambda: host.restores)
+        wait_for(lambda: any((made / "images").is_dir() for made in host.restores))
         (directory,) = host.restores
         (directory / "images" / "core-1.img").symlink_to(victim)
         (directory / "images" / "dangling.img").symlink_to(host.directory / "made")

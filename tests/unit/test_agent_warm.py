@@ -54,10 +54,21 @@ def test_a_pool(agent: Agent) -> None:
     assert not alive(pool.pid)
 
 
+def test_a_pool_in_its_place(agent: Agent) -> None:
+    for place in (0, 6 * MIB, 1022 * MIB):
+        assert agent.warm(4 * MIB, place).address % (1 << 30) == place
+    pool = agent.pool()
+    for place in (1 << 30, 4096, 1, (1 << 64) - 2 * MIB):
+        with pytest.raises(RestoreFailed, match="a pool begins at whole huge pages"):
+            agent.warm(4 * MIB, place)
+    assert agent.pool() == pool
+
+
 def test_another_session_finds_it(host: AgentHost, agent: Agent) -> None:
     pool = agent.warm(2 * MIB)
     with host.connect() as other:
         assert other.hello.warm == 2 * MIB
+        assert other.hello.warm_at == pool.address
         assert other.pool() == pool
         again = other.warm(4 * MIB)
     assert again.size == 4 * MIB

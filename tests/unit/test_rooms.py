@@ -20,6 +20,7 @@ LAYERS = (
     {"outside"},
     {"plan"},
     {"warm_plan"},
+    {"warm_areas"},
     {"memory_plan"},
     {"cow_plan"},
     {"state", "placement", "report", "journal"},

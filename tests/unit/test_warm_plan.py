@@ -26,11 +26,13 @@ from ovr.images.vma import (
     vma_array,
 )
 from ovr.ranges import RANGE, common, join, no_ranges, without
-from ovr.warm_plan import SEAT, UNIT, Pool, foreign_cgroup, plan_warm
+from ovr.warm_areas import SEAT, TABLE_SPAN, UNIT, Pool, fitting_pool
+from ovr.warm_plan import foreign_cgroup, plan_warm
 
 MIB = 1 << 20
 RW = PROT_READ | PROT_WRITE
-PLENTY = Pool(1 << 40, "4.1.1")
+GIB = 1 << 30
+PLENTY = Pool(1 << 40, "4.1.1", SEAT)
 PLAIN, WITHOUT_WRITE, SERVE = range(3)
 
 
@@ -204,6 +206,68 @@ def test_the_largest_area_is_where_the_pool_has_it():
     assert sum(size for size, there in zip(sizes, at_seat, strict=True) if there) >= 60 * MIB
 
 
+def large_and_small(start):
+    spans = (BASE, BASE + 5 * MIB), (start, start + 3 * GIB + 7 * PAGE_SIZE)
+    areas = [area(*span) for span in sorted(spans)]
+    return task_of(1, areas, ranges(*sorted(spans)))
+
+
+def apart(warm, pieces, pool):
+    """How far from its final place modulo 1 GiB the largest area is in the pool."""
+    [task] = parsed(warm.table)[1]
+    start, size, at, _ = max(placed(task, pieces[1]), key=lambda p: p[1])
+    assert size >= 3 * GIB - UNIT
+    row = max(task.rows, key=lambda row: row[1])
+    assert task.base + row[0] == pool.at + at  # and there CRIU's reservation has it
+    return (start - pool.at - at) % GIB
+
+
+@pytest.mark.parametrize("start", [0x1C00_3000, BASE + GIB - 9 * PAGE_SIZE, BASE + 5 * GIB])
+@pytest.mark.parametrize("place", [0, 14 * MIB, GIB - UNIT])
+def test_with_room_the_largest_area_lies_as_in_the_end(start, place):
+    plan = large_and_small(start)
+    pool = Pool(5 * GIB, "4.1.1", SEAT + place)
+    pieces, warm = planned([plan], pool=pool)
+    check([plan], pieces, warm)
+    assert apart(warm, pieces, pool) == 0
+
+
+def test_without_room_it_lies_as_it_comes():
+    plan = large_and_small(BASE + 800 * MIB)
+    pool = Pool(3 * GIB + 12 * MIB, "4.1.1", SEAT)
+    pieces, warm = planned([plan], pool=pool)
+    check([plan], pieces, warm)
+    assert apart(warm, pieces, pool) % UNIT == 0 < apart(warm, pieces, pool)
+
+
+@pytest.mark.parametrize("start", [0x1C00_3000, BASE + GIB - 9 * PAGE_SIZE, BASE + 5 * GIB])
+def test_a_pool_that_fits(start):
+    """No larger than it must be, and where the largest area needs it."""
+    plan = large_and_small(start)
+    cow = strangers([plan])
+    pool = fitting_pool([plan], cow, {1: cut(plan.areas, plan.pieces_of_criu)}, "4.1.1")
+    assert 3 * GIB < pool.size <= 3 * GIB + 12 * MIB
+    assert 0 <= pool.at - SEAT < TABLE_SPAN
+    pieces, warm = planned([plan], pool=pool)
+    check([plan], pieces, warm)
+    assert parsed(warm.table)[0] == pool.size
+    assert apart(warm, pieces, pool) == 0
+    smaller = Pool(pool.size - UNIT, pool.criu, pool.at)
+    assert "the tasks need" in planned([plan], pool=smaller)[1].why
+
+
+def test_no_pool_fits_who_can_use_none():
+    plan = task_of(1, [area(BASE, BASE + MIB)], ranges((BASE, BASE + MIB)))
+    assert fitting_pool([plan], strangers([plan]), {1: plan.areas}, "4.1.1") is None
+
+
+@pytest.mark.parametrize("at", [0, 1, SEAT + PAGE_SIZE, 1 << 47, (1 << 64) - 1])
+def test_a_pool_that_claims_to_be_anywhere(at):
+    plan = large_and_small(BASE + 800 * MIB)
+    pieces, warm = planned([plan], pool=Pool(5 * GIB, "4.1.1", at))
+    check([plan], pieces, warm)
+
+
 def test_the_pool_stays_aside_where_the_task_has_areas():
     areas = [area(SEAT, SEAT + 8 * MIB)]
     plan = task_of(1, areas, ranges((SEAT, SEAT + 8 * MIB)))
@@ -265,7 +329,7 @@ def test_what_a_child_inherits_is_left_alone():
 
 def test_a_pool_that_is_too_small():
     plan = task_of(1, [area(BASE, BASE + 8 * MIB)], ranges((BASE, BASE + 8 * MIB)))
-    _, warm = planned([plan], pool=Pool(6 * MIB, "4.1.1"))
+    _, warm = planned([plan], pool=Pool(6 * MIB, "4.1.1", SEAT))
     assert (warm.table, warm.why) == (b"", "the pool has 6 MiB, and the tasks need 8 MiB")
 
 
@@ -282,7 +346,7 @@ def test_areas_without_pages_are_mapped_as_criu_maps_them(criu, without):
     held = ranges((BASE, BASE + 4 * MIB))
     pages = [(0x22000, 0x23000), (BASE, BASE + 4 * MIB)]
     plan = task_of(1, areas, held, pages=pages)
-    _, warm = planned([plan], pool=Pool(1 << 40, criu))
+    _, warm = planned([plan], pool=Pool(1 << 40, criu, SEAT))
     rows = parsed(warm.table)[1][0].rows
     assert [n for n, row in enumerate(rows) if row[3] == WITHOUT_WRITE] == without
 

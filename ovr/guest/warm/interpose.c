@@ -105,8 +105,8 @@ int setsid(void)
 
 static bool is_in_place(const struct pool_row *row)
 {
-	return row->how == POOL_SERVE && seat == (char *)POOL_SEAT &&
-	       current->base + row->at == POOL_SEAT + row->from;
+	return row->how == POOL_SERVE &&
+	       current->base + row->at == (uint64_t)seat + row->from;
 }
 
 /* The part of the pool that is where the reservation wants it: none if `from` is not below `to`. */

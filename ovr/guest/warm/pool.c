@@ -74,9 +74,10 @@ void pool_make(void)
 	uint64_t size = state->wanted;
 	long at;
 
-	if (!size || size % POOL_UNIT || size > POOL_MAX)
+	if (!size || size % POOL_UNIT || size > POOL_MAX || state->place % POOL_UNIT ||
+	    state->place >= POOL_SPAN)
 		fail(-EINVAL_NUMBER, "believe the pool's size");
-	at = map((void *)POOL_SEAT, size + POOL_UNIT, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	at = map((void *)(POOL_SEAT + state->place), size + POOL_UNIT, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 	if (FAILED(at))
 		fail(at, "reserve the pool");
 	seat = pool = (char *)((at + (long)POOL_UNIT - 1) & -(long)POOL_UNIT);

@@ -10,7 +10,8 @@
 #define POOL_PAGE 4096ull
 #define POOL_UNIT (2ull << 20)		/* a huge page */
 #define POOL_MAX (1ull << 40)
-#define POOL_SEAT 0x400000000000ull	/* where a pool is if nothing else is there */
+#define POOL_SEAT 0x400000000000ull	/* near there a pool is, if nothing else is */
+#define POOL_SPAN (1ull << 30)		/* of a page table of huge pages */
 #define POOL_ARGUMENTS 256		/* CRIU gets so many, padded with one that does nothing */
 #define POOL_PADDING "--no-default-config"
 #define POOL_REQUEST (256u << 10)	/* bytes of strings at most */
@@ -19,6 +20,7 @@
 struct pool_state {
 	/* the agent's words */
 	uint64_t wanted;		/* bytes, whole units */
+	uint64_t place;			/* how far behind POOL_SEAT, whole units; less than a span */
 	uint64_t agent;			/* its pid */
 	uint64_t huge;			/* enum pool_huge */
 	/* the library's words */
@@ -53,7 +55,7 @@ struct pool_task {
 	uint64_t from, to;		/* its and its descendants' part of the pool */
 	/*
 	 * CRIU's reservation: its size, and where it is best. Where that puts an area
-	 * on its part of a pool at POOL_SEAT, the area need not be moved there.
+	 * on its part of the pool, the area need not be moved there.
 	 */
 	uint64_t window, base;
 	uint64_t first, count;		/* rows */
