@@ -32,7 +32,7 @@ class Lanes:
 
     def __post_init__(self) -> None:
         self._outside = Outside(self.guest.vm, self.subject.images)
-        self.warm = Warm(self.guest.vm, self.subject.size)
+        self.warm = Warm(self.guest.vm, self.subject.images)
 
     def inside(self) -> Lane:
         """By the guest's CRIU."""

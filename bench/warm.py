@@ -1,12 +1,10 @@
-"""The warm skeleton, if this `ovr` has one: `ovr warm --vm VM --size BYTES`, and `--off`."""
+"""The warm skeleton: `ovr warm --vm VM -D IMAGES`, and `--off`."""
 
 import subprocess
 import sys
+from pathlib import Path
 
 from ovr.lab import LabVm
-
-# An area takes as much as it is long, up to whole huge pages at both ends.
-ROOM = 4 << 20
 
 
 class Warm:
@@ -14,16 +12,16 @@ class Warm:
 
     Args:
         vm: the VM.
-        size: bytes of memory of what will be restored.
+        images: what will be restored.
     """
 
-    def __init__(self, vm: LabVm, size: int) -> None:
-        self._vm, self._size = vm, size
+    def __init__(self, vm: LabVm, images: Path) -> None:
+        self._vm, self._images = vm, images
         self.exists = self._ovr("--help").returncode == 0
 
     def on(self) -> None:
         """Have it ready; returns when it is."""
-        done = self._ovr("--vm", f"lab:{self._vm.name}", "--size", str(self._size + ROOM))
+        done = self._ovr("--vm", f"lab:{self._vm.name}", "-D", str(self._images))
         assert done.returncode == 0, done.stderr
 
     def off(self) -> None:

@@ -9,7 +9,7 @@ from typing import Final, NoReturn
 
 __all__ = ["hurry", "leave", "set_up"]
 
-_GARBAGE: Final = 50_000
+_GARBAGE: Final = 200_000
 _FIRST: Final = -20
 
 

@@ -9,8 +9,6 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Final, Self
 
-import psutil
-
 from ovr._fastcopy import CUT_OFF, in_page_cache
 from ovr.errors import ImagesDamaged
 from ovr.images.task import Memory
@@ -136,6 +134,8 @@ class Sources:
 
 def _ask_for(sources: Sequence[Source], stop: threading.Event) -> None:
     # An error is for who reads: it does not matter here.
+    import psutil  # noqa: PLC0415 - here nobody waits for it to be loaded
+
     room = psutil.virtual_memory().available // 2
     windows = (
         (source, at)
