@@ -138,6 +138,8 @@ bool restore_reaped(pid_t pid, int status);
 void restore_watch(struct loop *loop);
 /* Deadlines and the end of CRIU. */
 void restore_work(void);
+/* What was to be said is said. */
+void restore_rest(void);
 void restore_shutdown(void);
 
 /* images.c: the private directory of a restore */
@@ -262,6 +264,10 @@ bool touch_forced(int mem, uint64_t at, bool keep);
 /* priority.c: being served first while a restore is under way, in a guest that is busy */
 /* Before other processes and other sessions; 0: this process. It may fail, and then takes longer. */
 void priority_raise(pid_t pid);
+/* At once when it wakes up; 0: this process. For who makes no tasks that stay. */
+void priority_real_time(pid_t pid);
+/* In a child that is to become another program: as this process was before it was raised. */
+void priority_of_child(void);
 /* As everybody else; a session's other processes too. */
 void priority_reset(pid_t pid);
 

@@ -14,6 +14,7 @@ static void become(char *const argv[], char *const env[], struct child_io io)
 	sigset_t none;
 
 	oom_as_before();
+	priority_of_child();
 	sigemptyset(&none);
 	sigprocmask(SIG_SETMASK, &none, NULL);
 	signal(SIGPIPE, SIG_DFL);

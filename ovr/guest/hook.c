@@ -88,6 +88,9 @@ static int hold(void)
 		tree_stop_criu(criu);
 		oom_hide(criu);	/* it would release the tree */
 		oom_hide(getpid());
+		/* All tasks are made, and held. */
+		priority_real_time(criu);
+		priority_real_time(0);
 		problem = exitkill_set(criu);
 		if (problem)
 			complain("%s", problem);

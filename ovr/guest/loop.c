@@ -110,6 +110,7 @@ void loop_run(struct loop *loop)
 		restore_work();
 		lab_work();
 		session_work();
+		restore_rest();
 		loop->count = 0;
 		loop->deadline = -1;
 		loop_watch(loop, signals, POLLIN, on_signal, NULL);

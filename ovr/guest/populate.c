@@ -70,6 +70,7 @@ static void touch(const struct message *message, int out)
 {
 	uint32_t count;
 
+	priority_real_time(0);
 	errno = touch_portions(message_list(message, KEY_PORTIONS, &count),
 			       message_list(message, KEY_RANGES, &count));
 	if (errno)
@@ -167,6 +168,7 @@ static void map(const struct message *message, int out)
 	int fd;
 
 	join_cgroup((pid_t)message_uint(message, KEY_PID), out);
+	priority_real_time(0);
 	fd = open_object(message, out);
 	base = mmap(NULL, message_uint(message, KEY_SIZE), PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
 	if (base == MAP_FAILED)

@@ -16,7 +16,6 @@ struct restore restore = NO_RESTORE;
 
 void restore_forget(void)
 {
-	priority_reset(0);
 	close_fd(&restore.listener);
 	close_fd(&restore.hook);
 	populate_end();
@@ -131,7 +130,6 @@ static void begin(struct session *session, const struct message *message)
 			      strerror(errno));
 		return;
 	}
-	/* Only now: an engine leaves processes behind, which would inherit it. */
 	priority_raise(0);
 	restore.criu = restore.engine ? 0 : restore.child;
 	restore.phase = BUILDING;
@@ -275,6 +273,12 @@ void restore_work(void)
 static void on_criu_end(int fd, short events, void *context)
 {
 	(void)fd, (void)events, (void)context;
+}
+
+void restore_rest(void)
+{
+	if (restore.phase == IDLE)
+		priority_reset(0);
 }
 
 void restore_watch(struct loop *loop)

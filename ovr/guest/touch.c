@@ -2,13 +2,12 @@
  * Touching pages of held tasks, so that the kernel allocates them.
  *
  * What takes long is that the kernel zeroes them. So as many threads as there are CPUs do it, before
- * anybody else gets a CPU: real-time priority is for these threads alone, which end afterwards.
+ * anybody else gets a CPU: with real-time priority, which ends with them.
  * Runs in a child of the agent's.
  */
 #include <errno.h>
 #include <fcntl.h>
 #include <pthread.h>
-#include <sched.h>
 #include <stdio.h>
 #include <sys/uio.h>
 #include <unistd.h>
@@ -179,12 +178,9 @@ static int touch_portion(uint64_t count)
 
 int touch_portions(struct mp_reader portions, struct mp_reader ranges)
 {
-	struct sched_param first = {.sched_priority = 1};
 	struct mp_value pid, keep, count;
 	int error = 0;
 
-	/* Where that is forbidden it only takes longer. */
-	sched_setscheduler(0, SCHED_FIFO, &first);
 	job.ranges = ranges;
 	while (!error && mp_read(&portions, &pid) && mp_read(&portions, &keep) &&
 	       mp_read(&portions, &count)) {

@@ -123,6 +123,7 @@ def session_seeds() -> Iterator[bytes]:
         True,
         1 << 40,
         0,
+        0,
     )
     answers = {type(message).__name__: encode(message) for message in samples()}
     kinds = ("Stopped", "Touched", "Mapped", "Exited", "Restored", "Aborted")

@@ -255,3 +255,31 @@ def test_mappers_go_with_the_tree(host: AgentHost, agent: Agent) -> None:
     agent.close()
     wait_for(lambda: not alive(mapping.pid))
     assert_gone(host, skeleton)
+
+
+def scheduling(pid: int) -> tuple[int, int, int]:
+    """Policy, nice value and timer slack of a process."""
+    slack = int(Path(f"/proc/{pid}/timerslack_ns").read_text())
+    return os.sched_getscheduler(pid), os.getpriority(os.PRIO_PROCESS, pid), slack
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="real-time priority is for root")
+def test_the_agent_is_first_while_it_restores_and_nobody_inherits_it(
+    host: AgentHost, agent: Agent
+) -> None:
+    look = ["sh", "-c", "exec sleep 1000"]
+    before = scheduling(host.process.pid)
+    assert before[0] == os.SCHED_OTHER
+    skeleton = begin(host, agent)
+    assert scheduling(host.process.pid)[0] == os.SCHED_FIFO
+    with host.connect() as other:
+        program = other.spawn(look)
+        assert scheduling(program) == before
+        pool = other.warm(2 << 20)
+        assert scheduling(pool.pid) == before
+        kill(program)
+    assert [scheduling(task)[0] for task in skeleton.tasks] == [os.SCHED_OTHER] * 2
+    agent.go()
+    wait_for(lambda: host.marks == set(skeleton.tasks))
+    wait_for(lambda: scheduling(host.process.pid) == before)
+    kill(*skeleton.tasks)

@@ -143,6 +143,7 @@ uint64_t warm_served(const char **why)
 void warm_forget(void) {}
 void priority_raise(pid_t pid) { (void)pid; }
 void priority_reset(pid_t pid) { (void)pid; }
+void priority_real_time(pid_t pid) { (void)pid; }
 const char *exitkill_set(pid_t criu) { CHECK(criu == CRIU); return NULL; }
 pid_t tree_parent(pid_t pid) { return pid == ROOT ? CRIU : 0; }
 
