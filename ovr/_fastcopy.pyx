@@ -12,7 +12,7 @@ import numpy as np
 
 from libc.errno cimport EFAULT, EINTR, EIO, errno
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
-from libc.stdlib cimport free, malloc, realloc
+from libc.stdlib cimport calloc, free, malloc, realloc
 from libc.string cimport memcmp, memcpy, memset
 from posix.mman cimport MAP_FAILED, MAP_SHARED, PROT_READ, PROT_WRITE, madvise, mmap, munmap
 
@@ -60,6 +60,7 @@ cdef class RamMap:
             self._ram.slots[i].gpa = gpa
             self._ram.slots[i].size = size
             self._ram.slots[i].host = <char *>host
+            self._ram.slots[i].looked = <uint8_t *>calloc((size >> AROUND_SHIFT) + 2, 1)
             self._ram.count = i + 1
         ovr_guard_install()
 
@@ -71,6 +72,7 @@ cdef class RamMap:
         cdef Py_ssize_t i
         for i in range(self._ram.count):
             munmap(self._ram.slots[i].host, self._ram.slots[i].size)
+            free(self._ram.slots[i].looked)
         self._ram.count = 0
 
     def close(self):

@@ -4,6 +4,9 @@ cdef enum:
     # Bytes for which a system call is worth it, when host pages are mapped ahead.
     WORTH_ADVICE = 65536
 
+    # What the kernel maps when a page of a file is looked at (fault_around_bytes of mm/memory.c).
+    AROUND_SHIFT = 16
+
     # UIO_MAXIOV of include/uapi/linux/uio.h
     MAX_VECTORS = 1024
 
@@ -51,24 +54,30 @@ cdef void _map(void *given) noexcept nogil:
     # Errors do not matter here: what is not mapped ahead faults during the copy.
     cdef Mapping *job = <Mapping *>given
     cdef Py_ssize_t i
-    cdef uint64_t size, at
-    cdef uint64_t available = 0
-    cdef char *host
+    cdef uint64_t size, at, end, first, around
+    cdef Slot *slot
     for i in range(job.count):
-        host = _host(job.ram, job.runs[i].gpa, &available)
-        if host == NULL:
+        slot = _slot(job.ram, job.runs[i].gpa)
+        if slot == NULL:
             continue
-        host = <char *>(<uint64_t>host & ~<uint64_t>4095)
-        size = min(available, job.runs[i].size)
+        at = (job.runs[i].gpa - slot.gpa) & ~<uint64_t>4095
+        size = min(slot.size - at, job.runs[i].size)
         if size >= WORTH_ADVICE:
-            madvise(host, size, job.advice)
+            madvise(slot.host + at, size, job.advice)
             continue
-        # To look at a page maps it, of a shared file for writing too, and is faster than a system
-        # call where it is mapped already, as are most in RAM files of large pages.
-        at = 0
-        while at < size:
-            job.seen ^= read_once(host + at)
-            at += 4096
+        # To look at a page maps it, and those around it that are in the file, of a shared file for
+        # writing too. It is a miss of the cache, so once is enough; what is not mapped then faults
+        # during the copy.
+        first = <uint64_t>slot.host >> AROUND_SHIFT
+        at += <uint64_t>slot.host
+        end = at + size
+        while at < end:
+            around = (at >> AROUND_SHIFT) - first
+            if slot.looked == NULL or not slot.looked[around]:
+                job.seen ^= read_once(<char *>at)
+                if slot.looked != NULL:
+                    slot.looked[around] = 1
+            at = (first + around + 1) << AROUND_SHIFT
 
 
 cdef void _copy_in(Reading *job) noexcept nogil:

@@ -8,6 +8,7 @@ cdef struct Slot:
     uint64_t gpa
     uint64_t size
     char *host
+    uint8_t *looked         # of each AROUND bytes, whether a page was mapped ahead; or NULL
 
 cdef struct Ram:
     Slot *slots
@@ -30,14 +31,21 @@ cdef struct Search:
     uint64_t found          # not below `end` if there is none
 
 
-cdef char *_host(const Ram *ram, uint64_t gpa, uint64_t *available) noexcept nogil:
-    # Host address of `gpa`, or NULL; `available` bytes follow it in the same slot.
+cdef Slot *_slot(const Ram *ram, uint64_t gpa) noexcept nogil:
     cdef Py_ssize_t i
     for i in range(ram.count):
         if gpa >= ram.slots[i].gpa and gpa - ram.slots[i].gpa < ram.slots[i].size:
-            available[0] = ram.slots[i].size - (gpa - ram.slots[i].gpa)
-            return ram.slots[i].host + (gpa - ram.slots[i].gpa)
+            return &ram.slots[i]
     return NULL
+
+
+cdef char *_host(const Ram *ram, uint64_t gpa, uint64_t *available) noexcept nogil:
+    # Host address of `gpa`, or NULL; `available` bytes follow it in the same slot.
+    cdef Slot *slot = _slot(ram, gpa)
+    if slot == NULL:
+        return NULL
+    available[0] = slot.size - (gpa - slot.gpa)
+    return slot.host + (gpa - slot.gpa)
 
 
 cdef const char *_table(const Ram *ram, uint64_t gpa) noexcept nogil:

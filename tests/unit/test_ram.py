@@ -1,6 +1,7 @@
 """Slots, bounds, copy and compare."""
 
 import os
+import re
 import threading
 from pathlib import Path
 
@@ -127,6 +128,32 @@ def test_copy_agrees_with_a_plain_one(tmp_path_factory, rows):
     assert machine.ram.copy_in(runs(*native), *as_file(source)) == sum(r[2] for r in native)
     assert machine.ram.read(Gpa(0), 1 << 20) == bytes(model)
     machine.ram.close()
+
+
+def mapped(path):
+    """How many bytes of a file are in this process's page tables."""
+    parts = Path("/proc/self/smaps").read_text().split("VmFlags:")
+    rss = [re.search(r"^Rss: +(\d+)", part, re.M)[1] for part in parts if f" {path}\n" in part]
+    return sum(map(int, rss)) << 10
+
+
+def test_single_pages_are_mapped_ahead_of_the_copy(tmp_path):
+    """Scattered as they are; the last of the slot, too, and some that were looked at before."""
+    path, size = tmp_path / "ram", 4 << 20
+    path.write_bytes(os.urandom(size))
+    slot = Slot(Gpa(0), size, path, Offset(0))
+    ram = GuestRam([slot], writable=True)
+    assert mapped(path) == 0
+    pages = [*range(0, 1024, 37), 1023]
+    ram.prefault(runs(*(run(page * PAGE_SIZE, PAGE_SIZE, 0) for page in pages)))
+    before = mapped(path)
+    assert before >= len(pages) * PAGE_SIZE
+    ram.prefault(runs(*(run(page * PAGE_SIZE, PAGE_SIZE, 0) for page in reversed(pages))))
+    ram.prefault(runs(run(1020 * PAGE_SIZE, 4 * PAGE_SIZE, 0), run(1 << 40, PAGE_SIZE, 0)))
+    assert mapped(path) >= before
+    ram.prefault(runs(run(0, size, 0)))
+    assert mapped(path) == size
+    ram.close()
 
 
 def test_find_looks_at_allocated_memory_only(tmp_path):
