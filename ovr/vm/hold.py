@@ -26,6 +26,7 @@ __all__ = ["Holder"]
 # Reads our word for the VM's state until we close the pipe, which the kernel does if we die.
 _GUARDIAN: Final = 'while read -r word; do state=$word; done; [ "$state" = held ] && kill -CONT $1'
 _PATIENCE: Final = 2.0  # seconds for all threads to stop; one may wait for a disk
+_POLL: Final = 0.00005
 _BECOME: Final = "run as root, or as the user that runs QEMU, on its host"
 
 
@@ -117,6 +118,8 @@ class Holder:
                     f"QEMU {self._pid} does not stop within {_PATIENCE:g} s",
                     "is its host out of memory, or its disk stuck?",
                 )
+            # A thread stops when it runs: not while we have the CPU that it waits for.
+            time.sleep(_POLL)
 
     def _stopped(self, thread: str) -> bool:
         # Asked for every thread in every hold, the guest waiting: pathlib takes twice as long.
