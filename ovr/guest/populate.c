@@ -41,8 +41,8 @@ struct result {
 static struct {
 	struct session *session;
 	enum op op;
-	pid_t pid;
-	int news;		/* the worker's result comes here; -1: there is no worker */
+	pid_t pid;		/* 0: it has ended */
+	int news;		/* the worker's result comes here; -1: it has come */
 } current = {.news = -1};
 
 static pid_t mappers[MAX_MAPPERS];
@@ -286,7 +286,7 @@ static void on_news(int fd, short events, void *context)
 		return;
 	close(current.news);
 	current.news = -1;
-	if (size != (ssize_t)sizeof(result)) {
+	if (size != (ssize_t)sizeof(result) || (current.op == OP_MAP && !current.pid)) {
 		session_refuse(session, "who allocates memory was killed; is the guest out of it?");
 	} else if (result.error) {
 		result.step[sizeof(result.step) - 1] = 0;
@@ -311,13 +311,18 @@ bool populate_owns(pid_t pid)
 
 bool populate_reaped(pid_t pid, int status)
 {
+	bool ours = pid == current.pid;
+
 	(void)status;
+	/* Its pid may soon be another's. */
+	if (ours)
+		current.pid = 0;
 	for (size_t i = 0; i < mapper_count; i++)
 		if (mappers[i] == pid) {
 			mappers[i] = mappers[--mapper_count];
 			return true;
 		}
-	return pid == current.pid;
+	return ours;
 }
 
 void populate_watch(struct loop *loop)
@@ -331,7 +336,8 @@ void populate_end(void)
 	int64_t deadline = now_ms() + MAPPER_DEATH_MS;
 
 	if (current.news >= 0) {
-		kill(current.pid, SIGKILL);
+		if (current.pid)
+			kill(current.pid, SIGKILL);
 		close(current.news);
 		current.news = -1;
 	}

@@ -283,3 +283,26 @@ def test_the_agent_is_first_while_it_restores_and_nobody_inherits_it(
     wait_for(lambda: host.marks == set(skeleton.tasks))
     wait_for(lambda: scheduling(host.process.pid) == before)
     kill(*skeleton.tasks)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="to choose pids is for root")
+def test_another_process_gets_the_pid_of_who_allocated_memory(
+    host: AgentHost, agent: Agent
+) -> None:
+    """Its end is its own: the host hears of it."""
+    skeleton = begin(host, agent)
+    fds = Path(f"/proc/{skeleton.root_pid}/fd").iterdir()
+    fd = next(int(link.name) for link in fds if "memfd:shared" in str(link.readlink()))
+    mapping = agent.map(skeleton.root_pid, f"fd/{fd}", 16 * PAGE, [(0, PAGE)])
+    agent.go()
+    wait_for(lambda: host.marks == set(skeleton.tasks))
+    assert not alive(mapping.pid)
+    for _ in range(50):
+        # Others may be faster; then once more.
+        Path("/proc/sys/kernel/ns_last_pid").write_text(str(mapping.pid - 1))
+        done = agent.run(["sh", "-c", "echo $$"], timeout=5)
+        if int(done.stdout) == mapping.pid:
+            break
+    else:
+        pytest.fail(f"no process got pid {mapping.pid}")
+    kill(*skeleton.tasks)
