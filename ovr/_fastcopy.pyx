@@ -62,6 +62,8 @@ cdef class RamMap:
             self._ram.slots[i].host = <char *>host
             self._ram.slots[i].looked = <uint8_t *>calloc((size >> AROUND_SHIFT) + 2, 1)
             self._ram.count = i + 1
+            if self._ram.slots[i].looked == NULL:
+                raise MemoryError
         ovr_guard_install()
 
     def __dealloc__(self):

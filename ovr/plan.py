@@ -85,14 +85,10 @@ class Plan:
         """Build an inside image set that also a CRIU with a pool can restore."""
         return self._inside(pool)
 
-    def fitting_pool(self, criu: str) -> Pool | None:
-        """Return the smallest pool that gives all that a pool can; None if that is nothing.
-
-        Args:
-            criu: the version of the guest's CRIU.
-        """
+    def fitting_pool(self) -> tuple[int, int] | None:
+        """Return the size and the place of the smallest pool: see `ovr.warm_areas.fitting_pool`."""
         areas = self._areas(InsideImages(self.images), Draft(self.images), all_by_criu=True)
-        return fitting_pool(self.tasks, self.cow, areas, criu)
+        return fitting_pool(self.tasks, self.cow, areas)
 
     def _areas(
         self, inside: InsideImages, draft: Draft, *, all_by_criu: bool

@@ -31,6 +31,7 @@ from ovr.memory_plan import TaskPlan
 from ovr.ranges import RANGE, Ranges, common, join, ranges_of
 
 __all__ = [
+    "NOTHING",
     "SEAT",
     "TABLE_SPAN",
     "UNIT",
@@ -54,6 +55,7 @@ SEAT: Final = 0x4000_0000_0000
 TABLE_SPAN: Final = 1 << 30
 """What a page table of 2 MiB entries maps, in bytes: the kernel moves it at once, if it is at such
 a boundary here and there (``move_normal_pud`` of mm/mremap.c)."""
+NOTHING: Final = "no area has enough whole 2 MiB that a pool could give"
 
 _FLAGS: Final = MAP_PRIVATE | MAP_FIXED | MAP_ANONYMOUS | MAP_STACK
 _ADVICE: Final = 1 << MADV_HUGEPAGE | 1 << MADV_POPULATE_WRITE
@@ -104,26 +106,25 @@ class Served:
 
 
 def fitting_pool(
-    plans: Sequence[TaskPlan], cow: CowPlan, areas: Mapping[int, Sequence[VmaEntry]], criu: str
-) -> Pool | None:
-    """Return the smallest pool from which the tasks get all that one can give; None if nothing.
+    plans: Sequence[TaskPlan], cow: CowPlan, areas: Mapping[int, Sequence[VmaEntry]]
+) -> tuple[int, int] | None:
+    """Return what the smallest pool is from which the tasks get all that one can give.
+
+    Its size, and how far behind a multiple of `TABLE_SPAN` it begins best, in bytes; None if that
+    is nothing.
 
     Args:
         plans: the tasks that are alive, parents first.
         cow: what they share.
         areas: the areas of each task as the inside image set has them, by pid.
-        criu: the version of the guest's CRIU.
     """
     served = served_areas(plans, cow, areas)
     size = room_of(served)
     if not size:
         return None
-    at = 0
-    for area in (area for each in served.values() for area in each):
-        if area is _to_align(served):
-            return Pool(size, criu, SEAT + (area.low - at) % TABLE_SPAN)
-        at += area.room
-    return Pool(size, criu, SEAT)
+    give_out(served, Pool(size, "", SEAT))
+    aligned = _to_align(served)
+    return size, (aligned.start - aligned.at) % TABLE_SPAN if aligned else 0
 
 
 def served_areas(

@@ -21,6 +21,7 @@ from ovr.images.vma import MADV_DOFORK, PROT_WRITE, Vmas, is_private, vma_array
 from ovr.memory_plan import TaskPlan
 from ovr.ranges import Ranges, common, ranges_of, without
 from ovr.warm_areas import (
+    NOTHING,
     UNIT,
     Pool,
     Served,
@@ -37,7 +38,6 @@ __all__ = ["TABLE", "WarmPlan", "foreign_cgroup", "plan_warm"]
 
 TABLE: Final = "ovr-warm.tab"
 """The table's name beside the images; WARM_TABLE in guest/agent.h."""
-_NOTHING: Final = "no area has enough whole 2 MiB that a pool could give"
 
 # guest/warm/pool.h
 _MAGIC: Final = 0x314D524157525655
@@ -103,7 +103,7 @@ def plan_warm(
     served = served_areas(plans, cow, areas)
     size = room_of(served)
     if not size:
-        return WarmPlan(why=_NOTHING)
+        return WarmPlan(why=NOTHING)
     if size > pool.size:
         needed = f"the tasks need {size >> 20} MiB"
         return WarmPlan(why=f"the pool has {pool.size >> 20} MiB, and {needed}")

@@ -17,7 +17,7 @@ from ovr.vm.attach import AttachedVm
 from ovr.vm.find import find_vm
 from ovr.vm.proof import prove
 from ovr.vm.session import Hello
-from ovr.warm_areas import TABLE_SPAN
+from ovr.warm_areas import NOTHING
 from ovr.warm_plan import foreign_cgroup
 
 __all__ = ["add"]
@@ -57,21 +57,21 @@ def add(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Make or end the pool, or ask for it; then say what there is."""
-    wanted = 0 if options.off else _bytes(options.size) if options.size else None
-    changes = wanted is not None or options.images_dir is not None
+    wanted = (0, 0) if options.off else (_bytes(options.size), 0) if options.size else None
     address = options.agent or find_vm(options.vm).agent
     if address is None:
         raise AgentUnreachable(
             f"nobody said where the agent of {options.vm} is", "give --agent ADDR"
         )
     with Agent.connect(address) as agent:
-        place = 0
         if options.images_dir is not None:
-            wanted, place = _fitting(options.images_dir, agent.hello)
-        if changes:
+            wanted = _fitting(options.images_dir, agent.hello)
+        if wanted is None:
+            pool = agent.pool()
+        else:
             with AttachedVm(options.vm, vmlinux=options.vmlinux) as vm:
                 prove(vm.kernel, agent)
-        pool = agent.pool() if wanted is None else agent.warm(wanted, place)
+            pool = agent.warm(*wanted)
     if options.json:
         fields = asdict(pool)
         del fields["address"]
@@ -91,19 +91,15 @@ def _bytes(text: str) -> int:
 
 
 def _fitting(directory: Path, guest: Hello) -> tuple[int, int]:
-    # The size of the pool, and its place modulo `TABLE_SPAN`.
+    # What `Agent.warm` wants: the size of the pool, and its place.
     with ImageSet.open(directory) as images:
-        plan = make_plan(images, force_write=guest.force_write)
-        pool = plan.fitting_pool(guest.criu or "")
+        fitting = make_plan(images, force_write=guest.force_write).fitting_pool()
         if foreign_cgroup(images, ()):
             log.warning(
                 "%s: its tasks belong into cgroups; a restore takes a pool only with"
                 " --manage-cgroups=ignore",
                 directory,
             )
-    if pool is None:
-        raise ImagesUnsupported(
-            f"{directory}: no area has enough whole 2 MiB that a pool could give",
-            "restore without a pool",
-        )
-    return pool.size, pool.at % TABLE_SPAN
+    if fitting is None:
+        raise ImagesUnsupported(f"{directory}: {NOTHING}", "restore without a pool")
+    return fitting

@@ -248,6 +248,21 @@ pid_t tree_parent(pid_t pid);
 /* Have the kernel kill what CRIU, which is stopped, traces when CRIU dies. NULL, or why not. */
 const char *exitkill_set(pid_t criu);
 
+/* What a Touch has of one process: how many of its ranges are meant, and whether to keep pages. */
+struct portion {
+	uint64_t pid, keep, count;
+};
+
+static inline bool read_portion(struct mp_reader *reader, struct portion *portion)
+{
+	struct mp_value pid, keep, count;
+
+	if (!mp_read(reader, &pid) || !mp_read(reader, &keep) || !mp_read(reader, &count))
+		return false;
+	*portion = (struct portion){pid.number, keep.number, count.number};
+	return true;
+}
+
 /* touch.c */
 /*
  * Have pages of held tasks allocated, as a Touch has them; 0, or an errno.

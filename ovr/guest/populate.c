@@ -210,14 +210,13 @@ static bool portions_fit(const struct message *message, uint32_t ranges)
 {
 	uint32_t numbers, left = ranges;
 	struct mp_reader portions = message_list(message, KEY_PORTIONS, &numbers);
-	struct mp_value pid, keep, count;
+	struct portion portion;
 
 	for (; numbers >= 3; numbers -= 3) {
-		if (!mp_read(&portions, &pid) || !mp_read(&portions, &keep) ||
-		    !mp_read(&portions, &count) || keep.number > 1 || !count.number ||
-		    count.number > left)
+		if (!read_portion(&portions, &portion) || portion.keep > 1 || !portion.count ||
+		    portion.count > left)
 			return false;
-		left -= (uint32_t)count.number;
+		left -= (uint32_t)portion.count;
 	}
 	return !numbers && !left;
 }

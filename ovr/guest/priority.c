@@ -70,12 +70,17 @@ void priority_raise(pid_t pid)
 		set_real_time(0, 2);
 }
 
+static void take_back(void)
+{
+	sched_setscheduler(0, own_policy, &own_parameter);
+	setpriority(PRIO_PROCESS, 0, own_nice);
+}
+
 void priority_of_child(void)
 {
 	if (!raised)
 		return;
-	sched_setscheduler(0, own_policy, &own_parameter);
-	setpriority(PRIO_PROCESS, 0, own_nice);
+	take_back();
 	/* What its own children begin with, too. */
 	prctl(PR_SET_TIMERSLACK, own_slack);
 }
@@ -88,7 +93,6 @@ void priority_reset(pid_t pid)
 	/* Of ourselves only: CRIU knows what to give to whom, and its own does not matter any more. */
 	if (pid)
 		return;
-	sched_setscheduler(0, own_policy, &own_parameter);
-	setpriority(PRIO_PROCESS, 0, own_nice);
+	take_back();
 	raised = false;
 }

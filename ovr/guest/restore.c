@@ -167,16 +167,16 @@ static bool all_belong(const struct message *message)
 {
 	uint32_t count;
 	struct mp_reader portions;
-	struct mp_value pid, keep, ranges;
+	struct portion portion;
 	uint64_t good = 0;
 
 	if (message->op == OP_MAP)
 		return belongs(message_uint(message, KEY_PID));
 	portions = message_list(message, KEY_PORTIONS, &count);
-	while (mp_read(&portions, &pid) && mp_read(&portions, &keep) && mp_read(&portions, &ranges)) {
-		if (!pid.number || (pid.number != good && !belongs(pid.number)))
+	while (read_portion(&portions, &portion)) {
+		if (!portion.pid || (portion.pid != good && !belongs(portion.pid)))
 			return false;
-		good = pid.number;
+		good = portion.pid;
 	}
 	return true;
 }

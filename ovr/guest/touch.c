@@ -178,14 +178,13 @@ static int touch_portion(uint64_t count)
 
 int touch_portions(struct mp_reader portions, struct mp_reader ranges)
 {
-	struct mp_value pid, keep, count;
+	struct portion portion;
 	int error = 0;
 
 	job.ranges = ranges;
-	while (!error && mp_read(&portions, &pid) && mp_read(&portions, &keep) &&
-	       mp_read(&portions, &count)) {
-		job.keep = keep.number;
-		error = open_task((pid_t)pid.number) ? touch_portion(count.number) : errno;
+	while (!error && read_portion(&portions, &portion)) {
+		job.keep = portion.keep;
+		error = open_task((pid_t)portion.pid) ? touch_portion(portion.count) : errno;
 	}
 	return error;
 }

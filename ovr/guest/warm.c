@@ -9,7 +9,6 @@
 #include <fcntl.h>
 #include <signal.h>
 #include <stdio.h>
-#include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
@@ -25,7 +24,7 @@
 
 struct warm_pool pool = {.socket = -1, .note = "none was made"};
 
-static void unmap(struct pool_state **state)
+void pool_unmap(struct pool_state **state)
 {
 	if (*state)
 		munmap(*state, POOL_PAGE);
@@ -35,7 +34,7 @@ static void unmap(struct pool_state **state)
 void pool_forget(void)
 {
 	close_fd(&pool.socket);
-	unmap(&pool.state);
+	pool_unmap(&pool.state);
 	pool.stage = NONE;
 	pool.pid = 0;
 }

@@ -23,6 +23,7 @@ struct warm_pool {
 
 extern struct warm_pool pool;
 
+void pool_unmap(struct pool_state **state);
 /* There is none any more, whatever becomes of its process. */
 void pool_forget(void);
 void pool_end(const char *why);

@@ -2,7 +2,6 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/mman.h>
 #include <sys/socket.h>
 
 #include "warm.h"
@@ -119,7 +118,5 @@ uint64_t warm_served(const char **why)
 
 void warm_forget(void)
 {
-	if (used)
-		munmap(used, POOL_PAGE);
-	used = NULL;
+	pool_unmap(&used);
 }

@@ -73,10 +73,9 @@ cdef void _map(void *given) noexcept nogil:
         end = at + size
         while at < end:
             around = (at >> AROUND_SHIFT) - first
-            if slot.looked == NULL or not slot.looked[around]:
+            if not slot.looked[around]:
                 job.seen ^= read_once(<char *>at)
-                if slot.looked != NULL:
-                    slot.looked[around] = 1
+                slot.looked[around] = 1
             at = (first + around + 1) << AROUND_SHIFT
 
 

@@ -8,7 +8,7 @@ cdef struct Slot:
     uint64_t gpa
     uint64_t size
     char *host
-    uint8_t *looked         # of each AROUND bytes, whether a page was mapped ahead; or NULL
+    uint8_t *looked         # of each 1 << AROUND_SHIFT bytes, whether a page was mapped ahead
 
 cdef struct Ram:
     Slot *slots

@@ -230,13 +230,15 @@ def test_touch_and_map_only_what_is_held(host: AgentHost, agent: Agent) -> None:
     assert_gone(host, skeleton)
 
 
+def shared_fd(pid: int) -> int:
+    """Where a task of the tree has its memfd."""
+    fds = Path(f"/proc/{pid}/fd").iterdir()
+    return next(int(link.name) for link in fds if "memfd:shared" in str(link.readlink()))
+
+
 def test_map_a_memfd_of_the_tree(host: AgentHost, agent: Agent) -> None:
     skeleton = begin(host, agent)
-    fd = next(
-        int(link.name)
-        for link in Path(f"/proc/{skeleton.root_pid}/fd").iterdir()
-        if "memfd:shared" in str(link.readlink())
-    )
+    fd = shared_fd(skeleton.root_pid)
     mapping = agent.map(skeleton.root_pid, f"fd/{fd}", 16 * PAGE, [(0, PAGE), (8 * PAGE, PAGE)])
     assert present(mapping.pid, mapping.address, 16) == [n in (0, 8) for n in range(16)]
     agent.touch([Portion(mapping.pid, True, [(mapping.address + PAGE, 2 * PAGE)])])
@@ -249,8 +251,7 @@ def test_map_a_memfd_of_the_tree(host: AgentHost, agent: Agent) -> None:
 
 def test_mappers_go_with_the_tree(host: AgentHost, agent: Agent) -> None:
     skeleton = begin(host, agent)
-    fds = Path(f"/proc/{skeleton.root_pid}/fd").iterdir()
-    fd = next(int(link.name) for link in fds if "memfd:shared" in str(link.readlink()))
+    fd = shared_fd(skeleton.root_pid)
     mapping = agent.map(skeleton.root_pid, f"fd/{fd}", PAGE, [(0, PAGE)])
     agent.close()
     wait_for(lambda: not alive(mapping.pid))
@@ -267,13 +268,12 @@ def scheduling(pid: int) -> tuple[int, int, int]:
 def test_the_agent_is_first_while_it_restores_and_nobody_inherits_it(
     host: AgentHost, agent: Agent
 ) -> None:
-    look = ["sh", "-c", "exec sleep 1000"]
     before = scheduling(host.process.pid)
     assert before[0] == os.SCHED_OTHER
     skeleton = begin(host, agent)
     assert scheduling(host.process.pid)[0] == os.SCHED_FIFO
     with host.connect() as other:
-        program = other.spawn(look)
+        program = other.spawn(["sleep", "1000"])
         assert scheduling(program) == before
         pool = other.warm(2 << 20)
         assert scheduling(pool.pid) == before
@@ -291,8 +291,7 @@ def test_another_process_gets_the_pid_of_who_allocated_memory(
 ) -> None:
     """Its end is its own: the host hears of it."""
     skeleton = begin(host, agent)
-    fds = Path(f"/proc/{skeleton.root_pid}/fd").iterdir()
-    fd = next(int(link.name) for link in fds if "memfd:shared" in str(link.readlink()))
+    fd = shared_fd(skeleton.root_pid)
     mapping = agent.map(skeleton.root_pid, f"fd/{fd}", 16 * PAGE, [(0, PAGE)])
     agent.go()
     wait_for(lambda: host.marks == set(skeleton.tasks))

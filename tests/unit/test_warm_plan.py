@@ -245,7 +245,8 @@ def test_a_pool_that_fits(start):
     """No larger than it must be, and where the largest area needs it."""
     plan = large_and_small(start)
     cow = strangers([plan])
-    pool = fitting_pool([plan], cow, {1: cut(plan.areas, plan.pieces_of_criu)}, "4.1.1")
+    size, place = fitting_pool([plan], cow, {1: cut(plan.areas, plan.pieces_of_criu)})
+    pool = Pool(size, "4.1.1", SEAT + place)
     assert 3 * GIB < pool.size <= 3 * GIB + 12 * MIB
     assert 0 <= pool.at - SEAT < TABLE_SPAN
     pieces, warm = planned([plan], pool=pool)
@@ -258,7 +259,7 @@ def test_a_pool_that_fits(start):
 
 def test_no_pool_fits_who_can_use_none():
     plan = task_of(1, [area(BASE, BASE + MIB)], ranges((BASE, BASE + MIB)))
-    assert fitting_pool([plan], strangers([plan]), {1: plan.areas}, "4.1.1") is None
+    assert fitting_pool([plan], strangers([plan]), {1: plan.areas}) is None
 
 
 @pytest.mark.parametrize("at", [0, 1, SEAT + PAGE_SIZE, 1 << 47, (1 << 64) - 1])

@@ -13,11 +13,10 @@ import pytest
 from ovr import demo, lab
 from ovr.lab.share import SHARE
 from ovr.warm_areas import TABLE_SPAN, UNIT
-from tests.vm.conftest import PREFIX
+from tests.vm.conftest import KERNEL_TROUBLE, PREFIX, end_workload
 
 SIZE = TABLE_SPAN + (160 << 20)
 UMASK = 0o137
-TROUBLE = "BUG|WARNING|Oops|Call Trace|Bad page|Bad rss|corrupt"
 
 
 @dataclass(frozen=True)
@@ -37,9 +36,6 @@ class Guest:
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout)
 
-    def end(self) -> None:
-        self.vm.sh("pkill -9 -x ovr-workload; while pgrep -x ovr-workload; do sleep 0.05; done")
-
 
 @pytest.fixture(scope="module")
 def booted(tmp_path_factory) -> Iterator[Guest]:
@@ -54,9 +50,9 @@ def booted(tmp_path_factory) -> Iterator[Guest]:
 
 @pytest.fixture
 def guest(booted: Guest) -> Iterator[Guest]:
-    booted.end()
+    end_workload(booted.vm)
     yield booted
-    booted.end()
+    end_workload(booted.vm)
     booted.ovr("warm", "--off")
 
 
@@ -82,7 +78,7 @@ def test_a_pool_for_images(guest):
     assert (pool.address - start // UNIT * UNIT) % TABLE_SPAN == 0
     answer = demo.answer_of(guest.vm, guest.pid)
     assert (answer.words, answer.wrong) == (SIZE // 8, 0)
-    assert not guest.vm.sh(f"dmesg | grep -E '{TROUBLE}'").stdout
+    assert not guest.vm.sh(f"dmesg | grep -E '{KERNEL_TROUBLE}'").stdout
 
 
 def test_a_larger_pool_will_do(guest):

@@ -89,17 +89,11 @@ long syscall(long number, long a, long b, long c, long d, long e, long f)
  */
 int setsid(void)
 {
-	static const char path[] = "/proc/self/autogroup", first[] = "-20";
-	long result = call1(__NR_setsid, 0), fd;
+	long result = call1(__NR_setsid, 0);
 
-	if (!FAILED(result) && in_tree) {
-		fd = call3(__NR_open, path, O_WRONLY | O_CLOEXEC, 0);
-		/* Where there is none, or it is forbidden, it only takes longer. */
-		if (!FAILED(fd)) {
-			call3(__NR_write, fd, first, sizeof(first) - 1);
-			call1(__NR_close, fd);
-		}
-	}
+	/* Where there is no such file, or it is forbidden, it only takes longer. */
+	if (!FAILED(result) && in_tree)
+		write_file("/proc/self/autogroup", "-20", 3);
 	return (int)with_errno(result);
 }
 

@@ -41,6 +41,15 @@ void fail(long error, const char *step)
 	give_up();
 }
 
+void write_file(const char *path, const char *value, size_t size)
+{
+	long fd = call3(__NR_open, path, O_WRONLY | O_CLOEXEC, 0);
+
+	if (!FAILED(fd))
+		call3(__NR_write, fd, value, size);
+	call1(__NR_close, fd);
+}
+
 static bool is_ours(char *const *envp)
 {
 	static const char wanted[] = "LD_PRELOAD=/proc/self/fd/0";

@@ -58,6 +58,8 @@ extern struct pool_state *state;
 void note(long error, const char *step);
 void fail(long error, const char *step);
 void give_up(void) __attribute__((noreturn));
+/* Into a file that is there, if it is and takes it. */
+void write_file(const char *path, const char *value, size_t size);
 
 /* pool.c */
 extern char *pool;		/* where the pool is */

@@ -14,30 +14,21 @@ long pool_advise(uint64_t from, uint64_t to, int advice)
 	return from < to ? call3(__NR_madvise, pool + from, to - from, advice) : 0;
 }
 
-static void set_score(const char *value, size_t size)
-{
-	static const char path[] = "/proc/self/oom_score_adj";
-	long fd = call3(__NR_open, path, O_WRONLY | O_CLOEXEC, 0);
-
-	if (!FAILED(fd))
-		call3(__NR_write, fd, value, size);
-	call1(__NR_close, fd);
-}
+static const char score_path[] = "/proc/self/oom_score_adj";
 
 void oom_take_us_first(void)
 {
-	static const char path[] = "/proc/self/oom_score_adj";
-	long fd = call3(__NR_open, path, O_RDONLY | O_CLOEXEC, 0);
+	long fd = call3(__NR_open, score_path, O_RDONLY | O_CLOEXEC, 0);
 
 	if (!FAILED(fd))
 		call3(__NR_read, fd, score, sizeof(score) - 1);
 	call1(__NR_close, fd);
-	set_score("1000", 4);
+	write_file(score_path, "1000", 4);
 }
 
 void oom_as_before(void)
 {
-	set_score(score, sizeof(score) - 1);
+	write_file(score_path, score, sizeof(score) - 1);
 }
 
 static void populate(uint64_t from, uint64_t to)
@@ -77,7 +68,8 @@ void pool_make(void)
 	if (!size || size % POOL_UNIT || size > POOL_MAX || state->place % POOL_UNIT ||
 	    state->place >= POOL_SPAN)
 		fail(-EINVAL_NUMBER, "believe the pool's size");
-	at = map((void *)(POOL_SEAT + state->place), size + POOL_UNIT, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	at = map((void *)(POOL_SEAT + state->place), size + POOL_UNIT, PROT_NONE,
+		 MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 	if (FAILED(at))
 		fail(at, "reserve the pool");
 	seat = pool = (char *)((at + (long)POOL_UNIT - 1) & -(long)POOL_UNIT);
