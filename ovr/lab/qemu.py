@@ -41,8 +41,10 @@ def boot_arguments(image: GuestImage, initramfs: Path, hostname: str, console: s
         hostname: of the guest.
         console: a QEMU chardev specification without its id, such as ``stdio``.
     """
-    # A guest that crashes ends QEMU, so that nobody waits for it.
-    options = f"console=ttyS0 oops=panic panic=-1 hostname={hostname}"
+    # A guest that crashes ends QEMU, so that nobody waits for it. No clocksource watchdog: in Linux
+    # 7.2 it waits for another CPU with interrupts off (`watchdog_check_skew`), for ever if that one
+    # is in `stop_machine`, which a slow vCPU makes likely; and QEMU's TSCs need no watching.
+    options = f"console=ttyS0 oops=panic panic=-1 tsc=nowatchdog hostname={hostname}"
     return [
         "-nodefaults", "-no-user-config", "-no-reboot", "-display", "none",
         "-kernel", str(image.kernel), "-initrd", str(initramfs), "-append", options,
