@@ -12,19 +12,22 @@ _CFLAGS = ("-std=c11", "-O2", "-Wall", "-Wextra", "-Werror", "-static")
 
 
 def build_workload(source: Path = _SOURCE, *flags: str) -> Path:
-    """Compile a static program for the guest; cached by its source.
+    """Compile a static program for the guest; cached by its sources.
 
     Args:
-        source: one C file.
+        source: one C file, or a directory of C files and their headers.
         flags: for the compiler, besides the usual ones.
 
     Raises:
         LabError: there is no compiler, or it refuses the source.
     """
+    files = sorted(source.glob("*.[ch]")) if source.is_dir() else [source]
 
     def compile_it(directory: Path) -> None:
         target = str(directory / "program")
-        run_tool([need_tool("gcc", "gcc"), *_CFLAGS, *flags, str(source), "-o", target])
+        units = [str(file) for file in files if file.suffix == ".c"]
+        run_tool([need_tool("gcc", "gcc"), *_CFLAGS, *flags, *units, "-o", target])
 
-    entry = cached(f"program-{digest(source.read_bytes(), *_CFLAGS, *flags)}", compile_it)
+    contents = [file.read_bytes() for file in files]
+    entry = cached(f"program-{digest(*contents, *_CFLAGS, *flags)}", compile_it)
     return entry / "program"

@@ -45,9 +45,18 @@ class Area:
 
 def memory_of(vm: lab.LabVm, pids: Iterable[int]) -> dict[int, list[Area]]:
     """Return the areas of each process, by its pid in its own namespace."""
-    numbers = " ".join(map(str, pids))
+    command = showing(" ".join(map(str, pids)))
+    return as_areas(vm.sh(command, timeout=240).stdout.decode())
+
+
+def showing(pids: str) -> str:
+    """Return a command of the guest's shell that prints what `as_areas` reads."""
     show = f"echo '{_MARK}'$(grep NSpid /proc/$p/status); cat /proc/$p/smaps"
-    text = vm.sh(f"for p in {numbers}; do {show}; done", timeout=240).stdout.decode()
+    return f"for p in {pids}; do {show}; done"
+
+
+def as_areas(text: str) -> dict[int, list[Area]]:
+    """Return the areas of each process, by its pid in its own namespace."""
     found: dict[int, list[Area]] = {}
     areas: list[Area] = []
     for line in text.splitlines():

@@ -1,4 +1,4 @@
-"""`programs/states.c` on a lab VM: started, dumped, restored, asked."""
+"""`programs/states` on a lab VM: started, dumped, restored, asked."""
 
 import json
 import time
@@ -13,7 +13,7 @@ from ovr.lab.tools import run_tool
 from ovr.lab.workload import build_workload
 from ovr.plan import make_plan
 
-SOURCE = Path(__file__).parent / "programs" / "states.c"
+SOURCE = Path(__file__).parent / "programs" / "states"
 PROGRAM = "/usr/local/bin/ovr-states"
 DIRECTORY = "/var/lib/ovr-states"
 IMAGES = "/tmp/ovr-states-images"
@@ -24,7 +24,7 @@ Answers = list[dict]
 
 
 def build() -> Path:
-    return build_workload(SOURCE, "-std=gnu11", "-pthread")
+    return build_workload(SOURCE, "-D_GNU_SOURCE", "-pthread")
 
 
 def start(vm: lab.LabVm, processes: int) -> list[int]:

@@ -18,10 +18,11 @@ from ovr.images import ImageSet
 from ovr.lab.share import SHARE
 from ovr.placement import Reason
 from ovr.plan import Plan, make_plan
+from ovr.vm.agent import Agent, Restored
 from tests.support_matrix import record_memory
 from tests.vm import pool
 from tests.vm.conftest import EVERYTHING, PREFIX, SUITES
-from tests.vm.smaps import differences, memory_of, resident
+from tests.vm.smaps import Area, as_areas, differences, memory_of, resident, showing
 
 ROUNDS = int(os.environ.get("OVR_ROUNDS", "50" if EVERYTHING else "5"))
 # What another kernel or CRIU has different.
@@ -134,19 +135,42 @@ def small_pages(journey) -> Iterator[None]:
     journey.vm.sh(f"echo {before} > {THP}")
 
 
-def test_memory_looks_as_after_criu_alone(journey, program, small_pages):
-    """VMA flags, protections, advice, and every figure of smaps, shared and private ones, too."""
+def test_memory_looks_as_after_criu_alone(journey, program, small_pages, monkeypatch):
+    """VMA flags, protections, advice, and every figure of smaps, shared and private ones, too.
+
+    Both are looked at while CRIU holds the tree: once it has let go, threads work on, if only until
+    a stop reaches them.
+    """
     if journey.vm.suite == "bookworm" and not EVERYTHING:
         pytest.skip(ONLY_ALL)
-    stopped = replace(program, restore_options=(*program.restore_options, "--leave-stopped"))
-    pool.restore_plain(journey.vm, stopped, f"{SHARE}/{program.name}")
-    wanted = memory_of(journey.vm, pool.processes(journey.vm, program))
+    wanted = made_by_criu(journey, program)
     pool.end(journey.vm, program)
-    journey.restore(stopped)
-    found = memory_of(journey.vm, pool.processes(journey.vm, program))
+    found = {}
+    go = Agent.go
+
+    def look_and_go(link: Agent, timeout: float | None = None) -> Restored:
+        found.update(memory_of(journey.vm, pool.processes(journey.vm, program)))
+        return go(link, timeout)
+
+    monkeypatch.setattr(Agent, "go", look_and_go)
+    journey.restore(program)
     assert len(found) == len(wanted) > 0
     assert abs(resident(found) - resident(wanted)) <= 0.05 * resident(wanted)
     assert differences(wanted, found) == []
+
+
+def made_by_criu(journey: Journey, program: pool.Program) -> dict[int, list[Area]]:
+    """Restore by CRIU alone; return the memory as it was before CRIU let go."""
+    look, seen = "/var/tmp/pool-look", "/var/tmp/pool-seen"
+    show = showing(f"$(pgrep -x pool-{program.name})")
+    script = f"#!/bin/sh\n[ $CRTOOLS_SCRIPT_ACTION = pre-resume ] || exit 0\n{show} > {seen}\n"
+    journey.vm.sh(f"cat > {look} && chmod +x {look}", input=script.encode())
+    options = (*program.restore_options, "--action-script", look)
+    pool.restore_plain(
+        journey.vm, replace(program, restore_options=options), f"{SHARE}/{program.name}"
+    )
+    found = as_areas(journey.vm.sh(f"cat {seen}").stdout.decode())
+    return {pid: areas for pid, areas in found.items() if areas}  # zombies have none
 
 
 def test_many_in_a_row(journey):
