@@ -46,13 +46,15 @@ cdef class RamMap:
     def __cinit__(self, slots, *, bint writable):
         cdef Py_ssize_t i
         cdef int prot = PROT_READ | PROT_WRITE if writable else PROT_READ
+        cdef int around
         cdef void *host
         self._writable = writable
         self._ram.slots = <Slot *>malloc(max(1, len(slots)) * sizeof(Slot))
         if self._ram.slots == NULL:
             raise MemoryError
         for i, (gpa, size, fd, offset) in enumerate(slots):
-            if os.fstat(fd).st_size < offset + size or size <= 0:
+            file = os.fstat(fd)
+            if file.st_size < offset + size or size <= 0:
                 raise ValueError(f"slot at GPA {gpa:#x} does not lie inside its RAM file")
             host = mmap(NULL, size, prot, MAP_SHARED, fd, offset)
             if host == MAP_FAILED:
@@ -60,7 +62,10 @@ cdef class RamMap:
             self._ram.slots[i].gpa = gpa
             self._ram.slots[i].size = size
             self._ram.slots[i].host = <char *>host
-            self._ram.slots[i].looked = <uint8_t *>calloc((size >> AROUND_SHIFT) + 2, 1)
+            # hugetlbfs, and tmpfs if its pages are to be huge, say so here.
+            around = HUGE_SHIFT if file.st_blksize >= 1 << HUGE_SHIFT else AROUND_SHIFT
+            self._ram.slots[i].around_shift = around
+            self._ram.slots[i].looked = <uint8_t *>calloc((size >> around) + 2, 1)
             self._ram.count = i + 1
             if self._ram.slots[i].looked == NULL:
                 raise MemoryError

@@ -1,5 +1,6 @@
 """The process of a command: what must be set before anything large is loaded, and how it ends."""
 
+import ctypes
 import gc
 import logging
 import os
@@ -11,15 +12,23 @@ __all__ = ["hurry", "leave", "set_up"]
 
 _GARBAGE: Final = 200_000
 _FIRST: Final = -20
+_M_TRIM_THRESHOLD, _KEPT = -1, 256 << 20
+_M_MMAP_THRESHOLD, _LARGE = -3, 32 << 20  # the most that glibc takes
 
 
 def set_up() -> None:
-    """Have numpy start no threads, and the garbage collector run seldom: commands are short.
+    """Have numpy start no threads, the garbage collector run seldom, and freed memory be kept.
 
-    numpy's BLAS starts a thread for each CPU, which look for work for a while; none of ours is.
+    Commands are short. numpy's BLAS starts a thread for each CPU, which look for work for a while;
+    none of ours is. What malloc gives back to the kernel has to be faulted in again at once: each
+    hold has arrays of the same sizes.
     """
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     gc.set_threshold(_GARBAGE)
+    with suppress(AttributeError):  # a C library without them
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(_M_TRIM_THRESHOLD, _KEPT)
+        mallopt(_M_MMAP_THRESHOLD, _LARGE)
 
 
 def hurry() -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Final, Self
 
 from ovr._fastcopy import CUT_OFF, in_page_cache
+from ovr.addresses import PAGE_SIZE
 from ovr.errors import ImagesDamaged
 from ovr.images.task import Memory
 
@@ -17,6 +18,7 @@ __all__ = ["Source", "Sources", "readable"]
 
 _ELSEWHERE: Final = "dump again, or copy the images to where nobody changes them"
 _READ_AT_ONCE: Final = 1 << 20
+_GRAIN: Final = 256 << 10
 _ASK_AT_ONCE: Final = 16 << 20
 
 
@@ -47,17 +49,12 @@ class Source:
         Raises:
             ImagesDamaged: it cannot be read.
         """
-        at, end = self.base + start, self.base + end
-        if in_page_cache(self.fd, at, end - at):
-            return
+        absent = list(_absent(self.fd, self.base + start, self.base + end))
         with readable(self.name):
-            os.posix_fadvise(self.fd, at, end - at, os.POSIX_FADV_WILLNEED)
-            buffer = bytearray(min(_READ_AT_ONCE, end - at))
-            while at < end:
-                got = os.preadv(self.fd, [memoryview(buffer)[: end - at]], at)
-                if not got:
-                    raise OSError(errno.EIO, CUT_OFF)
-                at += got
+            for at, until in absent:
+                os.posix_fadvise(self.fd, at, until - at, os.POSIX_FADV_WILLNEED)
+            for at, until in absent:
+                _read_through(self.fd, at, until)
 
 
 class Sources:
@@ -130,6 +127,28 @@ class Sources:
                 raise ImagesDamaged(
                     f"{memory.pages_name}: changed while it was restored", _ELSEWHERE
                 )
+
+
+def _absent(fd: int, at: int, end: int) -> Iterator[tuple[int, int]]:
+    # Where the page cache does not have a range of a file. Memory that is short takes some pages of
+    # an image here and there; to read all of it for them takes as long as the copy.
+    if in_page_cache(fd, at, end - at):
+        return
+    if end - at <= _GRAIN:
+        yield at, end
+        return
+    middle = at + (end - at) // 2 // PAGE_SIZE * PAGE_SIZE
+    yield from _absent(fd, at, middle)
+    yield from _absent(fd, middle, end)
+
+
+def _read_through(fd: int, at: int, end: int) -> None:
+    buffer = bytearray(min(_READ_AT_ONCE, end - at))
+    while at < end:
+        got = os.preadv(fd, [memoryview(buffer)[: end - at]], at)
+        if not got:
+            raise OSError(errno.EIO, CUT_OFF)
+        at += got
 
 
 def _ask_for(sources: Sequence[Source], stop: threading.Event) -> None:

@@ -4,8 +4,10 @@ cdef enum:
     # Bytes for which a system call is worth it, when host pages are mapped ahead.
     WORTH_ADVICE = 65536
 
-    # What the kernel maps when a page of a file is looked at (fault_around_bytes of mm/memory.c).
+    # What the kernel maps when a page of a file is looked at: fault_around_bytes of mm/memory.c,
+    # or a huge page.
     AROUND_SHIFT = 16
+    HUGE_SHIFT = 21
 
     # UIO_MAXIOV of include/uapi/linux/uio.h
     MAX_VECTORS = 1024
@@ -65,18 +67,29 @@ cdef void _map(void *given) noexcept nogil:
         if size >= WORTH_ADVICE:
             madvise(slot.host + at, size, job.advice)
             continue
-        # To look at a page maps it, and those around it that are in the file, of a shared file for
-        # writing too. It is a miss of the cache, so once is enough; what is not mapped then faults
-        # during the copy.
-        first = <uint64_t>slot.host >> AROUND_SHIFT
+        first = <uint64_t>slot.host >> slot.around_shift
         at += <uint64_t>slot.host
         end = at + size
         while at < end:
-            around = (at >> AROUND_SHIFT) - first
+            around = (at >> slot.around_shift) - first
             if not slot.looked[around]:
-                job.seen ^= read_once(<char *>at)
+                _look(job, slot, at)
                 slot.looked[around] = 1
-            at = (first + around + 1) << AROUND_SHIFT
+            at = (first + around + 1) << slot.around_shift
+
+
+cdef void _look(Mapping *job, const Slot *slot, uint64_t at) noexcept nogil:
+    # To look at a page maps it, and those around it that are in the file, of a shared file for
+    # writing too. It is a miss of the cache, so once is enough; what is not mapped then faults
+    # during the copy. Where pages should be huge but are not, the kernel looks at each.
+    cdef uint64_t begin = <uint64_t>slot.host
+    cdef uint64_t end = begin + slot.size
+    if slot.around_shift == HUGE_SHIFT:
+        begin = max(begin, at >> HUGE_SHIFT << HUGE_SHIFT)
+        end = min(end, ((at >> HUGE_SHIFT) + 1) << HUGE_SHIFT)
+        if madvise(<char *>begin, end - begin, MADV_POPULATE_READ) == 0:
+            return
+    job.seen ^= read_once(<char *>at)
 
 
 cdef void _copy_in(Reading *job) noexcept nogil:

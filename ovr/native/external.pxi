@@ -32,6 +32,8 @@ cdef extern from *:
     static inline void ovr_prefetch(const void *p)
     {
         __builtin_prefetch(p);
+        /* Else GCC takes whoever does nothing else for a pure function, and leaves it out. */
+        __asm__ volatile("");
     }
 
     /* What was stored before is in memory if guarded work is left after it. */

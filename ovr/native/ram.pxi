@@ -8,7 +8,8 @@ cdef struct Slot:
     uint64_t gpa
     uint64_t size
     char *host
-    uint8_t *looked         # of each 1 << AROUND_SHIFT bytes, whether a page was mapped ahead
+    int around_shift        # of the bytes that the kernel maps at once
+    uint8_t *looked         # of each of them, whether a page was mapped ahead
 
 cdef struct Ram:
     Slot *slots

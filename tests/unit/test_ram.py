@@ -4,6 +4,7 @@ import os
 import re
 import threading
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -130,6 +131,11 @@ def test_copy_agrees_with_a_plain_one(tmp_path_factory, rows):
     machine.ram.close()
 
 
+class FileStatus(NamedTuple):
+    st_size: int
+    st_blksize: int
+
+
 def mapped(path):
     """How many bytes of a file are in this process's page tables."""
     parts = Path("/proc/self/smaps").read_text().split("VmFlags:")
@@ -137,17 +143,24 @@ def mapped(path):
     return sum(map(int, rss)) << 10
 
 
-def test_single_pages_are_mapped_ahead_of_the_copy(tmp_path):
-    """Scattered as they are; the last of the slot, too, and some that were looked at before."""
+@pytest.mark.parametrize("block", [4096, 2 << 20])
+def test_single_pages_are_mapped_ahead_of_the_copy(tmp_path, monkeypatch, block):
+    """Scattered as they are; the last of the slot, too, and some that were looked at before.
+
+    Where a file's pages should be huge, all of 2 MiB: whether they are huge or not.
+    """
     path, size = tmp_path / "ram", 4 << 20
-    path.write_bytes(os.urandom(size))
-    slot = Slot(Gpa(0), size, path, Offset(0))
-    ram = GuestRam([slot], writable=True)
+    path.write_bytes(os.urandom(size + (1 << 20)))
+    slot = Slot(Gpa(0), size, path, Offset(1 << 20))
+    status = os.fstat
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fstat", lambda fd: FileStatus(status(fd).st_size, block))
+        ram = GuestRam([slot], writable=True)
     assert mapped(path) == 0
     pages = [*range(0, 1024, 37), 1023]
     ram.prefault(runs(*(run(page * PAGE_SIZE, PAGE_SIZE, 0) for page in pages)))
     before = mapped(path)
-    assert before >= len(pages) * PAGE_SIZE
+    assert before == size if block > 4096 else len(pages) * PAGE_SIZE <= before < size
     ram.prefault(runs(*(run(page * PAGE_SIZE, PAGE_SIZE, 0) for page in reversed(pages))))
     ram.prefault(runs(run(1020 * PAGE_SIZE, 4 * PAGE_SIZE, 0), run(1 << 40, PAGE_SIZE, 0)))
     assert mapped(path) >= before

@@ -5,9 +5,10 @@ import shutil
 
 import pytest
 
+from ovr._fastcopy import in_page_cache
 from ovr.errors import ImagesDamaged
 from ovr.images import ImageSet
-from ovr.images.source import Sources, readable
+from ovr.images.source import Source, Sources, readable
 
 
 @pytest.fixture
@@ -72,6 +73,43 @@ def test_reading_ahead_of_what_was_cut_off(memory, pages):
         source.read_ahead(0, 4096)
         with pytest.raises(ImagesDamaged, match=f"{pages.name}: cannot be read: it was cut off"):
             source.read_ahead(0, source.size)
+
+
+def test_only_what_the_page_cache_lacks_is_read(tmp_path, monkeypatch):
+    """Where memory is short some pages of an image are gone, here and there."""
+    path, size, gone = tmp_path / "pages", 8 << 20, 5 << 20
+    path.write_bytes(os.urandom(size))
+    _keep_all_but(path, gone, 64 << 10)
+    read = []
+    preadv = os.preadv
+
+    def count(fd, buffers, offset):
+        read.append((offset, preadv(fd, buffers, offset)))
+        return read[-1][1]
+
+    monkeypatch.setattr(os, "preadv", count)
+    with path.open("rb") as file:
+        source = Source("pages", memoryview(b""), file.fileno(), 0)
+        source.read_ahead(4096, size)
+        assert in_page_cache(file.fileno(), 0, size)
+        assert any(at <= gone < at + got for at, got in read)
+        assert sum(got for _, got in read) <= 512 << 10
+        read.clear()
+        source.read_ahead(0, size)
+        assert not read
+
+
+def _keep_all_but(path, start, size):
+    # In the page cache.
+    with path.open("rb", buffering=0) as file:
+        fd = file.fileno()
+        os.fsync(fd)
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
+        os.pread(fd, start, 0)
+        os.pread(fd, path.stat().st_size - start - size, start + size)
+        if in_page_cache(fd, start, size):
+            pytest.skip("this file system forgets nothing")
 
 
 def test_what_the_native_loops_find():
