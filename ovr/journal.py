@@ -158,13 +158,14 @@ class Journal:
         if not len(runs):
             return
         start, end = int(runs["gva"].min()), int(np.max(runs["gva"] + runs["size"]))
+        size = total(runs)
         for entry in self.memory:
             if entry.target == target:
-                entry.bytes += total(runs)
+                entry.bytes += size
                 entry.runs += len(runs)
                 entry.start, entry.end = Gva(min(entry.start, start)), Gva(max(entry.end, end))
                 return
-        self.memory.append(MemoryWrite(target, total(runs), len(runs), Gva(start), Gva(end)))
+        self.memory.append(MemoryWrite(target, size, len(runs), Gva(start), Gva(end)))
 
     def as_json(self) -> dict[str, Any]:
         """Return the fields of ``journal`` in ``ovr.restore/1``."""

@@ -33,9 +33,11 @@ def as_pieces(runs: Runs) -> Runs:
 
 def with_flags(runs: Runs, wanted: int) -> Runs:
     """Return the runs that have all the flags that are wanted."""
-    has = (runs["flags"] & wanted) == wanted
     # To choose some of many takes as long as to walk them, and nearly always it is all.
-    return runs if has.all() else runs[has]
+    if int(np.bitwise_and.reduce(runs["flags"])) & wanted == wanted:
+        return runs
+    chosen: Runs = runs[(runs["flags"] & wanted) == wanted]
+    return chosen
 
 
 def ends_of(runs: Runs) -> NDArray[np.uint64]:
