@@ -29,7 +29,7 @@ PATIENCE = 900.0
 
 def memory_for(size: int) -> int:
     """Return how much memory a VM needs for a process of `size` bytes and its images."""
-    needed = max(2 * size + size // 16 + (640 << 20), 1 << 30)
+    needed = max(2 * size + size // 16 + (768 << 20), 1 << 30)
     return -(-needed // (2 << 20)) * (2 << 20)
 
 
