@@ -50,8 +50,11 @@ def memory_of(vm: lab.LabVm, pids: Iterable[int]) -> dict[int, list[Area]]:
 
 
 def showing(pids: str) -> str:
-    """Return a command of the guest's shell that prints what `as_areas` reads."""
-    show = f"echo '{_MARK}'$(grep NSpid /proc/$p/status); cat /proc/$p/smaps"
+    """Return a command of the guest's shell that prints what `as_areas` reads.
+
+    Of a process that has just gone it prints nothing.
+    """
+    show = f"n=$(grep NSpid /proc/$p/status) && echo '{_MARK}'$n && cat /proc/$p/smaps"
     return f"for p in {pids}; do {show}; done"
 
 

@@ -149,7 +149,8 @@ def test_memory_looks_as_after_criu_alone(journey, program, small_pages, monkeyp
     go = Agent.go
 
     def look_and_go(link: Agent, timeout: float | None = None) -> Restored:
-        found.update(memory_of(journey.vm, pool.processes(journey.vm, program)))
+        with link.keep_alive():  # else the agent kills a tree of which nobody speaks
+            found.update(memory_of(journey.vm, pool.processes(journey.vm, program)))
         return go(link, timeout)
 
     monkeypatch.setattr(Agent, "go", look_and_go)
