@@ -44,6 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         process.set_up()
         if words[:1] == ["restore"]:
             process.hurry()
+            process.keep_memory()
     options = make_parser(words[0] if words else None).parse_args(words)
     log_to_stderr(getattr(options, "log_level", DEFAULT_LEVEL + options.verbose))
     try:

@@ -1,6 +1,5 @@
 """The process of a command: what must be set before anything large is loaded, and how it ends."""
 
-import ctypes
 import gc
 import logging
 import os
@@ -8,7 +7,7 @@ import sys
 from contextlib import suppress
 from typing import Final, NoReturn
 
-__all__ = ["hurry", "leave", "set_up"]
+__all__ = ["hurry", "keep_memory", "leave", "set_up"]
 
 _GARBAGE: Final = 200_000
 _FIRST: Final = -20
@@ -17,15 +16,22 @@ _M_MMAP_THRESHOLD, _LARGE = -3, 32 << 20  # the most that glibc takes
 
 
 def set_up() -> None:
-    """Have numpy start no threads, the garbage collector run seldom, and freed memory be kept.
+    """Have numpy start no threads, and the garbage collector run seldom: commands are short.
 
-    Commands are short. numpy's BLAS starts a thread for each CPU, which look for work for a while;
-    none of ours is. What malloc gives back to the kernel has to be faulted in again at once: each
-    hold has arrays of the same sizes.
+    numpy's BLAS starts a thread for each CPU, which look for work for a while; none of ours is.
     """
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     gc.set_threshold(_GARBAGE)
-    with suppress(AttributeError):  # a C library without them
+
+
+def keep_memory() -> None:
+    """Have malloc keep what is freed: each hold of a restore has arrays of the same sizes.
+
+    What is given back to the kernel has to be faulted in again at once.
+    """
+    import ctypes  # noqa: PLC0415 - numpy loads it, too; other commands may have neither
+
+    with suppress(AttributeError):  # a C library without it
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(_M_TRIM_THRESHOLD, _KEPT)
         mallopt(_M_MMAP_THRESHOLD, _LARGE)

@@ -17,7 +17,6 @@ from ovr.images.task import Memory
 __all__ = ["Source", "Sources", "readable"]
 
 _ELSEWHERE: Final = "dump again, or copy the images to where nobody changes them"
-_READ_AT_ONCE: Final = 1 << 20
 _GRAIN: Final = 256 << 10
 _ASK_AT_ONCE: Final = 16 << 20
 
@@ -50,11 +49,14 @@ class Source:
             ImagesDamaged: it cannot be read.
         """
         absent = list(_absent(self.fd, self.base + start, self.base + end))
+        if not absent:
+            return
+        buffer = bytearray(_GRAIN)
         with readable(self.name):
             for at, until in absent:
                 os.posix_fadvise(self.fd, at, until - at, os.POSIX_FADV_WILLNEED)
             for at, until in absent:
-                _read_through(self.fd, at, until)
+                _read_through(self.fd, at, until, buffer)
 
 
 class Sources:
@@ -130,8 +132,9 @@ class Sources:
 
 
 def _absent(fd: int, at: int, end: int) -> Iterator[tuple[int, int]]:
-    # Where the page cache does not have a range of a file. Memory that is short takes some pages of
-    # an image here and there; to read all of it for them takes as long as the copy.
+    # What the page cache lacks of a range of a file, in parts of `_GRAIN` at most. Memory that is
+    # short takes some pages of an image here and there; to read all of it for them takes as long as
+    # the copy.
     if in_page_cache(fd, at, end - at):
         return
     if end - at <= _GRAIN:
@@ -142,8 +145,7 @@ def _absent(fd: int, at: int, end: int) -> Iterator[tuple[int, int]]:
     yield from _absent(fd, middle, end)
 
 
-def _read_through(fd: int, at: int, end: int) -> None:
-    buffer = bytearray(min(_READ_AT_ONCE, end - at))
+def _read_through(fd: int, at: int, end: int, buffer: bytearray) -> None:
     while at < end:
         got = os.preadv(fd, [memoryview(buffer)[: end - at]], at)
         if not got:

@@ -175,14 +175,13 @@ cdef int _walk_pages(
     # The lowest level, where nearly all entries are: `start` and `last` lie in this table.
     cdef uint64_t at = (start >> 12) & 511
     cdef uint64_t end = (last >> 12) & 511
-    cdef uint64_t entry, ahead
+    cdef uint64_t ahead = at
+    cdef uint64_t entry
     cdef int status = WALK_OK
-    if w.frames != NULL:
-        for ahead in range(at, min(at + FETCH_AHEAD, end + 1)):
-            _fetch(w.frames, read_once(table + ahead * 8))
     while at <= end and status == WALK_OK:
-        if w.frames != NULL and at + FETCH_AHEAD <= end:
-            _fetch(w.frames, read_once(table + (at + FETCH_AHEAD) * 8))
+        while w.frames != NULL and ahead <= min(at + FETCH_AHEAD, end):
+            _fetch(w.frames, read_once(table + ahead * 8))
+            ahead += 1
         entry = read_once(table + at * 8)
         if entry & PTE_PRESENT:
             status = _leaf(w, entry, entry & PTE_ADDRESS, 12, start, start | 4095)

@@ -27,7 +27,7 @@ from ovr.images.source import Source, readable
 from ovr.journal import Journal
 from ovr.paging import AddressSpace, Frames
 from ovr.ram import Runs
-from ovr.ranges import Ranges, common, cut_out, cut_to, no_ranges, ranges_of, split, total
+from ovr.ranges import Ranges, cut_out, cut_to, no_ranges, split, total
 from ovr.state.runs import (
     as_pieces,
     ends_of,
@@ -301,10 +301,10 @@ class Copier:
         # Undone by killing the tree.
         source = target.source
         with readable(source.name):
-            target.space.ram.copy_in(runs, source.fd, source.base, source.size)
+            copied = target.space.ram.copy_in(runs, source.fd, source.base, source.size)
         with self._told:
             self.journal.add_memory(target.name, runs)
-            self._advance(total(runs))
+            self._advance(copied)
 
     def _compare(self, target: Target, runs: Runs) -> None:
         source = target.source
@@ -356,5 +356,5 @@ def _find_and_do(target: Target, work: Work, wanted: int, part: Runs) -> Runs:
     # Walked where it is worked on: the runs of scattered pages are as many as the pages, and to
     # hand them from thread to thread takes as long as to walk them.
     runs = with_flags(target.space.walk(part, target.frames if wanted else None), wanted)
-    work(target, cut_out(runs, common(target.spared, ranges_of(part["gva"], ends_of(part)))))
+    work(target, cut_out(runs, target.spared))
     return runs

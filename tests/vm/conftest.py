@@ -139,10 +139,6 @@ def vm(suite, pool) -> Iterator[lab.LabVm]:
     end_workload(vm)
 
 
-KERNEL_TROUBLE = "BUG|WARNING|Oops|Call Trace|Bad page|Bad rss|corrupt"
-"""What a guest's kernel log must not have, as a regular expression."""
-
-
 def end_workload(vm: lab.LabVm) -> None:
     if vm.alive:
         names = "'ovr-workload|ovr-neutral'"  # the second is what CRIU alone makes of it

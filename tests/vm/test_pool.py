@@ -19,6 +19,7 @@ from ovr.lab.share import SHARE
 from ovr.placement import Reason
 from ovr.plan import Plan, make_plan
 from ovr.vm.agent import Agent, Restored
+from tests.stress.guest import TROUBLE
 from tests.support_matrix import record_memory
 from tests.vm import pool
 from tests.vm.conftest import EVERYTHING, PREFIX, SUITES
@@ -32,7 +33,6 @@ ALSO = {
 }
 THP = "/sys/kernel/mm/transparent_hugepage/enabled"
 ONLY_ALL = "only with OVR_ALL=1"
-TROUBLE = "BUG|WARNING|Oops|Call Trace|Bad page|Bad rss|corrupt|hung_task|blocked for more"
 # Why pages may stay inside, or be nobody's.
 EXCUSED = {Reason.VDSO, Reason.COW, Reason.INHERITED}
 SHARED_EXCUSED = {Reason.SEALED, Reason.UNREACHABLE}

@@ -18,8 +18,9 @@ from ovr.lab.share import SHARE
 from ovr.vm.agent import Agent
 from ovr.vm.proof import prove
 from tests.documents import block, commands, run, said
+from tests.stress.guest import TROUBLE
 from tests.vm import pool
-from tests.vm.conftest import EVERYTHING, KERNEL_TROUBLE, PREFIX, SUITES
+from tests.vm.conftest import EVERYTHING, PREFIX, SUITES
 from tests.vm.smaps import Area, differences, memory_of
 
 LARGE = pool.Program("large", 14, tree=True, source="../warm/large")
@@ -138,7 +139,7 @@ def test_works_on(guest):
     # At least those of the largest area; where the heap lies modulo 2 MiB is chance.
     assert huge >= (6 << 21) - (made.size - made.huge)
     guest.answers()
-    assert not guest.out(f"dmesg | grep -E '{KERNEL_TROUBLE}'")
+    assert not guest.out(f"dmesg | grep -E '{TROUBLE}'")
 
 
 def test_too_small_a_pool_is_left_alone(guest):

@@ -13,7 +13,8 @@ import pytest
 from ovr import demo, lab
 from ovr.lab.share import SHARE
 from ovr.warm_areas import TABLE_SPAN, UNIT
-from tests.vm.conftest import KERNEL_TROUBLE, PREFIX, end_workload
+from tests.stress.guest import TROUBLE
+from tests.vm.conftest import PREFIX, end_workload
 
 SIZE = TABLE_SPAN + (160 << 20)
 UMASK = 0o137
@@ -78,7 +79,7 @@ def test_a_pool_for_images(guest):
     assert (pool.address - start // UNIT * UNIT) % TABLE_SPAN == 0
     answer = demo.answer_of(guest.vm, guest.pid)
     assert (answer.words, answer.wrong) == (SIZE // 8, 0)
-    assert not guest.vm.sh(f"dmesg | grep -E '{KERNEL_TROUBLE}'").stdout
+    assert not guest.vm.sh(f"dmesg | grep -E '{TROUBLE}'").stdout
 
 
 def test_a_larger_pool_will_do(guest):
