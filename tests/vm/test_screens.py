@@ -20,6 +20,8 @@ MASKS = {
     r"version [\d.]+": "version N",
     r"\d+\.\d+\.\d+\S*amd64": "RELEASE",
     r"is 0x[0-9a-f]+": "is FLAG",
+    # A stack has a page more or less, by where it was put.
+    r"(\d+)\.\d MiB\b": r"\1.N MiB",
 }
 
 
