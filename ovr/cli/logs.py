@@ -7,6 +7,7 @@
 
 import logging
 import sys
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Final
@@ -21,12 +22,17 @@ _ROOT: Final = Path(__file__).parents[2]
 
 
 class _Formatter(logging.Formatter):
+    # Seconds since the command began to log: this process may have been loaded long before.
+    def __init__(self) -> None:
+        super().__init__()
+        self._begin = time.time()
+
     def format(self, record: logging.LogRecord) -> str:
         area = record.name.removeprefix("ovr.")
         text = f"{area}: {record.getMessage()}"
         if record.exc_info:
             text += "\n" + self.formatException(record.exc_info)
-        seconds = record.relativeCreated / 1000
+        seconds = max(record.created - self._begin, 0.0)
         return "\n".join(f"({seconds:09.6f}) {_mark(record)}{line}" for line in text.splitlines())
 
 

@@ -22,6 +22,7 @@ from ovr.errors import UsageError
 from ovr.plan import make_plan
 from ovr.report import Report
 from ovr.restore import VERIFY_MODES
+from ovr.standby.client import notes
 
 __all__ = ["add"]
 
@@ -122,6 +123,8 @@ def _add_files(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Restore, or with ``--dry-run`` go as far as is possible without touching the guest."""
+    for note in notes:
+        log.info("%s", note)
     if options.dry_run:
         return _dry_run(options)
     with ended_in_order():

@@ -12,6 +12,8 @@ from ovr.errors import AgentUnreachable, ImagesUnsupported, LabError, UsageError
 from ovr.images import ImageSet
 from ovr.lab.ram import memory_size
 from ovr.plan import make_plan
+from ovr.standby.keep import stand_by, stand_down
+from ovr.standby.messages import StandbyError
 from ovr.vm.agent import Agent
 from ovr.vm.attach import AttachedVm
 from ovr.vm.find import find_vm
@@ -32,6 +34,7 @@ def add(commands: Any) -> None:
         help="have memory ready in a guest before a restore wants it",
         description="Have the guest's agent start a CRIU in advance, with a pool of memory that is"
         " allocated already. The next restore that fits into it takes it and is done sooner."
+        " A process on this host stands by meanwhile, in which all of ovr is loaded already."
         " Without an option, say what there is.",
         examples="""\
             ovr warm --vm libvirt:web -D images/
@@ -50,7 +53,14 @@ def add(commands: Any) -> None:
         "-D", "--images-dir", metavar="DIR", type=Path,
         help="make a pool that is right for these images, in place of the last",
     )  # fmt: skip
-    what.add_argument("--off", action="store_true", help="give the pool back to the guest")
+    what.add_argument(
+        "--off", action="store_true",
+        help="give the pool back to the guest, and let nobody stand by for this VM",
+    )  # fmt: skip
+    parser.add_argument(
+        "--no-standby", dest="standby", action="store_false",
+        help="have no process stand by on this host",
+    )  # fmt: skip
     common(parser)
     parser.set_defaults(run=run)
 
@@ -71,7 +81,9 @@ def run(options: argparse.Namespace) -> int:
         else:
             with AttachedVm(options.vm, vmlinux=options.vmlinux) as vm:
                 prove(vm.kernel, agent)
+                qemu = vm.qmp.qemu_pid
             pool = agent.warm(*wanted)
+            _stand_by(qemu, bool(pool.size) and options.standby)
     if options.json:
         fields = asdict(pool)
         del fields["address"]
@@ -81,6 +93,16 @@ def run(options: argparse.Namespace) -> int:
     else:
         print(f"no pool: {pool.note}")
     return 0
+
+
+def _stand_by(qemu_pid: int, wanted: bool) -> None:
+    if not wanted:
+        stand_down(qemu_pid)
+        return
+    try:
+        stand_by(qemu_pid)
+    except StandbyError as error:
+        log.warning("no process stands by on this host, so a restore has to load ovr: %s", error)
 
 
 def _bytes(text: str) -> int:

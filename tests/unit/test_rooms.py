@@ -30,7 +30,7 @@ LAYERS = (
     {"paging", "ranges"},
     {"ram"},
     {"_fastcopy"},
-    {"addresses", "errors", "user_cache"},
+    {"addresses", "errors", "standby", "user_cache"},
 )
 # Same height, but strangers to each other.
 FORBIDDEN = {("images", "kernel"), ("kernel", "images"), ("images", "paging"), ("images", "ram")}

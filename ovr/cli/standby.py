@@ -1,0 +1,65 @@
+"""``python -m ovr.cli.standby QEMU_PID``: the process that stands by; ``ovr warm`` starts it.
+
+It goes into the background when it can be asked, with its standard streams closed to all.
+"""
+
+import os
+import socket
+import sys
+from importlib import import_module
+from typing import Final, NoReturn
+
+from ovr.cli import main, make_parser, process
+from ovr.standby.messages import address
+from ovr.standby.server import Server
+
+__all__ = ["serve"]
+
+# What a restore loads late, if at all.
+_LATER: Final = ("ctypes", "importlib.metadata", "psutil", "xml.etree.ElementTree")
+
+
+def serve(qemu_pid: int) -> None:
+    """Stand by until that VM has ended, and all others for which this was asked meanwhile.
+
+    Raises:
+        OSError: another process stands by already.
+    """
+    process.set_up()
+    process.keep_memory()
+    make_parser("restore")
+    for name in _LATER:
+        import_module(name)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+        listener.bind(address())
+        listener.listen()
+        _into_background()
+        server = Server(listener, _run)
+        server.keep(qemu_pid)
+        server.serve()
+
+
+def _run() -> NoReturn:
+    try:
+        code = main()
+    except SystemExit as ended:  # wrong usage, a signal
+        code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+    process.leave(code)
+
+
+def _into_background() -> None:
+    if os.fork():
+        os._exit(0)
+    os.setsid()
+    os.chdir("/")
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    for fd in range(3):
+        os.dup2(nowhere, fd)
+    os.close(nowhere)
+
+
+if __name__ == "__main__":
+    try:
+        serve(int(sys.argv[1]))
+    except OSError as error:
+        sys.exit(f"it cannot stand by: {error.strerror}")

@@ -1,0 +1,49 @@
+"""The side of ``ovr warm``: have a process stand by for a VM, or no longer."""
+
+import subprocess
+import sys
+from typing import Final
+
+from ovr.standby.client import connect
+from ovr.standby.messages import StandbyError, receive, send, version
+
+__all__ = ["stand_by", "stand_down"]
+
+_MODULE: Final = "ovr.cli.standby"
+_PATIENCE: Final = 30.0  # seconds; to load it takes less than one
+
+
+def stand_by(qemu_pid: int) -> None:
+    """Have a process stand by as long as this VM lives: the one that does already, or a new one.
+
+    Raises:
+        StandbyError: none does; the message says why.
+    """
+    if _order(b"keep", qemu_pid):
+        return
+    command = [sys.executable, "-m", _MODULE, str(qemu_pid)]
+    try:
+        started = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace",
+            timeout=_PATIENCE, check=False,
+        )  # fmt: skip
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise StandbyError(str(error)) from error
+    # Another may have been the first to start one.
+    if started.returncode and not _order(b"keep", qemu_pid):
+        said = started.stderr.strip().splitlines() or [f"it ended with {started.returncode}"]
+        raise StandbyError(said[-1])
+
+
+def stand_down(qemu_pid: int) -> None:
+    """Have nobody stand by for this VM any longer."""
+    _order(b"drop", qemu_pid)
+
+
+def _order(word: bytes, pid: int) -> bool:
+    try:
+        with connect() as server:
+            send(server, [word, version(), b"%d" % pid])
+            return receive(server)[0] == [b"done"]
+    except (OSError, StandbyError):
+        return False

@@ -1,0 +1,155 @@
+"""A process of the host that stands by, from `ovr warm` to the VM's end; see `ovr.standby`."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from ovr import demo, lab
+from tests.vm.conftest import PREFIX, SIZE, UMASK, Dump, alive, end_workload
+
+NOTE = "restore: a process that stood by does this\n"
+
+
+@dataclass(frozen=True)
+class Host:
+    """A network namespace: whoever stands by is found by those in it only, not by other tests.
+
+    Args:
+        pid: of a process in it.
+        vm: where all commands go.
+    """
+
+    pid: int
+    vm: lab.LabVm
+
+    def start(self, *words: str | Path, **options) -> subprocess.Popen:
+        command = [sys.executable, "-m", "ovr", *words, "--vm", f"lab:{self.vm.name}"]
+        entered = ["nsenter", "-t", str(self.pid), "-n", *map(str, command)]
+        return subprocess.Popen(
+            entered, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
+        )
+
+    def run(self, *words: str | Path, code: int = 0, **options) -> tuple[str, str]:
+        with self.start(*words, **options) as process:
+            output, errors = process.communicate(timeout=120)
+        assert process.returncode == code, errors
+        return output, errors
+
+    def standing_by(self) -> Sequence[str]:
+        found = subprocess.run(
+            ["pgrep", "-f", "--", f"-m ovr.cli.standby .*{self._qemu}"],
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        return found.stdout.split()
+
+    @property
+    def _qemu(self) -> int:
+        return self.vm.processes["qemu"].pid
+
+    def ended(self) -> bool:
+        limit = time.monotonic() + 30
+        while self.standing_by() and time.monotonic() < limit:
+            time.sleep(0.05)
+        return not self.standing_by()
+
+
+@contextmanager
+def host_of(vm: lab.LabVm) -> Iterator[Host]:
+    command = ["unshare", "-n", "sh", "-c", "echo; exec sleep 900"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        try:
+            yield Host(process.pid, vm)
+        finally:
+            process.kill()
+
+
+@pytest.fixture
+def suite() -> str:
+    return "trixie"
+
+
+@pytest.fixture
+def host(vm) -> Iterator[Host]:
+    with host_of(vm) as found:
+        yield found
+        found.run("warm", "--off")
+
+
+def whole(vm: lab.LabVm, dump: Dump) -> None:
+    answer = demo.answer_of(vm, dump.pid)
+    assert (answer.words, answer.wrong, int(answer.umask, 8)) == (SIZE // 8, 0, UMASK)
+
+
+def test_a_warm_restore_is_done_by_who_stands_by(host, vm, dump, tmp_path):
+    host.run("warm", "-D", dump.path)
+    [server] = host.standing_by()
+    (tmp_path / "log").mkdir()
+    options = ["-v", "--json", "-W", "log", "--pidfile", "pid", "--display-stats"]
+    output, errors = host.run("restore", "-D", dump.path, *options, cwd=tmp_path)
+    report = json.loads(output)
+    assert (report["skeleton"], report["skeleton_why"]) == ("warm", "")
+    assert NOTE in errors
+    assert (tmp_path / "log" / "pid").read_text() == str(dump.pid)  # where the client was
+    whole(vm, dump)
+    end_workload(vm)
+    # The next one, too; it finds no pool.
+    output, errors = host.run("restore", "-D", dump.path, "-v", "--json")
+    assert json.loads(output)["skeleton"] == "cold"
+    assert NOTE in errors
+    whole(vm, dump)
+    assert host.standing_by() == [server]
+    host.run("warm", "--off")
+    assert host.ended()
+
+
+def test_nobody_is_to_stand_by(host, vm, dump):
+    host.run("warm", "-D", dump.path)
+    assert host.standing_by()
+    host.run("warm", "-D", dump.path, "--no-standby")
+    assert host.ended()
+    output, errors = host.run("restore", "-D", dump.path, "-v", "--json")
+    assert json.loads(output)["skeleton"] == "warm"
+    assert "stood by" not in errors
+    whole(vm, dump)
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 143), (signal.SIGINT, 130)]
+)
+def test_a_restore_that_is_ended(host, vm, dump, number, code):
+    """As by a command that does it itself: the tree is gone, and the VM takes the next."""
+    host.run("warm", "-D", dump.path)
+    [server] = host.standing_by()
+    with host.start("restore", "-D", dump.path, "--progress", "json", "-v") as process:
+        for line in process.stderr:
+            if '"memory"' in line:
+                break
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert "Traceback" not in errors
+    limit = time.monotonic() + 30
+    while alive(vm, dump.pid) and time.monotonic() < limit:
+        time.sleep(0.05)
+    assert not alive(vm, dump.pid)
+    assert host.standing_by() == [server]
+    _, errors = host.run("restore", "-D", dump.path, "-v")
+    assert NOTE in errors
+    whole(vm, dump)
+
+
+def test_it_ends_with_its_vm():
+    with demo.lab_vm(f"{PREFIX}standby", memory="512M") as vm, host_of(vm) as host:
+        host.run("warm", "--size", "16M")
+        assert len(host.standing_by()) == 1
+        vm.down()
+        assert host.ended()
