@@ -6,6 +6,8 @@ It goes into the background when it can be asked, with its standard streams clos
 import os
 import socket
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Final, NoReturn
 
@@ -32,9 +34,9 @@ def serve(qemu_pid: int) -> None:
         import_module(name)
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
         listener.bind(address())
-        listener.listen()
-        _into_background()
-        server = Server(listener, _run)
+        with _into_background():
+            listener.listen()  # whoever calls this is whom clients see at the other end
+            server = Server(listener, _run)
         server.keep(qemu_pid)
         server.serve()
 
@@ -47,15 +49,23 @@ def _run() -> NoReturn:
     process.leave(code)
 
 
-def _into_background() -> None:
+@contextmanager
+def _into_background() -> Iterator[None]:
+    # Who started this process is let go at the end of the ``with``.
+    ready, tell = os.pipe()
     if os.fork():
-        os._exit(0)
+        os.close(tell)
+        os._exit(0 if os.read(ready, 1) else 1)
+    os.close(ready)
     os.setsid()
     os.chdir("/")
     nowhere = os.open(os.devnull, os.O_RDWR)
     for fd in range(3):
         os.dup2(nowhere, fd)
     os.close(nowhere)
+    yield
+    os.write(tell, b".")
+    os.close(tell)
 
 
 if __name__ == "__main__":

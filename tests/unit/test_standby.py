@@ -20,6 +20,7 @@ import ovr.standby.client
 import ovr.standby.messages
 from ovr.standby.client import connect
 from ovr.standby.messages import StandbyError, receive, send, version
+from ovr.standby.peer import peer_of
 
 PYTHON = sys.executable
 
@@ -410,7 +411,7 @@ def test_another_users_process_is_not_asked(name, monkeypatch):
         other.stdin.close()
 
 
-def test_the_whole_command(name, vm):
+def test_the_whole_command(name, vm, monkeypatch):
     """`ovr restore` with all of `ovr` loaded: what it says is what it says without."""
     module = (
         f"{NAMED}import runpy; runpy.run_module(sys.argv.pop(1), run_name='__main__', alter_sys=1)"
@@ -435,6 +436,9 @@ def test_the_whole_command(name, vm):
     started = [PYTHON, "-c", module, name, "ovr.cli.standby", str(vm.pid)]
     # Its standard streams are closed, or this would wait for its end.
     subprocess.run(started, check=True, capture_output=True, timeout=60)
+    monkeypatch.setattr(sys, "executable", name)
+    with connect() as asked:
+        assert Path(f"/proc/{peer_of(asked).pid}/cmdline").exists()  # it is who is seen there
     helped, wrong, unknown = outcomes()
     assert [helped, wrong] == alone[:2]
     assert (helped[0], wrong[0], unknown[0]) == (0, 2, 2)
