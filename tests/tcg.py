@@ -1,4 +1,4 @@
-"""A pytest plugin for tests with lab VMs: shows their consoles; knows a bug of QEMU's TCG.
+"""A pytest plugin for tests with lab VMs: shows what they say and do; knows a bug of QEMU's TCG.
 
 When a kernel patches its own code, another vCPU may run a stale int3 of the old translation
 ("Oops: int3"). A test whose guest fell to that runs again, once, with guests of its own. Nothing
@@ -11,6 +11,7 @@ import pytest
 from _pytest.runner import runtestprotocol
 
 from ovr.lab import LabVm, ls
+from tests.stuck import doings
 
 __all__ = ["Guests"]
 
@@ -73,11 +74,13 @@ class Guests:
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(self) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-        """Add the consoles to what is said of a failure."""
+        """Add consoles, and what the guests do, to what is said of a failure."""
         report = yield
         if report.failed:
             for vm in self._ours():
                 report.sections.append((f"console of {vm.name}", _console(vm)[-_SHOWN:]))
+                if vm.alive:
+                    report.sections.append((f"what {vm.name} does", doings(vm)))
         return report
 
     def _ours(self) -> list[LabVm]:

@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ def add(commands: Any) -> None:
         examples="""\
             ovr warm --vm libvirt:web -D images/
             ovr warm --vm libvirt:web --size 5G
+            ovr warm --vm libvirt:web --standby
             ovr warm --vm libvirt:web
             ovr warm --vm qmp:/run/vm/qmp.sock --agent vsock:3 --off
             """,
@@ -52,6 +54,10 @@ def add(commands: Any) -> None:
     what.add_argument(
         "-D", "--images-dir", metavar="DIR", type=Path,
         help="make a pool that is right for these images, in place of the last",
+    )  # fmt: skip
+    what.add_argument(
+        "--standby", dest="only_standby", action="store_true",
+        help="make no pool; only have a process stand by on this host",
     )  # fmt: skip
     what.add_argument(
         "--off", action="store_true",
@@ -84,6 +90,9 @@ def run(options: argparse.Namespace) -> int:
                 qemu = vm.qmp.qemu_pid
             pool = agent.warm(*wanted)
             _stand_by(qemu, bool(pool.size) and options.standby)
+    if options.only_standby:
+        with closing(find_vm(options.vm).connect()) as qmp:
+            _stand_by(qmp.qemu_pid, True)
     if options.json:
         fields = asdict(pool)
         del fields["address"]

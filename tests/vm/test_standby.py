@@ -122,6 +122,16 @@ def test_nobody_is_to_stand_by(host, vm, dump):
     whole(vm, dump)
 
 
+def test_without_a_pool(host, vm, dump):
+    output, _ = host.run("warm", "--standby")
+    assert output.startswith("no pool: ")
+    assert host.standing_by()
+    output, errors = host.run("restore", "-D", dump.path, "-v", "--json")
+    assert json.loads(output)["skeleton"] == "cold"
+    assert NOTE in errors
+    whole(vm, dump)
+
+
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 143), (signal.SIGINT, 130)]
 )
