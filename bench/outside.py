@@ -11,7 +11,7 @@ from pathlib import Path
 from bench.race import Measures
 from ovr.lab import LabVm
 from ovr.standby.client import connect
-from ovr.standby.peer import peer_of
+from ovr.standby.messages import peer_of
 
 # Where it is set, every start compiles all of ovr: not what an installed one does.
 _ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
@@ -83,7 +83,7 @@ def _of_standby() -> float:
     # CPU seconds of the children of the process that stands by (cutime and cstime, proc(5)).
     try:
         with connect() as server:
-            pid = peer_of(server).pid
+            pid, _ = peer_of(server)
     except OSError:
         return 0.0
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()

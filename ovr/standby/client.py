@@ -6,19 +6,25 @@ Imports little: this is what a restore waits for in place of all of `ovr`.
 import os
 import signal
 import socket
-import struct
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import Final, TextIO
 
-from ovr.standby.messages import FILES, StandbyError, address, receive, send, version
+from ovr.standby.messages import (
+    FILES,
+    StandbyError,
+    address,
+    peer_of,
+    receive,
+    send,
+    version,
+)
 
 __all__ = ["connect", "notes", "restore_there"]
 
 _PATIENCE: Final = 1.0  # seconds, until it is ready; then the restore takes what it takes
 _FORWARDED: Final = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM)
-_CREDENTIALS: Final = struct.Struct("=iII")  # struct ucred: pid, uid, gid
 
 notes: list[str] = []
 """For the log: that a process that stood by does this, or why not; empty if there is none."""
@@ -60,8 +66,8 @@ def connect() -> socket.socket:
     try:
         server.settimeout(_PATIENCE)
         server.connect(address())
-        credentials = server.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-        if _CREDENTIALS.unpack(credentials)[1] != os.geteuid():
+        _, uid = peer_of(server)
+        if uid != os.geteuid():
             raise ConnectionRefusedError("another user's")
     except BaseException:
         server.close()
@@ -115,4 +121,5 @@ def _run(server: socket.socket) -> int:
         with suppress(OSError):  # SIGKILL cannot be set
             signal.signal(-status, signal.SIG_DFL)
         os.kill(os.getpid(), -status)
+        return 128 - status  # it is blocked
     return status

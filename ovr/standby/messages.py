@@ -18,11 +18,21 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Final
 
-__all__ = ["FILES", "StandbyError", "address", "close_all", "receive", "send", "version"]
+__all__ = [
+    "FILES",
+    "StandbyError",
+    "address",
+    "close_all",
+    "peer_of",
+    "receive",
+    "send",
+    "version",
+]
 
 FILES: Final = 200
 """The most file descriptors in a message; the kernel takes SCM_MAX_FD (253)."""
 
+_CREDENTIALS: Final = struct.Struct("=iII")  # struct ucred: pid, uid, gid
 _LENGTH: Final = struct.Struct("<I")
 _MOST: Final = 8 << 20  # the kernel takes 6 MiB of arguments and environment at most (execve(2))
 
@@ -34,7 +44,8 @@ class StandbyError(Exception):
 def version() -> bytes:
     """Return what both sides have in common: this Python, this `ovr`, how names are encoded."""
     encoding = sys.getfilesystemencoding(), sys.getfilesystemencodeerrors()
-    parts = (sys.executable, sys.version, os.path.dirname(__file__), *encoding)  # noqa: PTH120
+    # The prefix is the virtual environment's: its Python goes by several names.
+    parts = (sys.prefix, sys.version, os.path.dirname(__file__), *encoding)  # noqa: PTH120
     return "\n".join(parts).encode(errors="surrogateescape")
 
 
@@ -44,6 +55,17 @@ def address() -> str:
     It is of the network namespace, and anybody may take it: both sides ask who the other is.
     """
     return f"\0ovr-standby/{os.geteuid()}/{zlib.crc32(version()):08x}"
+
+
+def peer_of(connection: socket.socket) -> tuple[int, int]:
+    """Return pid and uid of the other side; the kernel says so (SO_PEERCRED, unix(7)).
+
+    That is who called connect(2) or listen(2), as they were then.
+    """
+    size = _CREDENTIALS.size
+    found = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size)
+    pid, uid, _ = _CREDENTIALS.unpack(found)
+    return pid, uid
 
 
 def send(to: socket.socket, fields: Sequence[bytes], files: Sequence[int] = ()) -> None:

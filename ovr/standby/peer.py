@@ -5,43 +5,18 @@ What a forked child can take over (`child.become`) may differ. The rest must be 
 
 import os
 import resource
-import socket
-import struct
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-__all__ = ["Peer", "difference", "peer_of", "status_of", "traits"]
+__all__ = ["difference", "status_of", "traits"]
 
-_CREDENTIALS: Final = struct.Struct("=iII")  # struct ucred: pid, uid, gid
 _STATUS: Final = (
     "Uid", "Gid", "Groups", "CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb", "NoNewPrivs",
     "Seccomp", "Cpus_allowed", "Mems_allowed",
 )  # fmt: skip
 _LIMITS: Final = [name for name in dir(resource) if name.startswith("RLIMIT_")]
-
-
-@dataclass(frozen=True, slots=True)
-class Peer:
-    """The process at the other end of a socket.
-
-    Attributes:
-        pid: of it.
-        uid: its user when it connected.
-    """
-
-    pid: int
-    uid: int
-
-
-def peer_of(connection: socket.socket) -> Peer:
-    """Return who has connected; the kernel says so (SO_PEERCRED, unix(7))."""
-    size = _CREDENTIALS.size
-    found = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size)
-    pid, uid, _ = _CREDENTIALS.unpack(found)
-    return Peer(pid, uid)
 
 
 def traits(pid: int) -> Mapping[str, object]:

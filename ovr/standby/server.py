@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from typing import Final, NoReturn
 
 from ovr.standby.child import Request, become, die_with
-from ovr.standby.messages import StandbyError, close_all, receive, send, version
-from ovr.standby.peer import difference, peer_of, traits
+from ovr.standby.messages import StandbyError, close_all, peer_of, receive, send, version
+from ovr.standby.peer import difference, traits
 
 __all__ = ["Server"]
 
@@ -98,8 +98,8 @@ class Server:
 
     def _answer(self, client: socket.socket) -> bool:
         # Whether the connection is kept: a child works for it.
-        peer = peer_of(client)
-        if peer.uid != os.geteuid():
+        pid, uid = peer_of(client)
+        if uid != os.geteuid():
             raise StandbyError("it is another user's")
         fields, files = receive(client)
         try:
@@ -107,7 +107,7 @@ class Server:
                 raise StandbyError("it is of another ovr, or of another Python")
             self._check_code()
             if fields[0] == b"restore":
-                self._start(client, peer.pid, fields[2:], files)
+                self._start(client, pid, fields[2:], files)
                 return True
             self._order(fields[0], fields[2:])
             send(client, [b"done"])

@@ -19,13 +19,10 @@ import pytest
 import ovr.standby.client
 import ovr.standby.messages
 from ovr.standby.client import connect
-from ovr.standby.messages import StandbyError, receive, send, version
-from ovr.standby.peer import peer_of
+from ovr.standby.messages import StandbyError, peer_of, receive, send, version
 
-PYTHON = sys.executable
-
-# Both sides are found by what their Python is called: here each test has one of its own.
-NAMED = "import sys; sys.executable = sys.argv.pop(1)\n"
+# Both sides meet where their Python is said to be: here each test has a place of its own.
+NAMED = "import sys; sys.prefix = sys.argv.pop(1)\n"
 
 LOOK = """
 import fcntl, json, os, resource, signal, sys, time
@@ -119,7 +116,7 @@ def vm() -> Iterator[subprocess.Popen]:
 
 @contextmanager
 def standing_by(name: str, vm: subprocess.Popen, *paths: str | Path) -> Iterator[subprocess.Popen]:
-    command = [PYTHON, "-c", SERVER, name, str(vm.pid), *map(str, paths)]
+    command = [sys.executable, "-c", SERVER, name, str(vm.pid), *map(str, paths)]
     # In the background it has no terminal, nor anything else of who started it.
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         try:
@@ -136,7 +133,7 @@ def server(name, vm) -> Iterator[subprocess.Popen]:
 
 
 def client(name: str, *arguments: str, program: str = CLIENT, **options) -> subprocess.Popen:
-    command = [PYTHON, "-c", program, name, "restore", *arguments]
+    command = [sys.executable, "-c", program, name, "restore", *arguments]
     return subprocess.Popen(command, text=True, **{"stdout": subprocess.PIPE, **options})
 
 
@@ -148,7 +145,7 @@ def said(name: str, *arguments: str, **options) -> tuple[int, str]:
 
 @pytest.fixture
 def connection(name, server, monkeypatch) -> Iterator[socket.socket]:
-    monkeypatch.setattr(sys, "executable", name)
+    monkeypatch.setattr(sys, "prefix", name)
     with connect() as found:
         yield found
 
@@ -391,7 +388,7 @@ def test_who_says_nothing_is_not_waited_for(name, server, connection):
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="takes another user")
 def test_another_users_process_is_not_asked(name, monkeypatch):
-    monkeypatch.setattr(sys, "executable", name)
+    monkeypatch.setattr(sys, "prefix", name)
     listener = f"""if True:
         import socket, sys
         with socket.socket(socket.AF_UNIX) as listener:
@@ -426,19 +423,19 @@ def test_the_whole_command(name, vm, monkeypatch):
         found = []
         for command in commands:
             done = subprocess.run(
-                [PYTHON, "-c", module, name, "ovr", *command],
+                [sys.executable, "-c", module, name, "ovr", *command],
                 capture_output=True, text=True, check=False,
             )  # fmt: skip
             found.append((done.returncode, done.stdout, done.stderr))
         return found
 
     alone = outcomes()
-    started = [PYTHON, "-c", module, name, "ovr.cli.standby", str(vm.pid)]
+    started = [sys.executable, "-c", module, name, "ovr.cli.standby", str(vm.pid)]
     # Its standard streams are closed, or this would wait for its end.
     subprocess.run(started, check=True, capture_output=True, timeout=60)
-    monkeypatch.setattr(sys, "executable", name)
+    monkeypatch.setattr(sys, "prefix", name)
     with connect() as asked:
-        assert Path(f"/proc/{peer_of(asked).pid}/cmdline").exists()  # it is who is seen there
+        assert Path("/proc", str(peer_of(asked)[0])).exists()  # who forked it has gone
     helped, wrong, unknown = outcomes()
     assert [helped, wrong] == alone[:2]
     assert (helped[0], wrong[0], unknown[0]) == (0, 2, 2)

@@ -65,7 +65,7 @@ DOMAIN = """\
     <type arch='x86_64' machine='q35'>hvm</type>
     <kernel>{kernel}</kernel>
     <initrd>{directory}/initramfs</initrd>
-    <cmdline>console=ttyS0 oops=panic panic=-1</cmdline>
+    <cmdline>console=ttyS0 oops=panic panic=-1 tsc=nowatchdog</cmdline>
   </os>
   <features><acpi/></features>
   <cpu mode='maximum'>

@@ -43,7 +43,7 @@ def command_of(directory: Path, ram: Path) -> str:
     })  # fmt: skip
     boot = [
         "-kernel", image.kernel, "-initrd", directory / "initramfs",
-        "-append", "console=ttyS0 oops=panic panic=-1",
+        "-append", "console=ttyS0 oops=panic panic=-1 tsc=nowatchdog",
         "-serial", f"file:{directory}/console", "-display", "none", "-no-reboot",
     ]  # fmt: skip
     return f"exec {command.rstrip()} {shlex.join(map(str, boot))}"
