@@ -27,6 +27,7 @@ struct session {
 	bool greeted, proved;
 	bool ended;		/* to be closed at the loop's next turn */
 	bool unplugged;		/* port: the host is not connected */
+	int64_t forget_at;	/* and then it is not awaited any longer */
 	int64_t linger_until;
 	unsigned zeros, matched;
 	size_t in_size, out_start, out_size;

@@ -8,6 +8,9 @@
 /* No sequence of frames holds so many zeros in a row: a payload's, and a length's high bytes. */
 #define SYNC_MIN (MAX_FRAME + 8)
 
+/* For how long a port without a host keeps the session. */
+#define UNPLUGGED_MS 2000
+
 /*
  * Most bytes a write. Since "vsock/virtio: Allocate nonlinear SKBs for handling large transmit
  * buffers" (6693731487a8) larger packets leave the guest in more than one piece, and
@@ -148,8 +151,14 @@ static void host_left(struct session *session)
 		session->ended = true;
 		return;
 	}
-	session_forget(session);
+	/*
+	 * A port's bytes and the news of its host come by different queues (in
+	 * drivers/char/virtio_console.c a worker's), so this may be of a host
+	 * whose successor we have greeted already, and who is to be heard of
+	 * next. Who is new says so in any case (feed_serial_byte).
+	 */
 	session->unplugged = true;
+	session->forget_at = now_ms() + UNPLUGGED_MS;
 }
 
 static void on_input(struct session *session)
@@ -197,6 +206,8 @@ static void watch_one(struct loop *loop, struct session *session)
 
 	if (session->unplugged) {
 		loop_watch(loop, transport_port_waiter(), POLLIN, on_port_news, session);
+		if (session->state != STATE_LOST)
+			loop_wake_at(loop, session->forget_at);
 		return;
 	}
 	events = session->state == STATE_FRAMES && !can_answer(session) ? 0 : POLLIN;
@@ -226,6 +237,9 @@ void session_work(void)
 
 		if (!session->used)
 			continue;
+		if (session->unplugged && session->state != STATE_LOST &&
+		    now_ms() >= session->forget_at)
+			session_forget(session);
 		/* What waited for room may go on now. */
 		if (session->in_size && !session->ended)
 			process_frames(session);

@@ -109,9 +109,14 @@ class Sources:
         sources = [self.of(*one) for one in wanted]
         stop = threading.Event()
         thread = threading.Thread(target=_ask_for, args=(sources, stop), daemon=True)
+
+        def end() -> None:
+            stop.set()
+            if thread.is_alive():
+                thread.join()
+
+        self._stack.callback(end)  # before it starts: a signal may end us in `start`
         thread.start()
-        self._stack.callback(thread.join)
-        self._stack.callback(stop.set)
 
     def check_unchanged(self) -> None:
         """Make sure that nobody has written to the files since they were opened.
@@ -154,7 +159,6 @@ def _read_through(fd: int, at: int, end: int, buffer: bytearray) -> None:
 
 
 def _ask_for(sources: Sequence[Source], stop: threading.Event) -> None:
-    # An error is for who reads: it does not matter here.
     import psutil  # noqa: PLC0415 - here nobody waits for it to be loaded
 
     room = psutil.virtual_memory().available // 2
@@ -163,13 +167,14 @@ def _ask_for(sources: Sequence[Source], stop: threading.Event) -> None:
         for source in sources
         for at in range(source.base, source.base + source.size, _ASK_AT_ONCE)
     )
-    for source, at in windows:
-        size = min(_ASK_AT_ONCE, source.base + source.size - at)
-        if stop.is_set() or room < size:
-            return
-        if not in_page_cache(source.fd, at, size):
-            room -= size
-            with suppress(OSError):
+    # An error is for who reads: it does not matter here. The images may be closed by now, too.
+    with suppress(OSError, ValueError):
+        for source, at in windows:
+            size = min(_ASK_AT_ONCE, source.base + source.size - at)
+            if stop.is_set() or room < size:
+                return
+            if not in_page_cache(source.fd, at, size):
+                room -= size
                 os.posix_fadvise(source.fd, at, size, os.POSIX_FADV_WILLNEED)
 
 

@@ -1,16 +1,20 @@
 """Whom the agent serves: the host, and of it who can read the VM's RAM."""
 
 import secrets
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 import ovr
-from ovr.errors import RestoreFailed
+from ovr.errors import AgentUnreachable, RestoreFailed
 from ovr.guest import protocol
-from ovr.guest.wire import encode
+from ovr.guest.wire import decode, encode
 from ovr.lab.workload import build_workload
 from ovr.vm import proof
+from ovr.vm.agent import Agent
+from ovr.vm.link import open_link
 from tests.vm.conftest import alive
 
 KNOCK = Path(__file__).parent / "programs" / "knock.c"
@@ -29,6 +33,32 @@ def test_processes_of_the_guest_are_not_answered(vm):
     assert set(said) == {"loopback 5555", "own 5555", "loopback 1024", "own 1024"}
     assert said["loopback 5555"] == said["own 5555"] == "7"  # there is a way to a process
     assert said["loopback 1024"] == said["own 1024"] == "0"
+
+
+def frames_of(link, seconds: float) -> bytes:
+    found = b""
+    deadline = time.monotonic() + seconds
+    with suppress(AgentUnreachable):  # that is all
+        while True:
+            found += link.receive(deadline)
+    return found
+
+
+def test_a_port_whose_host_comes_back(vm):
+    """The news that a host has left may come late, and its successor have begun already."""
+    first = protocol.MAGIC + encode(protocol.Hello(protocol.VERSION, secrets.token_bytes(16)))
+    with open_link(vm.serial, 10.0) as link:
+        link.send(bytes(protocol.SYNC_ZEROS) + first, time.monotonic() + 10)
+        assert protocol.MAGIC in frames_of(link, 2.0)
+    with open_link(vm.serial, 10.0) as link:  # at once
+        link.send(encode(protocol.Ping(7)), time.monotonic() + 10)
+        assert decode(frames_of(link, 5.0)[4:]) == protocol.Pong(7)
+    time.sleep(5)
+    with open_link(vm.serial, 10.0) as link:  # too late
+        link.send(encode(protocol.Ping(8)), time.monotonic() + 10)
+        assert frames_of(link, 3.0) == b""
+    with Agent.connect(vm.serial) as agent:
+        agent.ping()
 
 
 def test_who_cannot_read_the_ram_restores_nothing(vm, dump):

@@ -1,6 +1,7 @@
 """A process of the host that stands by, from `ovr warm` to the VM's end; see `ovr.standby`."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -45,13 +46,13 @@ class Host:
 
     def standing_by(self) -> Sequence[str]:
         found = subprocess.run(
-            ["pgrep", "-f", "--", f"-m ovr.cli.standby .*{self._qemu}"],
+            ["pgrep", "-f", "--", f"-m ovr.cli.standby .*{self.qemu}"],
             capture_output=True, text=True, check=False,
         )  # fmt: skip
         return found.stdout.split()
 
     @property
-    def _qemu(self) -> int:
+    def qemu(self) -> int:
         return self.vm.processes["qemu"].pid
 
     def ended(self) -> bool:
@@ -141,9 +142,12 @@ def test_a_restore_that_is_ended(host, vm, dump, number, code):
     [server] = host.standing_by()
     with host.start("restore", "-D", dump.path, "--progress", "json", "-v") as process:
         for line in process.stderr:
-            if '"memory"' in line:
+            if '"skeleton"' in line:
                 break
+        os.kill(host.qemu, signal.SIGSTOP)  # or it might be done before it hears of it
         process.send_signal(number)
+        time.sleep(0.5)
+        os.kill(host.qemu, signal.SIGCONT)
         _, errors = process.communicate(timeout=60)
     assert process.returncode == code
     assert "Traceback" not in errors
