@@ -15,7 +15,9 @@ Session
     killed peer's bytes, so the host begins with `SYNC_ZEROS` zero bytes (longer than any frame,
     so they end whatever a dead predecessor began and can be part of no frame), then `MAGIC`,
     then frames; the agent answers with `MAGIC`, the token of the `Hello`, then frames, and the
-    host discards everything before that token, which no older session can have known.
+    host discards everything before that token, which no older session can have known. The news
+    that a host has left a port may come after its successor's first bytes: so a session on a
+    port ends two seconds after them, or with the next zeros.
 
 Proof
     On many hosts anybody may open vsock connections. Before the first message of a restore the host
