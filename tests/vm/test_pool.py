@@ -188,7 +188,12 @@ def test_many_in_a_row(journey):
         there_and_gone(journey, one)
     after = leftovers(journey.vm)
     assert not journey.trouble()
-    memory = after.pop("MemAvailable") - before.pop("MemAvailable")
+    limit = before.pop("MemAvailable") - (16 << 10)
+    for _ in range(10):  # the kernel frees some of it when it comes to it
+        if after["MemAvailable"] > limit:
+            break
+        after = leftovers(journey.vm)
+    memory = after.pop("MemAvailable") - limit - (16 << 10)
     assert memory > -(16 << 10), f"{-memory} KiB are gone after {ROUNDS} restores"
     # The kernel counts open files in batches, one a CPU.
     assert abs(after.pop("files") - before.pop("files")) <= 1

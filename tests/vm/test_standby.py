@@ -33,7 +33,9 @@ class Host:
 
     def start(self, *words: str | Path, **options) -> subprocess.Popen:
         command = [sys.executable, "-m", "ovr", *words, "--vm", f"lab:{self.vm.name}"]
-        entered = ["nsenter", "-t", str(self.pid), "-n", *map(str, command)]
+        # Where the tests run in the background of a script SIGINT is ignored, and would stay so.
+        heeding = ["env", "--default-signal=INT"]
+        entered = [*heeding, "nsenter", "-t", str(self.pid), "-n", *map(str, command)]
         return subprocess.Popen(
             entered, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
         )
