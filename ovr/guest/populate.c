@@ -285,11 +285,12 @@ static void on_news(int fd, short events, void *context)
 		return;
 	close(current.news);
 	current.news = -1;
-	if (size != (ssize_t)sizeof(result) || (current.op == OP_MAP && !current.pid)) {
-		session_refuse(session, "who allocates memory was killed; is the guest out of it?");
-	} else if (result.error) {
+	/* Who has said why it fails has ended, and may be reaped already. */
+	if (size == (ssize_t)sizeof(result) && result.error) {
 		result.step[sizeof(result.step) - 1] = 0;
 		session_refuse(session, "cannot %s: %s", result.step, strerror(result.error));
+	} else if (size != (ssize_t)sizeof(result) || (current.op == OP_MAP && !current.pid)) {
+		session_refuse(session, "who allocates memory was killed; is the guest out of it?");
 	} else {
 		writer = session_writer(session, current.op == OP_MAP ? OP_MAPPED : OP_TOUCHED);
 		if (current.op == OP_MAP) {
