@@ -17,7 +17,7 @@ Session
     then frames; the agent answers with `MAGIC`, the token of the `Hello`, then frames, and the
     host discards everything before that token, which no older session can have known. The news
     that a host has left a port may come after its successor's first bytes: so a session on a
-    port ends two seconds after them, or with the next zeros.
+    port ends two seconds after them, or with the next zeros; one with a proof ends at once.
 
 Proof
     On many hosts anybody may open vsock connections. Before the first message of a restore the host

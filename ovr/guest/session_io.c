@@ -155,10 +155,19 @@ static void host_left(struct session *session)
 	 * A port's bytes and the news of its host come by different queues (in
 	 * drivers/char/virtio_console.c a worker's), so this may be of a host
 	 * whose successor we have greeted already, and who is to be heard of
-	 * next. Who is new says so in any case (feed_serial_byte).
+	 * next. Who is new says so in any case (feed_serial_byte). A proof is
+	 * for whoever gave it alone: if that one is still there, it is told.
 	 */
+	if (session->proved)
+		session_break(session, "the link to the host broke");
 	session->unplugged = true;
 	session->forget_at = now_ms() + UNPLUGGED_MS;
+}
+
+/* Whether the host that spoke may still turn out to be there. */
+static bool awaited(const struct session *session)
+{
+	return session->unplugged && session->state != STATE_LOST;
 }
 
 static void on_input(struct session *session)
@@ -206,7 +215,7 @@ static void watch_one(struct loop *loop, struct session *session)
 
 	if (session->unplugged) {
 		loop_watch(loop, transport_port_waiter(), POLLIN, on_port_news, session);
-		if (session->state != STATE_LOST)
+		if (awaited(session))
 			loop_wake_at(loop, session->forget_at);
 		return;
 	}
@@ -237,8 +246,7 @@ void session_work(void)
 
 		if (!session->used)
 			continue;
-		if (session->unplugged && session->state != STATE_LOST &&
-		    now_ms() >= session->forget_at)
+		if (awaited(session) && now_ms() >= session->forget_at)
 			session_forget(session);
 		/* What waited for room may go on now. */
 		if (session->in_size && !session->ended)

@@ -62,6 +62,18 @@ def test_a_port_whose_host_comes_back(vm):
         agent.ping()
 
 
+def test_a_proof_ends_with_its_host(vm):
+    """Whoever comes next to the port has not given it."""
+    with ovr.attach(f"lab:{vm.name}") as attached, Agent.connect(vm.serial) as agent:
+        proof.prove(attached.kernel, agent)
+        agent.ping()
+    time.sleep(1)
+    with open_link(vm.serial, 10.0) as link:
+        link.send(encode(protocol.Ping(9)), time.monotonic() + 10)
+        assert b"the link to the host broke" in heard(link, b"broke")
+        assert heard(link, b"", 2.0) == b""
+
+
 def test_who_cannot_read_the_ram_restores_nothing(vm, dump):
     with vm.connect() as agent, pytest.raises(RestoreFailed, match="prove first"):
         agent.begin({"inventory.img": b"x"})
