@@ -9,9 +9,9 @@ import time
 from pathlib import Path
 
 from bench.race import Measures
+from ovr.credentials import peer_of
 from ovr.lab import LabVm
 from ovr.standby.client import connect
-from ovr.standby.messages import peer_of
 
 # Where it is set, every start compiles all of ovr: not what an installed one does.
 _ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}

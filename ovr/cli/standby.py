@@ -18,7 +18,7 @@ from ovr.standby.server import Server
 __all__ = ["serve"]
 
 # What a restore loads late, if at all.
-_LATER: Final = ("ctypes", "importlib.metadata", "psutil", "xml.etree.ElementTree")
+_LATER: Final = ("importlib.metadata", "psutil", "xml.etree.ElementTree")
 
 
 def serve(qemu_pid: int) -> None:
@@ -28,7 +28,6 @@ def serve(qemu_pid: int) -> None:
         OSError: another process stands by already.
     """
     process.set_up()
-    process.keep_memory()
     make_parser("restore")
     for name in _LATER:
         import_module(name)

@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Final, TextIO
 
+from ovr.credentials import peer_of
 from ovr.standby.messages import (
     FILES,
     StandbyError,
     address,
-    peer_of,
     receive,
     send,
     version,

@@ -23,7 +23,6 @@ __all__ = [
     "StandbyError",
     "address",
     "close_all",
-    "peer_of",
     "receive",
     "send",
     "version",
@@ -32,7 +31,6 @@ __all__ = [
 FILES: Final = 200
 """The most file descriptors in a message; the kernel takes SCM_MAX_FD (253)."""
 
-_CREDENTIALS: Final = struct.Struct("=iII")  # struct ucred: pid, uid, gid
 _LENGTH: Final = struct.Struct("<I")
 _MOST: Final = 8 << 20  # the kernel takes 6 MiB of arguments and environment at most (execve(2))
 
@@ -55,17 +53,6 @@ def address() -> str:
     It is of the network namespace, and anybody may take it: both sides ask who the other is.
     """
     return f"\0ovr-standby/{os.geteuid()}/{zlib.crc32(version()):08x}"
-
-
-def peer_of(connection: socket.socket) -> tuple[int, int]:
-    """Return pid and uid of the other side; the kernel says so (SO_PEERCRED, unix(7)).
-
-    That is who called connect(2) or listen(2), as they were then.
-    """
-    size = _CREDENTIALS.size
-    found = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size)
-    pid, uid, _ = _CREDENTIALS.unpack(found)
-    return pid, uid
 
 
 def send(to: socket.socket, fields: Sequence[bytes], files: Sequence[int] = ()) -> None:

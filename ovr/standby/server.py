@@ -15,8 +15,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final, NoReturn
 
+from ovr.credentials import peer_of
 from ovr.standby.child import Request, become, die_with
-from ovr.standby.messages import StandbyError, close_all, peer_of, receive, send, version
+from ovr.standby.messages import StandbyError, close_all, receive, send, version
 from ovr.standby.peer import difference, traits
 
 __all__ = ["Server"]

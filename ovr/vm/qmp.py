@@ -7,7 +7,6 @@ up or falls silent is `VmUnreachable`. Protocol: QEMU's docs/interop/qmp-spec.rs
 import json
 import select
 import socket
-import struct
 import time
 from abc import ABC, abstractmethod
 from collections import deque
@@ -17,6 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from ovr.credentials import peer_of
 from ovr.errors import OvrError, VmUnreachable
 from ovr.vm.claim import refuse_claimed
 
@@ -183,7 +183,7 @@ class Qmp(Monitor):
             raise VmUnreachable(f"no VM answers at {path}: {reason}", _HINT) from error
         except VmUnreachable:
             with connection:
-                refuse_claimed(_peer(connection))
+                refuse_claimed(peer_of(connection)[0])
             raise
         except BaseException:
             connection.close()
@@ -203,7 +203,8 @@ class Qmp(Monitor):
 
         0 if that process is in a pid namespace that cannot be seen from here.
         """
-        return _peer(self._socket)
+        pid, _ = peer_of(self._socket)
+        return pid
 
     def execute(self, command: str, **arguments: Any) -> Any:
         """Run a QMP command and return its ``return`` value; see `Monitor.execute`."""
@@ -282,10 +283,3 @@ class Qmp(Monitor):
 
     def _unreachable(self, what: str) -> VmUnreachable:
         return VmUnreachable(f"the VM at {self._name} {what}", _HINT)
-
-
-def _peer(connection: socket.socket) -> int:
-    size = struct.calcsize("3i")
-    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size)
-    pid: int = struct.unpack("3i", credentials)[0]
-    return pid

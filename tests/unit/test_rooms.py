@@ -30,7 +30,8 @@ LAYERS = (
     {"paging", "ranges"},
     {"ram"},
     {"_fastcopy"},
-    {"addresses", "errors", "standby", "user_cache"},
+    {"standby"},
+    {"addresses", "credentials", "errors", "user_cache"},
 )
 # Same height, but strangers to each other.
 FORBIDDEN = {("images", "kernel"), ("kernel", "images"), ("images", "paging"), ("images", "ram")}

@@ -18,8 +18,9 @@ import pytest
 
 import ovr.standby.client
 import ovr.standby.messages
+from ovr.credentials import peer_of
 from ovr.standby.client import connect
-from ovr.standby.messages import StandbyError, peer_of, receive, send, version
+from ovr.standby.messages import StandbyError, receive, send, version
 
 # Both sides meet where their Python is said to be: here each test has a place of its own.
 NAMED = "import sys; sys.prefix = sys.argv.pop(1)\n"

@@ -145,5 +145,11 @@ def end_workload(vm: lab.LabVm) -> None:
         vm.sh(f"pkill -9 -x {names}; while pgrep -x {names}; do sleep 0.1; done")
 
 
+def whole(vm: lab.LabVm, dump: Dump) -> None:
+    """The workload runs in the VM, and all of its memory and its umask are right."""
+    answer = demo.answer_of(vm, dump.pid)
+    assert (answer.words, answer.wrong, int(answer.umask, 8)) == (SIZE // 8, 0, UMASK)
+
+
 def alive(vm: lab.LabVm, pid: int) -> bool:
     return vm.sh(f"test -d /proc/{pid}").status == 0

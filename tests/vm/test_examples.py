@@ -8,11 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from ovr.demo import answer_of
 from ovr.images.framing import decode, frames
 from ovr.images.stats import StatsEntry
 from tests.documents import block, run, said
-from tests.vm.conftest import SIZE, UMASK, alive, end_workload
+from tests.vm.conftest import alive, end_workload, whole
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -20,11 +19,6 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 @pytest.fixture
 def suite():
     return "trixie"
-
-
-def whole(vm, dump):
-    answer = answer_of(vm, dump.pid)
-    assert (answer.words, answer.wrong, int(answer.umask, 8)) == (SIZE // 8, 0, UMASK)
 
 
 def stats(data):

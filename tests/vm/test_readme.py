@@ -16,7 +16,7 @@ from ovr.lab.image import guest_image
 from ovr.lab.process import spawn
 from ovr.lab.qemu import Hardware
 from tests.documents import block, run, said
-from tests.vm.conftest import PREFIX, SIZE, UMASK, end_workload
+from tests.vm.conftest import PREFIX, end_workload, whole
 from tests.vm.libvirt_host import await_ready
 
 QMP, AGENT = "/run/vm/qmp.sock", "vsock:3"
@@ -70,11 +70,6 @@ def vm(dump, tmp_path):
     finally:
         process.end()
         ram.unlink(missing_ok=True)
-
-
-def whole(vm, dump):
-    answer = demo.answer_of(vm, dump.pid)
-    assert (answer.words, answer.wrong, int(answer.umask, 8)) == (SIZE // 8, 0, UMASK)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="writes to a VM's RAM")

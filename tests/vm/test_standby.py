@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from ovr import demo, lab
-from tests.vm.conftest import PREFIX, SIZE, UMASK, Dump, alive, end_workload
+from tests.vm.conftest import PREFIX, alive, end_workload, whole
 
 NOTE = "restore: a process that stood by does this\n"
 
@@ -85,11 +85,6 @@ def host(vm) -> Iterator[Host]:
     with host_of(vm) as found:
         yield found
         found.run("warm", "--off")
-
-
-def whole(vm: lab.LabVm, dump: Dump) -> None:
-    answer = demo.answer_of(vm, dump.pid)
-    assert (answer.words, answer.wrong, int(answer.umask, 8)) == (SIZE // 8, 0, UMASK)
 
 
 def test_a_warm_restore_is_done_by_who_stands_by(host, vm, dump, tmp_path):
