@@ -42,6 +42,10 @@ class Frames:
         page_mask: the bits of the page's own flags that must all be set.
         folio_mask: the bits of its folio's flags that must be as in `folio_value`.
         mapping_mask: the bits of its folio's ``mapping`` that must be as in `mapping_value`.
+        dirty_mask: the bits of its folio's flags by which reclaim keeps what is written to it; the
+            dirty bits of the page table entry do the same.
+        clean_mask: where it is not dirty, the bits of its folio's flags that must be as in
+            `clean_value` for reclaim to keep it all the same; 0 if it never does.
     """
 
     root: Gpa
@@ -56,6 +60,9 @@ class Frames:
     folio_value: int
     mapping_mask: int
     mapping_value: int
+    dirty_mask: int
+    clean_mask: int
+    clean_value: int
 
     @property
     def usable(self) -> bool:

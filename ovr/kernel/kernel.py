@@ -147,9 +147,12 @@ class Kernel:
     @cached_property
     @types_that_fit()
     def private_frames(self) -> Frames:
-        """Frames that are one process's alone, by the kernel's own word.
+        """Frames that are one process's alone, and that keep what is written to them.
 
-        ``PageAnon(page) && !PageKsm(page) && PageAnonExclusive(page)``; include/linux/page-flags.h.
+        ``PageAnon(page) && !PageKsm(page) && PageAnonExclusive(page)``, include/linux/page-flags.h,
+        and not under writeback. A folio that is not dirty is written to swap all the same where it
+        has no copy there yet (``shrink_folio_list`` dirties it); where it has one, and where its
+        content was given up (``MADV_FREE``), it is dropped.
         """
         types = self.types
         try:
@@ -167,10 +170,13 @@ class Kernel:
             mapping=types.offsetof("struct page", "mapping"),
             compound_head=compound_head,
             page_mask=self._flag("PG_anon_exclusive"),
-            folio_mask=0,
+            folio_mask=self._flag("PG_writeback"),
             folio_value=0,
             mapping_mask=_MAPPING_FLAGS,
             mapping_value=_MAPPING_ANON,
+            dirty_mask=self._flag("PG_dirty"),
+            clean_mask=self._flag("PG_swapbacked") | self._flag("PG_swapcache"),
+            clean_value=self._flag("PG_swapbacked"),
         )
         if not frames.usable:
             raise KernelNotFound(
@@ -196,7 +202,7 @@ class Kernel:
         return replace(
             self.private_frames,
             page_mask=0,
-            folio_mask=self._flag("PG_locked"),
+            folio_mask=self._flag("PG_locked") | self._flag("PG_writeback"),
             folio_value=0,
             mapping_mask=(1 << 64) - 1,
             mapping_value=anon_vma | _MAPPING_ANON,
@@ -207,7 +213,8 @@ class Kernel:
         """Frames that hold what a shared object has at their place in the page cache.
 
         Their folio belongs to the ``struct address_space`` at `mapping`, has all of its content,
-        and nobody has locked it, as who moves, splits, truncates or reclaims it does first.
+        and nobody has locked it, as who moves, splits, truncates or reclaims it does first. It is
+        dirty: a clean one has a hole's content, and reclaim makes it a hole again.
         """
         uptodate = self._flag("PG_uptodate")
         return replace(
@@ -217,6 +224,8 @@ class Kernel:
             folio_value=uptodate,
             mapping_mask=(1 << 64) - 1,
             mapping_value=mapping,
+            clean_mask=0,
+            clean_value=0,
         )
 
     @types_that_fit()

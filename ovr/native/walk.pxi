@@ -4,9 +4,13 @@
 cdef uint64_t PTE_PRESENT = 1
 cdef uint64_t PTE_RW = 1 << 1
 cdef uint64_t PTE_USER = 1 << 2
+cdef uint64_t PTE_DIRTY = 1 << 6
 cdef uint64_t PTE_PSE = 1 << 7
 cdef uint64_t PTE_PROTNONE = 1 << 8
 cdef uint64_t PTE_ADDRESS = 0x000FFFFFFFFFF000
+# Where a dirty entry is write-protected: Dirty without Write would mean a shadow stack. Linux kernel
+# commit fca4d413c5be ("x86/mm: Introduce _PAGE_SAVED_DIRTY") (in v6.6); unused in leaves before.
+cdef uint64_t PTE_SAVED_DIRTY = <uint64_t>1 << 58
 
 cdef enum:
     F_WRITE = 1
@@ -59,6 +63,10 @@ cdef struct Frames:
     uint64_t folio_value
     uint64_t mapping_mask
     uint64_t mapping_value
+    # What makes reclaim keep what is written to it: see `ovr.paging.Frames`.
+    uint64_t dirty_mask
+    uint64_t clean_mask
+    uint64_t clean_value
     Vmemmap known[VMEMMAP_PIECES]
 
 cdef struct Walk:
@@ -203,17 +211,18 @@ cdef int _leaf(
         flags |= F_USER if entry & PTE_USER else 0
     else:
         flags |= F_PROTNONE
-    if w.frames != NULL and _owned(w.ram, w.frames, frame >> 12):
+    if w.frames != NULL and _owned(w.ram, w.frames, frame >> 12, entry):
         flags |= F_OWNED
     return _emit(w, start, frame + inside, last - start + 1, flags, shift)
 
 
-cdef bint _owned(const Ram *ram, Frames *f, uint64_t pfn) noexcept nogil:
+cdef bint _owned(const Ram *ram, Frames *f, uint64_t pfn, uint64_t entry) noexcept nogil:
     # True if the kernel itself says what `frames` asks for: of an anonymous page that it
-    # belongs to one process alone, of a page of shared memory which object it belongs to.
+    # belongs to one process alone, of a page of shared memory which object it belongs to; and
+    # of both that reclaim will not drop what is written to them.
     cdef uint64_t gva = f.vmemmap + pfn * f.stride
     cdef char *page = _page(ram, f, gva)
-    cdef uint64_t head
+    cdef uint64_t head, flags
     if page == NULL or read_once(page + f.flags) & f.page_mask != f.page_mask:
         return False
     head = read_once(page + f.compound_head)
@@ -225,10 +234,20 @@ cdef bint _owned(const Ram *ram, Frames *f, uint64_t pfn) noexcept nogil:
         page = _page(ram, f, head & ~<uint64_t>1)
         if page == NULL:
             return False
+    flags = read_once(page + f.flags)
     return (
-        read_once(page + f.flags) & f.folio_mask == f.folio_value
+        flags & f.folio_mask == f.folio_value
         and read_once(page + f.mapping) & f.mapping_mask == f.mapping_value
+        and _stays(f, flags, entry)
     )
+
+
+cdef inline bint _stays(const Frames *f, uint64_t flags, uint64_t entry) noexcept nogil:
+    # Reclaim collects the dirty bits of all page table entries in that of the folio, and drops a
+    # folio that is clean then if its content is elsewhere or was given up.
+    if flags & f.dirty_mask or entry & (PTE_DIRTY | PTE_SAVED_DIRTY):
+        return True
+    return f.clean_mask and flags & f.clean_mask == f.clean_value
 
 
 cdef char *_page(const Ram *ram, Frames *f, uint64_t gva) noexcept nogil:
@@ -346,6 +365,9 @@ cdef int _load_frames(Frames *f, frames) except -1:
     f.folio_value = frames.folio_value
     f.mapping_mask = frames.mapping_mask
     f.mapping_value = frames.mapping_value
+    f.dirty_mask = frames.dirty_mask
+    f.clean_mask = frames.clean_mask
+    f.clean_value = frames.clean_value
     _check_levels(f.levels)
     if not 8 <= f.stride <= 4096 or (f.vmemmap | f.stride) & 7 or not f.mapping_mask:
         raise ValueError("this is no usable description of a struct page array")

@@ -6,8 +6,8 @@ of bytes at a time; everything that can be done ahead is done ahead, with the VM
 written only while the guest kernel says whose it is: anonymous and one process's alone
 (``PG_anon_exclusive``, Linux kernel commit 6c287605fd56 ("mm: remember exclusively mapped anonymous
 pages with PG_anon_exclusive") (in v5.19)), or in its place in the page cache of the shared object
-that it belongs to. Pages of which it does not say so are looked up again a little later, after the
-guest was asked for them once more.
+that it belongs to; and while reclaim will keep what is written (`ovr.paging.Frames`). Other pages
+are looked up again a little later, after the guest was asked for them once more.
 """
 
 import threading
@@ -298,6 +298,7 @@ class Copier:
         # hold: a task's exclusive anonymous pages, anonymous pages that only tasks of the tree can
         # have, or pages of a shared object that only the tree has. The hold keeps them still: no
         # vCPU runs until it ends, and the tasks themselves are stopped under CRIU until we commit.
+        # The content stays: the frame is dirty, or swap has no copy that reclaim could go back to.
         # Undone by killing the tree.
         source = target.source
         with readable(source.name):

@@ -22,6 +22,8 @@ SLOTS = ((0, 12), (16, 4), (1 << 20, 3))
 """Frame number and size in frames of each slot; the rest of the address space is no RAM."""
 FRAMES = [first + n for first, count in SLOTS for n in range(count)]
 VMEMMAP = 0xFFFF_EA00_0000_0000
+DIRTY = 1 << 6 | 1 << 58
+"""The dirty bits of a page table entry."""
 WIDEST = 1 << 9
 """Most pages that a walk is asked for: the reference takes its time."""
 
@@ -118,6 +120,8 @@ def frames(source: Input, root: int, levels: int) -> Frames:
         flags=places[0], mapping=places[1], compound_head=places[2],
         page_mask=mask & 0xF, folio_mask=mask >> 4 & 0xF, folio_value=mask >> 8 & 0xF,
         mapping_mask=3, mapping_value=mask >> 12 & 3,
+        dirty_mask=source.number() & 0x30, clean_mask=source.number() & 0xC0,
+        clean_value=source.number() & 0xC0,
     )  # fmt: skip
 
 
@@ -142,7 +146,17 @@ def reference_translate(root: int, levels: int, gva: int) -> int:
         table, level = entry & PTE_ADDRESS, level - 1
 
 
-def reference_owned(asked: Frames, pfn: int) -> bool:
+def reference_dirty(root: int, levels: int, gva: int) -> bool:
+    """Whether the page table entry of a mapped page says that it is dirty."""
+    table, level = root & PTE_ADDRESS, levels
+    while True:
+        entry = word(table + 8 * (gva >> (12 + 9 * (level - 1)) & 511))
+        if level == 1 or not entry & 1 or (level <= 3 and entry & 0x80):
+            return bool(entry & DIRTY)
+        table, level = entry & PTE_ADDRESS, level - 1
+
+
+def reference_owned(asked: Frames, pfn: int, dirty: bool) -> bool:
     """`RamMap._owned` in plain Python; a struct page must not cross a page of another frame."""
     try:
         page = _struct_page(asked, (asked.vmemmap + pfn * asked.stride) % (1 << 64))
@@ -153,8 +167,13 @@ def reference_owned(asked: Frames, pfn: int) -> bool:
             if head >> 32 == 0xFFFF_FFFF:
                 head &= (asked.vmemmap + pfn * asked.stride) % (1 << 64)
             page = _struct_page(asked, head & ~1)
-        folio = word(page + asked.flags) & asked.folio_mask == asked.folio_value
-        return folio and word(page + asked.mapping) & asked.mapping_mask == asked.mapping_value
+        flags = word(page + asked.flags)
+        kept = dirty or flags & asked.dirty_mask or (
+            asked.clean_mask and flags & asked.clean_mask == asked.clean_value
+        )  # fmt: skip
+        folio = flags & asked.folio_mask == asked.folio_value
+        mapping = word(page + asked.mapping) & asked.mapping_mask == asked.mapping_value
+        return bool(folio and mapping and kept)
     except GuestFault:
         return False
 
@@ -229,11 +248,11 @@ def _same_walk(asked, root, levels, described):
         assert expected is None or not _canonical, "a fault that the reference does not see"
         return None
     assert expected is not None, "the reference sees a fault"
-    _same_runs(found, expected, described)
+    _same_runs(found, expected, described, (root, levels))
     return found
 
 
-def _same_runs(found, expected, described):
+def _same_runs(found, expected, described, tables):
     # Pages that are owned and others are runs of their own, and so are those of other pieces.
     pages = [
         (gva + at, gpa + at, flags, shift)
@@ -247,7 +266,8 @@ def _same_runs(found, expected, described):
             at += 1
         for here in range(0, min(size, 4 * PAGE_SIZE) if described else 0, PAGE_SIZE):
             frame = (gpa + here & ~((1 << shift) - 1)) >> 12
-            assert bool(flags & OWNED) == reference_owned(described, frame)
+            dirty = reference_dirty(*tables, gva + here)
+            assert bool(flags & OWNED) == reference_owned(described, frame, dirty)
     assert at == len(pages)
 
 

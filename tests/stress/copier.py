@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -10,12 +10,14 @@ from functools import partial
 import numpy as np
 
 from ovr._fastcopy import OWNED
+from ovr.kernel import Kernel
+from ovr.paging import Frames
 from ovr.ram import Runs
 from ovr.ranges import total
 from ovr.state import memory
 from ovr.state.memory import Copier, Family, Part, Target, Work
 
-__all__ = ["Races", "counting", "unprotected"]
+__all__ = ["Races", "before_each_copy", "counting", "ignoring_clean", "unprotected"]
 
 PAGE = 4096
 HOLD_BYTES = 16 << 20
@@ -106,6 +108,37 @@ def unprotected(races: Races, pause: float) -> Iterator[None]:
 
     with _in_place_of_the_copier(Unprotected):
         yield
+
+
+@contextmanager
+def before_each_copy(act: Callable[[], None]) -> Iterator[None]:
+    """Have restores do something with the VM running, before each hold in which they copy."""
+
+    class Late(Copier):
+        def _prepare(self, batch: Sequence[Part]) -> None:
+            super()._prepare(batch)
+            act()
+
+    with _in_place_of_the_copier(Late):
+        yield
+
+
+@contextmanager
+def ignoring_clean() -> Iterator[None]:
+    """Have restores write to clean pages of which swap has a copy, too."""
+    usual = Kernel.private_frames, Kernel.anon_frames, Kernel.shared_frames
+
+    def any_is_dirty(frames: Frames) -> Frames:
+        return replace(frames, dirty_mask=(1 << 64) - 1)
+
+    private, anon, shared = Kernel.private_frames, Kernel.anon_frames, Kernel.shared_frames
+    Kernel.private_frames = property(lambda self: any_is_dirty(private.func(self)))
+    Kernel.anon_frames = lambda self, anon_vma: any_is_dirty(anon(self, anon_vma))
+    Kernel.shared_frames = lambda self, mapping: any_is_dirty(shared(self, mapping))
+    try:
+        yield
+    finally:
+        Kernel.private_frames, Kernel.anon_frames, Kernel.shared_frames = usual
 
 
 def _pages(runs: Runs) -> set[tuple[int, int]]:

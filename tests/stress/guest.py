@@ -10,6 +10,7 @@ __all__ = ["TROUBLE", "Canaries", "Noise", "trouble"]
 TROUBLE = "BUG|WARNING|Oops|Call Trace|Bad page|Bad rss|corrupt|hung_task|blocked for more"
 CGROUP = "ovr-stress"
 PROGRAM = "/usr/local/bin/ovr-noise"
+SWAP = "/usr/local/bin/ovr-swap"
 NOISE = "/run/ovr-noise"  # as in noise.c
 COUNTERS = {
     "compact_isolated": "pages taken by compaction",
@@ -23,11 +24,12 @@ _SET_UP = f"""
     set -e
     put() {{ if [ -e "$2" ]; then echo "$1" > "$2"; fi; }}
 
-    # Swap, so that anonymous memory can be reclaimed.
+    # Swap, so that anonymous memory can be reclaimed: zram and a file in turn.
     modprobe zram
-    echo 768M > /sys/block/zram0/disksize
-    mkswap -q /dev/zram0
-    swapon /dev/zram0
+    echo 512M > /sys/block/zram0/disksize
+    fallocate -l 512M /swap
+    chmod 600 /swap
+    for swap in /dev/zram0 /swap; do mkswap -q $swap; swapon -p 1 $swap; done
     echo 200 > /proc/sys/vm/swappiness
 
     # The agent, and with it CRIU and what it restores, in a cgroup whose memory is reclaimed.
@@ -42,6 +44,7 @@ _SET_UP = f"""
     echo 0 > khugepaged/alloc_sleep_millisecs
     echo 8192 > khugepaged/pages_to_scan
     echo 511 > khugepaged/max_ptes_none
+    echo 511 > khugepaged/max_ptes_swap
 
     cd /sys/kernel/mm/ksm
     echo 1 > use_zero_pages
@@ -56,7 +59,7 @@ _SET_UP = f"""
     put 100 /sys/kernel/debug/sched/numa_balancing/scan_period_min_ms
     put 200 /sys/kernel/debug/sched/numa_balancing/scan_period_max_ms
 """
-_CALM = "echo 0 > /sys/kernel/mm/ksm/run; pkill -9 -x ovr-noise; true"
+_CALM = "echo 0 > /sys/kernel/mm/ksm/run; pkill -9 -x 'ovr-noise|ovr-swap'; true"
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,7 @@ class Noise:
         self._canaries = canaries
         self._mib = mib
         vm.put(build(HERE.parent / "stress" / "noise.c"), PROGRAM, 0o755)
+        vm.put(build(HERE.parent / "stress" / "swap.c"), SWAP, 0o755)
         must(vm, _SET_UP)
 
     def start(self) -> None:
@@ -93,8 +97,13 @@ class Noise:
         words = (CGROUP, self._canaries, self._mib)
         with self._vm.connect() as agent:
             agent.spawn([PROGRAM, *map(str, words)])
+            agent.spawn([SWAP, "chase"])
         there = f"[ $(ls {NOISE}/canary-? | wc -l) = {self._canaries} ]"
         must(self._vm, f"for i in $(seq 600); do {there} && exit; sleep 0.1; done; exit 1")
+
+    def reclaim(self) -> None:
+        """Have all memory of the restored tree written to swap."""
+        must(self._vm, f"{SWAP} out $(pgrep -x ovr-subject)")
 
     def stop(self) -> None:
         """End it."""

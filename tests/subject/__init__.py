@@ -97,7 +97,7 @@ def ask(vm: lab.LabVm) -> Answer:
     with vm.connect() as agent:
         agent.run(["/bin/rm", "-f", *answers])
         agent.run(["/bin/touch", *asked])
-    said = [json.loads(text) for text in _wait_for(vm, answers)]
+    said = [json.loads(text) for text in _wait_for(vm, answers, processes=len(both))]
     first = next((one["first"] for one in said if one["first"]), "")
     return Answer(sum(one["pages"] for one in said), sum(one["wrong"] for one in said), first)
 
@@ -144,13 +144,15 @@ def must(vm: lab.LabVm, command: str, timeout: float = PATIENCE) -> str:
     return done.stdout.decode(errors="replace")
 
 
-def _wait_for(vm: lab.LabVm, paths: Sequence[str]) -> list[str]:
-    # The lines of files, once all are there.
+def _wait_for(vm: lab.LabVm, paths: Sequence[str], processes: int = 0) -> list[str]:
+    # The lines of files, once all are there, as long as there are so many processes.
     deadline = time.monotonic() + PATIENCE
     with vm.connect() as agent:
         while time.monotonic() < deadline:
             done = agent.run(["/bin/cat", *paths])
             if done.status == 0:
                 return done.stdout.decode().splitlines()
+            alive = agent.run(["/usr/bin/pgrep", "-c", "-r", "RSD", "-x", "ovr-subject"])
+            assert int(alive.stdout) >= processes, "a process of the tree has died"
             time.sleep(0.1)
     raise AssertionError(f"no {', '.join(paths)} in {vm.name}")

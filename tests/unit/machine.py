@@ -71,7 +71,8 @@ class Machine:
             table = Gpa(entry & PTE_ADDRESS)
         huge = PTE_PSE if shift > 12 else 0
         if protnone:
-            entry = (~gpa & PTE_ADDRESS) | PTE_PROTNONE | huge
+            kept = flags & ~(PTE_RW | PTE_USER)
+            entry = (~gpa & PTE_ADDRESS) | PTE_PROTNONE | huge | kept
         else:
             entry = gpa | PTE_PRESENT | flags | huge
         self.set_entry(table, gva >> shift & 511, entry)

@@ -15,6 +15,8 @@ from ovr.errors import GuestFault
 from ovr.paging import (
     PTE_PRESENT,
     PTE_PSE,
+    PTE_RW,
+    PTE_USER,
     AddressSpace,
     Frames,
     Leaf,
@@ -189,6 +191,8 @@ def test_a_write_that_would_fault_writes_nothing(machine):
 VMEMMAP, STRIDE = 0xFFFF_EA00_0000_0000, 64
 PG_ANON_EXCLUSIVE = 1 << 17
 LOCKED, UPTODATE = 1 << 0, 1 << 4
+DIRTY, SWAPCACHE, SWAPBACKED = 1 << 5, 1 << 10, 1 << 18
+PTE_DIRTY, PTE_SAVED_DIRTY = 1 << 6, 1 << 58
 
 
 def frames_of(machine):
@@ -205,6 +209,9 @@ def frames_of(machine):
         folio_value=0,
         mapping_mask=3,
         mapping_value=1,
+        dirty_mask=DIRTY,
+        clean_mask=SWAPBACKED | SWAPCACHE,
+        clean_value=SWAPBACKED,
     )
 
 
@@ -230,16 +237,44 @@ def test_only_exclusive_anonymous_pages_are_the_tasks_own(machine, flags, mappin
     space = AddressSpace(machine.ram, machine.root, machine.levels)
     machine.map(VMEMMAP, 0x30_0000)
     machine.map(0x5000_0000, 0x7000)
-    set_page(machine, 7, flags=flags, mapping=mapping)
+    set_page(machine, 7, flags=flags | SWAPBACKED, mapping=mapping)
     [leaf] = native(space, [(0x5000_0000, 0x5000_1000)], frames_of(machine))
     assert leaf.flags == WRITE | USER | (OWNED if mine else 0)
+
+
+@pytest.mark.parametrize("pages", ["small", "huge", "PROT_NONE"])
+@pytest.mark.parametrize(
+    ("entry", "folio", "kept"),
+    [
+        pytest.param(0, SWAPBACKED, True, id="no copy in swap yet"),
+        pytest.param(0, SWAPBACKED | SWAPCACHE, False, id="read from swap"),
+        pytest.param(PTE_DIRTY, SWAPBACKED | SWAPCACHE, True, id="written since"),
+        pytest.param(PTE_SAVED_DIRTY, SWAPBACKED | SWAPCACHE, True, id="written, now read-only"),
+        pytest.param(0, SWAPBACKED | SWAPCACHE | DIRTY, True, id="about to be written to swap"),
+        pytest.param(0, 0, False, id="MADV_FREE"),
+        pytest.param(PTE_DIRTY, 0, True, id="MADV_FREE, written since"),
+        pytest.param(0, SWAPCACHE, False, id="the bit means another thing without swap"),
+    ],
+)
+def test_a_page_that_reclaim_would_drop_is_not_written_to(machine, entry, folio, kept, pages):
+    space = AddressSpace(machine.ram, machine.root, machine.levels)
+    for at in range(0, 16 * PAGE_SIZE, PAGE_SIZE):
+        machine.map(VMEMMAP + at, 0x30_0000 + at)
+    number = 512 if pages == "huge" else 7
+    machine.map(
+        0x5000_0000, number << 12, shift=21 if pages == "huge" else 12,
+        flags=PTE_RW | PTE_USER | entry, protnone=pages == "PROT_NONE",
+    )  # fmt: skip
+    set_page(machine, number, flags=PG_ANON_EXCLUSIVE | folio, mapping=0xFFFF_8880_0000_0001)
+    [leaf] = native(space, [(0x5000_0000, 0x5000_1000)], frames_of(machine))
+    assert bool(leaf.flags & OWNED) == kept
 
 
 def test_the_mapping_of_a_tail_page_is_in_its_head(machine):
     space = AddressSpace(machine.ram, machine.root, machine.levels)
     machine.map(VMEMMAP, 0x30_0000)
     machine.map(0x5000_0000, 0x7000)
-    set_page(machine, 4, mapping=0xFFFF_8880_0000_0001)
+    set_page(machine, 4, flags=SWAPBACKED, mapping=0xFFFF_8880_0000_0001)
     set_page(machine, 7, flags=PG_ANON_EXCLUSIVE, head=VMEMMAP + 4 * STRIDE + 1)
     [leaf] = native(space, [(0x5000_0000, 0x5000_1000)], frames_of(machine))
     assert leaf.flags & OWNED
@@ -255,13 +290,15 @@ def test_the_mapping_of_a_tail_page_is_in_its_head(machine):
 @pytest.mark.parametrize(
     ("flags", "mapping", "mine"),
     [
-        (UPTODATE, 0xFFFF_8880_0000_1000, True),
-        (UPTODATE | 1 << 17, 0xFFFF_8880_0000_1000, True),
-        (UPTODATE | LOCKED, 0xFFFF_8880_0000_1000, False),  # about to be moved
-        (0, 0xFFFF_8880_0000_1000, False),  # not filled yet
-        (UPTODATE, 0xFFFF_8880_0000_2000, False),  # another object's
-        (UPTODATE, 0xFFFF_8880_0000_1001, False),  # anonymous
-        (UPTODATE, 0, False),  # truncated
+        (UPTODATE | DIRTY, 0xFFFF_8880_0000_1000, True),
+        (UPTODATE | DIRTY | 1 << 17, 0xFFFF_8880_0000_1000, True),
+        (UPTODATE, 0xFFFF_8880_0000_1000, False),  # a hole that was read
+        (UPTODATE | SWAPBACKED, 0xFFFF_8880_0000_1000, False),
+        (UPTODATE | DIRTY | LOCKED, 0xFFFF_8880_0000_1000, False),  # about to be moved
+        (DIRTY, 0xFFFF_8880_0000_1000, False),  # not filled yet
+        (UPTODATE | DIRTY, 0xFFFF_8880_0000_2000, False),  # another object's
+        (UPTODATE | DIRTY, 0xFFFF_8880_0000_1001, False),  # anonymous
+        (UPTODATE | DIRTY, 0, False),  # truncated
     ],
 )
 def test_pages_of_a_shared_object(machine, flags, mapping, mine):
@@ -271,7 +308,8 @@ def test_pages_of_a_shared_object(machine, flags, mapping, mine):
     set_page(machine, 7, flags=flags, mapping=mapping)
     frames = replace(
         frames_of(machine), page_mask=0, folio_mask=UPTODATE | LOCKED, folio_value=UPTODATE,
-        mapping_mask=(1 << 64) - 1, mapping_value=0xFFFF_8880_0000_1000,
+        mapping_mask=(1 << 64) - 1, mapping_value=0xFFFF_8880_0000_1000, clean_mask=0,
+        clean_value=0,
     )  # fmt: skip
     [leaf] = native(space, [(0x5000_0000, 0x5000_1000)], frames)
     assert leaf.flags == WRITE | USER | (OWNED if mine else 0)

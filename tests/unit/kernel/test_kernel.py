@@ -340,7 +340,8 @@ def test_page_frames(toy, kernel):
     assert kernel.private_frames == Frames(
         root=toy.machine.root, levels=4, vmemmap=Gva(DIRECT_MAP + (1 << 40)), stride=64,
         flags=0, mapping=24, compound_head=8,
-        page_mask=1 << 11, folio_mask=0, folio_value=0, mapping_mask=3, mapping_value=1,
+        page_mask=1 << 11, folio_mask=1 << 15, folio_value=0, mapping_mask=3, mapping_value=1,
+        dirty_mask=1 << 4, clean_mask=1 << 18 | 1 << 10, clean_value=1 << 18,
     )  # fmt: skip
     assert pfn_to_page(kernel, 3).address_ == DIRECT_MAP + (1 << 40) + 192
 

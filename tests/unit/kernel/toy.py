@@ -85,7 +85,10 @@ def toy_btf(*, tk_data: bool = False) -> bytes:  # one statement a type
     w.struct(
         "page", 64, ("flags", u64, 0), ("compound_head", u64, 8), ("mapping", void, 24),
     )  # fmt: skip
-    w.enum("pageflags", PG_locked=0, PG_anon_exclusive=11)
+    w.enum(
+        "pageflags", PG_locked=0, PG_dirty=4, PG_swapcache=10, PG_anon_exclusive=11,
+        PG_writeback=15, PG_swapbacked=18,
+    )  # fmt: skip
     w.enum(
         "transparent_hugepage_flag",
         TRANSPARENT_HUGEPAGE_FLAG=1,
