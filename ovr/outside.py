@@ -9,7 +9,7 @@ this is seen in the restored tasks.
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 
@@ -74,7 +74,6 @@ def sources_of(plan: Plan) -> Iterator[tuple[Memory, int]]:
             yield task.memory, level
 
 
-@types_that_fit()
 def find_outside(
     plan: Plan, guest: GuestTree, agent: Agent, sources: Sources, *, warm: bool = False
 ) -> Outside:
@@ -116,12 +115,13 @@ class _Alive:
         self._kernel = kernel
         self._pid: int = task.pid
         self._task = task
-        self._root = space.root
+        self.space = space
 
     @types_that_fit()
     def __call__(self) -> None:
         task: Struct | None = find_task(self._kernel, self._pid)
-        if task != self._task or not task.mm or mm_space(self._kernel, task.mm).root != self._root:
+        alive = task is not None and task == self._task and task.mm
+        if not alive or mm_space(self._kernel, alive).root != self.space.root:
             raise RestoreFailed(f"{self._name} has died in the guest", _OF_THE_TASK)
 
 
@@ -129,12 +129,13 @@ class _Restoree:
     # A task of the plan, found in the guest.
 
     def __init__(self, plan: TaskPlan, guest: GuestTree, agent: Agent, sources: Sources) -> None:
-        task = guest.task(plan.task.pid)
         self.plan = plan
-        self.mm: Struct = task.mm
-        self.space = mm_space(guest.kernel, self.mm)
-        self.check = _Alive(f"pid {plan.task.pid}", guest.kernel, task, self.space)
-        self._pid: int = task.tgid
+        with types_that_fit():
+            task = guest.task(plan.task.pid)
+            self.mm: Struct = task.mm
+            self.space = mm_space(guest.kernel, self.mm)
+            self._pid: int = task.tgid
+            self.check = _Alive(f"pid {plan.task.pid}", guest.kernel, task, self.space)
         self._kernel = guest.kernel
         self._agent = agent
         self._sources = sources
@@ -195,14 +196,18 @@ def _anon_vmas(restoree: _Restoree) -> dict[Gva, Ranges]:
     # Where the task's bequeathed pages are, by the anon_vma of their area.
     found: dict[Gva, list[tuple[int, int]]] = {}
     seed = restoree.plan.sharing.cow.bequeathed
-    for vma in settled(lambda: [*for_each_vma(restoree.mm)]):
-        start, end = vma.vm_start, vma.vm_end
+    for start, end, anon_vma in settled(lambda: _areas(restoree.mm)):
         at = int(np.searchsorted(seed["end"], np.uint64(start), side="right"))
         if at < len(seed) and int(seed["start"][at]) < end:
-            found.setdefault(vma.anon_vma.address_, []).append((start, end))
+            found.setdefault(anon_vma, []).append((start, end))
     return {anon: join(np.array(rows, dtype=RANGE)) for anon, rows in found.items()}
 
 
+def _areas(mm: Struct) -> list[tuple[int, int, Gva]]:
+    return [(vma.vm_start, vma.vm_end, vma.anon_vma.address_) for vma in for_each_vma(mm)]
+
+
+@types_that_fit()
 def _frames_of_the_tree(kernel: Kernel, anon_vma: Gva, ours: set[Gva], pid: int) -> Frames:
     # Tasks of the tree are stopped: nobody can come to use the anon_vma, who does not use it now.
     users = anon_vma_users(kernel.object("struct anon_vma", anon_vma)) if anon_vma else set()
@@ -249,21 +254,17 @@ def _of_shared(
 ) -> Iterator[Target]:
     if not plan.bytes_outside:
         return
-    pid, file, way = _reach(plan, guest)
-    mapping = file.f_mapping
-    size = -(-mapping.host.i_size // PAGE_SIZE) * PAGE_SIZE
+    there = _reach(plan, guest)
     ranges = plan.to_touch()
-    if not len(ranges) or int(ranges["end"][-1]) > size:
+    if not len(ranges) or int(ranges["end"][-1]) > there.size:
         raise RestoreFailed(
-            f"shared memory {plan.shared.shmid}: {size} bytes in the guest, fewer than in the"
+            f"shared memory {plan.shared.shmid}: {there.size} bytes in the guest, fewer than in the"
             " images",
             "report it, with the images",
         )
-    mapped = agent.map(pid, way, size, _starts_and_sizes(ranges))
-    task = _mapper(guest.kernel, mapped.pid)
-    space = mm_space(guest.kernel, task.mm)
+    mapped = agent.map(there.pid, there.way, there.size, _starts_and_sizes(ranges))
     name = f"shared memory {plan.shared.shmid}"
-    check = _Alive(name, guest.kernel, task, space)
+    check = _mapper(name, guest.kernel, mapped.pid)
 
     def ask(pieces: Runs) -> None:
         agent.touch([Portion(mapped.pid, True, pieces[["gva", "size"]].tolist())])
@@ -273,8 +274,8 @@ def _of_shared(
         here["gva"] += np.uint64(mapped.address)
         yield Target(
             name=name,
-            space=space,
-            frames=guest.kernel.shared_frames(Gva(mapping.address_)),
+            space=check.space,
+            frames=guest.kernel.shared_frames(there.mapping),
             pieces=here,
             source=sources.of(plan.memory, level),
             ask=ask,
@@ -282,26 +283,39 @@ def _of_shared(
         )
 
 
-def _reach(plan: SharedPlan, guest: GuestTree) -> tuple[int, Struct, str]:
-    # A task's pid for the agent, the struct file of the object, and the agent's way to it.
+class _Object(NamedTuple):
+    # A shared object: a task that has it, the agent's way to it from there, the kernel's address
+    # of its pages, its size in bytes.
+    pid: int
+    way: str
+    mapping: Gva
+    size: int
+
+
+@types_that_fit()
+def _reach(plan: SharedPlan, guest: GuestTree) -> _Object:
     place = plan.shared.places[0]
     task = guest.task(place.pid)
-    pid: int = task.tgid
     if place.fd is not None:
-        return pid, guest.file(place.pid, place.fd), f"fd/{place.fd}"
-    assert place.address is not None
-    vma = find_vma(task.mm, Gva(place.address))
-    if not (vma and vma.vm_file):
-        raise RestoreFailed(
-            f"shared memory {plan.shared.shmid}: pid {place.pid} has nothing mapped at"
-            f" {place.address:#x}",
-            "report it, with the images",
-        )
-    return pid, vma.vm_file, f"map_files/{vma.vm_start:x}-{vma.vm_end:x}"
+        file, way = guest.file(place.pid, place.fd), f"fd/{place.fd}"
+    else:
+        assert place.address is not None
+        vma = find_vma(task.mm, Gva(place.address))
+        if not (vma and vma.vm_file):
+            raise RestoreFailed(
+                f"shared memory {plan.shared.shmid}: pid {place.pid} has nothing mapped at"
+                f" {place.address:#x}",
+                "report it, with the images",
+            )
+        file, way = vma.vm_file, f"map_files/{vma.vm_start:x}-{vma.vm_end:x}"
+    mapping = file.f_mapping
+    size = -(-mapping.host.i_size // PAGE_SIZE) * PAGE_SIZE
+    return _Object(task.tgid, way, mapping.address_, size)
 
 
-def _mapper(kernel: Kernel, pid: int) -> Struct:
+@types_that_fit()
+def _mapper(name: str, kernel: Kernel, pid: int) -> _Alive:
     task: Struct | None = find_task(kernel, pid)
     if task is None or not task.mm:
         raise RestoreFailed(f"the agent's process {pid} is not there", _OF_THE_TASK)
-    return task
+    return _Alive(name, kernel, task, mm_space(kernel, task.mm))

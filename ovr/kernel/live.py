@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from typing import Final, TypeVar
 
 from ovr.errors import GuestFault, KernelNotFound, OvrError
+from ovr.kernel.view import Array, Pointer
 
 __all__ = ["Deadline", "settled", "types_that_fit"]
 
@@ -16,6 +17,9 @@ or is busier than we can be."""
 
 WALK_SECONDS: Final = 120.0
 """What one walk along a list or a tree may take, with all that is done at its entries."""
+
+_GUEST_VALUES: Final = (int, str, bytes, Array, Pointer)
+"""What a member is loaded as that is not a struct, which has an error of its own."""
 
 Value = TypeVar("Value")
 
@@ -68,10 +72,11 @@ def settled(read: Callable[[], Value]) -> Value:
 
 @contextmanager
 def types_that_fit() -> Iterator[None]:
-    """Raise what Python says of a value of an unexpected type as an error of the guest's.
+    """Report a guest value of an unexpected type as an error of the guest's kernel.
 
     Members have the types that the guest's BTF says. Where one that must be a pointer is a number,
-    Python notices it.
+    Python notices it. The body must do nothing but read and write guest objects, or a mistake of
+    ours is reported as one of the guest's.
 
     Raises:
         KernelNotFound: some type is not what all kernels have there.
@@ -80,8 +85,16 @@ def types_that_fit() -> Iterator[None]:
         yield
     except OvrError:
         raise
-    except (TypeError, AttributeError, LookupError, ValueError, ArithmeticError) as error:
-        raise KernelNotFound(
-            f"the guest kernel's types make no sense: {type(error).__name__}: {error}",
-            "is the guest's kernel supported? see the support matrix",
-        ) from error
+    except AttributeError as error:
+        if not isinstance(error.obj, _GUEST_VALUES):
+            raise
+        raise _misfit(error) from error
+    except (TypeError, LookupError, ValueError, ArithmeticError) as error:
+        raise _misfit(error) from error
+
+
+def _misfit(error: Exception) -> KernelNotFound:
+    return KernelNotFound(
+        f"the guest kernel's types make no sense: {type(error).__name__}: {error}",
+        "is the guest's kernel supported? see the support matrix",
+    )

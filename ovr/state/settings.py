@@ -57,7 +57,6 @@ def neutralise(settings: Iterable[Setting], draft: Draft) -> None:
         setting.kind.neutralise(draft.message(place.image, place.index, type(place.message)))
 
 
-@types_that_fit()
 def write(
     settings: Sequence[Setting],
     tree: Callable[[], GuestTree],
@@ -89,8 +88,8 @@ def write(
             guest = tree()
             while left:
                 setting = left.popleft()
-                kind, target = setting.kind, setting.place.find(guest)
-                with recording.of(kind, setting.place, target):
+                kind, target = setting.kind, _target(setting, guest)
+                with recording.of(kind, setting.place, target), types_that_fit():
                     kind.write(target, setting.value)
                 if time.perf_counter() >= until:
                     break
@@ -100,10 +99,20 @@ def write(
 def _rehearse(settings: Iterable[Setting], guest: GuestTree) -> None:
     # Reads all that will be written: types are parsed when first used, which must not be in a hold.
     for setting in settings:
-        setting.kind.read(setting.place.find(guest))
+        _read(setting, guest)
+
+
+def _read(setting: Setting, guest: GuestTree) -> Any:
+    target = _target(setting, guest)
+    with types_that_fit():
+        return setting.kind.read(target)
 
 
 @types_that_fit()
+def _target(setting: Setting, guest: GuestTree) -> Any:
+    return setting.place.find(guest)
+
+
 def verify(settings: Iterable[Setting], guest: GuestTree) -> None:
     """Read everything back.
 
@@ -111,7 +120,7 @@ def verify(settings: Iterable[Setting], guest: GuestTree) -> None:
         VerifyMismatch: a value is not what was written.
     """
     for setting in settings:
-        found = setting.kind.read(setting.place.find(guest))
+        found = _read(setting, guest)
         if found != setting.value:
             raise VerifyMismatch(
                 f"{setting.place.label}: {setting.kind.name} is {short(found)} instead of"

@@ -119,7 +119,6 @@ class Recording:
             self.journal.undone += found
 
 
-@types_that_fit()
 def _undo(lasting: _Lasting, tree: Callable[[], GuestTree], kernel: Kernel) -> list[Undo]:
     target = _found_again(lasting, tree, kernel)
     writes = reversed(lasting.writes)
@@ -146,7 +145,9 @@ def _taken_back(write: FieldWrite, target: Struct, kernel: Kernel) -> Undo | Non
 
 def _found_again(lasting: _Lasting, tree: Callable[[], GuestTree], kernel: Kernel) -> Struct | None:
     try:
-        found: Struct = lasting.place.find(tree())
+        guest = tree()
+        with types_that_fit():
+            found: Struct = lasting.place.find(guest)
     except (RestoreFailed, GuestFault):
         pass  # the tree is gone, or about to go
     else:

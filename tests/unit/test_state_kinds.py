@@ -322,3 +322,15 @@ def test_types_of_the_guest_that_make_no_sense():
     setting = SimpleNamespace(kind=kind, place=place, value=0)
     with pytest.raises(KernelNotFound, match="types make no sense"):
         verify([setting], SimpleNamespace(fs=7))
+
+
+def test_a_mistake_of_ours_is_none_of_the_guest():
+    """It must not end as an unsupported kernel, exit code 4."""
+    place = SimpleNamespace(find=lambda guest: guest, label="task 1")
+    kind = SimpleNamespace(read=lambda task: task.nonexistent, name="umask")
+    setting = SimpleNamespace(kind=kind, place=place, value=0)
+    with pytest.raises(AttributeError, match="nonexistent"):
+        verify([setting], SimpleNamespace())
+    unlike = SimpleNamespace(kind=SimpleNamespace(read=lambda task: 1), place=place, value=0)
+    with pytest.raises(AttributeError, match="name"):  # in what reports the difference
+        verify([unlike], SimpleNamespace())
