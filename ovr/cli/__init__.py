@@ -45,7 +45,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if words[:1] == ["restore"]:
             process.hurry()
             process.keep_memory()
-    options = make_parser(words[0] if words else None).parse_args(words)
+    parser = make_parser(words[0] if words else None)
+    options, unknown = parser.parse_known_args(words)
+    if unknown:
+        whose = "ovr or criu (3.17 to 4.2)" if words[0] == "restore" else "ovr"
+        parser.error(f"not an option of {whose}: {' '.join(unknown)}")
     log_to_stderr(getattr(options, "log_level", DEFAULT_LEVEL + options.verbose))
     try:
         code: int = options.run(options)

@@ -1,108 +1,143 @@
 """The options of ``criu restore``, so that scripts written for it need not change.
 
-Those that mean something on the host are ovr's own (``-D -W -o -v -d --pidfile --display-stats``).
-Those about the guest go to the guest's CRIU. Those that ovr cannot honour are refused, each with
-the reason. What CRIU takes is in its criu/config.c and crtools.c (3.17 to 4.2).
+`TABLE` has all that CRIU takes from 3.17 to 4.2 (criu/config.c, crtools.c), each with what becomes
+of it here: it is an option of ovr's own, goes to the guest's CRIU, changes nothing, or is refused
+with the reason. The parser, the help and docs/criu-scripts.md are made from it.
 """
 
 import argparse
+import enum
 import textwrap
-from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from collections.abc import Iterator, Sequence
+from typing import Any, Final, NamedTuple
 
 from ovr.cli import logs
 
-__all__ = ["PASSED", "REFUSED", "Verbosity", "add_criu_options"]
+__all__ = ["TABLE", "Fate", "Option", "Verbosity", "add_criu_options", "markdown"]
 
-_FLAGS: Final[tuple[tuple[str, ...], ...]] = (
-    ("-j", "--shell-job"),
-    ("-l", "--file-locks"),
-    ("--tcp-established",),
-    ("--tcp-close",),
-    ("--skip-in-flight",),
-    ("--link-remap",),
-    ("--evasive-devices",),
-    ("--force-irmap",),
-    ("--weak-sysctls",),
-    ("--skip-file-rwx-check",),
-    ("--mntns-compat-mode",),
-    ("--enable-external-sharing",),
-    ("--enable-external-masters",),
-    ("--allow-uprobes",),
-    ("--deprecated",),
-)
-_VALUES: Final[tuple[tuple[str, ...], ...]] = (
-    ("-r", "--root"),
-    ("-J", "--join-ns"),
-    ("-M", "--ext-mount-map"),
-    ("-L", "--libdir"),
-    ("--external",),
-    ("--empty-ns",),
-    ("--enable-fs",),
-    ("--skip-mnt",),
-    ("--veth-pair",),
-    ("--cgroup-root",),
-    ("--cgroup-props",),
-    ("--cgroup-props-file",),
-    ("--cgroup-yard",),
-    ("--lsm-profile",),
-    ("--lsm-mount-context",),
-    ("--irmap-scan-path",),
-    ("--ghost-limit",),
-    ("--file-validation",),
-    ("--network-lock",),
-)
-_MAYBE_VALUES: Final[tuple[tuple[str, ...], ...]] = (
-    ("-x", "--ext-unix-sk"),
-    ("--manage-cgroups",),
-    ("--cpu-cap",),
-)
 
-PASSED: Final[tuple[str, ...]] = tuple(names[-1] for names in (*_FLAGS, *_VALUES, *_MAYBE_VALUES))
-"""What goes on to the guest's CRIU, by long name."""
+class Fate(enum.Enum):
+    """What becomes of an option, as docs/criu-scripts.md says it."""
 
-_IGNORED_FLAGS: Final[tuple[tuple[str, ...], ...]] = (
-    ("-d", "--restore-detached"),
-    ("--log-pid",),
-    ("--no-default-config",),
-    ("--relative-timestamps",),
-    # Of dumps; criu restore takes them and does nothing with them.
-    ("-R", "--leave-running"),
-    ("--track-mem",),
-)
-_IGNORED_VALUES: Final[tuple[tuple[str, ...], ...]] = (
-    ("-t", "--tree"),
-    ("--prev-images-dir",),
-    ("--timeout",),
-    ("--freeze-cgroup",),
-)
+    OURS = "an option of `ovr restore`"
+    PASSED = "goes to the guest's CRIU"
+    IGNORED = "changes nothing"
+    REFUSED = "refused"
+
+
+class Option(NamedTuple):
+    """One option of ``criu restore``.
+
+    Attributes:
+        names: short and long ones.
+        value: None if it takes none, ``?`` if it may take one, ``1`` if it must.
+        fate: what becomes of it.
+        why: the reason, or what it does here.
+    """
+
+    names: tuple[str, ...]
+    value: str | None
+    fate: Fate
+    why: str = ""
+
+    @property
+    def long(self) -> str:
+        """Its last name, which is a long one."""
+        return self.names[-1]
+
+
+def _options(fate: Fate, why: str, words: str) -> Iterator[Option]:
+    # ``-x/--ext-unix-sk?``: names, and whether it takes a value ("=") or may take one ("?").
+    for word in words.split():
+        value = {"=": "1", "?": "?"}.get(word[-1])
+        yield Option(tuple(word.rstrip("=?").split("/")), value, fate, why)
+
 
 _ON_HOST: Final = "the restored process is in the guest, its parent cannot be on the host"
-REFUSED: Final[Mapping[tuple[str, ...], str]] = {
-    ("-s", "--leave-stopped"): "ovr lets the tree run; stop it in the guest: kill -STOP PID",
-    ("-S", "--restore-sibling"): _ON_HOST,
-    ("--exec-cmd",): _ON_HOST,
-    ("--inherit-fd",): "descriptors of this process cannot go into the guest",
-    ("--status-fd",): "wait for ovr to end: the tree runs then",
-    ("--action-script",): "it would run on the host; CRIU's hooks in the guest are the agent's",
-    ("--lazy-pages",): "all pages are there when the tree runs; leave the option out",
-    ("--auto-dedup",): "ovr does not change images; leave the option out",
-    ("--stream",): "ovr reads images from a directory",
-    ("--page-server",): "ovr reads images from a directory",
-    ("--config",): "write its options on the command line",
-}
-"""What cannot be honoured, and what to do instead."""
+_FROM_A_DIRECTORY: Final = "ovr reads images from a directory"
 
-_WITHOUT_VALUE: Final = {"--leave-stopped", "--restore-sibling", "--exec-cmd", "--lazy-pages",
-                         "--auto-dedup", "--stream", "--page-server"}  # fmt: skip
-
+TABLE: Final[tuple[Option, ...]] = (
+    *_options(Fate.OURS, "the images, on the host; they are only read", "-D/--images-dir="),
+    *_options(
+        Fate.OURS, "where the files below go; without it, the images' directory, as with CRIU",
+        "-W/--work-dir=",
+    ),
+    *_options(
+        Fate.OURS, "the log, in CRIU's form: `(00.012345) Error (file:line): …`", "-o/--log-file="
+    ),
+    *_options(Fate.OURS, "CRIU's levels, `-v0` … `-v4`", "-v/--verbosity?"),
+    *_options(
+        Fate.OURS, "the root task's pid, as the guest sees it; must not exist", "--pidfile="
+    ),
+    *_options(Fate.OURS, "shows what is in `stats-restore`", "--display-stats"),
+    *_options(Fate.OURS, "the help of `ovr restore`", "-h/--help"),
+    *_options(
+        Fate.PASSED, "paths and names in its value are the guest's",
+        """-j/--shell-job -l/--file-locks --tcp-established --tcp-close --skip-in-flight
+        --link-remap --evasive-devices --force-irmap --weak-sysctls --skip-file-rwx-check
+        --mntns-compat-mode --enable-external-sharing --enable-external-masters --allow-uprobes
+        --deprecated -r/--root= -J/--join-ns= -M/--ext-mount-map= -L/--libdir= --external=
+        --empty-ns= --enable-fs= --skip-mnt= --veth-pair= --cgroup-root= --cgroup-props=
+        --cgroup-props-file= --cgroup-yard= --lsm-profile= --lsm-mount-context=
+        --irmap-scan-path= --ghost-limit= --file-validation= --network-lock= -x/--ext-unix-sk?
+        --manage-cgroups? --cpu-cap?""",
+    ),
+    *_options(Fate.IGNORED, "`ovr` always detaches", "-d/--restore-detached --daemon"),
+    *_options(Fate.IGNORED, "`ovr` finds the root in the images", "-t/--tree="),
+    *_options(Fate.IGNORED, "there is one log", "--log-pid --relative-timestamps"),
+    *_options(Fate.IGNORED, "no configuration file is read", "--no-default-config"),
+    *_options(Fate.IGNORED, "the agent runs CRIU as root", "--unprivileged"),
+    *_options(Fate.IGNORED, "no descriptor of the caller reaches CRIU", "--close="),
+    *_options(
+        Fate.IGNORED, "of `criu dump`; `criu restore` takes it and does nothing with it",
+        """-R/--leave-running --track-mem --prev-images-dir= --timeout= --freeze-cgroup=
+        --cgroup-dump-controller= --pre-dump-mode= --ghost-fiemap""",
+    ),
+    *_options(
+        Fate.IGNORED, "of `criu check`; `criu restore` takes it and does nothing with it",
+        "--ms --extra --experimental --all --feature=",
+    ),
+    *_options(
+        Fate.REFUSED, "ovr lets the tree run; stop it in the guest: kill -STOP PID",
+        "-s/--leave-stopped",
+    ),
+    *_options(Fate.REFUSED, _ON_HOST, "-S/--restore-sibling --exec-cmd"),
+    *_options(
+        Fate.REFUSED, "descriptors of this process cannot go into the guest", "--inherit-fd="
+    ),
+    *_options(Fate.REFUSED, "wait for ovr to end: the tree runs then", "--status-fd="),
+    *_options(
+        Fate.REFUSED, "it would run on the host; CRIU's hooks in the guest are the agent's",
+        "--action-script=",
+    ),
+    *_options(
+        Fate.REFUSED, "all pages are there when the tree runs; leave the option out", "--lazy-pages"
+    ),
+    *_options(
+        Fate.REFUSED, "ovr does not change images; leave the option out", "--auto-dedup"
+    ),
+    *_options(
+        Fate.REFUSED, _FROM_A_DIRECTORY,
+        """--stream --page-server --address= --port= --ps-socket= --tls --tls-cacert= --tls-cacrl=
+        --tls-cert= --tls-key= --tls-no-cn-verify""",
+    ),
+    *_options(Fate.REFUSED, "write its options on the command line", "--config="),
+    *_options(Fate.REFUSED, "`ovr check` says which CRIU the guest has",
+              "-V/--version"),
+)  # fmt: skip
+"""Every option that some CRIU from 3.17 to 4.2 takes after ``criu restore``."""
 
 _HIDDEN: Final = argparse.SUPPRESS  # named in the text above them
-_HELP: Final = f"""\
-These go to the guest's CRIU (see criu(8)):
-{textwrap.fill(" ".join(sorted(PASSED)), 78, break_on_hyphens=False)}
-These change nothing here, and are accepted: -d, -t, --log-pid, --timeout and the like.
-Others are refused, with the reason."""
+
+
+def _of(fate: Fate) -> list[Option]:
+    return [option for option in TABLE if option.fate is fate]
+
+
+def _names(fate: Fate) -> str:
+    return textwrap.fill(
+        " ".join(sorted(option.long for option in _of(fate))), 78, break_on_hyphens=False
+    )
 
 
 def add_criu_options(parser: argparse.ArgumentParser) -> None:
@@ -110,21 +145,36 @@ def add_criu_options(parser: argparse.ArgumentParser) -> None:
 
     What goes on to the guest's CRIU is collected in ``criu_options``.
     """
-    group = parser.add_argument_group("options of criu restore", _HELP)
+    group = parser.add_argument_group(
+        "options of criu restore",
+        f"These go to the guest's CRIU (see criu(8)):\n{_names(Fate.PASSED)}\n"
+        f"These change nothing here, and are accepted:\n{_names(Fate.IGNORED)}\n"
+        "Others are refused, with the reason.",
+    )
     group.set_defaults(criu_options=[])
-    for names in _FLAGS:
-        group.add_argument(*names, f"--no-{names[-1][2:]}", action=_Pass, nargs=0, help=_HIDDEN)
-    for names in _VALUES:
-        group.add_argument(*names, action=_Pass, help=_HIDDEN)
-    for names in _MAYBE_VALUES:
-        group.add_argument(*names, action=_Pass, nargs="?", help=_HIDDEN)
-    for names in _IGNORED_FLAGS:
-        group.add_argument(*names, action="store_true", dest="ignored", help=_HIDDEN)
-    for names in _IGNORED_VALUES:
-        group.add_argument(*names, dest="ignored", help=_HIDDEN)
-    for names in REFUSED:
-        nargs = 0 if names[-1] in _WITHOUT_VALUE else None
-        group.add_argument(*names, action=_Refuse, nargs=nargs, help=_HIDDEN)
+    for option in TABLE:
+        if option.fate is Fate.OURS:
+            continue
+        names = [*option.names]
+        if option.fate is not Fate.REFUSED and option.value is None:
+            names.append(f"--no-{option.long[2:]}")  # criu's BOOL_OPT() makes both
+        action = {Fate.PASSED: _Pass, Fate.IGNORED: _Ignore, Fate.REFUSED: _Refuse}[option.fate]
+        nargs: int | str | None = {None: 0, "?": "?", "1": None}[option.value]
+        group.add_argument(*names, action=action, nargs=nargs, help=_HIDDEN)
+
+
+def markdown() -> str:
+    """Return the table of docs/criu-scripts.md."""
+    rows = ["| option | what becomes of it here |", "|---|---|"]
+    groups: dict[tuple[Fate, str], list[str]] = {}
+    for option in TABLE:
+        groups.setdefault((option.fate, option.why), []).append(
+            "`" + "`, `".join(option.names) + "`"
+        )
+    for (fate, why), names in groups.items():
+        what = why if fate is Fate.OURS else f"{fate.value}: {why}"
+        rows.append(f"| {', '.join(names)} | {what} |")
+    return "\n".join(rows) + "\n"
 
 
 class Verbosity(argparse.Action):
@@ -166,6 +216,11 @@ class _Pass(argparse.Action):
         namespace.criu_options = [*namespace.criu_options, word]
 
 
+class _Ignore(argparse.Action):
+    def __call__(self, *_: object, **__: object) -> None:
+        pass
+
+
 class _Refuse(argparse.Action):
     def __call__(
         self,
@@ -174,5 +229,6 @@ class _Refuse(argparse.Action):
         values: str | Sequence[Any] | None,
         option_string: str | None = None,
     ) -> None:
-        reason = REFUSED[tuple(self.option_strings)]
-        parser.error(f"{option_string} of criu cannot be honoured: {reason}")
+        names = tuple(self.option_strings)
+        why = next(option.why for option in _of(Fate.REFUSED) if option.names == names)
+        parser.error(f"{option_string} of criu cannot be honoured: {why}")

@@ -88,16 +88,10 @@ def _add_container(parser: argparse.ArgumentParser) -> None:
         "--bundle", metavar="DIR", help="the guest's directory with config.json and root"
     )
     parser.add_argument(
-        "engine_options", nargs="*", metavar="-- OPTION", type=_engine_option,
+        "engine_options", nargs="*", metavar="-- OPTION",
         help="after --: options of podman container restore, or of runc restore; values as"
         " --option=value",
     )  # fmt: skip
-
-
-def _engine_option(text: str) -> str:
-    if not text.startswith("-"):
-        raise argparse.ArgumentTypeError(f"{text!r}: no option; values go as --option=value")
-    return text
 
 
 def _add_files(parser: argparse.ArgumentParser) -> None:
@@ -123,6 +117,10 @@ def _add_files(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Restore, or with ``--dry-run`` go as far as is possible without touching the guest."""
+    # Not while they are parsed: the value of an unknown option would be named in its place.
+    for word in options.engine_options:
+        if not word.startswith("-"):
+            raise UsageError(f"{word!r} is no option", "write values as --option=value")
     for note in notes:
         log.info("%s", note)
     if options.dry_run:

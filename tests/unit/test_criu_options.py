@@ -10,10 +10,12 @@ import pytest
 
 from ovr import cli
 from ovr.cli import criu_options, restore
+from ovr.cli.criu_options import TABLE, Fate
 from ovr.errors import CriuFailed
 from ovr.images.framing import decode, frames
 from ovr.images.stats import StatsEntry, stats_image
 from ovr.report import Report
+from tests.documents import ROOT
 
 REPORT = Report(
     pid=4711, tasks=2, bytes_total=12345 * 4096, bytes_outside=12000 * 4096,
@@ -175,23 +177,74 @@ def test_a_work_dir_that_is_not_there(asked, capsys):
     assert "nowhere is no directory" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("words", [("-vx",), ("--no-such-option",), ("stray",)])
+@pytest.mark.parametrize("words", [("-vx",), ("--no-such-option",)])
 def test_nonsense(asked, words):
     with pytest.raises(SystemExit) as caught:
         run(*words)
     assert caught.value.code == 2
 
 
-@pytest.mark.parametrize("names", criu_options.REFUSED, ids=lambda names: names[-1])
-def test_refusals_say_why(asked, capsys, names):
+def of(fate):
+    return [
+        pytest.param(name, option, id=name)
+        for option in TABLE
+        if option.fate is fate
+        for name in option.names
+    ]
+
+
+@pytest.mark.parametrize(("name", "option"), of(Fate.REFUSED))
+def test_refusals_say_why(asked, capsys, name, option):
     calls, _ = asked
-    for name in names:
-        value = [] if names[-1] in criu_options._WITHOUT_VALUE else ["1"]
-        with pytest.raises(SystemExit) as caught:
-            run(name, *value)
-        assert caught.value.code == 2
-        assert f"{name} of criu cannot be honoured: " in capsys.readouterr().err
+    with pytest.raises(SystemExit) as caught:
+        run(name, *(["1"] if option.value else []))
+    assert caught.value.code == 2
+    assert f"{name} of criu cannot be honoured: {option.why}" in capsys.readouterr().err
     assert calls == []
+
+
+@pytest.mark.parametrize(("name", "option"), of(Fate.IGNORED))
+def test_what_changes_nothing_is_taken(asked, name, option):
+    calls, _ = asked
+    assert run(name, *(["1"] if option.value else [])) == 0
+    assert calls[1][1]["criu_options"] == []
+
+
+@pytest.mark.parametrize(("name", "option"), of(Fate.PASSED))
+def test_what_goes_to_criu_goes_under_its_long_name(asked, name, option):
+    calls, _ = asked
+    assert run(name, *(["1"] if option.value else [])) == 0
+    passed = option.long + ("=1" if option.value else "")
+    assert calls[1][1]["criu_options"] == [passed]
+
+
+def test_no_option_is_in_the_table_twice():
+    names = [name for option in TABLE for name in option.names]
+    assert len(names) == len(set(names))
+
+
+@pytest.mark.parametrize("words", [("--no-such", "1"), ("--no-such=1",), ("-Z", "1"), ("-Z1",)])
+def test_an_unknown_option_is_named(asked, capsys, words):
+    """Not its value, and before anything is done."""
+    calls, _ = asked
+    with pytest.raises(SystemExit) as caught:
+        run(*words)
+    assert caught.value.code == 2
+    [error] = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+    assert error.endswith(f"not an option of ovr or criu (3.17 to 4.2): {words[0]}")
+    assert calls == []
+
+
+def test_a_stray_word_is_named(asked, capsys):
+    calls, _ = asked
+    assert run("stray") == 2
+    assert "'stray' is no option" in capsys.readouterr().err
+    assert calls == []
+
+
+def test_the_document_has_the_table():
+    text = (ROOT / "docs" / "criu-scripts.md").read_text()
+    assert criu_options.markdown() in text
 
 
 def test_vm_and_agent_from_the_environment(asked, monkeypatch):
@@ -211,4 +264,5 @@ def test_the_help_names_every_option_that_is_passed(capsys):
     with pytest.raises(SystemExit):
         cli.main(["restore", "--help"])
     text = capsys.readouterr().out
-    assert [name for name in criu_options.PASSED if name not in text] == []
+    listed = [option.long for option in TABLE if option.fate in (Fate.PASSED, Fate.IGNORED)]
+    assert [name for name in listed if name not in text] == []

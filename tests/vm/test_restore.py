@@ -1,12 +1,15 @@
 """A process dumped in one VM comes back in another, and finds itself whole."""
 
 import json
+import re
 import subprocess
 import sys
+from string import ascii_lowercase
 
 import pytest
 
 import ovr
+from ovr.cli.criu_options import TABLE
 from ovr.demo import answer_of
 from ovr.images import ImageSet
 from ovr.plan import make_plan
@@ -166,3 +169,15 @@ def test_demo_prints_one_object():
     assert outcome["bytes_inside"] + outcome["bytes_outside"] == outcome["bytes_total"]
     assert outcome["bytes_outside"] / outcome["bytes_total"] >= 0.99
     assert outcome["copy_gb_per_s"] > 0
+
+
+def test_every_option_of_criu_is_known(vm):
+    """CRIU's parser lists the options that an abbreviation may mean."""
+    words = " ".join(f"--{a}" for a in ascii_lowercase)
+    said = vm.sh(f"for word in {words}; do criu restore $word; done 2>&1").stdout.decode()
+    asked = re.findall(r"'--(\w)' is ambiguous", said)
+    assert len(asked) > 10
+    listed = set(re.findall(r"'(--[\w-]{2,})'", said))
+    known = {name for option in TABLE for name in option.names}
+    known |= {f"--no-{name[2:]}" for name in known}
+    assert sorted(listed - known) == []
