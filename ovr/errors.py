@@ -4,7 +4,9 @@
 
     OvrError                     1
     ├── UsageError               2   the command line makes no sense
+    │   └── ImagesForbidden      2   no permission to read the images
     ├── Unreachable              3
+    │   ├── ImagesUnreachable    3   the disk or file server that has the images fails
     │   ├── VmUnreachable        3   no such VM, no QMP
     │   └── AgentUnreachable     3   no agent in the guest, or the link broke
     ├── CheckFailed              4   this VM cannot be restored into
@@ -31,6 +33,8 @@ __all__ = [
     "CriuFailed",
     "GuestFault",
     "ImagesDamaged",
+    "ImagesForbidden",
+    "ImagesUnreachable",
     "ImagesUnsupported",
     "KernelNotFound",
     "LabError",
@@ -74,10 +78,18 @@ class UsageError(OvrError):
     exit_code = 2
 
 
+class ImagesForbidden(UsageError):
+    """The user who runs this may not read the images."""
+
+
 class Unreachable(OvrError):
     """Something that we must talk to does not answer."""
 
     exit_code = 3
+
+
+class ImagesUnreachable(Unreachable):
+    """The disk or file server that has the images fails."""
 
 
 class VmUnreachable(Unreachable):

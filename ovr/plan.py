@@ -126,12 +126,15 @@ def make_plan(
     Raises:
         UsageError: there is no such kind or group.
         ImagesDamaged, ImagesUnsupported: as `ImageSet.tasks`.
+        ImagesForbidden, ImagesUnreachable: an image cannot be read.
     """
     asked = _asked(outside)
     memory = MEMORY in asked
     alive = [task for task in images.tasks if task.alive]
     tasks, cow = plan_tasks(alive, asked=memory, force=force_write)
     shared = plan_shared(shared_memory(images), asked=memory)
+    for one in (*tasks, *shared):
+        one.memory.check_readable()
     settings = take(images, (kind for kind in KINDS if kind.name in asked))
     return Plan(images, tasks, shared, cow, settings)
 

@@ -5,6 +5,7 @@ only if it is a regular file, so that nothing outside the directory can be reach
 that is followed is CRIU's own ``parent``, and only within the directory that the images lie in.
 """
 
+import errno
 import os
 import stat
 from contextlib import suppress
@@ -16,6 +17,7 @@ from typing import Final, Self
 from ovr.errors import ImagesDamaged, ImagesUnsupported, OvrError, UsageError
 from ovr.images.framing import DUMP_AGAIN
 from ovr.images.packed import HEAD_SIZE, packing
+from ovr.images.unreadable import unreadable
 
 __all__ = ["ImageDirectory", "ImageFile"]
 
@@ -42,14 +44,23 @@ class ImageDirectory:
             self._fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except NotADirectoryError as error:
             raise _not_a_directory(path) from error
-        except OSError as error:
+        except (FileNotFoundError, ValueError) as error:
             raise UsageError(
-                f"{path}: cannot be opened as a directory of images: {error.strerror}",
+                f"{path}: no such directory of images",
                 "give the directory that `criu dump -D` wrote",
             ) from error
+        except OSError as error:
+            raise unreadable(str(path), error) from error
         self.sizes: dict[str, int] = {}
         self.others: set[str] = set()
         self.bases: dict[str, int] = {}
+        try:
+            self._list()
+        except OSError as error:
+            self.close()
+            raise unreadable(str(path), error) from error
+
+    def _list(self) -> None:
         with os.scandir(self._fd) as found:
             for file in sorted(islice(found, _MAX_FILES), key=lambda file: file.name):
                 if file.is_file(follow_symlinks=False):
@@ -79,9 +90,8 @@ class ImageDirectory:
         try:
             fd = os.open(name, flags, dir_fd=self._fd)
         except OSError as error:
-            raise ImagesDamaged(
-                f"{self.label}{name}: cannot be opened: {error.strerror}", DUMP_AGAIN
-            ) from error
+            gone = (errno.ENOENT, errno.ELOOP)  # while it was read: it was there, and no link
+            raise unreadable(f"{self.label}{name}", error, damaged=gone, cure=DUMP_AGAIN) from error
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             os.close(fd)
             raise ImagesDamaged(f"{self.label}{name}: changed while it was read", DUMP_AGAIN)
@@ -173,6 +183,7 @@ class ImageFile:
 
         Raises:
             ImagesDamaged: the file was replaced by something else, or became shorter.
+            ImagesForbidden, ImagesUnreachable: it cannot be opened.
         """
         fd = self.directory.open(self.name)
         present = os.fstat(fd).st_size
@@ -181,11 +192,21 @@ class ImageFile:
             raise ImagesDamaged(f"{self.label}: shrank while it was read", DUMP_AGAIN)
         return fd
 
+    def check_readable(self) -> None:
+        """Read its first and its last byte.
+
+        Raises:
+            ImagesDamaged, ImagesForbidden, ImagesUnreachable: as `read`.
+        """
+        for offset in {0, self.size - 1} if self.size else ():
+            self.read(offset, 1)
+
     def read(self, offset: int, size: int) -> bytes:
         """`size` bytes from `offset`.
 
         Raises:
             ImagesDamaged: the file ends before that.
+            ImagesForbidden, ImagesUnreachable: it cannot be read.
         """
         fd = self.open()
         try:
@@ -198,7 +219,10 @@ def read_exactly(fd: int, offset: int, size: int, label: str) -> bytes:
     """`size` bytes from `offset` of an open file, however the kernel cuts them up."""
     parts = []
     while size:
-        part = os.pread(fd, size, offset)
+        try:
+            part = os.pread(fd, size, offset)
+        except OSError as error:
+            raise unreadable(label, error) from error
         if not part:
             raise ImagesDamaged(f"{label}: ends at byte {offset}, {size} more needed", DUMP_AGAIN)
         parts.append(part)

@@ -214,6 +214,11 @@ class ImageSet:
 
     def _check_inventory(self) -> None:
         version = self.inventory.img_version
+        if not version:
+            raise ImagesUnsupported(
+                "inventory.img: these images are of a pre-dump, which has memory alone",
+                "give the directory of the dump that was made after it; its `parent` leads here",
+            )
         if version != _VERSION:
             raise ImagesUnsupported(
                 f"inventory.img: image version {version}, this tool reads version {_VERSION}",

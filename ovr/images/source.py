@@ -13,6 +13,7 @@ from ovr._fastcopy import CUT_OFF, in_page_cache
 from ovr.addresses import PAGE_SIZE
 from ovr.errors import ImagesDamaged
 from ovr.images.task import Memory
+from ovr.images.unreadable import unreadable
 
 __all__ = ["Source", "Sources", "readable"]
 
@@ -183,12 +184,14 @@ def readable(name: str) -> Iterator[None]:
     """Read a pages image in the body of the ``with``.
 
     Raises:
-        ImagesDamaged: the native loops found that it cannot be read.
+        ImagesDamaged: the native loops found that it was cut off.
+        ImagesForbidden, ImagesUnreachable: it cannot be read.
     """
     try:
         yield
     except OSError as error:
-        raise ImagesDamaged(f"{name}: cannot be read: {error.strerror}", _ELSEWHERE) from error
+        cut_off = (errno.EIO,) if error.strerror == CUT_OFF else ()
+        raise unreadable(name, error, damaged=cut_off, cure=_ELSEWHERE) from error
 
 
 def _mark(fd: int) -> tuple[int, ...]:

@@ -53,6 +53,16 @@ class Memory:
         """File name of the pages image."""
         return f"pages-{self.pages_id}.img"
 
+    def check_readable(self) -> None:
+        """Make sure that the pages images can be read, each level that is used.
+
+        Raises:
+            ImagesDamaged, ImagesForbidden, ImagesUnreachable: one cannot.
+        """
+        for file in self.files:
+            if file is not None:
+                file.check_readable()
+
     def file(self, level: int = 0) -> ImageFile:
         """The pages image of that level."""
         file = self.files[level]

@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from ovr._fastcopy import in_page_cache
-from ovr.errors import ImagesDamaged
+from ovr.errors import ImagesDamaged, ImagesUnreachable
 from ovr.images import ImageSet
 from ovr.images.source import Source, Sources, readable
 
@@ -113,5 +113,5 @@ def _keep_all_but(path, start, size):
 
 
 def test_what_the_native_loops_find():
-    with pytest.raises(ImagesDamaged, match="pages: cannot be read: no end"), readable("pages"):
+    with pytest.raises(ImagesUnreachable, match="pages: cannot be read: no end"), readable("pages"):
         raise OSError(5, "no end")
