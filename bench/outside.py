@@ -11,7 +11,7 @@ from pathlib import Path
 from bench.race import Measures
 from ovr.credentials import peer_of
 from ovr.lab import LabVm
-from ovr.standby.client import connect
+from ovr.standby.place import connect
 
 # Where it is set, every start compiles all of ovr: not what an installed one does.
 _ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
