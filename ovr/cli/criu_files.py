@@ -22,7 +22,7 @@ from ovr.report import Report
 __all__ = ["criu_files", "stats_text"]
 
 _ROOM: Final = b"\n" * 10
-_OWN_PLACE: Final = "name a work directory of your own (-W DIR), or the file by a path in one"
+_OWN_PLACE: Final = "name a work directory of your own with -W DIR, or the file by a path in one"
 
 log = logging.getLogger("ovr.restore")
 

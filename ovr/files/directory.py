@@ -57,7 +57,10 @@ class Directory:
             UntrustedPath: another user has power over it.
             OSError: it is not there, or cannot be opened or made.
         """
-        walk = Walk(os.path.join(os.getcwd(), path), strict=True, create=create)  # noqa: PTH109, PTH118
+        whole = os.fspath(path)
+        if not whole.startswith("/"):
+            whole = os.path.join(os.getcwd(), whole)  # noqa: PTH109, PTH118 - imports little
+        walk = Walk(whole, strict=True, create=create)
         try:
             walk.to_the_end()
             check_directory(

@@ -139,6 +139,21 @@ def test_the_cure_for_images_of_another_user(write, theirs, tmp_path):
 
 
 @root_only
+@pytest.mark.parametrize("options", [["-o", "file"], ["--pidfile", "file"], ["--report", "file"]])
+def test_the_command_refuses_before_it_does_anything(options, victim, theirs):
+    link(theirs / "file", victim)
+    where = ["-D", str(theirs)] if options[0] != "--report" else []
+    done = subprocess.run(
+        [sys.executable, "-m", "ovr", "restore", *where, "--vm", "qmp:/nowhere", *options],
+        capture_output=True, text=True, check=False, cwd=theirs,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert "belongs to user 12345" in done.stderr
+    assert victim.read_text() == SECRET
+    assert [path.name for path in theirs.iterdir()] == ["file"]
+
+
+@root_only
 def test_stats_in_another_users_directory_are_no_failure(theirs, tmp_path, caplog):
     report = Report(pid=42, seconds={"total": 1.0, "skeleton": 0.5})
     with criu_files(theirs, log_file=None, level=2, pidfile=str(tmp_path / "pid")) as finish:
@@ -349,6 +364,23 @@ def test_no_descriptor_is_lost(tmp_path):
         with suppress(OSError):
             Directory.private(path, create=True).close()
     assert os.listdir("/proc/self/fd") == before  # noqa: PTH208
+
+
+def test_a_private_directory_does_not_need_the_current_one(tmp_path, monkeypatch):
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    Directory.private(tmp_path / "a", create=True).close()
+
+
+@root_only
+def test_a_relative_private_directory_is_checked_up_to_the_root(tmp_path, monkeypatch):
+    (tmp_path / "theirs" / "a").mkdir(parents=True)
+    os.chown(tmp_path / "theirs", OTHER, OTHER)
+    monkeypatch.chdir(tmp_path / "theirs" / "a")
+    with pytest.raises(UntrustedPath, match="theirs belongs to user 12345"):
+        Directory.private("b", create=True)
 
 
 def test_a_private_directory_is_made_with_all_on_the_way(tmp_path):
