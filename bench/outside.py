@@ -11,10 +11,10 @@ from pathlib import Path
 from bench.race import Measures
 from ovr.credentials import peer_of
 from ovr.lab import LabVm
-from ovr.standby.client import connect
+from ovr.standby.place import connect
 
 # Where it is set, every start compiles all of ovr: not what an installed one does.
-_ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
+ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
 PHASES = ("attach", "plan", "skeleton", "populate", "memory", "state", "verify", "commit")
 
 
@@ -75,7 +75,7 @@ class Outside:
         command = ["restore", "-D", str(self._images), "--vm", self._target, "--json"]
         return subprocess.Popen(
             [sys.executable, "-m", "ovr", *command], stdout=subprocess.PIPE, stderr=errors,
-            env=_ENVIRONMENT,
+            env=ENVIRONMENT,
         )  # fmt: skip
 
 

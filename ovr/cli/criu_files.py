@@ -1,18 +1,20 @@
 """The files that ``criu restore`` leaves: log, pidfile, ``stats-restore``.
 
 As CRIU has it, relative names are in the work directory, which is the images' without ``-W``.
+Unlike CRIU, none is written where another user decides which file that is (`ovr.files`).
 """
 
 import logging
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Final
+from typing import Final, Self
 
 from ovr.addresses import PAGE_SIZE
 from ovr.cli.logs import log_to_file
 from ovr.errors import OvrError, UsageError
+from ovr.files import UntrustedPath, locate
 from ovr.images.framing import write_image
 from ovr.images.stats import STATS_RESTORE, stats_image
 from ovr.report import Report
@@ -20,6 +22,7 @@ from ovr.report import Report
 __all__ = ["criu_files", "stats_text"]
 
 _ROOM: Final = b"\n" * 10
+_OWN_PLACE: Final = "name a work directory of your own with -W DIR, or the file by a path in one"
 
 log = logging.getLogger("ovr.restore")
 
@@ -41,34 +44,55 @@ def criu_files(
     Raises:
         UsageError: a file cannot be made.
     """
-    if log_file is not None:
-        with _usage("log file", work / log_file):
-            log_to_file(work / log_file, level)
-    path = None if pidfile is None else work / pidfile
-    if path is not None:
-        with _usage("pidfile", path):
-            # As CRIU does it: a pidfile that exists may be somebody's who lives.
-            _reserve(path)
-    try:
-        yield lambda report: _finish(report, work, path)
-    except BaseException as error:
-        if path is not None:
-            path.unlink(missing_ok=True)
+    with ExitStack() as stack:
         if log_file is not None:
-            _log_failure(error)
-        raise
+            with _usage("log file", work / log_file):
+                log_to_file(work / log_file, level)
+        reserved = None
+        if pidfile is not None:
+            with _usage("pidfile", work / pidfile):
+                reserved = stack.enter_context(_Pidfile(work / pidfile))
+        try:
+            yield lambda report: _finish(report, work, reserved)
+        except BaseException as error:
+            if reserved is not None:
+                reserved.remove()
+            if log_file is not None:
+                _log_failure(error)
+            raise
 
 
-def _reserve(path: Path) -> None:
+class _Pidfile:
     # With room for a pid, since there is no way back once the tree runs.
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
-    try:
-        os.write(fd, _ROOM)
-    except OSError:
-        path.unlink()
-        raise
-    finally:
-        os.close(fd)
+    def __init__(self, path: Path) -> None:
+        self._directory, self._name = locate(path)
+        try:
+            # As CRIU does it: a pidfile that exists may be that of a process that lives.
+            self._fd = self._directory.create(self._name, 0o644)
+        except BaseException:
+            self._directory.close()
+            raise
+        try:
+            os.write(self._fd, _ROOM)
+        except BaseException:
+            self.remove()
+            self.__exit__()
+            raise
+
+    def write(self, pid: int) -> None:
+        text = str(pid).encode()
+        os.pwrite(self._fd, text, 0)
+        os.ftruncate(self._fd, len(text))
+
+    def remove(self) -> None:
+        self._directory.remove(self._name)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._fd)
+        self._directory.close()
 
 
 def stats_text(report: Report) -> str:
@@ -85,11 +109,9 @@ def stats_text(report: Report) -> str:
     return "\n".join(lines)
 
 
-def _finish(report: Report, work: Path, pidfile: Path | None) -> None:
+def _finish(report: Report, work: Path, pidfile: _Pidfile | None) -> None:
     if pidfile is not None:
-        with pidfile.open("r+") as file:  # in the room that is there
-            file.write(str(report.pid))
-            file.truncate()
+        pidfile.write(report.pid)
     stats = stats_image(
         pages=report.bytes_total // PAGE_SIZE,
         forking=report.seconds["skeleton"],
@@ -116,5 +138,6 @@ def _usage(what: str, path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        hint = _OWN_PLACE if isinstance(error, UntrustedPath) else ""
         reason = error.strerror or str(error)
-        raise UsageError(f"the {what} {path} cannot be made: {reason}") from error
+        raise UsageError(f"the {what} {path} cannot be made: {reason}", hint) from error

@@ -63,7 +63,8 @@ TABLE: Final[tuple[Option, ...]] = (
         "-W/--work-dir=",
     ),
     *_options(
-        Fate.OURS, "the log, in CRIU's form: `(00.012345) Error (file:line): …`", "-o/--log-file="
+        Fate.OURS, "the log, in CRIU's form: `(00.012345) Error (file:line): …`; a new one"
+        " has mode 0600, as CRIU's", "-o/--log-file="
     ),
     *_options(Fate.OURS, "CRIU's levels, `-v0` … `-v4`", "-v/--verbosity?"),
     *_options(

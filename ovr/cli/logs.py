@@ -6,11 +6,14 @@
 """
 
 import logging
+import os
 import sys
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Final
+from typing import Final, TextIO
+
+from ovr.files import locate
 
 __all__ = ["DEFAULT_LEVEL", "log_to_file", "log_to_stderr"]
 
@@ -36,9 +39,13 @@ class _Formatter(logging.Formatter):
         return "\n".join(f"({seconds:09.6f}) {_mark(record)}{line}" for line in text.splitlines())
 
 
-class _File(logging.FileHandler):
+class _File(logging.StreamHandler[TextIO]):
     # A disk that is full is no reason to end a restore: said once, and the rest is lost.
     complained = False
+
+    def __init__(self, fd: int, path: Path) -> None:
+        super().__init__(os.fdopen(fd, "w", encoding="utf-8"))
+        self._path = path
 
     def handleError(self, record: logging.LogRecord) -> None:
         error = sys.exc_info()[1]
@@ -46,12 +53,13 @@ class _File(logging.FileHandler):
             super().handleError(record)
         elif not self.complained:
             self.complained = True
-            reason = f"{self.baseFilename} cannot be written: {error.strerror}"
+            reason = f"{self._path} cannot be written: {error.strerror}"
             print(f"ovr: the log {reason} (free space there)", file=sys.stderr)
 
     def close(self) -> None:
         with suppress(OSError):  # of what could not be written before
-            super().close()
+            self.stream.close()
+        super().close()
 
 
 def log_to_stderr(level: int) -> None:
@@ -60,12 +68,18 @@ def log_to_stderr(level: int) -> None:
 
 
 def log_to_file(path: Path, level: int) -> None:
-    """Log to a new file at `path` instead, up to CRIU's `level`.
+    """Log to a file at `path` instead, up to CRIU's `level`; what is in it is lost.
+
+    A new one is for this user alone, as CRIU's is: the guest's CRIU tells about its processes.
 
     Raises:
+        UntrustedPath: another user decides, or could decide, which file that is.
         OSError: it cannot be written.
     """
-    _log(_File(path, mode="w", encoding="utf-8"), level)
+    directory, name = locate(path)
+    with directory:
+        handler = _File(directory.overwrite(name, 0o600), path)
+    _log(handler, level)
 
 
 def _log(handler: logging.Handler, level: int) -> None:

@@ -4,16 +4,16 @@ When each phase was, when the VM was held, and where the bytes went. No script, 
 the file can be mailed, and opened anywhere.
 """
 
-import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from html import escape
 from pathlib import Path
 from typing import Final
 
 from ovr.cli.output import one_line, size
 from ovr.errors import UsageError
+from ovr.files import Replacement, UntrustedPath, locate
 from ovr.placement import Reason
 from ovr.report import Report, Span
 
@@ -53,23 +53,23 @@ def picture_file(path: Path) -> Iterator["Writer"]:
     Raises:
         UsageError: no file can be made there.
     """
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        scratch.touch()
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise UsageError(f"the report {path} cannot be made: {reason}") from error
-    try:
-        yield Writer(scratch, path)
-    finally:
-        scratch.unlink(missing_ok=True)
+    with ExitStack() as stack:
+        try:
+            directory, name = locate(path)
+            stack.enter_context(directory)
+            writer = Writer(stack.enter_context(directory.replacement(name, in_place=True)))
+        except OSError as error:
+            hint = error.hint if isinstance(error, UntrustedPath) else ""
+            reason = error.strerror or str(error)
+            raise UsageError(f"the report {path} cannot be made: {reason}", hint) from error
+        yield writer
 
 
 class Writer:
     """A file that appears whole, or not at all."""
 
-    def __init__(self, scratch: Path, path: Path) -> None:
-        self._scratch, self._path = scratch, path
+    def __init__(self, file: Replacement) -> None:
+        self._file = file
 
     def write(self, text: str) -> None:
         """Let the file be `text`.
@@ -77,8 +77,8 @@ class Writer:
         Raises:
             OSError: the disk is full, or gone.
         """
-        self._scratch.write_text(text, encoding="utf-8")
-        self._scratch.replace(self._path)
+        self._file.file.write(text.encode())
+        self._file.put()
 
 
 def page(report: Report, facts: Mapping[str, str]) -> str:

@@ -4,7 +4,6 @@ It goes into the background when it can be asked, with its standard streams clos
 """
 
 import os
-import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +11,7 @@ from importlib import import_module
 from typing import Final, NoReturn
 
 from ovr.cli import main, make_parser, process
-from ovr.standby.messages import address
+from ovr.standby.place import Place
 from ovr.standby.server import Server
 
 __all__ = ["serve"]
@@ -31,11 +30,10 @@ def serve(qemu_pid: int) -> None:
     make_parser("restore")
     for name in _LATER:
         import_module(name)
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
-        listener.bind(address())
+    with Place() as place:
         with _into_background():
-            listener.listen()  # whoever calls this is whom clients see at the other end
-            server = Server(listener, _run)
+            place.listen()
+            server = Server(place, _run)
         server.keep(qemu_pid)
         server.serve()
 
@@ -71,4 +69,4 @@ if __name__ == "__main__":
     try:
         serve(int(sys.argv[1]))
     except OSError as error:
-        sys.exit(f"it cannot stand by: {error.strerror}")
+        sys.exit(f"it cannot stand by: {error.strerror or error}")

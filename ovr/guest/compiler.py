@@ -2,16 +2,18 @@
 
 import hashlib
 import os
+import shutil
 import subprocess
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 from ovr.errors import LabError
+from ovr.files import UntrustedPath, locate
 from ovr.guest.wire import header
-from ovr.user_cache import user_cache
+from ovr.user_cache import own_cache
 
-__all__ = ["SANITIZED", "build"]
+__all__ = ["SANITIZED", "build", "deliver"]
 
 _SOURCES = Path(__file__).parent
 _CFLAGS = ("-std=c11", "-D_GNU_SOURCE", "-O2", "-g", "-Wall", "-Wextra", "-Werror")
@@ -52,11 +54,11 @@ def build(
         flags = SANITIZED if os.environ.get("OVR_SANITIZE") else _STATIC
     sources = sorted(_SOURCES.glob("*.c"))
     command = ["gcc", *_CFLAGS, *(["-DOVR_LAB"] if lab else []), *flags]
-    target = output or user_cache() / "agent" / f"ovr-agent-{_digest(command)}"
+    # Whoever can put a file there has a program of theirs run by root of the guest.
+    target = output or own_cache("agent") / f"ovr-agent-{_digest(command)}"
     if output is None and target.exists():
         return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+    with tempfile.TemporaryDirectory(prefix="ovr-agent-") as scratch:
         Path(scratch, "protocol.h").write_text(header())
         library = Path(scratch, "library.so")
         parts = sorted(_LIBRARY_SOURCES.glob("*.c"))
@@ -64,9 +66,28 @@ def build(
         Path(scratch, "warm_library.h").write_text(_as_array("warm_library", library.read_bytes()))
         binary = Path(scratch, "ovr-agent")
         _compile([*command, f"-I{scratch}", *map(str, sources), "-o", str(binary)])
-        # Renamed into place whole: somebody else may build or start it at the same moment.
-        binary.rename(target)
+        deliver(binary, target, 0o755)
     return target
+
+
+def deliver(made: Path, target: Path, mode: int) -> None:
+    """Copy a file that was made here to where the user wants it; it appears there whole.
+
+    Raises:
+        LabError: it cannot be written, or another user decides, or could decide, which file it is.
+    """
+    try:
+        directory, name = locate(target)
+        with (
+            directory,
+            made.open("rb") as source,
+            directory.replacement(name, mode, in_place=True) as fresh,
+        ):
+            shutil.copyfileobj(source, fresh.file)
+            fresh.put()
+    except OSError as error:
+        hint = error.hint if isinstance(error, UntrustedPath) else ""
+        raise LabError(f"{target} cannot be written: {error.strerror}", hint) from error
 
 
 def _compile(command: Sequence[str]) -> None:

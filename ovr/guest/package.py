@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Final
 
 from ovr.errors import LabError
-from ovr.guest.compiler import build
+from ovr.guest.compiler import build, deliver
 
 __all__ = ["AGENT_PATH", "cloud_init", "debian_package", "unit"]
 
@@ -61,16 +61,18 @@ def debian_package(output: Path, maintainer: str) -> Path:
     """
     path = output / f"ovr-agent_{version('ovr')}_amd64.deb" if output.is_dir() else output
     with tempfile.TemporaryDirectory(prefix="ovr-deb-") as scratch:
-        tree = Path(scratch)
+        tree, made = Path(scratch, "tree"), Path(scratch, "made.deb")
+        tree.mkdir()
         tree.chmod(0o755)
         _fill(tree, maintainer)
-        command = ["dpkg-deb", "--root-owner-group", "-Zxz", "--build", str(tree), str(path)]
+        command = ["dpkg-deb", "--root-owner-group", "-Zxz", "--build", str(tree), str(made)]
         try:
             done = subprocess.run(command, capture_output=True, text=True, check=False)
         except FileNotFoundError:
             raise LabError("dpkg-deb is not installed", "apt-get install dpkg") from None
-    if done.returncode:
-        raise LabError(f"dpkg-deb makes no package: {done.stderr.strip()}")
+        if done.returncode:
+            raise LabError(f"dpkg-deb makes no package: {done.stderr.strip()}")
+        deliver(made, path, 0o644)
     return path
 
 

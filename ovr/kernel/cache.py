@@ -7,28 +7,28 @@ kernel can neither use that kernel's file nor spoil it for others. Addresses are
 each guest's own tables give them, wherever KASLR put it.
 
 A file that is missing, damaged, of another version or another user is made again. A guest's lies
-cannot fill the disk: what is too large is not kept, and only so many files are.
+cannot fill the disk: what is too large is not kept, and only so many files are. Where another user
+has power over the directory, there is no cache: nothing is read, written or deleted there.
 """
 
 import hashlib
 import logging
-import os
 import re
-import stat
 import struct
-import tempfile
 import zlib
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ovr.files import Directory, UntrustedPath
 from ovr.user_cache import user_cache
 
-__all__ = ["cache_directory", "read_own", "remembered"]
+__all__ = ["cache_directory", "opened", "remembered"]
 
 MAGIC: Final = b"ovr-kernel-1\n\0\0\0"
 HEADER: Final = struct.Struct("<16s32sII")  # magic, SHA-256 of the source, CRC and size of the rest
@@ -59,38 +59,42 @@ def remembered(
         source: all that the tables are made from, in pieces.
         make: makes the tables; one-dimensional, of numbers.
     """
-    try:
-        path = cache_directory() / f"{build_id}.{what}"
-    except RuntimeError:  # this user has no home
-        return make()
     if not BUILD_ID.fullmatch(build_id):
         return make()
-    digest = _digest(source)
-    tables = _load(path, digest)
-    if tables is None:
-        tables = make()
-        # The cache is a convenience: a full disk or a read-only home is no reason to fail.
-        with suppress(OSError):
-            _store(path, digest, tables)
+    directory = opened(create=True)
+    if directory is None:
+        return make()
+    with directory:
+        name = f"{build_id}.{what}"
+        digest = _digest(source)
+        tables = _load(directory, name, digest)
+        if tables is None:
+            tables = make()
+            # The cache is a convenience: a full disk or a read-only home is no reason to fail.
+            with suppress(OSError):
+                _store(directory, name, digest, tables)
     return tables
 
 
-def read_own(path: Path, limit: int) -> bytes:
-    """Return what is in a file of this user's that nobody else can write to.
+def opened(*, create: bool) -> Directory | None:
+    """Open the directory of the cache, or return None: there is none, or none to be trusted.
 
-    Raises:
-        OSError: it cannot be opened.
-        ValueError: it is no such file, or larger than `limit` bytes.
+    Args:
+        create: make it if it does not exist.
     """
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-    with os.fdopen(fd, "rb") as file:
-        status = os.fstat(fd)
-        others = stat.S_IWGRP | stat.S_IWOTH
-        if not stat.S_ISREG(status.st_mode) or status.st_size > limit:
-            raise ValueError("not a file of ours")
-        if status.st_uid != os.geteuid() or status.st_mode & others:
-            raise ValueError("somebody else may write to it")
-        return file.read(limit)
+    try:
+        return Directory.private(cache_directory(), create=create)
+    except UntrustedPath as error:
+        _warn(f"{error.strerror}: nothing is cached (set XDG_CACHE_HOME to a directory of yours)")
+    except (OSError, RuntimeError):  # a read-only home, or this user has none
+        pass
+    return None
+
+
+@cache
+def _warn(text: str) -> None:
+    # Once: each attach asks several times.
+    log.warning("%s", text)
 
 
 def _digest(source: Sequence[bytes]) -> bytes:
@@ -101,41 +105,35 @@ def _digest(source: Sequence[bytes]) -> bytes:
     return total.digest()
 
 
-def _load(path: Path, digest: bytes) -> tuple[Table, ...] | None:
+def _load(directory: Directory, name: str, digest: bytes) -> tuple[Table, ...] | None:
     try:
-        data = read_own(path, MAX_SIZE)
+        data = directory.read(name, MAX_SIZE)
         magic, of, crc, size = HEADER.unpack_from(data)
         body = memoryview(data)[HEADER.size :]
         if (magic, of, crc, size) == (MAGIC, digest, zlib.crc32(body), len(body)):
             return tuple(_tables(body))
-        log.info("%s is damaged or of another kernel: it is made again", path)
+        log.info("%s is damaged or of another kernel: it is made again", name)
     except FileNotFoundError:
         pass
     except (OSError, ValueError, struct.error) as error:
-        log.info("%s cannot be used (%s): it is made again", path, error)
+        log.info("%s cannot be used (%s): it is made again", name, error)
     return None
 
 
-def _store(path: Path, digest: bytes, tables: Sequence[Table]) -> None:
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+def _store(directory: Directory, name: str, digest: bytes, tables: Sequence[Table]) -> None:
     body = b"".join(_packed(table) for table in tables)
     if len(body) > MAX_SIZE - HEADER.size:
         return
-    fd, fresh = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(fd, "wb") as file:
-            file.write(HEADER.pack(MAGIC, digest, zlib.crc32(body), len(body)) + body)
-        Path(fresh).rename(path)
-        for old in sorted(path.parent.glob("*.*"), key=_age)[KEPT:]:
-            old.unlink(missing_ok=True)
-    except BaseException:
-        with suppress(OSError):
-            Path(fresh).unlink()
-        raise
+    with directory.replacement(name, 0o600) as fresh:
+        fresh.file.write(HEADER.pack(MAGIC, digest, zlib.crc32(body), len(body)) + body)
+        fresh.put()
+    kept = [name for name in directory.names() if "." in name]
+    for old in sorted(kept, key=lambda name: _age(directory, name))[KEPT:]:
+        directory.remove(old)
 
 
-def _age(path: Path) -> float:
-    return -path.stat().st_mtime
+def _age(directory: Directory, name: str) -> float:
+    return -directory.status(name).st_mtime
 
 
 def _packed(table: Table) -> bytes:

@@ -8,19 +8,17 @@ runs. With any doubt (a guest that was paused, a clock that was set) all RAM is 
 
 import logging
 import math
-import os
-import tempfile
 import time
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Final
 
 from ovr.addresses import PAGE_SIZE, Gpa
-from ovr.kernel.cache import cache_directory, read_own
+from ovr.kernel.cache import opened
 
 __all__ = ["Place", "note", "recall"]
 
+FILE: Final = "places"
 KEPT: Final = 16
 MAX_SIZE: Final = 4096
 TOLERANCE: Final = 1.5
@@ -48,30 +46,29 @@ class Place:
 
 def recall() -> list[Place]:
     """Return the places of late, the last one first."""
-    try:
-        lines = read_own(_file(), MAX_SIZE).decode("ascii").splitlines()
-        return [_parse(line) for line in lines[:KEPT]]
-    except FileNotFoundError:
+    directory = opened(create=False)
+    if directory is None:
         return []
-    except (OSError, ValueError, RuntimeError) as error:
-        log.info("the places of kernels are not known: %s", error)
-        return []
+    with directory:
+        try:
+            lines = directory.read(FILE, MAX_SIZE).decode("ascii").splitlines()
+            return [_parse(line) for line in lines[:KEPT]]
+        except FileNotFoundError:
+            return []
+        except (OSError, ValueError) as error:
+            log.info("the places of kernels are not known: %s", error)
+            return []
 
 
 def note(place: Place) -> None:
     """Remember a place, before all others."""
     others = [old for old in recall() if old.gpa != place.gpa]
     text = "".join(f"{one.gpa:x} {one.ahead:.3f}\n" for one in [place, *others][:KEPT])
-    with suppress(OSError, RuntimeError):
-        _file().parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        fd, fresh = tempfile.mkstemp(prefix=".places.", dir=_file().parent)
-        with os.fdopen(fd, "w") as file:
-            file.write(text)
-        Path(fresh).rename(_file())
-
-
-def _file() -> Path:
-    return cache_directory() / "places"
+    if (directory := opened(create=True)) is None:
+        return
+    with directory, suppress(OSError), directory.replacement(FILE, 0o600) as fresh:
+        fresh.file.write(text.encode())
+        fresh.put()
 
 
 def _parse(line: str) -> Place:

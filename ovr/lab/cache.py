@@ -12,16 +12,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ovr.user_cache import user_cache
+from ovr.user_cache import own_cache
 
 __all__ = ["cache_directory", "cached", "digest"]
 
 
 def cache_directory() -> Path:
-    """Return the lab's cache directory (``$XDG_CACHE_HOME/ovr``, ``~/.cache/ovr``), made if new."""
-    path = user_cache()
-    path.mkdir(mode=0o700, parents=True, exist_ok=True)
-    return path
+    """Return the lab's cache directory (``$XDG_CACHE_HOME/ovr``, ``~/.cache/ovr``), made if new.
+
+    Raises:
+        LabError: another user has power over it.
+    """
+    return own_cache()
 
 
 def digest(*ingredients: str | bytes) -> str:

@@ -6,6 +6,7 @@ file, sockets, console log, the mount with its RAM; its processes are in the sta
 
 import fcntl
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from ovr.errors import LabError
+from ovr.files import Directory
 from ovr.lab.process import Process
 from ovr.lab.qemu import Hardware
 from ovr.lab.ram import drop_ram
@@ -118,8 +120,10 @@ def claimed(name: str) -> Iterator[Path]:
         LabError: the name is taken.
     """
     directory = lab_directory(name)
-    directory.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with (directory.parent / ".lock").open("w") as lock:
+    with (
+        Directory.private(directory.parent, create=True) as place,
+        os.fdopen(place.overwrite(".lock", 0o600), "w") as lock,
+    ):
         fcntl.flock(lock, fcntl.LOCK_EX)
         if old := _load(directory / LAB_STATE):
             if old.alive:

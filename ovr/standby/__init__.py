@@ -6,5 +6,7 @@ loads a fraction, has it fork and do the work with the command's arguments, envi
 and open files (`child`). Where nobody stands by, or where the work could not be done there exactly
 as here (`peer`), the command does it itself.
 
-What the two say to each other, and where they meet, is in `messages`.
+They meet at a socket in a directory of the user's own (`place`). Before either says more than
+random bytes, both make sure which process the other is (`proof`), and that it has the same rights
+(`peer`). What they say is in `messages`; the server's side of it is a `visit`.
 """

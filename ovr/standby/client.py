@@ -11,19 +11,12 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Final, TextIO
 
-from ovr.credentials import peer_of
-from ovr.standby.messages import (
-    FILES,
-    StandbyError,
-    address,
-    receive,
-    send,
-    version,
-)
+from ovr.standby.messages import FILES, Inbox, StandbyError, send, version
+from ovr.standby.place import connect
+from ovr.standby.proof import meet
 
-__all__ = ["connect", "notes", "restore_there"]
+__all__ = ["notes", "restore_there"]
 
-_PATIENCE: Final = 1.0  # seconds, until it is ready; then the restore takes what it takes
 _FORWARDED: Final = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM)
 
 notes: list[str] = []
@@ -33,46 +26,32 @@ notes: list[str] = []
 def restore_there(arguments: Sequence[str]) -> int | None:
     """Have the process that stands by run ``ovr`` with these arguments, as if this one did.
 
-    It gets this process's open files, directory and environment, and the signals that end it. If
-    this process dies, that one is killed.
+    It gets this process's open files, directory and environment, and the signals that end it; but
+    nothing before it is clear that it has this process's rights, no more and no fewer. If this
+    process dies, that one is killed.
 
     Returns:
         The exit code, or None: nobody stands by, or not for this; nothing has been done.
     """
     try:
         server = connect()
-    except OSError:
+    except (FileNotFoundError, ConnectionRefusedError):  # nobody stands by
+        return None
+    except OSError as error:
+        notes.append(f"no process that stands by is asked: {error.strerror or error}")
         return None
     with server:
         try:
+            inbox = meet(server)
             files = _inherited()
             send(server, [b"restore", *_request(arguments, files)], files)
-            answer, _ = receive(server)
+            answer = inbox.wait().fields
             if answer != [b"ready"]:
                 raise StandbyError(b" ".join(answer[1:]).decode(errors="replace"))
         except (OSError, StandbyError) as error:
             notes.append(f"the process that stands by does not do this: {error}")
             return None
-        return _run(server)
-
-
-def connect() -> socket.socket:
-    """Return a connection to the process that stands by.
-
-    Raises:
-        OSError: there is none, or it is another user's.
-    """
-    server = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        server.settimeout(_PATIENCE)
-        server.connect(address())
-        _, uid = peer_of(server)
-        if uid != os.geteuid():
-            raise ConnectionRefusedError("another user's")
-    except BaseException:
-        server.close()
-        raise
-    return server
+        return _run(server, inbox)
 
 
 def _request(arguments: Sequence[str], files: Sequence[int]) -> list[bytes]:
@@ -101,16 +80,15 @@ def _inherited() -> list[int]:
     return found
 
 
-def _run(server: socket.socket) -> int:
+def _run(server: socket.socket, inbox: Inbox) -> int:
     server.settimeout(None)
     for number in _FORWARDED:
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, lambda number, _: server.send(bytes([number])) and None)
     try:
-        server.sendall(b"\0")
-        answer, _ = receive(server)
-        status = int(answer[1])
-    except (OSError, StandbyError, ValueError, IndexError):
+        send(server, [b"go"])
+        status = int(inbox.wait().argument(b"ended"))
+    except (OSError, StandbyError, ValueError):
         print(
             "ovr: the process that stood by for this restore has died, and the restore with it"
             " (`ovr ps` shows whether the tree runs; `ovr warm` starts another)",

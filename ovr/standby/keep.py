@@ -4,8 +4,9 @@ import subprocess
 import sys
 from typing import Final
 
-from ovr.standby.client import connect
-from ovr.standby.messages import StandbyError, receive, send, version
+from ovr.standby.messages import StandbyError, send, version
+from ovr.standby.place import connect
+from ovr.standby.proof import meet
 
 __all__ = ["stand_by", "stand_down"]
 
@@ -43,7 +44,8 @@ def stand_down(qemu_pid: int) -> None:
 def _order(word: bytes, pid: int) -> bool:
     try:
         with connect() as server:
+            inbox = meet(server)
             send(server, [word, version(), b"%d" % pid])
-            return receive(server)[0] == [b"done"]
+            return inbox.wait().fields == [b"done"]
     except (OSError, StandbyError):
         return False

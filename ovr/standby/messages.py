@@ -1,42 +1,70 @@
-"""Messages on a Unix socket, and where that is. Imports little: each restore waits for it.
+"""Messages on a Unix socket. Imports little: each restore waits for it.
 
 A message is the length of its text (u32, little-endian), then its fields, joined by NUL bytes, of
-which they have none, as those of a command line. File descriptors come with the length.
+which they have none, as those of a command line. File descriptors come with the length. With
+each piece goes who sends it (SCM_CREDENTIALS, unix(7)), which the kernel has checked.
 
-A client says ``restore VERSION …`` (`client`), ``keep VERSION PID`` or ``drop VERSION PID``
-(`keep`). The answer is ``ready``, ``done`` or ``no REASON``. To ``ready`` the client answers with a
-byte that is 0, and then with one for each signal that it gets; at the end it hears
-``ended STATUS``, as `os.waitstatus_to_exitcode` has it.
+=======================  ===========================  ==========================================
+client                   server
+=======================  ===========================  ==========================================
+``hello CHALLENGE``      ``hello CHALLENGE``          both at once, see `proof`
+``proof CHALLENGE``      ``welcome CHALLENGE``        each with the challenge of the other
+``keep VERSION PID``     ``done``                     see `keep`; ``drop`` likewise
+``restore VERSION …``    ``ready``                    see `client`
+``go``                   ``ended STATUS``             as `os.waitstatus_to_exitcode` has it
+=======================  ===========================  ==========================================
+
+In place of an answer there may be ``no REASON``. After ``go`` the client sends a byte for each
+signal that it gets.
 """
 
 import os
 import socket
 import struct
 import sys
-import zlib
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import Final
+from typing import Final, NamedTuple
 
-__all__ = [
-    "FILES",
-    "StandbyError",
-    "address",
-    "close_all",
-    "receive",
-    "send",
-    "version",
-]
+__all__ = ["FILES", "Inbox", "Message", "StandbyError", "close_all", "send", "version"]
 
 FILES: Final = 200
 """The most file descriptors in a message; the kernel takes SCM_MAX_FD (253)."""
 
 _LENGTH: Final = struct.Struct("<I")
+_SENDER: Final = struct.Struct("=iII")  # struct ucred: pid, uid, gid
+_SHORT: Final = 4096
 _MOST: Final = 8 << 20  # the kernel takes 6 MiB of arguments and environment at most (execve(2))
 
 
 class StandbyError(Exception):
-    """The other side does not say what it should, or nothing."""
+    """The other side sends what it should not, or is another process than it should be."""
+
+
+class Message(NamedTuple):
+    """A message that has come.
+
+    Attributes:
+        fields: its text.
+        files: descriptors that are closed on exec; the receiver closes them.
+        sender: the pid and effective user id of who sent it, as they were then.
+    """
+
+    fields: Sequence[bytes]
+    files: Sequence[int]
+    sender: tuple[int, int]
+
+    def argument(self, word: bytes) -> bytes:
+        """Return the second of two fields of which the first is `word`.
+
+        Raises:
+            StandbyError: it is another message; what it says is the reason if it is a refusal.
+        """
+        if self.fields[0] == b"no":
+            raise StandbyError(b" ".join(self.fields[1:]).decode(errors="replace"))
+        if len(self.fields) != 2 or self.fields[0] != word:
+            raise StandbyError(f"invalid message in place of {word.decode()}")
+        return self.fields[1]
 
 
 def version() -> bytes:
@@ -45,14 +73,6 @@ def version() -> bytes:
     # The prefix is the virtual environment's: its Python goes by several names.
     parts = (sys.prefix, sys.version, os.path.dirname(__file__), *encoding)  # noqa: PTH120
     return "\n".join(parts).encode(errors="surrogateescape")
-
-
-def address() -> str:
-    """Return the socket's address: an abstract one, so nothing is left when its process ends.
-
-    It is of the network namespace, and anybody may take it: both sides ask who the other is.
-    """
-    return f"\0ovr-standby/{os.geteuid()}/{zlib.crc32(version()):08x}"
 
 
 def send(to: socket.socket, fields: Sequence[bytes], files: Sequence[int] = ()) -> None:
@@ -65,43 +85,96 @@ def send(to: socket.socket, fields: Sequence[bytes], files: Sequence[int] = ()) 
     text = b"\0".join(fields)
     if text.count(b"\0") != len(fields) - 1:
         raise StandbyError("a field has a NUL byte")
-    message = _LENGTH.pack(len(text)) + text
-    sent = socket.send_fds(to, [message], files)
-    if sent < len(message):  # even an empty one fails where the other side has its answer and goes
-        to.sendall(message[sent:])
+    message = memoryview(_LENGTH.pack(len(text)) + text)
+    sender = _SENDER.pack(os.getpid(), os.geteuid(), os.getegid())
+    said = [(socket.SOL_SOCKET, socket.SCM_CREDENTIALS, sender)]
+    rights = struct.pack(f"{len(files)}i", *files)
+    given = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)] if files else []
+    while message:
+        message = message[to.sendmsg([message], [*said, *given]) :]
+        given = []
 
 
-def receive(source: socket.socket) -> tuple[list[bytes], list[int]]:
-    """Receive one message: fields, and file descriptors that are closed on exec.
+class Inbox:
+    """What comes on a connection, message by message, and all from one process.
 
-    Raises:
-        StandbyError: the other side has gone, or it is no message.
-        OSError: it cannot be received; the socket's timeout counts.
+    Args:
+        source: the connection; with a timeout, or one that does not block.
     """
-    head, files, flags, _ = socket.recv_fds(
-        source, _LENGTH.size, FILES, socket.MSG_WAITALL | socket.MSG_CMSG_CLOEXEC
-    )
-    try:
-        if len(head) < _LENGTH.size:
-            raise StandbyError("the other side has gone")
-        (length,) = _LENGTH.unpack(head)
-        if length > _MOST or flags & socket.MSG_CTRUNC:
-            raise StandbyError("that is no message")
-        return _exactly(source, length).split(b"\0"), files
-    except BaseException:
-        close_all(files)
-        raise
 
+    def __init__(self, source: socket.socket) -> None:
+        source.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+        self._source = source
+        self._sender: tuple[int, int] | None = None
+        self._most = _SHORT
+        self._data = bytearray()
+        self._length = 0  # of the text, where it is known
+        self._files: list[int] = []
 
-def _exactly(source: socket.socket, length: int) -> bytes:
-    parts = []
-    while length:
-        part = source.recv(length)
-        if not part:
+    def trust(self) -> None:
+        """Take long messages from now on, and file descriptors."""
+        self._most = _MOST
+
+    def wait(self) -> Message:
+        """Return the next message; for a connection that blocks.
+
+        Raises:
+            StandbyError: the other side has gone, or it is no message.
+            OSError: it cannot be received; the socket's timeout counts.
+        """
+        while True:
+            if message := self.receive():
+                return message
+
+    def receive(self) -> Message | None:
+        """Receive once; return the message if it is complete.
+
+        Raises:
+            StandbyError: the other side has gone, or it is no message.
+            BlockingIOError: nothing has come.
+            OSError: it cannot be received.
+        """
+        data = self._receive(self._missing)
+        if not data:
             raise StandbyError("the other side has gone")
-        parts.append(part)
-        length -= len(part)
-    return b"".join(parts)
+        self._data += data
+        if len(self._data) == _LENGTH.size and not self._length:
+            self._length = int.from_bytes(self._data, "little")
+            if not 0 < self._length <= self._most:
+                raise StandbyError("invalid message")
+        if self._missing:
+            return None
+        fields = bytes(self._data[_LENGTH.size :]).split(b"\0")
+        message = Message(fields, self._files, self._sender or (0, -1))
+        self._data, self._length, self._files = bytearray(), 0, []
+        return message
+
+    def close(self) -> None:
+        """Close the descriptors that have come with a message that is not complete."""
+        close_all(self._files)
+        self._files = []
+
+    @property
+    def _missing(self) -> int:
+        return _LENGTH.size + self._length - len(self._data)
+
+    def _receive(self, size: int) -> bytes:
+        # The kernel gives the bytes of one sender at a time to who asks for credentials.
+        room = socket.CMSG_SPACE(_SENDER.size) + socket.CMSG_SPACE(FILES * 4)
+        data, controls, flags, _ = self._source.recvmsg(size, room, socket.MSG_CMSG_CLOEXEC)
+        sender: tuple[int, int] | None = None
+        for _, kind, content in controls:
+            if kind == socket.SCM_RIGHTS:
+                self._files += struct.unpack(f"{len(content) // 4}i", content)
+            elif kind == socket.SCM_CREDENTIALS:
+                pid, uid, _ = _SENDER.unpack(content)
+                sender = pid, uid
+        if flags & socket.MSG_CTRUNC or (self._files and self._most < _MOST):
+            raise StandbyError("invalid message")
+        if data and sender != (self._sender or sender):
+            raise StandbyError("a message comes from another process")
+        self._sender = sender or self._sender
+        return data
 
 
 def close_all(files: Sequence[int]) -> None:

@@ -1,48 +1,58 @@
-"""Whether a process can do for another exactly what that would do itself.
+"""What two processes must have in common, for one to do what the other would do.
 
-What a forked child can take over (`child.become`) may differ. The rest must be the same.
+What a forked child can take over (`child.become`) may differ. Imports little: each restore waits
+for it.
 """
 
 import os
-import resource
 from collections.abc import Mapping
 from contextlib import suppress
-from pathlib import Path
 from typing import Final
 
-__all__ = ["difference", "status_of", "traits"]
+__all__ = ["circumstances", "difference", "rights", "status_of"]
 
-_STATUS: Final = (
+_RIGHTS: Final = (
     "Uid", "Gid", "Groups", "CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb", "NoNewPrivs",
-    "Seccomp", "Cpus_allowed", "Mems_allowed",
+    "Seccomp", "Seccomp_filters",
 )  # fmt: skip
-_LIMITS: Final = [name for name in dir(resource) if name.startswith("RLIMIT_")]
+_CIRCUMSTANCES: Final = ("Cpus_allowed", "Mems_allowed")
 
 
-def traits(pid: int) -> Mapping[str, object]:
-    """Return what a child cannot take over from the process `pid`, by name.
-
-    That is who it is and what it may do, its namespaces and its root, its limits, and its share of
-    the CPUs. Its cgroup and its session are not in it: what is done is charged to those of
-    ``ovr warm``.
+def rights(pid: int) -> Mapping[str, object]:
+    """Return who the process `pid` is, what it may do, and what its paths and pids mean, by name.
 
     Raises:
         OSError: there is no such process, or it must not be looked at.
     """
-    process = Path("/proc", str(pid))
+    process = f"/proc/{pid}"
     status = status_of(pid)
-    found: dict[str, object] = {name: status.get(name) for name in _STATUS}
-    for namespace in (process / "ns").iterdir():
-        found[f"{namespace.name} namespace"] = str(namespace.readlink())
-    root = (process / "root").stat()
+    found: dict[str, object] = {name: status.get(name) for name in _RIGHTS}
+    for name in sorted(os.listdir(f"{process}/ns")):  # noqa: PTH208 - imports little
+        found[f"{name} namespace"] = os.readlink(f"{process}/ns/{name}")  # noqa: PTH115
+    root = os.stat(f"{process}/root")  # noqa: PTH116
     found["root directory"] = root.st_dev, root.st_ino
-    for name in _LIMITS:
+    with suppress(OSError):  # no security module
+        found["security label"] = _read(f"{process}/attr/current")
+    return found
+
+
+def circumstances(pid: int) -> Mapping[str, object]:
+    """Return the limits of the process `pid`, and its share of the CPUs, by name.
+
+    Its cgroup and its session are not in it: what is done is charged to those of ``ovr warm``.
+
+    Raises:
+        OSError: there is no such process, or it must not be looked at.
+    """
+    import resource  # noqa: PLC0415 - not for clients
+
+    status = status_of(pid)
+    found: dict[str, object] = {name: status.get(name) for name in _CIRCUMSTANCES}
+    for name in (name for name in dir(resource) if name.startswith("RLIMIT_")):
         found[name] = resource.prlimit(pid, getattr(resource, name))
     found["nice value"] = os.getpriority(os.PRIO_PROCESS, pid)
     found["scheduling policy"] = os.sched_getscheduler(pid)
-    found["oom_score_adj"] = (process / "oom_score_adj").read_text()
-    with suppress(OSError):  # no security module
-        found["security label"] = (process / "attr" / "current").read_text()
+    found["oom_score_adj"] = _read(f"/proc/{pid}/oom_score_adj")
     return found
 
 
@@ -58,5 +68,10 @@ def status_of(pid: int) -> Mapping[str, str]:
     Raises:
         OSError: there is no such process.
     """
-    lines = Path("/proc", str(pid), "status").read_text().splitlines()
+    lines = _read(f"/proc/{pid}/status").splitlines()
     return {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
+
+
+def _read(path: str) -> str:
+    with open(path, errors="surrogateescape") as file:  # noqa: PTH123 - imports little
+        return file.read()

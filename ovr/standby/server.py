@@ -1,7 +1,7 @@
 """The process that stands by: a loop that waits for clients, and forks a child for each.
 
 It ends with the last of the VMs for which it stands by. It has one thread, or it could not fork; so
-everything in its loop is short, and a client that says nothing is waited for a second at most.
+everything in its loop is short, and it waits for no client: each has its conversation (`visit`).
 """
 
 import gc
@@ -10,19 +10,23 @@ import selectors
 import signal
 import socket
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final, NoReturn
 
-from ovr.credentials import peer_of
 from ovr.standby.child import Request, become, die_with
-from ovr.standby.messages import StandbyError, close_all, receive, send, version
-from ovr.standby.peer import difference, traits
+from ovr.standby.messages import Message, StandbyError, close_all, send, version
+from ovr.standby.peer import circumstances, rights
+from ovr.standby.place import Place
+from ovr.standby.visit import Talk, Visit, welcome
 
 __all__ = ["Server"]
 
-_PATIENCE: Final = 1.0  # seconds
+_ENDING: Final = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
+_VISITS: Final = 64
+"""The most clients that may be silent at a time; the first of them has to go when another comes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,19 +41,21 @@ class Server:
     """Stands by.
 
     Args:
-        listener: the socket at `ovr.standby.messages.address`; the server closes it.
+        place: where it listens; the server removes it.
         run: what a child does once it has become the client; it ends the process.
     """
 
-    def __init__(self, listener: socket.socket, run: Callable[[], NoReturn]) -> None:
-        self._listener = listener
+    def __init__(self, place: Place, run: Callable[[], NoReturn]) -> None:
+        self._place = place
         self._run = run
-        self._traits = traits(os.getpid())
+        self._rights = rights(os.getpid())
+        self._circumstances = circumstances(os.getpid())
         self._code = _code()
         self._vms: dict[int, int] = {}  # pidfds by pid
         self._jobs: dict[int, _Job] = {}
+        self._visits: dict[int, Visit] = {}  # by descriptor, the first comes first
         self._selector = selectors.DefaultSelector()
-        self._selector.register(listener, selectors.EVENT_READ, self._accept)
+        self._selector.register(place.socket, selectors.EVENT_READ, self._accept)
 
     def keep(self, pid: int) -> None:
         """Stand by as long as the process `pid` lives: a VM's QEMU."""
@@ -68,53 +74,84 @@ class Server:
 
     def serve(self) -> None:
         """Serve until there is no VM left to stand by for, and all children have ended."""
+        for number in _ENDING:
+            signal.signal(number, _end)
         gc.freeze()  # a collection in a child would touch, and so copy, every object
         while self._vms:
             self._step()
-        self._selector.unregister(self._listener)
-        self._listener.close()  # whoever wants another may start one
+        for visit in [*self._visits.values()]:
+            self._end_visit(visit)
+        self._selector.unregister(self._place.socket)
+        self._place.remove()  # so that another process can stand by
         while self._jobs:
             self._step()
 
     def _step(self) -> None:
-        for key, _ in self._selector.select():
-            # One of them may have done away with another.
-            if key.fd in self._selector.get_map():
+        deadline = min((visit.deadline for visit in self._visits.values()), default=None)
+        timeout = None if deadline is None else max(deadline - time.monotonic(), 0.0)
+        for key, _ in self._selector.select(timeout):
+            # One of them may have done away with another, and opened a new one in its place.
+            if self._selector.get_map().get(key.fd) is key:
                 key.data()
+        now = time.monotonic()
+        for visit in [*self._visits.values()]:
+            if visit.deadline <= now:
+                self._end_visit(visit)
 
     def _accept(self) -> None:
-        client, _ = self._listener.accept()
-        kept = False
         try:
-            client.settimeout(_PATIENCE)
-            kept = self._answer(client)
+            client, _ = self._place.socket.accept()
+        except OSError:  # it has gone
+            return
+        try:
+            visit = Visit(client, self._talk)
         except StandbyError as error:
-            with suppress(OSError):
+            with client, suppress(OSError):
                 send(client, [b"no", str(error).encode()])
-        except OSError:  # the client has gone, or says nothing
-            pass
-        finally:
-            if not kept:
-                client.close()
+            return
+        except OSError:
+            client.close()
+            return
+        if len(self._visits) >= _VISITS:
+            self._end_visit(next(iter(self._visits.values())))
+        self._visits[client.fileno()] = visit
+        self._selector.register(
+            client, selectors.EVENT_READ, lambda: self._go_on(visit, visit.hear)
+        )
+        self._go_on(visit, visit.begin)
 
-    def _answer(self, client: socket.socket) -> bool:
-        # Whether the connection is kept: a child works for it.
-        pid, uid = peer_of(client)
-        if uid != os.geteuid():
-            raise StandbyError("it is another user's")
-        fields, files = receive(client)
+    def _go_on(self, visit: Visit, step: Callable[[], bool | None]) -> None:
+        ended = True
         try:
-            if fields[1:2] != [version()]:
+            ended = bool(step())
+        except StandbyError as error:
+            visit.refuse(error)
+        except OSError:  # the client has gone, or does not read
+            pass
+        if ended:
+            self._end_visit(visit)
+
+    def _end_visit(self, visit: Visit) -> None:
+        fd = next(fd for fd, one in self._visits.items() if one is visit)
+        del self._visits[fd]
+        if visit.connection is not None:
+            self._selector.unregister(fd)
+        visit.end()
+
+    def _talk(self, visit: Visit) -> Talk:
+        yield from welcome(visit, self._rights)
+        message = yield
+        try:
+            if message.fields[1:2] != [version()]:
                 raise StandbyError("it is of another ovr, or of another Python")
             self._check_code()
-            if fields[0] == b"restore":
-                self._start(client, pid, fields[2:], files)
-                return True
-            self._order(fields[0], fields[2:])
-            send(client, [b"done"])
-            return False
+            if message.fields[0] == b"restore":
+                yield from self._restore(visit, message)
+            else:
+                self._order(message.fields[0], message.fields[2:])
+                visit.say(b"done")
         finally:
-            close_all(files)
+            close_all(message.files)
 
     def _check_code(self) -> None:
         # What is loaded here must be what lies there, or the command does not what its files say.
@@ -131,32 +168,38 @@ class Server:
         except (ValueError, KeyError, OverflowError) as error:
             raise StandbyError("it does not know that order") from error
 
-    def _start(
-        self, client: socket.socket, pid: int, fields: Sequence[bytes], files: Sequence[int]
-    ) -> None:
-        if differs := difference(self._traits, traits(pid)):
-            raise StandbyError(f"its {differs} is not this process's")
-        request = Request.read(pid, fields, files)
+    def _restore(self, visit: Visit, message: Message) -> Talk:
+        visit.peer.require_same(self._circumstances, circumstances)
         try:
-            send(client, [b"ready"])
+            request = Request.read(visit.peer.pid, message.fields[2:], message.files)
+        except OSError as error:
+            raise StandbyError(
+                f"/proc/{visit.peer.pid} cannot be read: {error.strerror}"
+            ) from error
+        try:
+            visit.peer.require_alive()
+            visit.say(b"ready")
             # Until it says so the client may give up, and do the work itself.
-            if client.recv(1) != b"\0":
+            if (yield).fields != [b"go"]:
                 raise StandbyError("the client has given up")
-            server = os.getpid()
-            child = os.fork()
-            if not child:
-                self._work(client, request, server)
+            self._start(visit, request)
         finally:
             os.close(request.directory)
-        job = _Job(child, os.pidfd_open(child), client)
+
+    def _start(self, visit: Visit, request: Request) -> None:
+        server = os.getpid()
+        child = os.fork()
+        if not child:
+            self._work(visit, request, server)
+        job = _Job(child, os.pidfd_open(child), visit.keep())
         self._jobs[child] = job
         self._selector.register(job.ended, selectors.EVENT_READ, lambda: self._end(job))
-        self._selector.register(client, selectors.EVENT_READ, lambda: self._hear(job))
+        self._selector.modify(job.client, selectors.EVENT_READ, lambda: self._hear(job))
 
-    def _work(self, client: socket.socket, request: Request, server: int) -> NoReturn:
+    def _work(self, visit: Visit, request: Request, server: int) -> NoReturn:
         try:
             die_with(server)
-            self._let_go(client)
+            self._let_go(visit)
             become(request)
             self._run()
         except BaseException:
@@ -164,20 +207,25 @@ class Server:
         finally:
             os._exit(1)
 
-    def _let_go(self, client: socket.socket) -> None:
+    def _let_go(self, own: Visit) -> None:
         # In the child, which takes the client's numbers: no object may think that it owns one.
         for job in self._jobs.values():
             os.close(job.ended)
             job.client.close()
         close_all([*self._vms.values()])
         self._selector.close()
-        self._listener.close()
-        client.close()
+        self._place.leave()
+        for visit in self._visits.values():
+            if visit is not own:
+                visit.end()
+        own.release()
 
     def _hear(self, job: _Job) -> None:
         # Each byte is a signal that the client got; there is none when it has gone.
         try:
             numbers = job.client.recv(64)
+        except BlockingIOError:
+            return
         except OSError:
             numbers = b""
         if not numbers:
@@ -196,6 +244,11 @@ class Server:
         with suppress(OSError):
             send(job.client, [b"ended", b"%d" % os.waitstatus_to_exitcode(status)])
         job.client.close()
+
+
+def _end(number: int, _: object) -> NoReturn:
+    # By way of every ``with``: no socket is left. Children are killed when their parent ends.
+    sys.exit(128 + number)
 
 
 def _code() -> Mapping[str, tuple[int, int]]:

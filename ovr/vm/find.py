@@ -16,12 +16,12 @@ reads two of its keys (``qmp`` and ``agent``); that is all that is known of the 
 import json
 import os
 import re
-import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from ovr.errors import LabError, UsageError, VmUnreachable
+from ovr.files import Directory
 from ovr.vm.libvirt import Domain, LibvirtMonitor, find_domain
 from ovr.vm.processes import QemuProcess, qemu_process, qemu_processes
 from ovr.vm.qmp import Monitor, Qmp
@@ -128,7 +128,7 @@ def lab_directory(name: str = "") -> Path:
 
     Raises:
         UsageError: not a name that a VM can have.
-        LabError: somebody else made the directory in /tmp.
+        LabError: another user has power over it.
     """
     if name and not _NAME.fullmatch(name):
         raise UsageError(
@@ -161,12 +161,20 @@ def _lab_vm(spec: str, name: str) -> VmAddress:
 
 def _runtime_directory() -> Path:
     if base := os.environ.get("XDG_RUNTIME_DIR"):
-        return Path(base) / "ovr"
-    if os.geteuid() == 0:
-        return Path("/run/ovr")
-    path = Path(f"/tmp/ovr-{os.geteuid()}")
-    path.mkdir(mode=0o700, exist_ok=True)
-    info = path.lstat()
-    if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.geteuid():
-        raise LabError(f"{path} belongs to somebody else", "set XDG_RUNTIME_DIR")
+        path = Path(base) / "ovr"
+    elif os.geteuid() == 0:
+        path = Path("/run/ovr")
+    else:
+        path = Path(f"/tmp/ovr-{os.geteuid()}")
+    try:
+        # In /tmp it is made at once, or another user could do so.
+        with Directory.private(path, create=path.parent == Path("/tmp")):
+            pass
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise LabError(
+            f"{path} is no place for lab VMs: {error.strerror}",
+            "set XDG_RUNTIME_DIR to a directory of your own",
+        ) from error
     return path

@@ -1,5 +1,6 @@
 """What only lab builds of the agent do: run commands in the guest and move files."""
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import IO
 
 from ovr.errors import LabError
+from ovr.files import UntrustedPath, locate
 from ovr.guest import lab_protocol, protocol
 from ovr.guest.message import Message
 from ovr.guest.wire import ProtocolError
@@ -101,7 +103,7 @@ class LabSession(Session):
         """
         size = 0
         self._request(lab_protocol.Put(remote, mode))
-        with _opened(local, "rb") as file:
+        with _opened(local) as file:
             while piece := file.read(protocol.CHUNK):
                 if self._has_news():
                     break  # an early answer is a refusal
@@ -123,7 +125,7 @@ class LabSession(Session):
         size = 0
         self._request(lab_protocol.Get(remote))
         message = self._answer(self._deadline(None))
-        with _opened(local, "wb") as file:
+        with _written(local) as file:
             while isinstance(message, lab_protocol.Data):
                 file.write(message.data)
                 size += len(message.data)
@@ -162,12 +164,23 @@ def _pieces(data: bytes) -> Iterator[bytes]:
 
 
 @contextmanager
-def _opened(path: Path, mode: str) -> Iterator[IO[bytes]]:
+def _opened(path: Path) -> Iterator[IO[bytes]]:
     try:
-        with path.open(mode) as file:
+        with path.open("rb") as file:
             yield file
     except OSError as error:
         raise LabError(f"{path}: {error.strerror or error}") from error
+
+
+@contextmanager
+def _written(path: Path) -> Iterator[IO[bytes]]:
+    try:
+        directory, name = locate(path)
+        with directory, os.fdopen(directory.overwrite(name), "wb") as file:
+            yield file
+    except OSError as error:
+        hint = error.hint if isinstance(error, UntrustedPath) else ""
+        raise LabError(f"{path}: {error.strerror or error}", hint) from error
 
 
 def _env(env: Sequence[str] | None) -> tuple[str, ...] | None:

@@ -31,7 +31,7 @@ LAYERS = (
     {"ram"},
     {"_fastcopy"},
     {"standby"},
-    {"addresses", "credentials", "errors", "user_cache"},
+    {"addresses", "credentials", "errors", "files", "user_cache"},
 )
 # Same height, but strangers to each other.
 FORBIDDEN = {("images", "kernel"), ("kernel", "images"), ("images", "paging"), ("images", "ram")}

@@ -11,16 +11,16 @@ import sys
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
 
-import ovr.standby.client
-import ovr.standby.messages
 from ovr.credentials import peer_of
-from ovr.standby.client import connect
-from ovr.standby.messages import StandbyError, receive, send, version
+from ovr.standby import place
+from ovr.standby.messages import Inbox, StandbyError, close_all, send, version
+from ovr.standby.place import connect
+from ovr.standby.proof import meet
 
 # Both sides meet where their Python is said to be: here each test has a place of its own.
 NAMED = "import sys; sys.prefix = sys.argv.pop(1)\n"
@@ -72,17 +72,15 @@ def run():
 """
 
 SERVER = f"""{NAMED}{LOOK}
-import socket
-from ovr.standby.messages import address
+from ovr.standby.place import Place
 from ovr.standby.server import Server
 
 for path in sys.argv[2:]:
     sys.path.insert(0, path)
     import subject
-with socket.socket(socket.AF_UNIX) as listener:
-    listener.bind(address())
-    listener.listen()
-    server = Server(listener, run)
+with Place() as place:
+    place.listen()
+    server = Server(place, run)
     server.keep(int(sys.argv[1]))
     print("listens", flush=True)
     server.serve()
@@ -103,8 +101,15 @@ ITSELF = f"{NAMED}{LOOK}run()"
 
 
 @pytest.fixture
-def name() -> str:
-    return f"/test/{uuid.uuid4().hex}"
+def name(monkeypatch) -> Iterator[str]:
+    found = f"/test/{uuid.uuid4().hex}"
+    yield found
+    monkeypatch.setattr(sys, "prefix", found)
+    socket_path().unlink(missing_ok=True)  # of a server that a test has killed
+
+
+def socket_path() -> Path:
+    return Path(place._directory_path(), place._name())
 
 
 @pytest.fixture
@@ -124,7 +129,7 @@ def standing_by(name: str, vm: subprocess.Popen, *paths: str | Path) -> Iterator
             assert server.stdout.readline() == "listens\n"
             yield server
         finally:
-            server.kill()
+            server.terminate()
 
 
 @pytest.fixture
@@ -144,11 +149,27 @@ def said(name: str, *arguments: str, **options) -> tuple[int, str]:
     return process.returncode, output
 
 
+class Connection:
+    """To a server; each side has made sure of the other."""
+
+    def __init__(self, found: socket.socket) -> None:
+        self.socket = found
+        self._inbox = meet(found)
+
+    def send(self, *fields: bytes) -> None:
+        send(self.socket, fields)
+
+    def receive(self) -> list[bytes]:
+        message = self._inbox.wait()
+        assert list(message.files) == []
+        return list(message.fields)
+
+
 @pytest.fixture
-def connection(name, server, monkeypatch) -> Iterator[socket.socket]:
+def connection(name, server, monkeypatch) -> Iterator[Connection]:
     monkeypatch.setattr(sys, "prefix", name)
     with connect() as found:
-        yield found
+        yield Connection(found)
 
 
 def odd() -> None:
@@ -308,14 +329,14 @@ def test_too_many_files(name, server, tmp_path):
     try:
         code, note = said(name, "exit", "5", pass_fds=files)
     finally:
-        ovr.standby.messages.close_all(files)
+        close_all(files)
     assert (code, "more than 200 files" in note) == (99, True)
 
 
 def test_it_ends_with_the_last_vm(name, vm, connection, server):
     with subprocess.Popen(["sleep", "600"]) as other:
-        send(connection, [b"keep", version(), b"%d" % other.pid])
-        assert receive(connection) == ([b"done"], [])
+        connection.send(b"keep", version(), b"%d" % other.pid)
+        assert connection.receive() == [b"done"]
         vm.kill()
         vm.wait()
         assert said(name, "exit", "5") == (5, "")
@@ -325,8 +346,8 @@ def test_it_ends_with_the_last_vm(name, vm, connection, server):
 
 
 def test_it_is_told_to_end(vm, connection, server):
-    send(connection, [b"drop", version(), b"%d" % vm.pid])
-    assert receive(connection) == ([b"done"], [])
+    connection.send(b"drop", version(), b"%d" % vm.pid)
+    assert connection.receive() == [b"done"]
     assert server.wait(30) == 0
 
 
@@ -358,55 +379,32 @@ def test_a_child_is_waited_for(name, vm, server):
     ],
 )
 def test_nonsense_is_refused(name, server, connection, message):
-    send(connection, [version() if field is None else field for field in message])
-    (word, *_), _ = receive(connection)
-    assert word == b"no"
+    connection.send(*[version() if field is None else field for field in message])
+    assert connection.receive()[0] == b"no"
     assert said(name, "exit", "5") == (5, "")
 
 
-@pytest.mark.parametrize("text", [b"", b"\0", b"\xff" * 4, b"\x05\0\0\0ab"])
-def test_broken_messages(name, server, connection, text):
-    connection.sendall(text)
-    connection.shutdown(socket.SHUT_WR)
-    try:
-        answer, _ = receive(connection)
-        assert answer[0] == b"no"
-    except (ConnectionResetError, StandbyError):  # nothing was said
-        pass
-    assert said(name, "exit", "5") == (5, "")
-
-
-def test_who_says_nothing_is_not_waited_for(name, server, connection):
-    """Longer than a client waits, which then does the work itself."""
-    codes = set()
-    limit = time.monotonic() + 30
-    while codes != {5} and time.monotonic() < limit:
-        codes = {said(name, "exit", "5")[0]}
-    assert codes == {5}
-    with pytest.raises((StandbyError, ConnectionError)):
-        receive(connection)
-
-
-@pytest.mark.skipif(os.geteuid() != 0, reason="takes another user")
-def test_another_users_process_is_not_asked(name, monkeypatch):
+@pytest.mark.parametrize("text", [b"", b"\0", b"\xff" * 4, b"\x05\0\0\0ab", b"\0" * 4])
+@pytest.mark.parametrize("met", [False, True])
+def test_broken_messages(name, server, text, met, monkeypatch):
     monkeypatch.setattr(sys, "prefix", name)
-    listener = f"""if True:
-        import socket, sys
-        with socket.socket(socket.AF_UNIX) as listener:
-            listener.bind({ovr.standby.messages.address()!r})
-            listener.listen()
-            print("listens", flush=True)
-            sys.stdin.read()
-    """
-    with subprocess.Popen(
-        ["/usr/bin/python3", "-c", listener], user=65534, stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE, text=True, cwd="/",
-    ) as other:  # fmt: skip
-        assert other.stdout.readline() == "listens\n"
-        with pytest.raises(ConnectionRefusedError):
-            connect()
-        assert said(name, "exit", "5") == (99, "\n")
-        other.stdin.close()
+    with connect() as connection:
+        inbox = meet(connection) if met else Inbox(connection)
+        connection.sendall(text)
+        connection.shutdown(socket.SHUT_WR)
+        with suppress(ConnectionResetError, StandbyError):  # nothing more is said
+            while (word := inbox.wait().fields[0]) != b"no":
+                assert word == b"hello"
+    assert said(name, "exit", "5") == (5, "")
+
+
+def test_files_that_come_too_early_are_refused(name, server, monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "prefix", name)
+    with connect() as connection, (tmp_path / "file").open("w") as file:
+        inbox = Inbox(connection)
+        send(connection, [b"hello", b"0"], [file.fileno()])
+        assert inbox.wait().fields[0] == b"hello"
+        assert inbox.wait().fields == [b"no", b"invalid message"]
 
 
 def test_the_whole_command(name, vm, monkeypatch):

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from ovr import demo, lab
+from ovr.standby.place import _directory_path
 from tests.vm.conftest import PREFIX, alive, end_workload, whole
 
 NOTE = "restore: a process that stood by does this\n"
@@ -21,7 +22,7 @@ NOTE = "restore: a process that stood by does this\n"
 
 @dataclass(frozen=True)
 class Host:
-    """A network namespace: whoever stands by is found by those in it only, not by other tests.
+    """A mount namespace: whoever stands by is found by those in it only, not by other tests.
 
     Args:
         pid: of a process in it.
@@ -35,7 +36,8 @@ class Host:
         command = [sys.executable, "-m", "ovr", *words, "--vm", f"lab:{self.vm.name}"]
         # Where the tests run in the background of a script SIGINT is ignored, and would stay so.
         heeding = ["env", "--default-signal=INT"]
-        entered = [*heeding, "nsenter", "-t", str(self.pid), "-n", *map(str, command)]
+        back = ["env", f"--chdir={options.pop('cwd', Path.cwd())}"]  # nsenter leaves it
+        entered = [*heeding, "nsenter", "-t", str(self.pid), "-m", *back, *map(str, command)]
         return subprocess.Popen(
             entered, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
         )
@@ -66,9 +68,12 @@ class Host:
 
 @contextmanager
 def host_of(vm: lab.LabVm) -> Iterator[Host]:
-    command = ["unshare", "-n", "sh", "-c", "echo; exec sleep 900"]
+    place = _directory_path()
+    # As root, who meets in one directory.
+    hide = f"mkdir -p {place} && mount -t tmpfs -o mode=0700 own {place}"
+    command = ["unshare", "-m", "sh", "-c", f"{hide} && echo ready && exec sleep 900"]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
-        process.stdout.readline()
+        assert process.stdout.readline() == b"ready\n"
         try:
             yield Host(process.pid, vm)
         finally:
@@ -105,8 +110,11 @@ def test_a_warm_restore_is_done_by_who_stands_by(host, vm, dump, tmp_path):
     assert NOTE in errors
     whole(vm, dump)
     assert host.standing_by() == [server]
+    [socket] = Path(f"/proc/{host.pid}/root{_directory_path()}").iterdir()
+    assert socket.is_socket()
     host.run("warm", "--off")
     assert host.ended()
+    assert list(socket.parent.iterdir()) == []
 
 
 def test_nobody_is_to_stand_by(host, vm, dump):

@@ -107,11 +107,12 @@ BODIES = st.builds(lambda f, n: f.ljust(8) + struct.pack("<Q", n) + b"123", FORM
 @given(body=st.binary(max_size=64) | BODIES)
 def test_a_body_that_nobody_wrote_ends_in_no_other_error(home, body):
     path = cached_file()
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     digest = cache._digest(SOURCE)
     path.write_bytes(cache.HEADER.pack(cache.MAGIC, digest, zlib.crc32(body), len(body)) + body)
     path.chmod(0o600)
-    cache._load(path, digest)
+    with cache.opened(create=False) as directory:
+        cache._load(directory, path.name, digest)
 
 
 def test_files_that_are_not_ours(maker, tmp_path):
@@ -134,6 +135,64 @@ def test_files_of_another_user(maker):
     maker.get()
     os.chown(cached_file(), 12345, 12345)
     assert maker.get() == 2
+
+
+@pytest.fixture
+def warnings(caplog):
+    cache._warn.cache_clear()
+    return caplog
+
+
+def victims(directory):
+    """Files that look old and many: what a cache would delete."""
+    directory.mkdir(mode=0o700, parents=True)
+    for number in range(cache.KEPT + 5):
+        (directory / f"precious.{number}").write_text("mine")
+    return sorted(path.name for path in directory.iterdir())
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+@pytest.mark.parametrize("level", ["home", "ovr", "kernel"])
+def test_nothing_is_deleted_behind_another_users_link(maker, home, tmp_path, warnings, level):
+    """The link is the cache directory, or leads to it."""
+    victim = tmp_path / "victim"
+    at = {"home": home, "ovr": home / "ovr", "kernel": home / "ovr" / "kernel"}[level]
+    before = victims(victim / cache_directory().relative_to(at))
+    at.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    at.symlink_to(victim)
+    os.lchown(at, 12345, 12345)
+    assert [maker.get(), maker.get()] == [1, 2]
+    assert sorted(path.name for path in cache_directory().iterdir()) == before
+    [said] = [record.message for record in warnings.records if record.levelname == "WARNING"]
+    assert f"the link {at} belongs to user 12345: nothing is cached" in said
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+@pytest.mark.parametrize("level", ["home", "ovr", "kernel"])
+def test_a_cache_in_another_users_directory_is_not_used(maker, home, warnings, level):
+    before = victims(cache_directory())
+    at = {"home": home, "ovr": home / "ovr", "kernel": cache_directory()}[level]
+    os.chown(at, 12345, 12345)
+    assert [maker.get(), maker.get()] == [1, 2]
+    assert sorted(path.name for path in cache_directory().iterdir()) == before
+    assert f"the directory {at} belongs to user 12345" in warnings.text
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o1777])
+def test_a_cache_that_others_can_write_to_is_not_used(maker, home, warnings, mode):
+    before = victims(cache_directory())
+    cache_directory().chmod(mode)
+    assert [maker.get(), maker.get()] == [1, 2]
+    assert sorted(path.name for path in cache_directory().iterdir()) == before
+    assert f"others can write to the directory {cache_directory()}" in warnings.text
+
+
+def test_a_link_of_ones_own_may_lead_to_the_cache(maker, home, tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir(mode=0o700)
+    home.symlink_to(elsewhere)
+    assert [maker.get(), maker.get()] == [1, 1]
+    assert list(elsewhere.rglob(f"{ID}.tables"))
 
 
 def test_too_large(maker, monkeypatch):
@@ -172,10 +231,10 @@ def test_no_home(maker, monkeypatch):
 
 
 def test_nothing_is_left_of_a_write_that_failed(maker, monkeypatch):
-    def full(path, target):
+    def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(cache.Path, "rename", full)
+    monkeypatch.setattr(cache.Directory, "rename", full)
     assert maker.get() == 1
     assert list(cache_directory().iterdir()) == []
 

@@ -1,5 +1,8 @@
 """Known places save the search, and never lead to a kernel that no longer runs."""
 
+import os
+from pathlib import Path
+
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -7,6 +10,7 @@ from hypothesis import strategies as st
 from ovr.addresses import Gpa
 from ovr.kernel import Kernel, places
 from ovr.kernel import kernel as module
+from ovr.kernel.cache import cache_directory
 from ovr.kernel.places import Place, note, recall
 
 from ..machine import Machine
@@ -116,8 +120,8 @@ LINES = st.one_of(
 @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(content=st.lists(LINES, max_size=20).map(b"\n".join))
 def test_a_damaged_file_means_a_search(cache, content):
-    places._file().parent.mkdir(parents=True, exist_ok=True)
-    places._file().write_bytes(content)
+    cache_directory().mkdir(mode=0o700, parents=True, exist_ok=True)
+    (cache_directory() / places.FILE).write_bytes(content)
     for place in recall():
         assert place.gpa % 4096 == 0
     note(Place(Gpa(0x5000), 1.0))
@@ -137,11 +141,22 @@ def test_a_kernel_without_a_clock_is_searched_each_time(tmp_path, searches):
     assert len(searches) == 2
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+def test_places_in_another_users_directory_are_not_used(cache):
+    note(Place(Gpa(0x5000), 1.0))
+    assert recall() == [Place(Gpa(0x5000), 1.0)]
+    os.chown(cache_directory(), 12345, 12345)
+    before = (cache_directory() / places.FILE).read_bytes()
+    assert recall() == []
+    note(Place(Gpa(0x6000), 1.0))
+    assert (cache_directory() / places.FILE).read_bytes() == before
+
+
 def test_no_home(toy, monkeypatch):
     def lost():
         raise RuntimeError("Could not determine home directory.")
 
     monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setattr(places.Path, "home", lost)
+    monkeypatch.setattr(Path, "home", lost)
     assert recall() == []
     assert Kernel.find(toy.machine.ram).release == "6.12.0-toy"
