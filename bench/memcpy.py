@@ -20,6 +20,7 @@ from ovr.lab import LabVm
 from ovr.lab.cache import cached, digest
 from ovr.lab.tools import need_tool, run_tool
 from ovr.plan import make_plan
+from ovr.ram import Slot
 from ovr.ranges import split, total
 from ovr.vm.attach import AttachedVm
 from ovr.vm.hold import Holder
@@ -51,7 +52,7 @@ class MemcpyLimit:
             self._image = _mapped(stack, path, 0, path.stat().st_size, mmap.ACCESS_READ)
             with AttachedVm(self._target) as attached:
                 self._slots = [
-                    (slot.gpa, slot.size, _mapped(stack, slot.path, slot.offset, slot.size, None))
+                    (slot.gpa, slot.size, _mapped(stack, _path(slot), slot.offset, slot.size, None))
                     for slot in attached.ram.slots
                 ]
             self._stack = stack.pop_all()
@@ -86,6 +87,10 @@ class MemcpyLimit:
             pieces["to"][here] = host + (runs["gpa"][here] - np.uint64(gpa))
         assert pieces["to"].all(), "a page is not in RAM"
         return pieces
+
+
+def _path(slot: Slot) -> Path:
+    return Path(f"/proc/self/fd/{slot.file.fileno()}")
 
 
 def _mapped(stack: ExitStack, path: Path, offset: int, size: int, access: int | None) -> int:

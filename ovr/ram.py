@@ -7,7 +7,6 @@ checks of `_fastcopy.RamMap`.
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -25,10 +24,53 @@ if TYPE_CHECKING:
 
     from typing_extensions import Buffer
 
-__all__ = ["GuestRam", "Runs", "Slot"]
+__all__ = ["GuestRam", "RamFile", "Runs", "Slot"]
 
 Runs = NDArray[np.void]
 """An array of dtype `_fastcopy.RUN`."""
+
+
+class RamFile:
+    """An open RAM file; closed when nothing refers to it any more.
+
+    It is mapped through the descriptor that it was found by and never opened by a name: a name may
+    lead to another file by now.
+
+    Args:
+        fd: the descriptor, which this object owns from now on. Of a VM's RAM it is QEMU's own open
+            file description (`ovr.vm.process_files`): its file offset must not be moved.
+        name: what messages call the file.
+    """
+
+    def __init__(self, fd: int, name: str) -> None:
+        self._fd = fd
+        self.name = name
+
+    def __del__(self) -> None:
+        os.close(self._fd)
+
+    def __repr__(self) -> str:
+        return f"RamFile({self._fd}, {self.name!r})"
+
+    def fileno(self) -> int:
+        """Return the descriptor, which stays this object's."""
+        return self._fd
+
+    def reopened(self) -> int:
+        """Return a read-only descriptor with a file offset and locks of its own.
+
+        The caller closes it.
+
+        Raises:
+            RamNotShared: we may not read the file.
+        """
+        try:
+            return os.open(f"/proc/self/fd/{self._fd}", os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise RamNotShared(
+                f"the VM's RAM file {self.name} cannot be opened: {error.strerror}",
+                "run as a user who may read and write it, while the VM runs",
+            ) from error
 
 
 @dataclass(frozen=True)
@@ -37,7 +79,7 @@ class Slot:
 
     gpa: Gpa
     size: int
-    path: str
+    file: RamFile
     offset: Offset
 
     @property
@@ -54,26 +96,22 @@ class GuestRam:
         writable: map for writing. Reading tools leave it off, so that they cannot write.
 
     Raises:
-        RamNotShared: a RAM file cannot be opened, is too short or cannot be mapped.
+        RamNotShared: a RAM file is too short or cannot be mapped, such as one that is open for
+            reading only when `writable`.
     """
 
     def __init__(self, slots: Sequence[Slot], *, writable: bool = False) -> None:
         self.slots = tuple(sorted(slots, key=lambda slot: slot.gpa))
         self.writable = writable
         _check(self.slots)
-        with ExitStack() as files:
-            native = []
-            for slot in self.slots:
-                fd = _open(slot, writable)
-                files.callback(os.close, fd)
-                native.append((slot.gpa, slot.size, fd, slot.offset))
-            try:
-                self._map = RamMap(native, writable=writable)
-            except (OSError, ValueError) as error:
-                raise RamNotShared(
-                    f"guest RAM cannot be mapped: {error}",
-                    "is the VM's RAM file still the one that QEMU uses?",
-                ) from error
+        native = [(slot.gpa, slot.size, slot.file.fileno(), slot.offset) for slot in self.slots]
+        try:
+            self._map = RamMap(native, writable=writable)
+        except (OSError, ValueError) as error:
+            raise RamNotShared(
+                f"guest RAM cannot be mapped: {error}",
+                "is the VM's RAM file still the one that QEMU uses?",
+            ) from error
 
     def __enter__(self) -> "Self":
         return self
@@ -153,20 +191,9 @@ def _check(slots: Sequence[Slot]) -> None:
             raise ValueError(f"slots at GPA {one.gpa:#x} and {two.gpa:#x} overlap")
 
 
-def _open(slot: Slot, writable: bool) -> int:
-    flags = os.O_RDWR if writable else os.O_RDONLY
-    try:
-        return os.open(slot.path, flags | os.O_CLOEXEC)
-    except OSError as error:
-        raise RamNotShared(
-            f"the VM's RAM file {slot.path} cannot be opened: {error.strerror}",
-            "run as a user who may read and write it, while the VM runs",
-        ) from error
-
-
 def _allocated(slot: Slot) -> Iterator[tuple[Gpa, Gpa]]:
     # GPA ranges of the slot whose file pages exist (SEEK_DATA, SEEK_HOLE).
-    fd = _open(slot, False)
+    fd = slot.file.reopened()  # QEMU's own file offset must stay where it is
     try:
         end = slot.offset + slot.size
         at = int(slot.offset)

@@ -91,7 +91,7 @@ def _vm(qmp: Monitor, stack: ExitStack, vmlinux: Path | None) -> Iterator[Item]:
     what = "guest RAM"
     try:
         ram = stack.enter_context(GuestRam(guest_slots(qmp), writable=True))
-        files = {slot.path for slot in ram.slots}
+        files = {slot.file for slot in ram.slots}
         yield Item(what, True, f"{size(ram.size)} in {len(files)} shared files")
         what = "guest kernel"
         yield from _kernel(Kernel.find(ram, vmlinux))

@@ -1,8 +1,9 @@
 """All VMs of this host: how each can be named, and whether it can be restored into."""
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ovr.errors import CheckFailed, OvrError
 from ovr.vm.find import VmAddress, address_of_process, find_vm, lab_addresses
@@ -73,14 +74,16 @@ def _names(
         yield f"libvirt:{process.name}"
         return  # only libvirt has a monitor for us
     sockets = process.qmp
-    yield from (lab.spec for lab in labs if lab.qmp in sockets)
-    if process.name and sum(other.name == process.name for other in processes) == 1:
-        yield f"name:{process.name}"
+    if process.uid == os.geteuid():  # names are the owner's word: another user's are not believed
+        yield from (lab.spec for lab in labs if lab.qmp in sockets)
+        own = [other.name for other in processes if other.uid == process.uid]
+        if process.name and own.count(process.name) == 1:
+            yield f"name:{process.name}"
     yield from (f"qmp:{path}" for path in sockets)
     yield f"pid:{process.pid}"
 
 
 def _address(name: str, process: QemuProcess) -> VmAddress:
     if name.startswith(("libvirt:", "lab:")):
-        return find_vm(name)
+        return replace(find_vm(name), pid=process.pid)
     return address_of_process(name, process)

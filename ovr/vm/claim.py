@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from ovr.errors import CheckFailed, RamNotShared
+from ovr.errors import CheckFailed
 from ovr.ram import Slot
 
 __all__ = ["claimed", "refuse_claimed"]
@@ -26,16 +26,11 @@ def claimed(slots: Sequence[Slot]) -> Iterator[None]:
 
     Raises:
         CheckFailed: another one is at it, or the file's file system knows no locks.
-        RamNotShared: the RAM file cannot be opened.
+        RamNotShared: we may not read the RAM file.
     """
-    path = min(slots, key=lambda slot: slot.gpa).path
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError as error:
-        raise RamNotShared(
-            f"the VM's RAM file {path} cannot be opened: {error.strerror}",
-            "run as a user who may read and write it, while the VM runs",
-        ) from error
+    file = min(slots, key=lambda slot: slot.gpa).file
+    # A lock belongs to the open file description, and the one that we map may be QEMU's.
+    fd = file.reopened()
     try:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -43,7 +38,7 @@ def claimed(slots: Sequence[Slot]) -> Iterator[None]:
             raise _taken(_locks().get(_name(os.fstat(fd)), 0)) from error
         except OSError as error:
             raise CheckFailed(
-                f"the VM's RAM file {path} cannot be locked: {error.strerror}",
+                f"the VM's RAM file {file.name} cannot be locked: {error.strerror}",
                 "keep it on a file system with locks (flock), such as tmpfs",
             ) from error
         yield

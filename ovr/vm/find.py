@@ -2,7 +2,7 @@
 
 ==================  ===============================================================
 ``libvirt:DOMAIN``  a libvirt domain, by name, UUID or id
-``name:NAME``       a QEMU that was started with ``-name NAME``
+``name:NAME``       a QEMU of the caller's that was started with ``-name NAME``
 ``qmp:PATH``        a QMP socket
 ``pid:N``           a QEMU process
 ``lab:NAME``        a VM of this repository's lab
@@ -54,21 +54,33 @@ class VmAddress:
         spec: what the user typed.
         qmp: path of the QMP socket, or the libvirt domain that has the monitor.
         agent: address of the guest's agent as ``--agent`` takes it, where it is known.
+        pid: QEMU's, where the VM was named by its process; None otherwise.
     """
 
     spec: str
     qmp: Path | Domain
     agent: str | None
+    pid: int | None = None
 
     def connect(self, timeout: float = 10.0) -> Monitor:
         """Connect to the VM's monitor; `timeout` is for each answer, in seconds.
 
         Raises:
-            VmUnreachable: it does not answer.
+            VmUnreachable: it does not answer, or is another process's.
         """
+        monitor: Monitor
         if isinstance(self.qmp, Domain):
-            return LibvirtMonitor(self.qmp, timeout)
-        return Qmp.connect(self.qmp, timeout)
+            monitor = LibvirtMonitor(self.qmp, timeout)
+        else:
+            monitor = Qmp.connect(self.qmp, timeout)
+        if self.pid not in (None, monitor.qemu_pid):
+            with monitor:  # any user can put any path on his command line
+                raise VmUnreachable(
+                    f"the monitor of {self.spec} is not that of process {self.pid}, but of"
+                    f" {monitor.qemu_pid or 'one that cannot be seen from here'}",
+                    "name the VM by its socket, if it is the one that you mean: --vm qmp:PATH",
+                )
+        return monitor
 
 
 def find_vm(spec: str) -> VmAddress:
@@ -102,7 +114,7 @@ def address_of_process(spec: str, process: QemuProcess) -> VmAddress:
     """
     for path in process.qmp:
         if path.is_socket():
-            return VmAddress(spec, path, process.agent)
+            return VmAddress(spec, path, process.agent, process.pid)
     if process.libvirt:
         raise VmUnreachable(
             f"libvirt owns the monitor of QEMU {process.pid}", f"--vm libvirt:{process.name}"
@@ -139,13 +151,25 @@ def lab_directory(name: str = "") -> Path:
 
 
 def _named(name: str) -> QemuProcess:
-    found = [process for process in qemu_processes() if process.name == name]
-    if not found:
+    # Any user can give his QEMU any name: only the caller's own are found by it.
+    every = [process for process in qemu_processes() if process.name == name]
+    found = [process for process in every if process.uid == os.geteuid()]
+    if not every:
         raise VmUnreachable(f"no QEMU here has the name {name}", "ovr list shows what runs")
+    if not found:
+        whose = ", ".join(f"pid:{process.pid} of {_user(process.uid)}" for process in every)
+        raise VmUnreachable(
+            f"the name {name} is that of another user's QEMU: {whose}",
+            "if it is the one that you mean, name it by its pid",
+        )
     if len(found) > 1:
         pids = ", ".join(f"pid:{process.pid}" for process in found)
         raise VmUnreachable(f"{len(found)} QEMUs here have the name {name}", f"say which: {pids}")
     return found[0]
+
+
+def _user(uid: int | None) -> str:
+    return "a set-uid program" if uid is None else f"user {uid}"
 
 
 def _lab_vm(spec: str, name: str) -> VmAddress:

@@ -6,10 +6,14 @@ marks the domain as tainted (``custom-monitor``) all the same, which changes not
 
 Which libvirtd is asked is virsh's own choice: ``LIBVIRT_DEFAULT_URI``, else the system's for root
 and the session's for others.
+
+libvirt does not tell the pid of a domain's QEMU. It is the process that has the domain's UUID on
+its command line, and, since any user can have that, runs as the user that libvirt runs it as.
 """
 
 import json
 import os
+import pwd
 import subprocess
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -38,11 +42,13 @@ class Domain:
         uuid: its UUID, which stays when it is renamed.
         agent: where the guest's agent would be, as ``--agent`` takes it, as far as the domain's
             XML tells: its vsock CID, or the socket of a channel named ``org.ovr.0``.
+        uid: the user that its QEMU runs as; None if libvirt does not say, and so did not change it.
     """
 
     name: str
     uuid: str
     agent: str | None
+    uid: int | None = None
 
 
 def find_domain(name: str, timeout: float = 10.0) -> Domain:
@@ -62,7 +68,7 @@ def find_domain(name: str, timeout: float = 10.0) -> Domain:
         root = ElementTree.fromstring(text)
     except ElementTree.ParseError as error:
         raise VmUnreachable(f"libvirt's XML of {name} makes no sense: {error}") from error
-    found = Domain(root.findtext("name", name), root.findtext("uuid", ""), _agent(root))
+    found = Domain(root.findtext("name", name), root.findtext("uuid", ""), _agent(root), _uid(root))
     if root.get("type") not in ("qemu", "kvm"):
         raise VmUnreachable(f"the libvirt domain {found.name} is no QEMU: {root.get('type')}")
     if root.get("id") is None:
@@ -86,10 +92,16 @@ class LibvirtMonitor(Monitor):
     def __init__(self, domain: Domain, timeout: float = 10.0) -> None:
         self._domain = domain
         self._timeout = timeout
-        pids = [process.pid for process in qemu_processes() if process.uuid == domain.uuid]
+        uid = os.geteuid() if domain.uid is None else domain.uid
+        pids = [
+            process.pid
+            for process in qemu_processes()
+            if process.uuid == domain.uuid and process.uid == uid
+        ]
         if len(pids) != 1:
             raise VmUnreachable(
-                f"{len(pids) or 'no'} QEMU processes here have the UUID of {domain.name}",
+                f"{len(pids) or 'no'} QEMU processes of user {uid} here have the UUID of"
+                f" {domain.name}",
                 "run ovr on the host of the VM, where its processes can be seen",
             )
         self._pid = pids[0]
@@ -145,6 +157,20 @@ def _virsh(name: str, *words: str, timeout: float) -> str:
     if "failed to connect" in done.stderr:
         raise VmUnreachable(f"libvirt cannot be reached: {reason}", _OTHER_URI)
     raise VmUnreachable(f"libvirt refuses, for the domain {name}: {reason}", "virsh list --all")
+
+
+def _uid(root: "Element") -> int | None:
+    # "+64055:+64055", or names; libvirt puts the label of the running QEMU there (qemu_security.c).
+    label = root.findtext("seclabel[@model='dac']/label")
+    if label is None:
+        return None
+    user = label.partition(":")[0]
+    try:
+        return int(user.removeprefix("+")) if user.startswith("+") else pwd.getpwnam(user).pw_uid
+    except (ValueError, KeyError) as error:
+        raise VmUnreachable(
+            f"libvirt runs the domain as user {user!r}, which has no uid here"
+        ) from error
 
 
 def _agent(root: "Element") -> str | None:

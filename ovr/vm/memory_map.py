@@ -2,8 +2,8 @@
 
 Three answers are joined, so that nothing depends on how files are named: the flat view of the
 guest's address space says what is RAM, ``gpa2hva`` where QEMU has it mapped, and
-``/proc/PID/maps`` which file that mapping is of, and whether it is shared. So memfds, deleted
-files, NUMA nodes, DIMMs and the hole below 4 GiB need no special cases.
+``/proc/PID/maps`` which file that mapping is of, and whether QEMU shares it and writes to it. So
+memfds, deleted files, NUMA nodes, DIMMs and the hole below 4 GiB need no special cases.
 
 Expected of ``info mtree -f`` (QEMU 7.2.22, q35 with 4 GiB in two NUMA nodes; I/O left out)::
 
@@ -24,30 +24,25 @@ Machine types before 4.0 call the region ``/objects/ram0``; a DIMM's has the nam
 
 import os
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
+import time
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
+from itertools import islice
+from typing import Any, Final
 
 from ovr.addresses import PAGE_SIZE, Gpa, Offset
-from ovr.errors import CheckFailed, RamNotShared
+from ovr.errors import CheckFailed, RamNotShared, VmUnreachable
 from ovr.ram import Slot
+from ovr.vm.process_files import SHARE_IT, Mapping, ProcessFiles
 from ovr.vm.qmp import Monitor
 
-__all__ = ["Mapping", "RamRange", "guest_slots", "parse_maps", "ram_ranges"]
+__all__ = ["RamRange", "guest_slots", "ram_ranges"]
 
 _RANGE = re.compile(r" *([0-9a-f]{16})-([0-9a-f]{16}) \(prio -?\d+, ([\w/-]+)\): (\S+)")
 _HVA = re.compile(r"Host virtual address for 0x[0-9a-f]+ \(.*\) is 0x([0-9a-f]{1,16})\s*")
-_MAPPING = re.compile(
-    r"([0-9a-f]{1,16})-([0-9a-f]{1,16}) ..(.)([sp]) ([0-9a-f]+) [0-9a-f]+:[0-9a-f]+ (\d+) *(.*)"
-)
 _RANGES_LIMIT = 4096
-_SHARE_IT = (
-    "start QEMU with -object memory-backend-file,id=ram,size=SIZE,mem-path=/dev/shm/vm,share=on "
-    "-machine memory-backend=ram (libvirt: <memoryBacking><source type='memfd'/>"
-    "<access mode='shared'/></memoryBacking>)"
-)
+_PATIENCE: Final = 60.0  # seconds for all questions together: each could be answered late
 _BECOME = "run as root, or as the user that runs QEMU, on its host"
 
 
@@ -61,15 +56,23 @@ class RamRange:
 
 
 @dataclass(frozen=True)
-class Mapping:
-    """A line of ``/proc/PID/maps``: addresses ``[start, end)`` of the process."""
+class _Piece:
+    """A part of a `RamRange` as QEMU has it mapped; `mapping` is the first that leads there."""
 
-    start: int
-    end: int
-    shared: bool
-    offset: int
-    inode: int
-    path: str
+    gpa: Gpa
+    size: int
+    offset: Offset
+    mapping: Mapping
+
+    @property
+    def file(self) -> tuple[int, int, str]:
+        """What tells its file from others, for as long as the file is mapped."""
+        return self.mapping.device, self.mapping.inode, self.mapping.path
+
+    @property
+    def place(self) -> tuple[object, ...]:
+        """Which bytes of which file it is."""
+        return self.gpa, self.size, self.offset, self.file
 
 
 def guest_slots(qmp: Monitor) -> tuple[Slot, ...]:
@@ -77,25 +80,36 @@ def guest_slots(qmp: Monitor) -> tuple[Slot, ...]:
 
     RAM that the firmware made read-only (below 1 MiB) is left out: no page of it is a task's.
 
+    Which file that is, is QEMU's word, and so is where it lies in it. A process that plays QEMU
+    gets us to map what it has mapped for writing itself, and nothing else (`ProcessFiles`).
+
     Raises:
-        RamNotShared: some RAM is not a shared mapping of a file, or its file is gone.
-        CheckFailed: QEMU's memory map cannot be read or understood.
-        VmUnreachable: QMP broke.
+        RamNotShared: some RAM is not a mapping of a regular file that QEMU shares and writes to,
+            or its file is gone, or too short.
+        CheckFailed: QEMU's memory map cannot be read or understood, or changed meanwhile.
+        VmUnreachable: QMP broke, or the answers take too long.
     """
+    until = time.monotonic() + _PATIENCE
     shared = _backends(qmp)
     ranges = [found for found in ram_ranges(qmp.human("info mtree -f")) if found.region in shared]
     if not ranges:
-        raise RamNotShared("the VM has no RAM in a memory backend", _SHARE_IT)
+        raise RamNotShared("the VM has no RAM in a memory backend", SHARE_IT)
     for found in ranges:
         if not shared[found.region]:
-            raise RamNotShared(f"the VM's RAM {found.region} is private to QEMU", _SHARE_IT)
-    process = Path(f"/proc/{_qemu_pid(qmp)}")
-    mappings = parse_maps(_text_of(process / "maps"))
-    files = _open_files(process)
-    slots: list[Slot] = []
-    for found in ranges:
-        slots += _slots(found, _address(qmp, found.gpa), mappings, files)
-    return tuple(_joined(slots))
+            raise RamNotShared(f"the VM's RAM {found.region} is private to QEMU", SHARE_IT)
+    with ProcessFiles(_qemu_pid(qmp)) as process:
+        process.check_owner(qmp.owner)
+        addresses = [_address(qmp, found.gpa, until) for found in ranges]
+        pieces = _all_pieces(ranges, addresses, process.mappings())
+        files = {piece.file: process.open_mapped(piece.mapping) for piece in _one_a_file(pieces)}
+        # What we have open cannot get another file's number now: what is mapped still is this.
+        again = _all_pieces(ranges, addresses, process.mappings())
+        if [piece.place for piece in again] != [piece.place for piece in pieces]:
+            raise CheckFailed("QEMU's memory map changed while it was read", "try again")
+    slots = tuple(Slot(piece.gpa, piece.size, files[piece.file], piece.offset) for piece in pieces)
+    for slot in slots:
+        _check_size(slot)
+    return slots
 
 
 def ram_ranges(mtree: str) -> list[RamRange]:
@@ -120,17 +134,6 @@ def ram_ranges(mtree: str) -> list[RamRange]:
             ranges.append(RamRange(Gpa(start), end - start, match[4]))
             last = end
     return ranges
-
-
-def parse_maps(text: str) -> list[Mapping]:
-    """Return the lines of a ``/proc/PID/maps`` that are mappings of files, ascending."""
-    found = []
-    for line in text.splitlines():
-        match = _MAPPING.fullmatch(line)
-        if match and int(match[6]):
-            start, end, offset = (int(match[number], 16) for number in (1, 2, 5))
-            found.append(Mapping(start, end, match[4] == "s", offset, int(match[6]), match[7]))
-    return found
 
 
 def _system_view(mtree: str) -> list[str]:
@@ -162,77 +165,68 @@ def _qemu_pid(qmp: Monitor) -> int:
     raise CheckFailed("QEMU runs in a pid namespace that cannot be seen from here", _BECOME)
 
 
-def _address(qmp: Monitor, gpa: Gpa) -> int:
+def _address(qmp: Monitor, gpa: Gpa, until: float) -> int:
+    if time.monotonic() > until:
+        raise VmUnreachable(f"QEMU does not say within {_PATIENCE:g} s where its RAM is")
     answer = qmp.human(f"gpa2hva {gpa:#x}")
     if match := _HVA.fullmatch(answer):
         return int(match[1], 16)
     raise CheckFailed(f"QEMU does not say where it has GPA {gpa:#x}: {answer.strip()[:100]}")
 
 
-def _text_of(path: Path) -> str:
-    try:
-        return os.fsdecode(path.read_bytes())
-    except OSError as error:
-        raise CheckFailed(f"QEMU's {path} cannot be read: {error.strerror}", _BECOME) from error
+def _all_pieces(
+    ranges: Sequence[RamRange], addresses: Sequence[int], mappings: Sequence[Mapping]
+) -> list[_Piece]:
+    starts = [mapping.start for mapping in mappings]
+    pieces: list[_Piece] = []
+    for found, address in zip(ranges, addresses, strict=True):
+        first = max(bisect_right(starts, address) - 1, 0)
+        pieces += _pieces(found, address, islice(mappings, first, None))
+    return list(_joined(pieces))
 
 
-def _open_files(process: Path) -> dict[tuple[str, int], str]:
-    # (name, inode) of QEMU's open files → a path that opens them, even if they have no name.
-    files = {}
-    try:
-        for entry in (process / "fd").iterdir():
-            try:
-                files[str(entry.readlink()), entry.stat().st_ino] = str(entry)
-            except OSError:  # closed meanwhile
-                continue
-    except OSError as error:
-        raise CheckFailed(f"{process}/fd cannot be read: {error.strerror}", _BECOME) from error
-    return files
-
-
-def _slots(
-    found: RamRange,
-    address: int,
-    mappings: Sequence[Mapping],
-    files: dict[tuple[str, int], str],
-) -> Iterator[Slot]:
+def _pieces(found: RamRange, address: int, mappings: Iterable[Mapping]) -> Iterator[_Piece]:
     # The range as QEMU has it mapped; madvise may have split the mapping into several.
     at, end = address, address + found.size
     for mapping in mappings:
         if not mapping.start <= at < min(mapping.end, end):
-            continue
+            break
         if not mapping.shared:
-            raise RamNotShared(f"the VM's RAM {found.region} is a private mapping", _SHARE_IT)
+            raise RamNotShared(f"the VM's RAM {found.region} is a private mapping", SHARE_IT)
+        if not mapping.writable:
+            raise RamNotShared(f"QEMU may not write to the VM's RAM {found.region}", SHARE_IT)
         part = min(mapping.end, end) - at
         offset = Offset(mapping.offset + at - mapping.start)
-        yield Slot(Gpa(found.gpa + at - address), part, _path(mapping, files), offset)
+        yield _Piece(Gpa(found.gpa + at - address), part, offset, mapping)
         at += part
     if at < end:
-        raise RamNotShared(f"the VM's RAM {found.region} is not mapped from a file", _SHARE_IT)
+        raise RamNotShared(f"the VM's RAM {found.region} is not mapped from a file", SHARE_IT)
 
 
-def _path(mapping: Mapping, files: dict[tuple[str, int], str]) -> str:
-    held = files.get((mapping.path.replace("\\012", "\n"), mapping.inode))
-    if held is None:
-        raise RamNotShared(
-            f"the VM's RAM file {mapping.path} is gone: QEMU itself has closed it", _SHARE_IT
-        )
-    with suppress(OSError):  # its name is nicer to read, where it still is the same file
-        if Path(mapping.path).samefile(held):
-            return mapping.path
-    return held
-
-
-def _joined(slots: Sequence[Slot]) -> Iterator[Slot]:
-    last: Slot | None = None
-    for slot in slots:
-        if last and (last.end, last.path, last.offset + last.size) == (
-            slot.gpa, slot.path, slot.offset,
+def _joined(pieces: Iterable[_Piece]) -> Iterator[_Piece]:
+    last: _Piece | None = None
+    for piece in pieces:
+        if last and (last.gpa + last.size, last.file, last.offset + last.size) == (
+            piece.gpa, piece.file, piece.offset,
         ):  # fmt: skip
-            last = replace(last, size=last.size + slot.size)
+            last = replace(last, size=last.size + piece.size)
             continue
         if last:
             yield last
-        last = slot
+        last = piece
     if last:
         yield last
+
+
+def _one_a_file(pieces: Sequence[_Piece]) -> list[_Piece]:
+    return list({piece.file: piece for piece in pieces}.values())
+
+
+def _check_size(slot: Slot) -> None:
+    size = os.fstat(slot.file.fileno()).st_size
+    if size < slot.offset + slot.size:
+        raise RamNotShared(
+            f"the VM's RAM file {slot.file.name} has {size} bytes, and QEMU says that it uses"
+            f" {slot.offset + slot.size}",
+            "is this QEMU? If it is, restart the VM: its RAM file was cut off",
+        )

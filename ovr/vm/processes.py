@@ -1,13 +1,21 @@
-"""QEMU processes of this host, and what their command lines say about how to reach the VM."""
+"""QEMU processes of this host, and what their command lines say about how to reach the VM.
+
+A command line is its user's word. Any user can start a process, or the real QEMU, with any name,
+UUID and socket on it: the program proves nothing, the user does. So names are looked up among the
+processes of one user (`QemuProcess.uid`), and a monitor must be that process's (`ovr.vm.find`).
+"""
 
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from ovr.errors import VmUnreachable
+
+if TYPE_CHECKING:
+    import psutil
 
 __all__ = [
     "AGENT_CHANNEL",
@@ -33,11 +41,14 @@ class QemuProcess:
         pid: its pid.
         command_line: its arguments, the program first.
         directory: where relative paths of its command line begin.
+        uid: whose it is: its real, effective and saved user id; None if these differ, as of a
+            set-uid program, whose command line is another user's word.
     """
 
     pid: int
     command_line: tuple[str, ...]
     directory: Path
+    uid: int | None
 
     @property
     def name(self) -> str | None:
@@ -98,7 +109,7 @@ def qemu_process(pid: int) -> QemuProcess:
         command_line = process.cmdline()
         if not _is_qemu(command_line) and not list(qmp_sockets(command_line)):
             raise VmUnreachable(f"process {pid} ({process.name()}) is not QEMU")
-        return QemuProcess(pid, tuple(command_line), Path(process.cwd()))
+        return QemuProcess(pid, tuple(command_line), Path(process.cwd()), _uid(process))
     except psutil.NoSuchProcess as error:
         raise VmUnreachable(f"there is no process {pid}") from error
     except psutil.AccessDenied as error:
@@ -117,12 +128,13 @@ def qemu_processes() -> list[QemuProcess]:
             command_line = process.cmdline()
             if not _is_qemu(command_line) or _runs_nothing(command_line):
                 continue
+            uid = _uid(process)
             directory = Path(process.cwd())
         except psutil.AccessDenied:
             directory = Path("/")  # another user's: its relative paths are of no use to us
         except psutil.NoSuchProcess:
             continue
-        found.append(QemuProcess(process.pid, tuple(command_line), directory))
+        found.append(QemuProcess(process.pid, tuple(command_line), directory, uid))
     return found
 
 
@@ -166,9 +178,14 @@ def option_fields(value: str, first: str = "") -> dict[str, str]:
 def _json_fields(value: str) -> dict[str, str]:
     try:
         fields: dict[str, Any] = json.loads(value)
-    except (ValueError, RecursionError):
+        return {key: str(fields[key]) for key in fields}
+    except (ValueError, RecursionError):  # str() of what is nested may run deeper than the parser
         return {}
-    return {key: str(fields[key]) for key in fields}
+
+
+def _uid(process: "psutil.Process") -> int | None:
+    uids = {*process.uids()}
+    return uids.pop() if len(uids) == 1 else None
 
 
 def _option(word: str) -> str:

@@ -9,7 +9,6 @@ import select
 import socket
 import time
 from abc import ABC, abstractmethod
-from collections import deque
 from collections.abc import Mapping
 from itertools import count
 from pathlib import Path
@@ -22,8 +21,7 @@ from ovr.vm.claim import refuse_claimed
 
 __all__ = ["ExecuteError", "Monitor", "Qmp"]
 
-_MESSAGE_LIMIT = 16 << 20  # bytes; QEMU's largest answers (query-qmp-schema) have 200 KiB
-_EVENTS_KEPT = 1000
+_MESSAGE_LIMIT = 4 << 20  # bytes; QEMU's largest answers (query-qmp-schema) have 200 KiB
 _HINT = "is this the QMP socket of a running QEMU, and is nobody else connected to it?"
 
 
@@ -63,6 +61,11 @@ class Monitor(ABC):
     @abstractmethod
     def qemu_pid(self) -> int:
         """QEMU's pid, 0 if its process cannot be seen from here."""
+
+    @property
+    def owner(self) -> int | None:
+        """The uid of who said that he is QEMU; None if another program vouches for `qemu_pid`."""
+        return None
 
     @abstractmethod
     def execute(self, command: str, **arguments: Any) -> Any:
@@ -144,9 +147,6 @@ class Qmp(Monitor):
         timeout: seconds to wait for the greeting and for each answer.
         name: what error messages call the VM.
 
-    Attributes:
-        events: what QEMU announced meanwhile, oldest first; the last thousand.
-
     Raises:
         VmUnreachable: the peer does not greet as QMP.
     """
@@ -157,7 +157,6 @@ class Qmp(Monitor):
         self._name = name
         self._buffer = bytearray()
         self._ids = count(1)
-        self.events: deque[dict[str, Any]] = deque(maxlen=_EVENTS_KEPT)
         self._resets = 0
         greeting = self._receive(time.monotonic() + timeout)
         if not isinstance(greeting.get("QMP"), dict):
@@ -206,6 +205,12 @@ class Qmp(Monitor):
         pid, _ = peer_of(self._socket)
         return pid
 
+    @property
+    def owner(self) -> int | None:
+        """The uid of the process that listens at the socket, as it was then (``SO_PEERCRED``)."""
+        _, uid = peer_of(self._socket)
+        return uid
+
     def execute(self, command: str, **arguments: Any) -> Any:
         """Run a QMP command and return its ``return`` value; see `Monitor.execute`."""
         identity = next(self._ids)
@@ -227,15 +232,23 @@ class Qmp(Monitor):
 
     def resets(self) -> int:
         """Return how often the machine was reset since we connected; see `Monitor.resets`."""
+        self._note_buffered()
+        read = 0
         while select.select([self._socket], [], [], 0)[0]:
-            self._buffer += self._some_bytes(time.monotonic() + self._timeout)
+            if read > _MESSAGE_LIMIT or len(self._buffer) > _MESSAGE_LIMIT:
+                raise self._unreachable("sends without end")
+            data = self._some_bytes(time.monotonic() + self._timeout)
+            self._buffer += data
+            read += len(data)
+            self._note_buffered()
+        return self._resets
+
+    def _note_buffered(self) -> None:
         while (message := self._buffered()) is not None:
             if "event" in message:  # else the answer to a command that timed out
                 self._note(message)
-        return self._resets
 
     def _note(self, event: dict[str, Any]) -> None:
-        self.events.append(event)
         self._resets += event.get("event") == "RESET"
 
     def _send(self, data: bytes) -> None:

@@ -1,12 +1,18 @@
 """A machine made of a RAM file and hand-written page tables: walks need no VM."""
 
+import os
 import struct
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from ovr.addresses import PAGE_SIZE, Gpa, Gva, Offset
 from ovr.paging import PTE_ADDRESS, PTE_PRESENT, PTE_PROTNONE, PTE_PSE, PTE_RW, PTE_USER
-from ovr.ram import GuestRam, Slot
+from ovr.ram import GuestRam, RamFile, Slot
+
+
+def ram_file(path: Path, mode: int = os.O_RDWR) -> RamFile:
+    """Open a file as RAM, as QEMU would."""
+    return RamFile(os.open(path, mode | os.O_CLOEXEC), str(path))
 
 
 @dataclass
@@ -30,7 +36,7 @@ class Machine:
             offset = 3 * PAGE_SIZE
             with path.open("r+b") as file:
                 file.truncate(offset + size)
-            slots.append(Slot(Gpa(gpa), size, str(path), Offset(offset)))
+            slots.append(Slot(Gpa(gpa), size, ram_file(path), Offset(offset)))
             gpa += size + (2 << 20)
         ram = GuestRam(slots, writable=True)
         machine = cls(ram, levels, Gpa(PAGE_SIZE), 2 * PAGE_SIZE)

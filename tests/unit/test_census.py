@@ -1,6 +1,7 @@
 """Which VMs there are: from command lines to names, and the verdict on each."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,9 +16,13 @@ from ovr.vm.find import find_vm
 from ovr.vm.processes import QemuProcess, qemu_processes
 from tests.unit.qmp_server import QmpServer
 
+US = os.getpid()
+"""Who listens at the monitors here."""
 
-def process(line, pid=1, directory="/run"):
-    return QemuProcess(pid, tuple(f"qemu-system-x86_64 {line}".split()), Path(directory))
+
+def process(line, pid=1, directory="/run", uid=None):
+    words = tuple(f"qemu-system-x86_64 {line}".split())
+    return QemuProcess(pid, words, Path(directory), os.geteuid() if uid is None else uid)
 
 
 @pytest.mark.parametrize(
@@ -99,14 +104,14 @@ def vms(monkeypatch, tmp_path):
     (tmp_path / "b").mkdir()
     servers = [QmpServer(tmp_path / name / "q") for name in "ab"]
     found = [
-        process("-name good -qmp unix:q -device vhost-vsock-pci,guest-cid=4", 11, tmp_path / "a"),
-        process("-name private -qmp unix:q", 12, tmp_path / "b"),
+        process("-name good -qmp unix:q -device vhost-vsock-pci,guest-cid=4", US, tmp_path / "a"),
+        process("-name private -qmp unix:q", US, tmp_path / "b"),
         process("-name mute", 13),
     ]
 
     def slots(qmp):
         if "/a/" in qmp._name:
-            return (Slot(0, 1 << 30, "/ram", 0),)
+            return (Slot(0, 1 << 30, None, 0),)
         raise RamNotShared("the VM's RAM is private", "share it")
 
     monkeypatch.setattr(census, "qemu_processes", lambda: found)
@@ -120,7 +125,7 @@ def vms(monkeypatch, tmp_path):
 def test_verdicts(vms, tmp_path):
     good, private, mute = census.found_vms()
     assert good == census.FoundVm(
-        11, "good", ("name:good", f"qmp:{tmp_path}/a/q", "pid:11"), "vsock:4", "running", 1 << 30
+        US, "good", ("name:good", f"qmp:{tmp_path}/a/q", f"pid:{US}"), "vsock:4", "running", 1 << 30
     )
     assert isinstance(private.problem, RamNotShared)
     assert private.state == "running"
@@ -131,7 +136,7 @@ def test_verdicts(vms, tmp_path):
 
 
 def test_names_keep_off_the_terminal(vms, monkeypatch, capsys, tmp_path):
-    evil = QemuProcess(14, ("qemu-system-x86_64", "-name", "\x1b[31mred\nline"), tmp_path)
+    evil = QemuProcess(14, ("qemu-system-x86_64", "-name", "\x1b[31mred\nline"), tmp_path, 0)
     monkeypatch.setattr(census, "qemu_processes", lambda: [evil])
     assert cli.main(["list", "-v"]) == 0
     out = capsys.readouterr().out
@@ -143,7 +148,7 @@ def test_the_command(vms, capsys):
     assert cli.main(["list"]) == 0
     head, good, private, mute, *problems = capsys.readouterr().out.splitlines()
     assert head.split() == ["VM", "PID", "MEMORY", "STATE", "AGENT", "AT", "USABLE"]
-    assert good.split() == ["name:good", "11", "1.0", "GiB", "running", "vsock:4", "yes"]
+    assert good.split() == ["name:good", str(US), "1.0", "GiB", "running", "vsock:4", "yes"]
     assert (private.split()[-1], mute.split()[-1]) == ("no", "no")
     assert (
         problems[0] == "name:private cannot be restored into: the VM's RAM is private  → share it"

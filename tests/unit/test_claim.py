@@ -12,17 +12,19 @@ from pathlib import Path
 import pytest
 
 from ovr.addresses import Gpa, Offset
-from ovr.errors import CheckFailed, RamNotShared
+from ovr.errors import CheckFailed
 from ovr.ram import Slot
 from ovr.vm.claim import claimed
 from ovr.vm.qmp import Qmp
+from tests.unit.machine import ram_file
 
 CLAIM_FOREVER = """
-import sys, time
+import os, sys, time
 from ovr.addresses import Gpa, Offset
-from ovr.ram import Slot
+from ovr.ram import RamFile, Slot
 from ovr.vm.claim import claimed
-with claimed([Slot(Gpa(0), 4096, sys.argv[1], Offset(0))]):
+file = RamFile(os.open(sys.argv[1], os.O_RDWR), sys.argv[1])
+with claimed([Slot(Gpa(0), 4096, file, Offset(0))]):
     print("ready", flush=True)
     time.sleep(300)
 """
@@ -33,15 +35,15 @@ def slots(tmp_path) -> list[Slot]:
     for name in ("low", "high"):
         (tmp_path / name).write_bytes(bytes(4096))
     return [
-        Slot(Gpa(1 << 32), 4096, str(tmp_path / "high"), Offset(0)),
-        Slot(Gpa(0), 4096, str(tmp_path / "low"), Offset(0)),
+        Slot(Gpa(1 << 32), 4096, ram_file(tmp_path / "high"), Offset(0)),
+        Slot(Gpa(0), 4096, ram_file(tmp_path / "low"), Offset(0)),
     ]
 
 
 @pytest.fixture
 def other(slots):
     with subprocess.Popen(
-        [sys.executable, "-c", CLAIM_FOREVER, slots[1].path], stdout=subprocess.PIPE
+        [sys.executable, "-c", CLAIM_FOREVER, slots[1].file.name], stdout=subprocess.PIPE
     ) as process:
         assert process.stdout.readline() == b"ready\n"
         yield process
@@ -67,10 +69,10 @@ def test_it_ends_with_the_process(slots, other):
 def test_another_name_is_the_same_vm(slots, other, tmp_path):
     """As from another container: the file is the lock, not its name."""
     alias = tmp_path / "alias"
-    alias.hardlink_to(slots[1].path)
+    alias.hardlink_to(slots[1].file.name)
     with (
         pytest.raises(CheckFailed, match=str(other.pid)),
-        claimed([Slot(Gpa(0), 4096, str(alias), Offset(0))]),
+        claimed([Slot(Gpa(0), 4096, ram_file(alias), Offset(0))]),
     ):
         pytest.fail("two at once")
 
@@ -85,17 +87,20 @@ def test_a_file_system_without_locks(slots, monkeypatch):
     assert "tmpfs" in caught.value.hint
 
 
-def test_a_file_that_is_gone(slots):
-    Path(slots[1].path).unlink()
-    with pytest.raises(RamNotShared, match="cannot be opened"), claimed(slots):
-        pytest.fail("locked what is not there")
+def test_a_name_that_leads_to_another_file(slots, other):
+    """The RAM file is what is open, whatever has its name by now."""
+    name = Path(slots[1].file.name)
+    name.unlink()
+    name.write_bytes(bytes(4096))
+    with pytest.raises(CheckFailed, match=str(other.pid)), claimed(slots):
+        pytest.fail("two at once")
 
 
 def test_a_monitor_that_the_other_one_has(slots, other, tmp_path):
     """QEMU serves one client of a monitor: here we are QEMU, and greet nobody."""
     with (
         socket.socket(socket.AF_UNIX) as listener,
-        Path(slots[1].path).open("rb"),
+        Path(slots[1].file.name).open("rb"),
         pytest.raises(CheckFailed, match=f"process {other.pid}$"),
     ):
         listener.bind(str(tmp_path / "qmp"))

@@ -226,7 +226,7 @@ def test_real_qemu_takes_the_command_line_and_tells_its_memory(standing_vm):
         slots = guest_slots(qmp)
         with pytest.raises(ExecuteError):
             qmp.execute("no-such-command")
-    assert {slot.path for slot in slots} == {str(directory / "a"), str(directory / "b")}
+    assert {slot.file.name for slot in slots} == {str(directory / "a"), str(directory / "b")}
     assert slots[-1].end == 128 << 20
     with GuestRam(slots, writable=True) as guest:
         guest.write(Gpa(100 << 20), b"second node")

@@ -95,6 +95,32 @@ def test_domains_that_are_of_no_use(virsh, answer, words):
         find_vm("libvirt:web")
 
 
+@pytest.mark.parametrize(
+    ("label", "uid"),
+    [("+64055:+64055", 64055), ("+0:+0", 0), ("root:root", 0), (None, None)],
+)
+def test_the_user_that_a_domain_runs_as(virsh, label, uid):
+    seclabel = f"<seclabel model='dac'><label>{label}</label></seclabel>" if label else ""
+    other = "<seclabel model='apparmor'><label>libvirt-1</label></seclabel>"
+    virsh(XML.format(vsock="").replace("</domain>", f"{other}{seclabel}</domain>"))
+    assert find_vm("libvirt:web").qmp.uid == uid
+
+
+def test_a_user_that_nobody_knows(virsh):
+    seclabel = "<seclabel model='dac'><label>no-such-user:x</label></seclabel>"
+    virsh(XML.format(vsock="").replace("</domain>", f"{seclabel}</domain>"))
+    with pytest.raises(VmUnreachable, match="no-such-user"):
+        find_vm("libvirt:web")
+
+
+def test_xml_that_is_nested_deeply(virsh):
+    virsh("<domain type='kvm' id='7'>" + "<a>" * 100_000 + "</a>" * 100_000 + "</domain>")
+    assert find_vm("libvirt:web").agent is None
+    virsh("<domain>" + "<a>" * 100_000)
+    with pytest.raises(VmUnreachable, match="makes no sense"):
+        find_vm("libvirt:web")
+
+
 def test_without_virsh(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(VmUnreachable, match="not installed") as caught:

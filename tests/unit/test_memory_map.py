@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from ovr.addresses import PAGE_SIZE
 from ovr.errors import CheckFailed, RamNotShared
 from ovr.ram import GuestRam
-from ovr.vm.memory_map import guest_slots, parse_maps, ram_ranges
+from ovr.vm.memory_map import guest_slots, ram_ranges
+from ovr.vm.process_files import parse_maps
 
 M, G = 1 << 20, 1 << 30
 
@@ -144,7 +145,8 @@ def test_maps():
     )
     (one,) = parse_maps(text)
     assert (one.start, one.end) == (0x7F5233FFF000, 0x7F52B3FFF000)
-    assert (one.shared, one.offset, one.inode) == (True, 0x1000, 3)
+    assert (one.shared, one.writable, one.offset) == (True, True, 0x1000)
+    assert (one.device, one.inode) == (os.makedev(0, 0x27), 3)
     assert one.path == "/run/vm/ram/node 1 (deleted)"
 
 
@@ -155,6 +157,7 @@ class FakeQmp:
         self._mtree = mtree
         self._addresses = dict(addresses)
         self.qemu_pid = os.getpid() if pid is None else pid
+        self.owner = os.geteuid()
         self._answers = {
             "query-memdev": [
                 {"id": name, "share": share} for name, share in dict(backends).items()
@@ -211,7 +214,8 @@ def test_memfd_split_by_the_hole(memfd):
         (low, 16 * PAGE_SIZE, 0),
         (high, 48 * PAGE_SIZE, 16 * PAGE_SIZE),
     ]
-    assert slots[0].path.startswith(f"/proc/{os.getpid()}/fd/")
+    assert slots[0].file is slots[1].file
+    assert slots[0].file.name == "/memfd:memory-backend-memfd (deleted)"
     ram.map[20 * PAGE_SIZE : 20 * PAGE_SIZE + 5] = b"hello"
     with GuestRam(slots) as guest:
         assert guest.read(high + 4 * PAGE_SIZE, 5) == b"hello"
@@ -237,21 +241,20 @@ def one_range(ram, shared=True):
     return FakeQmp(view((0, 8 * PAGE_SIZE, "ram0")), {"ram0": shared}, {0: ram.address})
 
 
-def test_named_file_goes_by_its_name_until_it_is_replaced(tmp_path):
+def test_a_file_is_the_one_that_is_mapped_whatever_its_name(tmp_path):
     path = tmp_path / "ram"
     path.write_bytes(bytes(9 * PAGE_SIZE))
     with path.open("r+b") as file:
         ram = Ram(file.fileno(), 8 * PAGE_SIZE, offset=PAGE_SIZE)
         (slot,) = guest_slots(one_range(ram))
-        assert (slot.path, slot.offset) == (str(path), PAGE_SIZE)
+        assert (slot.file.name, slot.offset) == (str(path), PAGE_SIZE)
         path.rename(tmp_path / "elsewhere")
         path.write_bytes(bytes(9 * PAGE_SIZE))  # not the VM's RAM
         (slot,) = guest_slots(one_range(ram))
-        assert Path(slot.path).samefile(tmp_path / "elsewhere")
+        assert os.path.samestat(os.fstat(slot.file.fileno()), os.fstat(file.fileno()))
         (tmp_path / "elsewhere").unlink()
         (slot,) = guest_slots(one_range(ram))
-        assert slot.path.startswith(f"/proc/{os.getpid()}/fd/")
-        assert Path(slot.path).stat().st_ino == os.fstat(file.fileno()).st_ino
+        assert os.path.samestat(os.fstat(slot.file.fileno()), os.fstat(file.fileno()))
 
 
 def test_file_gone_for_good(tmp_path):
@@ -295,9 +298,13 @@ def test_a_mapping_that_ends_too_early(memfd):
     ram = Ram(memfd, 8 * PAGE_SIZE)
     qmp = FakeQmp(view((0, 8 * PAGE_SIZE, "ram0")), {"ram0": True}, {0: ram.address})
     libc = ctypes.CDLL(None, use_errno=True)
-    assert libc.mprotect(ctypes.c_void_p(ram.address + 4 * PAGE_SIZE), PAGE_SIZE, 1) == 0
+    middle = ctypes.c_void_p(ram.address + 4 * PAGE_SIZE)
+    assert libc.madvise(middle, PAGE_SIZE, mmap.MADV_DONTDUMP) == 0
     (slot,) = guest_slots(qmp)  # three mappings in a row, of one file: one slot
     assert (slot.size, slot.offset) == (8 * PAGE_SIZE, 0)
+    assert libc.mprotect(middle, PAGE_SIZE, mmap.PROT_READ) == 0
+    with pytest.raises(RamNotShared, match="may not write"):
+        guest_slots(qmp)
     libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long)
     fixed = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x10  # MAP_FIXED
     libc.mmap(ram.address + 4 * PAGE_SIZE, PAGE_SIZE, mmap.PROT_READ, fixed, -1, 0)

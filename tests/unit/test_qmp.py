@@ -2,9 +2,11 @@
 
 import json
 import os
+import signal
 import socket
 import threading
 import time
+from contextlib import contextmanager, suppress
 
 import pytest
 
@@ -84,12 +86,13 @@ def test_human_command_and_names_of_arguments(peer):
     assert one.heard[1]["arguments"] == {"command-line": "info mtree -f"}
 
 
-def test_events_are_kept_and_never_taken_for_answers(peer):
-    event = b'{"event": "STOP", "timestamp": {}}\r\n'
-    one = peer(GREETING, event, None, event + READY, None, event, b'{"return": 5, "id": 2}\n')
+def test_events_count_and_are_never_taken_for_answers(peer):
+    event = b'{"event": "RESET", "timestamp": {}}\r\n'
+    stop = b'{"event": "STOP", "timestamp": {}}\r\n'
+    one = peer(GREETING, event, None, stop + READY, None, event, b'{"return": 5, "id": 2}\n', 1)
     with Qmp.connect(one.path, 2) as qmp:
         assert qmp.execute("x") == 5
-        assert [one["event"] for one in qmp.events] == ["STOP"] * 3
+        assert qmp.resets() == 2
 
 
 def test_answers_in_pieces(peer):
@@ -201,4 +204,37 @@ def test_a_qemu_that_is_gone_when_it_is_asked_for_resets(peer):
         assert qmp.execute("query-status") == 5
         one.close()
         with pytest.raises(VmUnreachable, match="closed the connection"):
+            qmp.resets()
+
+
+@contextmanager
+def flood(path, data):
+    """A process that greets, takes commands as QEMU does, then sends `data` without end."""
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        listener.listen()
+        pid = os.fork()
+        if not pid:
+            with suppress(BaseException):
+                connection, _ = listener.accept()
+                connection.sendall(GREETING)
+                connection.recv(4096)
+                connection.sendall(READY)
+                while True:
+                    connection.sendall(data)
+            os._exit(0)
+    yield
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+
+
+@pytest.mark.parametrize("line", [b'{"event": "RESET"}\n', b'{"event": "X", "data": "', b"x"])
+def test_announcements_without_end(tmp_path, line):
+    """They are asked for while the VM is held: no peer may keep us there, or fill our memory."""
+    with (
+        flood(tmp_path / "qmp", line * ((1 << 20) // len(line))),
+        Qmp.connect(tmp_path / "qmp", 20) as qmp,
+        pytest.raises(VmUnreachable, match="without end"),
+    ):
+        for _ in range(100_000):  # where it sends more slowly than we read
             qmp.resets()

@@ -16,7 +16,7 @@ from ovr.addresses import PAGE_SIZE, Gpa, Offset
 from ovr.errors import GuestFault, RamNotShared
 from ovr.ram import GuestRam, Slot
 from tests.sources import as_file
-from tests.unit.machine import Machine
+from tests.unit.machine import Machine, ram_file
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def test_slots_map_to_their_files(machine):
     second = machine.ram.slots[1]
     assert second.gpa == 3 << 20
     machine.ram.write(Gpa(second.gpa + 5), b"hello")
-    with Path(second.path).open("rb") as file:
+    with Path(second.file.name).open("rb") as file:
         file.seek(second.offset + 5)
         assert file.read(5) == b"hello"
 
@@ -58,7 +58,7 @@ def test_adjacent_slots_are_one_memory(tmp_path):
     for number in range(2):
         path = tmp_path / str(number)
         path.write_bytes(bytes(PAGE_SIZE))
-        slots.append(Slot(Gpa(number * PAGE_SIZE), PAGE_SIZE, str(path), Offset(0)))
+        slots.append(Slot(Gpa(number * PAGE_SIZE), PAGE_SIZE, ram_file(path), Offset(0)))
     with GuestRam(slots[::-1], writable=True) as ram:
         data = os.urandom(PAGE_SIZE)
         ram.copy_in(runs(run(2048, PAGE_SIZE, 0)), *as_file(data))
@@ -151,7 +151,7 @@ def test_single_pages_are_mapped_ahead_of_the_copy(tmp_path, monkeypatch, block)
     """
     path, size = tmp_path / "ram", 4 << 20
     path.write_bytes(os.urandom(size + (1 << 20)))
-    slot = Slot(Gpa(0), size, path, Offset(1 << 20))
+    slot = Slot(Gpa(0), size, ram_file(path), Offset(1 << 20))
     status = os.fstat
     with monkeypatch.context() as patch:
         patch.setattr(os, "fstat", lambda fd: FileStatus(status(fd).st_size, block))
@@ -173,7 +173,7 @@ def test_find_looks_at_allocated_memory_only(tmp_path):
     path = tmp_path / "sparse"
     with path.open("wb") as file:
         file.truncate(1 << 40)  # a terabyte of hole: a full scan would not end
-    with GuestRam([Slot(Gpa(0), 1 << 40, str(path), Offset(0))], writable=True) as ram:
+    with GuestRam([Slot(Gpa(0), 1 << 40, ram_file(path), Offset(0))], writable=True) as ram:
         ram.write(Gpa(5 << 30), b"needle here, needle there")
         ram.write(Gpa((7 << 30) + PAGE_SIZE), b"needle")
         assert list(ram.find(b"needle")) == [
@@ -185,23 +185,38 @@ def test_find_looks_at_allocated_memory_only(tmp_path):
         assert path.stat().st_blocks * 512 < 1 << 20
 
 
-def test_missing_and_short_files(tmp_path):
-    with pytest.raises(RamNotShared, match="cannot be opened"):
-        GuestRam([Slot(Gpa(0), PAGE_SIZE, str(tmp_path / "gone"), Offset(0))])
+def test_short_files_and_such_as_may_only_be_read(tmp_path):
     short = tmp_path / "short"
     short.write_bytes(b"x")
     with pytest.raises(RamNotShared, match="inside its RAM file"):
-        GuestRam([Slot(Gpa(0), PAGE_SIZE, str(short), Offset(0))])
+        GuestRam([Slot(Gpa(0), PAGE_SIZE, ram_file(short), Offset(0))])
     with pytest.raises(RamNotShared):
         GuestRam([])
+    (tmp_path / "ram").write_bytes(bytes(PAGE_SIZE))
+    slot = Slot(Gpa(0), PAGE_SIZE, ram_file(tmp_path / "ram", os.O_RDONLY), Offset(0))
+    with GuestRam([slot]) as ram:
+        assert ram.read(Gpa(0), 8) == bytes(8)
+    with pytest.raises(RamNotShared, match="cannot be mapped"):
+        GuestRam([slot], writable=True)
+
+
+def test_a_search_leaves_the_file_offset_where_it_is(tmp_path):
+    """It is QEMU's own: the descriptor is one of its open file description."""
+    path = tmp_path / "ram"
+    path.write_bytes(b"needle".ljust(4 * PAGE_SIZE))
+    file = ram_file(path)
+    os.lseek(file.fileno(), 123, os.SEEK_SET)
+    with GuestRam([Slot(Gpa(0), 4 * PAGE_SIZE, file, Offset(0))]) as ram:
+        assert list(ram.find(b"needle")) == [0]
+    assert os.lseek(file.fileno(), 0, os.SEEK_CUR) == 123
 
 
 def test_slots_must_not_overlap(tmp_path):
     path = tmp_path / "ram"
     path.write_bytes(bytes(4 * PAGE_SIZE))
     slots = [
-        Slot(Gpa(0), 2 * PAGE_SIZE, str(path), Offset(0)),
-        Slot(Gpa(PAGE_SIZE), PAGE_SIZE, str(path), Offset(0)),
+        Slot(Gpa(0), 2 * PAGE_SIZE, ram_file(path), Offset(0)),
+        Slot(Gpa(PAGE_SIZE), PAGE_SIZE, ram_file(path), Offset(0)),
     ]
     with pytest.raises(ValueError, match="overlap"):
         GuestRam(slots)

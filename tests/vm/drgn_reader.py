@@ -5,7 +5,6 @@ file's own, written from the format's description.
 """
 
 import mmap
-import os
 import struct
 
 import drgn
@@ -111,9 +110,7 @@ def drgn_program(attached) -> drgn.Program:
     """Return drgn's view of the guest of an `AttachedVm`."""
     program = drgn.Program(drgn.Platform(drgn.Architecture.X86_64))
     for slot in attached.ram.slots:
-        fd = os.open(slot.path, os.O_RDONLY)
-        ram = mmap.mmap(fd, slot.size, offset=slot.offset, prot=mmap.PROT_READ)
-        os.close(fd)
+        ram = mmap.mmap(slot.file.fileno(), slot.size, offset=slot.offset, prot=mmap.PROT_READ)
         program.add_memory_segment(
             slot.gpa, slot.size, lambda _, n, at, physical, ram=ram: ram[at : at + n], True
         )

@@ -42,7 +42,7 @@ def test_memory_and_umask_come_back(pool, dumps, suite, hardware):
     end_workload(vm)
     with ovr.attach(f"lab:{vm.name}") as attached:
         assert attached.kernel.space.levels == (4 if hardware.get("la57") is False else 5)
-        assert len({slot.path for slot in attached.ram.slots}) == hardware.get("numa", 1)
+        assert len({slot.file for slot in attached.ram.slots}) == hardware.get("numa", 1)
         report = attached.restore(dump.path, verify="full")
     assert report.pid == dump.pid
     assert report.bytes_outside / report.bytes_total >= 0.99

@@ -1,0 +1,261 @@
+"""What a process has mapped, and its open files, taken over as they are.
+
+A process that merely plays QEMU must not get us to write to a file that it cannot write to itself.
+So a file that it has mapped is never opened by its name: its own open file description is
+duplicated (``pidfd_getfd``), which allows what the process is allowed, whatever our rights are.
+
+``pidfd_getfd`` needs the right to trace the process. Where we may only look at it (the same user,
+under Yama's ``ptrace_scope`` 1 or in a container), ``/proc/PID/fd/N`` is opened instead, with our
+own rights. Then the mapping tells: it must be of the file that was opened, shared and writable,
+before and after, and no process can map a file so that it may not write to.
+"""
+
+import ctypes
+import errno
+import fcntl
+import os
+import re
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from types import TracebackType
+from typing import Final, Self
+
+from ovr.errors import CheckFailed, RamNotShared
+from ovr.ram import RamFile
+
+__all__ = ["SHARE_IT", "Mapping", "ProcessFiles", "parse_maps"]
+
+SHARE_IT: Final = (
+    "start QEMU with -object memory-backend-file,id=ram,size=SIZE,mem-path=/dev/shm/vm,share=on "
+    "-machine memory-backend=ram (libvirt: <memoryBacking><source type='memfd'/>"
+    "<access mode='shared'/></memoryBacking>)"
+)
+"""How a VM gets RAM that can be written from outside, for hints."""
+
+_SYS_PIDFD_GETFD: Final = 438  # in v5.6
+_MAPS_LIMIT: Final = 32 << 20  # bytes: ten times what 65,530 mappings (vm.max_map_count) take
+_FILES_LIMIT: Final = 1 << 16
+_MAPPING = re.compile(
+    r"([0-9a-f]{1,16})-([0-9a-f]{1,16}) .(.).([sp]) ([0-9a-f]{1,16})"
+    r" ([0-9a-f]{1,8}):([0-9a-f]{1,8}) (\d{1,20}) *(.*)"
+)
+_BECOME: Final = "run as root, or as the user that runs QEMU, on its host"
+_FOREIGN: Final = "is this QEMU's own QMP socket? Name the VM by it, or by pid:N"
+
+
+@dataclass(frozen=True)
+class Mapping:
+    """A line of ``/proc/PID/maps``: addresses ``[start, end)`` of the process.
+
+    Attributes:
+        shared: ``MAP_SHARED``.
+        writable: the process may write to it now.
+        offset: where in the file it begins.
+        device: of the file system, as ``os.makedev`` has it.
+        inode: the number that the file has there.
+        path: what the file was called when it was opened.
+    """
+
+    start: int
+    end: int
+    shared: bool
+    writable: bool
+    offset: int
+    device: int
+    inode: int
+    path: str
+
+
+def parse_maps(text: str) -> list[Mapping]:
+    """Return the lines of a ``/proc/PID/maps`` that are mappings of files, ascending."""
+    found = []
+    for line in text.splitlines():
+        match = _MAPPING.fullmatch(line)
+        if match and int(match[8]):
+            start, end, offset, major, minor = (int(match[n], 16) for n in (1, 2, 5, 6, 7))
+            found.append(
+                Mapping(
+                    start, end, match[4] == "s", match[3] == "w", offset,
+                    os.makedev(major, minor), int(match[8]), match[9],
+                )
+            )  # fmt: skip
+    return found
+
+
+class ProcessFiles:
+    """The mappings and open files of one process; a context manager.
+
+    Its directory in ``/proc`` is kept open, so that it is the same process from first to last: once
+    that has ended, whoever has its pid then is not looked at (``ESRCH``).
+
+    Args:
+        pid: the process.
+
+    Raises:
+        CheckFailed: there is none, or we may not look at it.
+    """
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        try:
+            self._directory = os.open(f"/proc/{pid}", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError as error:
+            raise self._unreadable("", error) from error
+        try:
+            self._pidfd = os.pidfd_open(pid)
+        except OSError as error:
+            os.close(self._directory)
+            raise self._unreadable("", error) from error
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        os.close(self._pidfd)
+        os.close(self._directory)
+
+    def check_owner(self, owner: int | None) -> None:
+        """Make sure that the process belongs to whom it belonged to when it called listen(2).
+
+        The kernel names the pid of then. By now it may be another user's: the process has run a
+        set-uid program, or has ended and its pid was given away, while a child of its answers at
+        the socket. A process that was root's then may have become any user's since (``-run-with
+        user=…``).
+
+        Args:
+            owner: the uid of then; None where another program vouches for the pid.
+
+        Raises:
+            CheckFailed: it is another user's.
+        """
+        uids = self._uids()
+        if owner in (None, 0, os.geteuid()) or uids == {owner}:
+            return
+        raise CheckFailed(
+            f"process {self.pid} is not the one that listened as user {owner}: it runs as user"
+            f" {', '.join(map(str, sorted(uids)))}",
+            _FOREIGN,
+        )
+
+    def mappings(self) -> list[Mapping]:
+        """Return what files it has mapped now.
+
+        Raises:
+            CheckFailed: it has ended, or we may not look.
+        """
+        return parse_maps(self._text("maps", _MAPS_LIMIT))
+
+    def open_mapped(self, mapping: Mapping) -> RamFile:
+        """Take over the descriptor by which the process can write to the file of a mapping.
+
+        Args:
+            mapping: shared and writable. It must be there still after this has returned, or else
+                the file may be another one: see the module.
+
+        Raises:
+            RamNotShared: it has the file not open any more, or not for writing; or it is no
+                regular file.
+            CheckFailed: its open files cannot be looked at.
+        """
+        wanted, read_only = self._identity(mapping), False
+        for number in self._numbers():
+            if self._status(number) != wanted:
+                continue
+            fd = self._duplicate(number)
+            if fd is None:
+                continue
+            file = RamFile(fd, mapping.path)
+            if _identity(os.fstat(fd)) != wanted or self._identity(mapping) != wanted:
+                continue  # another file by now
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                raise RamNotShared(f"the VM's RAM {mapping.path} is no regular file", SHARE_IT)
+            if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDWR:
+                return file
+            read_only = True
+        if read_only:
+            raise RamNotShared(
+                f"QEMU has the VM's RAM file {mapping.path} open for reading only", SHARE_IT
+            )
+        raise RamNotShared(
+            f"the VM's RAM file {mapping.path} is gone: QEMU itself has closed it", SHARE_IT
+        )
+
+    def _identity(self, mapping: Mapping) -> tuple[int, int]:
+        # As fstat() has it. On btrfs `maps` has another device, the same for all subvolumes; what
+        # map_files leads to is the mapped file itself, but needs CAP_CHECKPOINT_RESTORE.
+        name = f"map_files/{mapping.start:x}-{mapping.end:x}"
+        try:
+            return _identity(os.stat(name, dir_fd=self._directory))
+        except OSError:  # not permitted, or split meanwhile by madvise()
+            return mapping.device, mapping.inode
+
+    def _numbers(self) -> Iterator[str]:
+        try:
+            fd = os.open("fd", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self._directory)
+            try:
+                with os.scandir(fd) as found:
+                    yield from [entry.name for entry in islice(found, _FILES_LIMIT)]
+            finally:
+                os.close(fd)
+        except OSError as error:
+            raise self._unreadable("/fd", error) from error
+
+    def _status(self, number: str) -> tuple[int, int] | None:
+        try:
+            return _identity(os.stat(f"fd/{number}", dir_fd=self._directory))
+        except OSError:  # closed meanwhile
+            return None
+
+    def _duplicate(self, number: str) -> int | None:
+        # Another descriptor of the process's own open file description, None if it is closed.
+        libc = ctypes.CDLL(None, use_errno=True)
+        fd: int = libc.syscall(_SYS_PIDFD_GETFD, self._pidfd, int(number), 0)
+        if fd >= 0:
+            return fd
+        if ctypes.get_errno() in (errno.EPERM, errno.ENOSYS):
+            return self._reopened(number)
+        return None
+
+    def _reopened(self, number: str) -> int | None:
+        # Only as the process has it open; the device is not opened but of a regular file's kind.
+        try:
+            flags = re.search(r"^flags:\s*([0-7]+)$", self._text(f"fdinfo/{number}", 4096), re.M)
+            if flags is None or int(flags[1], 8) & os.O_ACCMODE != os.O_RDWR:
+                mode = os.O_RDONLY
+            else:
+                mode = os.O_RDWR
+            return os.open(
+                f"fd/{number}", mode | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC,
+                dir_fd=self._directory,
+            )  # fmt: skip
+        except OSError:
+            return None
+
+    def _uids(self) -> set[int]:
+        match = re.search(r"^Uid:\s*(.*)$", self._text("status", 1 << 16), re.M)
+        return {int(uid) for uid in match[1].split()} if match else set()
+
+    def _text(self, name: str, limit: int) -> str:
+        try:
+            fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC, dir_fd=self._directory)
+            with os.fdopen(fd, "rb") as file:
+                data = file.read(limit + 1)
+        except OSError as error:
+            raise self._unreadable(f"/{name}", error) from error
+        if len(data) > limit:
+            raise CheckFailed(f"QEMU's /proc/{self.pid}/{name} is too long", "is this QEMU?")
+        return os.fsdecode(data)
+
+    def _unreadable(self, name: str, error: OSError) -> CheckFailed:
+        return CheckFailed(f"/proc/{self.pid}{name} cannot be read: {error.strerror}", _BECOME)
+
+
+def _identity(status: os.stat_result) -> tuple[int, int]:
+    return status.st_dev, status.st_ino
