@@ -216,7 +216,11 @@ def _anchor(runs: Runs) -> Runs:
     # CRIU 4.1 crashes on a task whose pagemap has no entry (premap_priv_vmas): keep one page.
     if not len(runs) or (runs["reason"] > Reason.INHERITED).any():
         return runs
-    smallest = int(np.argmin(runs["size"]))
+    # One that nobody shares, if there is any: CRIU takes a page that is in the images of the parent
+    # alone away from its children, who then get one of their own.
+    shared = (runs["reason"] == Reason.INHERITED).astype(int)
+    shared[runs["allocation"] == Allocation.BEFORE_FORK] = 2
+    smallest = int(np.lexsort((runs["size"], shared))[0])
     head = runs[smallest : smallest + 1].copy()
     head["size"] = PAGE_SIZE
     head["reason"] = Reason.ANCHOR

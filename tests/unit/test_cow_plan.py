@@ -33,7 +33,7 @@ ANON = (1 | VMA_ANON_PRIVATE, 0x22, 0)
 STACK = (1 | VMA_ANON_PRIVATE, 0x22 | MAP_GROWSDOWN, 0)
 ZERO = 0
 AREAS = [(0, 24, ANON), (24, 40, ANON), (50, 58, STACK), (60, 70, ANON)]
-LAST = 69  # this page is everybody's vDSO: CRIU needs one
+LAST = 69  # each task has a page of its own, as all real ones do
 
 
 @pytest.fixture(autouse=True)
@@ -148,7 +148,10 @@ def families(draw):
             pages[page] = byte
         contents.append({page: byte for page, byte in pages.items() if byte is not None})
     inside = {page for first, end, _ in AREAS for page in range(first, end)}
-    return parents, [{p: b for p, b in c.items() if p in inside} | {LAST: 9} for c in contents]
+    return parents, [
+        {p: b for p, b in pages.items() if p in inside} | {LAST: 10 + number}
+        for number, pages in enumerate(contents)
+    ]
 
 
 @settings(max_examples=200)
@@ -180,6 +183,23 @@ def test_every_task_sees_its_own_content(tmp_path_factory, family):
             assert (guest.content[mapped[page]] if page in mapped else ZERO) == content
         for page in mapped.keys() - plan.task.contents.keys():
             assert guest.content[mapped[page]] == ZERO
+
+
+def test_the_page_that_criu_must_have_is_none_that_is_shared(tmp_path):
+    """CRIU takes a page that is in the parent's images alone away from the children."""
+    areas = [(0, 100, ANON), (200, 210, ANON)]
+    common = {2: 1, 3: 1}
+    own = range(200, 205)
+    tasks = [
+        task(tmp_path, pid, pid - 1, areas, common | dict.fromkeys(own, pid)) for pid in (1, 2)
+    ]
+    for one in tasks:
+        one.vmas["prot"] = PROT_READ | PROT_WRITE
+        one.rseq_areas = no_ranges()
+    plans, _ = plan_tasks(tasks, asked=True, force=True)
+    for plan in plans:
+        [anchor] = plan.runs[plan.runs["reason"] == Reason.ANCHOR].tolist()
+        assert anchor[:2] == (200 * PAGE_SIZE, PAGE_SIZE)
 
 
 def test_a_server_and_its_workers(tmp_path):
