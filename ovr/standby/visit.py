@@ -15,7 +15,7 @@ __all__ = ["Talk", "Visit", "welcome"]
 Talk = Generator[None, Message, None]
 """A conversation: it is resumed with each message that comes."""
 
-_PATIENCE: Final = 1.0  # seconds, for all of it; a client waits no longer for an answer
+_PATIENCE: Final = 5.0  # seconds, for all of it; nobody else waits meanwhile
 
 
 class Visit:

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -13,7 +14,9 @@ import pytest
 
 from ovr.files import UntrustedPath
 from ovr.standby import place
+from ovr.standby.messages import StandbyError
 from ovr.standby.place import Place, connect
+from ovr.standby.proof import Peer
 
 from .test_standby import (  # noqa: F401 - fixtures
     CLIENT,
@@ -338,6 +341,33 @@ def test_clients_that_are_silent_delay_nobody(name, server, monkeypatch):  # noq
     finally:
         for connection in silent:
             connection.close()
+
+
+def test_a_client_that_is_silent_is_not_kept(name, server, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(sys, "prefix", name)
+    with connect() as connection:
+        connection.settimeout(60)
+        greeting = connection.recv(100)
+        assert b"hello" in greeting
+        assert connection.recv(100) == b""
+    assert said(name, "exit", "5") == (5, "")
+
+
+@root_only
+def test_another_users_process_is_refused():
+    """Though none of them can get here."""
+    program = (
+        "import socket, sys; s = socket.socket(socket.AF_UNIX); s.connect(chr(0) + sys.argv[1])"
+    )
+    address = f"ovr-test-{os.getpid()}"
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind("\0" + address)
+        listener.listen()
+        command = ["/usr/bin/python3", "-c", f"{program}; s.recv(1)", address]
+        with subprocess.Popen(command, user=65534, cwd="/"):
+            connection, _ = listener.accept()
+            with connection, pytest.raises(StandbyError, match="another user's"):
+                Peer(connection)
 
 
 def test_a_client_that_never_says_go_delays_nobody(name, server, monkeypatch):  # noqa: F811
