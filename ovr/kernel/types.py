@@ -191,23 +191,26 @@ class Types:
         fields = self._fields.get(type_id)
         if fields is None:
             fields = {}
-            for name, field in self._members(type_id, 0, 0):
+            for name, field in self._members(type_id, 0, 0, iter(range(MAX_MEMBERS))):
                 fields.setdefault(name, field)
-                if len(fields) > MAX_MEMBERS:
-                    raise KernelNotFound("the guest kernel's BTF is damaged: too many members")
             self._fields[type_id] = fields
         return fields
 
-    def _members(self, type_id: int, base: int, depth: int) -> Iterator[tuple[str, Field]]:
+    def _members(
+        self, type_id: int, base: int, depth: int, budget: Iterator[int]
+    ) -> Iterator[tuple[str, Field]]:
+        # `budget` is one for all: few structs that have each other often would be many members.
         composite = self.btf.type(type_id)
         if depth > MAX_DEPTH or not isinstance(composite, btf.Composite):
             raise KernelNotFound(f"the guest kernel's BTF is damaged: struct type {type_id}")
         for member in composite.members:
+            if next(budget, None) is None:
+                raise KernelNotFound("the guest kernel's BTF is damaged: too many members")
             bit = base + member.bit_offset
             if not member.name:
                 inner, found = self.btf.resolve(member.type)
                 if isinstance(found, btf.Composite):
-                    yield from self._members(inner, bit, depth + 1)
+                    yield from self._members(inner, bit, depth + 1, budget)
             else:
                 yield member.name, Field(member.type, bit // 8, bit % 8, member.bits)
 
