@@ -37,7 +37,12 @@ SERVICE_MAGIC: Final = 0x55105940
 INVENTORY_MAGIC: Final = 0x58313116
 DUMP_AGAIN: Final = "copy the images again from where they were dumped, or dump again"
 
-_MAX_FRAMES: Final = 1 << 22
+_MAX_FRAMES: Final = 1 << 20
+_MAX_ENTRY: Final = 4 << 20  # bytes; two bytes of a nested message become a hundred here
+_LARGE: Final = ("MmEntry",)  # one entry for all areas of a task: bounded by their number instead
+_MAX_FIELDS: Final = 1 << 20
+_MAX_NAMED: Final = 1 << 12  # bytes of an entry whose missing fields are named
+_NAMED: Final = 12  # of them, at most
 _SIZE: Final = struct.Struct("<I")
 
 # Image name without number and suffix, and the magic of its type (image-desc.c, magic.h).
@@ -235,17 +240,62 @@ def decode(kind: type[M], payload: bytes, name: str) -> M:
     """Decode one entry of the image `name`.
 
     Raises:
-        ImagesDamaged: not a message of this kind, or a required field is missing.
+        ImagesDamaged: not a message of this kind, a required field is missing, or there is more in
+            it than such an entry can have.
     """
+    if len(payload) > _MAX_ENTRY and not (
+        kind.__name__ in _LARGE and _fields(payload) <= _MAX_FIELDS
+    ):
+        raise ImagesDamaged(
+            f"{name}: an entry of {len(payload)} bytes, too much for a {kind.__name__}", DUMP_AGAIN
+        )
     message = kind()
     try:
         message.ParseFromString(payload)
     except DecodeError as error:
         raise ImagesDamaged(f"{name}: cannot be decoded as {kind.__name__}", DUMP_AGAIN) from error
     if not message.IsInitialized():
-        missing = ", ".join(cast("Any", message).FindInitializationErrors())
-        raise ImagesDamaged(f"{name}: {kind.__name__} without {missing}", DUMP_AGAIN)
+        raise ImagesDamaged(
+            f"{name}: {kind.__name__} without {_missing(message, len(payload))}", DUMP_AGAIN
+        )
     return message
+
+
+def _missing(message: Message, size: int) -> str:
+    if size > _MAX_NAMED:  # of nested messages they would be listed by the million
+        return "a required field"
+    return ", ".join(cast("Any", message).FindInitializationErrors()[:_NAMED])
+
+
+def _fields(payload: bytes) -> int:
+    # How many fields the encoded message has, nested ones not counted.
+    count = at = 0
+    try:
+        while at < len(payload) and count <= _MAX_FIELDS:
+            tag, at = _varint(payload, at)
+            match tag & 7:
+                case 0:
+                    _, at = _varint(payload, at)
+                case 2:
+                    size, at = _varint(payload, at)
+                    at += size
+                case fixed:
+                    at += {1: 8, 5: 4}[fixed]
+            count += 1
+    except (KeyError, IndexError, ValueError):
+        return _MAX_FIELDS + 1
+    return count
+
+
+def _varint(payload: bytes, at: int) -> tuple[int, int]:
+    # The number at `at`, and where it ends.
+    value = shift = 0
+    while payload[at] & 0x80:
+        value |= (payload[at] & 0x7F) << shift
+        at, shift = at + 1, shift + 7
+        if shift > 63:
+            raise ValueError("longer than ten bytes")
+    return value | payload[at] << shift, at + 1
 
 
 def encode(message: Message) -> Frame:
