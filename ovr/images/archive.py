@@ -7,6 +7,7 @@ archive with other images.
 
 import json
 import os
+import re
 import stat
 import tarfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -19,6 +20,7 @@ from ovr.images.directory import ImageDirectory, read_exactly
 from ovr.images.framing import DUMP_AGAIN
 from ovr.images.imageset import ImageSet
 from ovr.images.rewrite import Extents, image_chunks
+from ovr.images.tar import BLOCK, Member, padded
 from ovr.images.unpack import open_tar
 
 __all__ = ["Archive", "Container"]
@@ -27,10 +29,11 @@ _IMAGES: Final = "checkpoint/"
 _PARENT: Final = "checkpoint/parent"
 _CONFIG: Final = "config.dump"
 _SPEC: Final = "spec.dump"
-_MAX_JSON: Final = 64 << 20
-_MAX_MEMBERS: Final = 1 << 20
+_MAX_JSON: Final = 4 << 20  # podman's config.dump has some 20 KiB
 _CHUNK: Final = 1 << 20
-_END: Final = bytes(2 * tarfile.BLOCKSIZE)
+_MAX_VOLUMES: Final = 1024
+_VOLUME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,254}")  # podman's define.NameRegex
+_END: Final = bytes(2 * BLOCK)
 
 
 @dataclass(frozen=True)
@@ -65,10 +68,8 @@ class Archive:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._fd = open_tar(path)
+        self._fd, self._members = open_tar(path)
         try:
-            self._size = os.fstat(self._fd).st_size
-            self._members = self._read_members()
             self.container = self._read_container()
             self.images = ImageSet(_Members(path, self._fd, self._members))
         except BaseException:
@@ -110,7 +111,7 @@ class Archive:
         ours = {_IMAGES + name for name in self.images.names}
         for name, member in self._members.items():
             if name not in ours:
-                yield from self._copy(member.offset, _padded(member.offset_data + _stored(member)))
+                yield from self._copy(member.offset, member.end)
         for name, image in images.items():
             yield from _member(_IMAGES + name, image)
         yield _END
@@ -123,35 +124,11 @@ class Archive:
             ImagesUnsupported: it is larger than `limit` bytes.
         """
         member = self._members.get(name)
-        if member is None or not member.isreg():
+        if member is None or not member.is_file:
             raise ImagesDamaged(f"{self.path}: no file {name} in it", DUMP_AGAIN)
         if member.size > limit:
             raise ImagesUnsupported(f"{self.path}: {name} has {member.size} bytes", DUMP_AGAIN)
         return read_exactly(self._fd, member.offset_data, member.size, name)
-
-    def _read_members(self) -> dict[str, tarfile.TarInfo]:
-        members: dict[str, tarfile.TarInfo] = {}
-        os.lseek(self._fd, 0, os.SEEK_SET)  # what unpacked it has left it at its end
-        try:
-            with (
-                os.fdopen(os.dup(self._fd), "rb") as file,
-                tarfile.open(fileobj=file, mode="r:") as tar,
-            ):
-                for member in tar:
-                    name = member.name.removeprefix("./")
-                    if name in members or len(members) == _MAX_MEMBERS:
-                        raise ImagesDamaged(f"{self.path}: {name} occurs twice", DUMP_AGAIN)
-                    if member.issparse():
-                        raise ImagesUnsupported(
-                            f"{self.path}: {name} is stored as a sparse file",
-                            "unpack the archive, and pack it again without --sparse",
-                        )
-                    if _padded(member.offset_data + _stored(member)) > self._size:
-                        raise ImagesDamaged(f"{self.path}: cut off in {name}", DUMP_AGAIN)
-                    members[name] = member
-        except (tarfile.TarError, OSError, ValueError) as error:
-            raise ImagesDamaged(f"{self.path}: damaged: {error}", DUMP_AGAIN) from error
-        return members
 
     def _read_container(self) -> Container:
         if not any(name.startswith(_IMAGES) for name in self._members):
@@ -173,13 +150,28 @@ class Archive:
             name=_text(config, "name"),
             runtime=_text(config, "runtime"),
             image=_text(config, "rootfsImageName"),
-            volumes=tuple(_volumes(config)),
+            volumes=self._volumes(config),
         )
+
+    def _volumes(self, config: Mapping[str, Any]) -> tuple[str, ...]:
+        found = config.get("namedVolumes")
+        volumes = [volume for volume in _list(found) if isinstance(volume, dict)]
+        names = [volume.get("volumeName") for volume in volumes]
+        if len(names) > _MAX_VOLUMES:
+            raise ImagesDamaged(f"{self.path}: {len(names)} volumes", DUMP_AGAIN)
+        for name in names:
+            if not isinstance(name, str) or not _VOLUME.fullmatch(name):
+                raise ImagesDamaged(
+                    f"{self.path}: {str(name)[:40]} is no name of a volume", DUMP_AGAIN
+                )
+        return tuple(map(str, names))
 
     def _json(self, name: str) -> dict[str, Any]:
         try:
             found = json.loads(self.read(name))
-        except (ValueError, RecursionError) as error:
+        except RecursionError as error:
+            raise ImagesDamaged(f"{self.path}: {name} is nested too deeply", DUMP_AGAIN) from error
+        except ValueError as error:
             raise ImagesDamaged(f"{self.path}: {name} is no JSON: {error}", DUMP_AGAIN) from error
         if not isinstance(found, dict):
             raise ImagesDamaged(f"{self.path}: {name} is no JSON object", DUMP_AGAIN)
@@ -207,16 +199,16 @@ class Archive:
 class _Members(ImageDirectory):
     """The members of an archive that lie in ``checkpoint/``, as a directory of images."""
 
-    def __init__(self, path: Path, fd: int, members: Mapping[str, tarfile.TarInfo]) -> None:
+    def __init__(self, path: Path, fd: int, members: Mapping[str, Member]) -> None:
         self.label = ""
         self.path = path
         self._fd = os.dup(fd)
         self.sizes, self.others, self.bases = {}, set(), {}
         for full, member in sorted(members.items()):
             name = full.removeprefix(_IMAGES)
-            if name == full or not name or "/" in name or member.isdir():
+            if name == full or not name or "/" in name or member.is_directory:
                 continue
-            if member.isreg():
+            if member.is_file:
                 self.sizes[name], self.bases[name] = member.size, member.offset_data
             else:
                 self.others.add(name)
@@ -229,22 +221,13 @@ class _Members(ImageDirectory):
         """Archives that build on others are refused as a whole."""
 
 
-def _stored(member: tarfile.TarInfo) -> int:
-    # Bytes of data that follow the header.
-    return member.size if member.isreg() or member.type not in tarfile.SUPPORTED_TYPES else 0
-
-
-def _padded(size: int) -> int:
-    return -(-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
-
-
 def _member(name: str, image: bytes | Extents) -> Iterable[bytes]:
     size = len(image) if isinstance(image, bytes) else image.size
     info = tarfile.TarInfo(name)
     info.size, info.mode = size, stat.S_IRUSR | stat.S_IWUSR
     yield info.tobuf(tarfile.PAX_FORMAT)
     yield from image_chunks(image)
-    yield bytes(_padded(size) - size)
+    yield bytes(padded(size) - size)
 
 
 def _text(config: Mapping[str, Any], name: str) -> str:
@@ -253,9 +236,5 @@ def _text(config: Mapping[str, Any], name: str) -> str:
     return found if isinstance(found, str) else ""
 
 
-def _volumes(config: Mapping[str, Any]) -> Iterator[str]:
-    found = config.get("namedVolumes")
-    for volume in found if isinstance(found, list) else ():
-        name = volume.get("volumeName") if isinstance(volume, dict) else None
-        if isinstance(name, str):
-            yield name
+def _list(found: object) -> list[Any]:
+    return found if isinstance(found, list) else []
