@@ -9,6 +9,7 @@ images are raw altogether.
 import os
 import re
 import struct
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Final, NamedTuple, TypeVar, cast
@@ -16,7 +17,6 @@ from typing import Any, Final, NamedTuple, TypeVar, cast
 from google.protobuf.message import DecodeError, Message
 
 from ovr.errors import ImagesDamaged, ImagesUnsupported
-from ovr.files import locate
 from ovr.images.packed import refuse_packed
 
 __all__ = [
@@ -42,6 +42,7 @@ _MAX_ENTRY: Final = 4 << 20  # bytes; two bytes of a nested message become a hun
 _LARGE: Final = ("MmEntry",)  # one entry for all areas of a task: bounded by their number instead
 _MAX_FIELDS: Final = 1 << 20
 _MAX_NAMED: Final = 1 << 12  # bytes of an entry whose missing fields are named
+_NAMED: Final = 12  # of them, at most
 _SIZE: Final = struct.Struct("<I")
 
 # Image name without number and suffix, and the magic of its type (image-desc.c, magic.h).
@@ -263,7 +264,7 @@ def decode(kind: type[M], payload: bytes, name: str) -> M:
 def _missing(message: Message, size: int) -> str:
     if size > _MAX_NAMED:  # of nested messages they would be listed by the million
         return "a required field"
-    return ", ".join(cast("Any", message).FindInitializationErrors())
+    return ", ".join(cast("Any", message).FindInitializationErrors()[:_NAMED])
 
 
 def _fields(payload: bytes) -> int:
@@ -303,14 +304,13 @@ def encode(message: Message) -> Frame:
 
 
 def write_image(directory: Path, name: str, chunks: Iterable[bytes]) -> None:
-    """Write the file `name` so that it is either complete or not there.
-
-    Raises:
-        OSError: it cannot be written, or the directory is not this user's or root's.
-    """
-    place, name = locate(directory / name)
-    with place, place.replacement(name, 0o600) as fresh:
-        fresh.file.writelines(chunks)
-        fresh.file.flush()
-        os.fsync(fresh.file.fileno())
-        fresh.put()
+    """Write the file `name` so that it is either complete or not there."""
+    with tempfile.NamedTemporaryFile(dir=directory, prefix=f".{name}.", delete=False) as file:
+        try:
+            file.writelines(chunks)
+            file.flush()
+            os.fsync(file.fileno())
+            Path(file.name).rename(directory / name)
+        except BaseException:
+            Path(file.name).unlink()
+            raise

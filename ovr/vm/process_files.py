@@ -73,14 +73,16 @@ def parse_maps(text: str) -> list[Mapping]:
     found = []
     for line in text.splitlines():
         match = _MAPPING.fullmatch(line)
-        if match and int(match[8]):
-            start, end, offset, major, minor = (int(match[n], 16) for n in (1, 2, 5, 6, 7))
-            found.append(
-                Mapping(
-                    start, end, match[4] == "s", match[3] == "w", offset,
-                    os.makedev(major, minor), int(match[8]), match[9],
-                )
-            )  # fmt: skip
+        if match is None or match[8] == "0":
+            continue
+        start, end, writable, shared, offset, major, minor, inode, path = match.groups()
+        device = os.makedev(int(major, 16), int(minor, 16))
+        found.append(
+            Mapping(
+                int(start, 16), int(end, 16), shared == "s", writable == "w", int(offset, 16),
+                device, int(inode), path,
+            )
+        )  # fmt: skip
     return found
 
 
@@ -99,6 +101,7 @@ class ProcessFiles:
 
     def __init__(self, pid: int) -> None:
         self.pid = pid
+        self._mappings: tuple[str, list[Mapping]] | None = None  # as last read
         try:
             self._directory = os.open(f"/proc/{pid}", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except OSError as error:
@@ -150,7 +153,10 @@ class ProcessFiles:
         Raises:
             CheckFailed: it has ended, or we may not look.
         """
-        return parse_maps(self._text("maps", _MAPS_LIMIT))
+        text = self._text("maps", _MAPS_LIMIT)
+        if self._mappings is None or self._mappings[0] != text:
+            self._mappings = text, parse_maps(text)
+        return self._mappings[1]
 
     def open_mapped(self, mapping: Mapping) -> RamFile:
         """Take over the descriptor by which the process can write to the file of a mapping.

@@ -20,6 +20,7 @@ from ovr.images.pagemap import Pagemap, decode_pagemap, encode_pagemap
 from ovr.plan import make_plan
 from tests.fuzz.patches import patched, sample_patches
 from tests.fuzz.target import Input, Target
+from tests.fuzz.tars import resealed
 
 __all__ = ["TARGETS"]
 
@@ -141,10 +142,19 @@ def tar_of(number: int) -> bytes:
     return made.getvalue()
 
 
+@cache
+def headers_of(data: bytes) -> list[int]:
+    """Where the headers are in a tar."""
+    with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+        return [member.offset for member in tar]
+
+
 def archive(data: bytes) -> None:
     """A damaged archive: what is made of it for the guest is an archive of the same container."""
     source = Input(data)
-    (damaged,) = patched([tar_of(source.number())], source)
+    whole_tar = tar_of(source.number())
+    (damaged,) = patched([whole_tar], source)
+    damaged = resealed(damaged, headers_of(whole_tar))
     with tempfile.NamedTemporaryFile(prefix="ovr-fuzz-") as file:
         file.write(damaged)
         file.flush()

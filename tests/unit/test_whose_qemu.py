@@ -25,16 +25,17 @@ NAME = "ovr-test-posed"
 @contextmanager
 def running(*words, user=0):
     """A process with the command line of a QEMU."""
-    command = ["qemu-system-x86_64", "-c", "sleep 60; :", *words]
+    # It waits without a child, which would be such a process, too, for a moment.
+    command = ["qemu-system-x86_64", "-c", "read line", *words]
     with subprocess.Popen(
-        command, executable="/bin/sh", user=user, start_new_session=True, cwd="/"
+        command, executable="/bin/sh", stdin=subprocess.PIPE, user=user, cwd="/"
     ) as process:
         try:
             while words[-1] not in Path(f"/proc/{process.pid}/cmdline").read_text():
                 time.sleep(0.01)
             yield process.pid
         finally:
-            os.killpg(process.pid, 9)
+            process.kill()
 
 
 @pytest.fixture

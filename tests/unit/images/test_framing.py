@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from ovr.errors import ImagesDamaged, ImagesUnsupported
 from ovr.images.framing import Frame, decode, encode, frames, header, image_bytes, write_image
-from ovr.images.messages import CoreEntry, FsEntry, VmaEntry
+from ovr.images.messages import CoreEntry, FsEntry, MmEntry, TaskTimersEntry, VmaEntry
 from ovr.images.objects import PipeDataEntry
 from ovr.images.wire import UINT32, Message, copy_of, entry, repeated, required
 
@@ -124,3 +124,20 @@ def test_write_image_leaves_nothing_behind_on_failure(tmp_path):
     assert not list(tmp_path.iterdir())
     write_image(tmp_path, "fs-1.img", [b"wh", b"ole"])
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {"fs-1.img": b"whole"}
+
+
+def test_entries_of_many_empty_messages():
+    """Two bytes of a file become a hundred in memory, and would be listed one by one."""
+    for size in (1 << 12, 1 << 20, 4 << 20):
+        with pytest.raises(ImagesDamaged, match=r"mm-1\.img: MmEntry without") as caught:
+            decode(MmEntry, b"\x72\0" * (size // 2), "mm-1.img")
+        assert len(str(caught.value)) < 1000
+    for kind, name in ((MmEntry, "mm-1.img"), (TaskTimersEntry, "core-1.img")):
+        with pytest.raises(ImagesDamaged, match="too much for a"):
+            decode(kind, b"\x72\0" * (3 << 20), name)
+
+
+@pytest.mark.parametrize("depth", [99, 101, 1 << 20])
+def test_messages_that_are_nested_deeply(depth):
+    with pytest.raises(ImagesDamaged, match="cannot be decoded"):
+        decode(MmEntry, b"\xfb\x7f" * depth, "mm-1.img")

@@ -411,3 +411,15 @@ def test_an_integer_is_written_whole_or_not_at_all(value, name):
         with pytest.raises(DoesNotFit):
             setattr(task, name, value)
         assert memory.writes == []
+
+
+def test_few_structs_that_have_each_other_often():
+    """4^20 anonymous members without a name among them: a walk that would not end in years."""
+    w = BtfWriter()
+    inner = w.struct("", 0)
+    for _ in range(20):
+        inner = w.struct("", 0, *[("", inner, 0)] * 4)
+    outer = w.struct("outer", 0, ("", inner, 0))
+    types = Types(Btf(w.build()))
+    with pytest.raises(KernelNotFound, match="too many members"):
+        types.fields(outer)
