@@ -178,6 +178,7 @@ void hold_end(struct hold *hold)
 		while (poll(&fd, 1, ANSWER_NS / 1000000) < 0 && errno == EINTR)
 			;
 		bury(hold);
+		__atomic_store_n(&hold->page->gate, GATE_SHUT, __ATOMIC_SEQ_CST);
 	}
 	close_all(hold);
 }

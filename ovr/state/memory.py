@@ -20,7 +20,6 @@ from typing import Final, NamedTuple
 import numpy as np
 
 from ovr._fastcopy import OWNED
-from ovr.addresses import PAGE_SIZE
 from ovr.errors import RestoreFailed, VerifyMismatch
 from ovr.images.source import Source
 from ovr.journal import Journal

@@ -82,8 +82,8 @@ def counting(races: Races, pause: float) -> Iterator[None]:
 def unprotected(races: Races, pause: float) -> Iterator[None]:
     """Have restores write as if nothing ever moved: looked up first, written later.
 
-    Nothing is held still from the one to the other, nobody is asked whose a page is. What would have
-    been refused is counted.
+    Nothing is held still from the one to the other, nobody is asked whose a page is. What would
+    have been refused is counted.
 
     Args:
         races: what was met.
