@@ -244,26 +244,40 @@ cdef void _pour(void *given) noexcept nogil:
 
 
 cdef void _review(void *given) noexcept nogil:
-    # Ends before its end as `_copy_in` does.
+    # Ends before its end as `_copy_in` does. Several small runs share a look into the source.
     cdef Reviewing *job = <Reviewing *>given
     cdef Py_ssize_t i
     cdef uint64_t done, part
+    cdef uint64_t there = 0     # how much of the glass is left, and where it begins
+    cdef uint64_t used = 0
     for i in range(job.count):
         done = 0
         while done < job.runs[i].size:
-            part = _read_glass(job, job.runs[i].offset + <int64_t>done, job.runs[i].size - done)
-            if part == 0 or _differs_from_glass(job, &job.runs[i], done, part):
+            if there == 0:
+                there = _read_glass(job, i, done)
+                used = 0
+            part = min(there, job.runs[i].size - done)
+            if part == 0 or _differs_from_glass(job, &job.runs[i], done, job.glass + used, part):
                 return
             done += part
+            used += part
+            there -= part
             job.compared += part
             if gate_late(job.gate):
                 return
 
 
-cdef uint64_t _read_glass(Reviewing *job, int64_t offset, uint64_t size) noexcept nogil:
-    # How much was read; 0: that would have to be waited for, or there is an error.
+cdef uint64_t _read_glass(Reviewing *job, Py_ssize_t i, uint64_t done) noexcept nogil:
+    # How much was read, of runs that follow each other in the source; 0: that would have to be
+    # waited for, or there is an error.
+    cdef int64_t offset = job.runs[i].offset + <int64_t>done
+    cdef uint64_t size = job.runs[i].size - done
     cdef iovec vector
     cdef ssize_t got
+    i += 1
+    while size < GLASS and i < job.count and job.runs[i].offset == offset + <int64_t>size:
+        size += job.runs[i].size
+        i += 1
     while True:
         vector.iov_base = job.glass
         vector.iov_len = min(size, <uint64_t>GLASS)
@@ -278,7 +292,7 @@ cdef uint64_t _read_glass(Reviewing *job, int64_t offset, uint64_t size) noexcep
 
 
 cdef bint _differs_from_glass(
-    Reviewing *job, const Run *run, uint64_t begin, uint64_t size
+    Reviewing *job, const Run *run, uint64_t begin, const uint8_t *glass, uint64_t size
 ) noexcept nogil:
     cdef uint64_t done = 0, part = 0
     cdef char *host
@@ -286,7 +300,7 @@ cdef bint _differs_from_glass(
         host = _host(job.ram, run.gpa + begin + done, &part)
         # Page by page of the run: `begin` may lie within one, after a short read.
         part = min(min(part, size - done), 4096 - ((begin + done) & 4095))
-        if memcmp(host, job.glass + done, part):
+        if memcmp(host, glass + done, part):
             job.found = True
             job.differs = run.gva + ((begin + done) & ~<uint64_t>4095)
             return True

@@ -49,7 +49,8 @@ static int open_tasks(pid_t pid)
 
 static void close_all(struct hold *hold)
 {
-	int *fds[] = {&hold->qemu, &hold->self, &hold->child, &hold->tasks, &hold->ask, &hold->told};
+	int *fds[] = {&hold->qemu, &hold->self, &hold->child, &hold->tasks,
+		      &hold->own,  &hold->ask,	&hold->told};
 
 	for (size_t i = 0; i < sizeof(fds) / sizeof(*fds); i++) {
 		if (*fds[i] >= 0)
@@ -62,18 +63,19 @@ int hold_start(struct hold *hold)
 {
 	int error;
 
-	hold->child = hold->self = hold->tasks = hold->ask = hold->told = -1;
+	hold->qemu = hold->self = hold->child = -1;
+	hold->tasks = hold->own = hold->ask = hold->told = -1;
 	hold->tracer = 0;
 	hold->page = mmap(NULL, sizeof(*hold->page), PROT_READ | PROT_WRITE,
 			  MAP_SHARED | MAP_ANONYMOUS, -1, 0);
 	if (hold->page == MAP_FAILED) {
 		hold->page = NULL;
-		hold->qemu = -1;
 		return errno;
 	}
 	if ((hold->qemu = (int)syscall(SYS_pidfd_open, hold->pid, 0)) >= 0 &&
 	    (hold->self = (int)syscall(SYS_pidfd_open, getpid(), 0)) >= 0 &&
 	    (hold->tasks = open_tasks(hold->pid)) >= 0 &&
+	    (hold->own = open_tasks(getpid())) >= 0 &&
 	    (hold->ask = eventfd(0, EFD_CLOEXEC)) >= 0 &&
 	    (hold->told = eventfd(0, EFD_CLOEXEC)) >= 0 &&
 	    (hold->tracer = fork_tracer(hold)) > 0)

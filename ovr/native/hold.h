@@ -65,7 +65,8 @@ struct hold {
 	int qemu;		/* pidfds */
 	int self;
 	int child;
-	int tasks;		/* /proc/PID/task */
+	int tasks;		/* /proc/PID/task, of QEMU and of ovr */
+	int own;
 	int ask;		/* eventfds: to the tracer, from it */
 	int told;
 };

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Final
 
 from ovr.errors import CheckFailed, HoldBroken, OvrError, RestoreFailed, VmUnreachable
+from ovr.vm.session import one_line
 
 __all__ = ["BECOME", "Result", "hold_error"]
 
@@ -35,7 +36,7 @@ _ERRORS: Final[Mapping[Result, tuple[type[OvrError], str, str]]] = {
     Result.FORBIDDEN: (CheckFailed, "{qemu} may be neither traced nor signalled", BECOME),
     Result.STUCK: (
         RestoreFailed,
-        "thread {tid} of {qemu} does not stop within {patience:g} s",
+        "{who} of {qemu} does not stop within {patience:g} s",
         "is its host out of memory, or its disk stuck?",
     ),
     Result.TERMINAL: (
@@ -62,15 +63,13 @@ def hold_error(result: int, pid: int, who: int, *, bound: float, patience: float
         patience: seconds that a thread may take to stop.
     """
     kind, text, hint = _ERRORS[Result(result)]
-    name = _name_of(who) if result == Result.TRACED else ""
-    return kind(
-        text.format(qemu=f"QEMU {pid}", who=name, tid=who, bound=bound, patience=patience), hint
-    )
+    name = _named("thread" if result == Result.STUCK else "process", who)
+    return kind(text.format(qemu=f"QEMU {pid}", who=name, bound=bound, patience=patience), hint)
 
 
-def _name_of(pid: int) -> str:
+def _named(what: str, tid: int) -> str:
     try:
-        name = Path(f"/proc/{pid}/comm").read_text(errors="replace").strip()
+        name = Path(f"/proc/{tid}/comm").read_text(errors="replace").strip()
     except OSError:
-        return f"process {pid}"
-    return f"process {pid} ({name})"
+        return f"{what} {tid}"
+    return f"{what} {tid} ({one_line(name)})"

@@ -81,9 +81,9 @@ class RunningMachine:
 
     @property
     def runs(self) -> bool:
-        """Whether it runs now, or within a second."""
+        """Whether it runs now, or goes on to do so."""
         before = self.counters
-        return eventually(lambda: self.counters != before, 1.0)
+        return eventually(lambda: self.counters != before, 5.0)
 
     def states(self) -> set[str]:
         found = set()
