@@ -62,7 +62,7 @@ def qemu(tmp_path):
 
 
 def test_held_and_let_go(qemu):
-    with Qmp.connect(qemu.path) as qmp, Holder(qmp) as holder:
+    with Qmp.connect(qemu.path) as qmp, Holder(qmp, bound=60) as holder:
         for _ in range(20):
             with holder.held():
                 assert qemu.stopped
@@ -87,7 +87,7 @@ def test_what_is_checked_in_every_hold(qemu):
         if len(asked) == 2:
             raise CheckFailed("not now")
 
-    with Qmp.connect(qemu.path) as qmp, Holder(qmp, check) as holder:
+    with Qmp.connect(qemu.path) as qmp, Holder(qmp, check, bound=60) as holder:
         with holder.held():
             assert asked == [0]
         with pytest.raises(CheckFailed, match="not now"), holder.held():
@@ -114,7 +114,7 @@ HOLD_FOREVER = """
 import sys, time
 from ovr.vm.hold import Holder
 from ovr.vm.qmp import Qmp
-with Qmp.connect(sys.argv[1]) as qmp, Holder(qmp) as holder:
+with Qmp.connect(sys.argv[1]) as qmp, Holder(qmp, bound=60) as holder:
     with holder.held():
         if sys.argv[2] == "held":
             print("ready", flush=True)

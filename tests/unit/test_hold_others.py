@@ -25,7 +25,8 @@ def machine(tmp_path):
 
 
 def holder(machine, **options):
-    return Holder(Monitor(machine.pid), **options)
+    # We look around in holds, on a host that may be busy.
+    return Holder(Monitor(machine.pid), bound=60, **options)
 
 
 def assert_still(machine, seconds=0.02):

@@ -102,6 +102,7 @@ def test_what_comes_in_a_hold_comes_after_it(machine):
 
 
 HOLDS = """
+hold.BOUND_SECONDS = 60
 print("ready", flush=True)
 with Holder(Monitor(pid)) as holder:
     while True:

@@ -33,6 +33,7 @@ HOLDS = """
 import mmap
 ram = mmap.mmap(os.open(sys.argv[2], os.O_RDONLY), 8192, access=mmap.ACCESS_READ)
 moved = 0
+hold.BOUND_SECONDS = 60
 with Holder(Monitor(pid)) as holder:
     for _ in range(30):
         with holder.held():
@@ -51,6 +52,7 @@ def test_held(machine):
 
 
 INTERFERED = """
+hold.BOUND_SECONDS = 60
 with Holder(Monitor(pid)) as holder:
     for _ in range(int(sys.argv[3])):
         try:
@@ -111,6 +113,7 @@ def test_a_terminal_is_refused(tmp_path):
 
 
 KILLED = """
+hold.BOUND_SECONDS = 60
 with Holder(Monitor(pid)) as holder:
     for _ in range(2):
         try:
