@@ -6,8 +6,8 @@ BIN := .venv/bin
 PARALLEL := -n 2 --dist loadfile
 PACKAGES := gcc libc6-dev python3-dev python3-venv qemu-system-x86 qemu-system-common \
 	mmdebstrap e2fsprogs debian-archive-keyring
-# For tests only: a libvirtd of their own, and terminals to look at.
-PACKAGES += libvirt-daemon libvirt-daemon-driver-qemu libvirt-clients tmux
+# For tests only: a libvirtd of their own, terminals to look at, a debugger.
+PACKAGES += libvirt-daemon libvirt-daemon-driver-qemu libvirt-clients tmux strace
 # Where virtiofsd is no part of QEMU any more it is a package of its own.
 PACKAGES += $(shell apt-cache show virtiofsd >/dev/null 2>&1 && echo virtiofsd)
 

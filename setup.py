@@ -8,6 +8,8 @@ from setuptools import Extension, setup
 CFLAGS = ["-O3", "-g", "-Wall", "-Wextra", "-Werror"]
 # Cython's generated code, not ours, trips these.
 CFLAGS += ["-Wno-unused-parameter", "-Wno-missing-field-initializers", "-Wno-cast-function-type"]
+# The tracer: C alone, since it runs after a fork.
+HOLD = [f"ovr/native/{name}.c" for name in ("hold", "tracer", "tracees", "sigstop", "procfs")]
 LDFLAGS: list[str] = ["-pthread"]
 # With OVR_ABI3=1, one wheel for Python 3.11 and all later ones: the limited API of 3.11, the first
 # that has the buffer protocol. Not the default, because single reads and writes take twice as long.
@@ -22,8 +24,8 @@ setup(
         [
             Extension(
                 "ovr._fastcopy",
-                ["ovr/_fastcopy.pyx"],
-                depends=["ovr/native/guard.h"],
+                ["ovr/_fastcopy.pyx", *HOLD],
+                depends=["ovr/native/guard.h", "ovr/native/hold.h", "ovr/native/tracer.h"],
                 include_dirs=["ovr/native"],
                 extra_compile_args=CFLAGS,
                 extra_link_args=LDFLAGS,

@@ -29,6 +29,7 @@ SOURCE = Path(__file__).parent / "programs" / "memcpy.c"
 CFLAGS = ("-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", "-pthread")
 PIECE = np.dtype([("to", "<u8"), ("from", "<u8"), ("size", "<u8")])
 LONGEST = 1 << 20
+BOUND = 60.0  # seconds: all of it is copied in one hold
 
 
 class MemcpyLimit:
@@ -65,7 +66,7 @@ class MemcpyLimit:
 
     def seconds(self) -> float:
         """Copy, and return how long it took."""
-        with AttachedVm(self._target) as vm, Holder(vm.qmp) as holder, holder.held():
+        with AttachedVm(self._target) as vm, Holder(vm.qmp, bound=BOUND) as holder, holder.held():
             space = mm_space(vm.kernel, find_task(vm.kernel, self._pid).mm)
             runs = space.walk(self._pieces)
             assert total(runs) == total(self._pieces), "pages of the restored process are missing"

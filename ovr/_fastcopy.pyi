@@ -64,14 +64,57 @@ class _Frames(Protocol):
     @property
     def clean_value(self) -> int: ...
 
+class Hold:
+    """A process that holds a VM still when it is asked to: ``native/hold.h``, ``tracer.c``.
+
+    While it does, its gate is open: maps that it governs can be written to.
+    """
+
+    def __new__(cls, pid: int, *, bound: float, patience: float) -> Self:
+        """Start it.
+
+        Args:
+            pid: of QEMU.
+            bound: seconds after which it breaks a hold off.
+            patience: seconds that QEMU's threads may take to stop.
+
+        Raises:
+            OSError: it cannot be started; ``ESRCH`` or ``ENOENT``: there is no such QEMU.
+        """
+
+    def take(self) -> int:
+        """Hold the VM; returns a value of ``enum hold_result``, 0 if it is held."""
+
+    def let_go(self) -> int:
+        """Let the VM run; returns a value of ``enum hold_result``, 0 if it was held until now."""
+
+    def close(self) -> None:
+        """End the process; a VM that is held runs on."""
+
+    @property
+    def tracer(self) -> int:
+        """The pid of the process; 0 if it has ended."""
+
+    @property
+    def way(self) -> int:
+        """How the VM is held, a value of ``enum hold_way``; 0 before the first hold."""
+
+    @property
+    def who(self) -> int:
+        """Whom the last result was about: a thread of QEMU that does not stop, or its tracer."""
+
 class RamMap:
     """Guest RAM, mapped into this process.
 
     `slots` holds (GPA, size, file descriptor, offset), all in bytes; the descriptors may be
     closed afterwards. Addresses from the guest are checked against the slots at every use.
+
+    It can be written to while a `Hold` that governs it holds its VM; `unheld`, also without any.
     """
 
-    def __new__(cls, slots: Iterable[tuple[int, int, int, int]], *, writable: bool) -> Self:
+    def __new__(
+        cls, slots: Iterable[tuple[int, int, int, int]], *, writable: bool, unheld: bool = False
+    ) -> Self:
         """Map the slots.
 
         Raises:
@@ -86,6 +129,13 @@ class RamMap:
             BufferError: another thread is inside one of the loops.
         """
 
+    def govern(self, hold: Hold) -> None:
+        """Have all writes from here on go through the gate of `hold`.
+
+        Raises:
+            BufferError: another thread is inside one of the loops.
+        """
+
     def read(self, gpa: int, size: int) -> bytes:
         """Read `size` bytes. Raises `GuestFault` if any of them is not RAM."""
 
@@ -94,7 +144,8 @@ class RamMap:
 
         Raises:
             GuestFault: some byte would not land in RAM; nothing was written.
-            PermissionError: the map is read-only.
+            PermissionError: the map is read-only, or the VM is not held; nothing was written.
+            HoldBroken: the hold was broken off; nothing was written.
         """
 
     def find(self, gpa: int, end: int, needle: Buffer, step: int) -> int:
@@ -132,18 +183,45 @@ class RamMap:
             RamNotShared: the RAM file was cut off.
         """
 
-    def copy_in(self, runs: NDArray[np.void], fd: int, base: int, size: int) -> int:
+    def copy_in(
+        self, runs: NDArray[np.void], fd: int, base: int, size: int, *, wait: bool = True
+    ) -> int:
         """Copy a source's ``[run.offset:][:run.size]`` to ``run.gpa`` for every run.
 
-        The source is the `size` bytes of a file from `base` on; ``preadv`` copies them.
+        The source is the `size` bytes of a file from `base` on; ``preadv2`` copies them. Without
+        `wait` it ends where the source is not in the page cache (``RWF_NOWAIT``).
 
-        Returns the number of bytes copied.
+        Returns the number of bytes copied, in the order of the runs: it also ends when half of the
+        time is over that the hold may last.
 
         Raises:
             GuestFault: a run is not RAM; nothing was written.
             ValueError: a run reaches past the end of the source; nothing was written.
-            PermissionError: the map is read-only.
-            OSError: the file was cut off, or cannot be read.
+            PermissionError: the map is read-only, or the VM is not held; nothing was written.
+            HoldBroken: the hold was broken off; what was written until then stays.
+            OSError: the file was cut off, or cannot be read; ``EOPNOTSUPP``: not without waiting.
+            RamNotShared: that of the guest's RAM was cut off.
+        """
+
+    def copy_from(self, runs: NDArray[np.void], source: Buffer) -> int:
+        """Copy ``source[run.offset:][:run.size]`` to ``run.gpa``, for every run.
+
+        Returns and raises what `copy_in` does; `source` is memory of this process's own.
+        """
+
+    def review(
+        self, runs: NDArray[np.void], fd: int, base: int, size: int, *, wait: bool = True
+    ) -> tuple[int, int | None]:
+        """Compare a source's ``[run.offset:][:run.size]`` with what is at ``run.gpa``.
+
+        Source, `wait` and an early end as with `copy_in`. Returns the number of bytes that were
+        compared and are equal, in the order of the runs, and the GVA of the first page that
+        differs, or None.
+
+        Raises:
+            GuestFault: a run is not RAM.
+            ValueError: a run reaches past the end of the source.
+            OSError: the file was cut off, or cannot be read; ``EOPNOTSUPP``: not without waiting.
             RamNotShared: that of the guest's RAM was cut off.
         """
 

@@ -10,15 +10,16 @@ import os
 
 import numpy as np
 
-from libc.errno cimport EFAULT, EINTR, EIO, errno
-from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
+from libc.errno cimport EAGAIN, EFAULT, EINTR, EIO, errno
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc, realloc
 from libc.string cimport memcmp, memcpy, memset
 from posix.mman cimport MAP_FAILED, MAP_SHARED, PROT_READ, PROT_WRITE, madvise, mmap, munmap
 
-from ovr.errors import GuestFault, RamNotShared
+from ovr.errors import GuestFault, HoldBroken, RamNotShared
 
 include "native/external.pxi"
+include "native/hold.pxi"
 include "native/ram.pxi"
 include "native/walk.pxi"
 include "native/bulk.pxi"
@@ -41,14 +42,17 @@ PAIR = np.dtype([("one", "<i8"), ("other", "<i8"), ("size", "<u8")])
 cdef class RamMap:
     cdef Ram _ram
     cdef bint _writable
+    cdef bint _unheld
     cdef int _users
+    cdef Hold _hold
 
-    def __cinit__(self, slots, *, bint writable):
+    def __cinit__(self, slots, *, bint writable, bint unheld=False):
         cdef Py_ssize_t i
         cdef int prot = PROT_READ | PROT_WRITE if writable else PROT_READ
         cdef int around
         cdef void *host
         self._writable = writable
+        self._unheld = unheld
         self._ram.slots = <Slot *>malloc(max(1, len(slots)) * sizeof(Slot))
         if self._ram.slots == NULL:
             raise MemoryError
@@ -87,6 +91,21 @@ cdef class RamMap:
             raise BufferError("guest RAM is being read or written by another thread")
         self._unmap()
 
+    def govern(self, Hold hold):
+        if self._users:
+            raise BufferError("guest RAM is being read or written by another thread")
+        self._hold = hold
+
+    cdef HoldPage *_gate(self) except? NULL:
+        # What a write must enter; NULL only where writes need no hold.
+        if not self._writable:
+            raise PermissionError("guest RAM is mapped read-only")
+        if self._hold is not None:
+            return self._hold._hold.page
+        if not self._unheld:
+            _entered(GATE_IS_SHUT)
+        return NULL
+
     # ---- plain access ----------------------------------------------------------------------
 
     def read(self, uint64_t gpa, size_t size):
@@ -99,13 +118,17 @@ cdef class RamMap:
 
     def write(self, uint64_t gpa, const uint8_t[::1] data not None):
         cdef Bytes job
-        if not self._writable:
-            raise PermissionError("guest RAM is mapped read-only")
+        cdef HoldPage *gate = self._gate()
+        cdef uint32_t generation = 0
+        cdef void *lost
         if data.shape[0] == 0:
             return
         self._check(gpa, data.shape[0])
         job.ram, job.gpa, job.size, job.source = &self._ram, gpa, data.shape[0], &data[0]
-        self._done(ovr_guarded(_write, &job))
+        _entered(gate_enter(gate, &generation))
+        lost = ovr_guarded(_write, &job)
+        gate_leave(gate)
+        self._done(lost)
 
     def find(self, uint64_t gpa, uint64_t end, const uint8_t[::1] needle not None, size_t step):
         cdef Search job
@@ -208,32 +231,79 @@ cdef class RamMap:
             self._users -= 1
         self._done(lost)
 
-    def copy_in(self, const Run[::1] runs not None, int fd, int64_t base, int64_t size):
+    def copy_in(
+        self, const Run[::1] runs not None, int fd, int64_t base, int64_t size, *, bint wait=True
+    ):
         cdef Reading job
-        cdef Py_ssize_t i
-        cdef uint64_t total = 0
-        if not self._writable:
-            raise PermissionError("guest RAM is mapped read-only")
-        if base < 0 or size < 0 or base + size < base:
-            raise ValueError(f"{size} bytes at {base} are not a range of a file")
+        cdef HoldPage *gate = self._gate()
+        _check_source(base, size)
         self._check_runs(runs, size)
         if runs.shape[0] == 0:
             return 0
-        for i in range(runs.shape[0]):
-            total += runs[i].size
         job.ram, job.runs, job.count = &self._ram, &runs[0], runs.shape[0]
-        job.fd, job.base, job.at, job.done, job.error, job.lost = fd, base, 0, 0, 0, NULL
+        job.fd, job.base, job.flags = fd, base, 0 if wait else RWF_NOWAIT
+        job.at, job.done, job.copied, job.error, job.lost = 0, 0, 0, 0, NULL
+        job.gate, job.generation, job.entry = gate, 0, GATE_ENTERED
         self._users += 1
         try:
             with nogil:
                 _copy_in(&job)
         finally:
             self._users -= 1
+        _entered(job.entry)
         if job.error == EFAULT:
             self._done(job.lost)
-        if job.error:
-            raise OSError(job.error, CUT_OFF if job.error == EIO else os.strerror(job.error))
-        return total
+        _check_error(job.error)
+        return job.copied
+
+    def copy_from(self, const Run[::1] runs not None, const uint8_t[::1] source not None):
+        cdef Pouring job
+        cdef HoldPage *gate = self._gate()
+        cdef void *lost
+        self._check_runs(runs, source.shape[0])
+        if runs.shape[0] == 0:
+            return 0
+        memset(&job, 0, sizeof(job))
+        job.ram, job.runs, job.count, job.gate = &self._ram, &runs[0], runs.shape[0], gate
+        job.source = &source[0]
+        self._begin()
+        try:
+            with nogil:
+                lost = ovr_guarded(_pour, &job)
+                if job.inside:
+                    gate_leave(gate)
+            self._done(lost)
+        finally:
+            self._users -= 1
+        _entered(job.entry)
+        return job.copied
+
+    def review(
+        self, const Run[::1] runs not None, int fd, int64_t base, int64_t size, *, bint wait=True
+    ):
+        cdef Reviewing job
+        cdef void *lost
+        _check_source(base, size)
+        self._check_runs(runs, size)
+        memset(&job, 0, sizeof(job))
+        if runs.shape[0] == 0:
+            return 0, None
+        job.ram, job.runs, job.count = &self._ram, &runs[0], runs.shape[0]
+        job.fd, job.base, job.flags = fd, base, 0 if wait else RWF_NOWAIT
+        job.gate = self._hold._hold.page if self._hold is not None else NULL
+        job.glass = <uint8_t *>malloc(GLASS)
+        if job.glass == NULL:
+            raise MemoryError
+        self._begin()
+        try:
+            with nogil:
+                lost = ovr_guarded(_review, &job)
+            self._done(lost)
+        finally:
+            self._users -= 1
+            free(job.glass)
+        _check_error(job.error)
+        return job.compared, job.differs if job.found else None
 
     def first_difference(self, const Run[::1] runs not None, const uint8_t[::1] source not None):
         cdef Matching job
@@ -271,6 +341,18 @@ cdef class RamMap:
                 or <uint64_t>runs[i].offset > source_size - runs[i].size
             ):
                 raise ValueError(f"run at {runs[i].gva:#x} reaches past the end of its source")
+
+
+cdef int _check_source(int64_t base, int64_t size) except -1:
+    if base < 0 or size < 0 or base + size < base:
+        raise ValueError(f"{size} bytes at {base} are not a range of a file")
+    return 0
+
+
+cdef int _check_error(int error) except -1:
+    if error:
+        raise OSError(error, CUT_OFF if error == EIO else os.strerror(error))
+    return 0
 
 
 def in_page_cache(int fd, int64_t offset, int64_t size):

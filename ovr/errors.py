@@ -17,6 +17,7 @@
     ├── VerifyMismatch           7
     ├── GuestFault               1   guest memory says something impossible
     ├── RestoreFailed            1   the restore was aborted, the tree killed
+    │   ├── HoldBroken           1
     │   ├── PidTaken             1
     │   └── CriuFailed           1
     └── LabError                 1   the lab's own set-up
@@ -32,6 +33,7 @@ __all__ = [
     "CheckFailed",
     "CriuFailed",
     "GuestFault",
+    "HoldBroken",
     "ImagesDamaged",
     "ImagesForbidden",
     "ImagesUnreachable",
@@ -146,6 +148,10 @@ class GuestFault(OvrError):
 
 class RestoreFailed(OvrError):
     """The restore was aborted; the half-restored tree was killed."""
+
+
+class HoldBroken(RestoreFailed):
+    """The VM ran, or may have run, while it was to be held still."""
 
 
 class PidTaken(RestoreFailed):

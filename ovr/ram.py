@@ -1,8 +1,8 @@
 """Guest RAM: slots of guest physical memory, each a range of a RAM file on the host.
 
 Knows no kernel and no page tables. Every byte that `ovr` writes to a guest goes through
-`GuestRam.write` (single values) or `GuestRam.copy_in` (pages), and so through the bounds
-checks of `_fastcopy.RamMap`.
+`GuestRam.write` (single values), `GuestRam.copy_in` or `GuestRam.copy_from` (pages), and so through
+the bounds checks of `_fastcopy.RamMap`, and through the gate of the hold that governs it.
 """
 
 import os
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ovr._fastcopy import RamMap
+from ovr._fastcopy import Hold, RamMap
 from ovr.addresses import PAGE_SIZE, Gpa, Gva, Offset
 from ovr.errors import RamNotShared
 
@@ -94,19 +94,22 @@ class GuestRam:
     Args:
         slots: what backs which part of GPA space; sorted and checked for overlap here.
         writable: map for writing. Reading tools leave it off, so that they cannot write.
+        unheld: it may be written though no VM is held: for RAM that no VM runs in.
 
     Raises:
         RamNotShared: a RAM file is too short or cannot be mapped, such as one that is open for
             reading only when `writable`.
     """
 
-    def __init__(self, slots: Sequence[Slot], *, writable: bool = False) -> None:
+    def __init__(
+        self, slots: Sequence[Slot], *, writable: bool = False, unheld: bool = False
+    ) -> None:
         self.slots = tuple(sorted(slots, key=lambda slot: slot.gpa))
         self.writable = writable
         _check(self.slots)
         native = [(slot.gpa, slot.size, slot.file.fileno(), slot.offset) for slot in self.slots]
         try:
-            self._map = RamMap(native, writable=writable)
+            self._map = RamMap(native, writable=writable, unheld=unheld)
         except (OSError, ValueError) as error:
             raise RamNotShared(
                 f"guest RAM cannot be mapped: {error}",
@@ -128,6 +131,10 @@ class GuestRam:
         """Unmap the files; later accesses raise `GuestFault`."""
         self._map.close()
 
+    def govern(self, hold: Hold) -> None:
+        """Have all writes from here on need that hold; see `_fastcopy.RamMap.govern`."""
+        self._map.govern(hold)
+
     @property
     def size(self) -> int:
         """Bytes of RAM in all slots."""
@@ -142,6 +149,8 @@ class GuestRam:
 
         Raises:
             GuestFault: some byte would not land in RAM; nothing was written.
+            PermissionError: the VM is not held; nothing was written.
+            HoldBroken: it is not held any more; nothing was written.
         """
         self._map.write(gpa, data)
 
@@ -170,9 +179,20 @@ class GuestRam:
         """See `_fastcopy.RamMap.prefault`."""
         self._map.prefault(runs)
 
-    def copy_in(self, runs: Runs, fd: int, base: int, size: int) -> int:
+    def copy_in(self, runs: Runs, fd: int, base: int, size: int, *, wait: bool = True) -> int:
         """See `_fastcopy.RamMap.copy_in`. Who calls this states why the frames stay put."""
-        return self._map.copy_in(runs, fd, base, size)
+        return self._map.copy_in(runs, fd, base, size, wait=wait)
+
+    def copy_from(self, runs: Runs, source: "Buffer") -> int:
+        """See `_fastcopy.RamMap.copy_from`. Who calls this states why the frames stay put."""
+        return self._map.copy_from(runs, source)
+
+    def review(
+        self, runs: Runs, fd: int, base: int, size: int, *, wait: bool = True
+    ) -> tuple[int, Gva | None]:
+        """See `_fastcopy.RamMap.review`."""
+        compared, at = self._map.review(runs, fd, base, size, wait=wait)
+        return compared, None if at is None else Gva(at)
 
     def first_difference(self, runs: Runs, source: "Buffer") -> Gva | None:
         """See `_fastcopy.RamMap.first_difference`."""

@@ -67,7 +67,8 @@ class Report:
         bytes_cow: of those inside, what parents and children go on sharing copy-on-write.
         states: the kinds of state written from outside.
         verified: ``none``, ``sample`` or ``full``.
-        held: what the VM was held for: ``count``, ``seconds`` in all, ``longest``.
+        held: what the VM was held for: ``count``, ``seconds`` in all, ``longest``; and ``by``
+            which way: ``ptrace`` or ``sigstop``.
         reasons: bytes by where they went and why, the names of `placement.Reason` in lower case.
         spans: when each phase was.
         holds: when the VM was held.
@@ -88,7 +89,7 @@ class Report:
     verified: str = "none"
     bytes_verified: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
-    held: dict[str, float] = field(default_factory=dict)
+    held: dict[str, Any] = field(default_factory=dict)
     reasons: dict[str, int] = field(default_factory=dict)
     spans: Sequence[Span] = ()
     holds: Sequence[Span] = ()
@@ -117,7 +118,10 @@ class Report:
             "verify": self.verified,
             "bytes_verified": self.bytes_verified,
             "seconds": {name: round(value, 6) for name, value in self.seconds.items()},
-            "held": {name: round(value, 6) for name, value in self.held.items()},
+            "held": {
+                name: round(value, 6) if isinstance(value, float) else value
+                for name, value in self.held.items()
+            },
             "copy_gb_per_s": round(self.copy_gb_per_s, 3),
             "bytes_by_reason": self.reasons,
             "timeline": [

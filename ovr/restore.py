@@ -83,37 +83,42 @@ def restore(
             inside, warm = _build(plan, link, checkpoint)
             files = checkpoint.files(inside)
         sources = stack.enter_context(Sources())
-        with watch("skeleton"):
-            sources.read_ahead(sources_of(plan))
-            prove(vm.kernel, link)
-            skeleton = link.begin(
-                files, criu_options=checkpoint.options, engine=checkpoint.engine,
-                volumes=checkpoint.volumes, timeout=checkpoint.patience, log_level=log_level,
-                warm_images=warm.images,
-            )  # fmt: skip
-            cold = _why_cold(warm, skeleton)
-        log.info("skeleton stands: pid %d, %d threads", skeleton.root_pid, len(skeleton.tasks))
         journal = Journal()
-        with _killed_on_error(link, checkpoint.patience), link.keep_alive():
-            with watch("populate"):
-                tree = partial(_guest, vm, skeleton)
-                memory = find_outside(plan, tree(), link, sources, warm=not cold)
-            copier = stack.enter_context(_copier(vm, journal, _counter(watch, memory.bytes)))
-            with watch("memory"):
-                left = copier.write_families(memory.families)
-                copier.write([*left, *((target, target.pieces) for target in memory.targets)])
-                _log_memory(journal)
-            recording = Recording(journal, vm.kernel, tree, copier.holder)
-            with recording.taken_back_on(BaseException):
-                with watch("state"):
-                    settings.write(plan.settings, tree, copier.holder, recording)
-                with watch("verify"):
-                    settings.verify(plan.settings, tree())
-                    sources.check_unchanged()
-                    compared = _verify(copier, memory, verify)
-                    sources.check_unchanged()
-                refuse_migration(vm.qmp)
-                vm.check_same_boot()
+        holder = stack.enter_context(Holder(vm.qmp, vm.check_same_boot, ram=vm.ram))
+        # Before the first byte of it is sent: whatever interrupts us, the tree is told to go.
+        with _killed_on_error(link, checkpoint.patience):
+            with watch("skeleton"):
+                sources.read_ahead(sources_of(plan))
+                prove(vm.kernel, link)
+                skeleton = link.begin(
+                    files, criu_options=checkpoint.options, engine=checkpoint.engine,
+                    volumes=checkpoint.volumes, timeout=checkpoint.patience, log_level=log_level,
+                    warm_images=warm.images,
+                )  # fmt: skip
+                cold = _why_cold(warm, skeleton)
+            log.info("skeleton stands: pid %d, %d threads", skeleton.root_pid, len(skeleton.tasks))
+            with link.keep_alive():
+                with watch("populate"):
+                    tree = partial(_guest, vm, skeleton)
+                    memory = find_outside(plan, tree(), link, sources, warm=not cold)
+                copier = stack.enter_context(
+                    _copier(holder, journal, _counter(watch, memory.bytes))
+                )
+                with watch("memory"):
+                    left = copier.write_families(memory.families)
+                    copier.write([*left, *((target, target.pieces) for target in memory.targets)])
+                    _log_memory(journal)
+                recording = Recording(journal, vm.kernel, tree, holder)
+                with recording.taken_back_on(BaseException):
+                    with watch("state"):
+                        settings.write(plan.settings, tree, holder, recording)
+                    with watch("verify"):
+                        settings.verify(plan.settings, tree())
+                        sources.check_unchanged()
+                        compared = _verify(copier, memory, verify)
+                        sources.check_unchanged()
+                    refuse_migration(vm.qmp)
+                    vm.check_same_boot()
         # From here on the tree may run, whatever we hear, unless the agent says that it is dead.
         with watch("commit"), recording.taken_back_on(RestoreFailed):
             root = link.go(checkpoint.patience)
@@ -131,12 +136,11 @@ def restore(
             verified=verify,
             bytes_verified=compared,
             seconds=watch.seconds,
-            held=copier.holder.as_json(),
+            held=holder.as_json(),
             reasons={reason.name.lower(): count for reason, count in plan.by_reason().items()},
             spans=tuple(watch.spans),
             holds=tuple(
-                Span("held", start - watch.start, end - watch.start)
-                for start, end in copier.holder.spans
+                Span("held", start - watch.start, end - watch.start) for start, end in holder.spans
             ),
             journal=journal,
             skeleton="cold" if cold else "warm",
@@ -252,9 +256,9 @@ def _log_memory(journal: Journal) -> None:
 
 
 @contextmanager
-def _copier(vm: AttachedVm, journal: Journal, advance: Callable[[int], None]) -> Iterator[Copier]:
+def _copier(holder: Holder, journal: Journal, advance: Callable[[int], None]) -> Iterator[Copier]:
     threads = min(len(os.sched_getaffinity(0)), 8)
-    with Holder(vm.qmp, vm.check_same_boot) as holder, ThreadPoolExecutor(threads) as pool:
+    with ThreadPoolExecutor(threads) as pool:
         yield Copier(holder, pool, threads, journal, advance)
 
 

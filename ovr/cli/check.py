@@ -19,6 +19,7 @@ from ovr.ram import GuestRam
 from ovr.vm.agent import Agent, Hello
 from ovr.vm.claim import claimed
 from ovr.vm.find import find_vm
+from ovr.vm.hold import Holder
 from ovr.vm.memory_map import guest_slots
 from ovr.vm.qmp import Monitor
 from ovr.vm.refusals import balloon_size, refusals
@@ -98,6 +99,10 @@ def _vm(qmp: Monitor, stack: ExitStack, vmlinux: Path | None) -> Iterator[Item]:
         what = "other restores"
         with claimed(ram.slots):
             yield Item(what, True, "none under way")
+            what = "holding it still"
+            if qmp.status() == "running":  # else its state is what is to be said
+                with Holder(qmp) as holder:
+                    yield Item(what, True, f"by {holder.way}")
     except OvrError as error:
         yield Item(what, False, str(error), error.hint)
     yield from _state(qmp, balloon)

@@ -31,17 +31,33 @@ class Source:
         pages: it, mapped; who reads it does so within `readable`: somebody may cut it off.
         fd: of the file that it is in.
         base: where it begins there, in bytes.
+        nowait: whether the file system can read it without waiting for a disk (``RWF_NOWAIT``).
     """
 
     name: str
     pages: memoryview
     fd: int
     base: int
+    nowait: bool = False
 
     @property
     def size(self) -> int:
         """Bytes."""
         return len(self.pages)
+
+    def read_into(self, buffer: memoryview, start: int) -> None:
+        """Fill `buffer` with what is from `start` on.
+
+        Raises:
+            ImagesDamaged: it cannot be read.
+        """
+        done = 0
+        with readable(self.name):
+            while done < len(buffer):
+                got = os.preadv(self.fd, [buffer[done:]], self.base + start + done)
+                if not got:
+                    raise OSError(errno.EIO, CUT_OFF)
+                done += got
 
     def read_ahead(self, start: int, end: int) -> None:
         """Have the host's page cache hold what is from `start` up to `end`.
@@ -96,7 +112,9 @@ class Sources:
             self._stack.callback(whole.release)
             view = whole[file.base - start :]
             self._stack.callback(view.release)
-            self._opened[key] = Source(memory.pages_name, view, fd, file.base)
+            self._opened[key] = Source(
+                memory.pages_name, view, fd, file.base, _without_waiting(fd, file.base)
+            )
         return self._opened[key]
 
     def read_ahead(self, wanted: Iterable[tuple[Memory, int]]) -> None:
@@ -149,6 +167,20 @@ def _absent(fd: int, at: int, end: int) -> Iterator[tuple[int, int]]:
     middle = at + (end - at) // 2 // PAGE_SIZE * PAGE_SIZE
     yield from _absent(fd, at, middle)
     yield from _absent(fd, middle, end)
+
+
+def _without_waiting(fd: int, at: int) -> bool:
+    # Whether it could: what is not in the page cache is another matter (EAGAIN).
+    try:
+        os.preadv(fd, [bytearray(1)], at, os.RWF_NOWAIT)
+    except BlockingIOError:
+        return True
+    except OSError as error:
+        # tmpfs, NFS, FUSE and overlays of some kernels. What else is wrong, reading will tell.
+        if error.errno != errno.EOPNOTSUPP:
+            raise
+        return False
+    return True
 
 
 def _read_through(fd: int, at: int, end: int, buffer: bytearray) -> None:

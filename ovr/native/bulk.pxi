@@ -12,6 +12,12 @@ cdef enum:
     # UIO_MAXIOV of include/uapi/linux/uio.h
     MAX_VECTORS = 1024
 
+    # What is copied between two looks at the gate: 0.2 ms or so.
+    CHUNK = 1 << 20
+
+    # What is read of a source at once to be compared: fits into a core's cache.
+    GLASS = 256 << 10
+
 cdef packed struct Pair:
     int64_t one
     int64_t other
@@ -30,12 +36,42 @@ cdef struct Reading:
     const Run *runs
     Py_ssize_t count
     int fd
+    int flags               # of preadv2
     int64_t base            # where in the file the source begins
     Py_ssize_t at           # the run that is next, and how much of it is done
     uint64_t done
+    uint64_t copied         # bytes, in the order of the runs
+    HoldPage *gate
+    uint32_t generation
+    GateEntry entry         # what the gate said at last
     int error               # an errno; EFAULT is of guest RAM
     void *lost              # what could not be written to, then
     iovec vectors[MAX_VECTORS]
+
+cdef struct Pouring:
+    const Ram *ram
+    const Run *runs
+    Py_ssize_t count
+    const uint8_t *source
+    uint64_t copied
+    HoldPage *gate
+    uint32_t generation
+    GateEntry entry
+    bint inside             # of the gate, where the work was left by a jump
+
+cdef struct Reviewing:
+    const Ram *ram
+    const Run *runs
+    Py_ssize_t count
+    int fd
+    int flags
+    int64_t base
+    const HoldPage *gate
+    uint8_t *glass          # what was read of the source
+    uint64_t compared       # bytes, in the order of the runs
+    uint64_t differs        # the GVA of the page that does, if `found`
+    bint found
+    int error
 
 cdef struct Mapping:
     const Ram *ram
@@ -95,29 +131,46 @@ cdef void _look(Mapping *job, const Slot *slot, uint64_t at) noexcept nogil:
 cdef void _copy_in(Reading *job) noexcept nogil:
     # The kernel copies from its page cache to the RAM file: no page of the source is mapped here,
     # which costs as much as half of the copy, and what is cut off is an error instead of a signal.
+    # Ends before its end where the source would have to be waited for, or the hold is to end.
     cdef int64_t start = 0
+    cdef int count
+    cdef bint more = True
+    while more and job.at < job.count:
+        count = _gather(job, &start)
+        job.entry = gate_enter(job.gate, &job.generation)
+        if job.entry != GATE_ENTERED:
+            return
+        more = _read_chunk(job, count, start)
+        gate_leave(job.gate)
+        if gate_late(job.gate):
+            return
+
+
+cdef bint _read_chunk(Reading *job, int count, int64_t start) noexcept nogil:
+    # False: that is all.
     cdef ssize_t got
     cdef size_t part
-    cdef int count, i
-    while job.at < job.count:
-        count = _gather(job, &start)
-        i = 0
-        while i < count:
-            got = preadv(job.fd, &job.vectors[i], count - i, job.base + start)
-            if got <= 0:
-                if got < 0 and errno == EINTR:
-                    continue
-                job.error = EIO if got == 0 else errno
-                job.lost = job.vectors[i].iov_base
-                return
-            start += got
-            while got > 0:
-                part = min(<size_t>got, job.vectors[i].iov_len)
-                job.vectors[i].iov_base = <char *>job.vectors[i].iov_base + part
-                job.vectors[i].iov_len -= part
-                got -= part
-                if job.vectors[i].iov_len == 0:
-                    i += 1
+    cdef int i = 0
+    while i < count:
+        got = preadv2(job.fd, &job.vectors[i], count - i, job.base + start, job.flags)
+        if got < 0 and errno == EINTR:
+            continue
+        if got < 0 and errno == EAGAIN and job.flags & RWF_NOWAIT:
+            return False
+        if got <= 0:
+            job.error = EIO if got == 0 else errno
+            job.lost = job.vectors[i].iov_base
+            return False
+        start += got
+        job.copied += <uint64_t>got
+        while got > 0:
+            part = min(<size_t>got, job.vectors[i].iov_len)
+            job.vectors[i].iov_base = <char *>job.vectors[i].iov_base + part
+            job.vectors[i].iov_len -= part
+            got -= part
+            if job.vectors[i].iov_len == 0:
+                i += 1
+    return True
 
 
 cdef int _gather(Reading *job, int64_t *start) noexcept nogil:
@@ -125,17 +178,18 @@ cdef int _gather(Reading *job, int64_t *start) noexcept nogil:
     cdef const Run *run = &job.runs[job.at]
     cdef int64_t at = run.offset + <int64_t>job.done
     cdef uint64_t part = 0
+    cdef uint64_t left = CHUNK
     cdef char *host
     cdef char *end = NULL       # of the last vector
     cdef int count = 0
     start[0] = at
-    while job.at < job.count:
+    while left and job.at < job.count:
         run = &job.runs[job.at]
         if run.offset + <int64_t>job.done != at:
             break
         if job.done < run.size:
             host = _host(job.ram, run.gpa + job.done, &part)
-            part = min(part, run.size - job.done)
+            part = min(min(part, run.size - job.done), left)
             if count and host == end:
                 job.vectors[count - 1].iov_len += part
             elif count == MAX_VECTORS:
@@ -147,6 +201,7 @@ cdef int _gather(Reading *job, int64_t *start) noexcept nogil:
             end = host + part
             job.done += part
             at += part
+            left -= part
         if job.done == run.size:
             job.at += 1
             job.done = 0
@@ -160,6 +215,97 @@ cdef void _differ(void *given) noexcept nogil:
         if job.at >= 0:
             return
     job.which = job.count
+
+
+cdef void _pour(void *given) noexcept nogil:
+    # As `_copy_in`, from memory. Left by a jump where guest RAM is cut off: inside of the gate.
+    cdef Pouring *job = <Pouring *>given
+    cdef Py_ssize_t i
+    cdef uint64_t done, part = 0
+    cdef char *host
+    for i in range(job.count):
+        done = 0
+        while done < job.runs[i].size:
+            host = _host(job.ram, job.runs[i].gpa + done, &part)
+            part = min(min(part, job.runs[i].size - done), <uint64_t>CHUNK)
+            job.entry = gate_enter(job.gate, &job.generation)
+            if job.entry != GATE_ENTERED:
+                return
+            job.inside = True
+            settle()
+            memcpy(host, job.source + job.runs[i].offset + done, part)
+            settle()
+            gate_leave(job.gate)
+            job.inside = False
+            done += part
+            job.copied += part
+            if gate_late(job.gate):
+                return
+
+
+cdef void _review(void *given) noexcept nogil:
+    # Ends before its end as `_copy_in` does. Several small runs share a look into the source.
+    cdef Reviewing *job = <Reviewing *>given
+    cdef Py_ssize_t i
+    cdef uint64_t done, part
+    cdef uint64_t there = 0     # how much of the glass is left, and where it begins
+    cdef uint64_t used = 0
+    for i in range(job.count):
+        done = 0
+        while done < job.runs[i].size:
+            if there == 0:
+                there = _read_glass(job, i, done)
+                used = 0
+            part = min(there, job.runs[i].size - done)
+            if part == 0 or _differs_from_glass(job, &job.runs[i], done, job.glass + used, part):
+                return
+            done += part
+            used += part
+            there -= part
+            job.compared += part
+            if gate_late(job.gate):
+                return
+
+
+cdef uint64_t _read_glass(Reviewing *job, Py_ssize_t i, uint64_t done) noexcept nogil:
+    # How much was read, of runs that follow each other in the source; 0: that would have to be
+    # waited for, or there is an error.
+    cdef int64_t offset = job.runs[i].offset + <int64_t>done
+    cdef uint64_t size = job.runs[i].size - done
+    cdef iovec vector
+    cdef ssize_t got
+    i += 1
+    while size < GLASS and i < job.count and job.runs[i].offset == offset + <int64_t>size:
+        size += job.runs[i].size
+        i += 1
+    while True:
+        vector.iov_base = job.glass
+        vector.iov_len = min(size, <uint64_t>GLASS)
+        got = preadv2(job.fd, &vector, 1, job.base + offset, job.flags)
+        if got > 0:
+            return <uint64_t>got
+        if got < 0 and errno == EINTR:
+            continue
+        if not (got < 0 and errno == EAGAIN and job.flags & RWF_NOWAIT):
+            job.error = EIO if got == 0 else errno
+        return 0
+
+
+cdef bint _differs_from_glass(
+    Reviewing *job, const Run *run, uint64_t begin, const uint8_t *glass, uint64_t size
+) noexcept nogil:
+    cdef uint64_t done = 0, part = 0
+    cdef char *host
+    while done < size:
+        host = _host(job.ram, run.gpa + begin + done, &part)
+        # Page by page of the run: `begin` may lie within one, after a short read.
+        part = min(min(part, size - done), 4096 - ((begin + done) & 4095))
+        if memcmp(host, glass + done, part):
+            job.found = True
+            job.differs = run.gva + ((begin + done) & ~<uint64_t>4095)
+            return True
+        done += part
+    return False
 
 
 cdef void _compare(void *given) noexcept nogil:

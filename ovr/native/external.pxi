@@ -53,7 +53,7 @@ cdef extern from "<sys/uio.h>" nogil:
         void *iov_base
         size_t iov_len
 
-    ssize_t preadv(int, const iovec *, int, int64_t)
+    ssize_t preadv2(int, const iovec *, int, int64_t, int)
 
 cdef extern from "Python.h":
     bytes PyBytes_FromStringAndSize(const char *, Py_ssize_t)
@@ -61,3 +61,4 @@ cdef extern from "Python.h":
 cdef enum:
     MADV_POPULATE_READ = 22
     MADV_POPULATE_WRITE = 23
+    RWF_NOWAIT = 8

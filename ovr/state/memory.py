@@ -10,41 +10,43 @@ that it belongs to; and while reclaim will keep what is written (`ovr.paging.Fra
 are looked up again a little later, after the guest was asked for them once more.
 """
 
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Executor, Future, wait
+from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Final, NamedTuple, TypeVar
+from typing import Final, NamedTuple
 
 import numpy as np
 
 from ovr._fastcopy import OWNED
-from ovr.addresses import PAGE_SIZE
 from ovr.errors import RestoreFailed, VerifyMismatch
-from ovr.images.source import Source, readable
+from ovr.images.source import Source
 from ovr.journal import Journal
 from ovr.paging import AddressSpace, Frames
 from ovr.ram import Runs
 from ovr.ranges import Ranges, cut_out, cut_to, no_ranges, split, total
+from ovr.state.feed import Feed
 from ovr.state.runs import (
     as_pieces,
     ends_of,
-    file_ranges,
+    first_bytes,
     left_of,
     on_same_frames,
     sample,
     with_flags,
 )
+from ovr.state.threads import Threads
 from ovr.vm.hold import Holder
 
 __all__ = ["Copier", "Family", "Part", "Target"]
 
 HOLD_BYTES: Final = 256 << 20
-"""How much is copied in one hold at most; the first one copies a quarter of it."""
+"""How much is copied in one hold at most; the first one copies a sixteenth of it."""
 HOLD_SECONDS: Final = 0.025
 """How long a hold is meant to be: on two cores some 200 MiB. To stop QEMU takes one of 25 ms."""
+ASIDE_BYTES: Final = 64 << 20
+"""How much is copied in one hold of an image that must be read into memory of our own before."""
 HOLD_PARTS: Final = 32
 """Of how many targets something is copied in one hold: each costs a page walk of its own."""
 
@@ -52,10 +54,7 @@ _TRIES: Final = 20
 _TRY_AGAIN_AFTER: Final = 0.05  # seconds; collapse and migration of a page take less
 _TRIES_TO_SHARE: Final = 4
 _SAMPLE_PAGES: Final = 4096
-_SHARE: Final = 1 << 20  # bytes that are worth a thread
-_LARGE_SHARE: Final = 4 << 20  # where there is as much, more shares than threads: they end together
 
-T = TypeVar("T")
 OF_ANYBODY: Final = 0
 
 
@@ -113,7 +112,24 @@ class _Unlike(NamedTuple):
     pieces: Runs
 
 
-Work = Callable[[Target, Runs], None]
+@dataclass(frozen=True)
+class Ready:
+    """Some pieces of a target, ready for a hold."""
+
+    target: Target
+    feed: Feed
+
+
+class _Share(NamedTuple):
+    """What a thread has found in a hold, and how far it came: runs."""
+
+    found: Runs
+    done: Runs
+
+
+Work = Callable[[Ready, Runs], int]
+"""Does something to runs; returns of how many of their bytes, from the first one on."""
+Look = Callable[[Target, Runs], None]
 
 
 class Copier:
@@ -137,11 +153,9 @@ class Copier:
     ) -> None:
         self.holder = holder
         self.journal = journal
-        self._pool = pool
-        self._threads = threads
+        self._threads = Threads(pool, threads)
         self._advance = advance
-        self._told = threading.Lock()
-        self._room = HOLD_BYTES // 4
+        self._room = HOLD_BYTES // 16
 
     def write(self, parts: Sequence[Part]) -> None:
         """Write pieces of targets.
@@ -152,14 +166,15 @@ class Copier:
             GuestFault: page tables of the guest are damaged.
         """
         for batch in self._batches(parts):
-            self._prepare(batch)
-            self._each_run(batch, self._copy, OWNED)
+            self._each_run(batch, self._copy, OWNED, after=self._note)
 
     def _batches(self, parts: Iterable[Part]) -> Iterator[list[Part]]:
         # What is done in one hold, as large as the holds before have shown to be right.
         batch: list[tuple[Target, list[Runs]]] = []
         room = self._room
         for target, pieces in parts:
+            most = HOLD_BYTES if target.source.nowait else ASIDE_BYTES
+            room = min(room, most)
             for grain in split(pieces, HOLD_BYTES // 16):
                 fits = total(grain) <= room
                 if batch and batch[-1][0] is target and fits:
@@ -167,7 +182,7 @@ class Copier:
                 else:
                     if batch and not (fits and len(batch) < HOLD_PARTS):
                         yield [(one, np.concatenate(grains)) for one, grains in batch]
-                        batch, room = [], self._room
+                        batch, room = [], min(self._room, most)
                     batch.append((target, [grain]))
                 room -= total(grain)
         if batch:
@@ -179,9 +194,12 @@ class Copier:
             fitting = int(size * min(HOLD_SECONDS / seconds, 2.0))
             self._room = min(max(fitting, HOLD_BYTES // 16), HOLD_BYTES)
 
-    def _prepare(self, batch: Sequence[Part]) -> None:
-        for target, part in batch:
-            self._in_parallel(part, partial(_make_ready, target))
+    def _prepare(self, batch: Sequence[Part], *, aside: bool = False) -> list[list[Ready]]:
+        # What can be done with the VM running: each part as what the threads will do of it.
+        return [
+            self._threads.on_parts(part, partial(_make_ready, target, aside=aside))
+            for target, part in batch
+        ]
 
     def write_families(self, families: Iterable[Family]) -> list[Part]:
         """Write what tasks share; return what is left, since it is not shared after all.
@@ -193,8 +211,8 @@ class Copier:
         unlike: list[_Unlike] = []
         for family in families:
             for batch in self._batches([(family.first, family.first.pieces)]):
-                self._prepare(batch)
-                self._each_run(batch, self._copy, OWNED, partial(self._look_at_kin, family, unlike))
+                kin = partial(self._look_at_kin, family, unlike)
+                self._each_run(batch, self._copy, OWNED, kin, after=self._note)
         return self._not_shared(unlike)
 
     def _look_at_kin(
@@ -255,107 +273,117 @@ class Copier:
         return sum(total(part) for _, part in parts)
 
     def _each_run(
-        self, batch: Sequence[Part], work: Work, wanted: int, then: Work | None = None
+        self,
+        batch: Sequence[Part],
+        work: Work,
+        wanted: int,
+        then: Look | None = None,
+        after: Look | None = None,
     ) -> None:
         # Do `work` on every run of the parts, each in the hold in which it was found to be there,
         # with the flags that are wanted, by several threads; in that hold, do `then` on all runs
-        # of a part.
+        # of a part, and `after` when it has ended: nothing that may wait for anybody is done in it.
         left = list(batch)
-        for attempt in range(_TRIES):
-            if attempt:
-                time.sleep(_TRY_AGAIN_AFTER)
-                for target, part in left:
-                    target.ask(part)
-            done = []
-            with self.holder.held():
-                start = time.perf_counter()
-                # The process may be dead, and its top page table another one's: whose pages are
-                # exclusive, too.
-                for check in {target.check for target, _ in left}:
-                    check()
-                for target, part in left:
-                    do = partial(_find_and_do, target, work, wanted)
-                    done.append(self._in_parallel(part, do))
-                    if then:
-                        then(target, np.concatenate(done[-1]))
-                seconds = time.perf_counter() - start
-            if not attempt:
-                self._learn(sum(total(runs) for shares in done for runs in shares), seconds)
-            both = zip(left, done, strict=True)
-            missed = [(t, p, ours) for (t, p), ours in both if sum(map(total, ours)) < total(p)]
-            left = [(target, left_of(part, np.concatenate(ours))) for target, part, ours in missed]
-            if not left:
-                return
-        target, part = left[0]
-        raise RestoreFailed(
-            f"{target.name}: {total(part)} bytes from {int(part['gva'][0]):#x} on do not become its"
-            " own pages",
-            "the guest may be out of memory; free some and restore again",
-        )
+        tries = 0
+        stuck = False
+        while left:
+            ready = self._prepare(left, aside=stuck)
+            shares = self._held(ready, work, wanted, then)
+            whole = [_joined(one) for one in shares]
+            done = sum(total(share.done) for share in whole)
+            if after:
+                for (target, _), share in zip(left, whole, strict=True):
+                    after(target, share.done)
+            missed = [
+                (target, rest)
+                for (target, part), share in zip(left, whole, strict=True)
+                if len(rest := left_of(part, share.found))
+            ]
+            left = [
+                (target, rest)
+                for (target, part), share in zip(left, whole, strict=True)
+                if len(rest := left_of(part, share.done))
+            ]
+            stuck = not (done or missed)
+            if missed:
+                tries += 1
+                self._ask_again(missed, tries)
 
-    def _copy(self, target: Target, runs: Runs) -> None:
+    def _held(
+        self, ready: Sequence[Sequence[Ready]], work: Work, wanted: int, then: Look | None
+    ) -> list[list[_Share]]:
+        # One hold; whatever was done in it counts when it has ended without an error.
+        shares = []
+        with self.holder.held():
+            start = time.perf_counter()
+            # The process may be dead, and its top page table another one's: whose pages are
+            # exclusive, too.
+            for check in {one.target.check for part in ready for one in part}:
+                check()
+            for part in ready:
+                shares.append(self._threads.on_each(part, partial(_find_and_do, work, wanted)))
+                if then and part:
+                    then(part[0].target, _joined(shares[-1]).done)
+            seconds = time.perf_counter() - start
+        self._learn(sum(total(share.done) for part in shares for share in part), seconds)
+        return shares
+
+    def _ask_again(self, missed: Sequence[Part], tries: int) -> None:
+        if tries == _TRIES:
+            target, part = missed[0]
+            raise RestoreFailed(
+                f"{target.name}: {total(part)} bytes from {int(part['gva'][0]):#x} on do not become"
+                " its own pages",
+                "the guest may be out of memory; free some and restore again",
+            )
+        time.sleep(_TRY_AGAIN_AFTER)
+        for target, part in missed:
+            target.ask(part)
+
+    def _copy(self, ready: Ready, runs: Runs) -> int:
         # SAFETY: the frames are the target's own by the guest kernel's word, found in this very
         # hold: a task's exclusive anonymous pages, anonymous pages that only tasks of the tree can
         # have, or pages of a shared object that only the tree has. The hold keeps them still: no
-        # vCPU runs until it ends, and the tasks themselves are stopped under CRIU until we commit.
-        # The content stays: the frame is dirty, or swap has no copy that reclaim could go back to.
-        # Undone by killing the tree.
-        source = target.source
-        with readable(source.name):
-            copied = target.space.ram.copy_in(runs, source.fd, source.base, source.size)
-        with self._told:
-            self.journal.add_memory(target.name, runs)
-            self._advance(copied)
+        # vCPU runs until it ends, and the tasks themselves are stopped under CRIU until we commit;
+        # and once it has ended the gate lets no write through. The content stays: the frame is
+        # dirty, or swap has no copy that reclaim could go back to. Undone by killing the tree.
+        return ready.feed.copy(ready.target.space.ram, runs)
 
-    def _compare(self, target: Target, runs: Runs) -> None:
-        source = target.source
-        with readable(source.name):
-            gva = target.space.ram.first_difference(runs, source.pages)
+    def _compare(self, ready: Ready, runs: Runs) -> int:
+        compared, gva = ready.feed.compare(ready.target.space.ram, runs)
         if gva is not None:
             raise VerifyMismatch(
-                f"{target.name}: the page at {gva:#x} is not what was written",
+                f"{ready.target.name}: the page at {gva:#x} is not what was written",
                 "restore again; if it happens again, report it with the guest's kernel log",
             )
+        return compared
 
-    def _in_parallel(self, runs: Runs, work: Callable[[Runs], T]) -> list[T]:
-        # Whole pages: what is to be walked must be.
-        pages = -(-total(runs) // (self._threads * PAGE_SIZE))
-        share = max(pages * PAGE_SIZE, _SHARE)
-        if share >= 4 * _LARGE_SHARE:
-            share = pages // 4 * PAGE_SIZE
-        shares = list(split(runs, share))
-        if len(shares) < 2:
-            return [work(one) for one in shares]
-        futures = [self._pool.submit(work, one) for one in shares]
-        try:
-            return [future.result() for future in futures]
-        finally:
-            _await_all(futures)
+    def _note(self, target: Target, runs: Runs) -> None:
+        self.journal.add_memory(target.name, runs)
+        self._advance(total(runs))
 
 
-def _await_all(futures: Sequence[Future[T]]) -> None:
-    # Neither an error nor Ctrl-C may end the hold while a thread still writes.
-    interrupted: BaseException | None = None
-    while any(not future.done() for future in futures):
-        try:
-            wait(futures)
-        except BaseException as error:
-            interrupted = error
-    if interrupted:
-        raise interrupted
-
-
-def _make_ready(target: Target, part: Runs) -> None:
-    # What can be done with the VM running: the host's page faults, and to find out that the source
-    # cannot be read.
-    for start, end in file_ranges(part):
-        target.source.read_ahead(start, end)
+def _make_ready(target: Target, part: Runs, *, aside: bool) -> Ready:
+    # What can be done with the VM running: the host's page faults, and to read the source, or find
+    # out that it cannot be read.
+    feed = Feed.make(target.source, part, aside=aside)
     target.space.ram.prefault(target.space.walk(part))
+    return Ready(target, feed)
 
 
-def _find_and_do(target: Target, work: Work, wanted: int, part: Runs) -> Runs:
+def _find_and_do(work: Work, wanted: int, ready: Ready) -> _Share:
     # Walked where it is worked on: the runs of scattered pages are as many as the pages, and to
     # hand them from thread to thread takes as long as to walk them.
-    runs = with_flags(target.space.walk(part, target.frames if wanted else None), wanted)
-    work(target, cut_out(runs, target.spared))
-    return runs
+    target = ready.target
+    walked = target.space.walk(ready.feed.part, target.frames if wanted else None)
+    runs = with_flags(walked, wanted)
+    cut = cut_out(runs, target.spared)
+    did = work(ready, cut)
+    return _Share(runs, runs if did == total(cut) else first_bytes(runs, cut, did))
+
+
+def _joined(shares: Sequence[_Share]) -> _Share:
+    return _Share(
+        np.concatenate([share.found for share in shares]),
+        np.concatenate([share.done for share in shares]),
+    )

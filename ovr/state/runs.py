@@ -9,13 +9,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ovr._fastcopy import PIECE
+from ovr.addresses import PAGE_SIZE
 from ovr.ram import Runs
-from ovr.ranges import cut_at, cut_out, inside, join, ranges_of, total
+from ovr.ranges import cut_at, cut_out, cut_to, inside, join, ranges_of, total
 
 __all__ = [
     "as_pieces",
     "ends_of",
     "file_ranges",
+    "first_bytes",
     "left_of",
     "on_same_frames",
     "sample",
@@ -69,6 +71,20 @@ def file_ranges(part: Runs) -> Iterator[tuple[int, int]]:
     firsts = np.concatenate([[0], breaks])
     lasts = np.concatenate([breaks - 1, [len(part) - 1]])
     yield from zip(starts[firsts].tolist(), ends[lasts].tolist(), strict=True)
+
+
+def first_bytes(runs: Runs, cut: Runs, size: int) -> Runs:
+    """Return the pages of `runs` that lie before the end of the first `size` bytes of `cut`.
+
+    Both are sorted by GVA, and `cut` has a part of the bytes of `runs`.
+    """
+    ends = np.cumsum(cut["size"])
+    at = int(np.searchsorted(ends, np.uint64(size), side="right"))
+    if at == len(cut):
+        return runs
+    inside = np.uint64(size) - (ends[at] - cut["size"][at])
+    stop = (cut["gva"][at] + inside) // np.uint64(PAGE_SIZE) * np.uint64(PAGE_SIZE)
+    return cut_to(runs, np.zeros(1, dtype="<u8"), np.array([stop], dtype="<u8"))
 
 
 def sample(pieces: Runs, pages_at_most: int) -> Runs:

@@ -1,41 +1,56 @@
 """Holding the VM still for a bounded moment, and letting it go whatever happens to us.
 
-A hold stops all threads of QEMU (SIGSTOP), the vCPUs among them: no page table entry and no `struct
-page` changes, so what was checked stays true until the hold ends (SIGCONT). The guest sees a moment
-without CPU time, as from a busy host. QMP's ``stop`` would do too, but takes five times as long,
-tells every management tool, and stops and restarts the guest's vhost-user devices, over which
-vhost-device-vsock loses its queues (seen: dead within 100 holds under traffic).
+A hold puts all threads of QEMU into a ptrace stop, the vCPUs among them: no page table entry and no
+`struct page` changes, so what was checked stays true until the hold ends. The guest sees a moment
+without CPU time, as from a busy host. No parent of QEMU hears of it, no SIGCONT ends it, and its
+terminal is not touched. Threads are seized anew for each hold: nobody traces QEMU in between.
 
-If this process is killed in that moment, a guardian (a shell of two lines) sends the SIGCONT.
+A process of its own does it, the tracer (``native/tracer.c``), which lets the VM run on when the
+last of our threads is gone. If the tracer is killed, the kernel lets the VM run on. A hold that
+lasts too long is broken off by the tracer, whatever keeps us: it shuts the gate through which all
+writes to guest RAM go, waits for whoever is inside, and lets the VM run.
+
+Where QEMU may not be traced (Yama, or another security module) it is stopped by SIGSTOP. Then a
+hold counts only if no thread has run in it, and a QEMU whose terminal has a shell is refused.
+
+QMP's ``stop`` would do too, but takes five times as long, tells every management tool, and stops
+and restarts the guest's vhost-user devices, over which vhost-device-vsock loses its queues (seen:
+dead within 100 holds under traffic).
 """
 
-import os
-import signal
-import subprocess
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Final, Self
 
-from ovr.errors import CheckFailed, RestoreFailed, VmUnreachable
+from ovr._fastcopy import Hold
+from ovr.errors import CheckFailed, OvrError, RestoreFailed, VmUnreachable
+from ovr.ram import GuestRam
+from ovr.vm.deferred import DeferredSignals
+from ovr.vm.hold_errors import BECOME, Result, hold_error
 from ovr.vm.qmp import Monitor
 
-__all__ = ["Holder"]
+__all__ = ["BOUND_SECONDS", "Holder"]
 
-# Reads our word for the VM's state until we close the pipe, which the kernel does if we die.
-_GUARDIAN: Final = 'while read -r word; do state=$word; done; [ "$state" = held ] && kill -CONT $1'
+BOUND_SECONDS: Final = 0.2
+"""After which a hold is broken off, from when all threads stand. Copying ends at half of it."""
+
 _PATIENCE: Final = 2.0  # seconds for all threads to stop; one may wait for a disk
-_POLL: Final = 0.00005
-_BECOME: Final = "run as root, or as the user that runs QEMU, on its host"
+
+
+_WAYS: Final[Mapping[int, str]] = {1: "ptrace", 2: "sigstop"}
+"""``enum hold_way`` of native/hold.h."""
 
 
 class Holder:
-    """Holds a VM; a context manager that owns the guardian process.
+    """Holds a VM; a context manager that owns the tracer.
 
     Args:
         qmp: a connection to the VM.
         check: called at the begin of every hold; raises if the VM must not be written to.
+        ram: the VM's RAM: from here on it can be written only while the VM is held by us.
+        bound: seconds after which a hold is broken off.
 
     Attributes:
         seconds: for how long the VM was held, in all.
@@ -44,30 +59,34 @@ class Holder:
         spans: begin and end of each hold, as time.perf_counter() has them.
 
     Raises:
-        CheckFailed: the VM does not run, or its QEMU cannot be stopped from here.
+        CheckFailed: the VM does not run, or its QEMU cannot be held from here.
+        RestoreFailed: QEMU does not stop.
+        VmUnreachable: QEMU has ended.
     """
 
-    def __init__(self, qmp: Monitor, check: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self,
+        qmp: Monitor,
+        check: Callable[[], None] = lambda: None,
+        *,
+        ram: GuestRam | None = None,
+        bound: float | None = None,
+    ) -> None:
         self._check = check
+        self._ram = ram
+        self._bound = BOUND_SECONDS if bound is None else bound
         self.seconds = 0.0
         self.longest = 0.0
         self.count = 0
         self.spans: list[tuple[float, float]] = []
         self._pid = _running_qemu(qmp)
-        self._tasks = f"/proc/{self._pid}/task"
-        with ExitStack() as stack:
-            self._pidfd = os.pidfd_open(self._pid)
-            stack.callback(os.close, self._pidfd)
-            self._signal(signal.SIGCONT)  # changes nothing, but shows that we may
-            self._guardian = subprocess.Popen(
-                ["/bin/sh", "-c", _GUARDIAN, "ovr-guardian", str(self._pid)],
-                stdin=subprocess.PIPE,
-                start_new_session=True,
-                bufsize=0,
-            )
-            self._stack = stack.pop_all()
+        self._signals = DeferredSignals()
+        self._native: Hold | None = None
+        with self._signals:
+            self._try_out()
 
     def __enter__(self) -> Self:
+        self._signals.__enter__()
         return self
 
     def __exit__(
@@ -76,75 +95,108 @@ class Holder:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        assert self._guardian.stdin is not None
-        self._guardian.stdin.close()
-        self._guardian.wait()
-        self._stack.close()
+        try:
+            self._close()
+        finally:
+            self._signals.__exit__()
+
+    @property
+    def tracer(self) -> int:
+        """The tracer's pid; 0 if it was killed."""
+        return self._native.tracer if self._native else 0
+
+    @property
+    def way(self) -> str:
+        """How the VM is held: ``ptrace`` or ``sigstop``."""
+        return _WAYS.get(self._native.way, "") if self._native else ""
 
     @contextmanager
     def held(self) -> Iterator[None]:
         """Stop all vCPUs for the body of the ``with``; keep it short (tens of milliseconds).
 
+        Signals to us are handled at its end: it is not left by ``KeyboardInterrupt``.
+
         Raises:
+            HoldBroken: the VM ran before the end of the body, or may have: nothing that was found
+                or written in it counts.
             RestoreFailed: QEMU does not stop.
+            CheckFailed: QEMU may not be held: a debugger traces it.
             VmUnreachable: QEMU has ended.
             OvrError: what the holder's `check` raises.
         """
-        self._tell("held")
-        start = time.perf_counter()
-        self._signal(signal.SIGSTOP)
+        self._signals.begin()
         try:
-            self._await_stop(start + _PATIENCE)
-            self._check()
-            yield
+            start = time.perf_counter()
+            native = self._take()
+            try:
+                self._check()
+                yield
+            finally:
+                result = native.let_go()
+                self._count(start)
+                if result not in (Result.DONE, Result.GONE):
+                    raise self._error(result, native)
         finally:
-            self._signal(signal.SIGCONT)
-            span = time.perf_counter() - start
-            self._tell("running")
-            self.seconds += span
-            self.longest = max(self.longest, span)
-            self.count += 1
-            self.spans.append((start, start + span))
+            self._signals.end()
 
-    def as_json(self) -> dict[str, float]:
+    def as_json(self) -> dict[str, float | str]:
         """Return what a report says about the holds."""
-        return {"count": self.count, "seconds": self.seconds, "longest": self.longest}
+        return {
+            "by": self.way, "count": self.count, "seconds": self.seconds, "longest": self.longest
+        }  # fmt: skip
 
-    def _await_stop(self, deadline: float) -> None:
-        # Stopped threads start no new ones: once all are seen stopped, they are.
-        while not all(self._stopped(thread) for thread in os.listdir(self._tasks)):  # noqa: PTH208
-            if time.perf_counter() > deadline:
-                raise RestoreFailed(
-                    f"QEMU {self._pid} does not stop within {_PATIENCE:g} s",
-                    "is its host out of memory, or its disk stuck?",
-                )
-            # A thread stops when it runs: not while we have the CPU that it waits for.
-            time.sleep(_POLL)
+    def _try_out(self) -> None:
+        # Whether it can be held is better known before anything is built in the guest.
+        self._signals.begin()
+        try:
+            native = self._take()
+            if result := native.let_go():
+                raise self._error(result, native)
+        except OvrError:
+            self._close()
+            raise
 
-    def _stopped(self, thread: str) -> bool:
-        # Asked for every thread in every hold, the guest waiting: pathlib takes twice as long.
-        try:
-            fd = os.open(f"{self._tasks}/{thread}/stat", os.O_RDONLY | os.O_CLOEXEC)
-        except FileNotFoundError:
-            return True
-        try:
-            return os.read(fd, 512).rpartition(b") ")[2][:1] in (b"T", b"t", b"Z", b"X")
-        except ProcessLookupError:
-            return True
-        finally:
-            os.close(fd)
+    def _take(self) -> Hold:
+        native = self._native
+        if native is None or not native.tracer:
+            # The first, or the last one was killed: there may be something to be taken back.
+            native = self._native = self._start()
+        result = native.take()
+        if result == Result.LOST:
+            # It was killed a moment ago: nothing was held by it.
+            native = self._native = self._start()
+            result = native.take()
+        if result:
+            raise self._error(result, native)
+        return native
 
-    def _signal(self, number: signal.Signals) -> None:
+    def _start(self) -> Hold:
         try:
-            signal.pidfd_send_signal(self._pidfd, number)
-        except ProcessLookupError as error:
+            native = Hold(self._pid, bound=self._bound, patience=_PATIENCE)
+        except (ProcessLookupError, FileNotFoundError) as error:
             raise VmUnreachable(f"QEMU {self._pid} has ended") from error
-        except PermissionError as error:
-            raise CheckFailed(f"QEMU {self._pid} may not be signalled", _BECOME) from error
+        except OSError as error:
+            raise RestoreFailed(
+                f"no process can be made that holds the VM: {error.strerror}",
+                "is the host out of memory, or of processes?",
+            ) from error
+        if self._ram is not None:
+            self._ram.govern(native)
+        return native
 
-    def _tell(self, state: str) -> None:
-        assert self._guardian.stdin is not None
-        self._guardian.stdin.write(f"{state}\n".encode())
+    def _close(self) -> None:
+        if self._native is not None:
+            self._native.close()
+
+    def _count(self, start: float) -> None:
+        span = time.perf_counter() - start
+        self.seconds += span
+        self.longest = max(self.longest, span)
+        self.count += 1
+        self.spans.append((start, start + span))
+
+    def _error(self, result: int, native: Hold) -> OvrError:
+        return hold_error(result, self._pid, native.who, bound=self._bound, patience=_PATIENCE)
 
 
 def _running_qemu(qmp: Monitor) -> int:
@@ -155,4 +207,4 @@ def _running_qemu(qmp: Monitor) -> int:
         )
     if pid := qmp.qemu_pid:
         return pid
-    raise CheckFailed("QEMU runs in a pid namespace that cannot be seen from here", _BECOME)
+    raise CheckFailed("QEMU runs in a pid namespace that cannot be seen from here", BECOME)

@@ -38,7 +38,7 @@ class Ram:
         for first, count in SLOTS:
             slots.append((first * PAGE_SIZE, count * PAGE_SIZE, self._fd, at))
             at += count * PAGE_SIZE
-        self.map = RamMap(slots, writable=True)
+        self.map = RamMap(slots, writable=True, unheld=True)
         self._place = {frame: n * PAGE_SIZE for n, frame in enumerate(FRAMES)}
 
     def fill(self, content: bytes) -> None:

@@ -14,12 +14,14 @@ from ovr import lab
 from ovr.errors import AgentUnreachable, OvrError
 from tests import subject
 
-__all__ = ["VICTIMS", "Attempt", "Event", "Point", "events_of", "points"]
+__all__ = ["TRACER", "VICTIMS", "Attempt", "Event", "Point", "events_of", "name_of", "points"]
 
 PATIENCE = 90.0  # seconds for a restore to come to its end, whatever was killed
 IN_THE_GUEST = ("agent", "hook", "criu", "root", "task")
 OF_THE_TREE = ("hook", "criu", "root", "task")
-VICTIMS = ("ovr", *IN_THE_GUEST, "qemu")
+ON_THE_HOST = ("ovr", "tracer", "all")
+VICTIMS = (*ON_THE_HOST, *IN_THE_GUEST, "qemu")
+TRACER = "ovr-hold"  # prctl(PR_SET_NAME) in native/tracer.c
 GO = "sending go"
 
 
@@ -176,9 +178,8 @@ def points(events: list[Event], victim: str, count: int) -> list[Point]:
 
 def kill(vm: lab.LabVm, victim: str, attempt: Attempt) -> bool:
     """Kill the victim; False if there was none at that moment."""
-    if victim == "ovr":
-        attempt.process.kill()
-        return True
+    if victim in ON_THE_HOST:
+        return kill_here(victim, attempt.process.pid)
     if victim == "qemu":
         os.kill(vm.pid, signal.SIGKILL)
         return True
@@ -188,6 +189,37 @@ def kill(vm: lab.LabVm, victim: str, attempt: Attempt) -> bool:
         if victim == "agent":
             return True  # it cannot tell
         raise
+
+
+def kill_here(victim: str, ovr: int) -> bool:
+    """Kill `ovr`, what holds the VM for it, or itself and everything that it started."""
+    started = descendants(ovr)
+    if victim == "tracer":
+        pids = [pid for pid in started if name_of(pid) == TRACER]
+    else:
+        pids = [ovr, *(started if victim == "all" else ())]
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    return bool(pids)
+
+
+def descendants(pid: int) -> list[int]:
+    """Processes that a process started, that these started, and so on."""
+    found: list[int] = []
+    with contextlib.suppress(OSError):
+        for thread in Path(f"/proc/{pid}/task").iterdir():
+            for child in (thread / "children").read_text().split():
+                found += [int(child), *descendants(int(child))]
+    return found
+
+
+def name_of(pid: int) -> str:
+    """The name of a process; empty if it has ended."""
+    try:
+        return Path(f"/proc/{pid}/comm").read_text().strip()
+    except OSError:
+        return ""
 
 
 def perform(

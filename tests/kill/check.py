@@ -1,15 +1,15 @@
 """What must hold after a victim was killed in a restore, whoever it was."""
 
-import os
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import ovr
 from ovr import lab
 from ovr.errors import AgentUnreachable
 from tests import subject
-from tests.kill.attempt import Attempt
+from tests.kill.attempt import TRACER, Attempt, name_of
 
 __all__ = ["after", "next_restore", "restored", "wait_for"]
 
@@ -28,13 +28,13 @@ def after(vm: lab.LabVm, victim: str, attempt: Attempt, scratch: Path) -> str:
     """Check the host, the guest and the tree; returns what became of the tree."""
     said = attempt.last
     assert "Traceback" not in attempt.errors, attempt.errors
-    if victim == "ovr" and attempt.process.returncode == -9:
+    if victim in ("ovr", "all") and attempt.process.returncode == -9:
         said = "killed"
     else:
         assert said, (
             f"it ended with {attempt.process.returncode} and said nothing: {attempt.errors}"
         )
-    wait_for(lambda: not guardians(vm.pid), "the guardian of a hold is left")
+    wait_for(lambda: not tracers(vm.name), "what held the VM is left")
     assert not list(scratch.iterdir()), f"temporary files are left: {list(scratch.iterdir())}"
     if victim == "qemu":
         assert said.startswith("failed ") or attempt.events[-1].name == "end of commit", said
@@ -104,14 +104,13 @@ def state_of(pid: int) -> str:
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
 
 
-def guardians(qemu: int) -> list[int]:
-    """Processes that guard holds of that VM."""
+def tracers(name: str) -> list[int]:
+    """Processes that hold that lab VM for an `ovr`: forked from it, they have its command line."""
     found = []
     for directory in Path("/proc").iterdir():
-        try:
-            words = (directory / "cmdline").read_bytes().split(b"\0")
-        except OSError:
-            continue
-        if b"ovr-guardian" in words and str(qemu).encode() in words and directory.name.isdigit():
-            found.append(int(directory.name))
-    return [pid for pid in found if pid != os.getpid()]
+        if directory.name.isdigit() and name_of(int(directory.name)) == TRACER:
+            with suppress(OSError):
+                words = (directory / "cmdline").read_bytes().split(b"\0")
+                if f"lab:{name}".encode() in words:
+                    found.append(int(directory.name))
+    return found

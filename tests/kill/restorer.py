@@ -19,6 +19,7 @@ from ovr.guest.protocol import Alive
 from ovr.report import Stopwatch
 from ovr.state import memory, settings
 from ovr.state.memory import Copier
+from ovr.vm import hold
 from ovr.vm.agent import Agent
 from ovr.vm.hold import Holder
 
@@ -103,6 +104,7 @@ def main() -> int:
     spec, images, point = sys.argv[1:]
     events = Events(int(point))
     memory.HOLD_BYTES = 1 << 20  # many holds: many points
+    hold.BOUND_SECONDS = 600.0  # it waits in them  # type: ignore[misc]
     watch(events)
     try:
         with ovr.attach(spec) as vm:

@@ -20,6 +20,7 @@ from ovr.addresses import PAGE_SIZE, Gpa, Gva
 from ovr.errors import OvrError
 from ovr.kernel import Kernel, Struct, find_task, mm_space
 from ovr.kernel.tasks import for_each_process
+from ovr.ram import GuestRam
 from ovr.vm.attach import AttachedVm
 
 WORD = struct.Struct("<Q")
@@ -148,7 +149,7 @@ def lie(chance: random.Random, areas: list[Area], truth: int, other: int) -> int
     )
 
 
-def lies(vm: AttachedVm, kind: str, seed: str, pid: int) -> None:
+def lies(vm: AttachedVm, ram: GuestRam, kind: str, seed: str, pid: int) -> None:
     """Lie until standard input ends, then make all true again."""
     chance = random.Random(seed)
     victim = Victim(vm.kernel, pid)
@@ -163,14 +164,14 @@ def lies(vm: AttachedVm, kind: str, seed: str, pid: int) -> None:
         for _ in range(chance.choice([1, 1, 3, 20])):
             area = chance.choice(areas)
             gpa = Gpa(area.gpa + 8 * chance.randrange(area.size // 8))
-            (truth,) = WORD.unpack(vm.ram.read(gpa, 8))
+            (truth,) = WORD.unpack(ram.read(gpa, 8))
             told.append((gpa, truth))
             other = chance.choice([truth, *(truth for _, truth in told)])
             # SAFETY: none. The guest is there to be harmed.
-            vm.ram.write(gpa, WORD.pack(lie(chance, areas, truth, other)))
+            ram.write(gpa, WORD.pack(lie(chance, areas, truth, other)))
         time.sleep(chance.choice([0, 0.001, 0.01, 0.1]))
         for gpa, truth in reversed(told):
-            vm.ram.write(gpa, WORD.pack(truth))
+            ram.write(gpa, WORD.pack(truth))
 
 
 def found(victim: Victim, kind: str) -> list[Area]:
@@ -183,9 +184,9 @@ def found(victim: Victim, kind: str) -> list[Area]:
 
 def main() -> None:
     spec, kind, seed, pid = sys.argv[1:]
-    with AttachedVm(spec, writable=True) as vm:
+    with AttachedVm(spec) as vm, GuestRam(vm.ram.slots, writable=True, unheld=True) as ram:
         vm.qmp.close()  # it serves one, and that is `ovr`
-        lies(vm, kind, seed, int(pid))
+        lies(vm, ram, kind, seed, int(pid))
 
 
 if __name__ == "__main__":

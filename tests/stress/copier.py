@@ -15,7 +15,9 @@ from ovr.paging import Frames
 from ovr.ram import Runs
 from ovr.ranges import total
 from ovr.state import memory
-from ovr.state.memory import Copier, Family, Part, Target, Work
+from ovr.state.feed import Feed
+from ovr.state.memory import Copier, Family, Look, Part, Ready, Target, Work
+from ovr.state.runs import first_bytes, left_of
 
 __all__ = ["Races", "before_each_copy", "counting", "ignoring_clean", "unprotected"]
 
@@ -52,9 +54,10 @@ def counting(races: Races, pause: float) -> Iterator[None]:
     """
 
     class Counting(Copier):
-        def _prepare(self, batch: Sequence[Part]) -> None:
-            super()._prepare(batch)
+        def _prepare(self, batch: Sequence[Part], *, aside: bool = False) -> list[list[Ready]]:
+            ready = super()._prepare(batch, aside=aside)
             time.sleep(pause)
+            return ready
 
         def write(self, parts: Sequence[Part]) -> None:
             super().write([(_counted(target), part) for target, part in parts])
@@ -81,7 +84,8 @@ def counting(races: Races, pause: float) -> Iterator[None]:
 def unprotected(races: Races, pause: float) -> Iterator[None]:
     """Have restores write as if nothing ever moved: looked up first, written later.
 
-    Nothing is held still, nobody is asked whose a page is. What would have been refused is counted.
+    Nothing is held still from the one to the other, nobody is asked whose a page is. What would
+    have been refused is counted.
 
     Args:
         races: what was met.
@@ -90,21 +94,29 @@ def unprotected(races: Races, pause: float) -> Iterator[None]:
 
     class Unprotected(Copier):
         def _each_run(
-            self, batch: Sequence[Part], work: Work, wanted: int, then: Work | None = None
+            self,
+            batch: Sequence[Part],
+            work: Work,
+            wanted: int,
+            then: Look | None = None,
+            after: Look | None = None,
         ) -> None:
             if wanted != OWNED:  # to verify is not what is tried here
-                super()._each_run(batch, work, wanted, then)
+                super()._each_run(batch, work, wanted, then, after)
                 return
-            found = [(target, target.space.walk(part)) for target, part in batch]
-            races.away += sum(total(part) for _, part in batch) // PAGE
-            races.away -= sum(total(runs) for _, runs in found) // PAGE
-            time.sleep(pause)
-            for (target, runs), (_, part) in zip(found, batch, strict=True):
-                work(target, runs)
-                if then:
-                    then(target, runs)
-                now = target.space.walk(part, target.frames)
-                races.moved += len(_pages(runs) - _pages(now[(now["flags"] & OWNED) == OWNED]))
+            for target, part in batch:
+                feed = Feed.make(target.source, part, aside=True)
+                runs = target.space.walk(feed.part)
+                races.away += (total(part) - total(runs)) // PAGE
+                time.sleep(pause)
+                while len(runs):
+                    with self.holder.held():
+                        did = first_bytes(runs, runs, work(Ready(target, feed), runs))
+                    now = target.space.walk(part, target.frames)
+                    races.moved += len(_pages(did) - _pages(now[(now["flags"] & OWNED) == OWNED]))
+                    if then:
+                        then(target, did)
+                    runs = left_of(runs, did)
 
     with _in_place_of_the_copier(Unprotected):
         yield
@@ -115,9 +127,10 @@ def before_each_copy(act: Callable[[], None]) -> Iterator[None]:
     """Have restores do something with the VM running, before each hold in which they copy."""
 
     class Late(Copier):
-        def _prepare(self, batch: Sequence[Part]) -> None:
-            super()._prepare(batch)
+        def _prepare(self, batch: Sequence[Part], *, aside: bool = False) -> list[list[Ready]]:
+            ready = super()._prepare(batch, aside=aside)
             act()
+            return ready
 
     with _in_place_of_the_copier(Late):
         yield

@@ -38,7 +38,7 @@ class Machine:
                 file.truncate(offset + size)
             slots.append(Slot(Gpa(gpa), size, ram_file(path), Offset(offset)))
             gpa += size + (2 << 20)
-        ram = GuestRam(slots, writable=True)
+        ram = GuestRam(slots, writable=True, unheld=True)
         machine = cls(ram, levels, Gpa(PAGE_SIZE), 2 * PAGE_SIZE)
         machine.tables.append(machine.root)
         return machine

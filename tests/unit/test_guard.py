@@ -36,7 +36,7 @@ def ram_file(tmp_path) -> Path:
 @pytest.fixture
 def ram(ram_file):
     with ram_file.open("r+b") as file:
-        ram = RamMap([(1 << 20, SIZE, file.fileno(), 0)], writable=True)
+        ram = RamMap([(1 << 20, SIZE, file.fileno(), 0)], writable=True, unheld=True)
     yield ram
     ram.close()
 

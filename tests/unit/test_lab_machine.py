@@ -228,7 +228,7 @@ def test_real_qemu_takes_the_command_line_and_tells_its_memory(standing_vm):
             qmp.execute("no-such-command")
     assert {slot.file.name for slot in slots} == {str(directory / "a"), str(directory / "b")}
     assert slots[-1].end == 128 << 20
-    with GuestRam(slots, writable=True) as guest:
+    with GuestRam(slots, writable=True, unheld=True) as guest:
         guest.write(Gpa(100 << 20), b"second node")
     assert (directory / "b").read_bytes()[36 << 20 :].startswith(b"second node")
 

@@ -59,7 +59,7 @@ def test_adjacent_slots_are_one_memory(tmp_path):
         path = tmp_path / str(number)
         path.write_bytes(bytes(PAGE_SIZE))
         slots.append(Slot(Gpa(number * PAGE_SIZE), PAGE_SIZE, ram_file(path), Offset(0)))
-    with GuestRam(slots[::-1], writable=True) as ram:
+    with GuestRam(slots[::-1], writable=True, unheld=True) as ram:
         data = os.urandom(PAGE_SIZE)
         ram.copy_in(runs(run(2048, PAGE_SIZE, 0)), *as_file(data))
         assert ram.read(Gpa(2048), PAGE_SIZE) == data
@@ -155,7 +155,7 @@ def test_single_pages_are_mapped_ahead_of_the_copy(tmp_path, monkeypatch, block)
     status = os.fstat
     with monkeypatch.context() as patch:
         patch.setattr(os, "fstat", lambda fd: FileStatus(status(fd).st_size, block))
-        ram = GuestRam([slot], writable=True)
+        ram = GuestRam([slot], writable=True, unheld=True)
     assert mapped(path) == 0
     pages = [*range(0, 1024, 37), 1023]
     ram.prefault(runs(*(run(page * PAGE_SIZE, PAGE_SIZE, 0) for page in pages)))
@@ -173,7 +173,9 @@ def test_find_looks_at_allocated_memory_only(tmp_path):
     path = tmp_path / "sparse"
     with path.open("wb") as file:
         file.truncate(1 << 40)  # a terabyte of hole: a full scan would not end
-    with GuestRam([Slot(Gpa(0), 1 << 40, ram_file(path), Offset(0))], writable=True) as ram:
+    with GuestRam(
+        [Slot(Gpa(0), 1 << 40, ram_file(path), Offset(0))], writable=True, unheld=True
+    ) as ram:
         ram.write(Gpa(5 << 30), b"needle here, needle there")
         ram.write(Gpa((7 << 30) + PAGE_SIZE), b"needle")
         assert list(ram.find(b"needle")) == [

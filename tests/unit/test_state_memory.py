@@ -17,6 +17,7 @@ from ovr.ranges import cut_to, total
 from ovr.state import memory
 from ovr.state.memory import Copier, _Unlike
 from ovr.state.runs import as_pieces, left_of, on_same_frames
+from ovr.state.threads import Threads
 
 FRAMES = st.lists(st.sampled_from([None, 0, 1, 2, 3, 7, 8, 9]), min_size=1, max_size=30)
 
@@ -67,8 +68,7 @@ def test_what_is_left(frames):
 def test_threads_get_whole_pages(threads, pages):
     runs = np.array([(0x7000_0000_0000, pages * 4096, 0)], PIECE)
     with ThreadPoolExecutor(threads) as pool:
-        copier = Copier(None, pool, threads, Journal())
-        shares = copier._in_parallel(runs, lambda share: share)
+        shares = Threads(pool, threads).on_parts(runs, lambda share: share)
     assert len(shares) <= threads
     assert all((share["gva"] | share["size"]) % 4096 == 0 for share in shares)
     assert sum(map(total, shares)) == total(runs)

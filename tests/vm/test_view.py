@@ -51,7 +51,7 @@ def busy(vm, attached):
     Not by QMP's stop and cont, after which vhost-device-vsock may be deaf.
     """
     vm.sh(BUSY + "sleep 1")
-    with Holder(attached.qmp, attached.check_same_boot) as holder, holder.held():
+    with Holder(attached.qmp, attached.check_same_boot, bound=600) as holder, holder.held():
         yield attached
     vm.sh("pkill -9 -x sleep; pkill -9 -f 'while :'")
 

@@ -1,0 +1,88 @@
+"""Signals that arrive while the VM is held are handled when it is not held any more.
+
+Python runs its signal handlers between any two bytecodes of the main thread, and they may raise:
+``KeyboardInterrupt`` just before a ``try`` would leave the VM held, just after a ``finally`` has
+begun would skip what lets it go. And Ctrl-Z stops a process wherever it is.
+"""
+
+import signal
+import threading
+from types import FrameType
+from typing import Any, Final, Self
+
+__all__ = ["DeferredSignals"]
+
+_UNCHANGEABLE: Final = {signal.SIGKILL, signal.SIGSTOP}
+
+
+class DeferredSignals:
+    """Stands in for every signal handler of Python's; a context manager.
+
+    Between `begin` and `end` signals are noted, else they do what they did before. So does SIGTSTP
+    where it has no handler. In other threads than the main one there is nothing to do: handlers do
+    not run there, and do not raise.
+    """
+
+    def __init__(self) -> None:
+        self._before: dict[signal.Signals, Any] = {}
+        self._noted: list[signal.Signals] = []
+        self._deferring = False
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is not threading.main_thread():
+            return self
+        self.begin()
+        for number in signal.valid_signals() - _UNCHANGEABLE:
+            handler = signal.getsignal(number)
+            if _is_ours(handler) or (number == signal.SIGTSTP and handler == signal.SIG_DFL):
+                self._before[signal.Signals(number)] = handler
+                signal.signal(number, self._caught)
+        try:
+            self.end()
+        except BaseException:
+            self._restore()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.begin()
+        self._restore()
+        self.end()
+
+    def begin(self) -> None:
+        """Note signals from here on."""
+        self._deferring = True
+
+    def end(self) -> None:
+        """Handle what was noted. Raises what the handlers raise; the others wait for the next."""
+        self._deferring = False
+        while self._noted:
+            self._handle(self._noted.pop(0), None)
+
+    def _caught(self, number: int, frame: FrameType | None) -> None:
+        if not self._deferring:
+            self._handle(signal.Signals(number), frame)
+        elif number not in self._noted:
+            self._noted.append(signal.Signals(number))
+
+    def _handle(self, number: signal.Signals, frame: FrameType | None) -> None:
+        handler = self._before[number]
+        if _is_ours(handler):
+            handler(number, frame)
+            return
+        # SIGTSTP: stop here, and go on from here when somebody sends SIGCONT.
+        ours = signal.signal(number, signal.SIG_DFL)
+        try:
+            signal.raise_signal(number)
+        finally:
+            signal.signal(number, ours)
+
+    def _restore(self) -> None:
+        for number, handler in self._before.items():
+            if signal.getsignal(number) == self._caught:
+                signal.signal(number, handler)
+
+
+def _is_ours(handler: object) -> bool:
+    # A function of Python's: not SIG_DFL or SIG_IGN, which are called handlers, too, and not None.
+    return callable(handler) and not isinstance(handler, signal.Handlers)

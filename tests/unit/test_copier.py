@@ -1,0 +1,191 @@
+"""Copying and comparing pages of a machine that runs: what is done in a hold, and what is not."""
+
+import os
+import resource
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ovr._fastcopy import OWNED, PIECE, RUN
+from ovr.addresses import PAGE_SIZE
+from ovr.errors import VerifyMismatch
+from ovr.images.source import Source, _without_waiting
+from ovr.journal import Journal
+from ovr.ram import GuestRam
+from ovr.state import memory
+from ovr.state.memory import Copier, Target
+from ovr.vm.hold import Holder
+from tests.unit.machine_process import RAM_BYTES, Monitor, RunningMachine
+
+BEGIN = 1 << 20  # of what is copied: the machine itself uses the first pages
+SIZE = RAM_BYTES - BEGIN
+
+
+class Space:
+    """Every page of the RAM file where its address says."""
+
+    def __init__(self, ram):
+        self.ram = ram
+
+    def walk(self, pieces, frames=None):
+        runs = np.zeros(len(pieces), dtype=RUN)
+        for name in ("gva", "size", "offset"):
+            runs[name] = pieces[name]
+        runs["gpa"] = pieces["gva"]
+        runs["flags"] = OWNED
+        runs["page_shift"] = 12
+        return runs
+
+
+@pytest.fixture
+def machine(tmp_path):
+    machine = RunningMachine(tmp_path, threads=3)
+    yield machine
+    machine.close()
+
+
+@pytest.fixture(params=["disk", "memory"])
+def source(request):
+    # Where reading can be made not to wait, and where it cannot.
+    directory = Path(__file__).parents[2] / "build" if request.param == "disk" else Path("/dev/shm")
+    directory.mkdir(exist_ok=True)
+    path = directory / f"ovr-test-source-{os.getpid()}"
+    path.write_bytes(os.urandom(SIZE))
+    fd = os.open(path, os.O_RDONLY)
+    os.fsync(fd)
+    nowait = _without_waiting(fd, 0)
+    if nowait != (request.param == "disk"):
+        pytest.skip(f"{directory} is on a file system that is not what it is tried for")
+    yield Source("pages-1.img", memoryview(path.read_bytes()), fd, 0, nowait)
+    os.close(fd)
+    path.unlink()
+
+
+@contextmanager
+def copier(machine, source, advance=lambda count: None):
+    with (
+        GuestRam([machine.slot], writable=True) as ram,
+        Holder(Monitor(machine.pid), ram=ram) as holder,
+        ThreadPoolExecutor(2) as pool,
+    ):
+        target = Target(
+            "pid 1", Space(ram), None, np.array([(BEGIN, SIZE, 0)], PIECE), source,
+            ask=lambda pieces: None, check=lambda: None,
+        )  # fmt: skip
+        yield Copier(holder, pool, 2, Journal(), advance), target
+
+
+def content(machine):
+    with machine.path.open("rb") as file:
+        file.seek(BEGIN)
+        return file.read()
+
+
+def forget(source):
+    """As a host does whose memory is short."""
+    os.posix_fadvise(source.fd, 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def test_who_is_told_how_far_it_is_may_wait(machine, source, monkeypatch):
+    """Ctrl-S on a terminal, a callback of the Python API: the VM runs meanwhile."""
+    monkeypatch.setattr(memory, "HOLD_BYTES", 1 << 20)
+    told = []
+
+    def advance(count):
+        assert machine.runs
+        told.append(count)
+
+    with copier(machine, source, advance) as (ours, target):
+        ours.write([(target, target.pieces)])
+        assert len(told) > 1 and sum(told) == SIZE
+        assert ours.holder.count >= len(told)
+        (entry,) = ours.journal.memory
+        assert entry.bytes == SIZE
+    assert content(machine) == bytes(source.pages)
+
+
+def waits_for_disk():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_majflt
+
+
+class Forgetful(Holder):
+    """Drops the image from the page cache when the VM is held; counts major faults in holds."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.waits = 0
+        self.drop = lambda: None
+
+    @contextmanager
+    def held(self):
+        with super().held():
+            self.drop()
+            before = waits_for_disk()
+            yield
+            self.waits += waits_for_disk() - before
+
+
+@pytest.mark.parametrize("times", [1, 1000], ids=["once", "always"])
+@pytest.mark.parametrize("work", ["copy", "verify"])
+def test_nothing_is_read_from_disk_in_a_hold(machine, source, monkeypatch, work, times):
+    """Pages that are dropped at the worst moment are read ahead once more, or set aside."""
+    monkeypatch.setitem(globals(), "Holder", Forgetful)
+    with copier(machine, source) as (ours, target):
+        if work == "verify":
+            ours.write([(target, target.pieces)])
+        left = times
+
+        def drop():
+            nonlocal left
+            if left:
+                left -= 1
+                forget(source)
+
+        ours.holder.drop = drop
+        holds = ours.holder.count
+        forget(source)
+        if work == "verify":
+            assert ours.verify([target], full=True) == SIZE
+        else:
+            ours.write([(target, target.pieces)])
+        assert ours.holder.waits == 0
+        # What was not there at once was left for another hold.
+        assert ours.holder.count - holds > (1 if source.nowait else 0)
+    assert content(machine) == bytes(source.pages)
+
+
+def test_a_page_that_differs(machine, source):
+    with copier(machine, source) as (ours, target):
+        ours.write([(target, target.pieces)])
+        at = BEGIN + 77 * PAGE_SIZE
+        with ours.holder.held():
+            target.space.ram.write(at + 9, bytes([target.space.ram.read(at + 9, 1)[0] ^ 1]))
+        with pytest.raises(VerifyMismatch, match=f"{at:#x}"):
+            ours.verify([target], full=True)
+
+
+def test_a_copy_that_does_not_wait(machine, source):
+    """It gives back what was not there, instead of having the VM wait for a disk."""
+    if not source.nowait:
+        pytest.skip("this file system cannot do that")
+    runs = np.array([(BEGIN, BEGIN, SIZE, 0, OWNED, 12)], RUN)
+    with GuestRam([machine.slot], writable=True, unheld=True) as ram:
+        forget(source)
+        assert ram.copy_in(runs, source.fd, 0, SIZE, wait=False) < SIZE
+        forget(source)
+        assert ram.copy_in(runs, source.fd, 0, SIZE) == SIZE
+        forget(source)
+        compared, differs = ram.review(runs, source.fd, 0, SIZE, wait=False)
+        assert compared < SIZE and differs is None
+        forget(source)
+        assert ram.review(runs, source.fd, 0, SIZE) == (SIZE, None)
+
+
+def test_whether_reading_can_be_made_not_to_wait():
+    fd = os.memfd_create("ovr-test")  # tmpfs: it may have to be swapped in
+    os.write(fd, b"x")
+    assert not _without_waiting(fd, 0)
+    os.close(fd)
