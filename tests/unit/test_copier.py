@@ -1,5 +1,6 @@
 """Copying and comparing pages of a machine that runs: what is done in a hold, and what is not."""
 
+import mmap
 import os
 import pty
 import resource
@@ -67,7 +68,8 @@ def source(request):
     nowait = _without_waiting(fd, 0)
     if nowait != (request.param == "disk"):
         pytest.skip(f"{directory} is on a file system that is not what it is tried for")
-    yield Source("pages-1.img", memoryview(path.read_bytes()), fd, 0, nowait)
+    with mmap.mmap(fd, SIZE, access=mmap.ACCESS_READ) as mapped, memoryview(mapped) as pages:
+        yield Source("pages-1.img", pages, fd, 0, nowait)
     os.close(fd)
     path.unlink()
 
