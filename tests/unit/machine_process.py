@@ -137,6 +137,6 @@ def run_script(
     """Start a Python program that holds; its first argument is the machine's pid."""
     return subprocess.Popen(  # type: ignore[call-overload,no-any-return]
         [*prefix, sys.executable, "-c", PRELUDE + script, *map(str, arguments)],
-        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.PIPE, text=True,
-        **options,
+        cwd=ROOT, stdout=subprocess.PIPE, stdin=subprocess.PIPE, text=True,
+        **{"stderr": subprocess.PIPE, **options},
     )  # fmt: skip

@@ -1,7 +1,10 @@
 """Copying and comparing pages of a machine that runs: what is done in a hold, and what is not."""
 
+import mmap
 import os
+import pty
 import resource
+import termios
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +21,13 @@ from ovr.ram import GuestRam
 from ovr.state import memory
 from ovr.state.memory import Copier, Target
 from ovr.vm.hold import Holder
-from tests.unit.machine_process import RAM_BYTES, Monitor, RunningMachine
+from tests.unit.machine_process import (
+    RAM_BYTES,
+    Monitor,
+    RunningMachine,
+    eventually,
+    run_script,
+)
 
 BEGIN = 1 << 20  # of what is copied: the machine itself uses the first pages
 SIZE = RAM_BYTES - BEGIN
@@ -59,7 +68,8 @@ def source(request):
     nowait = _without_waiting(fd, 0)
     if nowait != (request.param == "disk"):
         pytest.skip(f"{directory} is on a file system that is not what it is tried for")
-    yield Source("pages-1.img", memoryview(path.read_bytes()), fd, 0, nowait)
+    with mmap.mmap(fd, SIZE, access=mmap.ACCESS_READ) as mapped, memoryview(mapped) as pages:
+        yield Source("pages-1.img", pages, fd, 0, nowait)
     os.close(fd)
     path.unlink()
 
@@ -189,3 +199,61 @@ def test_whether_reading_can_be_made_not_to_wait():
     os.write(fd, b"x")
     assert not _without_waiting(fd, 0)
     os.close(fd)
+
+
+ON_A_TERMINAL = """
+import numpy as np
+from concurrent.futures import ThreadPoolExecutor
+from ovr._fastcopy import PIECE
+from ovr.addresses import Gpa, Offset
+from ovr.cli.progress import BarWatch
+from ovr.images.source import Source
+from ovr.journal import Journal
+from ovr.ram import Slot
+from ovr.state import memory
+from ovr.state.memory import Copier, Target
+from tests.unit.test_copier import BEGIN, SIZE, Space
+
+memory.HOLD_BYTES = 1 << 20
+source = os.memfd_create("source")
+os.truncate(source, SIZE)
+image = Source("pages-1.img", memoryview(bytes(SIZE)), source, 0)
+times = iter(range(1000000))
+watch = BarWatch(sys.stderr, lambda: next(times))
+done = 0
+
+def advance(count):
+    global done
+    done += count
+    watch.advance(done, SIZE)
+
+ram = GuestRam([Slot(Gpa(0), BEGIN + SIZE, sys.argv[2], Offset(0))], writable=True)
+with Holder(Monitor(pid), ram=ram) as holder, ThreadPoolExecutor(2) as pool:
+    target = Target("pid 1", Space(ram), None, np.array([(BEGIN, SIZE, 0)], PIECE), image,
+                    ask=None, check=lambda: None)
+    print("begins", flush=True)
+    Copier(holder, pool, 2, Journal(), advance).write([(target, target.pieces)])
+print(done, flush=True)
+"""
+
+
+def test_ctrl_s(machine):
+    """The bar is not drawn any more; the VM runs."""
+    leader, follower = pty.openpty()
+    termios.tcflow(follower, termios.TCOOFF)
+    process = run_script(ON_A_TERMINAL, machine.pid, machine.path, stderr=follower)
+    try:
+        assert process.stdout.readline() == "begins\n"
+        call = Path(f"/proc/{process.pid}/syscall")  # write(2, ...)
+        assert eventually(lambda: call.read_text().startswith("1 0x2 ")), "it does not wait"
+        for _ in range(20):
+            assert not {"t", "T"} & machine.states()
+        assert process.poll() is None
+        termios.tcflow(follower, termios.TCOON)
+        assert process.stdout.readline() == f"{SIZE}\n"
+        assert process.wait(30) == 0
+    finally:
+        process.kill()
+        process.communicate()
+        os.close(leader)
+        os.close(follower)

@@ -74,6 +74,8 @@ def place(target, tmp_path_factory) -> Range:
 # Where each is killed: the first event of that name.
 POINTS = {
     "ovr": "after copying",  # in a hold
+    "tracer": "after copying",
+    "all": "after copying",
     "agent": "end of populate",
     "criu": "end of memory",
 }
