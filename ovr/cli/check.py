@@ -87,10 +87,11 @@ def _mark(ok: bool) -> str:
 
 @dataclass
 class _Look:
-    # What has been found so far.
+    # What has been found so far; `idle`: no other ovr restores into the VM, so that we may hold it.
     qmp: Monitor
     ram: GuestRam | None = None
     kernel: Kernel | None = None
+    idle: bool = False
 
 
 def _vm(look: _Look, stack: ExitStack, vmlinux: Path | None) -> Iterator[Item]:
@@ -109,6 +110,7 @@ def _vm(look: _Look, stack: ExitStack, vmlinux: Path | None) -> Iterator[Item]:
         yield from _kernel(look.kernel)
         what = "other restores"
         with claimed(ram.slots):
+            look.idle = True
             yield Item(what, True, "none under way")
     except OvrError as error:
         yield Item(what, False, str(error), error.hint)
@@ -137,13 +139,20 @@ def _containers(hello: Hello) -> str:
     return names if runs_scripts_for_engines(hello) else f"{names}, but they need CRIU 3.19"
 
 
+def _prove(look: _Look, agent: Agent) -> bool:
+    # Takes a hold, which would end that of another restore; and a kernel that was found.
+    if not (look.idle and look.kernel and look.ram):
+        return False
+    prove_alone(look.kernel, agent, look.qmp, look.ram.slots)
+    return True
+
+
 def _agent(look: _Look, address: str | None) -> Item:
     if address is None:
         return Item("agent", False, "nobody said where it is", _NO_ADDRESS)
     try:
         with Agent.connect(address) as agent:
-            if look.kernel and look.ram:
-                prove_alone(look.kernel, agent, look.qmp, look.ram.slots)
+            proven = _prove(look, agent)
             hello = agent.hello
     except UsageError:
         raise
@@ -154,6 +163,8 @@ def _agent(look: _Look, address: str | None) -> Item:
     if hello.criu is None:
         return Item("agent", False, "the guest has no CRIU", "apt-get install criu, in the guest")
     text = f"version {hello.agent}, CRIU {hello.criu}, at {address}"
+    if not proven:
+        text += "; it was not asked to prove that it is root's"
     if hello.engines:
         text += f"; containers: {_containers(hello)}"
     if not hello.force_write:

@@ -25,7 +25,15 @@ from ovr._fastcopy import OWNED
 from ovr.addresses import PAGE_SIZE, Gpa, Gva
 from ovr.errors import GuestFault
 from ovr.guest import protocol
-from ovr.kernel import Kernel, Struct, find_task, find_vma, mm_space, why_not_root
+from ovr.kernel import (
+    Kernel,
+    Struct,
+    find_task,
+    find_vma,
+    mm_space,
+    types_that_fit,
+    why_not_root,
+)
 from ovr.paging import pieces
 
 __all__ = ["AgentProcess", "NotTheAgents", "read_secret"]
@@ -73,6 +81,7 @@ class NotTheAgents(Exception):
         self.code = code
 
 
+@types_that_fit()
 def read_secret(kernel: Kernel, pid: int, address: int) -> AgentProcess:
     """Return the agent's secret, and its process. To be called in a hold.
 

@@ -170,7 +170,7 @@ class Session:
             nonce=answer.nonce,
             force_write=answer.force_write,
             secret_at=answer.secret_at,
-            engines=answer.engines,
+            engines=tuple(map(one_line, answer.engines)),
             warm=answer.warm,
             warm_at=Gva(answer.warm_at),
         )
