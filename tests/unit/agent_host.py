@@ -75,6 +75,11 @@ if mode == "fail":
     say("(00.2) Error (criu/files.c:1): Can't open /nowhere: No such file\\x01")
     say("(00.3) Error (criu/cr-restore.c:2): Restoring FAILED.")
     raise SystemExit(1)
+if mode == "talkative":
+    say("(00.1) Error (criu/files.c:1): the cause")
+    for number in range(100):
+        say("(00.2) Error (criu/files.c:2): consequence " + str(number))
+    raise SystemExit(1)
 if mode == "pid-taken":
     say("(00.2) Error (criu/cr-restore.c:1): Can't fork for 4711: File exists")
     raise SystemExit(1)

@@ -2,14 +2,19 @@
 
 import ast
 import re
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from ovr.errors import RestoreFailed
 from ovr.guest import compiler, protocol
 from ovr.guest.protocol import Code
 from ovr.vm import agent_errors
+from ovr.vm.agent import Agent, Portion
 from ovr.vm.agent_errors import aborted, failure, refused
+from tests.unit.agent_host import IMAGES, AgentHost, begin, wait_for
 
 GUEST = Path(compiler.__file__).parent
 NO_SPACE = "No space left on device"
@@ -58,6 +63,52 @@ def test_the_oom_killer_is_suspected_where_a_kill_came_first(
     error = failure(protocol.Failed(1, log, True), "criu")
     assert ("OOM killer" in error.hint) is oom
     assert log[0] in str(error)
+
+
+def test_what_a_real_agent_says(host: AgentHost) -> None:
+    said: dict[str, RestoreFailed] = {}
+
+    def keep(what: str, agent: Agent, act: Callable[[], object]) -> None:
+        with agent, pytest.raises(RestoreFailed) as caught:
+            act()
+        said[what] = caught.value
+
+    agent = host.connect()
+    keep("nothing to let go", agent, agent.go)
+    agent = host.connect()
+    keep("a name with a slash", agent, lambda: agent.begin({"a/b": b""}))
+    agent = host.connect()
+    keep("an engine that is none", agent, lambda: agent.begin(IMAGES, engine="docker"))
+    with host.connect() as owner:
+        begin(host, owner)
+        agent = host.connect()
+        keep("a second restore", agent, lambda: begin(host, agent))
+        with pytest.raises(RestoreFailed) as caught:
+            owner.touch([Portion(1, False, [(0, 4096)])])
+        said["another's memory"] = caught.value
+    wait_for(lambda: not host.restores)
+    silent = host.connect()
+
+    def say_nothing() -> None:
+        begin(host, silent, silence=0.3)
+        silent._outcome(protocol.Restored, time.monotonic() + 30)
+
+    keep("silence", silent, say_nothing)
+    assert {what: error.code for what, error in said.items()} == {
+        "nothing to let go": Code.IDLE, "a name with a slash": Code.IMAGES,
+        "an engine that is none": Code.ENGINE, "a second restore": Code.BUSY,
+        "another's memory": Code.TASK, "silence": Code.SILENT,
+    }  # fmt: skip
+    assert "other restore has ended" in said["a second restore"].hint
+
+
+def test_the_first_error_of_many_is_kept(host: AgentHost) -> None:
+    """It is the cause, whatever CRIU says later on."""
+    with host.connect() as agent, pytest.raises(RestoreFailed, match="the cause") as caught:
+        agent.begin(IMAGES, criu_options=host.criu_options("talkative"))
+    (note,) = caught.value.__notes__
+    assert len(note.splitlines()) == 16
+    assert note.splitlines()[-1].endswith("consequence 99")
 
 
 def test_every_code_of_the_agent_is_sent_by_it() -> None:
