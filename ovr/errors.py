@@ -9,6 +9,7 @@
     │   ├── ImagesUnreachable    3   the disk or file server that has the images fails
     │   ├── VmUnreachable        3   no such VM, no QMP
     │   └── AgentUnreachable     3   no agent in the guest, or the link broke
+    │       └── AgentUntrusted   3   who answers is not the agent that root of this guest runs
     ├── CheckFailed              4   this VM cannot be restored into
     │   ├── RamNotShared         4
     │   └── KernelNotFound       4   no kernel, or one whose types do not fit
@@ -30,6 +31,7 @@ from typing import Any, ClassVar
 
 __all__ = [
     "AgentUnreachable",
+    "AgentUntrusted",
     "CheckFailed",
     "CriuFailed",
     "GuestFault",
@@ -57,12 +59,15 @@ class OvrError(Exception):
     Attributes:
         exit_code: what the command exits with.
         hint: what the user can do about it, or an empty string.
+        code: what exactly it is, where one class is not enough, or an empty string; see
+            docs/json.md.
         undone: of a restore that was aborted: what became of its writes to kernel objects that may
             outlive the tree; see docs/json.md.
     """
 
     exit_code: ClassVar[int] = 1
     undone: Sequence[Mapping[str, Any]] = ()
+    code: str = ""
 
     def __init__(self, message: str, hint: str = "") -> None:
         super().__init__(message)
@@ -100,6 +105,14 @@ class VmUnreachable(Unreachable):
 
 class AgentUnreachable(Unreachable):
     """No agent answers in the guest, or the link to it broke."""
+
+
+class AgentUntrusted(AgentUnreachable):
+    """Who answers is not the agent that root of this guest runs."""
+
+    def __init__(self, message: str, hint: str, code: str) -> None:
+        super().__init__(message, hint)
+        self.code = code
 
 
 class CheckFailed(OvrError):

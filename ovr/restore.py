@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Final
 
+from ovr.addresses import Gva
 from ovr.checkpoint import Checkpoint
 from ovr.errors import (
     AgentUnreachable,
@@ -34,6 +35,8 @@ from ovr.vm.claim import claimed
 from ovr.vm.hold import Holder
 from ovr.vm.proof import prove
 from ovr.vm.refusals import refusals, refuse_migration
+from ovr.vm.secret_page import AgentProcess
+from ovr.vm.tracer import find_tracer
 from ovr.warm_areas import Pool
 from ovr.warm_plan import WarmPlan, foreign_cgroup
 
@@ -74,8 +77,8 @@ def restore(
         with watch("plan"):
             plan = make_plan(checkpoint.images, outside)
         _refuse(vm, plan)
-        link = stack.enter_context(Agent.connect(_address(vm, agent)))
-        _same_guest(vm, link)
+        holder = stack.enter_context(Holder(vm.qmp, vm.check_same_boot, ram=vm.ram))
+        link, process = _agent(vm, agent, holder, stack)
         checkpoint.check(link.hello)
         with watch("plan"):
             if not link.hello.force_write:
@@ -84,12 +87,10 @@ def restore(
             files = checkpoint.files(inside)
         sources = stack.enter_context(Sources())
         journal = Journal()
-        holder = stack.enter_context(Holder(vm.qmp, vm.check_same_boot, ram=vm.ram))
         # Before the first byte of it is sent: whatever interrupts us, the tree is told to go.
         with _killed_on_error(link, checkpoint.patience):
             with watch("skeleton"):
                 sources.read_ahead(sources_of(plan))
-                prove(vm.kernel, link)
                 skeleton = link.begin(
                     files, criu_options=checkpoint.options, engine=checkpoint.engine,
                     volumes=checkpoint.volumes, timeout=checkpoint.patience, log_level=log_level,
@@ -99,7 +100,10 @@ def restore(
             log.info("skeleton stands: pid %d, %d threads", skeleton.root_pid, len(skeleton.tasks))
             with link.keep_alive():
                 with watch("populate"):
-                    tree = partial(_guest, vm, skeleton)
+                    with holder.held():
+                        engine = checkpoint.engine is not None
+                        tracer = find_tracer(vm.kernel, process, skeleton.criu_pid, engine=engine)
+                    tree = partial(_guest, vm, skeleton, tracer)
                     memory = find_outside(plan, tree(), link, sources, warm=not cold)
                 copier = stack.enter_context(
                     _copier(holder, journal, _counter(watch, memory.bytes))
@@ -147,6 +151,15 @@ def restore(
             skeleton_why=cold,
             bytes_warm=0 if cold else warm.bytes,
         )
+
+
+def _agent(
+    vm: AttachedVm, address: str | None, holder: Holder, stack: ExitStack
+) -> tuple[Agent, AgentProcess]:
+    # Whom to believe; up to here nothing of worth was sent.
+    link = stack.enter_context(Agent.connect(_address(vm, address)))
+    _same_guest(vm, link)
+    return link, prove(vm.kernel, link, holder)
 
 
 def _address(vm: AttachedVm, agent: str | None) -> str:
@@ -212,8 +225,8 @@ def _refuse(vm: AttachedVm, plan: Plan) -> None:
 
 def _same_guest(vm: AttachedVm, link: Agent) -> None:
     # Between attaching and here the guest may have been rebooted, and the agent may be in any VM.
-    # `prove` answers another question, the agent's: a dead kernel's memory, too, may have a secret
-    # where it is looked for. And this one comes before anything that the agent says is believed.
+    # `prove` asks something else: a dead kernel's memory, too, may have a secret where it is looked
+    # for.
     try:
         found = vm.kernel.boot_id
     except KernelNotFound:
@@ -296,11 +309,11 @@ def _let_go(vm: AttachedVm, skeleton: Skeleton, pid: int) -> None:
         )
 
 
-def _guest(vm: AttachedVm, skeleton: Skeleton) -> GuestTree:
+def _guest(vm: AttachedVm, skeleton: Skeleton, tracer: Gva) -> GuestTree:
     root = find_task(vm.kernel, skeleton.root_pid)
     if root is None:
         raise RestoreFailed(
             f"the agent says that the skeleton stands, but pid {skeleton.root_pid} is not there",
             "is this agent in the VM that --vm names?",
         )
-    return GuestTree(vm.kernel, root)
+    return GuestTree(vm.kernel, root, tracer)

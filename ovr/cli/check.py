@@ -13,7 +13,7 @@ from ovr.checkpoint import runs_scripts_for_engines
 from ovr.cli.output import common, document, size
 from ovr.cli.terminal import painted
 from ovr.cli.vm_options import add_agent_option, add_vm_options
-from ovr.errors import OvrError, UsageError
+from ovr.errors import AgentUntrusted, OvrError, UsageError
 from ovr.kernel import Kernel
 from ovr.ram import GuestRam
 from ovr.vm.agent import Agent, Hello
@@ -21,6 +21,7 @@ from ovr.vm.claim import claimed
 from ovr.vm.find import find_vm
 from ovr.vm.hold import Holder
 from ovr.vm.memory_map import guest_slots
+from ovr.vm.proof import prove_alone
 from ovr.vm.qmp import Monitor
 from ovr.vm.refusals import balloon_size, refusals
 
@@ -68,7 +69,8 @@ def run(options: argparse.Namespace) -> int:
     address = find_vm(options.vm)
     with ExitStack() as stack:
         qmp = stack.enter_context(address.connect())
-        items = [*_vm(qmp, stack, options.vmlinux), _agent(options.agent or address.agent)]
+        look = _Look(qmp)
+        items = [*_vm(look, stack, options.vmlinux), _agent(look, options.agent or address.agent)]
     ok = all(item.ok for item in items)
     if options.json:
         document("ovr.check/1", {"ok": ok, "items": [asdict(item) for item in items]})
@@ -84,20 +86,32 @@ def _mark(ok: bool) -> str:
     return painted("ok  ", "good", sys.stdout) if ok else painted("FAIL", "bad", sys.stdout)
 
 
-def _vm(qmp: Monitor, stack: ExitStack, vmlinux: Path | None) -> Iterator[Item]:
+@dataclass
+class _Look:
+    # What has been found so far; `idle`: no other ovr restores into the VM, so that we may hold it.
+    qmp: Monitor
+    ram: GuestRam | None = None
+    kernel: Kernel | None = None
+    idle: bool = False
+
+
+def _vm(look: _Look, stack: ExitStack, vmlinux: Path | None) -> Iterator[Item]:
+    qmp = look.qmp
     version = qmp.execute("query-version")["qemu"]
     yield Item("QMP", True, f"QEMU {version['major']}.{version['minor']}.{version['micro']}")
     yield Item("host", platform.machine() == "x86_64", platform.machine())
     balloon = balloon_size(qmp)
     what = "guest RAM"
     try:
-        ram = stack.enter_context(GuestRam(guest_slots(qmp), writable=True))
+        ram = look.ram = stack.enter_context(GuestRam(guest_slots(qmp), writable=True))
         files = {slot.file for slot in ram.slots}
         yield Item(what, True, f"{size(ram.size)} in {len(files)} shared files")
         what = "guest kernel"
-        yield from _kernel(Kernel.find(ram, vmlinux))
+        look.kernel = Kernel.find(ram, vmlinux)
+        yield from _kernel(look.kernel)
         what = "other restores"
         with claimed(ram.slots):
+            look.idle = True
             yield Item(what, True, "none under way")
             what = "holding it still"
             if qmp.status() == "running":  # else its state is what is to be said
@@ -130,19 +144,32 @@ def _containers(hello: Hello) -> str:
     return names if runs_scripts_for_engines(hello) else f"{names}, but they need CRIU 3.19"
 
 
-def _agent(address: str | None) -> Item:
+def _prove(look: _Look, agent: Agent) -> bool:
+    # Takes a hold, which would end that of another restore; and a kernel that was found.
+    if not (look.idle and look.kernel and look.ram):
+        return False
+    prove_alone(look.kernel, agent, look.qmp, look.ram.slots)
+    return True
+
+
+def _agent(look: _Look, address: str | None) -> Item:
     if address is None:
         return Item("agent", False, "nobody said where it is", _NO_ADDRESS)
     try:
         with Agent.connect(address) as agent:
+            proven = _prove(look, agent)
             hello = agent.hello
     except UsageError:
         raise
+    except AgentUntrusted as error:
+        return Item("agent", False, str(error), error.hint)
     except OvrError as error:
         return Item("agent", False, str(error), f"{error.hint}; {_INSTALL}")
     if hello.criu is None:
         return Item("agent", False, "the guest has no CRIU", "apt-get install criu, in the guest")
     text = f"version {hello.agent}, CRIU {hello.criu}, at {address}"
+    if not proven:
+        text += "; it was not asked to prove that it is root's"
     if hello.engines:
         text += f"; containers: {_containers(hello)}"
     if not hello.force_write:

@@ -53,6 +53,7 @@ def error(problem: OvrError, *, as_json: bool) -> None:
         "kind": problem.kind,
         "message": str(problem),
         "hint": problem.hint,
+        "code": problem.code,
         "exit_code": problem.exit_code,
         "undone": list(problem.undone),
     }

@@ -18,7 +18,7 @@ from ovr.standby.messages import StandbyError
 from ovr.vm.agent import Agent
 from ovr.vm.attach import AttachedVm
 from ovr.vm.find import find_vm
-from ovr.vm.proof import prove
+from ovr.vm.proof import prove_alone
 from ovr.vm.session import Hello
 from ovr.warm_areas import NOTHING
 from ovr.warm_plan import foreign_cgroup
@@ -80,14 +80,14 @@ def run(options: argparse.Namespace) -> int:
             f"nobody said where the agent of {options.vm} is", "give --agent ADDR"
         )
     with Agent.connect(address) as agent:
-        if options.images_dir is not None:
-            wanted = _fitting(options.images_dir, agent.hello)
-        if wanted is None:
+        if wanted is None and options.images_dir is None:
             pool = agent.pool()
         else:
             with AttachedVm(options.vm, vmlinux=options.vmlinux) as vm:
-                prove(vm.kernel, agent)
+                prove_alone(vm.kernel, agent, vm.qmp, vm.ram.slots)
                 qemu = vm.qmp.qemu_pid
+            if wanted is None:
+                wanted = _fitting(options.images_dir, agent.hello)
             pool = agent.warm(*wanted)
             _stand_by(qemu, bool(pool.size) and options.standby)
     if options.only_standby:

@@ -95,6 +95,16 @@ void message_item_str(struct writer *writer, const char *text);
 /* Completes the frame; its size, or 0 when it did not fit. */
 size_t message_close(struct writer *writer);
 
+/* Why something cannot be done; without a text nothing is the matter. */
+struct problem {
+	enum code code;
+	const char *text;
+};
+
+const char *code_name(enum code code);
+/* What the host is told of an errno. */
+enum code code_of_errno(int error);
+
 /* session.c */
 struct session;
 
@@ -107,11 +117,11 @@ enum link {
 bool session_start(int fd, enum link link);
 int session_index(const struct session *session);
 /* Answer with an error; the session goes on. */
-void session_refuse(struct session *session, const char *format, ...)
-	__attribute__((format(printf, 2, 3)));
+void session_refuse(struct session *session, enum code code, const char *format, ...)
+	__attribute__((format(printf, 3, 4)));
 /* Answer with an error and end the session. */
-void session_break(struct session *session, const char *format, ...)
-	__attribute__((format(printf, 2, 3)));
+void session_break(struct session *session, enum code code, const char *format, ...)
+	__attribute__((format(printf, 3, 4)));
 
 /* session_io.c */
 struct writer session_writer(struct session *session, enum op op);
@@ -151,9 +161,9 @@ struct directory {
 };
 
 bool directory_prepare_base(void);
-const char *directory_make(struct directory *directory);
-const char *directory_append(struct directory *directory, const struct mp_value *name,
-			     const struct mp_value *data);
+struct problem directory_make(struct directory *directory);
+struct problem directory_append(struct directory *directory, const struct mp_value *name,
+				const struct mp_value *data);
 /* Links to some of the images, as if they were those of an earlier dump. */
 bool directory_make_parent(const struct directory *directory, char **names);
 void directory_remove_parent(const struct directory *directory);
@@ -289,18 +299,30 @@ void priority_reset(pid_t pid);
 /* populate.c: allocating pages for the host to write to */
 /* Whether the kernel lets us write where a task itself cannot (FOLL_FORCE). */
 bool populate_can_force(void);
-/* NULL, or why it cannot be done. The answer comes later. */
-const char *populate_start(struct session *session, const struct message *message);
+/* Why it cannot be done, if so. The answer comes later. */
+struct problem populate_start(struct session *session, const struct message *message);
 bool populate_owns(pid_t pid);
 bool populate_reaped(pid_t pid, int status);
 void populate_watch(struct loop *loop);
 /* End all workers, and wait until they are gone. */
 void populate_end(void);
 
-/* proof.c: only who can read this VM's RAM may restore */
+/* sha256.c */
+void hmac_sha256(const uint8_t *key, size_t key_size, const uint8_t *data, size_t size,
+		 uint8_t mac[SHA256_SIZE]);
+
+/* proof.c: only who can read this VM's RAM may restore; only root's agent gets a restore */
+/* What makes a session's proofs good for it alone. */
+struct nonces {
+	uint8_t host[TOKEN_SIZE], agent[NONCE_SIZE];
+};
+
 bool proof_make(void);
 uint64_t proof_address(void);
-bool proof_right(const struct mp_value *secret);
+bool proof_make_nonce(uint8_t nonce[NONCE_SIZE]);
+bool proof_of_host(const struct nonces *nonces, const struct mp_value *proof);
+void proof_of_agent(const struct nonces *nonces, uint8_t proof[SHA256_SIZE]);
+
 /* warm.c: a CRIU with memory, started in advance */
 #define WARM_TABLE "ovr-warm.tab"
 

@@ -113,7 +113,8 @@ static size_t read_tail(int fd, char text[LOG_TAIL + 1])
 static void keep_line(char lines[LOG_LINES][LOG_WIDTH], int *count, const char *line)
 {
 	if (*count == LOG_LINES) {
-		memmove(lines[0], lines[1], (LOG_LINES - 1) * LOG_WIDTH);
+		/* The first one is the cause of all the others. */
+		memmove(lines[1], lines[2], (LOG_LINES - 2) * LOG_WIDTH);
 		--*count;
 	}
 	snprintf(lines[*count], LOG_WIDTH, "%.*s", LOG_WIDTH - 1, line);

@@ -99,12 +99,13 @@ bool directory_prepare_base(void)
 }
 
 /* Why the last call failed; a full file system is the guest's own affair, so name it. */
-static const char *failure(void)
+static struct problem failure(void)
 {
 	static char text[400];
+	enum code code = code_of_errno(errno);
 
 	snprintf(text, sizeof(text), "%s: %s", options.dir, strerror(errno));
-	return text;
+	return (struct problem){code == CODE_SYSTEM ? CODE_IMAGES : code, text};
 }
 
 /* A name that nobody has, made as mkdtemp() makes one, but below a descriptor. */
@@ -124,7 +125,7 @@ static bool make_restore(char name[32])
 	return false;
 }
 
-const char *directory_make(struct directory *directory)
+struct problem directory_make(struct directory *directory)
 {
 	char name[32], images[64];
 
@@ -136,7 +137,7 @@ const char *directory_make(struct directory *directory)
 	if (mkdirat(base, images, 0700) == 0)
 		directory->images = openat(base, images,
 					   O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
-	return directory->images < 0 ? failure() : NULL;
+	return directory->images < 0 ? failure() : (struct problem){.text = NULL};
 }
 
 static bool plain_name(const struct mp_value *name)
@@ -161,28 +162,35 @@ static int open_image(struct directory *directory, const char *name)
 	return fd;
 }
 
-const char *directory_append(struct directory *directory, const struct mp_value *name,
-			     const struct mp_value *data)
+static struct problem refusal(const char *text)
 {
+	return (struct problem){CODE_IMAGES, text};
+}
+
+struct problem directory_append(struct directory *directory, const struct mp_value *name,
+				const struct mp_value *data)
+{
+	struct problem problem;
 	char text[256];
 	uint32_t done = 0;
 	ssize_t size = 0;
 	int fd;
 
 	if (!plain_name(name))
-		return "not a plain file name";
+		return refusal("not a plain file name");
 	if (data->size > MAX_IMAGE_BYTES - directory->bytes)
-		return "more than " TEXT(MAX_IMAGE_BYTES) " bytes in all";
+		return refusal("more than " TEXT(MAX_IMAGE_BYTES) " bytes in all");
 	memcpy(text, name->data, name->size);
 	text[name->size] = 0;
 	fd = open_image(directory, text);
 	if (fd < 0)
-		return errno == EMFILE ? "more than " TEXT(MAX_FILES) " of them" : failure();
+		return errno == EMFILE ? refusal("more than " TEXT(MAX_FILES) " of them") : failure();
 	while (done < data->size && (size = write(fd, data->data + done, data->size - done)) > 0)
 		done += (uint32_t)size;
 	directory->bytes += done;
+	problem = done == data->size ? (struct problem){.text = NULL} : failure();
 	close(fd);
-	return done == data->size ? NULL : failure();
+	return problem;
 }
 
 bool directory_make_parent(const struct directory *directory, char **names)

@@ -40,7 +40,7 @@ void lab_session_ended(struct session *session)
 
 void lab_refuse(struct session *session, const char *what)
 {
-	session_refuse(session, "%s: %s", what, strerror(errno));
+	session_refuse(session, code_of_errno(errno), "%s: %s", what, strerror(errno));
 }
 
 void lab_send_data(struct session *session, enum op op, int stream, const uint8_t *data,
@@ -83,7 +83,7 @@ bool lab_message(struct session *session, const struct message *message)
 		return false;
 	}
 	if (job->what != NOTHING)
-		session_break(session, "one thing at a time");
+		session_break(session, CODE_PROTOCOL, "one thing at a time");
 	else if (message->op == OP_RUN)
 		lab_run(session, job, message);
 	else if (message->op == OP_PUT)

@@ -126,7 +126,7 @@ void lab_add_input(struct session *session, struct job *job, const struct messag
 	if (job->what != RUN)
 		return;
 	if (job->input) {
-		session_break(session, "more input before the last was taken");
+		session_break(session, CODE_PROTOCOL, "more input before the last was taken");
 	} else if (!data->size) {
 		close_fd(&job->in);
 	} else if (job->in < 0) {
@@ -134,7 +134,7 @@ void lab_add_input(struct session *session, struct job *job, const struct messag
 	} else {
 		job->input = malloc(data->size);
 		if (!job->input) {
-			session_break(session, "out of memory");
+			session_break(session, CODE_NO_MEMORY, "out of memory");
 			return;
 		}
 		memcpy(job->input, data->data, data->size);

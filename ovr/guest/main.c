@@ -8,14 +8,16 @@
 #include "agent.h"
 
 #define MAX_DIR 80
+#define LAST_PRIVILEGED_PORT 1023	/* LAST_RESERVED_PORT in net/vmw_vsock/af_vsock.c */
 
 struct options options = {.dir = "/run/ovr", .criu = "criu"};
 
 static void usage(void)
 {
-	fputs("usage: ovr-agent [--vsock-port N] [--serial NAME] [--dir DIR] [--criu PROGRAM]\n"
-	      "Serves ovr on the host of this VM; --vsock-port 1024 --serial org.ovr.0 is usual.\n",
-	      stderr);
+	fprintf(stderr,
+		"usage: ovr-agent [--vsock-port N] [--serial NAME] [--dir DIR] [--criu PROGRAM]\n"
+		"Serves ovr on the host of this VM; --vsock-port %d --serial org.ovr.0 is usual.\n",
+		VSOCK_PORT);
 	exit(2);
 }
 
@@ -60,6 +62,9 @@ int main(int argc, char **argv)
 	if (action && getenv(HOOK_SOCKET))
 		return hook_main(action);
 	parse(argc, argv);
+	if (options.vsock_port > LAST_PRIVILEGED_PORT)
+		complain("port %u is not privileged: any user of this guest can serve it while the"
+			 " agent does not", options.vsock_port);
 	if (!proof_make()) {
 		complain("no page for a secret: %s", strerror(errno));
 		return 1;

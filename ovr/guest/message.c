@@ -1,4 +1,5 @@
 /* Messages by the table that wire.py makes: one parser and one writer for all of them. */
+#include <errno.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -9,6 +10,20 @@ static const uint8_t scalar_type[] = {
 	[KIND_UINT] = MP_UINT, [KIND_STR] = MP_STR, [KIND_BIN] = MP_BIN, [KIND_BOOL] = MP_BOOL,
 	[KIND_UINTS] = MP_UINT, [KIND_STRS] = MP_STR, [KIND_BINS] = MP_BIN,
 };
+
+const char *code_name(enum code code)
+{
+	return code_names[code];
+}
+
+enum code code_of_errno(int error)
+{
+	switch (error) {
+	case ENOMEM: return CODE_NO_MEMORY;
+	case ENOSPC: case EDQUOT: return CODE_NO_SPACE;
+	default: return CODE_SYSTEM;
+	}
+}
 
 static bool equals(const struct mp_value *value, const char *text)
 {

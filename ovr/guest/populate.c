@@ -240,34 +240,40 @@ static const char *check(const struct message *message)
 	return NULL;
 }
 
-const char *populate_start(struct session *session, const struct message *message)
+static struct problem failed(int error)
 {
-	const char *error = check(message);
+	return (struct problem){code_of_errno(error), strerror(error)};
+}
+
+struct problem populate_start(struct session *session, const struct message *message)
+{
+	struct problem problem = {CODE_PROTOCOL, check(message)};
 	pid_t parent = getpid();
 	int news[2];
 
-	if (error)
-		return error;
-	if (current.news >= 0)
-		return "the last request is not done";
-	if (message->op == OP_MAP && mapper_count == MAX_MAPPERS)
-		return "too many shared objects";
+	if (!problem.text && current.news >= 0)
+		problem.text = "the last request is not done";
+	if (!problem.text && message->op == OP_MAP && mapper_count == MAX_MAPPERS)
+		problem.text = "too many shared objects";
+	if (problem.text)
+		return problem;
 	if (pipe2(news, O_CLOEXEC) < 0)
-		return strerror(errno);
+		return failed(errno);
 	current.pid = fork();
 	if (current.pid == 0)
 		work(message, parent, news[1]);
 	close(news[1]);
 	if (current.pid < 0) {
+		problem = failed(errno);
 		close(news[0]);
-		return strerror(errno);
+		return problem;
 	}
 	current.news = news[0];
 	current.session = session;
 	current.op = message->op;
 	if (message->op == OP_MAP)
 		mappers[mapper_count++] = current.pid;
-	return NULL;
+	return problem;
 }
 
 static void on_news(int fd, short events, void *context)
@@ -288,9 +294,10 @@ static void on_news(int fd, short events, void *context)
 	/* Who has said why it fails has ended, and may be reaped already. */
 	if (size == (ssize_t)sizeof(result) && result.error) {
 		result.step[sizeof(result.step) - 1] = 0;
-		session_refuse(session, "cannot %s: %s", result.step, strerror(result.error));
+		session_refuse(session, code_of_errno(result.error), "cannot %s: %s", result.step,
+			       strerror(result.error));
 	} else if (size != (ssize_t)sizeof(result) || (current.op == OP_MAP && !current.pid)) {
-		session_refuse(session, "who allocates memory was killed; is the guest out of it?");
+		session_refuse(session, CODE_KILLED, "the process that allocates memory was killed");
 	} else {
 		writer = session_writer(session, current.op == OP_MAP ? OP_MAPPED : OP_TOUCHED);
 		if (current.op == OP_MAP) {

@@ -20,10 +20,13 @@ Session
     port ends two seconds after them, or with the next zeros; one with a proof ends at once.
 
 Proof
-    On many hosts anybody may open vsock connections. Before the first message of a restore the host
-    says, with `Prove`, what lies in the agent's memory at the address that `Welcome` names. Only
-    who can read the VM's RAM can know it, and who can do that owns the guest anyway. There is no
-    answer.
+    Any user of a host may open vsock connections to its guests, and any user of a guest may serve a
+    port there that the agent does not serve. So before anything else of worth is sent, both sides
+    prove that they know the secret in a page of the agent's, whose address `Welcome` has: `Prove`,
+    then `Proved`. Each sends an HMAC-SHA256, keyed with the secret, of `proof_text`: who it is and
+    both nonces, which are the `Hello`'s token and the `Welcome`'s nonce. The secret itself is never
+    sent. The host reads it from the VM's RAM, which nobody else can who does not own the guest, and
+    takes it only from a page that no user of the guest can have made (`ovr.vm.secret_page`).
 
 Restore (one at a time, owned by one session)
     `Files`… `Begin` → `Stopped` | `Failed` | `Aborted`; then any number of `Touch` → `Touched`
@@ -38,8 +41,11 @@ Lab (agents built with ``OVR_LAB`` only)
     Commands and files: `lab_protocol`.
 
 Instead of an answer there may be `Error`. A session that broke the protocol gets one and is
-closed; its restore, if it had one, is aborted.
+closed; its restore, if it had one, is aborted. What is the matter is a `Code`; the text is for
+people.
 """
+
+from enum import StrEnum
 
 from ovr.guest.message import Message
 
@@ -54,14 +60,22 @@ __all__ = [
     "MAX_LIST",
     "MAX_RANGES",
     "MAX_STRING",
+    "NONCE_SIZE",
+    "PROOF_OF_AGENT",
+    "PROOF_OF_HOST",
+    "PROOF_SIDE_SIZE",
+    "PROOF_SIZE",
+    "SECRET_MAGIC",
     "SECRET_SIZE",
     "SYNC_ZEROS",
     "TOKEN_SIZE",
     "VERSION",
+    "VSOCK_PORT",
     "Abort",
     "Aborted",
     "Alive",
     "Begin",
+    "Code",
     "Error",
     "Failed",
     "Files",
@@ -73,6 +87,7 @@ __all__ = [
     "Pong",
     "Pool",
     "Prove",
+    "Proved",
     "Restored",
     "Stopped",
     "Touch",
@@ -80,12 +95,24 @@ __all__ = [
     "Warm",
     "Warmed",
     "Welcome",
+    "proof_text",
 ]
 
-VERSION = 4
+VERSION = 5
+VSOCK_PORT = 687
+"""Where the agent listens. Below 1024: the guest's kernel gives such a port only to who has
+CAP_NET_BIND_SERVICE in its initial user namespace (__vsock_bind_connectible in
+net/vmw_vsock/af_vsock.c). On a telephone's keys it reads OVR."""
 MAGIC = b"OVRSYNC1"
 TOKEN_SIZE = 16
+NONCE_SIZE = 16
 SECRET_SIZE = 32
+SECRET_MAGIC = b"ovr-agent secret"
+"""What the page with the secret begins with; `proof.c` has the rest of it."""
+PROOF_SIZE = 32
+PROOF_SIDE_SIZE = 16
+PROOF_OF_HOST = b"ovr host"
+PROOF_OF_AGENT = b"ovr agent"
 
 MAX_FRAME = 256 << 10
 CHUNK = MAX_FRAME - (4 << 10)
@@ -103,20 +130,84 @@ HOOK_HELD = "ovr-held-"
 """What a name begins with as long as CRIU has not run the hook: without it nothing is restored."""
 
 
+def proof_text(side: bytes, token: bytes, nonce: bytes) -> bytes:
+    """Return what a side authenticates.
+
+    Args:
+        side: `PROOF_OF_HOST` or `PROOF_OF_AGENT`.
+        token: the `Hello`'s.
+        nonce: the `Welcome`'s.
+    """
+    return side.ljust(PROOF_SIDE_SIZE, b"\0") + token + nonce
+
+
+class Code(StrEnum):
+    """What is the matter, in `Error` and `Aborted`; a code keeps its meaning for good."""
+
+    PROTOCOL = "protocol"
+    """The host broke the protocol."""
+    VERSION = "version"
+    """The host speaks another version of it."""
+    UNPROVEN = "unproven"
+    """The host has not proved yet that it can read the VM's RAM."""
+    PROOF = "proof"
+    """The host's proof is wrong."""
+    BUSY = "busy"
+    """Another session is at it."""
+    IDLE = "idle"
+    """No restore is under way."""
+    NO_MEMORY = "no-memory"
+    """The guest, or a cgroup in it, has no memory."""
+    NO_SPACE = "no-space"
+    """A file system of the guest is full."""
+    KILLED = "killed"
+    """A process of the agent's was killed by somebody else."""
+    IMAGES = "images"
+    """Image files that cannot be taken."""
+    REPLACED = "replaced"
+    """The agent's own program file is another one by now."""
+    START = "start"
+    """CRIU or an engine cannot be started."""
+    ENGINE = "engine"
+    """A container engine that the agent does not know, or that ended before its time."""
+    TASK = "task"
+    """Not a task of the tree."""
+    POOL = "pool"
+    """The pool is gone."""
+    SYSTEM = "system"
+    """A system call failed in the guest."""
+    HOST = "host"
+    """The host said so."""
+    LINK = "link"
+    """The link to the host broke."""
+    SILENT = "silent"
+    """The host said nothing for too long."""
+    TIMEOUT = "timeout"
+    """CRIU took too long to build the tree."""
+    CRIU = "criu"
+    """CRIU died, or does not behave."""
+    HOOK = "hook"
+    """CRIU's hook died, or does not behave."""
+    TREE = "tree"
+    """A tree that cannot be held."""
+    AGENT = "agent"
+    """The agent was told to end."""
+
+
 # Host to agent -----------------------------------------------------------------------------
 
 
 class Hello(Message):
-    """The first message of a session; `token` is 16 random bytes."""
+    """The first message of a session; `token`: `TOKEN_SIZE` random bytes, the host's nonce."""
 
     version: int
     token: bytes
 
 
 class Prove(Message):
-    """Shows that the host can read the VM's RAM: `SECRET_SIZE` bytes from there."""
+    """Shows that the host can read the VM's RAM: `PROOF_SIZE` bytes, as of `PROOF_OF_HOST`."""
 
-    secret: bytes
+    proof: bytes
 
 
 class Ping(Message):
@@ -226,8 +317,9 @@ class Welcome(Message):
     """The answer to `Hello`: who is there.
 
     Attributes:
+        nonce: `NONCE_SIZE` random bytes.
         force_write: the kernel lets the agent write to pages that their own task cannot write to.
-        secret_at: the GVA, in the agent's process, of what `Prove` has to say.
+        secret_at: the GVA, in the agent's process, of the page with the secret.
         warm: the size of the pool that is ready, 0 if there is none.
         warm_at: the GVA of the pool, in its process.
         engines: the container engines that are installed.
@@ -235,6 +327,7 @@ class Welcome(Message):
 
     version: int
     token: bytes
+    nonce: bytes
     agent: str
     lab_build: bool
     kernel: str
@@ -247,6 +340,12 @@ class Welcome(Message):
     warm: int
     warm_at: int
     engines: tuple[str, ...] = ()
+
+
+class Proved(Message):
+    """The answer to `Prove`: shows that the agent has the secret, as of `PROOF_OF_AGENT`."""
+
+    proof: bytes
 
 
 class Pong(Message):
@@ -319,13 +418,15 @@ class Failed(Message):
 
 
 class Aborted(Message):
-    """The tree was killed; `gone`: and no task of it is left."""
+    """The tree was killed; `code`: a `Code`; `gone`: no task of it is left."""
 
+    code: str
     reason: str
     gone: bool
 
 
 class Error(Message):
-    """The request was refused."""
+    """The request was refused; `code`: a `Code`."""
 
+    code: str
     text: str

@@ -32,14 +32,14 @@ void restore_forget(void)
 static bool in_phase(struct session *session, enum phase phase)
 {
 	if (restore.phase != IDLE && restore.owner != session)
-		session_break(session, "busy: another session has a restore under way");
+		session_break(session, CODE_BUSY, "busy: another session has a restore under way");
 	else if (restore.phase == ENDING && phase == HELD)
 		return false;	/* our word that it was aborted will be the answer */
 	else if (restore.phase == IDLE && phase == HELD)
 		/* Our word that it was aborted is still on its way: that is the answer. */
-		session_refuse(session, "no restore is under way");
+		session_refuse(session, CODE_IDLE, "no restore is under way");
 	else if (restore.phase != phase)
-		session_break(session, "not now: out of order");
+		session_break(session, CODE_PROTOCOL, "not now: out of order");
 	else
 		return true;
 	return false;
@@ -51,10 +51,10 @@ static void add_files(struct session *session, const struct message *message)
 	struct mp_reader names = message_list(message, KEY_NAMES, &names_left);
 	struct mp_reader data = message_list(message, KEY_DATA, &data_left);
 	struct mp_value name, content;
-	const char *error = NULL;
+	struct problem problem = {.text = NULL};
 
 	if (restore.phase == IDLE) {
-		error = directory_make(&restore.directory);
+		problem = directory_make(&restore.directory);
 		restore.phase = UPLOADING;
 		restore.owner = session;
 		restore.silence_ms = UPLOAD_SILENCE_MS;
@@ -63,11 +63,12 @@ static void add_files(struct session *session, const struct message *message)
 	if (!in_phase(session, UPLOADING))
 		return;
 	if (names_left != data_left)
-		error = "as many names as contents are needed";
-	while (!error && names_left-- && mp_read(&names, &name) && mp_read(&data, &content))
-		error = directory_append(&restore.directory, &name, &content);
-	if (error)
-		session_break(session, "image files cannot be taken: %s", error);
+		problem = (struct problem){CODE_PROTOCOL, "as many names as contents are needed"};
+	while (!problem.text && names_left-- && mp_read(&names, &name) && mp_read(&data, &content))
+		problem = directory_append(&restore.directory, &name, &content);
+	if (problem.text)
+		session_break(session, problem.code, "image files cannot be taken: %s",
+			      problem.text);
 }
 
 static int64_t deadline_ms(const struct message *message, enum key key)
@@ -106,16 +107,30 @@ static pid_t start_criu(const struct message *begin)
 	return pid;
 }
 
+static void refuse_start(struct session *session, int error)
+{
+	const char *what = restore.engine ? "the container engine" : "criu";
+	enum code code = code_of_errno(error);
+
+	if (error == ESTALE)
+		session_break(session, CODE_REPLACED, "%s cannot be started: the agent's own program"
+			      " file was replaced", what);
+	else
+		session_break(session, code == CODE_SYSTEM ? CODE_START : code,
+			      "%s cannot be started: %s", what, strerror(error));
+}
+
 static void begin(struct session *session, const struct message *message)
 {
 	if (!in_phase(session, UPLOADING))
 		return;
 	if (!known_engine(message)) {
-		session_break(session, "no container engine that the agent knows");
+		session_break(session, CODE_ENGINE, "no container engine that the agent knows");
 		return;
 	}
 	if (!hook_listen()) {
-		session_break(session, "no socket for the hook: %s", strerror(errno));
+		session_break(session, code_of_errno(errno), "no socket for the hook: %s",
+			      strerror(errno));
 		return;
 	}
 	restore.engine = message_has(message, KEY_ENGINE);
@@ -124,10 +139,7 @@ static void begin(struct session *session, const struct message *message)
 	restore.child = restore.engine ? engine_start(&restore.directory, message) :
 					 start_criu(message);
 	if (restore.child < 0) {
-		session_break(session, "%s cannot be started: %s",
-			      restore.engine ? "the container engine" : "criu", errno == ESTALE ?
-			      "the agent's own program file was replaced, restart the agent" :
-			      strerror(errno));
+		refuse_start(session, errno);
 		return;
 	}
 	priority_raise(0);
@@ -152,7 +164,7 @@ static void go(struct session *session)
 	if (!hook_say_go()) {
 		restore.phase = HELD;
 		prctl(PR_SET_CHILD_SUBREAPER, !restore.engine);
-		restore_abort("the hook died");
+		restore_abort(CODE_HOOK, "the hook died");
 	}
 }
 
@@ -183,16 +195,14 @@ static bool all_belong(const struct message *message)
 
 static void populate(struct session *session, const struct message *message)
 {
-	const char *error;
+	struct problem problem = {CODE_TASK, "not a task of the tree"};
 
 	if (!in_phase(session, HELD))
 		return;
-	if (!all_belong(message))
-		error = "not a task of the tree";
-	else
-		error = populate_start(session, message);
-	if (error)
-		session_refuse(session, "%s", error);
+	if (all_belong(message))
+		problem = populate_start(session, message);
+	if (problem.text)
+		session_refuse(session, problem.code, "%s", problem.text);
 }
 
 void restore_message(struct session *session, const struct message *message)
@@ -215,9 +225,9 @@ void restore_message(struct session *session, const struct message *message)
 		if (restore.owner == session && restore.phase == ENDING)
 			break;	/* the answer will come */
 		if (restore.owner == session && restore.phase != IDLE && restore.phase != RELEASED)
-			restore_abort("the host said so");
+			restore_abort(CODE_HOST, "the host said so");
 		else
-			session_refuse(session, "no restore is under way");
+			session_refuse(session, CODE_IDLE, "no restore is under way");
 	}
 }
 
@@ -228,7 +238,7 @@ void restore_session_ended(struct session *session)
 	restore.owner = NULL;
 	/* After "go" the tree is the guest's, whoever listens. */
 	if (restore.phase != RELEASED && restore.phase != ENDING)
-		restore_abort("the link to the host broke");
+		restore_abort(CODE_LINK, "the link to the host broke");
 }
 
 void restore_session_heard(struct session *session)
@@ -260,13 +270,13 @@ void restore_work(void)
 	if (restore.child_ended)
 		restore_child_ended();
 	else if (restore.phase == HELD && restore_criu_ended())
-		restore_abort("criu died while it held the tree");
+		restore_abort(CODE_CRIU, "criu died while it held the tree");
 	else if (restore.phase == BUILDING && now_ms() >= restore.late_at)
-		restore_abort("criu took too long to build the tree");
+		restore_abort(CODE_TIMEOUT, "criu took too long to build the tree");
 	else if (restore.phase == ENDING && now_ms() >= restore.late_at)
 		restore_engine_too_late();
 	else if (host_must_speak() && now_ms() >= restore.silent_at)
-		restore_abort("the host was silent for too long");
+		restore_abort(CODE_SILENT, "the host was silent for too long");
 }
 
 /* Nothing to do but to look again. */
@@ -295,5 +305,5 @@ void restore_watch(struct loop *loop)
 void restore_shutdown(void)
 {
 	if (restore.phase == UPLOADING || restore.phase == BUILDING || restore.phase == HELD)
-		restore_abort("the agent was told to end");
+		restore_abort(CODE_AGENT, "the agent was told to end");
 }

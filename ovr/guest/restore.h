@@ -50,7 +50,7 @@ bool hook_say_go(void);
 /* restore_end.c */
 bool restore_criu_ended(void);
 /* Kill the tree and tell the host why. */
-void restore_abort(const char *reason);
+void restore_abort(enum code code, const char *reason);
 /* What we have started has ended: CRIU, an engine, or what removes the rest of an engine's restore. */
 void restore_child_ended(void);
 void restore_engine_too_late(void);

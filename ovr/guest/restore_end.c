@@ -17,6 +17,7 @@ static struct outcome {
 	bool failed;		/* by CRIU or an engine, not by us or the host */
 	bool gone;
 	int status, count;
+	enum code code;
 	char reason[128], lines[LOG_LINES][LOG_WIDTH];
 } outcome;
 
@@ -84,6 +85,7 @@ static void report_end(void)
 		for (int i = 0; i < end.count; i++)
 			message_item_str(&writer, end.lines[i]);
 	} else {
+		message_add_str(&writer, KEY_CODE, code_name(end.code));
 		message_add_str(&writer, KEY_REASON, end.reason);
 	}
 	message_add_bool(&writer, KEY_GONE, end.gone);
@@ -125,9 +127,11 @@ static void end_restore(void)
 		clean_up();
 }
 
-void restore_abort(const char *reason)
+void restore_abort(enum code code, const char *reason)
 {
-	outcome = (struct outcome){.gone = restore.phase == UPLOADING || kill_everything()};
+	outcome = (struct outcome){
+		.gone = restore.phase == UPLOADING || kill_everything(), .code = code,
+	};
 	snprintf(outcome.reason, sizeof(outcome.reason), "%s", reason);
 	end_restore();
 }
@@ -189,8 +193,9 @@ void restore_child_ended(void)
 	else if (restore.phase == RELEASED && exit_code(restore.child_status) == 0)
 		report_success();
 	else if (restore.phase == HELD)
-		restore_abort(restore.engine ? "the container engine ended before the restore" :
-					       "criu died while it held the tree");
+		restore_abort(restore.engine ? CODE_ENGINE : CODE_CRIU, restore.engine ?
+			      "the container engine ended before the restore" :
+			      "criu died while it held the tree");
 	else
 		/* In BUILDING even status 0: a tree that did not pass our hook. */
 		report_failure();

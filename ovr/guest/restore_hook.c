@@ -39,12 +39,13 @@ static void tree_stands(pid_t root)
 	restore.phase = HELD;
 	restore.root = root;
 	if (!tree_stop_criu(restore.criu)) {
-		restore_abort("criu does not stop");
+		restore_abort(CODE_CRIU, "criu does not stop");
 		return;
 	}
 	count = tree_traced(restore.criu, tasks);
 	if (!holds(root)) {
-		restore_abort(count < 0 ? "the tree has too many threads" : "criu holds no tree");
+		restore_abort(CODE_TREE, count < 0 ? "the tree has too many threads" :
+						     "criu holds no tree");
 		return;
 	}
 	restore.silent_at = now_ms() + restore.silence_ms;
@@ -92,22 +93,22 @@ static void on_hook(int fd, short events, void *context)
 	if (size <= 0) {
 		close_fd(&restore.hook);
 		if (restore.phase == HELD)
-			restore_abort("the hook died");
+			restore_abort(CODE_HOOK, "the hook died");
 		else if (restore.phase == RELEASED && !restore_criu_ended())
 			/* It may have died before it could: go is go. */
 			kill(restore.criu, SIGCONT);
 	} else if (restore.phase == ENDING) {
 		close_fd(&restore.hook);
 	} else if (restore.phase != BUILDING || size != (ssize_t)sizeof(report)) {
-		restore_abort("the hook makes no sense");
+		restore_abort(CODE_HOOK, "the hook makes no sense");
 	} else if (report.root == 0 && !adopt(report.criu)) {
-		restore_abort("another criu than the engine's runs our hook");
+		restore_abort(CODE_CRIU, "another criu than the engine's runs our hook");
 	} else if (report.root == 0) {
 		/* pre-restore, post-restore: only asks whether we are there */
 		hook_say_go();
 		close_fd(&restore.hook);
 	} else if (report.criu != restore.criu) {
-		restore_abort("another criu than ours holds the tree");
+		restore_abort(CODE_CRIU, "another criu than ours holds the tree");
 	} else {
 		tree_stands(report.root);
 	}

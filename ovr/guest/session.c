@@ -1,4 +1,5 @@
 /* What a session says and understands: its hello and proof, dispatch, errors, its end. */
+#include <errno.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -62,7 +63,7 @@ void session_close(struct session *session)
 
 /* ------------------------------------------------------------------------ errors */
 
-static void send_error(struct session *session, const char *format, va_list args)
+static void send_error(struct session *session, enum code code, const char *format, va_list args)
 {
 	struct writer writer = session_writer(session, OP_ERROR);
 	char text[512];
@@ -71,20 +72,21 @@ static void send_error(struct session *session, const char *format, va_list args
 	for (char *c = text; *c; c++)
 		if (*c < ' ' || *c > '~')
 			*c = '?';
+	message_add_str(&writer, KEY_CODE, code_name(code));
 	message_add_str(&writer, KEY_TEXT, text);
 	session_send(session, &writer);
 }
 
-void session_refuse(struct session *session, const char *format, ...)
+void session_refuse(struct session *session, enum code code, const char *format, ...)
 {
 	va_list args;
 
 	va_start(args, format);
-	send_error(session, format, args);
+	send_error(session, code, format, args);
 	va_end(args);
 }
 
-void session_break(struct session *session, const char *format, ...)
+void session_break(struct session *session, enum code code, const char *format, ...)
 {
 	va_list args;
 
@@ -92,7 +94,7 @@ void session_break(struct session *session, const char *format, ...)
 	lab_session_ended(session);
 	warm_session_ended(session);
 	va_start(args, format);
-	send_error(session, format, args);
+	send_error(session, code, format, args);
 	va_end(args);
 	session->greeted = session->proved = false;
 	session->in_size = 0;
@@ -132,6 +134,7 @@ static void welcome(struct session *session, const struct mp_value *token)
 	writer = session_writer(session, OP_WELCOME);
 	message_add_uint(&writer, KEY_VERSION, PROTOCOL_VERSION);
 	message_add_bin(&writer, KEY_TOKEN, token->data, TOKEN_SIZE);
+	message_add_bin(&writer, KEY_NONCE, session->nonces.agent, NONCE_SIZE);
 	message_add_str(&writer, KEY_AGENT, AGENT_VERSION);
 	message_add_bool(&writer, KEY_LAB_BUILD, LAB_BUILD);
 	message_add_str(&writer, KEY_KERNEL, name.release);
@@ -153,13 +156,18 @@ static void hello(struct session *session, const struct message *message)
 	const struct mp_value *token = &message->field[KEY_TOKEN];
 
 	if (session->greeted || token->size != TOKEN_SIZE)
-		session_break(session, "broke the protocol: a bad hello");
+		session_break(session, CODE_PROTOCOL, "broke the protocol: a bad hello");
 	else if (message_uint(message, KEY_VERSION) != PROTOCOL_VERSION)
-		session_break(session, "the agent speaks version %d of the protocol, not %llu",
+		session_break(session, CODE_VERSION,
+			      "the agent speaks version %d of the protocol, not %llu",
 			      PROTOCOL_VERSION,
 			      (unsigned long long)message_uint(message, KEY_VERSION));
+	else if (!proof_make_nonce(session->nonces.agent))
+		session_break(session, code_of_errno(errno), "no random numbers: %s",
+			      strerror(errno));
 	else {
 		session->greeted = true;
+		memcpy(session->nonces.host, token->data, TOKEN_SIZE);
 		welcome(session, token);
 	}
 }
@@ -174,10 +182,19 @@ static void pong(struct session *session, const struct message *message)
 
 static void prove(struct session *session, const struct message *message)
 {
-	if (!proof_right(&message->field[KEY_SECRET]))
-		session_break(session, "this is not what lies in the memory of this VM");
-	else
-		session->proved = true;
+	uint8_t proof[SHA256_SIZE];
+	struct writer writer;
+
+	if (!proof_of_host(&session->nonces, &message->field[KEY_PROOF])) {
+		session_break(session, CODE_PROOF, "this host does not know what lies in the memory"
+			      " of this VM");
+		return;
+	}
+	session->proved = true;
+	proof_of_agent(&session->nonces, proof);
+	writer = session_writer(session, OP_PROVED);
+	message_add_bin(&writer, KEY_PROOF, proof, sizeof(proof));
+	session_send(session, &writer);
 }
 
 void session_dispatch(struct session *session, const uint8_t *body, size_t size)
@@ -186,11 +203,11 @@ void session_dispatch(struct session *session, const uint8_t *body, size_t size)
 	const char *error = message_parse(&message, body, size);
 
 	if (error) {
-		session_break(session, "broke the protocol: %s", error);
+		session_break(session, CODE_PROTOCOL, "broke the protocol: %s", error);
 		return;
 	}
 	if (!session->greeted && message.op != OP_HELLO) {
-		session_break(session, "broke the protocol: no hello");
+		session_break(session, CODE_PROTOCOL, "broke the protocol: no hello");
 		return;
 	}
 	restore_session_heard(session);
@@ -216,10 +233,11 @@ void session_dispatch(struct session *session, const uint8_t *body, size_t size)
 		else if (session->proved)
 			restore_message(session, &message);
 		else
-			session_break(session, "prove first that you can read this VM's memory");
+			session_break(session, CODE_UNPROVEN,
+				      "prove first that you can read this VM's memory");
 		break;
 	default:
 		if (!lab_message(session, &message))
-			session_break(session, "this agent does not do that");
+			session_break(session, CODE_PROTOCOL, "this agent does not do that");
 	}
 }

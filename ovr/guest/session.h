@@ -25,6 +25,7 @@ struct session {
 	enum link link;
 	enum state state;
 	bool greeted, proved;
+	struct nonces nonces;
 	bool ended;		/* to be closed at the loop's next turn */
 	bool unplugged;		/* port: the host is not connected */
 	int64_t forget_at;	/* and then it is not awaited any longer */

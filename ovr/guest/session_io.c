@@ -95,7 +95,8 @@ static void process_frames(struct session *session)
 		if (!size)
 			break;
 		if (size == 4) {
-			session_break(session, "broke the protocol: a frame of %u bytes",
+			session_break(session, CODE_PROTOCOL,
+				      "broke the protocol: a frame of %u bytes",
 				      get_be32(session->in + at));
 			return;
 		}
@@ -159,7 +160,7 @@ static void host_left(struct session *session)
 	 * for whoever gave it alone: if that one is still there, it is told.
 	 */
 	if (session->proved)
-		session_break(session, "the link to the host broke");
+		session_break(session, CODE_LINK, "the link to the host broke");
 	session->unplugged = true;
 	session->forget_at = now_ms() + UNPLUGGED_MS;
 }

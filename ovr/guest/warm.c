@@ -86,7 +86,8 @@ static pid_t start(struct child_io io)
 	return child_start(argv, env, io);
 }
 
-static const char *make(uint64_t size, uint64_t place)
+/* 0, or an errno. */
+static int make(uint64_t size, uint64_t place)
 {
 	struct child_io io = {-1, -1, -1};
 	int ends[2] = {-1, -1}, error;
@@ -106,16 +107,18 @@ static const char *make(uint64_t size, uint64_t place)
 	pool.socket = ends[0];
 	if (pool.pid <= 0) {
 		pool_forget();
-		return strerror(error);
+		return error;
 	}
 	pool.stage = FILLING;
-	return NULL;
+	return 0;
 }
 
 /* ------------------------------------------------------------------------ ending it */
 
-static void lost(const char *why)
+static void lost(enum code code, const char *why)
 {
+	if (pool.state && pool.state->error)
+		code = code_of_errno((int)pool.state->error);
 	if (pool.state && pool.state->error)
 		snprintf(pool.note, sizeof(pool.note), "it could not %.39s: %s", pool.state->step,
 			 strerror((int)pool.state->error));
@@ -123,7 +126,7 @@ static void lost(const char *why)
 		snprintf(pool.note, sizeof(pool.note), "%s", why);
 	complain("the pool is gone: %s", pool.note);
 	if (pool.waiting)
-		session_refuse(pool.waiting, "no pool: %s", pool.note);
+		session_refuse(pool.waiting, code, "no pool: %s", pool.note);
 	pool.waiting = NULL;
 	pool_forget();
 }
@@ -152,15 +155,16 @@ bool warm_owns(pid_t pid)
 
 bool warm_reaped(pid_t pid, int status)
 {
+	bool killed = WIFSIGNALED(status) && WTERMSIG(status) == SIGKILL;
 	char why[80];
 
 	if (!warm_owns(pid))
 		return false;
-	if (WIFSIGNALED(status) && WTERMSIG(status) == SIGKILL)
+	if (killed)
 		snprintf(why, sizeof(why), "it was killed; the guest needed the memory");
 	else
 		snprintf(why, sizeof(why), "its process ended (%d)", status);
-	lost(why);
+	lost(killed ? CODE_KILLED : CODE_POOL, why);
 	return true;
 }
 
@@ -219,20 +223,21 @@ static uint64_t available_bytes(void)
 static void warm(struct session *session, uint64_t size, uint64_t place)
 {
 	uint64_t available;
-	const char *error;
+	int error;
 
 	if (pool.stage == FILLING) {
-		session_refuse(session, "a pool is being filled already");
+		session_refuse(session, CODE_BUSY, "a pool is being filled already");
 		return;
 	}
 	if (place >= POOL_SPAN || place % POOL_UNIT) {
-		session_refuse(session, "a pool begins at whole huge pages");
+		session_refuse(session, CODE_PROTOCOL, "a pool begins at whole huge pages");
 		return;
 	}
 	available = available_bytes() + warm_size();
 	size = (size + POOL_UNIT - 1) & ~(POOL_UNIT - 1);
 	if (size > POOL_MAX || size + SPARE > available) {
-		session_refuse(session, "the guest has %llu MiB of memory available, too little for "
+		session_refuse(session, CODE_NO_MEMORY,
+			       "the guest has %llu MiB of memory available, too little for "
 			       "a pool of %llu MiB", (unsigned long long)available >> 20,
 			       (unsigned long long)size >> 20);
 		return;
@@ -240,7 +245,7 @@ static void warm(struct session *session, uint64_t size, uint64_t place)
 	pool_end("it was given up for another");
 	error = make(size, place);
 	if (error)
-		session_refuse(session, "no pool: %s", error);
+		session_refuse(session, code_of_errno(error), "no pool: %s", strerror(error));
 	else
 		pool.waiting = session;
 }
@@ -255,7 +260,7 @@ void warm_message(struct session *session, const struct message *message)
 	}
 	if (message->op == OP_WARM) {
 		if (pool.waiting)
-			session_refuse(pool.waiting, "the pool was given up");
+			session_refuse(pool.waiting, CODE_POOL, "the pool was given up");
 		pool.waiting = NULL;
 		pool_end("it was given up");
 	}

@@ -139,7 +139,12 @@ def header() -> str:
     limits = {
         "PROTOCOL_VERSION": protocol.VERSION,
         "TOKEN_SIZE": protocol.TOKEN_SIZE,
+        "NONCE_SIZE": protocol.NONCE_SIZE,
         "SECRET_SIZE": protocol.SECRET_SIZE,
+        "SECRET_MAGIC_SIZE": len(protocol.SECRET_MAGIC),
+        "SHA256_SIZE": protocol.PROOF_SIZE,
+        "PROOF_SIDE_SIZE": protocol.PROOF_SIDE_SIZE,
+        "VSOCK_PORT": protocol.VSOCK_PORT,
         "MAX_FRAME": protocol.MAX_FRAME,
         "CHUNK": protocol.CHUNK,
         "PIECE": lab_protocol.PIECE,
@@ -156,6 +161,9 @@ def header() -> str:
     lines += ["#ifndef OVR_PROTOCOL_H", "#define OVR_PROTOCOL_H", ""]
     lines += [f'#define MAGIC "{protocol.MAGIC.decode()}"']
     lines += [f"#define MAGIC_SIZE {len(protocol.MAGIC)}"]
+    lines += [f'#define SECRET_MAGIC "{protocol.SECRET_MAGIC.decode()}"']
+    lines += [f'#define PROOF_OF_HOST "{protocol.PROOF_OF_HOST.decode()}"']
+    lines += [f'#define PROOF_OF_AGENT "{protocol.PROOF_OF_AGENT.decode()}"']
     lines += [f'#define ENGINE_ARCHIVE "{protocol.ENGINE_ARCHIVE}"']
     lines += [f'#define HOOK_HELD "{protocol.HOOK_HELD}"']
     lines += [f"#define {name} {value}" for name, value in limits.items()]
@@ -164,7 +172,12 @@ def header() -> str:
     lines += [f"\tKEY_{name.upper()}," for name in names]
     lines += ["\tKEY_COUNT", "};", "", "enum op {"]
     lines += [f"\tOP_{op.upper()}," for op in _MESSAGES]
-    lines += ["\tOP_COUNT", "};", "", "#ifdef PROTOCOL_TABLES"]
+    lines += ["\tOP_COUNT", "};", "", "enum code {"]
+    lines += [f"\tCODE_{code.name}," for code in protocol.Code]
+    lines += ["\tCODE_COUNT", "};", "", "#ifdef PROTOCOL_TABLES"]
+    lines += ["static const char *const code_names[CODE_COUNT] = {"]
+    lines += [f'\t[CODE_{code.name}] = "{code}",' for code in protocol.Code]
+    lines += ["};", ""]
     lines += ["static const char *const key_names[KEY_COUNT] = {"]
     lines += [f'\t[KEY_{name.upper()}] = "{name}",' for name in names]
     lines += ["};", ""]

@@ -19,6 +19,7 @@ from ovr.kernel.cgroup import (
     task_css,
     task_dfl_cgroup,
 )
+from ovr.kernel.creds import capabilities, why_not_root
 from ovr.kernel.kernel import Kernel
 from ovr.kernel.list import hlist_for_each_entry, list_for_each_entry
 from ovr.kernel.live import settled, types_that_fit
@@ -80,6 +81,7 @@ __all__ = [
     "Vma",
     "address_of",
     "anon_vma_users",
+    "capabilities",
     "cgroup_path",
     "container_of",
     "find_pid_ns",
@@ -115,5 +117,6 @@ __all__ = [
     "transparent_hugepages",
     "types_that_fit",
     "vmas",
+    "why_not_root",
     "xa_load",
 ]

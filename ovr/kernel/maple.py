@@ -31,24 +31,30 @@ class Range(NamedTuple):
     entry: Gva
 
 
-def mt_for_each(tree: Struct) -> Iterator[Range]:
+def mt_for_each(tree: Struct, first: int = 0, last: int = MAX_INDEX) -> Iterator[Range]:
     """Yield the occupied ranges of a ``struct maple_tree``, ascending.
+
+    Args:
+        tree: the tree.
+        first: the first index that is of interest.
+        last: the last one; nodes without an index between these are not read.
 
     Raises:
         GuestFault: the tree makes no sense, or changed while it was read.
     """
     root = tree.ma_root.address_
     if is_node(root):
-        yield from _Walk(tree).node(root, 0, MAX_INDEX, 0)
-    elif root and not is_internal(root):
+        yield from _Walk(tree, first, last).node(root, 0, MAX_INDEX, 0)
+    elif root and not is_internal(root) and not first:
         yield Range(0, 0, Gva(root))
 
 
 class _Walk:
     # One walk down a tree, its length bounded.
 
-    def __init__(self, tree: Struct) -> None:
+    def __init__(self, tree: Struct, first: int, last: int) -> None:
         self._tree = tree
+        self._first, self._last = first, last
         self._budget = MAX_NODES
         self._deadline = Deadline("a maple tree")
         self._kinds = tree.types_.enum("enum maple_type")
@@ -65,6 +71,8 @@ class _Walk:
         if node.parent.address_ & NODE_MASK == at:  # ma_dead_node()
             raise GuestFault(f"maple tree node {at:#x} was freed while it was read", at)
         for low, high, below in ranges:
+            if high < self._first or low > self._last:
+                continue
             if not leaf:  # only the root is marked as a node
                 yield from self.node(below, low, high, depth + 1)
             elif below and not is_internal(below):

@@ -11,7 +11,7 @@ from ovr.addresses import PAGE_SIZE, Gva
 from ovr.errors import GuestFault
 from ovr.kernel.kernel import Kernel
 from ovr.kernel.live import settled, types_that_fit
-from ovr.kernel.maple import mt_for_each
+from ovr.kernel.maple import MAX_INDEX, mt_for_each
 from ovr.kernel.rbtree import rbtree_for_each_entry
 from ovr.kernel.view import Struct
 from ovr.paging import AddressSpace
@@ -76,17 +76,22 @@ def mm_space(kernel: Kernel, mm: Struct) -> AddressSpace:
     return AddressSpace(kernel.ram, root, kernel.space.levels)
 
 
-def for_each_vma(mm: Struct) -> Iterator[Any]:
+def for_each_vma(mm: Struct, first: int = 0, last: int = MAX_INDEX) -> Iterator[Any]:
     """Yield every ``struct vm_area_struct`` of a ``struct mm_struct``, ascending.
+
+    Args:
+        mm: the process's memory.
+        first: the first address that is of interest.
+        last: the last one.
 
     Raises:
         GuestFault: the tree makes no sense, or changed while it was read.
     """
     # Linux kernel commit d4af56c5c7c6 ("mm: start tracking VMAs with maple tree") (in v6.1)
-    for first, last, entry in mt_for_each(mm.mm_mt):
+    for low, high, entry in mt_for_each(mm.mm_mt, first, last):
         vma = mm.types_.pointer("struct vm_area_struct", mm.space_, entry)
-        if (vma.vm_start, vma.vm_end) != (first, last + 1):
-            raise GuestFault(f"the VMA at {entry:#x} is not the one for {first:#x}", entry)
+        if (vma.vm_start, vma.vm_end) != (low, high + 1):
+            raise GuestFault(f"the VMA at {entry:#x} is not the one for {low:#x}", entry)
         yield vma
 
 
@@ -98,7 +103,7 @@ def find_vma(mm: Struct, address: Gva) -> Any:
     """
 
     def find() -> Any:
-        return next((vma for vma in for_each_vma(mm) if vma.vm_start <= address < vma.vm_end), None)
+        return next(for_each_vma(mm, address, address), None)
 
     return settled(find)
 

@@ -183,7 +183,7 @@ static void surroundings(void)
 
 static pid_t start_agent(void)
 {
-	static char *const argv[] = {AGENT, "--vsock-port", "1024", "--serial", "org.ovr.0", NULL};
+	static char *const argv[] = {AGENT, "--vsock-port", "687", "--serial", "org.ovr.0", NULL};
 	pid_t pid = fork();
 
 	if (pid != 0)

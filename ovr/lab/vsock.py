@@ -13,13 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ovr.errors import LabError
+from ovr.guest.protocol import VSOCK_PORT
 from ovr.lab.cache import cached
 from ovr.lab.process import Process, await_socket, spawn
 from ovr.lab.tools import mmdebstrap
 
 __all__ = ["AGENT_PORT", "Vsock", "add_vsock"]
 
-AGENT_PORT = 1024
+AGENT_PORT = VSOCK_PORT
 _PROGRAM = "vhost-device-vsock"
 _SUITE = "sid"  # no Debian release has the package yet
 

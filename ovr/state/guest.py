@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from ovr.errors import RestoreFailed
+from ovr.addresses import Gva
+from ovr.errors import AgentUntrusted, RestoreFailed
 from ovr.kernel import Kernel, Struct, find_task, is_traced
 from ovr.kernel.fdtable import files_lookup_fd
 
@@ -15,11 +16,13 @@ class GuestTree:
     Args:
         kernel: the guest's kernel.
         root: the ``task_struct`` of the tree's root; pids are those of its pid namespace.
+        tracer: that of the CRIU which holds the tree.
     """
 
-    def __init__(self, kernel: Kernel, root: Struct) -> None:
+    def __init__(self, kernel: Kernel, root: Struct, tracer: Gva) -> None:
         self.kernel = kernel
         self._root = root
+        self._tracer = tracer
         self._tasks: dict[int, Any] = {}
 
     def task(self, tid: int) -> Any:
@@ -27,6 +30,7 @@ class GuestTree:
 
         Raises:
             RestoreFailed: there is none, or it is not stopped.
+            AgentUntrusted: somebody else than the agent's CRIU traces it.
         """
         if tid not in self._tasks:
             task = find_task(self.kernel, tid, namespace_of=self._root)
@@ -34,6 +38,13 @@ class GuestTree:
                 raise RestoreFailed(
                     f"thread {tid} of the skeleton is not there, stopped",
                     "was it killed? look for the OOM killer in the guest's kernel log",
+                )
+            # ptrace_link(): a tracee's parent is its tracer.
+            if not task.ptrace or task.parent.address_ != self._tracer:
+                raise AgentUntrusted(
+                    f"thread {tid} of the skeleton is not held by the agent's CRIU",
+                    "does anybody else in the guest trace processes? restore again",
+                    "tracer",
                 )
             self._tasks[tid] = task
         return self._tasks[tid]

@@ -1,6 +1,7 @@
 """The agent in the guest, as a restore sees it."""
 
 import collections.abc
+import hmac
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -8,9 +9,10 @@ from itertools import chain
 from typing import Final, NamedTuple, TypeVar
 
 from ovr.addresses import Gva
-from ovr.errors import AgentUnreachable, ImagesUnsupported
+from ovr.errors import AgentUnreachable, AgentUntrusted, ImagesUnsupported
 from ovr.guest import protocol
 from ovr.guest.message import Message
+from ovr.guest.protocol import Code
 from ovr.guest.wire import ProtocolError
 from ovr.vm.agent_errors import aborted, failure, refused, still_there
 from ovr.vm.lab_agent import Completed, LabSession
@@ -101,7 +103,7 @@ class Agent(LabSession):
     ::
 
         with Agent.connect("vsock:3") as agent:
-            prove(kernel, agent)
+            prove(kernel, agent, holder)
             skeleton = agent.begin(images)
             with agent.keep_alive():
                 ...  # write memory and state from outside
@@ -111,14 +113,36 @@ class Agent(LabSession):
     _engine = "criu"
 
     def prove(self, secret: bytes) -> None:
-        """Show that we can read the VM's RAM; `ovr.vm.proof` finds the secret there.
+        """Show the agent that we know its secret, and have it show that it knows it, too.
 
-        The agent hangs up, with the reason, if it is wrong; what is asked of it next finds out.
+        Args:
+            secret: what lies in its memory; `ovr.vm.proof` finds it there.
 
         Raises:
-            AgentUnreachable: the link broke.
+            AgentUntrusted: it does not know the secret, or says that we do not.
+            AgentUnreachable: the link broke, or nonsense came.
         """
-        self._send(protocol.Prove(secret))
+        self._send(protocol.Prove(self._proof(protocol.PROOF_OF_HOST, secret)))
+        message = self._receive(self._deadline(None))
+        right = self._proof(protocol.PROOF_OF_AGENT, secret)
+        if isinstance(message, protocol.Proved):
+            if hmac.compare_digest(message.proof, right):
+                return
+        elif not isinstance(message, protocol.Error):
+            raise self._broken(f"{message.op} instead of {protocol.Proved.op}")
+        elif message.code != Code.PROOF:
+            raise refused(message)
+        self.close()
+        raise AgentUntrusted(
+            f"the agent at {self.address} does not know what lies in the memory of the process that"
+            " it says it is",
+            "is another program between ovr and the agent, or does one pose as it?",
+            "proof",
+        )
+
+    def _proof(self, side: bytes, secret: bytes) -> bytes:
+        text = protocol.proof_text(side, self._token, self.hello.nonce)
+        return hmac.digest(secret, text, "sha256")
 
     def begin(
         self,

@@ -1,33 +1,52 @@
-"""What the agent says of a restore that went wrong, as the errors that a user sees."""
+"""What the agent says of a restore that went wrong, as the errors that a user sees.
+
+Hints go by the agent's codes. Only lines of CRIU's own log are matched: it has no codes.
+"""
 
 import re
+from typing import Final
 
 from ovr.errors import CriuFailed, PidTaken, RestoreFailed
 from ovr.guest import protocol
+from ovr.guest.protocol import Code
 from ovr.vm.session import one_line
 
 __all__ = ["aborted", "failure", "refused", "still_there"]
 
 # What CRIU says when clone3(set_tid) fails with EEXIST (fork_with_pid in criu/cr-restore.c), or,
 # on kernels without set_tid, when the kernel handed out another pid than the one asked for.
-_PID_TAKEN = (
+_PID_TAKEN: Final = (
     re.compile(r"Can't fork for (\d+): File exists"),
     re.compile(r"Pid \d+ do not match expected (\d+)"),
     re.compile(r"Thread pid mismatch (\d+)/\d+"),
 )
+# sigchld_handler() in criu/cr-restore.c.
+_TASK_KILLED: Final = re.compile(r"\d+ killed by signal 9\b")
 
+_FREE_MEMORY: Final = "free memory in the guest, or raise the limit of the task's cgroup"
+_KILLED: Final = f"was it the OOM killer? See the guest's kernel log; {_FREE_MEMORY}"
+_SAME_VERSION: Final = "install the ovr-agent of this ovr in the guest: ovr agent deb"
+_AGAIN: Final = "try again"
 
-_FREE_MEMORY = "free memory in the guest, or raise the limit of the task's cgroup"
-_KILLED = "killed by signal 9"
-_OUT_OF_MEMORY = f"was it the OOM killer? See the guest's kernel log; {_FREE_MEMORY}"
-# By what the agent says: strerror() of the C library, and its own words.
-_CURES = {
-    "No space left on device": "free memory or disk space in the guest where that directory is, or"
-    " start ovr-agent with another --dir",
-    "busy": "wait until the other restore has ended",
-    "Cannot allocate memory": _FREE_MEMORY,
-    "is the guest out of it?": _FREE_MEMORY,
-    "what lies in the memory": "is this agent in the VM that --vm names?",
+_CURES: Final = {
+    Code.PROTOCOL: _SAME_VERSION,
+    Code.VERSION: _SAME_VERSION,
+    Code.UNPROVEN: "is another program between ovr and the agent?",
+    Code.PROOF: "is this agent in the VM that --vm names?",
+    Code.BUSY: "wait until the other restore has ended",
+    Code.NO_MEMORY: _FREE_MEMORY,
+    Code.NO_SPACE: "free memory or disk space in the guest where that directory is, or start"
+    " ovr-agent with another --dir",
+    Code.KILLED: _KILLED,
+    Code.REPLACED: "restart the agent in the guest: systemctl restart ovr-agent",
+    Code.START: "is it installed in the guest, where the agent finds it?",
+}
+
+_CURES_OF_ABORTS: Final = {
+    Code.LINK: "was QEMU or the host too busy?",
+    Code.SILENT: "was ovr stopped, or the host too busy?",
+    Code.TIMEOUT: "is the guest too busy?",
+    Code.AGENT: "wait until the agent runs again",
 }
 
 
@@ -43,7 +62,8 @@ def failure(message: protocol.Failed, program: str) -> RestoreFailed:
         )
     elif log:
         more = log[-1] if len(log) > 1 else f"that is all that {program} says"
-        hint = _OUT_OF_MEMORY if any(_KILLED in line for line in log) else more
+        # CRIU itself kills what it has built when something else went wrong, and says so later.
+        hint = _KILLED if _TASK_KILLED.search(log[0]) else more
         error = CriuFailed(f"{program} in the guest failed ({message.status}): {log[0]}", hint)
     else:
         error = CriuFailed(
@@ -56,19 +76,19 @@ def failure(message: protocol.Failed, program: str) -> RestoreFailed:
 
 def refused(message: protocol.Error) -> RestoreFailed:
     """Return the error for a request that the agent refused."""
-    text = one_line(message.text)
-    cure = next((cure for sign, cure in _CURES.items() if sign in text), "try again")
-    return RestoreFailed(f"the agent refused: {text}", f"the guest is as it was; {cure}")
+    cure = _cure(_CURES, message.code) or _AGAIN
+    text = f"the agent refused: {one_line(message.text)}"
+    return _coded(RestoreFailed(text, f"the guest is as it was; {cure}"), message.code)
 
 
 def aborted(message: protocol.Aborted) -> RestoreFailed:
     """Return the error for a tree that the agent killed of its own accord."""
     if not message.gone:
         return still_there()
-    return RestoreFailed(
-        f"the agent killed the tree: {one_line(message.reason)}",
-        "the guest is as it was; the restore can be tried again",
-    )
+    cure = _cure(_CURES_OF_ABORTS, message.code)
+    hint = "the guest is as it was; the restore can be tried again" + (f"; {cure}" if cure else "")
+    text = f"the agent killed the tree: {one_line(message.reason)}"
+    return _coded(RestoreFailed(text, hint), message.code)
 
 
 def still_there() -> RestoreFailed:
@@ -77,3 +97,12 @@ def still_there() -> RestoreFailed:
         "the tree was killed, but some of its tasks do not go away",
         "look for uninterruptible tasks in the guest",
     )
+
+
+def _cure(cures: dict[Code, str], code: str) -> str:
+    return next((cure for known, cure in cures.items() if known == code), "")
+
+
+def _coded(error: RestoreFailed, code: str) -> RestoreFailed:
+    error.code = one_line(code)
+    return error

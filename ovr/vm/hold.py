@@ -28,7 +28,7 @@ from ovr._fastcopy import Hold
 from ovr.errors import CheckFailed, OvrError, RestoreFailed, VmUnreachable
 from ovr.ram import GuestRam
 from ovr.vm.deferred import DeferredSignals
-from ovr.vm.hold_errors import BECOME, hold_error
+from ovr.vm.hold_errors import BECOME, Result, hold_error
 from ovr.vm.qmp import Monitor
 
 __all__ = ["BOUND_SECONDS", "Holder"]

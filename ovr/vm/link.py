@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import Literal, Self
 
 from ovr.errors import AgentUnreachable, UsageError
+from ovr.guest.protocol import VSOCK_PORT
 
 __all__ = ["DEFAULT_PORT", "Address", "Link", "open_link", "parse_address"]
 
-DEFAULT_PORT = 1024
+DEFAULT_PORT = VSOCK_PORT
 _FORMS = "vsock:CID[:PORT], unix:PATH[:PORT] or serial:PATH"
 _MAX_CONNECT_ANSWER = 64
 _RECEIVE_SIZE = 1 << 20

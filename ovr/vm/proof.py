@@ -1,41 +1,86 @@
-"""Showing the agent that we can read the VM's RAM, and ourselves that the agent is in this VM."""
+"""Host and agent prove to each other who they are, before anything of worth is sent.
 
-from ovr.addresses import Gva
-from ovr.errors import GuestFault, RestoreFailed
-from ovr.guest import protocol
-from ovr.kernel import Kernel, find_task, mm_space, settled
+The host shows that it can read the VM's RAM, the agent that it is root of the guest's; what they
+share is a secret in the agent's memory (`ovr.vm.secret_page`).
+"""
+
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack, suppress
+from typing import Final
+
+from ovr.errors import AgentUntrusted, GuestFault, OvrError
+from ovr.kernel import Kernel
+from ovr.ram import Slot
 from ovr.vm.agent import Agent
+from ovr.vm.claim import claimed
+from ovr.vm.hold import Holder
+from ovr.vm.qmp import Monitor
+from ovr.vm.secret_page import AgentProcess, NotTheAgents, read_secret
 
-__all__ = ["prove"]
+__all__ = ["prove", "prove_alone"]
+
+_TRIES: Final = 20
+_PAUSE: Final = 0.01  # seconds in which the guest moves a page
+_HINT: Final = (
+    "a user of the guest may pose as the agent: look what that process is; else ovr-agent must run"
+    " as root in the VM that --vm names, outside of any container"
+)
 
 
-def prove(kernel: Kernel, agent: Agent) -> None:
-    """Tell the agent what lies in its memory, so that it takes a restore from us.
+def prove(kernel: Kernel, agent: Agent, holder: Holder) -> AgentProcess:
+    """Prove that we can read the VM's RAM, and make sure that the agent is root's in this VM.
+
+    Args:
+        kernel: the guest's kernel.
+        agent: who answers; nothing that it said so far was believed.
+        holder: of the VM.
 
     Raises:
-        RestoreFailed: the guest has no such process or memory; the agent may be in another VM.
-        GuestFault, KernelNotFound: kernel objects of the guest make no sense.
+        AgentUntrusted: it is not the agent, or the agent of another VM.
+        KernelNotFound: the types of the guest's kernel make no sense.
         AgentUnreachable: the link broke.
+        OvrError: the VM cannot be held.
     """
-    hello = agent.hello
-
-    def read() -> bytes | None:
-        task = find_task(kernel, hello.pid)
-        if task is None or not task.mm:
-            return None
-        return mm_space(kernel, task.mm).read(Gva(hello.secret_at), protocol.SECRET_SIZE)
-
     try:
-        secret = settled(read)
-    except GuestFault as error:
-        raise _elsewhere(hello.pid) from error
-    if secret is None:
-        raise _elsewhere(hello.pid)
-    agent.prove(secret)
+        process = _process(kernel, agent, holder)
+    except NotTheAgents as wrong:
+        raise AgentUntrusted(
+            f"the agent at {agent.address} is not root's: {wrong}", _HINT, wrong.code
+        ) from wrong
+    agent.prove(process.secret)
+    return process
 
 
-def _elsewhere(pid: int) -> RestoreFailed:
-    return RestoreFailed(
-        f"the agent says that it is the guest's process {pid}, which has no such memory",
-        "is this agent in the VM that --vm names, and outside of any container there?",
-    )
+def prove_alone(kernel: Kernel, agent: Agent, qmp: Monitor, slots: Sequence[Slot]) -> AgentProcess:
+    """As `prove`, where nothing else is to be held.
+
+    Args:
+        kernel: the guest's kernel.
+        agent: who answers.
+        qmp: a connection to the VM.
+        slots: its RAM.
+
+    Raises:
+        CheckFailed: another `ovr` restores into the VM; its holds and ours would end each other.
+        OvrError: as `prove`.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(claimed(slots))
+        return prove(kernel, agent, stack.enter_context(Holder(qmp)))
+
+
+def _process(kernel: Kernel, agent: Agent, holder: Holder) -> AgentProcess:
+    pid, address = agent.hello.pid, agent.hello.secret_at
+    with suppress(OvrError, NotTheAgents):
+        # The kernel's types are parsed when first asked for: not in a hold.
+        read_secret(kernel, pid, address)
+    fault: GuestFault | None = None
+    for _ in range(_TRIES):
+        try:
+            with holder.held():
+                return read_secret(kernel, pid, address)
+        except GuestFault as error:
+            fault = error
+            time.sleep(_PAUSE)
+    raise NotTheAgents("secret", str(fault)) from fault

@@ -24,7 +24,7 @@ _SEND_SECONDS = 60.0
 
 @dataclass(frozen=True)
 class Hello:
-    """Who answered.
+    """Who answered, by its own word: nothing of it is believed before the proof (`ovr.vm.proof`).
 
     Attributes:
         protocol: the version of the protocol that both sides speak.
@@ -35,8 +35,9 @@ class Hello:
         pid: the agent's pid.
         page_size: in bytes.
         boot_id: a UUID that changes with every boot of the guest.
+        nonce: what the agent's side adds to the proofs of this session.
         force_write: the agent may write to pages that their own task cannot write to.
-        secret_at: address in the agent's memory of what shows who can read the VM's RAM.
+        secret_at: address in the agent's memory of the page with the secret.
         engines: the container engines that are installed: podman, runc, crun.
         warm: the size of the pool that is ready, in bytes, or 0.
         warm_at: where it is in its process.
@@ -50,6 +51,7 @@ class Hello:
     pid: int
     page_size: int
     boot_id: str
+    nonce: bytes
     force_write: bool
     secret_at: int
     warm: int
@@ -69,6 +71,7 @@ class Session:
         self._input = bytearray()
         self._writing = threading.Lock()
         self._pings = 0
+        self._token = os.urandom(protocol.TOKEN_SIZE)
         self.hello = self._greet(time.monotonic() + timeout)
 
     @classmethod
@@ -145,27 +148,29 @@ class Session:
     # Greeting ------------------------------------------------------------------------------
 
     def _greet(self, deadline: float) -> Hello:
-        token = os.urandom(protocol.TOKEN_SIZE)
-        hello = encode(protocol.Hello(protocol.VERSION, token))
+        hello = encode(protocol.Hello(protocol.VERSION, self._token))
         if self._link.serial:
-            self._synchronise(hello, token, deadline)
+            self._synchronise(hello, self._token, deadline)
         else:
             self._link.send(hello, deadline)
         answer = self._expect(protocol.Welcome, deadline)
-        if answer.token != token or answer.version != protocol.VERSION:
+        if answer.token != self._token or answer.version != protocol.VERSION:
             raise self._broken("an answer to somebody else's hello")
+        if len(answer.nonce) != protocol.NONCE_SIZE:
+            raise self._broken(f"a nonce of {len(answer.nonce)} bytes")
         return Hello(
             protocol=answer.version,
-            agent=answer.agent,
+            agent=one_line(answer.agent),
             lab=answer.lab_build,
-            kernel=answer.kernel,
-            criu=answer.criu,
+            kernel=one_line(answer.kernel),
+            criu=None if answer.criu is None else one_line(answer.criu),
             pid=answer.pid,
             page_size=answer.page_size,
             boot_id=answer.boot_id,
+            nonce=answer.nonce,
             force_write=answer.force_write,
             secret_at=answer.secret_at,
-            engines=answer.engines,
+            engines=tuple(map(one_line, answer.engines)),
             warm=answer.warm,
             warm_at=Gva(answer.warm_at),
         )
@@ -229,10 +234,12 @@ class Session:
         if isinstance(message, kind):
             return message
         if isinstance(message, protocol.Error):
-            raise AgentUnreachable(
+            error = AgentUnreachable(
                 f"the agent at {self._link.address} refused: {one_line(message.text)}",
                 "check that ovr on the host and ovr-agent in the guest have the same version",
             )
+            error.code = one_line(message.code)
+            raise error
         raise self._broken(f"{message.op} instead of {kind.op}")
 
     def _broken(self, how: str) -> AgentUnreachable:

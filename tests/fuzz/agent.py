@@ -1,5 +1,6 @@
 """Targets: what the agent in the guest sends."""
 
+import hmac
 import socket
 from collections.abc import Iterator
 from contextlib import suppress
@@ -80,7 +81,9 @@ class Script(Link):
         return bool(self._said)
 
     def _next(self) -> bytes:
-        return self._said.pop(0).replace(b"TOKENTOKENTOKENT", self.token)
+        said = self._said.pop(0).replace(b"TOKENTOKENTOKENT", self.token)
+        text = protocol.proof_text(protocol.PROOF_OF_AGENT, self.token, NONCE)
+        return said.replace(PROOF, hmac.digest(SECRET, text, "sha256"))
 
 
 def session(data: bytes) -> None:
@@ -95,7 +98,7 @@ def session(data: bytes) -> None:
         agent = Agent(link, 5.0)
         for step in (
             agent.ping,
-            lambda: agent.prove(bytes(protocol.SECRET_SIZE)),
+            lambda: agent.prove(SECRET),
             lambda: agent.begin({"core-1.img": b"x" * 10, "pages-1.img": [b"y", b""]}),
             lambda: agent.touch([Portion(1, False, [(0, 4096)])]),
             lambda: agent.map(1, "fd/3", 8192, [(0, 4096)]),
@@ -109,10 +112,16 @@ def session(data: bytes) -> None:
         link.close()
 
 
+NONCE = bytes(protocol.NONCE_SIZE)
+SECRET = bytes(protocol.SECRET_SIZE)
+PROOF = b"PROOFPROOFPROOFPROOFPROOFPROOFPR"
+
+
 def session_seeds() -> Iterator[bytes]:
     welcome = protocol.Welcome(
         protocol.VERSION,
         b"TOKENTOKENTOKENT",
+        NONCE,
         "0.1.0",
         True,
         "6.12",
@@ -127,7 +136,8 @@ def session_seeds() -> Iterator[bytes]:
     )
     answers = {type(message).__name__: encode(message) for message in samples()}
     kinds = ("Stopped", "Touched", "Mapped", "Exited", "Restored", "Aborted")
-    good = [encode(welcome), encode(protocol.Pong(1)), *(answers[kind] for kind in kinds)]
+    proved = encode(protocol.Proved(PROOF))
+    good = [encode(welcome), encode(protocol.Pong(1)), proved, *(answers[kind] for kind in kinds)]
     for serial in (0, 1):
         marker = [protocol.MAGIC + b"TOKENTOKENTOKENT"] if serial else []
         for answer in ([], *([a] for a in answers.values()), good[1:]):

@@ -58,13 +58,21 @@ SAID: dict[str, Lie] = {
     "mapped in pid 1": _changed(protocol.Mapped, pid=1),
     "mapped in nobody": _changed(protocol.Mapped, pid=4_000_000),
     "mapped somewhere": _changed(protocol.Mapped, address=_somewhere),
-    "touch has failed": _instead(protocol.Touched, protocol.Error("cannot touch: \x1b[31m\n no")),
+    "touch has failed": _instead(
+        protocol.Touched, protocol.Error("system", "cannot touch: \x1b[31m\n no")
+    ),
     "restored another": _changed(protocol.Restored, pid=1),
-    "gone, it says": _instead(protocol.Touched, protocol.Aborted("for no reason", True)),
-    "not gone, it says": _instead(protocol.Touched, protocol.Aborted("for no reason", False)),
+    "gone, it says": _instead(protocol.Touched, protocol.Aborted("host", "for no reason", True)),
+    "not gone, it says": _instead(
+        protocol.Touched, protocol.Aborted("host", "for no reason", False)
+    ),
     "another process's secret": _changed(protocol.Welcome, pid=1),
     "a secret in no memory": _changed(protocol.Welcome, secret_at=_somewhere),
     "a secret of the kernel's": _changed(protocol.Welcome, pid=2),
+    "another nonce": _changed(protocol.Welcome, nonce=bytes(protocol.NONCE_SIZE)),
+    "a proof of nothing": _changed(protocol.Proved, proof=bytes(protocol.PROOF_SIZE)),
+    "held by another": _changed(protocol.Stopped, criu_pid=1),
+    "held by nobody": _changed(protocol.Stopped, criu_pid=4_000_000),
     "nonsense": _nonsense,
 }
 """What may be said instead of what the agent says."""

@@ -27,6 +27,8 @@ from ovr.vm.link import Address, Link
 _PYTHON = Path(
     str(sysconfig.get_config_var("BINDIR")), f"python{sysconfig.get_config_var('VERSION')}"
 )
+SECRET_AT = len(protocol.SECRET_MAGIC) + 3 * 8
+"""Where in its page the agent's secret is: `proof.c`."""
 IMAGES = {"inventory.img": b"inventory", "core-1.img": b"\x00" * 5000, "empty.img": b""}
 
 _FAKE_CRIU = """#!{python} -Ss
@@ -72,6 +74,11 @@ if mode == "fail":
     say("(00.1) Warn  something else")
     say("(00.2) Error (criu/files.c:1): Can't open /nowhere: No such file\\x01")
     say("(00.3) Error (criu/cr-restore.c:2): Restoring FAILED.")
+    raise SystemExit(1)
+if mode == "talkative":
+    say("(00.1) Error (criu/files.c:1): the cause")
+    for number in range(100):
+        say("(00.2) Error (criu/files.c:2): consequence " + str(number))
     raise SystemExit(1)
 if mode == "pid-taken":
     say("(00.2) Error (criu/cr-restore.c:1): Can't fork for 4711: File exists")
@@ -213,14 +220,19 @@ class AgentHost:
     def connect(self, *, serial: bool = False, timeout: float = 10.0) -> Agent:
         """A session of somebody who can read the agent's memory."""
         kind = Address("serial" if serial else "unix", path="test")
-        agent = Agent(Link(kind, self.socket(serial=serial)), timeout)
-        agent.prove(self.secret(agent.hello.secret_at))
+        link = Link(kind, self.socket(serial=serial))
+        try:
+            agent = Agent(link, timeout)
+            agent.prove(self.secret(agent.hello.secret_at))
+        except BaseException:
+            link.close()
+            raise
         return agent
 
     def secret(self, address: int) -> bytes:
         """What the agent has in its memory."""
         with Path(f"/proc/{self.process.pid}/mem").open("rb", buffering=0) as memory:
-            memory.seek(address)
+            memory.seek(address + SECRET_AT)
             return memory.read(protocol.SECRET_SIZE)
 
     def hook(self, criu_pid: int) -> int:

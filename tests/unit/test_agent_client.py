@@ -1,5 +1,6 @@
 """The host's side against peers that lie, and the protocol by itself."""
 
+import hmac
 import socket
 import subprocess
 import threading
@@ -14,7 +15,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ovr.errors import AgentUnreachable, CriuFailed, LabError, RestoreFailed
+from ovr.errors import AgentUnreachable, AgentUntrusted, CriuFailed, LabError, RestoreFailed
 from ovr.guest import lab_protocol, protocol, wire
 from ovr.guest.message import Message
 from ovr.vm.agent import Agent
@@ -29,6 +30,7 @@ WELCOME: dict[str, Any] = {
     "pid": 1,
     "page_size": 4096,
     "boot_id": "x",
+    "nonce": bytes(protocol.NONCE_SIZE),
     "force_write": True,
     "secret_at": 1 << 40,
     "engines": [],
@@ -94,7 +96,7 @@ NONSENSE = {
     "wrong type": frame({"op": "pong", "number": "1"}),
     "bool for a number": frame({"op": "pong", "number": True}),
     "negative": frame({"op": "pong", "number": -1}),
-    "no utf-8": b"\0\0\0\x10\x82\xa2op\xa5error\xa4text\xa1\xff",
+    "no utf-8": b"\0\0\0\x18\x83\xa2op\xa5error\xa4code\xa1x\xa4text\xa1\xff",
     "repeated field": b"\0\0\0\x19\x83\xa2op\xa4pong\xa6number\x01\xa6number\x01",
     "not hashable key": b"\0\0\0\x03\x81\x90\x01",
     "deep": b"\0\0\x10\0" + b"\x91" * 4096,
@@ -139,12 +141,123 @@ def test_somebody_elses_welcome() -> None:
 
 
 def test_refused_hello() -> None:
-    answer = frame({"op": "error", "text": "the agent speaks\nversion 9"})
+    answer = frame({"op": "error", "code": "version", "text": "the agent speaks\nversion 9"})
     with (
         peer(replying(answer), greet=False) as link,
         pytest.raises(AgentUnreachable, match=r"speaks\?version 9"),
     ):
         Agent(link, 2.0)
+
+
+SECRET = bytes(range(protocol.SECRET_SIZE))
+
+
+def proof_by(secret: bytes, side: bytes, token: bytes) -> bytes:
+    nonce = WELCOME["nonce"]
+    return hmac.digest(secret, protocol.proof_text(side, token, nonce), "sha256")
+
+
+@contextmanager
+def asked_to_prove(
+    answer: Callable[[protocol.Prove, bytes], bytes],
+) -> Iterator[tuple[Agent, list[Message]]]:
+    """An agent that answers to a proof; and what it heard."""
+    heard: list[Message] = []
+
+    def script(connection: socket.socket) -> None:
+        heard.append(read_message(connection))
+        assert isinstance(heard[0], protocol.Prove)
+        connection.sendall(answer(heard[0], agent._token))
+        heard.append(read_message(connection))
+
+    with peer(script) as link:
+        agent = Agent(link, 2.0)
+        yield agent, heard
+
+
+def test_both_sides_prove_that_they_know_the_secret() -> None:
+    def answer(prove: protocol.Prove, token: bytes) -> bytes:
+        assert prove.proof == proof_by(SECRET, protocol.PROOF_OF_HOST, token)
+        return frame({"op": "proved", "proof": proof_by(SECRET, protocol.PROOF_OF_AGENT, token)})
+
+    with asked_to_prove(answer) as (agent, heard):
+        agent.prove(SECRET)
+        agent._send(protocol.Alive())
+    assert isinstance(heard[1], protocol.Alive)
+
+
+PROOFS: dict[str, Callable[[protocol.Prove, bytes], bytes]] = {
+    "none": lambda prove, token: b"",
+    "zeros": lambda prove, token: bytes(protocol.PROOF_SIZE),
+    "the host's own": lambda prove, token: prove.proof,
+    "another secret's": lambda prove, token: proof_by(bytes(32), protocol.PROOF_OF_AGENT, token),
+    "another session's": lambda prove, token: proof_by(
+        SECRET, protocol.PROOF_OF_AGENT, bytes(protocol.TOKEN_SIZE)
+    ),
+    "one byte too many": lambda prove, token: (
+        proof_by(SECRET, protocol.PROOF_OF_AGENT, token) + b"x"
+    ),
+}
+
+
+@pytest.mark.parametrize("what", PROOFS)
+def test_who_does_not_know_the_secret_is_not_the_agent(what: str) -> None:
+    def answer(prove: protocol.Prove, token: bytes) -> bytes:
+        return frame({"op": "proved", "proof": PROOFS[what](prove, token)})
+
+    with asked_to_prove(answer) as (agent, heard):
+        with pytest.raises(AgentUntrusted, match="does not know what lies in the memory") as caught:
+            agent.prove(SECRET)
+        with pytest.raises(AgentUnreachable):
+            agent.begin({"inventory.img": b"x"})  # it has hung up
+    assert (caught.value.code, len(heard)) == ("proof", 1)
+
+
+def test_an_agent_that_denies_the_hosts_proof_or_answers_something_else() -> None:
+    refusals: dict[str, tuple[type[Exception], str]] = {
+        "proof": (AgentUntrusted, "proof"), "busy": (RestoreFailed, "busy"),
+    }  # fmt: skip
+    for code, (kind, expected) in refusals.items():
+        answer = frame({"op": "error", "code": code, "text": "no"})
+        with (
+            asked_to_prove(lambda prove, token, answer=answer: answer) as (agent, _),
+            pytest.raises(kind) as caught,
+        ):
+            agent.prove(SECRET)
+        assert caught.value.code == expected  # type: ignore[attr-defined]
+    with (
+        asked_to_prove(lambda prove, token: frame({"op": "pong", "number": 1})) as (agent, _),
+        pytest.raises(AgentUnreachable, match="pong instead of proved"),
+    ):
+        agent.prove(SECRET)
+
+
+def test_a_nonce_that_is_none() -> None:
+    def script(connection: socket.socket) -> None:
+        hello = read_message(connection)
+        assert isinstance(hello, protocol.Hello)
+        connection.sendall(frame({**WELCOME, "nonce": b"x", "token": hello.token}))
+
+    with (
+        peer(script, greet=False) as link,
+        pytest.raises(AgentUnreachable, match="a nonce of 1 bytes"),
+    ):
+        Agent(link, 2.0)
+
+
+def test_what_a_stranger_says_of_himself_is_one_line() -> None:
+    def script(connection: socket.socket) -> None:
+        hello = read_message(connection)
+        assert isinstance(hello, protocol.Hello)
+        lines = {"agent": "0\x1b[31m", "kernel": "6\n7", "criu": "4\t1" + "x" * 4000}
+        connection.sendall(frame({**WELCOME, **lines, "token": hello.token}))
+
+    with peer(script, greet=False) as link:
+        hello = Agent(link, 2.0).hello
+    for text in (hello.agent, hello.kernel, hello.criu):
+        assert text is not None
+        assert text.isprintable()
+        assert len(text) <= 256
 
 
 def test_silence() -> None:
@@ -188,7 +301,7 @@ def test_hostile_text_becomes_one_line() -> None:
 
 @pytest.mark.parametrize("op", ["failed", "aborted"])
 def test_tasks_that_do_not_go_away(op: str) -> None:
-    rest = {"status": 1, "log": ["Error"]} if op == "failed" else {"reason": "why"}
+    rest = {"status": 1, "log": ["Error"]} if op == "failed" else {"code": "host", "reason": "why"}
     with (
         peer(replying(frame({"op": op, "gone": False, **rest}))) as link,
         pytest.raises(RestoreFailed, match="do not go away"),

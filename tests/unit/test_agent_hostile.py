@@ -1,5 +1,6 @@
 """Bytes that no honest host sends, to an agent built with sanitizers."""
 
+import hmac
 import os
 import random
 import re
@@ -15,10 +16,10 @@ from unittest.mock import patch
 import msgpack
 import pytest
 
-from ovr.errors import RestoreFailed
+from ovr.errors import AgentUnreachable, RestoreFailed
 from ovr.guest import build, compiler, lab_protocol, protocol
 from ovr.guest.compiler import SANITIZED
-from ovr.guest.wire import encode, header
+from ovr.guest.wire import decode, encode, header
 from tests.unit.agent_host import IMAGES, AgentHost, agent_host, wait_for
 
 HELLO = encode(protocol.Hello(protocol.VERSION, bytes(protocol.TOKEN_SIZE)))
@@ -58,10 +59,37 @@ def raw(body: bytes) -> bytes:
     return len(body).to_bytes(4, "big") + body
 
 
-def send(host: AgentHost, data: bytes, *, serial: bool = False) -> bytes:
+def prove(host: AgentHost, connection: socket.socket, *, serial: bool = False) -> None:
+    """Say hello, and give the proof of somebody who can read the agent's memory."""
+    welcome = greet(connection, serial=serial)
+    connection.sendall(encode(proof(host.secret(welcome.secret_at), welcome.nonce)))
+    (size,) = connection.recv(4, socket.MSG_WAITALL)[3:]
+    assert isinstance(decode(connection.recv(size, socket.MSG_WAITALL)), protocol.Proved)
+
+
+def greet(connection: socket.socket, *, serial: bool = False) -> protocol.Welcome:
+    """Say hello, and return the answer."""
+    connection.sendall((SYNC if serial else b"") + HELLO)
+    marker = protocol.MAGIC + bytes(protocol.TOKEN_SIZE)
+    if serial:
+        assert connection.recv(len(marker), socket.MSG_WAITALL) == marker
+    size = int.from_bytes(connection.recv(4, socket.MSG_WAITALL), "big")
+    welcome = decode(connection.recv(size, socket.MSG_WAITALL))
+    assert isinstance(welcome, protocol.Welcome)
+    return welcome
+
+
+def proof(secret: bytes, nonce: bytes, side: bytes = protocol.PROOF_OF_HOST) -> protocol.Prove:
+    text = protocol.proof_text(side, bytes(protocol.TOKEN_SIZE), nonce)
+    return protocol.Prove(hmac.digest(secret, text, "sha256"))
+
+
+def send(host: AgentHost, data: bytes, *, serial: bool = False, proven: bool = False) -> bytes:
     """What the agent says to it, up to its error, or until it hangs up."""
     answer = b""
     with host.socket(serial=serial) as connection, suppress(OSError):
+        if proven:
+            prove(host, connection, serial=serial)
         with suppress(BrokenPipeError, ConnectionResetError):
             connection.sendall(data)
         while b"error" not in answer and (piece := connection.recv(1 << 16)):
@@ -141,20 +169,21 @@ def test_mutated_frames(host: AgentHost) -> None:
         encode(protocol.Abort()),
         encode(protocol.Alive()),
     ]
-    start = HELLO + encode(protocol.Prove(secret_of(host)))
     for _ in range(400):
         session = bytearray(b"".join(source.choices(good, k=source.randrange(1, 6))))
         for _ in range(source.randrange(0, 4)):
             session[source.randrange(len(session))] = source.randrange(256)
-        send_only(host, start + session)
+        send_only(host, bytes(session), proven=True)
     with host.connect() as agent:
         agent.ping()
     assert not host.restores
 
 
-def send_only(host: AgentHost, data: bytes, *, serial: bool = False) -> None:
+def send_only(host: AgentHost, data: bytes, *, serial: bool = False, proven: bool = False) -> None:
     """Say it and hang up."""
     with host.socket(serial=serial) as connection, suppress(OSError):
+        if proven:
+            prove(host, connection, serial=serial)
         connection.sendall(data)
 
 
@@ -162,15 +191,13 @@ def send_only(host: AgentHost, data: bytes, *, serial: bool = False) -> None:
 def test_serial_line_with_remains_of_a_dead_host(host: AgentHost, cut: int) -> None:
     # One connection all the time, as when the agent does not see the host change.
     with host.socket(serial=True) as connection:
-        connection.sendall(SYNC + HELLO + encode(protocol.Prove(secret_of(host))))
+        prove(host, connection, serial=True)
         files = encode(protocol.Files(("a.img",), (b"x" * 100_000,)))
         connection.sendall(files + files[:-cut])
-        answer = receive_until(connection, b"boot_id")
-        assert answer.startswith(protocol.MAGIC + bytes(16))
         wait_for(lambda: host.restores)
         token = b"second session.."
         connection.sendall(SYNC + encode(protocol.Hello(protocol.VERSION, token)))
-        answer = receive_until(connection, protocol.MAGIC + token)
+        receive_until(connection, protocol.MAGIC + token)
         connection.sendall(encode(protocol.Ping(5)))
         receive_until(connection, b"pong")
     assert not host.restores
@@ -216,10 +243,21 @@ def test_host_that_does_not_read(host: AgentHost) -> None:
 
 def test_who_cannot_read_its_memory_gets_no_restore(host: AgentHost) -> None:
     secret = secret_of(host)
-    guesses = (bytes(protocol.SECRET_SIZE), secret[:-1], secret + b"x", b"", secret[::-1])
-    for guess in guesses:
-        answer = send(host, HELLO + encode(protocol.Prove(guess)) + RESTORE)
-        assert b"not what lies in the memory" in answer
+    for _ in range(2):  # each time with another nonce
+        for what in ("nothing", "short", "long", "wrong", "nonce", "side", "secret itself"):
+            with host.socket() as connection:
+                nonce = greet(connection).nonce
+                right = proof(secret, nonce).proof
+                guess = {
+                    "nothing": b"", "short": right[:-1], "long": right + b"x",
+                    "wrong": bytes([right[0] ^ 1]) + right[1:],
+                    "nonce": proof(secret, bytes(protocol.NONCE_SIZE)).proof,
+                    "side": proof(secret, nonce, protocol.PROOF_OF_AGENT).proof,
+                    "secret itself": secret,
+                }[what]  # fmt: skip
+                connection.sendall(encode(protocol.Prove(guess)) + RESTORE)
+                answer = receive_until(connection, b"error")
+                assert b"does not know what lies" in answer + connection.recv(4096), what
     for message in (*UPLOAD, protocol.Go(), protocol.Abort(), protocol.Touch((1, 1, 1), (0, 4096))):
         for serial in (False, True):
             start = SYNC if serial else b""
@@ -227,7 +265,8 @@ def test_who_cannot_read_its_memory_gets_no_restore(host: AgentHost) -> None:
             assert b"prove first" in answer, message
     # The next session on the same line begins anew.
     with host.socket(serial=True) as connection:
-        connection.sendall(SYNC + HELLO + encode(protocol.Prove(secret)) + SYNC + HELLO + RESTORE)
+        prove(host, connection, serial=True)
+        connection.sendall(SYNC + HELLO + RESTORE)
         receive_until(connection, b"prove first")
     assert not host.restores
 
@@ -246,11 +285,10 @@ def test_an_upload_that_has_no_end(tmp_path: Path) -> None:
     """More bytes, and more files, than an image set has: the agent says the limit and hangs up."""
     with small_agent(tmp_path, MAX_IMAGE_BYTES=1 << 20, MAX_FILES=20) as host:
         piece = encode(protocol.Files(("a.img",), (bytes(100_000),)))
-        start = HELLO + encode(protocol.Prove(secret_of(host)))
-        answer = send(host, start + 50 * piece)
+        answer = send(host, 50 * piece, proven=True)
         assert b"cannot be taken: more than 1048576 bytes in all" in answer
         many = [encode(protocol.Files((f"{n}.img",), (b"",))) for n in range(21)]
-        assert b"more than 20 of them" in send(host, start + b"".join(many))
+        assert b"more than 20 of them" in send(host, b"".join(many), proven=True)
         wait_for(lambda: not host.restores)
         with host.connect() as agent:
             agent.begin(dict.fromkeys(map(str, range(20)), b"x"), criu_options=host.criu_options())
@@ -259,22 +297,21 @@ def test_an_upload_that_has_no_end(tmp_path: Path) -> None:
 
 def test_memory_stays_bounded(host: AgentHost) -> None:
     """Frames without end, from as many hosts as there can be at once, of which none reads."""
-    start = HELLO + encode(protocol.Prove(secret_of(host)))
     ping = encode(protocol.Ping(1)) * 5000
     half = (protocol.MAX_FRAME).to_bytes(4, "big") + bytes(protocol.MAX_FRAME - 1)
     before = resident(host)
     with ExitStack() as stack:
         for number in range(16):
             connection = stack.enter_context(host.socket())
+            prove(host, connection)
             connection.setblocking(False)
             with suppress(OSError):
-                connection.sendall(start + (half if number % 2 else ping))
+                connection.sendall(half if number % 2 else ping)
             with suppress(OSError):
                 for _ in range(50):
                     connection.sendall(ping)
         assert resident(host) - before < 64 << 20  # 16 times 1.3 MiB, and what sanitizers keep
-    with host.connect() as agent:
-        agent.ping()
+    wait_for(lambda: has_room(host))  # it reads what they have sent before it sees that they left
 
 
 def test_silent_upload(tmp_path: Path) -> None:
@@ -353,6 +390,16 @@ def small_agent(tmp_path: Path, **limits: int) -> Iterator[AgentHost]:
         build(lab=True, output=binary, flags=flags())
     with agent_host(tmp_path, binary) as host:
         yield host
+
+
+def has_room(host: AgentHost) -> bool:
+    """Whether the agent takes one more session."""
+    try:
+        with host.connect() as agent:
+            agent.ping()
+    except AgentUnreachable:
+        return False
+    return True
 
 
 def resident(host: AgentHost) -> int:

@@ -16,7 +16,9 @@ from elftools.elf.elffile import ELFFile
 
 from ovr import cli
 from ovr.errors import LabError
-from ovr.guest import package
+from ovr.guest import build, package
+from ovr.guest.protocol import VSOCK_PORT
+from ovr.vm.link import parse_address
 from tests.documents import block
 from tests.documents import run as shell
 
@@ -31,6 +33,30 @@ def run(capsys, *words):
 
 def usage(program):
     return subprocess.run([program, "--help"], capture_output=True, text=True, check=False)
+
+
+def test_the_agents_port_is_privileged_and_the_same_everywhere():
+    """The kernel gives a port below 1024 to root only; whoever has another one is not found."""
+    assert VSOCK_PORT < 1024
+    for path in (
+        "ovr/guest/packaging/ovr-agent.service", "ovr/guest/packaging/control", "docs/guest.md",
+        "ovr/lab/init.c", "SECURITY.md", "docs/ovr.8",
+    ):  # fmt: skip
+        text = (ROOT / path).read_text().replace('", "', " ").replace("\\-", "-")
+        found = re.findall(r"(?:--vsock-port|vsock port) (\d+)", text)
+        assert found, path
+        assert set(found) == {str(VSOCK_PORT)}, path
+    assert f"--vsock-port {VSOCK_PORT} " in usage(build()).stderr
+    assert parse_address("vsock:3").port == VSOCK_PORT
+
+
+def test_a_port_that_is_not_privileged_is_complained_of():
+    for port, complaint in ((VSOCK_PORT, False), (1023, False), (1024, True)):
+        done = subprocess.run(
+            [build(), "--vsock-port", str(port), "--dir", "/proc/nowhere"],
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert ("any user of this guest can serve it" in done.stderr) is complaint
 
 
 def test_build(capsys, tmp_path, monkeypatch):

@@ -214,8 +214,9 @@ def test_agent_whose_program_was_replaced(tmp_path: Path) -> None:
     with agent_host(tmp_path, program) as host, host.connect() as agent:
         shutil.copy(program, new)
         new.rename(program)
-        with pytest.raises(RestoreFailed, match="program file was replaced, restart the agent"):
+        with pytest.raises(RestoreFailed, match="program file was replaced") as caught:
             begin(host, agent)
+        assert caught.value.code == protocol.Code.REPLACED
         wait_for(lambda: not host.restores)
 
 

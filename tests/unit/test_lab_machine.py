@@ -43,7 +43,7 @@ def vm(tmp_path):
     (directory / "ram" / "node0").touch()
     vm = lab.LabVm(
         "one", "trixie", Hardware(GIB, 2, "tcg", None, 1), directory / "qmp",
-        f"unix:{directory}/vsock:1024", f"serial:{directory}/serial", directory / "console.log",
+        f"unix:{directory}/vsock:687", f"serial:{directory}/serial", directory / "console.log",
         (directory / "ram" / "node0",),
     )  # fmt: skip
     vm.processes["vsock"] = spawn(["/bin/sleep", "60"], directory / "log")
@@ -336,7 +336,7 @@ def test_vsock_of_the_hosts_kernel(tmp_path, monkeypatch):
     device = vsock.add_vsock(tmp_path)
     cid = device.arguments[1].removeprefix("vhost-vsock-pci,guest-cid=")
     assert int(cid) > 2
-    assert (device.address, device.daemon) == (f"vsock:{cid}:1024", None)
+    assert (device.address, device.daemon) == (f"vsock:{cid}:687", None)
 
 
 def test_vsock_daemon(tmp_path, monkeypatch):
@@ -359,7 +359,7 @@ def test_vsock_daemon(tmp_path, monkeypatch):
     device = vsock.add_vsock(tmp_path)
     assert device.daemon and device.daemon.alive
     device.daemon.end()
-    assert device.address == f"unix:{tmp_path}/vsock:1024"
+    assert device.address == f"unix:{tmp_path}/vsock:687"
     assert f"socket,id=vsock,path={tmp_path}/vsock.vhost" in device.arguments
     (tmp_path / "bad").mkdir()
     with pytest.raises(LabError, match="died: no such thing"):

@@ -89,7 +89,7 @@ def test_connect_by_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("answer", "message"),
     [
-        (b"", "does not serve vsock port 1024"),
+        (b"", "does not serve vsock port 687"),
         (b"ERR\n", "CONNECT protocol"),
         (b"x" * 1000, "CONNECT protocol"),
         (b"OK", "does not serve"),
@@ -97,7 +97,7 @@ def test_connect_by_line(tmp_path: Path) -> None:
 )
 def test_connect_refused(tmp_path: Path, answer: bytes, message: str) -> None:
     def serve(connection: socket.socket) -> None:
-        assert connection.recv(100) == b"CONNECT 1024\n"
+        assert connection.recv(100) == b"CONNECT 687\n"
         connection.sendall(answer)
 
     with server(tmp_path / "s", serve):

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from ovr.errors import RestoreFailed, VerifyMismatch
+from ovr.errors import AgentUntrusted, RestoreFailed, VerifyMismatch
 from ovr.images import Draft, ImageSet, InsideImages, copy_of
 from ovr.images.framing import encode, image_bytes
 from ovr.images.objects import FileEntry, TtyInfoEntry
@@ -199,11 +199,21 @@ def test_everything_is_found_and_written_in_short_holds(images, monkeypatch):
 
 
 def test_a_thread_that_is_not_stopped(monkeypatch):
-    tasks = {1: SimpleNamespace(traced=True), 2: SimpleNamespace(traced=False), 3: None}
+    criu, gdb = SimpleNamespace(address_=7), SimpleNamespace(address_=8)
+    tasks = {
+        1: SimpleNamespace(traced=True, ptrace=1, parent=criu),
+        2: SimpleNamespace(traced=False, ptrace=1, parent=criu),
+        3: None,
+        4: SimpleNamespace(traced=True, ptrace=1, parent=gdb),
+        5: SimpleNamespace(traced=True, ptrace=0, parent=criu),
+    }
     monkeypatch.setattr(guest, "find_task", lambda kernel, tid, namespace_of: tasks[tid])
     monkeypatch.setattr(guest, "is_traced", lambda task: task.traced)
-    tree = GuestTree(None, None)
+    tree = GuestTree(None, None, 7)
     assert tree.task(1) is tasks[1]
+    for tid in (4, 5):
+        with pytest.raises(AgentUntrusted, match=f"thread {tid} .*not held by the agent's CRIU"):
+            tree.task(tid)
     for tid in (2, 3):
         with pytest.raises(RestoreFailed, match=f"thread {tid} "):
             tree.task(tid)
@@ -221,7 +231,7 @@ def test_files_by_descriptor(monkeypatch):
     set_close_on_exec(files, 100, True)
     assert [fd for fd in range(128) if close_on_exec(files, fd)] == [100]
     symbols = {"these": operations.address_, "those": 1}
-    tree = GuestTree(SimpleNamespace(symbol=symbols.get), None)
+    tree = GuestTree(SimpleNamespace(symbol=symbols.get), None, 0)
     monkeypatch.setattr(tree, "task", lambda pid: SimpleNamespace(files=files))
     assert tree.file(1, 100) == tree.file(1, 100, "these") == file
     for wrong in ((1, 100, "those"), (1, 99)):

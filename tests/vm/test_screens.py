@@ -11,7 +11,7 @@ from tests.vm.conftest import end_workload
 OVR = (sys.executable, "-m", "ovr")
 MASKS = {
     r"test-\d+-\d+": "NAME",
-    r"\S*/vsock:1024": "ADDR",
+    r"\S*/vsock:687": "ADDR",
     r"\d+(\.\d+)? ms": "N ms",
     r"\d+\.\d+ s\b": "N s",
     r"\bpid \d+": "pid N",

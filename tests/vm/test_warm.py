@@ -16,7 +16,7 @@ import ovr
 from ovr import demo, lab
 from ovr.lab.share import SHARE
 from ovr.vm.agent import Agent
-from ovr.vm.proof import prove
+from ovr.vm.proof import prove_alone
 from tests.documents import block, commands, run, said
 from tests.stress.guest import TROUBLE
 from tests.vm import pool
@@ -43,7 +43,7 @@ class Guest:
     def proved(self) -> Iterator[Agent]:
         """Whom the agent makes a pool for."""
         with ovr.attach(f"lab:{self.vm.name}") as vm, self.vm.connect() as agent:
-            prove(vm.kernel, agent)
+            prove_alone(vm.kernel, agent, vm.qmp, vm.ram.slots)
             yield agent
 
     def pool(self) -> int:

@@ -6,7 +6,7 @@ from ovr.errors import GuestFault, ImagesDamaged, RestoreFailed
 from ovr.images import CoreEntry
 from ovr.images.messages import CredsEntry
 from ovr.images.wire import Scalars
-from ovr.kernel import Struct
+from ovr.kernel import Struct, capabilities
 from ovr.state.kind import Kind
 from ovr.state.scope import THREAD
 
@@ -131,17 +131,17 @@ class Capabilities(Kind):
         # hold). What commit_creds() does besides: dumpable and pdeath_signal, which are set by
         # their own kinds or by CRIU after its commit_creds(). Undone by killing the tree.
         cred, known = _own_cred(target), _all_capabilities(target)
-        for name, capabilities in zip(_SETS, value, strict=True):
-            if capabilities & ~known:
+        for name, wanted in zip(_SETS, value, strict=True):
+            if wanted & ~known:
                 raise RestoreFailed(
-                    f"the guest's kernel does not know capabilities {capabilities & ~known:#x}",
+                    f"the guest's kernel does not know capabilities {wanted & ~known:#x}",
                     "restore with a newer kernel, or leave capabilities inside",
                 )
-            _field(cred, name)[0] = capabilities
+            capabilities(cred, name)[0] = wanted
 
     def read(self, target: Any) -> tuple[int, ...]:
         """Read them."""
-        return tuple(_field(target.cred, name)[0] for name in _SETS)
+        return tuple(capabilities(target.cred, name)[0] for name in _SETS)
 
 
 def _words(creds: CredsEntry) -> tuple[Scalars[int], ...]:
@@ -152,18 +152,12 @@ def _set(words: Scalars[int]) -> int:
     return sum(word << 32 * number for number, word in enumerate(list(words)[:2]))
 
 
-def _field(cred: Struct, name: str) -> Any:
-    # Linux kernel commit f122a08b197d ("capability: just use a 'single u64' instead of a
-    # 'u32[2]' array") (in v6.3): on a little-endian machine the same eight bytes.
-    return getattr(cred, f"cap_{name}").cast_("u64")
-
-
 def _all_capabilities(thread: Any) -> int:
     # The idle task, everybody's ancestor and its own parent, has CAP_FULL_SET for ever.
     for _ in range(_MAX_PARENTS):
         parent = thread.real_parent
         if parent == thread:
-            return int(_field(thread.cred, "permitted")[0])
+            return int(capabilities(thread.cred, "permitted")[0])
         thread = parent
     raise GuestFault("a task without end of ancestors", thread.address_)
 

@@ -27,9 +27,9 @@ struct writer session_writer(struct session *session, enum op op)
 	abort();
 }
 
-void session_refuse(struct session *session, const char *format, ...)
+void session_refuse(struct session *session, enum code code, const char *format, ...)
 {
-	(void)session, (void)format;
+	(void)session, (void)code, (void)format;
 	abort();
 }
 

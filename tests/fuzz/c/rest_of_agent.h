@@ -31,7 +31,7 @@ static int fuzz_prctl(int option, unsigned long value)
 	return 0;
 }
 
-const char *directory_make(struct directory *directory)
+struct problem directory_make(struct directory *directory)
 {
 	const char *temporary = getenv("TMPDIR");
 
@@ -39,15 +39,15 @@ const char *directory_make(struct directory *directory)
 	*directory = (struct directory){.images = -1};
 	snprintf(directory->path, sizeof(directory->path), "%s", temporary ? temporary : "/tmp");
 	directory_there = true;
-	return NULL;
+	return (struct problem){.text = NULL};
 }
 
-const char *directory_append(struct directory *directory, const struct mp_value *name,
-			     const struct mp_value *data)
+struct problem directory_append(struct directory *directory, const struct mp_value *name,
+				const struct mp_value *data)
 {
 	CHECK(directory_there);
 	directory->bytes += name->size + data->size;
-	return name->size ? NULL : "no name";
+	return (struct problem){CODE_IMAGES, name->size ? NULL : "no name"};
 }
 
 void directory_remove(struct directory *directory, bool keep_log)
@@ -186,12 +186,12 @@ static void check_pids(const struct message *message)
 		CHECK(mp_read(&portions, &number) && (i % 3 || number.number != 1));
 }
 
-const char *populate_start(struct session *session, const struct message *message)
+struct problem populate_start(struct session *session, const struct message *message)
 {
 	CHECK(restore.phase == HELD && session == restore.owner && tree_lives && !tree_runs);
 	check_pids(message);
 	mappers += message->op == OP_MAP;
-	return NULL;
+	return (struct problem){.text = NULL};
 }
 
 void loop_watch(struct loop *loop, int fd, short events, callback call, void *context)
@@ -229,15 +229,15 @@ void session_send(struct session *session, struct writer *writer)
 		CHECK(!tree_lives && message_has(&message, KEY_GONE));
 }
 
-void session_refuse(struct session *session, const char *format, ...)
+void session_refuse(struct session *session, enum code code, const char *format, ...)
 {
-	(void)format;
+	(void)code, (void)format;
 	session->answers++;
 }
 
-void session_break(struct session *session, const char *format, ...)
+void session_break(struct session *session, enum code code, const char *format, ...)
 {
-	(void)format;
+	(void)code, (void)format;
 	restore_session_ended(session);
 	session->answers++;
 }

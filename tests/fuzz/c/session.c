@@ -42,11 +42,28 @@ void engine_add_installed(struct writer *writer)
 void warm_message(struct session *session, const struct message *message)
 {
 	use_message(message);
-	session_refuse(session, "no pool");
+	session_refuse(session, CODE_POOL, "no pool");
 }
 
 uint64_t proof_address(void) { return 0x7f0000000000; }
-bool proof_right(const struct mp_value *secret) { return secret->size == 1; }
+
+bool proof_make_nonce(uint8_t nonce[NONCE_SIZE])
+{
+	memset(nonce, 7, NONCE_SIZE);
+	return true;
+}
+
+bool proof_of_host(const struct nonces *nonces, const struct mp_value *proof)
+{
+	CHECK(nonces->agent[0] == 7);
+	return proof->size == 1;
+}
+
+void proof_of_agent(const struct nonces *nonces, uint8_t proof[SHA256_SIZE])
+{
+	CHECK(nonces->agent[0] == 7);
+	memset(proof, 9, SHA256_SIZE);
+}
 
 void loop_wake_at(struct loop *loop, int64_t deadline)
 {
@@ -70,7 +87,7 @@ void restore_message(struct session *session, const struct message *message)
 	use_message(message);
 	switch (message->op) {
 	case OP_BEGIN:
-		session_refuse(session, "no \x7f criu %d", 1);
+		session_refuse(session, CODE_START, "no \x7f criu %d", 1);
 		break;
 	case OP_TOUCH:
 		if (session_has_room(session)) {
@@ -79,7 +96,7 @@ void restore_message(struct session *session, const struct message *message)
 		}
 		break;
 	case OP_ABORT:
-		session_break(session, "%s", "aborted");
+		session_break(session, CODE_HOST, "%s", "aborted");
 		break;
 	default:
 		break;
@@ -182,7 +199,7 @@ static void greet(uint8_t token)
 	if (token & 8)
 		return;
 	message_open(&writer, frame, sizeof(frame), OP_PROVE);
-	message_add_bin(&writer, KEY_SECRET, &token, 1);
+	message_add_bin(&writer, KEY_PROOF, &token, 1);
 	transmit(frame, message_close(&writer));
 }
 

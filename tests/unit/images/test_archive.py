@@ -131,7 +131,8 @@ def test_a_runtime_gets_its_images(archive, tmp_path, content):
 def test_what_the_guest_must_have(archive):
     hello = Hello(
         protocol=3, agent="0", lab=False, kernel="6.12", criu="4.1.1", pid=1, page_size=4096,
-        boot_id="", force_write=True, secret_at=0, warm=0, warm_at=0, engines=("podman", "crun"),
+        boot_id="", nonce=b"", force_write=True, secret_at=0, warm=0, warm_at=0,
+        engines=("podman", "crun"),
     )  # fmt: skip
     with PodmanCheckpoint(archive) as checkpoint:
         checkpoint.check(hello)

@@ -242,6 +242,13 @@ def test_maple_trees(borders, explicit, inner):
     writer = Maple(memory, explicit=explicit)
     writer.inner = inner
     assert [tuple(r) for r in maple_tree(memory, writer.build(ranges))] == ranges
+    tree = TYPES.object("struct maple_tree", memory, HEAD)
+    for at in {0, LAST, *borders[:20], *(border - 1 for border in borders[-20:] if border)}:
+        found = [tuple(r) for r in mt_for_each(tree, at, at)]
+        assert found == [r for r in ranges if r[0] <= at <= r[1]], at
+    for low, high in pairs[:5]:
+        found = [tuple(r) for r in mt_for_each(tree, low, high + 9)]
+        assert found == [r for r in ranges if r[1] >= low and r[0] <= high + 9]
 
 
 def test_maple_trees_without_nodes(memory):

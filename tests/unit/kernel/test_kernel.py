@@ -277,7 +277,7 @@ def test_names_of_kernel_threads(toy, kernel, comm, options, expected):
 
 def mapped(toy, ranges):
     """A process with these (start, end, flags, offset, file, ops, protection) mappings."""
-    task, mm = toy.fork(700, "mapped"), toy.allocate(64)
+    task, mm = toy.fork(700, "mapped"), toy.allocate(128)
     toy.poke(task + 160, "Q", mm)
     entries = []
     for values in ranges:

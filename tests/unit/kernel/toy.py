@@ -12,6 +12,8 @@ from .writers import TYPEDEF, VAR, BtfWriter, KallsymsWriter, vmcoreinfo_text
 
 START_KERNEL_MAP = 0xFFFF_FFFF_8000_0000
 DIRECT_MAP = 0xFFFF_8880_0000_0000
+ALL = (1 << 41) - 1
+"""Every capability."""
 POISON = 0xDEAD_0000_0000_0122
 
 
@@ -61,7 +63,18 @@ def toy_btf(*, tk_data: bool = False) -> bytes:  # one statement a type
     w.struct("maple_node", 256, ("parent", void, 0), ("mr64", r64, 0), ("ma64", a64, 0))
     w.enum("maple_type", maple_dense=0, maple_leaf_64=1, maple_range_64=2, maple_arange_64=3)
     pgd = w.add(TYPEDEF, "pgd_t", w.struct("", 8, ("pgd", u64, 0)))
-    mm = w.struct("mm_struct", 64, ("mm_mt", tree, 0), ("pgd", w.pointer(pgd), 16))
+    file = w.struct("file", 8, ("f_inode", w.pointer(w.struct("inode", 8, ("i_mode", u32, 0))), 0))
+    mm = w.struct(
+        "mm_struct", 128, ("mm_mt", tree, 0), ("pgd", w.pointer(pgd), 16),
+        ("exe_file", w.pointer(file), 24), ("saved_auxv", w.array(u64, 8), 64),
+    )  # fmt: skip
+    w.add(TYPEDEF, "u64", u64)
+    kuid = w.struct("", 4, ("val", u32, 0))
+    cred = w.struct(
+        "cred", 32, ("uid", kuid, 0), ("euid", kuid, 4), ("suid", kuid, 8), ("fsuid", kuid, 12),
+        ("user_ns", w.pointer(w.struct("user_namespace", 8, ("level", s32, 0))), 16),
+        ("cap_effective", w.struct("", 8, ("val", u64, 0)), 24),
+    )  # fmt: skip
     prot = w.struct("pgprot", 8, ("pgprot", u64, 0))
     w.struct(
         "vm_area_struct", 64, ("vm_start", u64, 0), ("vm_end", u64, 8), ("vm_flags", u64, 16),
@@ -75,7 +88,8 @@ def toy_btf(*, tk_data: bool = False) -> bytes:  # one statement a type
         ("thread_pid", w.pointer(pid), 72),
         ("pid_links", w.array(hnode, 4), 80), ("comm", w.array(char, 16), 144),
         ("mm", w.pointer(mm), 160), ("worker_private", void, 168), ("start_boottime", u64, 176),
-        ("fs", w.pointer(fs), 184),
+        ("fs", w.pointer(fs), 184), ("real_cred", w.pointer(cred), 192), ("parent", task_p, 200),
+        ("ptrace", u32, 208), ("children", node, 216), ("sibling", node, 232),
     )  # fmt: skip
     w.point(task_p, task)
     w.struct("kthread", 16, ("data", void, 0), ("full_name", text, 8))
@@ -203,7 +217,10 @@ class ToyKernel:
         self.poke(init + 40, "Q", init)
         self.poke(init + 144, "16s", b"swapper/0")
         self.poke(init + 176, "Q", 0)
+        self.user_ns = self.allocate(8)
+        self.poke(init + 192, "Q", self.cred())
         first = self.fork(1, "init")
+        self.poke(first + 192, "Q", self.cred())
         self.poke(first + 176, "Q", self.booted)
         self.poke(ns + 24, "Q", first)
 
@@ -217,6 +234,7 @@ class ToyKernel:
         self.poke(task + 12, "ii", pid, struct.unpack("<Q", struct.pack("<Q", pid))[0])
         self.poke(task + 40, "QQ", parent or init, signal)
         self.poke(task + 144, "16s", comm.encode())
+        self.poke(task + 216, "QQ", task + 216, task + 216)
         if leader:
             self.poke(task + 16, "i", self.peek(leader + 16) & 0xFFFF_FFFF)
             self._link(task + 56, signal)
@@ -233,6 +251,12 @@ class ToyKernel:
             self.insert(where, number, struct_pid)
         self.poke(task + 72, "Q", struct_pid)
         return task
+
+    def cred(self, ids: tuple = (0, 0, 0, 0), *, user_ns: int = 0, effective: int = ALL) -> int:
+        """Return credentials: uid, euid, suid and fsuid, namespace, capabilities; root's."""
+        cred = self.allocate(32)
+        self.poke(cred, "4IQQ", *ids, user_ns or self.user_ns, effective)
+        return cred
 
     def namespace(self, level: int, *, base: int = 0) -> int:
         ns = self.allocate(40)

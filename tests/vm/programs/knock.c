@@ -49,7 +49,7 @@ int main(int argc, char **argv)
 {
 	static char hello[4096];
 	size_t size = fread(hello, 1, sizeof(hello), stdin);
-	unsigned own = 0, port = argc > 1 ? (unsigned)atoi(argv[1]) : 1024;
+	unsigned own = 0, port = argc > 1 ? (unsigned)atoi(argv[1]) : 687;
 	int device = open("/dev/vsock", O_RDONLY);
 	int listener = vsock(VMADDR_CID_ANY, OWN_PORT, true);
 	pid_t child;
