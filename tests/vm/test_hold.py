@@ -71,12 +71,13 @@ def tmux(tmp_path):
     subprocess.run(["tmux", "-S", str(socket), "kill-server"], check=False, capture_output=True)
 
 
-def qemu_below(pid):
-    """The process that was started there, once it is QEMU."""
+def qemu_below(pid, directory):
+    """The process that was started there, once it is QEMU, and has opened its console."""
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         for one in (pid, *children(pid)):
-            if Path(f"/proc/{one}/comm").read_text().startswith("qemu-system"):
+            is_qemu = Path(f"/proc/{one}/comm").read_text().startswith("qemu-system")
+            if is_qemu and (directory / "console.log").exists():
                 return Process.find(one)
         time.sleep(0.1)
     raise AssertionError("QEMU does not start")
@@ -91,7 +92,7 @@ def test_in_tmux(dumps, tmux, ends, monkeypatch):
 
     def launch(command, directory):
         tmux("new-session", "-d", "exec " + shlex.join(command))
-        return qemu_below(int(tmux("list-panes", "-F", "#{pane_pid}")))
+        return qemu_below(int(tmux("list-panes", "-F", "#{pane_pid}")), directory)
 
     monkeypatch.setattr(boot, "_launch", launch)
     vm = lab.up(f"{PREFIX}tmux", suite=SUITE, memory="1G")
@@ -152,7 +153,7 @@ def test_in_the_foreground_of_a_shell(dumps, shell, ends, monkeypatch, tmp_path)
         extra = ["-nographic", "-chardev", "stdio,id=tty,mux=on,signal=off", "-mon", "chardev=tty"]
         script.write_text("exec " + shlex.join([*command, *extra]))
         shell.type(f"bash {script}")
-        return qemu_below(shell.pid)
+        return qemu_below(shell.pid, directory)
 
     monkeypatch.setattr(boot, "_launch", launch)
     vm = lab.up(f"{PREFIX}shell", suite=SUITE, memory="1G")
