@@ -351,7 +351,7 @@ cdef int _check_source(int64_t base, int64_t size) except -1:
 
 cdef int _check_error(int error) except -1:
     if error:
-        raise OSError(error, CUT_OFF if error == EIO else os.strerror(error))
+        raise OSError(EIO, CUT_OFF) if error == WAS_CUT_OFF else OSError(error, os.strerror(error))
     return 0
 
 

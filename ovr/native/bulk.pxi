@@ -12,6 +12,9 @@ cdef enum:
     # UIO_MAXIOV of include/uapi/linux/uio.h
     MAX_VECTORS = 1024
 
+    # In the place of an errno: a file has ended before the read; the kernel's go up to 4095.
+    WAS_CUT_OFF = 4096
+
     # What is copied between two looks at the gate: 0.2 ms or so.
     CHUNK = 1 << 20
 
@@ -158,7 +161,7 @@ cdef bint _read_chunk(Reading *job, int count, int64_t start) noexcept nogil:
         if got < 0 and errno == EAGAIN and job.flags & RWF_NOWAIT:
             return False
         if got <= 0:
-            job.error = EIO if got == 0 else errno
+            job.error = WAS_CUT_OFF if got == 0 else errno
             job.lost = job.vectors[i].iov_base
             return False
         start += got
@@ -287,7 +290,7 @@ cdef uint64_t _read_glass(Reviewing *job, Py_ssize_t i, uint64_t done) noexcept 
         if got < 0 and errno == EINTR:
             continue
         if not (got < 0 and errno == EAGAIN and job.flags & RWF_NOWAIT):
-            job.error = EIO if got == 0 else errno
+            job.error = WAS_CUT_OFF if got == 0 else errno
         return 0
 
 

@@ -8,8 +8,9 @@ cdef uint64_t PTE_DIRTY = 1 << 6
 cdef uint64_t PTE_PSE = 1 << 7
 cdef uint64_t PTE_PROTNONE = 1 << 8
 cdef uint64_t PTE_ADDRESS = 0x000FFFFFFFFFF000
-# Where a dirty entry is write-protected: Dirty without Write would mean a shadow stack. Linux kernel
-# commit fca4d413c5be ("x86/mm: Introduce _PAGE_SAVED_DIRTY") (in v6.6); unused in leaves before.
+# Where a dirty entry is write-protected: Dirty without Write would mean a shadow stack. Linux
+# kernel commit fca4d413c5be ("x86/mm: Introduce _PAGE_SAVED_DIRTY") (in v6.6); unused in leaves
+# before.
 cdef uint64_t PTE_SAVED_DIRTY = <uint64_t>1 << 58
 
 cdef enum:

@@ -210,6 +210,7 @@ from ovr.journal import Journal
 from ovr.ram import Slot
 from ovr.state import memory
 from ovr.state.memory import Copier, Target
+from tests.unit.machine import ram_file
 from tests.unit.test_copier import BEGIN, SIZE, Space
 
 memory.HOLD_BYTES = 1 << 20
@@ -225,7 +226,7 @@ def advance(count):
     done += count
     watch.advance(done, SIZE)
 
-ram = GuestRam([Slot(Gpa(0), BEGIN + SIZE, sys.argv[2], Offset(0))], writable=True)
+ram = GuestRam([Slot(Gpa(0), BEGIN + SIZE, ram_file(sys.argv[2]), Offset(0))], writable=True)
 with Holder(Monitor(pid), ram=ram) as holder, ThreadPoolExecutor(2) as pool:
     target = Target("pid 1", Space(ram), None, np.array([(BEGIN, SIZE, 0)], PIECE), image,
                     ask=None, check=lambda: None)

@@ -1,5 +1,6 @@
 """Slots, bounds, copy and compare."""
 
+import errno
 import os
 import re
 import threading
@@ -272,3 +273,17 @@ def test_what_is_in_the_page_cache(tmp_path):
         for offset, size in ((0, 0), (-1, 1), (0, -1)):
             with pytest.raises(ValueError):
                 in_page_cache(file.fileno(), offset, size)
+
+
+def test_a_read_error_is_not_called_a_file_that_was_cut_off(tmp_path):
+    """The kernel says EIO of an address of /proc/PID/mem where nothing is mapped."""
+    path = tmp_path / "ram"
+    path.write_bytes(bytes(PAGE_SIZE))
+    slot = Slot(Gpa(0), PAGE_SIZE, ram_file(path), Offset(0))
+    with (
+        Path("/proc/self/mem").open("rb") as source,
+        GuestRam([slot], writable=True, unheld=True) as ram,
+        pytest.raises(OSError, match="Input/output error") as caught,
+    ):
+        ram.copy_in(runs(run(0, PAGE_SIZE, 0)), source.fileno(), 0, PAGE_SIZE)
+    assert caught.value.errno == errno.EIO
