@@ -32,12 +32,12 @@ def suite(request):
 def writes(monkeypatch):
     """Every write of this process to guest memory."""
     seen = []
-    for name in ("write", "copy_in"):
+    for name in ("write", "copy_in", "copy_from"):
         original = getattr(GuestRam, name)
 
-        def noted(ram, *arguments, original=original):
+        def noted(ram, *arguments, original=original, **how):
             seen.append(arguments)
-            return original(ram, *arguments)
+            return original(ram, *arguments, **how)
 
         monkeypatch.setattr(GuestRam, name, noted)
     return seen
@@ -49,11 +49,12 @@ def between_copies(monkeypatch, happens):
     original = Copier._prepare
     calls = []
 
-    def prepare(copier, batch):
-        original(copier, batch)
+    def prepare(copier, batch, **how):
+        ready = original(copier, batch, **how)
         calls.append(batch)
         if len(calls) == 2:
             happens()
+        return ready
 
     monkeypatch.setattr(Copier, "_prepare", prepare)
 
@@ -92,8 +93,9 @@ def test_a_byte_that_changes_before_it_is_verified(vm, dump, monkeypatch, mode, 
         pieces = targets[0].pieces
         gva = Gva(int(pieces["gva"][int(part * len(pieces))]) + 1234 * (part > 0))
         space = targets[0].space
-        gpa = space.translate(gva)
-        space.ram.write(gpa, bytes([space.ram.read(gpa, 1)[0] ^ 0x10]))
+        with copier.holder.held():
+            gpa = space.translate(gva)
+            space.ram.write(gpa, bytes([space.ram.read(gpa, 1)[0] ^ 0x10]))
         return original(copier, targets, full=full)
 
     monkeypatch.setattr(Copier, "verify", verify)
