@@ -9,7 +9,6 @@ images are raw altogether.
 import os
 import re
 import struct
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Final, NamedTuple, TypeVar, cast
@@ -17,6 +16,7 @@ from typing import Any, Final, NamedTuple, TypeVar, cast
 from google.protobuf.message import DecodeError, Message
 
 from ovr.errors import ImagesDamaged, ImagesUnsupported
+from ovr.files import locate
 from ovr.images.packed import refuse_packed
 
 __all__ = [
@@ -304,13 +304,14 @@ def encode(message: Message) -> Frame:
 
 
 def write_image(directory: Path, name: str, chunks: Iterable[bytes]) -> None:
-    """Write the file `name` so that it is either complete or not there."""
-    with tempfile.NamedTemporaryFile(dir=directory, prefix=f".{name}.", delete=False) as file:
-        try:
-            file.writelines(chunks)
-            file.flush()
-            os.fsync(file.fileno())
-            Path(file.name).rename(directory / name)
-        except BaseException:
-            Path(file.name).unlink()
-            raise
+    """Write the file `name` so that it is either complete or not there.
+
+    Raises:
+        OSError: it cannot be written, or the directory is not this user's or root's.
+    """
+    place, name = locate(directory / name)
+    with place, place.replacement(name, 0o600) as fresh:
+        fresh.file.writelines(chunks)
+        fresh.file.flush()
+        os.fsync(fresh.file.fileno())
+        fresh.put()

@@ -58,7 +58,10 @@ def way(request, monkeypatch):
 
 def attack(path, data=b"overwritten"):
     """Write to "guest RAM", as a restore would."""
-    with Qmp.connect(path / "qmp") as qmp, GuestRam(guest_slots(qmp), writable=True) as ram:
+    with (
+        Qmp.connect(path / "qmp") as qmp,
+        GuestRam(guest_slots(qmp), writable=True, unheld=True) as ram,
+    ):
         ram.write(Gpa(0), data)
 
 
@@ -140,7 +143,7 @@ def test_descriptors_that_are_swapped_after_the_look(place, way):
         os.kill(pid, signal.SIGUSR1)
         while files_of(pid).count(place / "victim") != 2:
             time.sleep(0.001)
-        with GuestRam(slots, writable=True) as ram:
+        with GuestRam(slots, writable=True, unheld=True) as ram:
             ram.write(Gpa(0), b"overwritten")
     assert (place / "victim").read_bytes() == OURS
 
