@@ -254,12 +254,15 @@ def _killed_on_error(link: Agent, patience: float) -> Iterator[None]:
     # Nothing half-restored ever runs: whatever happens before the commit, the tree goes.
     try:
         yield
-    except BaseException:
+    except BaseException as cause:
         try:
             link.abort(patience)
         except OvrError as error:
-            # The link is broken; the agent sees that too, and kills the tree by itself.
-            log.warning("the agent does not confirm the abort: %s", error)
+            # The link is broken; the agent sees that too, and kills the tree by itself. Where the
+            # agent has said what is wrong it has ended the session, and all that was built.
+            said = isinstance(cause, OvrError) and cause.code
+            level = logging.INFO if said else logging.WARNING
+            log.log(level, "the agent does not confirm the abort: %s", error)
         raise
 
 
