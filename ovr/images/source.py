@@ -177,9 +177,7 @@ def _without_waiting(fd: int, at: int) -> bool:
         return True
     except OSError as error:
         # tmpfs, NFS, FUSE and overlays of some kernels. What else is wrong, reading will tell.
-        if error.errno != errno.EOPNOTSUPP:
-            raise
-        return False
+        return error.errno != errno.EOPNOTSUPP
     return True
 
 
