@@ -84,7 +84,7 @@ def plan_cow(
     for root, family in _families(lineage).items():
         seed = join(*(common(lineage.chained[task.pid], areas) for task, areas in family[1:]))
         seeds[root] = _seed(without(seed, lineage.zeros), family, allowed)
-    return _plan(lineage, seeds)
+    return _plan(lineage, _leave_one_page(lineage, seeds))
 
 
 @dataclass(frozen=True)
@@ -174,6 +174,23 @@ def _seed(seed: Ranges, family: Family, allowed: Callable[[Task], Ranges]) -> Ra
     return _large(seed)
 
 
+def _leave_one_page(lineage: _Lineage, seeds: dict[int, Ranges]) -> dict[int, Ranges]:
+    # One page of each task is CRIU's in any case (`placement._anchor`).
+    seeds = dict(seeds)
+    for pid, task in lineage.tasks.items():
+        pages = _pages(task)
+        if len(pages) and not len(without(pages, _populated(lineage, seeds, pid))):
+            page = ranges_of(pages["start"][:1], pages["start"][:1] + np.uint64(PAGE_SIZE))
+            for root in {pid, *lineage.rooted[pid]} & seeds.keys():
+                seeds[root] = _large(without(seeds[root], page))
+    return seeds
+
+
+def _populated(lineage: _Lineage, seeds: Mapping[int, Ranges], pid: int) -> Ranges:
+    heritage = (common(seeds[root], areas) for root, areas in lineage.rooted[pid].items())
+    return join(seeds.get(pid, no_ranges()), *heritage)
+
+
 def _plan(lineage: _Lineage, seeds: Mapping[int, Ranges]) -> CowPlan:
     edges = {root: [seed] for root, seed in seeds.items()}
     inherited: dict[int, Ranges] = {}
@@ -185,7 +202,11 @@ def _plan(lineage: _Lineage, seeds: Mapping[int, Ranges]) -> CowPlan:
         for root, seed in here.items():
             edges[root].append(common(dropped, seed))
         inherited[pid] = join(*shared.values())
-        cow = Cow(inherited[pid], join(seeds.get(pid, no_ranges())))
+        cow = Cow(
+            inherited[pid],
+            join(seeds.get(pid, no_ranges())),
+            populated=_populated(lineage, seeds, pid),
+        )
         found[pid] = Sharing(cow, dropped, {r: s for r, s in shared.items() if len(s)})
     inside = _inside(lineage, inherited)
     sharing = {

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ovr.addresses import PAGE_SIZE
-from ovr.ranges import Ranges, cut_at, inside, no_ranges
+from ovr.ranges import Ranges, cut_at, inside, join, no_ranges, ranges_of, without
 
 __all__ = ["PLACED", "Allocation", "Area", "Cow", "Reason", "Runs", "place"]
 
@@ -113,11 +113,14 @@ class Cow:
         inherited: with an ancestor that has it written.
         bequeathed: with descendants that inherit it.
         inside: with its parent or its children by way of CRIU's own images.
+        populated: where it or an ancestor has pages before children are made, whoever has them in
+            the end; the task has pages elsewhere, too, if it has any.
     """
 
     inherited: Ranges = field(default_factory=no_ranges)
     bequeathed: Ranges = field(default_factory=no_ranges)
     inside: Ranges = field(default_factory=no_ranges)
+    populated: Ranges = field(default_factory=no_ranges)
 
 
 def place(pagemap: Runs, areas: Sequence[Area], cow: Cow) -> Runs:
@@ -139,7 +142,7 @@ def place(pagemap: Runs, areas: Sequence[Area], cow: Cow) -> Runs:
     runs["reason"][_inside(runs, cow.inside)] = Reason.COW
     runs["reason"][_inside(runs, cow.inherited)] = Reason.INHERITED
     runs["allocation"][_inside(runs, cow.bequeathed)] = Allocation.BEFORE_FORK
-    runs = _anchor(_join(runs, owner))
+    runs = _anchor(_join(runs, owner), cow.populated)
     _allocate(runs, np.searchsorted(starts, runs["start"], side="right") - 1, areas)
     return runs
 
@@ -212,21 +215,14 @@ def _worth_a_piece(
     return few
 
 
-def _anchor(runs: Runs) -> Runs:
-    # CRIU 4.1 crashes on a task whose pagemap has no entry (premap_priv_vmas): keep one page.
+def _anchor(runs: Runs, populated: Ranges) -> Runs:
+    # CRIU 4.1 crashes on a task whose pagemap has no entry (premap_priv_vmas): keep one page. Not
+    # where a page is populated before the children are made: CRIU compares with what is there, and
+    # would leave a page of zeros shared that is written from outside later.
     if not len(runs) or (runs["reason"] > Reason.INHERITED).any():
         return runs
-    # One that nobody shares, if there is any: CRIU takes a page that is in the images of the parent
-    # alone away from its children, who then get one of their own.
-    shared = (runs["reason"] == Reason.INHERITED).astype(int)
-    shared[runs["allocation"] == Allocation.BEFORE_FORK] = 2
-    smallest = int(np.lexsort((runs["size"], shared))[0])
-    head = runs[smallest : smallest + 1].copy()
-    head["size"] = PAGE_SIZE
-    head["reason"] = Reason.ANCHOR
-    rest = runs[smallest : smallest + 1].copy()
-    rest["start"] += PAGE_SIZE
-    rest["size"] -= PAGE_SIZE
-    rest["offset"] += PAGE_SIZE
-    parts = [runs[:smallest], head, rest[rest["size"] > 0], runs[smallest + 1 :]]
-    return np.concatenate(parts)
+    free = without(join(ranges_of(runs["start"], runs["start"] + runs["size"])), populated)
+    page = free["start"][np.argmin(free["end"] - free["start"])]
+    runs = cut_at(runs, np.array([page, page + np.uint64(PAGE_SIZE)]), "start")
+    runs["reason"][runs["start"] == page] = Reason.ANCHOR
+    return runs
