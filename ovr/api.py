@@ -43,6 +43,7 @@ class Vm(AttachedVm):
         criu_options: Sequence[str] = (),
         engine_options: Sequence[str] = (),
         log_level: int = 2,
+        timeout: float | None = None,
     ) -> Report:
         """Restore a checkpoint and let it run; see `ovr.restore.restore`.
 
@@ -59,6 +60,8 @@ class Vm(AttachedVm):
             engine_options: further options for its ``podman container restore`` or
                 ``runc restore``.
             log_level: how much the guest's CRIU logs (its ``-v``), for `images`.
+            timeout: seconds that the guest may take to build the tree, without its memory; None: as
+                long as it makes progress.
 
         Raises:
             OvrError: what went wrong. The tree was killed, the VM runs on, the images are as they
@@ -75,7 +78,7 @@ class Vm(AttachedVm):
                 )  # fmt: skip
             return restore(
                 self, checkpoint, agent=agent, outside=outside, verify=verify,
-                log_level=log_level, watch=watch,
+                log_level=log_level, timeout=timeout, watch=watch,
             )  # fmt: skip
 
 

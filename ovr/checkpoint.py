@@ -29,8 +29,6 @@ RUNTIMES: Final = ("runc", "crun")
 
 Inside = Mapping[str, bytes | Extents]
 
-_CRIU_SECONDS: Final = 60.0
-_ENGINE_SECONDS: Final = 300.0  # it unpacks a root file system first
 _SCRIPTS_FOR_ENGINES: Final = (3, 19)  # "action-scripts: allow shell scripts in rpc mode"
 _DESCRIPTORS: Final = "descriptors.json"  # runc and crun put it beside CRIU's images
 
@@ -43,7 +41,6 @@ class Checkpoint(ABC):
         engine: what runs CRIU in the guest; None: the agent.
         container: its name, where the engine does not tell an id.
         options: put at the end of its command line.
-        patience: seconds that it may take.
         volumes: the named volumes that it makes in the guest.
     """
 
@@ -51,7 +48,6 @@ class Checkpoint(ABC):
     engine: str | None
     container: str | None = None
     options: tuple[str, ...] = ()
-    patience: float = _CRIU_SECONDS
     volumes: tuple[str, ...] = ()
 
     @abstractmethod
@@ -121,7 +117,6 @@ class PodmanCheckpoint(Checkpoint):
     """
 
     engine = "podman"
-    patience = _ENGINE_SECONDS
 
     def __init__(self, path: Path, *, name: str | None = None, options: Sequence[str] = ()) -> None:
         _check_podman_options(options)

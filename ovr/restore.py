@@ -55,6 +55,7 @@ def restore(
     outside: Sequence[str] = ("all",),
     verify: str = "sample",
     log_level: int = 2,
+    timeout: float | None = None,
     watch: Stopwatch | None = None,
 ) -> Report:
     """Restore a checkpoint into the VM and let the tree run.
@@ -66,6 +67,8 @@ def restore(
         outside: the kinds of state to write from outside, groups of them, or ``all``.
         verify: read back none of the memory, a ``sample``, or all (``full``).
         log_level: how much the guest's CRIU logs (its ``-v``), where it is not an engine's.
+        timeout: seconds that CRIU or an engine may take until the skeleton stands; None: as long as
+            it makes progress.
         watch: goes on counting where attaching left off.
 
     Raises:
@@ -88,12 +91,12 @@ def restore(
         sources = stack.enter_context(Sources())
         journal = Journal()
         # Before the first byte of it is sent: whatever interrupts us, the tree is told to go.
-        with _killed_on_error(link, checkpoint.patience):
+        with _killed_on_error(link):
             with watch("skeleton"):
                 sources.read_ahead(sources_of(plan))
                 skeleton = link.begin(
                     files, criu_options=checkpoint.options, engine=checkpoint.engine,
-                    volumes=checkpoint.volumes, timeout=checkpoint.patience, log_level=log_level,
+                    volumes=checkpoint.volumes, timeout=timeout, log_level=log_level,
                     warm_images=warm.images,
                 )  # fmt: skip
                 cold = _why_cold(warm, skeleton)
@@ -125,7 +128,7 @@ def restore(
                     vm.check_same_boot()
         # From here on the tree may run, whatever we hear, unless the agent says that it is dead.
         with watch("commit"), recording.taken_back_on(RestoreFailed):
-            root = link.go(checkpoint.patience)
+            root = link.go()
             _let_go(vm, skeleton, root.pid)
         watch.seconds["total"] = watch.total()
         return Report(
@@ -250,13 +253,13 @@ def _refuse_large(images: Mapping[str, bytes | Extents]) -> None:
 
 
 @contextmanager
-def _killed_on_error(link: Agent, patience: float) -> Iterator[None]:
+def _killed_on_error(link: Agent) -> Iterator[None]:
     # Nothing half-restored ever runs: whatever happens before the commit, the tree goes.
     try:
         yield
     except BaseException as cause:
         try:
-            link.abort(patience)
+            link.abort()
         except OvrError as error:
             # The link is broken; the agent sees that too, and kills the tree by itself. Where the
             # agent has said what is wrong it has ended the session, and all that was built.

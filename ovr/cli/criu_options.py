@@ -70,6 +70,10 @@ TABLE: Final[tuple[Option, ...]] = (
     *_options(
         Fate.OURS, "the root task's pid, as the guest sees it; must not exist", "--pidfile="
     ),
+    *_options(
+        Fate.OURS, "how many seconds the guest may take to build the tree, without its memory;"
+        " `criu restore` takes it and does nothing with it", "--timeout="
+    ),
     *_options(Fate.OURS, "shows what is in `stats-restore`", "--display-stats"),
     *_options(Fate.OURS, "the help of `ovr restore`", "-h/--help"),
     *_options(
@@ -91,7 +95,7 @@ TABLE: Final[tuple[Option, ...]] = (
     *_options(Fate.IGNORED, "no descriptor of the caller reaches CRIU", "--close="),
     *_options(
         Fate.IGNORED, "of `criu dump`; `criu restore` takes it and does nothing with it",
-        """-R/--leave-running --track-mem --prev-images-dir= --timeout= --freeze-cgroup=
+        """-R/--leave-running --track-mem --prev-images-dir= --freeze-cgroup=
         --cgroup-dump-controller= --pre-dump-mode= --ghost-fiemap""",
     ),
     *_options(

@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import math
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -58,6 +59,10 @@ def add(commands: Any) -> None:
         "--verify", choices=VERIFY_MODES, default="sample",
         help="read back none, a sample or all of the memory before the tree may run",
     )  # fmt: skip
+    parser.add_argument(
+        "--timeout", type=_seconds, metavar="SECONDS",
+        help="how long the guest may take to build the tree (default: while it makes progress)",
+    )  # fmt: skip
     parser.add_argument("--dry-run", action="store_true", help="check and show the plan only")
     _add_files(parser)
     parser.add_argument(
@@ -67,6 +72,16 @@ def add(commands: Any) -> None:
     json_option(parser)
     add_criu_options(parser)
     parser.set_defaults(run=run)
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0.001 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds")
+    return value
 
 
 def _add_container(parser: argparse.ArgumentParser) -> None:
@@ -153,7 +168,7 @@ def _restore(options: argparse.Namespace) -> Report:
         report = vm.restore(
             **_source(options), agent=options.agent, outside=options.outside,
             verify=options.verify, criu_options=options.criu_options,
-            log_level=options.log_level,
+            log_level=options.log_level, timeout=options.timeout,
         )  # fmt: skip
         finish(report)
         if picture:

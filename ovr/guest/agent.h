@@ -242,6 +242,7 @@ struct tree {
 	pid_t criu, root;	/* 0: none, or gone */
 	bool orphans;		/* unknown children of this process belong to it too */
 	pid_t runtime;		/* so do the children of this one; 0: none */
+	pid_t engine;		/* has started CRIU, or will; 0: none */
 };
 
 bool tree_stop_criu(pid_t criu);
@@ -249,6 +250,8 @@ bool tree_stop_criu(pid_t criu);
 bool tree_kill(struct tree tree);
 /* Ids of the threads that CRIU traces; -1 when there are too many. */
 int tree_traced(pid_t criu, uint32_t ids[MAX_TREE]);
+/* Give the zombies of a tree this nice value. */
+void tree_renice_zombies(struct tree tree, int nice);
 /* The tracer of a task, or 0. */
 pid_t tree_tracer(pid_t pid);
 /* The parent of a task, or 0. */
@@ -293,6 +296,8 @@ void priority_raise(pid_t pid);
 void priority_real_time(pid_t pid);
 /* In a child that is to become another program: as this process was before it was raised. */
 void priority_of_child(void);
+/* This process's nice value, not counting that it is raised. */
+int priority_before(void);
 /* As everybody else; a session's other processes too. */
 void priority_reset(pid_t pid);
 

@@ -85,6 +85,11 @@ void priority_of_child(void)
 	prctl(PR_SET_TIMERSLACK, own_slack);
 }
 
+int priority_before(void)
+{
+	return raised ? own_nice : getpriority(PRIO_PROCESS, 0);
+}
+
 void priority_reset(pid_t pid)
 {
 	if (!pid && !raised)

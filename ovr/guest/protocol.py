@@ -98,7 +98,7 @@ __all__ = [
     "proof_text",
 ]
 
-VERSION = 5
+VERSION = 6
 VSOCK_PORT = 687
 """Where the agent listens. Below 1024: the guest's kernel gives such a port only to who has
 CAP_NET_BIND_SERVICE in its initial user namespace (__vsock_bind_connectible in
@@ -183,7 +183,9 @@ class Code(StrEnum):
     SILENT = "silent"
     """The host said nothing for too long."""
     TIMEOUT = "timeout"
-    """CRIU took too long to build the tree."""
+    """CRIU took longer than the host permits to build the tree."""
+    STALLED = "stalled"
+    """CRIU made no progress for too long."""
     CRIU = "criu"
     """CRIU died, or does not behave."""
     HOOK = "hook"
@@ -233,7 +235,8 @@ class Begin(Message):
     Attributes:
         criu_options: put at the end of the command line of CRIU or the engine.
         silence_ms: abort when the host says nothing for so long.
-        timeout_ms: abort when CRIU has not reached the hook after so long.
+        stall_ms: abort when CRIU makes no progress for so long (`progress.c`).
+        timeout_ms: abort when CRIU has not reached the hook after so long; none: no limit.
         log_level: CRIU's ``-v``.
         keep_log: leave the restore's directory (without the images) in the guest.
         volumes: what podman makes volumes of; they are removed if the restore fails.
@@ -245,12 +248,13 @@ class Begin(Message):
 
     criu_options: tuple[str, ...]
     silence_ms: int
-    timeout_ms: int
+    stall_ms: int
     log_level: int
     keep_log: bool
     warm_images: tuple[str, ...] = ()
     engine: str | None = None
     volumes: tuple[str, ...] = ()
+    timeout_ms: int | None = None
 
 
 class Touch(Message):

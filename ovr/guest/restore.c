@@ -148,7 +148,9 @@ static void begin(struct session *session, const struct message *message)
 	restore.keep_log = message_uint(message, KEY_KEEP_LOG);
 	restore.silence_ms = deadline_ms(message, KEY_SILENCE_MS);
 	restore.silent_at = now_ms() + restore.silence_ms;
-	restore.late_at = now_ms() + deadline_ms(message, KEY_TIMEOUT_MS);
+	restore.late_at = message_has(message, KEY_TIMEOUT_MS) ?
+		now_ms() + deadline_ms(message, KEY_TIMEOUT_MS) : LLONG_MAX;
+	progress_begin(deadline_ms(message, KEY_STALL_MS));
 }
 
 static void go(struct session *session)
@@ -272,7 +274,9 @@ void restore_work(void)
 	else if (restore.phase == HELD && restore_criu_ended())
 		restore_abort(CODE_CRIU, "criu died while it held the tree");
 	else if (restore.phase == BUILDING && now_ms() >= restore.late_at)
-		restore_abort(CODE_TIMEOUT, "criu took too long to build the tree");
+		restore_abort(CODE_TIMEOUT, "criu took longer than the given timeout");
+	else if (restore.phase == BUILDING && progress_stalled())
+		restore_abort(CODE_STALLED, "criu makes no progress");
 	else if (restore.phase == ENDING && now_ms() >= restore.late_at)
 		restore_engine_too_late();
 	else if (host_must_speak() && now_ms() >= restore.silent_at)
@@ -296,8 +300,10 @@ void restore_watch(struct loop *loop)
 	hook_watch(loop);
 	if (restore.phase == HELD && restore.theirs.end >= 0)
 		loop_watch(loop, restore.theirs.end, POLLIN, on_criu_end, NULL);
-	if (restore.phase == BUILDING || restore.phase == ENDING)
+	if ((restore.phase == BUILDING || restore.phase == ENDING) && restore.late_at < LLONG_MAX)
 		loop_wake_at(loop, restore.late_at);
+	if (restore.phase == BUILDING)
+		loop_wake_at(loop, progress_look_at());
 	if (host_must_speak())
 		loop_wake_at(loop, restore.silent_at);
 }

@@ -4,6 +4,7 @@
  *   restore.c		the host's words, and deadlines
  *   restore_hook.c	CRIU's hook, and the tree that it holds
  *   restore_end.c	every end, and what the host hears of it
+ *   progress.c		whether CRIU makes progress
  */
 #ifndef OVR_RESTORE_H
 #define OVR_RESTORE_H
@@ -30,7 +31,7 @@ struct restore {
 	struct engine_criu theirs;	/* the engine's CRIU, from its first word on */
 	bool child_ended, keep_log, warm;
 	int child_status;
-	int64_t silence_ms, silent_at, late_at;
+	int64_t silence_ms, silent_at, late_at;	/* late_at: LLONG_MAX without a limit */
 	int step;		/* ENDING: of the removal of what an engine has left */
 };
 
@@ -54,5 +55,12 @@ void restore_abort(enum code code, const char *reason);
 /* What we have started has ended: CRIU, an engine, or what removes the rest of an engine's restore. */
 void restore_child_ended(void);
 void restore_engine_too_late(void);
+
+/* progress.c */
+/* Watch what was started; it is stalled when nothing changes in it for so long. */
+void progress_begin(int64_t period_ms);
+bool progress_stalled(void);
+/* When to ask that again. */
+int64_t progress_look_at(void);
 
 #endif

@@ -55,6 +55,8 @@ static void tree_stands(pid_t root)
 void hook_reset_priorities(void)
 {
 	priority_reset(restore.criu);
+	/* CRIU gives each task its nice value, but zombies none: they have CRIU's own. */
+	tree_renice_zombies((struct tree){.root = restore.root}, priority_before());
 	/* By the library in its CRIU each session of the tree has been first. */
 	for (int i = 0; restore.warm && i < count; i++)
 		priority_reset((pid_t)tasks[i]);

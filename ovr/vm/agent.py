@@ -22,6 +22,7 @@ __all__ = ["Agent", "Completed", "Hello", "Mapping", "Portion", "Restored", "Ske
 
 MessageT = TypeVar("MessageT", bound=Message)
 
+STALL_SECONDS: Final = 120.0
 _FILES_PER_FRAME = 512
 _BYTES_PER_TOUCH: Final = 4 << 30
 """Of several portions: what one request may take to allocate is bounded."""
@@ -150,7 +151,8 @@ class Agent(LabSession):
         *,
         criu_options: Sequence[str] = (),
         silence: float = 10.0,
-        timeout: float = 60.0,
+        stall: float = STALL_SECONDS,
+        timeout: float | None = None,
         log_level: int = 2,
         keep_log: bool = False,
         engine: str | None = None,
@@ -166,7 +168,8 @@ class Agent(LabSession):
             images: the inside image set: plain file names and contents, whole or in pieces.
             criu_options: added to ``criu restore -d …``, or to the engine's command.
             silence: seconds without a frame after which the agent kills the tree.
-            timeout: seconds that CRIU may take.
+            stall: seconds without progress of CRIU's after which the agent kills the tree.
+            timeout: seconds that CRIU may take; None: as long as it makes progress.
             log_level: CRIU's ``-v``.
             keep_log: leave CRIU's log in the guest.
             volumes: those that podman makes, to be removed if the restore fails.
@@ -185,7 +188,8 @@ class Agent(LabSession):
         begin = protocol.Begin(
             tuple(criu_options),
             silence_ms=int(silence * 1000),
-            timeout_ms=int(timeout * 1000),
+            stall_ms=int(stall * 1000),
+            timeout_ms=None if timeout is None else int(timeout * 1000),
             log_level=log_level,
             keep_log=keep_log,
             engine=engine,
@@ -200,19 +204,18 @@ class Agent(LabSession):
             except ProtocolError as error:
                 self.close()
                 raise ImagesUnsupported(f"the inside image set cannot be sent: {error}") from error
-            stopped = self._outcome(protocol.Stopped, self._deadline(timeout + self._timeout))
+            stopped = self._outcome(protocol.Stopped)
         return Skeleton(
             stopped.root_pid, stopped.criu_pid, stopped.tasks, stopped.warm, one_line(stopped.note)
         )
 
-    def touch(self, portions: Iterable[Portion], timeout: float = 120.0) -> None:
+    def touch(self, portions: Iterable[Portion]) -> None:
         """Have pages of held tasks allocated, charged to them.
 
         A request takes the guest a process, so portions of many tasks share one.
 
         Args:
             portions: the pages.
-            timeout: seconds that each of several requests may take.
 
         Raises:
             RestoreFailed: the guest has no memory for them, or they lie in no area of the task.
@@ -220,7 +223,7 @@ class Agent(LabSession):
         """
         for request in _requests(portions):
             self._send(request)
-            self._outcome(protocol.Touched, self._deadline(timeout))
+            self._outcome(protocol.Touched)
 
     def map(
         self,
@@ -228,8 +231,6 @@ class Agent(LabSession):
         file: str,
         size: int,
         ranges: Sequence[tuple[int, int]],
-        *,
-        timeout: float = 120.0,
     ) -> "Mapping":
         """Have a shared object of a held task mapped by a process of the agent's, up to `go`.
 
@@ -239,7 +240,6 @@ class Agent(LabSession):
             size: of the object, in bytes; whole pages.
             ranges: offsets and sizes in bytes of what is to be allocated, charged to the task's
                 cgroup.
-            timeout: seconds that each of several requests may take.
 
         Raises:
             RestoreFailed: it is no shared memory, or the guest has no memory for it.
@@ -247,25 +247,24 @@ class Agent(LabSession):
         """
         first, more = ranges[: protocol.MAX_RANGES], ranges[protocol.MAX_RANGES :]
         self._send(protocol.Map(pid, file, size, _flat(first)))
-        mapped = self._outcome(protocol.Mapped, self._deadline(timeout))
+        mapped = self._outcome(protocol.Mapped)
         here = [(mapped.address + at, length) for at, length in more]
-        self.touch([Portion(mapped.pid, True, here)], timeout)
+        self.touch([Portion(mapped.pid, True, here)])
         return Mapping(mapped.pid, Gva(mapped.address))
 
-    def warm(self, size: int, place: int = 0, timeout: float = 600.0) -> "Warm":
+    def warm(self, size: int, place: int = 0) -> "Warm":
         """Have a CRIU started in advance, with so many bytes of memory; 0: end the one there is.
 
         Args:
             size: bytes.
             place: how far behind a multiple of 1 GiB they begin, in bytes; whole huge pages.
-            timeout: seconds.
 
         Raises:
             RestoreFailed: the guest has not so much memory, or cannot do it.
             AgentUnreachable: the link broke.
         """
         self._send(protocol.Warm(size, place))
-        return self._warmed(timeout)
+        return self._warmed()
 
     def pool(self) -> "Warm":
         """Ask what there is.
@@ -274,13 +273,13 @@ class Agent(LabSession):
             AgentUnreachable: the link broke.
         """
         self._send(protocol.Pool())
-        return self._warmed(None)
+        return self._warmed()
 
-    def _warmed(self, timeout: float | None) -> "Warm":
-        found = self._outcome(protocol.Warmed, self._deadline(timeout))
+    def _warmed(self) -> "Warm":
+        found = self._outcome(protocol.Warmed)
         return Warm(found.size, found.huge, found.pid, Gva(found.address), one_line(found.note))
 
-    def go(self, timeout: float | None = None) -> Restored:
+    def go(self) -> Restored:
         """Let the tree run; returns when CRIU has detached and ended.
 
         Raises:
@@ -288,10 +287,10 @@ class Agent(LabSession):
             AgentUnreachable: the link broke.
         """
         self._send(protocol.Go())
-        restored = self._outcome(protocol.Restored, self._deadline(timeout))
+        restored = self._outcome(protocol.Restored)
         return Restored(restored.pid, restored.container)
 
-    def abort(self, timeout: float | None = None) -> None:
+    def abort(self) -> None:
         """Kill the tree; returns when all of it is gone.
 
         Raises:
@@ -299,8 +298,7 @@ class Agent(LabSession):
             AgentUnreachable: the link broke (the agent then kills the tree as well).
         """
         self._send(protocol.Abort())
-        deadline = self._deadline(timeout)
-        message = self._receive(deadline)
+        message = self._receive(None)
         if isinstance(message, protocol.Aborted | protocol.Failed):
             if not message.gone:
                 raise still_there()
@@ -317,8 +315,8 @@ class Agent(LabSession):
             self._outcome(protocol.Stopped, time.monotonic())
             raise
 
-    def _outcome(self, kind: type[MessageT], deadline: float) -> MessageT:
-        """Return the `kind` message that a step should end with."""
+    def _outcome(self, kind: type[MessageT], deadline: float | None = None) -> MessageT:
+        """Return the `kind` message that a step should end with, however long it takes."""
         message = self._receive(deadline)
         if isinstance(message, kind):
             return message

@@ -45,7 +45,8 @@ _CURES: Final = {
 _CURES_OF_ABORTS: Final = {
     Code.LINK: "was QEMU or the host too busy?",
     Code.SILENT: "was ovr stopped, or the host too busy?",
-    Code.TIMEOUT: "is the guest too busy?",
+    Code.TIMEOUT: "give a longer --timeout, or none",
+    Code.STALLED: "what in the guest does it wait for: a file server, a full pipe?",
     Code.AGENT: "wait until the agent runs again",
 }
 

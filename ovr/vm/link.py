@@ -117,9 +117,9 @@ class Link:
             self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
 
-    def readable(self) -> bool:
-        """Whether a read would not wait."""
-        return bool(self._wait(select.POLLIN, time.monotonic()))
+    def readable(self, seconds: float = 0.0) -> bool:
+        """Whether a read would not wait, now or after at most so many seconds."""
+        return bool(self._wait(select.POLLIN, time.monotonic() + seconds))
 
     def receive(self, deadline: float) -> bytes:
         """Return some bytes, at least one.

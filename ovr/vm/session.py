@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Self, TypeVar
+from typing import Final, Self, TypeVar
 
 from ovr.addresses import Gva
 from ovr.errors import AgentUnreachable
@@ -19,7 +19,12 @@ __all__ = ["Hello", "Session", "one_line"]
 
 MessageT = TypeVar("MessageT", bound=Message)
 
-_SEND_SECONDS = 60.0
+_SEND_SECONDS: Final = 60.0
+_HEARTBEAT: Final = 0
+"""The number of pings whose answers only show that the agent lives."""
+_HEARTBEAT_SECONDS: Final = 5.0
+_DEAD_AFTER: Final = 6
+"""Times the patience for an answer: the agent does not read while it kills a tree."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +85,8 @@ class Session:
 
         Args:
             address: ``vsock:CID[:PORT]``, ``unix:PATH[:PORT]`` or ``serial:PATH``.
-            timeout: how long an answer may take, now and later, in seconds.
+            timeout: how long an answer may take, now and later, in seconds; what takes the guest
+                longer is waited for as long as the agent answers pings.
 
         Raises:
             UsageError: the address makes no sense.
@@ -143,6 +149,7 @@ class Session:
             thread.join()
 
     def _deadline(self, timeout: float | None) -> float:
+        # In `time.monotonic()` seconds.
         return time.monotonic() + (self._timeout if timeout is None else timeout)
 
     # Greeting ------------------------------------------------------------------------------
@@ -199,18 +206,34 @@ class Session:
         with self._writing:
             self._link.send(frame, time.monotonic() + _SEND_SECONDS)
 
-    def _receive(self, deadline: float) -> Message:
+    def _receive(self, deadline: float | None) -> Message:
         """Return the next message.
+
+        Args:
+            deadline: until when to wait; None: as long as the agent answers pings.
 
         Raises:
             AgentUnreachable: none came, or nonsense.
         """
-        while (frame := self._take_frame()) is None:
-            self._input += self._link.receive(deadline)
-        try:
-            return decode(frame)
-        except ProtocolError as error:
-            raise self._broken(str(error)) from error
+        while True:
+            while (frame := self._take_frame()) is None:
+                self._input += self._link.receive(self._await_input(deadline))
+            try:
+                message = decode(frame)
+            except ProtocolError as error:
+                raise self._broken(str(error)) from error
+            if not (isinstance(message, protocol.Pong) and message.number == _HEARTBEAT):
+                return message
+
+    def _await_input(self, deadline: float | None) -> float:
+        # Until when to read. Without a deadline the agent is asked now and then whether it lives.
+        if deadline is not None:
+            return deadline
+        dead = time.monotonic() + _DEAD_AFTER * self._timeout
+        interval = min(_HEARTBEAT_SECONDS, self._timeout)
+        while time.monotonic() < dead and not self._link.readable(interval):
+            self._send(protocol.Ping(_HEARTBEAT))
+        return time.monotonic()
 
     def _take_frame(self) -> bytes | None:
         if len(self._input) < 4:

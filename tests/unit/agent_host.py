@@ -103,8 +103,11 @@ while (found := os.read(pids, 100)).count(b" ") < 2:
     os.write(reporter, found)
     time.sleep(0.01)
 tree = {{int(word) for word in found.split()}} | {{root}}
-if mode == "slow":
+if mode == "stalled":
     time.sleep(60)
+if mode == "slow":
+    while time.process_time() < 2.5:
+        pass
 if mode == "fail-built":
     say("(00.3) Error (criu/cr-restore.c:3): too late")
     for pid in tree:

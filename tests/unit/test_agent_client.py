@@ -419,3 +419,28 @@ def test_header_compiles(tmp_path: Path) -> None:
         ["gcc", "-std=c11", "-Wall", "-Wno-unused", "-Werror", "-fsyntax-only", tmp_path / "x.c"],
         check=True,
     )
+
+
+def test_the_guest_may_take_its_time() -> None:
+    """Longer than any answer may take: the agent answers pings meanwhile."""
+
+    def script(connection: socket.socket) -> None:
+        assert isinstance(read_message(connection), protocol.Go)
+        for _ in range(15):
+            ping = read_message(connection)
+            assert isinstance(ping, protocol.Ping)
+            connection.sendall(frame({"op": "pong", "number": ping.number}))
+        connection.sendall(frame({"op": "restored", "pid": 7}))
+
+    with peer(script) as link:
+        assert Agent(link, 0.2).go().pid == 7
+
+
+def test_the_agent_must_answer_pings() -> None:
+    def script(connection: socket.socket) -> None:
+        read_message(connection)
+
+    with peer(script) as link:
+        agent = Agent(link, 0.2)
+        with pytest.raises(AgentUnreachable, match="does not answer"):
+            agent.go()

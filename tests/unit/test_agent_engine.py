@@ -9,6 +9,7 @@ import pytest
 
 from ovr.errors import CriuFailed, RestoreFailed
 from ovr.guest import protocol
+from ovr.guest.protocol import Code
 from ovr.vm.agent import Agent, Skeleton
 from tests.unit.agent_host import AgentHost, agent_dies, alive, hook_dies, kill, wait_for
 
@@ -130,8 +131,23 @@ def test_agent_is_told_to_end(host: AgentHost, agent: Agent) -> None:
 
 
 def test_it_takes_too_long(host: AgentHost, agent: Agent) -> None:
-    with pytest.raises(RestoreFailed, match="took too long"):
-        begin(host, agent, "slow", timeout=2.0)
+    with pytest.raises(RestoreFailed, match="longer than the given timeout"):
+        begin(host, agent, "stalled", timeout=2.0)
+    assert not host.marks
+    assert not host.restores
+    assert not host.containers
+
+
+def test_it_makes_progress(host: AgentHost, agent: Agent) -> None:
+    skeleton = begin(host, agent, "slow", stall=1.5)
+    agent.go()
+    kill(*skeleton.tasks)
+
+
+def test_it_makes_no_progress(host: AgentHost, agent: Agent) -> None:
+    with pytest.raises(RestoreFailed, match="makes no progress") as caught:
+        begin(host, agent, "stalled", stall=1.5)
+    assert caught.value.code == Code.STALLED
     assert not host.marks
     assert not host.restores
     assert not host.containers

@@ -10,6 +10,7 @@ import pytest
 
 from ovr.errors import CriuFailed, PidTaken, RestoreFailed
 from ovr.guest import protocol
+from ovr.guest.protocol import Code
 from ovr.vm.agent import Agent
 from tests.unit.agent_host import (
     IMAGES,
@@ -127,7 +128,7 @@ def start(host: AgentHost, agent: Agent, mode: str) -> None:
     """Say begin, and do not wait for the tree."""
     for message in (
         protocol.Files(("a",), (b"",)),
-        protocol.Begin(host.criu_options(mode), 60000, 60000, 2, False, ()),
+        protocol.Begin(host.criu_options(mode), 60000, 60000, 2, False),
     ):
         agent._send(message)
     wait_for(lambda: host.restores)
@@ -143,14 +144,30 @@ def test_agent_dies_before_the_hook(host: AgentHost, agent: Agent) -> None:
 
 
 def test_criu_takes_too_long(host: AgentHost, agent: Agent) -> None:
-    with pytest.raises(RestoreFailed, match="took too long"):
+    with pytest.raises(RestoreFailed, match="longer than the given timeout") as caught:
         agent.begin(IMAGES, criu_options=host.criu_options("slow"), timeout=1.0)
+    assert caught.value.code == Code.TIMEOUT
+    assert not host.marks
+    assert not host.restores
+
+
+def test_criu_makes_progress(host: AgentHost, agent: Agent) -> None:
+    """Large trees take long."""
+    skeleton = agent.begin(IMAGES, criu_options=host.criu_options("slow"), stall=1.0)
+    assert agent.go().pid == skeleton.root_pid
+    kill(*skeleton.tasks)
+
+
+def test_criu_makes_no_progress(host: AgentHost, agent: Agent) -> None:
+    with pytest.raises(RestoreFailed, match="makes no progress") as caught:
+        agent.begin(IMAGES, criu_options=host.criu_options("stalled"), stall=1.0)
+    assert caught.value.code == Code.STALLED
     assert not host.marks
     assert not host.restores
 
 
 def test_link_breaks_while_criu_builds(host: AgentHost, agent: Agent) -> None:
-    start(host, agent, "slow")
+    start(host, agent, "stalled")
     agent.close()
     wait_for(lambda: not host.restores)
     assert not host.marks

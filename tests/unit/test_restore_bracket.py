@@ -32,7 +32,7 @@ class Link:
     def keep_alive(self):
         yield
 
-    def abort(self, timeout):
+    def abort(self):
         self.aborted += 1
 
 
@@ -42,7 +42,7 @@ def test_an_interrupt_around_begin(monkeypatch, when):
     plan = SimpleNamespace(inside_images=dict, tasks=[], shared=[], states=())
     checkpoint = SimpleNamespace(
         images=None, check=lambda hello: None, files=lambda inside: {}, options=(), engine=None,
-        volumes=(), patience=1.0, container=None,
+        volumes=(), container=None,
     )  # fmt: skip
     for name, stand_in in {
         "claimed": lambda slots: nullcontext(),

@@ -11,6 +11,7 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
+#include <sys/resource.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -144,6 +145,9 @@ static void check_zombies(void)
 
 		expect(there && info.si_pid == self.zombies[i], "zombie %d of %d is not there",
 		       self.zombies[i], self.number);
+		/* As when CRIU alone restores them. */
+		expect(getpriority(PRIO_PROCESS, (id_t)self.zombies[i]) == 0,
+		       "zombie %d of %d has another nice value", self.zombies[i], self.number);
 		if (i < 2)
 			expect(info.si_code == CLD_EXITED && info.si_status == zombie_status(i),
 			       "zombie %d: code %d, status %d", i, info.si_code, info.si_status);
