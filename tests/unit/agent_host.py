@@ -27,6 +27,7 @@ from ovr.vm.link import Address, Link
 _PYTHON = Path(
     str(sysconfig.get_config_var("BINDIR")), f"python{sysconfig.get_config_var('VERSION')}"
 )
+_PF_EXITING = 0x4  # include/linux/sched.h
 SECRET_AT = len(protocol.SECRET_MAGIC) + 3 * 8
 """Where in its page the agent's secret is: `proof.c`."""
 IMAGES = {"inventory.img": b"inventory", "core-1.img": b"\x00" * 5000, "empty.img": b""}
@@ -301,8 +302,8 @@ def wait_for(condition: Callable[[], object], patience: float = 10.0) -> None:
 
 
 def alive(*pids: int) -> bool:
-    """Whether any of the processes lives (a zombie does not)."""
-    return any(_state(pid) not in ("", "Z", "X") for pid in pids)
+    """Whether any of the processes may still run: no zombie, and none that exits."""
+    return any(_may_run(pid) for pid in pids)
 
 
 def kill(*pids: int) -> None:
@@ -348,11 +349,12 @@ def agent_dies(host: AgentHost, agent: Agent, skeleton: Skeleton) -> None:
     host.process.wait()
 
 
-def _state(pid: int) -> str:
+def _may_run(pid: int) -> bool:
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        state, *numbers = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except (FileNotFoundError, ProcessLookupError):
-        return ""
+        return False
+    return state not in ("Z", "X") and not int(numbers[5]) & _PF_EXITING
 
 
 def _last_word(pid: int) -> str:

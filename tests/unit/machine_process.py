@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from ovr.addresses import Gpa, Offset
@@ -101,9 +102,11 @@ class RunningMachine:
         return [int(pid) for pid in text.split()]
 
     def close(self) -> None:
-        for pid in {self.pid, self.process.pid}:
-            if self.process.poll() is None:
-                os.kill(pid, 9)
+        # The machine before its parent, which ends when the machine does.
+        if self.process.poll() is None:
+            with suppress(ProcessLookupError):
+                os.kill(self.pid, 9)
+        self.process.kill()
         self.process.wait()
         assert self.process.stdout is not None
         self.process.stdout.close()
