@@ -290,18 +290,21 @@ def test_another_process_gets_the_pid_of_who_allocated_memory(
     host: AgentHost, agent: Agent
 ) -> None:
     """Its end is its own: the host hears of it."""
+    # Another program of this machine may get the pid, and keep it: then with another one.
+    assert any(_pid_is_given_again(host, agent) for _ in range(10))
+
+
+def _pid_is_given_again(host: AgentHost, agent: Agent) -> bool:
     skeleton = begin(host, agent)
     fd = shared_fd(skeleton.root_pid)
     mapping = agent.map(skeleton.root_pid, f"fd/{fd}", 16 * PAGE, [(0, PAGE)])
     agent.go()
-    wait_for(lambda: host.marks == set(skeleton.tasks))
+    wait_for(lambda: set(skeleton.tasks) <= host.marks)
     assert not alive(mapping.pid)
-    for _ in range(50):
-        # Others may be faster; then once more.
-        Path("/proc/sys/kernel/ns_last_pid").write_text(str(mapping.pid - 1))
-        done = agent.run(["sh", "-c", "echo $$"], timeout=5)
-        if int(done.stdout) == mapping.pid:
-            break
-    else:
-        pytest.fail(f"no process got pid {mapping.pid}")
     kill(*skeleton.tasks)
+    for _ in range(50):
+        Path("/proc/sys/kernel/ns_last_pid").write_text(str(mapping.pid - 1))
+        done = agent.run(["sh", "-c", "echo $$"], timeout=30)
+        if int(done.stdout) == mapping.pid:
+            return True
+    return False
