@@ -172,7 +172,14 @@ class PidTaken(RestoreFailed):
 
 
 class CriuFailed(RestoreFailed):
-    """CRIU in the guest failed before the skeleton stood."""
+    """CRIU in the guest failed before the skeleton stood.
+
+    Attributes:
+        file: the path, without its first slash, of a file that is not as it was at the dump, if
+            that is why.
+    """
+
+    file: str | None = None
 
 
 class LabError(OvrError):

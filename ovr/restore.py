@@ -12,6 +12,7 @@ from ovr.addresses import Gva
 from ovr.checkpoint import Checkpoint
 from ovr.errors import (
     AgentUnreachable,
+    CriuFailed,
     ImagesUnsupported,
     KernelNotFound,
     OvrError,
@@ -20,6 +21,7 @@ from ovr.errors import (
 )
 from ovr.guest.protocol import MAX_IMAGE_BYTES
 from ovr.images import Extents, image_size
+from ovr.images.regular import regular_file
 from ovr.images.source import Sources
 from ovr.journal import Journal
 from ovr.kernel import find_task, settled
@@ -92,7 +94,7 @@ def restore(
         journal = Journal()
         # Before the first byte of it is sent: whatever interrupts us, the tree is told to go.
         with _killed_on_error(link):
-            with watch("skeleton"):
+            with watch("skeleton"), _files_described(checkpoint):
                 sources.read_ahead(sources_of(plan))
                 skeleton = link.begin(
                     files, criu_options=checkpoint.options, engine=checkpoint.engine,
@@ -266,6 +268,17 @@ def _killed_on_error(link: Agent) -> Iterator[None]:
             said = isinstance(cause, OvrError) and cause.code
             level = logging.INFO if said else logging.WARNING
             log.log(level, "the agent does not confirm the abort: %s", error)
+        raise
+
+
+@contextmanager
+def _files_described(checkpoint: Checkpoint) -> Iterator[None]:
+    # CRIU names a file that it misses; the images tell what it was.
+    try:
+        yield
+    except CriuFailed as error:
+        if error.file and (was := regular_file(checkpoint.images, error.file)):
+            error.hint += f"; {was}"
         raise
 
 

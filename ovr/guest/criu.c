@@ -156,7 +156,7 @@ int criu_log_errors(const struct directory *directory, char lines[LOG_LINES][LOG
 	int count;
 
 	snprintf(path, sizeof(path), "%s/restore.log", directory->path);
-	count = collect(path, "Error", lines);
+	count = collect(path, "Error (", lines);
 	if (count)
 		return count;
 	/* It did not get as far as its log: bad options, a missing library. */

@@ -290,7 +290,7 @@ void engine_result(const struct directory *directory, char line[LOG_WIDTH])
 int engine_log_errors(const struct directory *directory, const struct engine_criu *criu,
 		      char lines[LOG_LINES][LOG_WIDTH])
 {
-	int count = log_collect(criu->log, "Error", lines, 0), fd;
+	int count = log_collect(criu->log, "Error (", lines, 0), fd;
 	char path[300];
 
 	snprintf(path, sizeof(path), "%s/" ENGINE_ERR, directory->path);

@@ -1,6 +1,6 @@
 """What the agent says of a restore that went wrong, as the errors that a user sees.
 
-Hints go by the agent's codes. Only lines of CRIU's own log are matched: it has no codes.
+Hints go by the agent's codes. Only CRIU's own log is searched (`criu_log`): it has no codes.
 """
 
 import re
@@ -9,6 +9,7 @@ from typing import Final
 from ovr.errors import CriuFailed, PidTaken, RestoreFailed
 from ovr.guest import protocol
 from ovr.guest.protocol import Code
+from ovr.vm.criu_log import FREE_MEMORY, KILLED, failure_in
 from ovr.vm.session import one_line
 
 __all__ = ["aborted", "failure", "refused", "still_there"]
@@ -20,11 +21,6 @@ _PID_TAKEN: Final = (
     re.compile(r"Pid \d+ do not match expected (\d+)"),
     re.compile(r"Thread pid mismatch (\d+)/\d+"),
 )
-# sigchld_handler() in criu/cr-restore.c.
-_TASK_KILLED: Final = re.compile(r"\d+ killed by signal 9\b")
-
-_FREE_MEMORY: Final = "free memory in the guest, or raise the limit of the task's cgroup"
-_KILLED: Final = f"was it the OOM killer? See the guest's kernel log; {_FREE_MEMORY}"
 _SAME_VERSION: Final = "install the ovr-agent of this ovr in the guest: ovr agent deb"
 _AGAIN: Final = "try again"
 
@@ -34,10 +30,10 @@ _CURES: Final = {
     Code.UNPROVEN: "is another program between ovr and the agent?",
     Code.PROOF: "is this agent in the VM that --vm names?",
     Code.BUSY: "wait until the other restore has ended",
-    Code.NO_MEMORY: _FREE_MEMORY,
+    Code.NO_MEMORY: FREE_MEMORY,
     Code.NO_SPACE: "free memory or disk space in the guest where that directory is, or start"
     " ovr-agent with another --dir",
-    Code.KILLED: _KILLED,
+    Code.KILLED: KILLED,
     Code.REPLACED: "restart the agent in the guest: systemctl restart ovr-agent",
     Code.START: "is it installed in the guest, where the agent finds it?",
 }
@@ -62,10 +58,12 @@ def failure(message: protocol.Failed, program: str) -> RestoreFailed:
             f"end the guest's process {taken[0]}, or restore into a pid namespace of its own",
         )
     elif log:
+        found = failure_in(log)
         more = log[-1] if len(log) > 1 else f"that is all that {program} says"
-        # CRIU itself kills what it has built when something else went wrong, and says so later.
-        hint = _KILLED if _TASK_KILLED.search(log[0]) else more
-        error = CriuFailed(f"{program} in the guest failed ({message.status}): {log[0]}", hint)
+        error = CriuFailed(
+            f"{program} in the guest failed ({message.status}): {found.line}", found.cure or more
+        )
+        error.file = found.file
     else:
         error = CriuFailed(
             f"{program} in the guest ended with status {message.status} and said nothing",

@@ -11,7 +11,7 @@ from ovr.errors import CriuFailed, RestoreFailed
 from ovr.guest import protocol
 from ovr.guest.protocol import Code
 from ovr.vm.agent import Agent, Skeleton
-from tests.unit.agent_host import AgentHost, agent_dies, alive, hook_dies, kill, wait_for
+from tests.unit.agent_host import IMAGES, AgentHost, agent_dies, alive, hook_dies, kill, wait_for
 
 ARCHIVE = {protocol.ENGINE_ARCHIVE: b"all of it"}
 
@@ -130,8 +130,13 @@ def test_agent_is_told_to_end(host: AgentHost, agent: Agent) -> None:
     assert not host.marks
 
 
-def test_it_makes_progress(host: AgentHost, agent: Agent) -> None:
-    skeleton = begin(host, agent, "slow", stall=2.0)
+@pytest.mark.parametrize("engine", [None, "podman"])
+def test_it_makes_progress(host: AgentHost, agent: Agent, engine: str | None) -> None:
+    """Large trees take long."""
+    skeleton = agent.begin(
+        ARCHIVE if engine else IMAGES, criu_options=host.criu_options("slow"), engine=engine,
+        stall=4.0,
+    )  # fmt: skip
     agent.go()
     kill(*skeleton.tasks)
 

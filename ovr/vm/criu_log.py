@@ -1,0 +1,197 @@
+"""The cause of a failed restore, as CRIU's log has it, and the cure.
+
+CRIU has no error codes, so its messages are matched: those of versions 3.17 to 4.2, each pattern
+with the file of CRIU that it is from.
+"""
+
+import re
+from collections.abc import Sequence
+from typing import Final, NamedTuple
+
+__all__ = ["CAUSES", "FREE_MEMORY", "KILLED", "Cause", "Failure", "failure_in"]
+
+
+class Cause(NamedTuple):
+    """A known cause of failures.
+
+    Attributes:
+        pattern: matches the message; the group ``file`` is a path in the guest, without the first
+            slash.
+        cure: what to do; groups of the pattern may be filled in.
+    """
+
+    pattern: str
+    cure: str
+
+
+class Failure(NamedTuple):
+    """What made CRIU fail.
+
+    Attributes:
+        line: of the log.
+        cure: what to do about it, empty if that is not known.
+        file: the path of the file that is not as it was at the dump, if that is the cause.
+    """
+
+    line: str
+    cure: str = ""
+    file: str | None = None
+
+
+FREE_MEMORY: Final = "free memory in the guest, or raise the limit of the task's cgroup"
+KILLED: Final = f"was it the OOM killer? See the guest's kernel log; {FREE_MEMORY}"
+
+_FILE: Final = r"(?P<file>.+?)"
+CAUSES: Final = (
+    # criu/files-reg.c, also for executables and mapped files; fifo.c
+    Cause(
+        rf"Can't open (?:file|fake fifo \S+) \[?{_FILE}\]?(?: on restore)?: No such file",
+        "put /{file} into the guest, as it was at the dump",
+    ),
+    Cause(
+        rf"Can't open file {_FILE}(?: on restore)?: Permission denied",
+        "may root open /{file} in the guest? Look at its file system, and at AppArmor or SELinux",
+    ),
+    Cause(
+        rf"File {_FILE} has bad size (?P<is>\d+) \(expect (?P<was>\d+)\)",
+        "at the dump /{file} had {was} bytes: put that version of it into the guest",
+    ),
+    Cause(
+        rf"File {_FILE} has bad build-ID",
+        "/{file} is another build than at the dump, as after an upgrade: install that version in"
+        " the guest, or give --file-validation=filesize to compare sizes only",
+    ),
+    Cause(
+        rf"File {_FILE} has bad mode \S+ \(expect (?P<was>\w+)\)",
+        "chmod {was} /{file} in the guest, or give --skip-file-rwx-check",
+    ),
+    # criu/sk-inet.c
+    Cause(
+        "Connected TCP socket in image",
+        "give --tcp-established, if the guest has the connection's address and nobody has reset it,"
+        " or --tcp-close",
+    ),
+    Cause(
+        "Can't bind inet socket .*: Address already in use",
+        "end the process of the guest that has this port",
+    ),
+    Cause(
+        "Can't bind inet socket .*: Cannot assign requested address",
+        "give the guest the address that the socket was bound to",
+    ),
+    # criu/file-lock.c
+    Cause(
+        "Can ?not set (?:flock|posix lock|ofd lock)|Can't set lease",
+        "another process of the guest has locked the file: end it",
+    ),
+    # criu/sk-unix.c
+    Cause(
+        "External socket found in image|Peer \\d+ unresolved for",
+        "the tree was connected to a Unix socket of another process: start that one in the guest,"
+        " and give --ext-unix-sk",
+    ),
+    Cause(
+        rf"Can't bind id .* addr /{_FILE}: No such file",
+        "make the directory of /{file} in the guest",
+    ),
+    Cause("Can't connect \\d+ socket", "start the process that listens on that socket"),
+    # criu/tty.c
+    Cause(
+        "Found slave peer index|Only one slave external peer|tty to inherit session"
+        "|ctty inheritance detected",
+        "the tree had the terminal of a shell or of ssh, which is not in the guest: dump one that"
+        " has a terminal of its own (tmux, script), or none (setsid)",
+    ),
+    # criu/mount.c
+    Cause(
+        "Mount \\d+:\\S+ is autodetected external mount",
+        "give --ext-mount-map auto",
+    ),
+    Cause(
+        r"No mapping for \d+:(?P<mount>\S+) mountpoint",
+        "give --ext-mount-map {mount}:PATH, with a path in the guest",
+    ),
+    Cause(
+        rf"Can't (?:bind-mount|mount|re-mount) at /?{_FILE}: No such file",
+        "the source of this mount, or the mountpoint, is not in the guest: make it",
+    ),
+    # criu/cgroup.c
+    Cause(
+        "[Cc]group|cg: |Can't move .* into ",
+        "give --manage-cgroups=ignore to leave the tree in the agent's cgroup, or make the cgroups",
+    ),
+    # criu/arch/x86/cpu.c
+    Cause(
+        "CPU (?:instruction )?capabilities do not match|CPU xfeatures|CPU xsave|FPU feature",
+        "give the VM the CPU model of the dump; --cpu-cap=none leaves out the comparison, and the"
+        " tree dies when it uses what is not there",
+    ),
+    # criu/net.c, criu/netfilter.c, criu/libnetlink.c
+    Cause(
+        "[Ii]ptables|IP tool failed|nft command error|Can't restore ip6?tables",
+        "has the guest iproute2, iptables and nftables? apt-get install them",
+    ),
+    # criu/cr-restore.c
+    Cause(
+        r"Can't fork for \d+: Resource temporarily unavailable",
+        "the guest permits no more processes: see kernel.pid_max, and pids.max of the cgroup",
+    ),
+    Cause("Cannot allocate memory|Not enough memory|Out of memory", FREE_MEMORY),
+    Cause("No space left on device", "free disk space or memory in the guest"),
+)  # fmt: skip
+
+_ERROR: Final = re.compile(r"(?:(?P<pid>\d+): )?Error \([^():\s]+:\d+\): (?P<text>.*)")
+_FAILED: Final = "Restoring FAILED"
+# sigchld_handler() in criu/cr-restore.c.
+_TASK_KILLED: Final = re.compile(r"\d+ killed by signal 9\b")
+# Errors of the callers of whatever failed.
+_CONSEQUENCE: Final = re.compile(
+    r"\d+ (?:exited, status|killed by signal|stopped by signal)|exited, status="
+    r"|Unable to open fd=|`- Can't open vma|Can't open (?:cwd|root)$|Child \d+ died"
+)
+
+
+class _Error(NamedTuple):
+    line: str
+    pid: str | None
+    text: str
+
+
+def failure_in(log: Sequence[str]) -> Failure:
+    """Find what made CRIU fail.
+
+    A cause that is known comes first, else the first error of the task that failed last; errors
+    that come from other programs, and those behind "Restoring FAILED", are consequences.
+
+    Args:
+        log: lines of CRIU's log, those of an engine behind them; at least one.
+    """
+    errors = _errors(log)
+    if errors and _TASK_KILLED.search(errors[0].text):
+        return Failure(errors[0].line, KILLED)
+    causes = [error for error in errors if not _CONSEQUENCE.search(error.text)]
+    for error in reversed(causes):
+        for cause in CAUSES:
+            if found := re.search(cause.pattern, error.text):
+                words = found.groupdict()
+                return Failure(error.line, cause.cure.format(**words), words.get("file"))
+    if causes:
+        of_task = [error for error in causes if error.pid == causes[-1].pid]
+        return Failure(of_task[0].line)
+    return Failure(errors[0].line if errors else _word_of_a_program(log))
+
+
+def _errors(log: Sequence[str]) -> list[_Error]:
+    found = []
+    for line in log:
+        match = _ERROR.search(line)
+        if match and match["text"].startswith(_FAILED):
+            break
+        if match:
+            found.append(_Error(line, match["pid"], match["text"]))
+    return found
+
+
+def _word_of_a_program(log: Sequence[str]) -> str:
+    # No log of CRIU's: it refused its options, or an engine failed before it.
+    return next((line for line in log if "rror" in line), log[0])
