@@ -11,6 +11,7 @@ import pytest
 import ovr
 from ovr.cli.criu_options import TABLE
 from ovr.demo import answer_of
+from ovr.errors import CriuFailed
 from ovr.images import ImageSet
 from ovr.plan import make_plan
 from tests.vm.conftest import SIZE, UMASK, alive, end_workload
@@ -117,6 +118,26 @@ def test_dry_run_leaves_the_guest_alone(vm, dump):
     assert "memory" in first[1]
     assert "umask" in first[1]
     assert vm.sh(f"test -d /proc/{dump.pid}").status != 0
+
+
+def test_what_made_criu_fail(vm, dump):
+    """Its first error and the cure, however CRIU and the kill that follows it are scheduled."""
+    with ovr.attach(f"lab:{vm.name}") as attached:
+        attached.restore(dump.path, verify="none")
+    path = vm.sh(f"readlink /proc/{dump.pid}/exe").stdout.decode().strip()
+    size = vm.sh(f"stat -c %s {path}").stdout.decode().strip()
+    end_workload(vm)
+    vm.sh(f"mv {path} {path}.away")
+    try:
+        for _ in range(4):
+            with ovr.attach(f"lab:{vm.name}") as attached, pytest.raises(CriuFailed) as caught:
+                attached.restore(dump.path, verify="none")
+            assert f"Can't open file {path[1:]}" in str(caught.value)
+            assert f"put {path} into the guest" in caught.value.hint
+            assert f"at the dump it had {size} bytes" in caught.value.hint
+            assert "OOM" not in caught.value.hint
+    finally:
+        vm.sh(f"mv {path}.away {path}")
 
 
 def test_areas_look_as_after_plain_criu(vm, dump):
