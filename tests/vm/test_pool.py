@@ -148,10 +148,10 @@ def test_memory_looks_as_after_criu_alone(journey, program, small_pages, monkeyp
     found = {}
     go = Agent.go
 
-    def look_and_go(link: Agent, timeout: float | None = None) -> Restored:
+    def look_and_go(link: Agent) -> Restored:
         with link.keep_alive():  # else the agent kills a tree of which nobody speaks
             found.update(memory_of(journey.vm, pool.processes(journey.vm, program)))
-        return go(link, timeout)
+        return go(link)
 
     monkeypatch.setattr(Agent, "go", look_and_go)
     journey.restore(program)
