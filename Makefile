@@ -11,7 +11,7 @@ PACKAGES += libvirt-daemon libvirt-daemon-driver-qemu libvirt-clients tmux strac
 # Where virtiofsd is no part of QEMU any more it is a package of its own.
 PACKAGES += $(shell apt-cache show virtiofsd >/dev/null 2>&1 && echo virtiofsd)
 
-.PHONY: demo test bench fuzz stress killtest soak liar sanitize valgrind lint unit smoke vm setup packages clean
+.PHONY: demo test bench fuzz stress killtest soak shapes liar sanitize valgrind lint unit smoke vm setup packages clean
 
 demo: setup
 	$(BIN)/python -m ovr demo $(DEMO)
@@ -52,6 +52,10 @@ killtest: setup
 # SOAK="--restores 1000"; docs/stress.md.
 soak: setup
 	$(BIN)/python -m tests.soak $(SOAK)
+
+# Very much of one thing, restored by CRIU alone and from outside: SHAPES="areas --suite forky".
+shapes: setup
+	$(BIN)/python -m tests.shapes $(SHAPES)
 
 lint: setup
 	$(BIN)/ruff check .
