@@ -11,6 +11,7 @@ from ovr.cow_plan import CowPlan
 from ovr.errors import UsageError
 from ovr.images import Draft, Extents, ImageSet, InsideImages, VmaEntry
 from ovr.images.shared import shared_memory
+from ovr.images.vma import without_content
 from ovr.memory_plan import MemoryPlan, SharedPlan, TaskPlan, cuts_of, plan_shared, plan_tasks
 from ovr.placement import Reason
 from ovr.state import KINDS, Setting
@@ -18,10 +19,11 @@ from ovr.state.settings import neutralise, take
 from ovr.warm_areas import Pool, fitting_pool
 from ovr.warm_plan import TABLE, WarmPlan, plan_warm
 
-__all__ = ["Plan", "SharedPlan", "TaskPlan", "make_plan"]
+__all__ = ["NOT_DUMPED", "Plan", "SharedPlan", "TaskPlan", "make_plan"]
 
 ALL: Final = "all"
 MEMORY: Final = "memory"
+NOT_DUMPED: Final = "areas above 47 bits: CRIU dumps no content of them, they come back as zeros"
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,17 @@ class Plan:
         """Those of them that parents and children go on sharing, but those written outside."""
         found = [task.by_reason() for task in self.tasks]
         return sum(by.get(Reason.COW, 0) + by.get(Reason.INHERITED, 0) for by in found)
+
+    @property
+    def not_dumped(self) -> dict[int, int]:
+        """Bytes of areas whose content CRIU has not dumped, by pid: they come back as zeros."""
+        found: dict[int, int] = {}
+        for plan in self.tasks:
+            assert plan.task.vmas is not None
+            areas = without_content(plan.task.vmas)
+            if len(areas):
+                found[plan.task.pid] = int((areas["end"] - areas["start"]).sum())
+        return found
 
     def by_reason(self) -> dict[Reason, int]:
         """Bytes by verdict, of all memory."""

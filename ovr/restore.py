@@ -26,7 +26,7 @@ from ovr.images.source import Sources
 from ovr.journal import Journal
 from ovr.kernel import find_task, settled
 from ovr.outside import Outside, find_outside, sources_of
-from ovr.plan import Plan, make_plan
+from ovr.plan import NOT_DUMPED, Plan, make_plan
 from ovr.report import Report, Span, Stopwatch
 from ovr.state import GuestTree, settings
 from ovr.state.memory import Copier
@@ -80,7 +80,7 @@ def restore(
     with ExitStack() as stack:
         stack.enter_context(claimed(vm.ram.slots))
         with watch("plan"):
-            plan = make_plan(checkpoint.images, outside)
+            plan = _plan(checkpoint, outside)
         _refuse(vm, plan)
         holder = stack.enter_context(Holder(vm.qmp, vm.check_same_boot, ram=vm.ram))
         link, process = _agent(vm, agent, holder, stack)
@@ -156,6 +156,13 @@ def restore(
             skeleton_why=cold,
             bytes_warm=0 if cold else warm.bytes,
         )
+
+
+def _plan(checkpoint: Checkpoint, outside: Sequence[str]) -> Plan:
+    plan = make_plan(checkpoint.images, outside)
+    for pid, lost in plan.not_dumped.items():
+        log.warning("pid %d: %d MiB of %s", pid, lost >> 20, NOT_DUMPED)
+    return plan
 
 
 def _agent(

@@ -13,7 +13,7 @@ from ovr.cli.vm_options import add_vm_options
 from ovr.images import Archive, ImageSet
 from ovr.memory_plan import MemoryPlan
 from ovr.placement import Reason
-from ovr.plan import Plan, make_plan
+from ovr.plan import NOT_DUMPED, Plan, make_plan
 from ovr.vm.attach import AttachedVm
 
 __all__ = ["add", "add_outside", "show"]
@@ -82,6 +82,8 @@ def show(plan: Plan, options: argparse.Namespace) -> None:
     for task in plan.tasks:
         print(f"\npid {task.task.pid} {task.task.comm!r}, {len(task.task.threads)} threads")
         _show_memory(task, options)
+        if lost := plan.not_dumped.get(task.task.pid):
+            print(f"  {'lost':<8} {size(lost):>10}  {NOT_DUMPED}")
     for shared in plan.shared:
         print(f"\nshared memory {shared.shared.shmid}, {len(shared.shared.places)} users")
         _show_memory(shared, options)
@@ -112,6 +114,7 @@ def _fields(plan: Plan) -> dict[str, Any]:
                 "comm": task.task.comm,
                 "threads": list(task.task.threads),
                 "runs": list(_runs(task)),
+                "bytes_not_dumped": plan.not_dumped.get(task.task.pid, 0),
             }
             for task in plan.tasks
         ],

@@ -57,8 +57,12 @@ __all__ = [
     "is_private",
     "split_vma",
     "vma_array",
+    "without_content",
 ]
 
+TASK_SIZE: Final = (1 << 47) - PAGE_SIZE
+"""CRIU's own on x86, with 5 levels of page tables, too (compel_task_size()): it has the areas above
+it in mm.img, and none of their pages (vma_entry_is_private())."""
 VMA_AREA_REGULAR: Final = 1 << 0
 VMA_AREA_STACK: Final = 1 << 1
 VMA_AREA_VSYSCALL: Final = 1 << 2
@@ -158,6 +162,12 @@ def is_private(vmas: Vmas) -> NDArray[np.bool_]:
     special = status & (VMA_AREA_AIORING | VMA_AREA_SHSTK) != 0
     chosen: NDArray[np.bool_] = (regular & private) | special
     chosen &= status & VMA_AREA_GUARD == 0
+    return chosen
+
+
+def without_content(vmas: Vmas) -> Vmas:
+    """Return the private areas whose pages CRIU does not dump: those above `TASK_SIZE`."""
+    chosen: Vmas = vmas[is_private(vmas) & (vmas["end"] > TASK_SIZE)]
     return chosen
 
 

@@ -1,5 +1,6 @@
 """The plan of real dumps: every page has a place and a reason, and the inside set says the same."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -257,3 +258,16 @@ def test_large_pieces_are_left_to_the_agent(images, monkeypatch):
             start < high and low < end for start, end in asked for low, high in large.tolist()
         )
     assert left > 0
+
+
+def test_areas_of_which_criu_dumps_nothing(dumps):
+    """Above 47 bits there are areas in mm.img, and no pages: whoever restores them is told."""
+    with ImageSet.open(dumps / "one") as images:
+        plan = make_plan(images)
+        assert plan.not_dumped == {}
+        first = plan.tasks[0]
+        vmas = first.task.vmas.copy()
+        vmas["status"][-1] = 1 | VMA_ANON_PRIVATE
+        vmas["start"][-1], vmas["end"][-1] = 1 << 48, (1 << 48) + 8 * PAGE_SIZE
+        high = replace(plan, tasks=(replace(first, task=replace(first.task, vmas=vmas)),))
+        assert high.not_dumped == {first.task.pid: 8 * PAGE_SIZE}

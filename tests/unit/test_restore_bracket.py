@@ -39,7 +39,7 @@ class Link:
 @pytest.mark.parametrize("when", ["in begin", "right after it"])
 def test_an_interrupt_around_begin(monkeypatch, when):
     link = Link(when)
-    plan = SimpleNamespace(inside_images=dict, tasks=[], shared=[], states=())
+    plan = SimpleNamespace(inside_images=dict, tasks=[], shared=[], states=(), not_dumped={})
     checkpoint = SimpleNamespace(
         images=None, check=lambda hello: None, files=lambda inside: {}, options=(), engine=None,
         volumes=(), container=None,
