@@ -33,6 +33,7 @@ _EXTENSIONS: Final = {
     tarfile.XHDTYPE: "pax", tarfile.SOLARIS_XHDTYPE: "pax", tarfile.XGLTYPE: "global pax",
     tarfile.GNUTYPE_LONGNAME: "long name", tarfile.GNUTYPE_LONGLINK: "long link",
 }  # fmt: skip
+_RECORDS: Final = (b"path", b"linkpath", b"size")
 _RECORD: Final = re.compile(rb"(\d{1,7}) ([^=]{1,4096})=")
 
 
@@ -45,6 +46,7 @@ class Member(NamedTuple):
         size: of its content.
         offset: where its headers begin, extensions first.
         offset_data: where its content begins.
+        link: the target of a link, as it is in the archive; else empty.
     """
 
     name: str
@@ -52,6 +54,7 @@ class Member(NamedTuple):
     size: int
     offset: int
     offset_data: int
+    link: str = ""
 
     @property
     def is_file(self) -> bool:
@@ -62,6 +65,11 @@ class Member(NamedTuple):
     def is_directory(self) -> bool:
         """Whether it is a directory."""
         return self.kind == tarfile.DIRTYPE
+
+    @property
+    def is_symlink(self) -> bool:
+        """Whether it is a symbolic link."""
+        return self.kind == tarfile.SYMTYPE
 
     @property
     def end(self) -> int:
@@ -111,6 +119,7 @@ class _Extensions:
     # What the extension headers of one member say.
     seen: set[str] = field(default_factory=set)
     name: str | None = None
+    link: str | None = None
     size: int | None = None
 
 
@@ -167,10 +176,12 @@ class _Reader:
         data = data[: header.size]
         if header.type == tarfile.GNUTYPE_LONGNAME:
             self._rename(found, data.partition(b"\0")[0])
+        elif header.type == tarfile.GNUTYPE_LONGLINK:
+            self._link(found, data.partition(b"\0")[0])
         elif header.type in _PAX:
             self._apply(found, self._records(data))
-        elif header.type == tarfile.XGLTYPE and self._records(data).keys() & {b"path", b"size"}:
-            raise self.damaged("a global header gives all members one name or size")
+        elif header.type == tarfile.XGLTYPE and self._records(data):
+            raise self.damaged("a global header gives all members one name, link or size")
 
     def _records(self, data: bytes) -> dict[bytes, bytes]:
         # Those of pax records "LENGTH KEY=VALUE\n" that change what a member is.
@@ -185,7 +196,7 @@ class _Reader:
                 raise self.damaged("a damaged pax header")
             if match[2].startswith(b"GNU.sparse."):
                 raise self._sparse(data[match.end() : end - 1])
-            if match[2] in (b"path", b"size"):
+            if match[2] in _RECORDS:
                 if match[2] in found:
                     raise self.damaged(f"two values of {match[2].decode()} in one pax header")
                 found[match[2]] = data[match.end() : end - 1]
@@ -195,6 +206,8 @@ class _Reader:
     def _apply(self, found: _Extensions, records: dict[bytes, bytes]) -> None:
         if (name := records.get(b"path")) is not None:
             self._rename(found, name)
+        if (link := records.get(b"linkpath")) is not None:
+            self._link(found, link)
         if (size := records.get(b"size")) is not None:
             if not re.fullmatch(rb"\d{1,18}", size):
                 raise self.damaged(f"a size of {size[:40].decode(errors='replace')} bytes")
@@ -205,6 +218,11 @@ class _Reader:
             raise self.damaged("two long names for one member")
         found.name = name.decode("utf-8", "surrogateescape").rstrip("/")
 
+    def _link(self, found: _Extensions, target: bytes) -> None:
+        if found.link is not None:
+            raise self.damaged("two link targets for one member")
+        found.link = target.decode("utf-8", "surrogateescape")
+
     def _member(self, header: tarfile.TarInfo, offset: int, found: _Extensions) -> Member:
         name = self._plain(header.name if found.name is None else found.name)
         if header.type == tarfile.GNUTYPE_SPARSE:
@@ -212,7 +230,8 @@ class _Reader:
         size = header.size if found.size is None else found.size
         if header.type in tarfile.SUPPORTED_TYPES and not header.isreg():
             size = 0  # links and the like have no content, whatever they say
-        member = Member(name, header.type, size, offset, self._at)
+        link = header.linkname if found.link is None else found.link
+        member = Member(name, header.type, size, offset, self._at, link)
         there = self._source.skip(padded(size))
         if there < padded(size):
             raise self.damaged(f"cut off in {name}")

@@ -55,6 +55,11 @@ HOSTILE = {
     "long links in a row": (long_name("a", LINK) * 800, "two long link headers"),
     "global headers in a row": (pax(kind=GLOBAL) * 800, "two global pax headers"),
     "a long name and a pax name": (long_name("a") + pax(record("path", "b")), "two long names"),
+    "a long link and a pax link": (
+        long_name("a", LINK) + pax(record("linkpath", "b")), "two link targets"
+    ),
+    "two pax links": (pax(record("linkpath", "a"), record("linkpath", "b")), "values of linkpath"),
+    "a global link": (pax(record("linkpath", "x"), kind=GLOBAL), "gives all members one"),
     "a negative pax size": (pax(record("size", "-5")), "a size of -5 bytes"),
     "a negative pax size of whole blocks": (pax(record("size", "-512")), "a size of -512 bytes"),
     "a huge pax size": (pax(record("size", str(1 << 70))), "a size of 11805"),
