@@ -34,6 +34,7 @@ class Vm(AttachedVm):
         images: str | Path | None = None,
         *,
         archive: str | Path | None = None,
+        previous: str | Path | None = None,
         name: str | None = None,
         runtime: str | None = None,
         bundle: str | None = None,
@@ -50,6 +51,7 @@ class Vm(AttachedVm):
         Args:
             images: what ``criu dump -D`` wrote,
             archive: or what ``podman container checkpoint --export`` wrote.
+            previous: the pre-checkpoint on which `archive` builds, as an archive of its own.
             name: the container's new name.
             runtime: ``runc`` or ``crun``, where it shall restore the container, not podman,
             bundle: into this directory of the guest.
@@ -72,8 +74,9 @@ class Vm(AttachedVm):
             with watch("open"):
                 checkpoint = stack.enter_context(
                     open_checkpoint(
-                        images, archive=archive, name=name, runtime=runtime, bundle=bundle,
-                        criu_options=criu_options, engine_options=engine_options,
+                        images, archive=archive, previous=previous, name=name,
+                        runtime=runtime, bundle=bundle, criu_options=criu_options,
+                        engine_options=engine_options,
                     )
                 )  # fmt: skip
             return restore(

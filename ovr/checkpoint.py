@@ -108,6 +108,7 @@ class PodmanCheckpoint(Checkpoint):
 
     Args:
         path: the archive, packed or not.
+        previous: the archive of the pre-checkpoint that it builds on, if it does.
         name: the container's new name; None keeps the old one.
         options: further options for the guest's ``podman container restore``.
 
@@ -118,9 +119,16 @@ class PodmanCheckpoint(Checkpoint):
 
     engine = "podman"
 
-    def __init__(self, path: Path, *, name: str | None = None, options: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        previous: Path | None = None,
+        name: str | None = None,
+        options: Sequence[str] = (),
+    ) -> None:
         _check_podman_options(options)
-        self._archive = Archive.open(path)
+        self._archive = Archive.open(path, previous)
         self.images = self._archive.images
         # podman refuses volumes that are there already; with that option it makes none.
         if not any(option.startswith("--ignore-volumes") for option in options):
@@ -149,6 +157,7 @@ class RuntimeCheckpoint(Checkpoint):
     Args:
         source: where ``runc checkpoint --image-path`` has written, or an archive with such images.
         archive: whether it is an archive.
+        previous: as of `PodmanCheckpoint`.
         runtime: ``runc`` or ``crun``.
         bundle: the guest's directory with ``config.json`` and the root file system.
         name: what the runtime shall call the container.
@@ -166,6 +175,7 @@ class RuntimeCheckpoint(Checkpoint):
         source: Path,
         *,
         archive: bool,
+        previous: Path | None = None,
         runtime: str,
         bundle: str,
         name: str,
@@ -176,7 +186,7 @@ class RuntimeCheckpoint(Checkpoint):
         self.engine = runtime
         self.container = name
         self.options = (*options, "--bundle", bundle, name)
-        self._archive = Archive.open(source) if archive else None
+        self._archive = Archive.open(source, previous) if archive else None
         self.images = self._archive.images if self._archive else ImageSet.open(source)
 
     def files(self, inside: Inside) -> dict[str, Iterable[bytes]]:
@@ -212,7 +222,7 @@ def _held(images: ImageSet, inside: Inside) -> Inside:
 _REFUSED: Final = {
     "-i": "the archive is what --archive names",
     "--import": "the archive is what --archive names",
-    "--import-previous": "checkpoint without --with-previous",
+    "--import-previous": "use --import-previous before the --",
     "-n": "use --name before the --",
     "--name": "use --name before the --",
     "-a": "the archive has one container",
@@ -235,6 +245,7 @@ def open_checkpoint(
     images: str | Path | None = None,
     *,
     archive: str | Path | None = None,
+    previous: str | Path | None = None,
     name: str | None = None,
     runtime: str | None = None,
     bundle: str | None = None,
@@ -250,6 +261,12 @@ def open_checkpoint(
     source = archive if images is None else images
     if source is None or (images is not None and archive is not None):
         raise UsageError("images, or the archive of a container?", "give one of them")
+    before = None if previous is None else Path(previous)
+    if before is not None and archive is None:
+        raise UsageError(
+            "--import-previous is of an archive",
+            "images in directories are found by their `parent` links; else give --archive",
+        )
     if (runtime is None) != (bundle is None) or (runtime is not None and name is None):
         raise UsageError(
             "a container runtime needs a bundle in the guest, and a name for the container",
@@ -262,11 +279,11 @@ def open_checkpoint(
         )
     if runtime is not None and bundle is not None and name is not None:
         return RuntimeCheckpoint(
-            Path(source), archive=archive is not None, runtime=runtime, bundle=bundle, name=name,
-            options=engine_options,
+            Path(source), archive=archive is not None, previous=before, runtime=runtime,
+            bundle=bundle, name=name, options=engine_options,
         )  # fmt: skip
     if archive is not None:
-        return PodmanCheckpoint(Path(archive), name=name, options=engine_options)
+        return PodmanCheckpoint(Path(archive), previous=before, name=name, options=engine_options)
     if name is not None or engine_options:
         stray = engine_options[0] if engine_options else "--name"
         raise UsageError(f"{stray} is of a container", "which? give --archive, or --runtime")

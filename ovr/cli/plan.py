@@ -10,6 +10,7 @@ from typing import Any
 from ovr.cli.output import common, document, size, table
 from ovr.cli.terminal import fitted
 from ovr.cli.vm_options import add_vm_options
+from ovr.errors import UsageError
 from ovr.images import Archive, ImageSet
 from ovr.memory_plan import MemoryPlan
 from ovr.placement import Reason
@@ -39,6 +40,10 @@ def add(commands: Any) -> None:
         "--archive", type=Path, metavar="FILE",
         help="what podman container checkpoint --export or CRI-O wrote",
     )  # fmt: skip
+    parser.add_argument(
+        "--import-previous", type=Path, dest="previous", metavar="FILE",
+        help="the pre-checkpoint on which the archive builds (podman's --with-previous)",
+    )  # fmt: skip
     add_vm_options(parser, required=False)
     add_outside(parser)
     common(parser)
@@ -60,9 +65,11 @@ def run(options: argparse.Namespace) -> int:
         with AttachedVm(options.vm, vmlinux=options.vmlinux):
             pass
     if options.archive is not None:
-        with Archive.open(options.archive) as archive:
+        with Archive.open(options.archive, options.previous) as archive:
             show(make_plan(archive.images, options.outside), options)
         return 0
+    if options.previous is not None:
+        raise UsageError("--import-previous is of an archive", "give --archive, too")
     with ImageSet.open(options.images_dir) as images:
         show(make_plan(images, options.outside), options)
     return 0

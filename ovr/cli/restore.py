@@ -90,6 +90,10 @@ def _add_container(parser: argparse.ArgumentParser) -> None:
         help="what podman container checkpoint --export wrote: the guest's podman restores it",
     )  # fmt: skip
     parser.add_argument(
+        "--import-previous", type=Path, dest="previous", metavar="FILE",
+        help="the pre-checkpoint on which the archive builds (podman's --with-previous)",
+    )  # fmt: skip
+    parser.add_argument(
         "-n",
         "--name",
         metavar="NAME",
@@ -190,7 +194,7 @@ def _draw(picture: Writer, report: Report, options: argparse.Namespace) -> None:
 
 def _source(options: argparse.Namespace) -> dict[str, Any]:
     """What to restore, as `ovr.Vm.restore` wants it."""
-    names = ("archive", "name", "runtime", "bundle", "engine_options")
+    names = ("archive", "previous", "name", "runtime", "bundle", "engine_options")
     found = {name: getattr(options, name) for name in names if getattr(options, name)}
     if options.archive is None or options.images_dir is not None:
         found["images"] = options.images_dir or Path()

@@ -2,11 +2,10 @@
 
 A tar of the container's configuration, what has changed in its root file system and volumes, and
 CRIU's images in ``checkpoint/``. Images are read in place; `Archive.with_images` makes the same
-archive with other images.
+archive with other images. An archive made with ``--with-previous`` builds on the archive of a
+pre-checkpoint (`ovr.images.archived`).
 """
 
-import json
-import os
 import re
 import stat
 import tarfile
@@ -15,25 +14,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Self
 
-from ovr.errors import ImagesDamaged, ImagesUnsupported
-from ovr.images.directory import ImageDirectory, read_exactly
+from ovr.errors import ImagesDamaged, ImagesUnsupported, UsageError
+from ovr.images.archived import OF_PRE_CHECKPOINT, ArchivedDirectory
+from ovr.images.directory import PARENT
 from ovr.images.framing import DUMP_AGAIN
 from ovr.images.imageset import ImageSet
 from ovr.images.rewrite import Extents, image_chunks
-from ovr.images.tar import BLOCK, Member, padded
-from ovr.images.unpack import open_tar
+from ovr.images.tar import BLOCK, padded
+from ovr.images.tarball import Tarball
 
 __all__ = ["Archive", "Container"]
 
 _IMAGES: Final = "checkpoint/"
-_PARENT: Final = "checkpoint/parent"
+_PRE_DUMP: Final = "pre-checkpoint/"
 _CONFIG: Final = "config.dump"
 _SPEC: Final = "spec.dump"
-_MAX_JSON: Final = 4 << 20  # podman's config.dump has some 20 KiB
-_CHUNK: Final = 1 << 20
 _MAX_VOLUMES: Final = 1024
 _VOLUME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,254}")  # podman's define.NameRegex
 _END: Final = bytes(2 * BLOCK)
+_LEAVE_OUT: Final = "leave out --import-previous"
 
 
 @dataclass(frozen=True)
@@ -60,38 +59,51 @@ class Container:
 class Archive:
     """A checkpoint archive, read-only. Use as a context manager, or `close` it.
 
+    Args:
+        path: the file.
+        previous: the archive of the pre-checkpoint that it builds on, if it does.
+
     Attributes:
         path: the file.
         container: what it says of its container.
         images: CRIU's images in it.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, previous: Path | None = None) -> None:
         self.path = path
-        self._fd, self._members = open_tar(path)
+        self._tarballs = [Tarball(path)]
         try:
             self.container = self._read_container()
-            self.images = ImageSet(_Members(path, self._fd, self._members))
+            if previous is not None:
+                self._tarballs.append(Tarball(previous))
+                self._check_previous(previous)
+            self.images = ImageSet(ArchivedDirectory(self._tarballs, _IMAGES))
+            self._levels = [
+                level for level in self.images.levels if isinstance(level, ArchivedDirectory)
+            ]
+            if previous is not None and self._levels[-1].tarball is self._own:
+                self.images.close()
+                raise UsageError(f"{path}: does not build on what is in {previous}", _LEAVE_OUT)
         except BaseException:
             self.close()
             raise
 
     @classmethod
-    def open(cls, path: Path) -> Self:
+    def open(cls, path: Path, previous: Path | None = None) -> Self:
         """Open the archive in the file `path`.
 
         Raises:
-            UsageError: no such file, no archive, or no program or room to unpack it.
+            UsageError: no such file, no archive, no program or room to unpack it; or the
+                pre-checkpoint that it builds on is missing, or is another container's.
             ImagesDamaged: it is cut off or contradicts itself.
-            ImagesUnsupported: an archive of something else, or a checkpoint that builds on another.
+            ImagesUnsupported: an archive of something else.
         """
-        return cls(path)
+        return cls(path, previous)
 
     def close(self) -> None:
-        """Close the file; what was unpacked is gone with it."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        """Close the files; what was unpacked is gone with it."""
+        for tarball in self._tarballs:
+            tarball.close()
 
     def __enter__(self) -> Self:
         return self
@@ -100,50 +112,49 @@ class Archive:
         self.images.close()
         self.close()
 
+    @property
+    def _own(self) -> Tarball:
+        return self._tarballs[0]
+
     def with_images(self, images: Mapping[str, bytes | Extents]) -> Iterator[bytes]:
         """The archive in pieces, uncompressed, with `images` instead of CRIU's images.
 
-        All other members are byte for byte what they were, files beside the images too.
+        All other members are byte for byte what they were, files beside the images too. The images
+        that it builds on and the link to them are left out: `images` are whole.
 
         Raises:
             ImagesDamaged: the file has become shorter.
         """
-        ours = {_IMAGES + name for name in self.images.names}
-        for name, member in self._members.items():
-            if name not in ours:
-                yield from self._copy(member.offset, member.end)
+        ours = {_IMAGES + name for name in (*self.images.names, PARENT)}
+        parents = {level.prefix for level in self._levels[1:] if level.tarball is self._own}
+        for name in self._own.members:
+            below_parent = any(f"{name}/".startswith(prefix) for prefix in parents)
+            if name not in ours and not below_parent:
+                yield from self._own.copy(name)
         for name, image in images.items():
             yield from _member(_IMAGES + name, image)
         yield _END
 
-    def read(self, name: str, limit: int = _MAX_JSON) -> bytes:
-        """The whole content of the member `name`.
-
-        Raises:
-            ImagesDamaged: it is not there, or no file.
-            ImagesUnsupported: it is larger than `limit` bytes.
-        """
-        member = self._members.get(name)
-        if member is None or not member.is_file:
-            raise ImagesDamaged(f"{self.path}: no file {name} in it", DUMP_AGAIN)
-        if member.size > limit:
-            raise ImagesUnsupported(f"{self.path}: {name} has {member.size} bytes", DUMP_AGAIN)
-        return read_exactly(self._fd, member.offset_data, member.size, name)
+    def _check_previous(self, previous: Path) -> None:
+        if _CONFIG not in self._tarballs[1].members:
+            raise ImagesUnsupported(f"{previous}: no pre-checkpoint of podman", OF_PRE_CHECKPOINT)
+        found = _text(self._tarballs[1].json(_CONFIG), "id")
+        if found != self.container.id:
+            raise UsageError(
+                f"{previous}: of container {found[:12]}, and {self.path} of"
+                f" {self.container.id[:12]}",
+                "give the archive of the last pre-checkpoint before the checkpoint",
+            )
 
     def _read_container(self) -> Container:
-        if not any(name.startswith(_IMAGES) for name in self._members):
+        if not self._own.has_below(_IMAGES):
             raise self._something_else()
-        if _PARENT in self._members:
-            raise ImagesUnsupported(
-                f"{self.path}: builds on a pre-checkpoint, which is another archive",
-                "checkpoint without --with-previous",
-            )
-        if _CONFIG not in self._members or _SPEC not in self._members:
+        if _CONFIG not in self._own.members or _SPEC not in self._own.members:
             raise ImagesUnsupported(
                 f"{self.path}: images, but no container's configuration ({_CONFIG}, {_SPEC})",
                 f"unpack it: mkdir DIR && tar -C DIR -xf {self.path} && ovr restore -D DIR/…",
             )
-        config = self._json(_CONFIG)
+        config = self._own.json(_CONFIG)
         return Container(
             maker="podman" if "spec" in config else "CRI-O",
             id=_text(config, "id"),
@@ -166,21 +177,11 @@ class Archive:
                 )
         return tuple(map(str, names))
 
-    def _json(self, name: str) -> dict[str, Any]:
-        try:
-            found = json.loads(self.read(name))
-        except RecursionError as error:
-            raise ImagesDamaged(f"{self.path}: {name} is nested too deeply", DUMP_AGAIN) from error
-        except ValueError as error:
-            raise ImagesDamaged(f"{self.path}: {name} is no JSON: {error}", DUMP_AGAIN) from error
-        if not isinstance(found, dict):
-            raise ImagesDamaged(f"{self.path}: {name} is no JSON object", DUMP_AGAIN)
-        return found
-
     def _something_else(self) -> ImagesUnsupported:
-        names = self._members
-        if any(name.startswith("pre-checkpoint/") for name in names):
-            what, cure = "a pre-checkpoint: the container ran on", "take the checkpoint after it"
+        names = self._own.members
+        if self._own.has_below(_PRE_DUMP):
+            what = "a pre-checkpoint: the container ran on"
+            cure = "give the checkpoint after it with --archive, this one with --import-previous"
         elif "manifest.json" in names or "index.json" in names or "oci-layout" in names:
             what, cure = "a container image", "give the checkpoint archive that it was made from"
         elif "pod.options" in names or "pod.dump" in names:
@@ -190,35 +191,6 @@ class Archive:
         else:
             what, cure = "no checkpoint/ directory in it", "is it a checkpoint of podman or CRI-O?"
         return ImagesUnsupported(f"{self.path}: {what}", cure)
-
-    def _copy(self, start: int, end: int) -> Iterator[bytes]:
-        for at in range(start, end, _CHUNK):
-            yield read_exactly(self._fd, at, min(_CHUNK, end - at), str(self.path))
-
-
-class _Members(ImageDirectory):
-    """The members of an archive that lie in ``checkpoint/``, as a directory of images."""
-
-    def __init__(self, path: Path, fd: int, members: Mapping[str, Member]) -> None:
-        self.label = ""
-        self.path = path
-        self._fd = os.dup(fd)
-        self.sizes, self.others, self.bases = {}, set(), {}
-        for full, member in sorted(members.items()):
-            name = full.removeprefix(_IMAGES)
-            if name == full or not name or "/" in name or member.is_directory:
-                continue
-            if member.is_file:
-                self.sizes[name], self.bases[name] = member.size, member.offset_data
-            else:
-                self.others.add(name)
-
-    def open(self, name: str) -> int:
-        """A new descriptor of the archive; the content of `name` begins at its base."""
-        return os.dup(self._fd)
-
-    def parent(self) -> None:
-        """Archives that build on others are refused as a whole."""
 
 
 def _member(name: str, image: bytes | Extents) -> Iterable[bytes]:

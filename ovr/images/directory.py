@@ -19,11 +19,12 @@ from ovr.images.framing import DUMP_AGAIN
 from ovr.images.packed import HEAD_SIZE, packing
 from ovr.images.unreadable import unreadable
 
-__all__ = ["ImageDirectory", "ImageFile"]
+__all__ = ["PARENT", "ImageDirectory", "ImageFile"]
 
 _MAX_READ: Final = 64 << 20  # an mm image with a million areas; protobuf objects need much more
 _MAX_FILES: Final = 1 << 20
-_PARENT: Final = "parent"  # CR_PARENT_LINK
+PARENT: Final = "parent"
+"""Name of the link to the dump that this one builds on: CRIU's CR_PARENT_LINK."""
 
 
 class ImageDirectory:
@@ -115,9 +116,9 @@ class ImageDirectory:
             ImagesUnsupported: it leads out of the directory that the images lie in.
         """
         home = self.path.resolve()
-        if not os.path.lexists(home / _PARENT):
+        if not os.path.lexists(home / PARENT):
             return None
-        target = (home / _PARENT).resolve()
+        target = (home / PARENT).resolve()
         if not target.is_dir():
             raise ImagesDamaged(
                 f"{self.label}parent: leads to {target}, which is no directory",

@@ -93,6 +93,11 @@ class ImageSet:
         self.close()
 
     @property
+    def levels(self) -> tuple[ImageDirectory, ...]:
+        """Its own directory, and those of the dumps that it builds on, last one first."""
+        return tuple(self._levels)
+
+    @property
     def names(self) -> tuple[str, ...]:
         """The file names of all images, in order."""
         return tuple(name for name in self._levels[0].sizes if name.endswith(".img"))

@@ -16,21 +16,26 @@ import pytest
 import ovr
 from ovr import demo, lab
 from ovr.errors import CriuFailed, RestoreFailed
+from ovr.images import Archive
 from ovr.lab.share import SHARE
+from ovr.plan import make_plan
 from ovr.state import settings
 from tests.documents import block, commands, said
 from tests.documents import run as shell
+from tests.vm import pool
 from tests.vm.conftest import EVERYTHING, PREFIX
-from tests.vm.containers import CACHE, PACKAGES, POD, Container, make_image, podman
+from tests.vm.containers import CACHE, GROWING, PACKAGES, POD, Container, make_image, podman
 from tests.vm.containers.bundle import Plain
 from tests.vm.services.base import run
 
 pytestmark = pytest.mark.timeout(1800)
 
 RUNTIMES = ("runc", "crun") if EVERYTHING else ("runc",)
-MOVED = block("docs/podman.md", "podman container checkpoint")
+MOVED = block("docs/podman.md", "podman load")
 RENAMED = block("docs/podman.md", "--name web2 --")
 FROM_PYTHON = block("docs/podman.md", "import ovr")
+INCREMENTAL = block("docs/podman.md", "--with-previous")
+INCREMENTED = {"web": GROWING.name}
 BUNDLED = block("docs/podman.md", "--bundle")
 SHOWN = block("README.md", "podman container checkpoint")
 LOGGED = "Ready to accept connections"  # by redis, in VM A
@@ -77,6 +82,11 @@ def journey(tmp_path_factory):
             answers[container.name] = container.answer(vm)
         perform(vm, MOVED, "in VM A")
         POD.checkpoint(vm)
+        pool.install(vm, GROWING.program)
+        GROWING.start(vm)
+        for command in commands(INCREMENTAL, "in VM A"):
+            assert pool.ask(vm, GROWING.program)["ok"]  # it writes to some of its pages, too
+            run(vm, f"cd {SHARE}; {said(command, INCREMENTED)}", timeout=300)
         for plain in map(Plain, RUNTIMES):
             plain.prepare(vm)
             plain.start(vm)
@@ -159,6 +169,22 @@ def goes_on(journey, was, container, report):
     assert container.inspect(journey.vm)["State"]["Status"] == "exited"
     podman(journey.vm, f"rm -v {container.name}")
     podman(journey.vm, "volume rm --all --force")
+    assert journey.nothing_is_left()
+
+
+def test_an_incremental_checkpoint(journey):
+    """Memory from two archives; the program checks every word of it."""
+    pool.install(journey.vm, GROWING.program)
+    previous = journey.directory / "before.tar.zst"
+    with Archive.open(journey.directory / GROWING.archive, previous) as archive:
+        levels = {level for task in make_plan(archive.images).tasks for level in task.pieces}
+    assert levels == {0, 1}
+    [command] = commands(INCREMENTAL, "on the host")
+    report = journey.restored(command, INCREMENTED)
+    assert report["bytes_outside"] >= 0.95 * report["bytes_total"]
+    answer = pool.ask(journey.vm, GROWING.program)
+    assert answer["ok"], answer["wrong"]
+    podman(journey.vm, f"rm -f -t 0 {GROWING.name}")
     assert journey.nothing_is_left()
 
 

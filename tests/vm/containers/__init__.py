@@ -11,9 +11,13 @@ from typing import Any
 
 from ovr import lab
 from ovr.lab.share import SHARE
+from tests.vm import pool
 from tests.vm.services.base import run
 
-__all__ = ["CACHE", "PACKAGES", "POD", "Container", "load_image", "make_image", "podman", "redis"]
+__all__ = [
+    "CACHE", "GROWING", "PACKAGES", "POD", "Container", "load_image", "make_image", "podman",
+    "redis",
+]  # fmt: skip
 
 PACKAGES = ("busybox-static", "crun", "libcriu2", "podman", "redis-server", "runc", "zstd")
 
@@ -125,6 +129,26 @@ POD = Container(
         done | sort
         before=$(cat /data/count); sleep 1; test $(cat /data/count) != $before && echo counts
     """,
+)
+
+
+@dataclass(frozen=True)
+class Growing(Container):
+    """A container that is checkpointed in two steps; it runs a program of the pool."""
+
+    program: pool.Program
+
+
+_PROGRAM = pool.BY_NAME["private"]
+GROWING = Growing(
+    name="growing",
+    runtime="runc",
+    options=f"-v {pool.DIRECTORY}:{pool.DIRECTORY}",
+    command=f"{_PROGRAM.path} {_PROGRAM.directory}",
+    prepare=f"until test -s {_PROGRAM.directory}/ready; do sleep 0.1; done",
+    packing="zstd",
+    ask="true",
+    program=_PROGRAM,
 )
 
 
