@@ -12,6 +12,7 @@ from typing import Final, Self
 from ovr.errors import CheckFailed, ImagesUnsupported, UsageError
 from ovr.guest.protocol import ENGINE_ARCHIVE, HOOK_HELD
 from ovr.images import Archive, Extents, ImageSet, image_chunks
+from ovr.images.terminals import refuse_outside_terminals
 from ovr.vm.session import Hello
 
 __all__ = [
@@ -89,6 +90,7 @@ class ImagesCheckpoint(Checkpoint):
         options: further options for the guest's ``criu restore``.
 
     Raises:
+        ImagesUnsupported: as `refuse_outside_terminals`.
         OvrError: as `ImageSet.open`.
     """
 
@@ -96,6 +98,11 @@ class ImagesCheckpoint(Checkpoint):
 
     def __init__(self, path: Path, options: Sequence[str] = ()) -> None:
         self.images = ImageSet.open(path)
+        try:
+            refuse_outside_terminals(self.images)
+        except BaseException:
+            self.close()
+            raise
         self.options = tuple(options)
 
     def files(self, inside: Inside) -> dict[str, Iterable[bytes]]:

@@ -78,7 +78,7 @@ TABLE: Final[tuple[Option, ...]] = (
     *_options(Fate.OURS, "the help of `ovr restore`", "-h/--help"),
     *_options(
         Fate.PASSED, "paths and names in its value are the guest's",
-        """-j/--shell-job -l/--file-locks --tcp-established --tcp-close --skip-in-flight
+        """-l/--file-locks --tcp-established --tcp-close --skip-in-flight
         --link-remap --evasive-devices --force-irmap --weak-sysctls --skip-file-rwx-check
         --mntns-compat-mode --enable-external-sharing --enable-external-masters --allow-uprobes
         --deprecated -r/--root= -J/--join-ns= -M/--ext-mount-map= -L/--libdir= --external=
@@ -86,6 +86,11 @@ TABLE: Final[tuple[Option, ...]] = (
         --cgroup-props-file= --cgroup-yard= --lsm-profile= --lsm-mount-context=
         --irmap-scan-path= --ghost-limit= --file-validation= --network-lock= -x/--ext-unix-sk?
         --manage-cgroups? --cpu-cap?""",
+    ),
+    *_options(
+        Fate.PASSED, "for a session leader that was not dumped; a terminal whose other end was not"
+        " is refused, with or without it",
+        "-j/--shell-job",
     ),
     *_options(Fate.IGNORED, "`ovr` always detaches", "-d/--restore-detached --daemon"),
     *_options(Fate.IGNORED, "`ovr` finds the root in the images", "-t/--tree="),

@@ -235,3 +235,36 @@ def test_lab_commands(tmp_path):
         assert ovr_command("lab", "down", name).returncode == 0
     assert name not in ovr_command("lab", "ls").stdout
     assert not any(path.exists() for path in ram)
+
+
+JOB = 98765
+"""What the job's sleep is told, to find it by."""
+UNDER_A_TERMINAL = f"script -qc 'exec sleep {JOB}' /dev/null"
+WITHOUT = f"setsid sh -c 'sleep {JOB}; true'"
+
+
+@pytest.mark.parametrize("job", [UNDER_A_TERMINAL, WITHOUT], ids=["terminal", "no-terminal"])
+def test_a_shell_job(vm, tmp_path, job):
+    """Its session leader is not dumped, and has the other end of its terminal, if it has one."""
+    find = f"pgrep -fx 'sleep {JOB}'"
+    vm.sh(f"({job} </dev/null >/dev/null 2>&1 &); until {find}; do sleep 0.1; done")
+    pid = int(vm.sh(find).stdout)
+    dumped = vm.sh(f"mkdir /tmp/job && criu dump -t {pid} --shell-job -D /tmp/job -o log")
+    assert dumped.status == 0, vm.sh("grep Error /tmp/job/log").stdout.decode()
+    vm.sh("tar -C /tmp -cf /tmp/job.tar job && rm -r /tmp/job")
+    vm.get("/tmp/job.tar", tmp_path / "job.tar")
+    shutil.unpack_archive(tmp_path / "job.tar", tmp_path)
+    restore = ("restore", "-D", tmp_path / "job", "--vm", f"lab:{vm.name}", "--shell-job")
+    try:
+        if job == WITHOUT:
+            done = ovr_command(*restore)
+            assert done.returncode == 0, done.stderr
+            assert int(vm.sh(find).stdout) == pid
+        else:
+            for words in (restore, restore[:-1]):
+                done = ovr_command(*words)
+                line = refused(done, 5, f"fd 0, 1, 2 of pid {pid} is the terminal /dev/pts/0")
+                assert "setsid" in line
+            assert vm.sh(find).status != 0
+    finally:
+        vm.sh(f"pkill -9 -fx 'sleep {JOB}'")
