@@ -14,7 +14,7 @@ from typing import Final, Self
 from ovr.addresses import PAGE_SIZE
 from ovr.cli.logs import log_to_file
 from ovr.errors import OvrError, UsageError
-from ovr.files import UntrustedPath, locate
+from ovr.files import UntrustedPath, cure_of, locate
 from ovr.images.framing import write_image
 from ovr.images.stats import STATS_RESTORE, stats_image
 from ovr.report import Report
@@ -22,6 +22,7 @@ from ovr.report import Report
 __all__ = ["criu_files", "stats_text"]
 
 _ROOM: Final = b"\n" * 10
+_ELSEWHERE: Final = "name a work directory with -W DIR, or the file by a path in another one"
 _OWN_PLACE: Final = "name a work directory of your own with -W DIR, or the file by a path in one"
 
 log = logging.getLogger("ovr.restore")
@@ -120,7 +121,8 @@ def _finish(report: Report, work: Path, pidfile: _Pidfile | None) -> None:
     try:
         write_image(work, STATS_RESTORE, [stats])
     except OSError as error:  # the tree runs: to CRIU too this is no failure
-        log.warning("no %s in %s: %s", STATS_RESTORE, work, error.strerror)
+        hint = _cure(error)
+        log.warning("no %s in %s: %s (%s)", STATS_RESTORE, work, error.strerror, hint)
     log.info("Restore finished successfully. Tasks resumed.")
 
 
@@ -138,6 +140,13 @@ def _usage(what: str, path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        hint = _OWN_PLACE if isinstance(error, UntrustedPath) else ""
         reason = error.strerror or str(error)
-        raise UsageError(f"the {what} {path} cannot be made: {reason}", hint) from error
+        raise UsageError(f"the {what} {path} cannot be made: {reason}", _cure(error)) from error
+
+
+def _cure(error: OSError) -> str:
+    if isinstance(error, UntrustedPath):
+        return _OWN_PLACE
+    if isinstance(error, FileExistsError):
+        return "remove it if the process that it names has ended, or name another file"
+    return cure_of(error, _ELSEWHERE)

@@ -13,7 +13,7 @@ from typing import Final
 
 from ovr.cli.output import one_line, size
 from ovr.errors import UsageError
-from ovr.files import Replacement, UntrustedPath, locate
+from ovr.files import Replacement, cure_of, locate
 from ovr.placement import Reason
 from ovr.report import Report, Span
 
@@ -59,7 +59,7 @@ def picture_file(path: Path) -> Iterator["Writer"]:
             stack.enter_context(directory)
             writer = Writer(stack.enter_context(directory.replacement(name, in_place=True)))
         except OSError as error:
-            hint = error.hint if isinstance(error, UntrustedPath) else ""
+            hint = cure_of(error, "name another place for it")
             reason = error.strerror or str(error)
             raise UsageError(f"the report {path} cannot be made: {reason}", hint) from error
         yield writer

@@ -2,10 +2,12 @@
 
 `locate` finds the directory of a path that the user has named, `Directory.private` opens one of
 this user's own (a cache, a runtime directory). In both a file is made, overwritten or replaced by
-descriptor, and never through a link that another user has made (`trust`).
+descriptor, and never through a link that another user has made (`trust`). `cure_of` says what to do
+where none can be made.
 """
 
+from ovr.files.cures import cure_of
 from ovr.files.directory import Directory, Replacement, locate
 from ovr.files.trust import UntrustedPath
 
-__all__ = ["Directory", "Replacement", "UntrustedPath", "locate"]
+__all__ = ["Directory", "Replacement", "UntrustedPath", "cure_of", "locate"]

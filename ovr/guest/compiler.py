@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ovr.errors import LabError
-from ovr.files import UntrustedPath, locate
+from ovr.files import cure_of, locate
 from ovr.guest.wire import header
 from ovr.user_cache import own_cache
 
@@ -86,7 +86,7 @@ def deliver(made: Path, target: Path, mode: int) -> None:
             shutil.copyfileobj(source, fresh.file)
             fresh.put()
     except OSError as error:
-        hint = error.hint if isinstance(error, UntrustedPath) else ""
+        hint = cure_of(error, "name another place with -o")
         raise LabError(f"{target} cannot be written: {error.strerror}", hint) from error
 
 

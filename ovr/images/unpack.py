@@ -12,9 +12,10 @@ import stat
 import subprocess
 import tempfile
 from pathlib import Path
-from typing import IO, Final
+from typing import IO, Final, cast
 
 from ovr.errors import ImagesDamaged, ImagesUnsupported, OvrError, UsageError
+from ovr.files import cure_of
 from ovr.images.framing import DUMP_AGAIN
 from ovr.images.packed import HEAD_SIZE, packing
 from ovr.images.tar import BLOCK, Member, read_members
@@ -92,8 +93,8 @@ def _unpacked(fd: int, path: Path, packed_with: str) -> tuple[int, dict[str, Mem
     directory = os.environ.get("TMPDIR", "/var/tmp")
     # /tmp is often memory, and an archive may be as large as the memory of its container.
     with (
-        tempfile.TemporaryFile(dir=directory) as target,
-        tempfile.TemporaryFile(dir=directory) as words,
+        _scratch(directory, path) as target,
+        _scratch(directory, path) as words,
         subprocess.Popen(command, stdin=fd, stdout=subprocess.PIPE, stderr=words) as process,
     ):
         try:
@@ -102,6 +103,16 @@ def _unpacked(fd: int, path: Path, packed_with: str) -> tuple[int, dict[str, Mem
         finally:
             process.kill()  # does nothing if it has ended
         return os.dup(target.fileno()), members
+
+
+def _scratch(directory: str, path: Path) -> IO[bytes]:
+    try:
+        return cast(IO[bytes], tempfile.TemporaryFile(dir=directory))
+    except OSError as error:
+        raise UsageError(
+            f"{path}: cannot be unpacked to {directory}: {error.strerror}",
+            cure_of(error, "set TMPDIR to a directory with room for all of it"),
+        ) from error
 
 
 class _Unpacking:
