@@ -92,6 +92,7 @@ void message_add_bin(struct writer *writer, enum key key, const void *data, size
 void message_add_list(struct writer *writer, enum key key, uint32_t count);
 void message_item_uint(struct writer *writer, uint64_t number);
 void message_item_str(struct writer *writer, const char *text);
+void message_item_bin(struct writer *writer, const void *data, size_t size);
 /* Completes the frame; its size, or 0 when it did not fit. */
 size_t message_close(struct writer *writer);
 
@@ -210,6 +211,9 @@ struct engine_criu {
 
 bool engine_known(const char *name);
 void engine_add_installed(struct writer *writer);
+
+/* config.c: what CRIU would read of its configuration files */
+void config_message(struct session *session);
 /* Its pid, or -1 and errno. */
 pid_t engine_start(const struct directory *directory, const struct message *begin);
 struct engine_criu engine_adopt(pid_t criu);

@@ -289,6 +289,14 @@ void message_item_str(struct writer *writer, const char *text)
 	add_str(writer, text);
 }
 
+void message_item_bin(struct writer *writer, const void *data, size_t size)
+{
+	uint8_t head[MP_HEAD_MAX];
+
+	add_head(writer, head, mp_write_bin_head(head, (uint32_t)size));
+	add_bytes(writer, data, size);
+}
+
 size_t message_close(struct writer *writer)
 {
 	size_t size = (size_t)(writer->at - writer->start);

@@ -37,6 +37,9 @@ Restore (one at a time, owned by one session)
 Pool (at any time, for the next restore)
     `Warm` → `Warmed` when it is filled; `Pool` → `Warmed`.
 
+Configuration (at any time)
+    `Config` → `Configured`.
+
 Lab (agents built with ``OVR_LAB`` only)
     Commands and files: `lab_protocol`.
 
@@ -54,6 +57,7 @@ __all__ = [
     "ENGINE_ARCHIVE",
     "HOOK_HELD",
     "MAGIC",
+    "MAX_CONFIG",
     "MAX_FILES",
     "MAX_FRAME",
     "MAX_IMAGE_BYTES",
@@ -76,6 +80,8 @@ __all__ = [
     "Alive",
     "Begin",
     "Code",
+    "Config",
+    "Configured",
     "Error",
     "Failed",
     "Files",
@@ -98,7 +104,7 @@ __all__ = [
     "proof_text",
 ]
 
-VERSION = 6
+VERSION = 7
 VSOCK_PORT = 687
 """Where the agent listens. Below 1024: the guest's kernel gives such a port only to who has
 CAP_NET_BIND_SERVICE in its initial user namespace (__vsock_bind_connectible in
@@ -122,6 +128,8 @@ MAX_LIST = 32768
 MAX_RANGES = 8192
 """Most ranges in one `Touch` or `Map`: at 18 bytes each, and 9 for a portion, they fit a frame."""
 MAX_FILES = 65536
+MAX_CONFIG = 16 << 10
+"""Most bytes of one of CRIU's configuration files that are told of."""
 MAX_IMAGE_BYTES = 1 << 30
 SYNC_ZEROS = MAX_FRAME + 64
 ENGINE_ARCHIVE = "checkpoint.tar"
@@ -306,6 +314,10 @@ class Pool(Message):
     """Asks for a `Warmed` that says what there is."""
 
 
+class Config(Message):
+    """Asks for a `Configured`."""
+
+
 class Go(Message):
     """Let the tree run."""
 
@@ -387,6 +399,20 @@ class Warmed(Message):
     pid: int
     address: int
     note: str
+
+
+class Configured(Message):
+    """CRIU's default configuration files, as far as they are there.
+
+    A restore by CRIU alone does not read them; one by an engine does.
+
+    Attributes:
+        names: their paths, in the order in which CRIU reads them.
+        data: the first `MAX_CONFIG` bytes of each.
+    """
+
+    names: tuple[str, ...]
+    data: tuple[bytes, ...]
 
 
 class Touched(Message):

@@ -226,10 +226,12 @@ void session_dispatch(struct session *session, const uint8_t *body, size_t size)
 	case OP_POOL:
 		warm_message(session, &message);
 		break;
-	case OP_WARM:
+	case OP_WARM: case OP_CONFIG:
 	case OP_FILES: case OP_BEGIN: case OP_TOUCH: case OP_MAP: case OP_GO: case OP_ABORT:
 		if (session->proved && message.op == OP_WARM)
 			warm_message(session, &message);
+		else if (session->proved && message.op == OP_CONFIG)
+			config_message(session);
 		else if (session->proved)
 			restore_message(session, &message);
 		else

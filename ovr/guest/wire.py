@@ -154,6 +154,7 @@ def header() -> str:
         "MAX_LIST": protocol.MAX_LIST,
         "MAX_RANGES": protocol.MAX_RANGES,
         "MAX_FILES": protocol.MAX_FILES,
+        "MAX_CONFIG": protocol.MAX_CONFIG,
         "MAX_IMAGE_BYTES": protocol.MAX_IMAGE_BYTES,
         "SYNC_ZEROS": protocol.SYNC_ZEROS,
     }

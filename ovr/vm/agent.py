@@ -275,6 +275,21 @@ class Agent(LabSession):
         self._send(protocol.Pool())
         return self._warmed()
 
+    def criu_config(self) -> collections.abc.Mapping[str, str]:
+        """Return the guest's default configuration files of CRIU, by path.
+
+        At most `protocol.MAX_CONFIG` bytes of each; bytes that are no text are replaced.
+
+        Raises:
+            AgentUnreachable: the link broke, or nonsense came.
+        """
+        self._send(protocol.Config())
+        found = self._outcome(protocol.Configured)
+        if len(found.names) != len(found.data):
+            raise self._broken(f"{len(found.names)} files with {len(found.data)} contents")
+        texts = (data[: protocol.MAX_CONFIG].decode(errors="replace") for data in found.data)
+        return dict(zip(map(one_line, found.names), texts, strict=True))
+
     def _warmed(self) -> "Warm":
         found = self._outcome(protocol.Warmed)
         return Warm(found.size, found.huge, found.pid, Gva(found.address), one_line(found.note))

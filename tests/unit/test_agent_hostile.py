@@ -258,7 +258,8 @@ def test_who_cannot_read_its_memory_gets_no_restore(host: AgentHost) -> None:
                 connection.sendall(encode(protocol.Prove(guess)) + RESTORE)
                 answer = receive_until(connection, b"error")
                 assert b"does not know what lies" in answer + connection.recv(4096), what
-    for message in (*UPLOAD, protocol.Go(), protocol.Abort(), protocol.Touch((1, 1, 1), (0, 4096))):
+    touch = protocol.Touch((1, 1, 1), (0, 4096))
+    for message in (*UPLOAD, protocol.Go(), protocol.Abort(), touch, protocol.Config()):
         for serial in (False, True):
             start = SYNC if serial else b""
             answer = send(host, start + HELLO + encode(message), serial=serial)
