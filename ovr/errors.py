@@ -27,6 +27,7 @@ The message says what is wrong; `hint` says what to do. Both are single lines.
 """
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 __all__ = [
@@ -177,9 +178,11 @@ class CriuFailed(RestoreFailed):
     Attributes:
         file: the path, without its first slash, of a file that is not as it was at the dump, if
             that is why.
+        unread_config: as of `ovr.report.Report`.
     """
 
     file: str | None = None
+    unread_config: Mapping[str, str] = MappingProxyType({})
 
 
 class LabError(OvrError):

@@ -1,7 +1,7 @@
 """What a restore did and how long each phase took."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -76,6 +76,7 @@ class Report:
         skeleton: ``warm`` if memory came from a pool in the guest, else ``cold``.
         skeleton_why: why it is cold.
         bytes_warm: how much of the memory came from the pool.
+        unread_config: CRIU's configuration files in the guest that were not read, by path.
     """
 
     pid: int = 0
@@ -97,6 +98,7 @@ class Report:
     skeleton: str = "cold"
     skeleton_why: str = ""
     bytes_warm: int = 0
+    unread_config: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def copy_gb_per_s(self) -> float:

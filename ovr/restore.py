@@ -93,7 +93,7 @@ def restore(
         sources = stack.enter_context(Sources())
         journal = Journal()
         # Before the first byte of it is sent: whatever interrupts us, the tree is told to go.
-        with _killed_on_error(link):
+        with _killed_on_error(link), _unread_config(link, checkpoint) as unread:
             with watch("skeleton"), _files_described(checkpoint):
                 sources.read_ahead(sources_of(plan))
                 skeleton = link.begin(
@@ -155,6 +155,7 @@ def restore(
             skeleton="cold" if cold else "warm",
             skeleton_why=cold,
             bytes_warm=0 if cold else warm.bytes,
+            unread_config=unread,
         )
 
 
@@ -286,6 +287,17 @@ def _files_described(checkpoint: Checkpoint) -> Iterator[None]:
     except CriuFailed as error:
         if error.file and (was := regular_file(checkpoint.images, error.file)):
             error.hint += f"; {was}"
+        raise
+
+
+@contextmanager
+def _unread_config(link: Agent, checkpoint: Checkpoint) -> Iterator[Mapping[str, str]]:
+    # CRIU may lack an option of its configuration files, which only an engine's CRIU reads.
+    unread = {} if checkpoint.engine is not None else link.criu_config()
+    try:
+        yield unread
+    except CriuFailed as error:
+        error.unread_config = unread
         raise
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from ovr.checkpoint import runs_scripts_for_engines
+from ovr.cli.criu_config import unread_options
 from ovr.cli.output import common, document, size
 from ovr.cli.terminal import painted
 from ovr.cli.vm_options import add_agent_option, add_vm_options
@@ -70,7 +71,7 @@ def run(options: argparse.Namespace) -> int:
     with ExitStack() as stack:
         qmp = stack.enter_context(address.connect())
         look = _Look(qmp)
-        items = [*_vm(look, stack, options.vmlinux), _agent(look, options.agent or address.agent)]
+        items = [*_vm(look, stack, options.vmlinux), *_agent(look, options.agent or address.agent)]
     ok = all(item.ok for item in items)
     if options.json:
         document("ovr.check/1", {"ok": ok, "items": [asdict(item) for item in items]})
@@ -152,19 +153,30 @@ def _prove(look: _Look, agent: Agent) -> bool:
     return True
 
 
-def _agent(look: _Look, address: str | None) -> Item:
+def _agent(look: _Look, address: str | None) -> Iterator[Item]:
     if address is None:
-        return Item("agent", False, "nobody said where it is", _NO_ADDRESS)
+        yield Item("agent", False, "nobody said where it is", _NO_ADDRESS)
+        return
     try:
         with Agent.connect(address) as agent:
             proven = _prove(look, agent)
             hello = agent.hello
+            config = agent.criu_config() if proven else {}
     except UsageError:
         raise
     except AgentUntrusted as error:
-        return Item("agent", False, str(error), error.hint)
+        yield Item("agent", False, str(error), error.hint)
+        return
     except OvrError as error:
-        return Item("agent", False, str(error), f"{error.hint}; {_INSTALL}")
+        yield Item("agent", False, str(error), f"{error.hint}; {_INSTALL}")
+        return
+    yield _found(hello, address, proven=proven)
+    if config:
+        unread = unread_options(config)
+        yield Item("CRIU's options", True, unread.fact, unread.cure)
+
+
+def _found(hello: Hello, address: str, *, proven: bool) -> Item:
     if hello.criu is None:
         return Item("agent", False, "the guest has no CRIU", "apt-get install criu, in the guest")
     text = f"version {hello.agent}, CRIU {hello.criu}, at {address}"

@@ -54,6 +54,7 @@ def _options(fate: Fate, why: str, words: str) -> Iterator[Option]:
 
 
 _ON_HOST: Final = "the restored process is in the guest, its parent cannot be on the host"
+_NO_CONFIG: Final = "--no-default-config"
 _FROM_A_DIRECTORY: Final = "ovr reads images from a directory"
 
 TABLE: Final[tuple[Option, ...]] = (
@@ -95,7 +96,10 @@ TABLE: Final[tuple[Option, ...]] = (
     *_options(Fate.IGNORED, "`ovr` always detaches", "-d/--restore-detached --daemon"),
     *_options(Fate.IGNORED, "`ovr` finds the root in the images", "-t/--tree="),
     *_options(Fate.IGNORED, "there is one log", "--log-pid --relative-timestamps"),
-    *_options(Fate.IGNORED, "no configuration file is read", "--no-default-config"),
+    *_options(
+        Fate.IGNORED, "CRIU's configuration files are not read; with it, `ovr` does not say so",
+        _NO_CONFIG,
+    ),
     *_options(Fate.IGNORED, "the agent runs CRIU as root", "--unprivileged"),
     *_options(Fate.IGNORED, "no descriptor of the caller reaches CRIU", "--close="),
     *_options(
@@ -164,6 +168,9 @@ def add_criu_options(parser: argparse.ArgumentParser) -> None:
     group.set_defaults(criu_options=[])
     for option in TABLE:
         if option.fate is Fate.OURS:
+            continue
+        if option.long == _NO_CONFIG:
+            group.add_argument(_NO_CONFIG, action="store_true", help=_HIDDEN)
             continue
         names = [*option.names]
         if option.fate is not Fate.REFUSED and option.value is None:

@@ -4,12 +4,14 @@ import argparse
 import logging
 import math
 import sys
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from ovr.api import attach
 from ovr.checkpoint import RUNTIMES, open_checkpoint
+from ovr.cli.criu_config import unread_options
 from ovr.cli.criu_files import criu_files, stats_text
 from ovr.cli.criu_options import Verbosity, add_criu_options
 from ovr.cli.logs import DEFAULT_LEVEL
@@ -19,7 +21,7 @@ from ovr.cli.plan import add_outside, show
 from ovr.cli.progress import PROGRESS_MODES, make_watch
 from ovr.cli.signals import ended_in_order
 from ovr.cli.vm_options import add_agent_option, add_vm_options
-from ovr.errors import UsageError
+from ovr.errors import CriuFailed, UsageError
 from ovr.plan import make_plan
 from ovr.report import Report
 from ovr.restore import VERIFY_MODES
@@ -169,15 +171,36 @@ def _restore(options: argparse.Namespace) -> Report:
         make_watch(_progress(options)) as watch,
         attach(options.vm, vmlinux=options.vmlinux, watch=watch) as vm,
     ):
-        report = vm.restore(
-            **_source(options), agent=options.agent, outside=options.outside,
-            verify=options.verify, criu_options=options.criu_options,
-            log_level=options.log_level, timeout=options.timeout,
-        )  # fmt: skip
+        with _config_in_hints(options):
+            report = vm.restore(
+                **_source(options), agent=options.agent, outside=options.outside,
+                verify=options.verify, criu_options=options.criu_options,
+                log_level=options.log_level, timeout=options.timeout,
+            )  # fmt: skip
+        if missed := _missed(report.unread_config, options):
+            log.warning("%s", missed)
         finish(report)
         if picture:
             _draw(picture, report, options)
     return report
+
+
+@contextmanager
+def _config_in_hints(options: argparse.Namespace) -> Iterator[None]:
+    # An option that CRIU has in the guest's configuration may be what it lacks here.
+    try:
+        yield
+    except CriuFailed as error:
+        if missed := _missed(error.unread_config, options):
+            error.hint = f"{error.hint}; {missed}" if error.hint else missed
+        raise
+
+
+def _missed(files: Mapping[str, str], options: argparse.Namespace) -> str:
+    unread = unread_options(files, options.criu_options)
+    if options.no_default_config or not unread.cure:
+        return ""
+    return f"{unread.fact}: {unread.cure}"
 
 
 def _draw(picture: Writer, report: Report, options: argparse.Namespace) -> None:

@@ -88,7 +88,7 @@ def test_help_teaches(command, capsys):
     ],
 )
 def test_check_says_how_to_get_an_agent(address, words):
-    item = check._agent(check._Look(None), address)
+    [item] = check._agent(check._Look(None), address)
     assert not item.ok
     assert [word for word in words if word not in item.fix] == []
 

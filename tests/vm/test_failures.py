@@ -200,6 +200,25 @@ def test_check(vm):
     assert done.stdout.endswith("Does not look good.\n")
 
 
+def test_criu_options_in_the_guests_configuration(vm, dump):
+    """They are told, and not read: with --lazy-pages there would be no memory at all."""
+    file = "/etc/criu/default.conf"
+    vm.sh(f"mkdir -p /etc/criu && printf 'lazy-pages\nfile-locks # both\n' > {file}")
+    try:
+        done = ovr_command("check", "--vm", f"lab:{vm.name}")
+        assert done.returncode == 0
+        [line] = [line for line in done.stdout.splitlines() if file in line]
+        assert f"{file} is not read" in line
+        assert "give ovr restore: --file-locks; ovr cannot honour --lazy-pages" in line
+        vm.sh("mv /usr/local/bin/ovr-workload /usr/local/bin/hidden")
+        done = ovr_command("restore", "-D", dump.path, "--vm", f"lab:{vm.name}")
+        vm.sh("mv /usr/local/bin/hidden /usr/local/bin/ovr-workload")
+        refused(done, 1, "criu", "ovr-workload", f"{file} is not read", "--file-locks")
+        unharmed(vm, dump)
+    finally:
+        vm.sh(f"rm {file}")
+
+
 def restart_agent(vm, first):
     """Kill the agent, which init starts again; it asks for CRIU's version when it starts."""
     with vm.connect() as agent:

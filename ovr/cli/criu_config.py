@@ -1,0 +1,142 @@
+"""CRIU's configuration files in the guest: which of their options `ovr restore` is to be given.
+
+A restore by CRIU alone does not read them (docs/criu-scripts.md says why). So their user is told
+that they are there, and what of them to write on the command line. Files are taken apart as
+parse_statement() in criu/config.c and getopt_long() do it.
+"""
+
+import re
+import shlex
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Final, NamedTuple
+
+from ovr.cli.criu_options import TABLE, Fate, Option
+from ovr.cli.output import one_line
+from ovr.guest.protocol import MAX_CONFIG
+
+__all__ = ["Unread", "unread_options", "words_of"]
+
+_WORD: Final = re.compile(r'"((?:\\"|[^"])*)"|([^ \t\n]+)')
+_MOST: Final = 20  # options that are shown
+
+
+class Unread(NamedTuple):
+    """What the guest's configuration files say to a restore.
+
+    Attributes:
+        paths: of the files.
+        give: options that the command line lacks, as it takes them.
+        refused: options that `ovr restore` refuses.
+        unknown: words that are no options of `criu restore`.
+    """
+
+    paths: tuple[str, ...]
+    give: tuple[str, ...] = ()
+    refused: tuple[str, ...] = ()
+    unknown: tuple[str, ...] = ()
+
+    @property
+    def fact(self) -> str:
+        """That the files are not read; one line."""
+        return f"the guest's {' and '.join(self.paths)} {self._verb} not read"
+
+    @property
+    def cure(self) -> str:
+        """What to do about it, if anything; one line."""
+        parts = []
+        if self.give:
+            parts.append(f"if they are wanted, give ovr restore: {_shown(map(_quoted, self.give))}")
+        if self.refused:
+            parts.append(f"ovr cannot honour {_shown(self.refused)}")
+        if self.unknown:
+            parts.append(f"no options of criu restore: {_shown(map(_quoted, self.unknown))}")
+        return "; ".join(parts)
+
+    @property
+    def _verb(self) -> str:
+        return "is" if len(self.paths) == 1 else "are"
+
+
+def unread_options(files: Mapping[str, str], given: Sequence[str] = ()) -> Unread:
+    """Say what the guest's configuration files would have added to a command line.
+
+    Args:
+        files: their texts by path, as they come from the guest.
+        given: the options for CRIU that are on the command line.
+    """
+    there = {_positive(word.partition("=")[0]) for word in given}
+    found: dict[Fate | None, dict[str, None]] = {fate: {} for fate in (*Fate, None)}
+    for text in files.values():
+        for word, option in _options(words_of(text)):
+            if option is None:
+                found[None][word] = None
+            elif option.fate is not Fate.PASSED or option.long not in there:
+                found[option.fate][word] = None
+    return Unread(
+        tuple(map(one_line, files)), tuple(found[Fate.PASSED]), tuple(found[Fate.REFUSED]),
+        tuple(found[None]),
+    )  # fmt: skip
+
+
+def words_of(text: str) -> Iterator[str]:
+    """Yield the words of a configuration file as CRIU has them for getopt."""
+    lines = text.splitlines()
+    if len(text.encode()) >= MAX_CONFIG:
+        del lines[-1:]  # it may be cut off
+    for line in lines:
+        first = True
+        for match in _WORD.finditer(line):
+            quoted, plain = match.groups()
+            if plain is not None and plain.startswith("#"):
+                break
+            word = plain if quoted is None else quoted.replace('\\"', '"')
+            yield f"--{word}" if first else word
+            first = False
+
+
+def _options(words: Iterable[str]) -> Iterator[tuple[str, Option | None]]:
+    # Each option as one word, with what the table says of it. Words that belong to none are passed
+    # over, as getopt_long() does.
+    rest = iter(words)
+    for word in rest:
+        if not word.startswith("-") or word in ("-", "--"):
+            continue
+        name, equals, value = word.partition("=")
+        option, name = _find(name)
+        if option is not None and option.value == "1" and not equals:
+            equals, value = "=", next(rest, "")
+        yield f"{name}{equals}{value}", option
+
+
+def _find(name: str) -> tuple[Option | None, str]:
+    # By its name, or by the beginning of it if that is of no other.
+    if name in _NAMES:
+        return _NAMES[name], name if name.startswith("--") else _NAMES[name].long
+    begun = [full for full in _NAMES if name.startswith("--") and full.startswith(name)]
+    return (_NAMES[begun[0]], begun[0]) if len(begun) == 1 else (None, name)
+
+
+def _names() -> Iterator[tuple[str, Option]]:
+    for option in TABLE:
+        yield from ((name, option) for name in option.names)
+        if option.value is None:
+            # Where the option is refused, its opposite is what ovr does anyhow.
+            fate = Fate.IGNORED if option.fate is Fate.REFUSED else option.fate
+            yield f"--no-{option.long[2:]}", option._replace(fate=fate)
+
+
+_NAMES: Final[Mapping[str, Option]] = dict(_names())
+
+
+def _positive(name: str) -> str:
+    return f"--{name[5:]}" if name.startswith("--no-") else name
+
+
+def _quoted(word: str) -> str:
+    return shlex.quote(one_line(word))
+
+
+def _shown(words: Iterable[str]) -> str:
+    every = list(words)
+    more = f" and {len(every) - _MOST} more" if len(every) > _MOST else ""
+    return " ".join(every[:_MOST]) + more
