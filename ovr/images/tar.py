@@ -29,6 +29,7 @@ _MAX_NAME: Final = 4096  # PATH_MAX
 
 # Each may be there once before a member's own header: two could contradict each other.
 _PAX: Final = (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE)
+_LINKS: Final = (tarfile.SYMTYPE, tarfile.LNKTYPE)
 _EXTENSIONS: Final = {
     tarfile.XHDTYPE: "pax", tarfile.SOLARIS_XHDTYPE: "pax", tarfile.XGLTYPE: "global pax",
     tarfile.GNUTYPE_LONGNAME: "long name", tarfile.GNUTYPE_LONGLINK: "long link",
@@ -46,7 +47,7 @@ class Member(NamedTuple):
         size: of its content.
         offset: where its headers begin, extensions first.
         offset_data: where its content begins.
-        link: the target of a link, as it is in the archive; else empty.
+        link: the target of a symbolic or hard link, as it is in the archive; else empty.
     """
 
     name: str
@@ -231,6 +232,8 @@ class _Reader:
         if header.type in tarfile.SUPPORTED_TYPES and not header.isreg():
             size = 0  # links and the like have no content, whatever they say
         link = header.linkname if found.link is None else found.link
+        if header.type not in _LINKS:
+            link = ""
         member = Member(name, header.type, size, offset, self._at, link)
         there = self._source.skip(padded(size))
         if there < padded(size):

@@ -59,6 +59,7 @@ PARTS: tuple[Callable[[Input], bytes], ...] = (
     lambda source: sealed(source.bytes(BLOCK).ljust(BLOCK, b"\0")),
     lambda source: source.bytes(source.number()),
     lambda _: container(),
+    lambda source: pax(record("linkpath", _name(source))) + head(_name(source), kind=_kind(source)),
     lambda _: END,
 )
 
@@ -98,8 +99,10 @@ def tar(data: bytes) -> None:
     with tarfile.open(fileobj=io.BytesIO(made), mode="r:", errorlevel=2) as theirs:
         placed = [each.offset_data for each in theirs]  # its offsets leave out global headers
         sizes = [each.size for each in theirs if each.isreg()]
+        targets = [each.linkname for each in theirs if each.issym()]
     assert [one.offset_data for one in found.values()] == placed
     assert [one.size for one in found.values() if one.is_file] == sizes
+    assert [one.link for one in found.values() if one.is_symlink] == targets
 
 
 def unpacked(data: bytes) -> None:

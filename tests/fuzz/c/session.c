@@ -12,6 +12,7 @@
 
 #include "../../../ovr/guest/session.c"
 #include "../../../ovr/guest/session_io.c"
+#include "../../../ovr/guest/config.c"
 
 #define MAX_TURNS 64
 
