@@ -12,7 +12,6 @@ from typing import Final, NamedTuple
 
 from ovr.cli.criu_options import TABLE, Fate, Option
 from ovr.cli.output import one_line
-from ovr.guest.protocol import MAX_CONFIG
 
 __all__ = ["Unread", "unread_options", "words_of"]
 
@@ -80,10 +79,7 @@ def unread_options(files: Mapping[str, str], given: Sequence[str] = ()) -> Unrea
 
 def words_of(text: str) -> Iterator[str]:
     """Yield the words of a configuration file as CRIU has them for getopt."""
-    lines = text.splitlines()
-    if len(text.encode()) >= MAX_CONFIG:
-        del lines[-1:]  # it may be cut off
-    for line in lines:
+    for line in text.split("\n"):
         first = True
         for match in _WORD.finditer(line):
             quoted, plain = match.groups()

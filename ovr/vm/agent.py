@@ -278,7 +278,8 @@ class Agent(LabSession):
     def criu_config(self) -> collections.abc.Mapping[str, str]:
         """Return the guest's default configuration files of CRIU, by path.
 
-        At most `protocol.MAX_CONFIG` bytes of each; bytes that are no text are replaced.
+        Of one that is larger than `protocol.MAX_CONFIG` the whole lines up to there; bytes that are
+        no text are replaced.
 
         Raises:
             AgentUnreachable: the link broke, or nonsense came.
@@ -287,8 +288,7 @@ class Agent(LabSession):
         found = self._outcome(protocol.Configured)
         if len(found.names) != len(found.data):
             raise self._broken(f"{len(found.names)} files with {len(found.data)} contents")
-        texts = (data[: protocol.MAX_CONFIG].decode(errors="replace") for data in found.data)
-        return dict(zip(map(one_line, found.names), texts, strict=True))
+        return dict(zip(map(one_line, found.names), map(_whole_lines, found.data), strict=True))
 
     def _warmed(self) -> "Warm":
         found = self._outcome(protocol.Warmed)
@@ -394,3 +394,9 @@ def _pieces(content: bytes | Iterable[bytes]) -> Iterator[bytes]:
     for part in parts:
         for start in range(0, len(part), step):
             yield part[start : start + step]
+
+
+def _whole_lines(data: bytes) -> str:
+    if len(data) >= protocol.MAX_CONFIG:
+        data = data[: protocol.MAX_CONFIG].rpartition(b"\n")[0]
+    return data.decode(errors="replace")
