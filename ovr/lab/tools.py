@@ -27,7 +27,8 @@ def run_tool(command: Sequence[str]) -> None:
     """Run a program to its end.
 
     Raises:
-        LabError: it failed; the message has its last word, or the last that it marks as an error.
+        LabError: it failed; the message has its last line, or the first that it marks as an error:
+            those after it are consequences.
     """
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -35,11 +36,13 @@ def run_tool(command: Sequence[str]) -> None:
         raise LabError(f"{command[0]} cannot be run: {error.strerror}") from error
     if done.returncode:
         lines = (done.stderr or done.stdout).strip().splitlines() or ["no message"]
-        problems = [line for line in lines if line.startswith("E:")] or lines
-        raise LabError(f"{Path(command[0]).name} failed: {problems[-1]}")
+        problems = [line for line in lines if line.startswith("E:")] or lines[-1:]
+        raise LabError(f"{Path(command[0]).name} failed: {problems[0]}")
 
 
-def mmdebstrap(suite: str, variant: str, packages: Sequence[str], target: Path) -> None:
+def mmdebstrap(
+    suite: str, variant: str, packages: Sequence[str], target: Path, *, release: str = ""
+) -> None:
     """Write a tar archive `target` of a Debian suite; mmdebstrap itself knows mirrors and keys.
 
     Args:
@@ -47,6 +50,8 @@ def mmdebstrap(suite: str, variant: str, packages: Sequence[str], target: Path) 
         variant: mmdebstrap's: ``minbase`` installs, ``extract`` only unpacks.
         packages: what to have, with all that it depends on.
         target: the archive to write.
+        release: another one on top of the suite that packages may come from, such as
+            ``trixie-backports``; its name is a plain word.
 
     Raises:
         LabError: a tool is missing, or packages cannot be had.
@@ -54,8 +59,16 @@ def mmdebstrap(suite: str, variant: str, packages: Sequence[str], target: Path) 
     program = need_tool("mmdebstrap", "mmdebstrap")
     if os.geteuid() != 0:
         need_tool("newuidmap", "uidmap")  # it then works in a user namespace
+    more = []
+    if release not in ("", suite):
+        # Its mirror is the suite's, unless mmdebstrap has listed it already (security).
+        hook = (
+            f"cd \"$1/etc/apt\"; grep -q ' {release} ' sources.list ||"
+            f" sed -n 's/ {suite} / {release} /p' sources.list > sources.list.d/0release.list"
+        )
+        more.append(f"--setup-hook={hook}")
     run_tool(
-        [program, f"--variant={variant}", "--format=tar", f"--include={','.join(packages)}",
+        [program, *more, f"--variant={variant}", "--format=tar", f"--include={','.join(packages)}",
          # Mirrors that are snapshots have Release files older than they say they are good for.
          '--aptopt=Acquire::Check-Valid-Until "false"',
          "--dpkgopt=path-exclude=/usr/share/doc/*", "--dpkgopt=path-exclude=/usr/share/man/*",

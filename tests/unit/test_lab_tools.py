@@ -1,6 +1,7 @@
 """What is missing or fails on the host is said in one line."""
 
 import os
+import subprocess
 
 import pytest
 
@@ -23,6 +24,9 @@ def test_failing_tool_gives_its_last_word(tmp_path):
         run_tool(["/bin/sh", "-c", "echo one >&2; echo two >&2; exit 1"])
     with pytest.raises(LabError, match=r"sh failed: E: it$"):
         run_tool(["/bin/sh", "-c", "echo E: it; echo I: cleaning up; exit 1"])
+    with pytest.raises(LabError, match=r"sh failed: E: Unable to locate package x$"):
+        # As mmdebstrap does: each error with the ones that it led to.
+        run_tool(["/bin/sh", "-c", "echo E: Unable to locate package x; echo E: so not; exit 1"])
     with pytest.raises(LabError, match="false failed: no message"):
         run_tool(["/bin/false"])
     with pytest.raises(LabError, match="cannot be run"):
@@ -49,3 +53,26 @@ def test_mmdebstrap_for_who_is_not_root(tmp_path, monkeypatch):
     words = (tmp_path / "mmdebstrap.args").read_text().splitlines()
     assert words[-2:] == ["trixie", str(tmp_path / "tar")]
     assert {"--variant=minbase", "--format=tar", "--include=criu,perl"} <= set(words)
+
+
+def test_another_release_of_the_suites_mirror(tmp_path, monkeypatch):
+    fake_program(tmp_path / "mmdebstrap", 'printf "%s\\n" "$@" > "$0.args"')
+    monkeypatch.setattr(tools, "need_tool", lambda program, package: str(tmp_path / program))
+    etc = tmp_path / "root" / "etc" / "apt"
+    (etc / "sources.list.d").mkdir(parents=True)
+    lines = ("deb http://mirror/debian trixie main", "deb http://other/security trixie-security x")
+    (etc / "sources.list").write_text("\n".join(lines))
+
+    def added(release):
+        mmdebstrap("trixie", "extract", ["k"], tmp_path / "tar", release=release)
+        words = (tmp_path / "mmdebstrap.args").read_text().splitlines()
+        for word in words:
+            if word.startswith("--setup-hook="):
+                hook = word.removeprefix("--setup-hook=")
+                subprocess.run(["sh", "-ec", hook, "sh", tmp_path / "root"], check=True)
+        lists = list((etc / "sources.list.d").iterdir())
+        return "".join(path.read_text() for path in lists).splitlines()
+
+    assert added("trixie") == []
+    assert added("trixie-security") == []  # apt refuses to be told twice
+    assert added("trixie-backports") == ["deb http://mirror/debian trixie-backports main"]
