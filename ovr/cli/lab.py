@@ -9,6 +9,7 @@ from ovr import lab
 from ovr.cli.output import common, document, size, table
 from ovr.errors import UsageError
 from ovr.lab.image import SUITES
+from ovr.lab.qemu import BACKENDS
 
 __all__ = ["add"]
 
@@ -21,6 +22,7 @@ def add(commands: Any) -> None:
         description="Make Debian VMs with CRIU and the agent in them, to try ovr on.",
         examples="""\
             ovr lab up one --suite bookworm --memory 2G
+            ovr lab up two --kernel linux-image-rt-amd64/trixie-backports
             ovr lab sh one 'criu --version'
             ovr lab put one ./program /root/program
             ovr lab down one
@@ -64,6 +66,17 @@ def _add_up(verbs: Any) -> None:
         "--numa", type=int, default=1, metavar="N", help="NUMA nodes, one RAM file each"
     )
     up.add_argument(
+        "--kernel", default="", metavar="PACKAGE[/RELEASE]",
+        help="the kernel of this Debian package; default: the suite's linux-image-cloud-amd64",
+    )  # fmt: skip
+    up.add_argument(
+        "--append", default="", metavar="WORDS", help="for the kernel's command line: nokaslr"
+    )
+    up.add_argument(
+        "--backend", choices=BACKENDS, default="file",
+        help="what the RAM is: files in a tmpfs (file), memfds, or files in a hugetlbfs",
+    )  # fmt: skip
+    up.add_argument(
         "--share", type=Path, metavar="DIR", help="a host directory for the guest, at /mnt/share"
     )
 
@@ -72,6 +85,7 @@ def _up(options: argparse.Namespace) -> int:
     vm = lab.up(
         options.name, suite=options.suite, memory=options.memory, cpus=options.cpus,
         accel=options.accel, la57=options.la57, numa=options.numa, share=options.share,
+        kernel=options.kernel, append=options.append, backend=options.backend,
     )  # fmt: skip
     if options.json:
         document("ovr.lab/1", _fields(vm))

@@ -17,6 +17,7 @@ from ovr.lab.machine import LabVm, claimed
 from ovr.lab.process import Process, last_line
 from ovr.lab.qemu import (
     READY,
+    Backend,
     Hardware,
     boot_arguments,
     machine_arguments,
@@ -48,6 +49,9 @@ def up(
     numa: int = 1,
     share: Path | None = None,
     packages: Sequence[str] = (),
+    kernel: str = "",
+    append: str = "",
+    backend: Backend = "file",
     patience: float = 180.0,
 ) -> LabVm:
     """Boot a VM and return once its agent answers.
@@ -62,17 +66,21 @@ def up(
         numa: number of NUMA nodes, each with an equal part of the RAM in its own file.
         share: directory of the host that the guest sees at `ovr.lab.share.SHARE`.
         packages: Debian packages that the guest has besides the usual.
+        kernel: package with the kernel, of the suite or ``PACKAGE/RELEASE``; default: the suite's
+            cloud kernel.
+        append: words for the kernel's command line, such as ``nokaslr``.
+        backend: what the RAM is, one of `ovr.lab.qemu.BACKENDS`.
         patience: seconds that the guest may take to boot.
 
     Raises:
         LabError: the name is taken, memory is short, a tool of the host is missing, a download
             failed, or the guest does not come up.
     """
-    size = memory_size(memory, numa)
-    image = guest_image(suite, packages)
+    size = memory_size(memory, numa, backend)
+    image = guest_image(suite, packages, kernel)
     program = image.initramfs(build_agent(lab=True))
     engine = choose(accel, lambda: boots_under_kvm(image, program))
-    hardware = Hardware(size, cpus, engine, la57, numa)
+    hardware = Hardware(size, cpus, engine, la57, numa, backend, append)
     for _ in range(_TCG_ATTEMPTS - 1 if engine == "tcg" else 0):
         try:
             return _boot(name, image, program, hardware, share, patience=patience)
@@ -93,7 +101,7 @@ def _boot(
     patience: float,
 ) -> LabVm:
     with claimed(name) as directory:
-        ram = make_ram(directory, hardware.memory, hardware.numa)
+        ram = make_ram(directory, hardware.memory, hardware.numa, hardware.backend)
         vm = LabVm(
             name, image.suite, hardware, directory / "qmp", "", f"serial:{directory / 'serial'}",
             directory / "console.log", ram,
@@ -132,7 +140,9 @@ def _start(vm: LabVm, image: GuestImage, share: Path | None) -> None:
         devices += share_device(directory)
     command = [
         *machine_arguments(vm.hardware, vm.ram),
-        *boot_arguments(image, directory / "initramfs", vm.name, f"file,path={vm.console}"),
+        *boot_arguments(
+            image, directory / "initramfs", vm.name, f"file,path={vm.console}", vm.hardware.append
+        ),
         *service_arguments(directory),
         *devices,
     ]

@@ -14,15 +14,14 @@ from pathlib import Path
 
 from ovr.errors import LabError
 from ovr.lab.cache import cached, digest
-from ovr.lab.initramfs import initramfs, module_plan, unpacked_module
+from ovr.lab.initramfs import initramfs
+from ovr.lab.kernel import GuestKernel, KernelPackage, guest_kernel, write_kernel
 from ovr.lab.tools import mmdebstrap, need_tool, run_tool
 
 __all__ = ["SUITES", "GuestImage", "guest_image"]
 
 SUITES = ("trixie", "bookworm", "forky")
 _PACKAGES = ("linux-image-cloud-amd64", "criu", "iproute2", "kmod", "procps")
-_MODULES = ("virtio_pci", "virtio_blk", "ext4", "virtio_rng", "virtio_console", "virtiofs",
-            "vmw_vsock_virtio_transport")  # fmt: skip
 _DISK_SIZE = "16G"  # sparse
 _RECIPE = "2"  # to be raised when the way of building changes what is built
 
@@ -34,35 +33,40 @@ class GuestImage:
     Attributes:
         suite: the Debian suite.
         disk: raw ext4 file system.
-        kernel: the suite's ``vmlinuz``.
-        modules: directory of the kernel modules to load first; their names sort in load order.
+        kernel: the suite's, or another.
     """
 
     suite: str
     disk: Path
-    kernel: Path
-    modules: Path
+    kernel: GuestKernel
 
     def initramfs(self, agent: Path) -> bytes:
         """Return an initramfs with our init, the kernel modules and this agent program."""
-        modules = [path.read_bytes() for path in sorted(self.modules.iterdir())]
+        modules = [path.read_bytes() for path in sorted(self.kernel.modules.iterdir())]
         return initramfs(_init_program(), agent.read_bytes(), modules)
 
 
-def guest_image(suite: str, packages: Sequence[str] = ()) -> GuestImage:
+def guest_image(suite: str, packages: Sequence[str] = (), kernel: str = "") -> GuestImage:
     """Return the image of a suite with further Debian packages; build what is not cached.
 
+    Args:
+        suite: one of `SUITES`.
+        packages: what the guest has besides the usual.
+        kernel: ``PACKAGE`` of the suite or ``PACKAGE/RELEASE``; "" is the suite's cloud kernel.
+
     Raises:
-        LabError: unknown suite, a tool of the host is missing, or the build failed.
+        LabError: unknown suite or kernel, a tool of the host is missing, or the build failed.
     """
     if suite not in SUITES:
         raise LabError(f"the lab has no suite {suite}", f"take one of {', '.join(SUITES)}")
+    package = KernelPackage.parse(kernel, suite) if kernel else None
     wanted = sorted({*_PACKAGES, *packages})
     base = cached(
         f"guest-{suite}-{digest(_RECIPE, suite, *wanted)}",
         lambda work: _build_base(work, suite, wanted),
     )
-    return GuestImage(suite, base / "disk", base / "vmlinuz", base / "modules")
+    own = GuestKernel(base / "vmlinuz", base / "modules", None)
+    return GuestImage(suite, base / "disk", guest_kernel(package) if package else own)
 
 
 def _build_base(work: Path, suite: str, packages: Sequence[str]) -> None:
@@ -84,15 +88,12 @@ def _take_kernel(system: Path, work: Path) -> None:
         kernels = [name for name in files if name.startswith("boot/vmlinuz-")]
         listings = [name for name in files if name.endswith("/modules.dep")]
         if len(kernels) != 1 or len(listings) != 1:
-            raise LabError(f"the guest would have {len(kernels)} kernels", "name no kernel package")
-        (work / "vmlinuz").write_bytes(content(kernels[0]))
-        listing = listings[0]
-        folder = listing.removesuffix("modules.dep")
-        builtin = content(folder + "modules.builtin").decode()
-        (work / "modules").mkdir()
-        for number, path in enumerate(module_plan(content(listing).decode(), builtin, _MODULES)):
-            data = unpacked_module(path, content(folder + path))
-            (work / "modules" / f"{number:02}.ko").write_bytes(data)
+            raise LabError(
+                f"the guest would have {len(kernels)} kernels",
+                "name a kernel package as the kernel, not among the packages",
+            )
+        folder = listings[0].removesuffix("modules.dep")
+        write_kernel(work, content(kernels[0]), lambda name: content(folder + name))
 
 
 def _make_disk(system: Path, disk: Path) -> None:

@@ -1,7 +1,8 @@
 // PID 1 of a lab guest, in two halves.
 //
-// As /init of the initramfs: load the modules that the cloud kernel needs to reach its disk and
-// its vsock device, mount the disk, put the agent on it, move in. Then: mount what a Debian
+// As /init of the initramfs: load the modules that the kernel needs to reach its disk and its vsock
+// device, mount the disk, put the agent on it, move in; mount the kernel's modules, if they are not
+// on that disk ("module_disk" on the kernel's command line). Then: mount what a Debian
 // system has mounted, bring up the loopback, keep the agent running and reap every child (CRIU
 // cannot give a process the pid of a zombie). SIGTERM powers the machine off.
 //
@@ -90,20 +91,36 @@ static void copy_program(const char *from, const char *to)
 	unlink(from);
 }
 
+static void await_device(const char *path)
+{
+	for (int i = 0; i < 1000 && access(path, F_OK) != 0; i++)
+		rest(10);
+}
+
 static void enter_disk(void)
 {
 	mkdir("/dev", 0755);
 	mkdir("/disk", 0755);
 	need(mount("dev", "/dev", "devtmpfs", 0, "") == 0 || errno == EBUSY, "mount", "/dev");
 	load_modules("/modules/*.ko");
-	for (int i = 0; i < 1000 && access(DISK, F_OK) != 0; i++)
-		rest(10);
+	await_device(DISK);
 	need(mount(DISK, "/disk", "ext4", MS_NOATIME, "noinit_itable") == 0, "mount", DISK);
 	copy_program("/ovr-agent", "/disk" AGENT);
 	need(mount("/dev", "/disk/dev", NULL, MS_MOVE, NULL) == 0, "move", "/dev");
 	need(chdir("/disk") == 0, "enter", "/disk");
 	need(mount(".", "/", NULL, MS_MOVE, NULL) == 0, "move", "/disk");
 	need(chroot(".") == 0 && chdir("/") == 0, "enter", "/");
+}
+
+// Of another kernel than the disk's own. The kernel hands on what it does not know itself.
+static void mount_modules(void)
+{
+	const char *disk = getenv("module_disk");
+
+	if (!disk)
+		return;
+	await_device(disk);
+	need(mount(disk, "/lib/modules", "ext4", MS_RDONLY | MS_NOATIME, "") == 0, "mount", disk);
 }
 
 static void mount_all(void)
@@ -236,6 +253,7 @@ int main(void)
 	sigprocmask(SIG_BLOCK, &signals, NULL);
 	umask(0);
 	enter_disk();
+	mount_modules();
 	mount_all();
 	umask(022);
 	mount_share();

@@ -6,38 +6,83 @@ A cpio archive in the kernel's newc form (Documentation/driver-api/early-userspa
 import lzma
 import stat
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from ovr.errors import LabError
 
-__all__ = ["cpio", "initramfs", "module_plan", "unpacked_module"]
+__all__ = ["Modules", "cpio", "initramfs", "unpacked_module"]
 
 
-def module_plan(modules_dep: str, builtin: str, wanted: Sequence[str]) -> list[str]:
-    """Return the module files to load, in order, each once: what each wanted one needs, then it.
+@dataclass(frozen=True)
+class Modules:
+    """What a kernel says of its modules, in depmod's files; see modules.dep(5).
 
-    Args:
-        modules_dep: the text of ``modules.dep``; its dependencies come in reverse load order.
+    Attributes:
+        dep: the text of ``modules.dep``; its dependencies come in reverse load order.
         builtin: the text of ``modules.builtin``: modules that this kernel has without loading.
-        wanted: module names as in their file names, such as ``virtio_blk``.
-
-    Raises:
-        LabError: the kernel has no such module.
+        softdep: the text of ``modules.softdep``: what a module asks for without a symbol of it.
+        alias: the text of ``modules.alias``.
     """
-    needs: dict[str, list[str]] = {}
-    for line in modules_dep.splitlines():
-        path, _, before = line.partition(":")
-        needs[_module_name(path)] = [*reversed(before.split()), path]
-    present = {_module_name(path) for path in builtin.splitlines()}
-    order: dict[str, None] = {}
-    for name in wanted:
-        if name in present:
-            continue
-        if name not in needs:
-            raise LabError(f"the guest's kernel has no module {name}")
-        order.update(dict.fromkeys(needs[name]))
-    return list(order)
+
+    dep: str
+    builtin: str
+    softdep: str = ""
+    alias: str = ""
+
+    def plan(self, wanted: Sequence[str]) -> list[str]:
+        """Return the module files to load, in order, each once: what each one needs, then it.
+
+        Args:
+            wanted: module names as in their file names, such as ``virtio_blk``.
+
+        Raises:
+            LabError: the kernel has no such module.
+        """
+        needs: dict[str, list[str]] = {}
+        for line in self.dep.splitlines():
+            path, _, before = line.partition(":")
+            needs[_module_name(path)] = [*reversed(before.split()), path]
+        present = {_module_name(path) for path in self.builtin.splitlines()}
+        before_it = self._soft(needs)
+        order: dict[str, None] = {}
+        asked: set[str] = set()
+
+        def add(name: str) -> None:
+            asked.add(name)
+            for path in needs[name]:
+                for other in before_it.get(_module_name(path), ()):
+                    if other not in asked:
+                        add(other)
+                order[path] = None
+
+        for name in wanted:
+            if name in present:
+                continue
+            if name not in needs:
+                raise LabError(f"the guest's kernel has no module {name}")
+            add(name)
+        return list(order)
+
+    def _soft(self, known: Container[str]) -> dict[str, list[str]]:
+        # By module: those to load first, which no symbol shows. ext4 of Linux 6.1 has its checksums
+        # from whatever provides "crc32c": without a modprobe the kernel does not find it.
+        aliases: dict[str, list[str]] = {}
+        for line in self.alias.splitlines():
+            match line.split():
+                case ["alias", name, module]:
+                    aliases.setdefault(name, []).append(module)
+        found: dict[str, list[str]] = {}
+        for line in self.softdep.splitlines():
+            _, _, text = line.partition("softdep ")
+            module, _, before = text.partition(" pre: ")
+            for name in before.partition(" post:")[0].split():
+                modules = [_module_name(name), *aliases.get(name, ())]
+                found.setdefault(_module_name(module), []).extend(
+                    one for one in modules if one in known
+                )
+        return found
 
 
 def unpacked_module(path: str, data: bytes) -> bytes:

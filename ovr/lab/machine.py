@@ -36,7 +36,7 @@ class LabVm:
         agent: address of its agent over vsock.
         serial: address of its agent over virtio-serial.
         console: the log of its serial console.
-        ram: its RAM files, one a NUMA node.
+        ram: its RAM files, one a NUMA node; memfds have no path.
         processes: what runs for it on the host; ``qemu`` is the VM itself.
     """
 

@@ -3,11 +3,24 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final, Literal
 
 from ovr.lab.accel import Engine, cpu_model, qemu_program
 from ovr.lab.image import GuestImage
 
-__all__ = ["READY", "Hardware", "boot_arguments", "machine_arguments", "service_arguments"]
+__all__ = [
+    "BACKENDS",
+    "READY",
+    "Backend",
+    "Hardware",
+    "boot_arguments",
+    "machine_arguments",
+    "service_arguments",
+]
+
+Backend = Literal["file", "memfd", "hugetlbfs"]
+BACKENDS: Final[tuple[Backend, ...]] = ("file", "memfd", "hugetlbfs")
+"""What the RAM may be: files in a tmpfs, memfds, files in a hugetlbfs."""
 
 READY = b"ovr-init: ready"
 """What our init writes to the console when the guest is up."""
@@ -23,6 +36,8 @@ class Hardware:
         engine: what runs them.
         la57: with or without 5-level paging; None takes what the CPU model has.
         numa: number of NUMA nodes; each gets an equal part of the RAM, in a file of its own.
+        backend: one of `BACKENDS`.
+        append: words for the kernel's command line.
     """
 
     memory: int
@@ -30,9 +45,13 @@ class Hardware:
     engine: Engine
     la57: bool | None
     numa: int
+    backend: Backend = "file"
+    append: str = ""
 
 
-def boot_arguments(image: GuestImage, initramfs: Path, hostname: str, console: str) -> list[str]:
+def boot_arguments(
+    image: GuestImage, initramfs: Path, hostname: str, console: str, append: str = ""
+) -> list[str]:
     """Return what boots the image: kernel, disk with a throw-away overlay, console.
 
     Args:
@@ -40,16 +59,23 @@ def boot_arguments(image: GuestImage, initramfs: Path, hostname: str, console: s
         initramfs: see `ovr.lab.initramfs`.
         hostname: of the guest.
         console: a QEMU chardev specification without its id, such as ``stdio``.
+        append: further words for the kernel's command line.
     """
     # A guest that crashes ends QEMU, so that nobody waits for it. No clocksource watchdog: in Linux
     # 7.2 it waits for another CPU with interrupts off (`watchdog_check_skew`), for ever if that one
     # is in `stop_machine`, which a slow vCPU makes likely; and QEMU's TSCs need no watching.
     options = f"console=ttyS0 oops=panic panic=-1 tsc=nowatchdog hostname={hostname}"
+    more: list[str] = []
+    if image.kernel.disk:
+        options += " module_disk=/dev/vdb"  # for our init
+        drive = f"if=none,id=modules,format=raw,readonly=on,file={image.kernel.disk}"
+        more += ["-drive", drive, "-device", "virtio-blk-pci,drive=modules"]
     return [
         "-nodefaults", "-no-user-config", "-no-reboot", "-display", "none",
-        "-kernel", str(image.kernel), "-initrd", str(initramfs), "-append", options,
+        "-kernel", str(image.kernel.vmlinuz), "-initrd", str(initramfs),
+        "-append", f"{options} {append}".strip(),
         "-drive", f"if=none,id=disk,format=raw,snapshot=on,file={image.disk}",
-        "-device", "virtio-blk-pci,drive=disk",
+        "-device", "virtio-blk-pci,drive=disk", *more,
         "-device", "virtio-rng-pci",
         "-chardev", f"{console},id=console", "-serial", "chardev:console",
     ]  # fmt: skip
@@ -60,7 +86,7 @@ def machine_arguments(hardware: Hardware, ram: Sequence[Path]) -> list[str]:
 
     Args:
         hardware: what to make.
-        ram: one file a NUMA node.
+        ram: one file a NUMA node; memfds have none.
     """
     return [
         qemu_program(),
@@ -83,14 +109,17 @@ def service_arguments(directory: Path) -> list[str]:
 
 
 def _ram_arguments(hardware: Hardware, ram: Sequence[Path]) -> Iterator[str]:
-    part = hardware.memory // len(ram)
-    for number, path in enumerate(ram):
+    part = hardware.memory // hardware.numa
+    common = f"size={part}B,share=on,prealloc=on"
+    for number in range(hardware.numa):
         yield "-object"
-        yield (f"memory-backend-file,id=ram{number},size={part}B,mem-path={path},"
-               "share=on,prealloc=on,align=2M")  # fmt: skip
-    if len(ram) == 1:
+        if hardware.backend == "memfd":
+            yield f"memory-backend-memfd,id=ram{number},{common}"
+        else:
+            yield f"memory-backend-file,id=ram{number},{common},mem-path={ram[number]},align=2M"
+    if hardware.numa == 1:
         yield from ("-machine", "q35,memory-backend=ram0")
         return
     yield from ("-machine", "q35")
-    for number in range(len(ram)):
+    for number in range(hardware.numa):
         yield from ("-numa", f"node,nodeid={number},memdev=ram{number}")

@@ -1,4 +1,4 @@
-"""The RAM files of a lab VM: in memory, of huge pages where root can have them.
+"""The RAM of a lab VM: files in memory, of huge pages where root can have them.
 
 First touch of fresh host memory costs far more than the copy; QEMU allocates all of it
 (``prealloc=on``), and a tmpfs mounted with ``huge=always`` needs no faults page by page.
@@ -14,54 +14,65 @@ import psutil
 
 from ovr.errors import LabError
 from ovr.lab.cache import digest
+from ovr.lab.qemu import Backend
 
 __all__ = ["drop_ram", "make_ram", "memory_size"]
 
 _UNITS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
-_GRAIN = 2 << 20  # a huge page
+_GRAIN = 8 << 10  # QEMU takes no odd number of pages
+_HUGE_PAGE = 2 << 20
+_POOL = Path("/sys/kernel/mm/hugepages/hugepages-2048kB")
 _RESERVE = 512 << 20  # QEMU itself (256 MiB of translated code), and room for the host
 
 
-def memory_size(text: str | int, nodes: int = 1) -> int:
+def memory_size(text: str | int, nodes: int = 1, backend: Backend = "file") -> int:
     """Return the bytes that ``4G``, ``1536M`` or a plain number of bytes stands for.
 
     Raises:
-        LabError: not a size, or not a whole number of huge pages for each NUMA node.
+        LabError: not a size, or one that QEMU cannot make of the backend's pages, with an equal
+            part for each NUMA node.
     """
     match = re.fullmatch(r"(\d+)([KMGT]?)(?:i?B)?", str(text).strip(), re.IGNORECASE)
     if match is None:
         raise LabError(f"{text!r} is not a size of memory", "write 4G or 1536M")
     size = int(match[1]) << _UNITS[match[2].upper()]
-    if size == 0 or size % (_GRAIN * nodes):
-        raise LabError(f"{text} of memory is not a multiple of {2 * nodes}M")
+    grain = (_HUGE_PAGE if backend == "hugetlbfs" else _GRAIN) * nodes
+    if size == 0 or size % grain:
+        unit = f"{grain >> 20}M" if backend == "hugetlbfs" else f"{grain >> 10}K"
+        raise LabError(f"{text} of memory is not a multiple of {unit}")
     return size
 
 
-def make_ram(directory: Path, size: int, nodes: int) -> tuple[Path, ...]:
+def make_ram(directory: Path, size: int, nodes: int, backend: Backend = "file") -> tuple[Path, ...]:
     """Return `nodes` paths for RAM files of `size` bytes in all; QEMU will make the files.
 
     Args:
         directory: of the VM.
         size: bytes of RAM in all files together.
         nodes: number of files.
+        backend: what the files are; memfds have no paths, and there are none then.
 
     Raises:
         LabError: the host does not have so much memory free.
     """
+    if backend == "hugetlbfs":
+        return _huge_files(_places(directory)[0], size, nodes)
     free = psutil.virtual_memory().available
+    if backend == "memfd":
+        _check_room(size, free)
+        return ()
     mounted, plain = _places(directory)
-    if _mount(mounted, size):
+    if _mount(mounted, "tmpfs", f"huge=always,size={size}"):
         place = mounted
     else:
         place = plain
         place.mkdir(mode=0o700)
         free = min(free, shutil.disk_usage(place).free + _RESERVE)
-    if free < size + _RESERVE:
+    try:
+        _check_room(size, free)
+    except LabError:
         drop_ram(directory)
-        raise LabError(
-            f"{size >> 20} MiB of RAM do not fit: {max(free - _RESERVE, 0) >> 20} MiB are free",
-            "ask for less, or end other VMs (ovr lab ls)",
-        )
+        raise
     return tuple(place / f"node{number}" for number in range(nodes))
 
 
@@ -80,12 +91,38 @@ def _places(directory: Path) -> tuple[Path, Path]:
     return directory / "ram", Path("/dev/shm") / f"ovr-{digest(str(directory))}"
 
 
-def _mount(place: Path, size: int) -> bool:
+def _check_room(size: int, free: int) -> None:
+    if free < size + _RESERVE:
+        raise LabError(
+            f"{size >> 20} MiB of RAM do not fit: {max(free - _RESERVE, 0) >> 20} MiB are free",
+            "ask for less, or end other VMs (ovr lab ls)",
+        )
+
+
+def _huge_files(place: Path, size: int, nodes: int) -> tuple[Path, ...]:
+    if os.geteuid() != 0:
+        raise LabError("only root can mount a hugetlbfs", "run as root, or take another backend")
+    wanted = size // _HUGE_PAGE
+    try:
+        counts = [int((_POOL / f"{name}_hugepages").read_text()) for name in ("free", "resv", "nr")]
+    except OSError as error:
+        raise LabError(f"this host has no huge pages of 2 MiB: {error.strerror}") from error
+    free, reserved, total = counts
+    if free - reserved < wanted:
+        raise LabError(
+            f"{wanted} huge pages are needed, and {free - reserved} are free on this host",
+            f"reserve them: sysctl vm.nr_hugepages={total + wanted - (free - reserved)}",
+        )
+    if not _mount(place, "hugetlbfs", f"pagesize=2M,size={size}"):
+        raise LabError("a hugetlbfs cannot be mounted on this host", "take another backend")
+    return tuple(place / f"node{number}" for number in range(nodes))
+
+
+def _mount(place: Path, kind: str, options: str) -> bool:
     if os.geteuid() != 0:
         return False
     place.mkdir(mode=0o700)
-    options = f"huge=always,mode=0700,size={size}"
-    command = ["mount", "-t", "tmpfs", "-o", options, "ovr-lab", str(place)]
+    command = ["mount", "-t", kind, "-o", f"{options},mode=0700", "ovr-lab", str(place)]
     if subprocess.run(command, capture_output=True, check=False).returncode == 0:
         return True
     place.rmdir()  # root of a container, who may not mount

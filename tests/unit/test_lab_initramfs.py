@@ -9,7 +9,7 @@ import pytest
 
 from ovr.errors import LabError
 from ovr.lab import image
-from ovr.lab.initramfs import cpio, initramfs, module_plan, unpacked_module
+from ovr.lab.initramfs import Modules, cpio, initramfs, unpacked_module
 
 # Lines as depmod writes them: what a module needs, in reverse load order.
 DEP = """\
@@ -22,13 +22,38 @@ kernel/drivers/virtio/virtio.ko kernel/drivers/virtio/virtio_ring.ko
 """
 
 
+def plan(modules, wanted):
+    return [path.rpartition("/")[2] for path in modules.plan(wanted)]
+
+
 def test_module_plan():
-    plan = module_plan(DEP, "kernel/fs/ext4/ext4.ko\n", ["virtio_blk", "ext4", "virtio_rng"])
-    assert [path.rpartition("/")[2] for path in plan] == [
+    modules = Modules(DEP, "kernel/fs/ext4/ext4.ko\n")
+    assert plan(modules, ["virtio_blk", "ext4", "virtio_rng"]) == [
         "virtio_ring.ko", "virtio.ko", "virtio_blk.ko", "virtio-rng.ko.xz",
     ]  # fmt: skip
     with pytest.raises(LabError, match="no module nvme"):
-        module_plan(DEP, "", ["nvme"])
+        modules.plan(["nvme"])
+
+
+def test_what_no_symbol_shows_is_loaded_before():
+    """As of Linux 6.1, where nothing in the initramfs answers the kernel's own request for it."""
+    dep = """\
+kernel/fs/ext4/ext4.ko: kernel/lib/libcrc32c.ko
+kernel/lib/libcrc32c.ko:
+kernel/crypto/crc32c_generic.ko: kernel/crypto/base.ko
+kernel/arch/x86/crypto/crc32c-intel.ko:
+kernel/crypto/base.ko:
+"""
+    softdep = """\
+# Soft dependencies extracted from modules themselves.
+softdep libcrc32c pre: crc32c
+softdep ext4 pre: base missing post: unwanted
+softdep crc32c_generic pre: ext4
+"""
+    alias = "alias crc32c crc32c_generic\nalias crc32c crc32c_intel\nalias fs-ext4 ext4\n"
+    assert plan(Modules(dep, "", softdep, alias), ["ext4"]) == [
+        "base.ko", "crc32c_generic.ko", "crc32c-intel.ko", "libcrc32c.ko", "ext4.ko",
+    ]  # fmt: skip
 
 
 def test_unpacked_module():

@@ -16,6 +16,7 @@ from ovr.lab import accel, boot, ram, share, vsock
 from ovr.lab.accel import choose, cpu_model
 from ovr.lab.boot import GuestDied, _launch
 from ovr.lab.image import GuestImage
+from ovr.lab.kernel import GuestKernel
 from ovr.lab.machine import claimed
 from ovr.lab.process import spawn
 from ovr.lab.qemu import Hardware, boot_arguments, machine_arguments, service_arguments
@@ -117,22 +118,32 @@ def test_names_that_no_vm_can_have(name):
 
 @pytest.mark.parametrize(
     ("text", "size"),
-    [("4G", 4 * GIB), ("1536M", 3 * GIB // 2), ("1GiB", GIB), (GIB, GIB), ("2048k", 2 << 20)],
+    [
+        ("4G", 4 * GIB),
+        ("1536M", 3 * GIB // 2),
+        ("1GiB", GIB),
+        (GIB, GIB),
+        ("2048k", 2 << 20),
+        ("1058824K", 1058824 << 10),
+    ],
 )
 def test_memory_size(text, size):
     assert memory_size(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "4", "1.5G", "-4G", "0", "4 apples", "1000K", "9" * 30 + "X"])
+@pytest.mark.parametrize("text", ["", "4", "1.5G", "-4G", "0", "4 apples", "1001K", "9" * 30 + "X"])
 def test_not_a_memory_size(text):
     with pytest.raises(LabError):
         memory_size(text)
-    with pytest.raises(LabError, match="multiple of 6M"):
+    with pytest.raises(LabError, match="multiple of 24K"):
         memory_size("1G", 3)
+    with pytest.raises(LabError, match="multiple of 4M"):
+        memory_size("1026M", 2, "hugetlbfs")
+    assert memory_size("1026M", 1, "hugetlbfs") == 1026 << 20
 
 
 def test_memory_that_the_host_does_not_have(tmp_path, monkeypatch):
-    monkeypatch.setattr(ram, "_mount", lambda place, size: False)
+    monkeypatch.setattr(ram, "_mount", lambda place, kind, options: False)
     place = ram._places(tmp_path)[1]
     with pytest.raises(LabError, match="do not fit"):
         ram.make_ram(tmp_path, 1 << 50, 1)
@@ -157,6 +168,32 @@ def test_ram_on_huge_pages(tmp_path):
         assert str(file.parent) not in Path("/proc/mounts").read_text()
 
 
+def test_memfds_have_no_paths(tmp_path):
+    assert ram.make_ram(tmp_path, 1 << 21, 2, "memfd") == ()
+    with pytest.raises(LabError, match="do not fit"):
+        ram.make_ram(tmp_path, 1 << 50, 2, "memfd")
+
+
+@pytest.mark.parametrize(
+    ("counts", "hint"), [((10, 0, 10), "nr_hugepages=512"), ((600, 100, 700), "nr_hugepages=712")]
+)
+def test_huge_pages_that_the_host_does_not_have(tmp_path, monkeypatch, counts, hint):
+    monkeypatch.setattr(ram, "_POOL", tmp_path)
+    monkeypatch.setattr(ram.os, "geteuid", lambda: 0)
+    for name, count in zip(("free", "resv", "nr"), counts, strict=True):
+        (tmp_path / f"{name}_hugepages").write_text(f"{count}\n")
+    free = counts[0] - counts[1]
+    with pytest.raises(LabError, match=f"512 huge pages are needed, and {free} are") as caught:
+        ram.make_ram(tmp_path, 1 << 30, 1, "hugetlbfs")
+    assert hint in caught.value.hint
+
+
+def test_huge_pages_are_mounted_by_root_only(tmp_path, monkeypatch):
+    monkeypatch.setattr(ram.os, "geteuid", lambda: 1000)
+    with pytest.raises(LabError, match="only root"):
+        ram.make_ram(tmp_path, 1 << 30, 1, "hugetlbfs")
+
+
 def option(arguments, name):
     return [value for key, value in pairwise(arguments) if key == name]
 
@@ -175,6 +212,31 @@ def test_command_line_of_two_nodes(tmp_path):
         ]
         assert f"id=ram{number},size={2 * GIB}B" in text
         assert "share=on,prealloc=on" in text
+
+
+def test_command_line_of_memfds(tmp_path):
+    arguments = machine_arguments(Hardware(GIB, 1, "tcg", None, 2, "memfd"), [])
+    backends = option(arguments, "-object")
+    assert [text.partition(",")[0] for text in backends] == ["memory-backend-memfd"] * 2
+    assert all("share=on" in text and f"size={GIB // 2}B" in text for text in backends)
+
+
+def test_command_line_of_another_kernel(tmp_path):
+    """Its modules are a disk of their own, which init is told of."""
+    own = GuestImage("trixie", Path("d"), GuestKernel(Path("k"), Path("m"), None))
+    other = GuestImage("trixie", Path("d"), GuestKernel(Path("k"), Path("m"), Path("more")))
+    usual = boot_arguments(own, Path("i"), "one", "stdio")
+    assert "module_disk" not in " ".join(usual)
+    words = boot_arguments(other, Path("i"), "one", "stdio", "nokaslr quiet")
+    [line] = option(words, "-append")
+    assert line.endswith(" module_disk=/dev/vdb nokaslr quiet")
+    drives = option(words, "-drive")
+    assert [("file=d" in drive, "readonly=on" in drive) for drive in drives] == [
+        (True, False), (False, True),
+    ]  # fmt: skip
+    assert [one for one in option(words, "-device") if "blk" in one] == [
+        "virtio-blk-pci,drive=disk", "virtio-blk-pci,drive=modules",
+    ]  # fmt: skip
 
 
 def bare_kernel():
@@ -199,7 +261,8 @@ def standing_vm(tmp_path):
     (tmp_path / "kernel").write_bytes(bare_kernel())
     (tmp_path / "initramfs").write_bytes(bytes(4096))
     (tmp_path / "disk").write_bytes(bytes(1 << 20))
-    image = GuestImage("trixie", tmp_path / "disk", tmp_path / "kernel", tmp_path)
+    kernel = GuestKernel(tmp_path / "kernel", tmp_path, tmp_path / "disk")
+    image = GuestImage("trixie", tmp_path / "disk", kernel)
     command = [
         *machine_arguments(
             Hardware(128 << 20, 2, "tcg", True, 2), [tmp_path / "a", tmp_path / "b"]
@@ -250,8 +313,8 @@ def boots(monkeypatch, vm):
             raise outcome
         return outcome
 
-    image = GuestImage("trixie", Path(), Path(), Path())
-    monkeypatch.setattr(boot, "guest_image", lambda suite, packages: image)
+    image = GuestImage("trixie", Path(), GuestKernel(Path(), Path(), None))
+    monkeypatch.setattr(boot, "guest_image", lambda suite, packages, kernel: image)
     monkeypatch.setattr(GuestImage, "initramfs", lambda self, agent: b"")
     monkeypatch.setattr(boot, "build_agent", lambda lab: Path())
     monkeypatch.setattr(boot, "_boot", one)
