@@ -5,15 +5,19 @@
     export OVR_RECORD=1
     python -m pytest tests/vm/test_states.py tests/vm/test_pool.py tests/vm/test_services.py
     python -m tests.support_matrix
+
+`make kernels` records kernels and machines, and writes the document itself.
 """
 
 import json
 from pathlib import Path
 
 from ovr.cli.states import states
+from tests.kernels.setups import CANNOT, SETUPS
 
 DOCS = Path(__file__).parents[1] / "docs"
 RECORD = DOCS / "support-matrix.json"
+KERNELS = DOCS / "kernel-matrix.json"
 MATRIX = DOCS / "support-matrix.md"
 
 HEAD = """\
@@ -43,8 +47,25 @@ VMA flags, protections, advice and the figures of smaps are as after CRIU alone.
 """
 
 
-def render(recorded: dict) -> str:
-    """Return the document."""
+KERNEL_HEAD = """\
+## Kernels and machines
+
+`make kernels` boots each of these kernel packages in a lab VM (`--kernel` of `ovr lab up`), starts the
+programs of the pool there, has CRIU dump them and restores them from outside: *restored* counts
+those that found all of their memory and state right afterwards. Where a program did not come back,
+CRIU alone was tried on the same images, and the remark says so. RAM is 1 GiB in a file, CPUs have
+5-level paging, and the kernel has KASLR, unless the machine says otherwise. `make test` takes two
+of these setups in turn, with some of the programs.
+"""
+
+
+def render(recorded: dict, kernels: dict | None = None) -> str:
+    """Return the document.
+
+    Args:
+        recorded: by suite, what the VM tests have recorded.
+        kernels: by setup, what `tests.kernels` has.
+    """
     guests = sorted(
         recorded.values(), key=lambda guest: [*map(_number, guest["kernel"].split("."))]
     )
@@ -64,11 +85,50 @@ def render(recorded: dict) -> str:
         found = [guest.get("memory", {}).get(name) for guest in guests]
         tasks = next(one["tasks"] for one in found if one)
         lines.append(_row(f"`{name}`", str(tasks), *map(_where, found)))
+    lines += ["", *_kernel_rows(kernels or {})]
     lines += ["", "## Left to CRIU", "", _row("state", "what it is", "why"), _row(*["---"] * 3)]
     for state in states():
         if not state["outside"]:
             lines.append(_row(f"`{state['name']}`", state["summary"], state["reason"]))
     return "\n".join(lines) + "\n"
+
+
+def _kernel_rows(kernels: dict) -> list[str]:
+    lines = [KERNEL_HEAD, _row("Linux", "package", "guest", "machine", "restored", "remarks")]
+    lines.append(_row(*["---"] * 6))
+    done = [kernels[setup.name] for setup in SETUPS if setup.name in kernels]
+    done.sort(key=lambda one: [*map(_number, one["kernel"].split("."))])
+    for one in done:
+        programs = one["programs"]
+        right = sum(said == "restored" for said in programs.values())
+        remarks = [one["trouble"], *_remarks(programs, one["without_ovr"])]
+        lines.append(
+            _row(
+                one["kernel"] or "not booted",
+                f"`{one['package'] or 'linux-image-cloud-amd64'}`",
+                f"{one['suite']}, CRIU {one['criu'] or '?'}",
+                one["machine"] or "usual",
+                f"{right} of {len(programs)}",
+                "; ".join(filter(None, remarks)).replace("|", "\\|").replace("\n", " "),
+            )
+        )
+    missing = [f"`{setup.name}`" for setup in SETUPS if setup.name not in kernels]
+    if missing:
+        lines += ["", f"Not recorded yet: {', '.join(missing)}."]
+    lines += ["", "Not reached:", ""]
+    return [*lines, *(f"* {what}: {reason}." for what, reason in CANNOT.items())]
+
+
+def _remarks(programs: dict[str, str], without_ovr: list[str]) -> list[str]:
+    # Programs with the same outcome together.
+    by_outcome: dict[tuple[str, bool], list[str]] = {}
+    for name, said in sorted(programs.items()):
+        if said != "restored":
+            by_outcome.setdefault((said, name in without_ovr), []).append(f"`{name}`")
+    return [
+        f"{', '.join(names)}: {said}" + (" (CRIU alone fails, too)" if alone else "")
+        for (said, alone), names in by_outcome.items()
+    ]
 
 
 def _mark(name: str, tested: list[str]) -> str:
@@ -98,6 +158,22 @@ def record_memory(suite: str, name: str, tasks: int, bytes_by: dict[str, int]) -
     RECORD.write_text(json.dumps(recorded, indent=1, sort_keys=True) + "\n")
 
 
+def kernels() -> dict:
+    """Return what `tests.kernels` has recorded, by the name of the setup."""
+    return json.loads(KERNELS.read_text()) if KERNELS.exists() else {}
+
+
+def record_kernel(name: str, outcome: dict) -> None:
+    """Note what came of a setup, and write the document."""
+    KERNELS.write_text(json.dumps({**kernels(), name: outcome}, indent=1, sort_keys=True) + "\n")
+    write()
+
+
+def write() -> None:
+    """Write the document, of all that is recorded."""
+    MATRIX.write_text(render(json.loads(RECORD.read_text()), kernels()))
+
+
 def _row(*cells: str) -> str:
     return "| " + " | ".join(cells) + " |"
 
@@ -108,4 +184,4 @@ def _number(text: str) -> int:
 
 
 if __name__ == "__main__":
-    MATRIX.write_text(render(json.loads(RECORD.read_text())))
+    write()
