@@ -132,7 +132,7 @@ def domain_xml(name: str, directory: Path, agent: str) -> str:
         agent: a device that leads to the guest's agent.
     """
     return DOMAIN.format(
-        name=name, kernel=guest_image("trixie").kernel, directory=directory,
+        name=name, kernel=guest_image("trixie").kernel.vmlinuz, directory=directory,
         memory_backing=MEMORY_BACKING, agent=agent,
     )  # fmt: skip
 

@@ -42,7 +42,7 @@ def command_of(directory: Path, ram: Path) -> str:
         "-device vhost-vsock-pci,guest-cid=3": port,
     })  # fmt: skip
     boot = [
-        "-kernel", image.kernel, "-initrd", directory / "initramfs",
+        "-kernel", image.kernel.vmlinuz, "-initrd", directory / "initramfs",
         "-append", "console=ttyS0 oops=panic panic=-1 tsc=nowatchdog",
         "-serial", f"file:{directory}/console", "-display", "none", "-no-reboot",
     ]  # fmt: skip
