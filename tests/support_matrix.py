@@ -50,8 +50,8 @@ VMA flags, protections, advice and the figures of smaps are as after CRIU alone.
 KERNEL_HEAD = """\
 ## Kernels and machines
 
-`make kernels` boots each of these kernel packages in a lab VM (`--kernel` of `ovr lab up`), starts the
-programs of the pool there, has CRIU dump them and restores them from outside: *restored* counts
+`make kernels` boots each of these kernel packages in a lab VM (`--kernel` of `ovr lab up`), starts
+the programs of the pool there, has CRIU dump them and restores them from outside: *restored* counts
 those that found all of their memory and state right afterwards. Where a program did not come back,
 CRIU alone was tried on the same images, and the remark says so. RAM is 1 GiB in a file, CPUs have
 5-level paging, and the kernel has KASLR, unless the machine says otherwise. `make test` takes two
@@ -94,7 +94,10 @@ def render(recorded: dict, kernels: dict | None = None) -> str:
 
 
 def _kernel_rows(kernels: dict) -> list[str]:
-    lines = [KERNEL_HEAD, _row("Linux", "package", "guest", "machine", "restored", "remarks")]
+    lines = [
+        KERNEL_HEAD,
+        _row("Linux", "package", "guest", "machine", "restored", "remarks"),
+    ]
     lines.append(_row(*["---"] * 6))
     done = [kernels[setup.name] for setup in SETUPS if setup.name in kernels]
     done.sort(key=lambda one: [*map(_number, one["kernel"].split("."))])

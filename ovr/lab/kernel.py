@@ -116,13 +116,14 @@ def write_kernel(work: Path, vmlinuz: bytes, read: Callable[[str], bytes]) -> No
 
 def _build(work: Path, package: KernelPackage) -> None:
     system, tree = work / "system.tar", work / "tree"
-    release = package.release
-    named = f"{package.name}/{release}" if release != package.base else package.name
     try:
-        mmdebstrap(package.base, "extract", [named], system, release=release)
+        mmdebstrap(
+            package.base, "extract", (), system,
+            release=package.release, script=_download(package),
+        )  # fmt: skip
     except LabError as error:
         raise LabError(
-            f"{package.name} cannot be had from Debian {release}: {error}",
+            f"{package.name} cannot be had from Debian {package.release}: {error}",
             "name the release that has it: --kernel PACKAGE/RELEASE, such as"
             " linux-image-amd64/trixie-backports",
         ) from error
@@ -140,6 +141,23 @@ def _build(work: Path, package: KernelPackage) -> None:
 
     write_kernel(work, vmlinuz, read)
     subprocess.run(["rm", "-r", str(tree)], check=True)
+
+
+def _download(package: KernelPackage) -> str:
+    # The package and those of its dependencies that are parts of the kernel, unpacked. Not what it
+    # would take to install them, which old backports miss, and which takes longer.
+    apt = f"-t {package.release}" if package.release != package.base else ""
+    parts = f"apt-cache {apt} depends --recurse --important {package.name} | sort -u"
+    return f"""set -e
+        mkdir "$1/packages"
+        cd "$1/packages"
+        apt-get -q {apt} download {package.name}
+        for one in $({parts} | grep -E '^linux-(image|binary|modules)-'); do
+            [ $one = {package.name} ] || apt-get -q {apt} download $one || true
+        done
+        for one in *.deb; do dpkg-deb -x "$one" "$1"; done
+        rm -r "$1/packages"
+    """
 
 
 def _unpack(system: Path, tree: Path, package: KernelPackage) -> tuple[bytes, str]:
@@ -165,6 +183,11 @@ def _unpack(system: Path, tree: Path, package: KernelPackage) -> tuple[bytes, st
             "name a package such as linux-image-amd64",
         )
     [(version, vmlinuz)] = kernels.items()
+    if not (tree / "lib" / "modules" / version / "kernel").is_dir():
+        raise LabError(
+            f"Debian {package.release} has the kernel of {package.name}, but not its modules",
+            "name a newer one",
+        )
     return vmlinuz, version
 
 

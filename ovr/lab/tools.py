@@ -41,7 +41,13 @@ def run_tool(command: Sequence[str]) -> None:
 
 
 def mmdebstrap(
-    suite: str, variant: str, packages: Sequence[str], target: Path, *, release: str = ""
+    suite: str,
+    variant: str,
+    packages: Sequence[str],
+    target: Path,
+    *,
+    release: str = "",
+    script: str = "",
 ) -> None:
     """Write a tar archive `target` of a Debian suite; mmdebstrap itself knows mirrors and keys.
 
@@ -52,6 +58,8 @@ def mmdebstrap(
         target: the archive to write.
         release: another one on top of the suite that packages may come from, such as
             ``trixie-backports``; its name is a plain word.
+        script: shell that runs on the host when the packages are unpacked; ``$1`` is the root of
+            the new system, and apt asks its sources.
 
     Raises:
         LabError: a tool is missing, or packages cannot be had.
@@ -59,16 +67,20 @@ def mmdebstrap(
     program = need_tool("mmdebstrap", "mmdebstrap")
     if os.geteuid() != 0:
         need_tool("newuidmap", "uidmap")  # it then works in a user namespace
-    more = []
+    options = [f"--variant={variant}", "--format=tar"]
+    if packages:
+        options.append(f"--include={','.join(packages)}")
     if release not in ("", suite):
         # Its mirror is the suite's, unless mmdebstrap has listed it already (security).
-        hook = (
+        add = (
             f"cd \"$1/etc/apt\"; grep -q ' {release} ' sources.list ||"
             f" sed -n 's/ {suite} / {release} /p' sources.list > sources.list.d/0release.list"
         )
-        more.append(f"--setup-hook={hook}")
+        options.append(f"--setup-hook={add}")
+    if script:
+        options.append(f'--extract-hook=export APT_CONFIG="$MMDEBSTRAP_APT_CONFIG"; {script}')
     run_tool(
-        [program, *more, f"--variant={variant}", "--format=tar", f"--include={','.join(packages)}",
+        [program, *options,
          # Mirrors that are snapshots have Release files older than they say they are good for.
          '--aptopt=Acquire::Check-Valid-Until "false"',
          "--dpkgopt=path-exclude=/usr/share/doc/*", "--dpkgopt=path-exclude=/usr/share/man/*",

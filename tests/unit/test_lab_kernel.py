@@ -69,6 +69,14 @@ def test_both_layouts_of_packages(tmp_path, vmlinuz, modules):
     assert files == [tmp_path / "tree" / "lib" / "modules" / version / "kernel" / "a.ko"]
 
 
+def test_a_kernel_whose_modules_are_gone(tmp_path):
+    """As with Linux 6.19 to 7.1 of trixie-backports, when newer ones are there."""
+    archive(tmp_path / "tar", "./boot/vmlinuz-7.0", "./usr/lib/modules/7.0/modules.builtin")
+    package = KernelPackage("linux-image-7.0", "trixie-backports")
+    with pytest.raises(LabError, match=r"kernel of linux-image-7.0, but not its modules"):
+        kernel._unpack(tmp_path / "tar", tmp_path / "tree", package)
+
+
 @pytest.mark.parametrize("names", [[], ["./boot/vmlinuz-1", "./boot/vmlinuz-2"]])
 def test_not_one_kernel(tmp_path, names):
     archive(tmp_path / "tar", "./bin/bash", *names)

@@ -76,3 +76,13 @@ def test_another_release_of_the_suites_mirror(tmp_path, monkeypatch):
     assert added("trixie") == []
     assert added("trixie-security") == []  # apt refuses to be told twice
     assert added("trixie-backports") == ["deb http://mirror/debian trixie-backports main"]
+
+
+def test_a_script_when_packages_are_unpacked(tmp_path, monkeypatch):
+    fake_program(tmp_path / "mmdebstrap", 'printf "%s\\n" "$@" > "$0.args"')
+    monkeypatch.setattr(tools, "need_tool", lambda program, package: str(tmp_path / program))
+    mmdebstrap("trixie", "extract", [], tmp_path / "tar", script="true")
+    words = (tmp_path / "mmdebstrap.args").read_text().splitlines()
+    assert [word for word in words if word.startswith(("--include", "--extract-hook"))] == [
+        '--extract-hook=export APT_CONFIG="$MMDEBSTRAP_APT_CONFIG"; true'
+    ]
