@@ -152,7 +152,7 @@ def _download(package: KernelPackage) -> str:
         mkdir "$1/packages"
         cd "$1/packages"
         apt-get -q {apt} download {package.name}
-        for one in $({parts} | grep -E '^linux-(image|binary|modules)-'); do
+        for one in $({parts} | grep -E '^linux-(image|binary|modules|base)-'); do
             [ $one = {package.name} ] || apt-get -q {apt} download $one || true
         done
         for one in *.deb; do dpkg-deb -x "$one" "$1"; done

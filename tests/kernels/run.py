@@ -8,7 +8,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import ovr
@@ -93,8 +93,10 @@ def _one(vm: lab.LabVm, program: pool.Program, scratch: Path, outcome: Outcome) 
     try:
         pool.install(vm, program)
         pid = pool.start(vm, program)
+        # A slow guest may take longer than CRIU's own 10 s to stop.
+        patient = replace(program, dump_options=(*program.dump_options, "--timeout", "600"))
         try:
-            pool.dump(vm, program, pid, f"{SHARE}/{program.name}")
+            pool.dump(vm, patient, pid, f"{SHARE}/{program.name}")
         except AssertionError as error:
             outcome.without_ovr.append(program.name)
             outcome.programs[program.name] = f"CRIU cannot dump it: {_cause(error)}"

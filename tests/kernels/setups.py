@@ -48,7 +48,6 @@ SETUPS: tuple[Setup, ...] = (
     Setup("bookworm"),
     Setup("bookworm", GENERIC),
     Setup("bookworm", RT),
-    Setup("bookworm", "linux-image-6.1-amd64/bullseye-security"),
     Setup("bookworm", f"{CLOUD}/bookworm-backports"),
     Setup("bookworm", f"{RT}/bookworm-backports"),
     Setup("trixie"),
@@ -84,6 +83,7 @@ CANNOT = {
     "Linux 6.2 to 6.11, 6.13 to 6.15": "no release of Debian has them any more",
     "Linux 6.19 to 7.1": "trixie-backports has the kernels still, but not the packages with their"
     " modules, which reach the disk",
+    "Linux 6.1 of bullseye-security": "listed, but the archive had no such file when it was asked",
     "Linux before 5.19": "no PG_anon_exclusive: refused before anything is written, see 5.10 above",
     "arm64, i386": "ovr is for x86-64 hosts and guests",
     "KVM": "not on the machines where this was recorded: they have no /dev/kvm that boots a guest",
