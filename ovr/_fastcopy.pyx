@@ -50,7 +50,8 @@ cdef class RamMap:
         cdef Py_ssize_t i
         cdef int prot = PROT_READ | PROT_WRITE if writable else PROT_READ
         cdef int around
-        cdef void *host
+        cdef uint64_t unit, start, length
+        cdef void *mapping
         self._writable = writable
         self._unheld = unheld
         self._ram.slots = <Slot *>malloc(max(1, len(slots)) * sizeof(Slot))
@@ -60,12 +61,21 @@ cdef class RamMap:
             file = os.fstat(fd)
             if file.st_size < offset + size or size <= 0:
                 raise ValueError(f"slot at GPA {gpa:#x} does not lie inside its RAM file")
-            host = mmap(NULL, size, prot, MAP_SHARED, fd, offset)
-            if host == MAP_FAILED:
+            # Firmware cuts RAM below 1 MiB into slots of small pages, and a hugetlbfs maps whole
+            # huge ones only: what is around the slot is mapped with it, and never addressed.
+            unit = mapping_unit(fd)
+            if unit == 0:
                 raise OSError(errno, os.strerror(errno))
+            start = offset // unit * unit
+            length = (offset + size + unit - 1) // unit * unit - start
+            mapping = mmap(NULL, length, prot, MAP_SHARED, fd, start)
+            if mapping == MAP_FAILED:
+                raise OSError(errno, os.strerror(errno))
+            self._ram.slots[i].mapping = mapping
+            self._ram.slots[i].mapped = length
             self._ram.slots[i].gpa = gpa
             self._ram.slots[i].size = size
-            self._ram.slots[i].host = <char *>host
+            self._ram.slots[i].host = <char *>mapping + (<uint64_t>offset - start)
             # hugetlbfs, and tmpfs if its pages are to be huge, say so here.
             around = HUGE_SHIFT if file.st_blksize >= 1 << HUGE_SHIFT else AROUND_SHIFT
             self._ram.slots[i].around_shift = around
@@ -82,7 +92,7 @@ cdef class RamMap:
     cdef void _unmap(self) noexcept:
         cdef Py_ssize_t i
         for i in range(self._ram.count):
-            munmap(self._ram.slots[i].host, self._ram.slots[i].size)
+            munmap(self._ram.slots[i].mapping, self._ram.slots[i].mapped)
             free(self._ram.slots[i].looked)
         self._ram.count = 0
 

@@ -10,6 +10,8 @@ cdef extern from *:
     #include <stdint.h>
     #include <unistd.h>
     #include <sys/syscall.h>
+    #include <sys/vfs.h>
+    #include <linux/magic.h>
 
     #ifndef SYS_cachestat
     #define SYS_cachestat 451 /* in v6.5 */
@@ -21,6 +23,16 @@ cdef extern from *:
         uint64_t range[2] = {offset, size}, found[5];
 
         return syscall(SYS_cachestat, fd, range, found, 0u) ? -1 : (int64_t)found[0];
+    }
+
+    /* What a mapping of the file has to be made of: huge pages in a hugetlbfs; 0 is an error. */
+    static inline uint64_t ovr_mapping_unit(int fd)
+    {
+        struct statfs info;
+
+        if (fstatfs(fd, &info) != 0)
+            return 0;
+        return info.f_type == HUGETLBFS_MAGIC ? (uint64_t)info.f_bsize : 4096;
     }
 
     /* The guest may change any word while we look at it: read it once, whole. */
@@ -46,6 +58,7 @@ cdef extern from *:
     void prefetch "ovr_prefetch"(const void *) noexcept nogil
     void settle "ovr_settle"() noexcept nogil
     int64_t cached_pages "ovr_cached_pages"(int, uint64_t, uint64_t) noexcept nogil
+    uint64_t mapping_unit "ovr_mapping_unit"(int) noexcept nogil
     void *memmem(const void *, size_t, const void *, size_t) noexcept nogil
 
 cdef extern from "<sys/uio.h>" nogil:

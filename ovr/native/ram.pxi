@@ -8,6 +8,8 @@ cdef struct Slot:
     uint64_t gpa
     uint64_t size
     char *host
+    void *mapping           # which has the slot in it
+    uint64_t mapped         # its bytes
     int around_shift        # of the bytes that the kernel maps at once
     uint8_t *looked         # of each of them, whether a page was mapped ahead
 

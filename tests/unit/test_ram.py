@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from ovr._fastcopy import RUN, RamMap, in_page_cache
 from ovr.addresses import PAGE_SIZE, Gpa, Offset
 from ovr.errors import GuestFault, RamNotShared
-from ovr.ram import GuestRam, Slot
+from ovr.ram import GuestRam, RamFile, Slot
 from tests.sources import as_file
 from tests.unit.machine import Machine, ram_file
 
@@ -287,3 +287,45 @@ def test_a_read_error_is_not_called_a_file_that_was_cut_off(tmp_path):
     ):
         ram.copy_in(runs(run(0, PAGE_SIZE, 0)), source.fileno(), 0, PAGE_SIZE)
     assert caught.value.errno == errno.EIO
+
+
+@pytest.fixture
+def huge_file():
+    """A file of two huge pages, as QEMU has with ``memory-backend-memfd,hugetlb=on``."""
+    pages = Path("/proc/sys/vm/nr_hugepages")
+    before = int(pages.read_text())
+    try:
+        pages.write_text(str(before + 2))
+    except OSError:
+        pytest.skip("only root can reserve huge pages")
+    flags = os.MFD_CLOEXEC | os.MFD_HUGETLB | os.MFD_HUGE_2MB
+    file = RamFile(os.memfd_create("huge-ram", flags), "huge-ram")
+    try:
+        os.ftruncate(file.fileno(), 4 << 20)
+        try:
+            os.posix_fallocate(file.fileno(), 0, 4 << 20)
+        except OSError:
+            pytest.skip("this host has no two huge pages")
+        yield file
+    finally:
+        pages.write_text(str(before))
+
+
+def test_slots_of_small_pages_in_huge_ones(huge_file):
+    """Firmware makes parts of the RAM below 1 MiB read-only, which are left out."""
+    slots = [
+        Slot(Gpa(0), 0xC3000, huge_file, Offset(0)),
+        Slot(Gpa(0xE8000), 0x8000, huge_file, Offset(0xE8000)),
+        Slot(Gpa(0x100000), 0x300000, huge_file, Offset(0x100000)),
+    ]
+    mappings = Path("/proc/self/maps").read_text().count("memfd:huge-ram")
+    with GuestRam(slots, writable=True, unheld=True) as ram:
+        for gpa in (0, 0xC2FF8, 0xE8000, 0x100000, 0x3FFFF8):
+            ram.write(Gpa(gpa), gpa.to_bytes(8, "little"))
+            assert os.pread(huge_file.fileno(), 8, gpa) == gpa.to_bytes(8, "little")
+        for gpa in (0xC3000, 0xE7FF8, 0xF0000, 0x400000):
+            with pytest.raises(GuestFault):
+                ram.write(Gpa(gpa), bytes(8))
+        ram.prefault(runs(run(0xE8000, PAGE_SIZE, 0), run(0x100000, 0x300000, 0)))
+        assert list(ram.find((0x3FFFF8).to_bytes(8, "little"), step=8)) == [0x3FFFF8]
+    assert Path("/proc/self/maps").read_text().count("memfd:huge-ram") == mappings
