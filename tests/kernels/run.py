@@ -138,11 +138,9 @@ def _criu_can(vm: lab.LabVm, program: pool.Program) -> bool:
 
 def _cause(error: Exception) -> str:
     # CRIU's first line with "Error", or the message.
-    text = str(error)
+    text = str(error).strip() or repr(error)
     found = re.search(r"Error \([^)]*\): .*", text)
-    return (found[0] if found else text.strip().splitlines()[0] if text.strip() else repr(error))[
-        :200
-    ]
+    return (found[0] if found else text.splitlines()[0])[:200]
 
 
 def _last_words(vm: lab.LabVm) -> str:
