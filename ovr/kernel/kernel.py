@@ -24,7 +24,13 @@ from ovr.kernel.places import Place
 from ovr.kernel.symbols import SymbolTable
 from ovr.kernel.types import Types
 from ovr.kernel.view import NoSuchMember, Struct
-from ovr.kernel.vmcoreinfo import START_KERNEL_MAP, VmcoreInfo, candidate_at, candidates
+from ovr.kernel.vmcoreinfo import (
+    START_KERNEL_MAP,
+    VmcoreInfo,
+    candidate_at,
+    candidates,
+    incomplete_release,
+)
 from ovr.kernel.vmlinux import Vmlinux
 from ovr.paging import AddressSpace, Frames, pieces
 from ovr.ram import GuestRam
@@ -315,6 +321,11 @@ def _searched(cls: type[Kernel], ram: GuestRam, vmlinux: Vmlinux | None) -> Kern
         return found[0] if len(found) == 1 else max(found, key=cls.wall_clock)
     if reasons:
         raise min(reasons, key=lambda reason: isinstance(reason, _Stale))
+    if release := incomplete_release(ram):
+        raise KernelNotFound(
+            f"the VMCOREINFO of Linux {release} does not say all that is needed",
+            "Linux 6.1 is the oldest that is supported (docs/support-matrix.md)",
+        )
     raise KernelNotFound(
         "no Linux kernel in guest RAM: there is no VMCOREINFO",
         "has the guest booted? its kernel must have CONFIG_VMCORE_INFO (or CONFIG_CRASH_CORE)",

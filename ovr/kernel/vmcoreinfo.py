@@ -16,7 +16,14 @@ from ovr.addresses import PAGE_SIZE, Gpa, Gva
 from ovr.errors import GuestFault
 from ovr.ram import GuestRam
 
-__all__ = ["START_KERNEL_MAP", "VmcoreInfo", "candidate_at", "candidates", "parse"]
+__all__ = [
+    "START_KERNEL_MAP",
+    "VmcoreInfo",
+    "candidate_at",
+    "candidates",
+    "incomplete_release",
+    "parse",
+]
 
 START_KERNEL_MAP: Final = 0xFFFF_FFFF_8000_0000
 """``__START_KERNEL_map``: where x86-64 maps the kernel image."""
@@ -26,6 +33,7 @@ IMAGE_SIZES: Final = range(1 << 29, (1 << 30) + 1, PAGE_SIZE)
 
 FIRST_KEY: Final = b"OSRELEASE="
 MAX_SIZE: Final = 4 * PAGE_SIZE
+RELEASE: Final = re.compile(rb"OSRELEASE=(\d[\w.+~-]{0,63})\n")
 LINE: Final = re.compile(r"([A-Z][A-Z_-]*)(?:\(([\w.]+)\))?=(.*)")
 REQUIRED_SYMBOLS: Final = (
     "_stext",
@@ -92,6 +100,19 @@ def candidates(ram: GuestRam) -> Iterator[VmcoreInfo]:
 def candidate_at(ram: GuestRam, gpa: Gpa) -> VmcoreInfo | None:
     """Return the well-formed VMCOREINFO text that begins at `gpa`, or None."""
     return parse(gpa, _text(ram, gpa))
+
+
+def incomplete_release(ram: GuestRam) -> str | None:
+    """Return the release of a kernel whose VMCOREINFO lacks what `candidates` needs, or None.
+
+    Old ones have none of the offset of ``uts_namespace.name``, which came with v5.11.
+    """
+    for gpa in ram.find(FIRST_KEY, step=PAGE_SIZE):
+        text = _text(ram, gpa)
+        match = RELEASE.match(text)
+        if match and b"\nPAGESIZE=" in text and parse(gpa, text) is None:
+            return match[1].decode()
+    return None
 
 
 def parse(gpa: Gpa, text: bytes) -> VmcoreInfo | None:

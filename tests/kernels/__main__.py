@@ -68,8 +68,7 @@ def perform(setup: Setup, asked: argparse.Namespace) -> tuple[Outcome, bool]:
         except (OvrError, OSError) as error:
             outcome = Outcome(trouble=str(error))
     if setup.refused:
-        said = [*outcome.programs.values()]
-        return outcome, bool(said) and all(one.startswith(REFUSED) for one in said)
+        return outcome, outcome.trouble.startswith(REFUSED)
     return outcome, not outcome.failed
 
 

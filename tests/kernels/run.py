@@ -6,6 +6,8 @@ has two VMs, for the suites' own kernels.
 
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -75,6 +77,9 @@ def run(
         outcome.kernel = vm.sh("uname -r").stdout.decode().strip()
         outcome.criu = vm.sh("criu --version | sed -n 's/^Version: //p'").stdout.decode().strip()
         say(f"Linux {outcome.kernel}, CRIU {outcome.criu}")
+        if setup.refused:
+            outcome.trouble = _refusal(vm)
+            return outcome
         for program in programs:
             _one(vm, program, scratch, outcome)
             say(f"{program.name}: {outcome.programs[program.name]}")
@@ -84,6 +89,14 @@ def run(
         else:
             outcome.trouble = vm.sh(f"dmesg | grep -E '{TROUBLE}'").stdout.decode(errors="replace")
     return outcome
+
+
+def _refusal(vm: lab.LabVm) -> str:
+    # Of `ovr check`: on kernels so old CRIU cannot dump what there would be to restore.
+    command = [sys.executable, "-m", "ovr", "check", "--vm", f"lab:{vm.name}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    wrong = [line.split(maxsplit=1)[1] for line in done.stdout.splitlines() if "FAIL" in line[:20]]
+    return f"{REFUSED}: {' '.join(wrong[0].split())}" if done.returncode and wrong else ""
 
 
 def _one(vm: lab.LabVm, program: pool.Program, scratch: Path, outcome: Outcome) -> None:

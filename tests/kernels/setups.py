@@ -18,7 +18,7 @@ class Setup:
         kernel: as `ovr.lab.up` takes it; "" is the suite's own cloud kernel.
         memory: the guest's RAM.
         hardware: further arguments of `ovr.lab.up`.
-        refused: the kernel is older than what is supported; restores have to be refused.
+        refused: the kernel is older than what is supported; `ovr check` has to refuse it.
     """
 
     suite: str

@@ -81,6 +81,7 @@ def test_no_kernel_at_all(machine):
         ({"note_lines": {"sme": "NUMBER(sme_mask)=2048"}}, "encrypted", "memory encryption"),
         ({"note_lines": {"OSRELEASE": "OSRELEASE=6.1.0-old"}}, "describes no kernel", "rebooted"),
         ({"note_lines": {"phys_base": "NUMBER(phys_base)=2097152"}}, "describes no kernel", ""),
+        ({"note_lines": {"uts_name": None}}, "Linux 6.12.0-toy does not say", "Linux 6.1 "),
         ({"without": frozenset({"__start_BTF"})}, "does not describe its types", "DEBUG_INFO_BTF"),
         ({"without": frozenset({"init_pid_ns"})}, "no symbol init_pid_ns", "KALLSYMS_ALL"),
         ({"btf": b"\0" * 100}, "BTF is damaged", "vmlinux"),
