@@ -95,8 +95,9 @@ def _refusal(vm: lab.LabVm) -> str:
     # Of `ovr check`: on kernels so old CRIU cannot dump what there would be to restore.
     command = [sys.executable, "-m", "ovr", "check", "--vm", f"lab:{vm.name}"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    wrong = [line.split(maxsplit=1)[1] for line in done.stdout.splitlines() if "FAIL" in line[:20]]
-    return f"{REFUSED}: {' '.join(wrong[0].split())}" if done.returncode and wrong else ""
+    lines = [re.split(r"\s{2,}", line) for line in done.stdout.splitlines()]
+    wrong = [": ".join(words[1:]) for words in lines if words[0] == "FAIL"]
+    return f"{REFUSED}: {wrong[0]}" if done.returncode and wrong else ""
 
 
 def _one(vm: lab.LabVm, program: pool.Program, scratch: Path, outcome: Outcome) -> None:
