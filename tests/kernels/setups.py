@@ -95,13 +95,15 @@ def in_turn(number: int, count: int = 2) -> list[Setup]:
     """Return `count` setups that anything can run; the next `number` gives the next ones.
 
     Not those that need pages reserved on the host or have to be refused, and not the suites' own
-    kernels on the usual machine: other tests have these.
+    kernels on the usual machine: other tests have these. Nor kernels of other releases: backports
+    and unstable ones are replaced in the archive at any time.
     """
     usual = [
         one
         for one in SETUPS
         if not one.refused
         and (one.kernel or one.machine)
+        and "/" not in one.kernel
         and one.hardware.get("backend") != "hugetlbfs"
     ]
     return [usual[(number * count + step) % len(usual)] for step in range(count)]
