@@ -1,4 +1,11 @@
-/* The private directory of one restore: DIR/restore-XXXXXX with the images in images/. */
+/*
+ * The private directory of one restore: DIR/restore-XXXXXX with the images in images/.
+ *
+ * CRIU opens images from inside the tree's own user namespace too, where it is
+ * another user and has no power over our files: images/, its parent/ and the
+ * images are open to all. DIR and DIR/restore-XXXXXX keep everybody else out;
+ * CRIU does not go by way of them, it has images/ open.
+ */
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
@@ -15,6 +22,11 @@
 #define PREFIX "restore-"
 #define QUOTE(words) #words
 #define TEXT(number) QUOTE(number)
+
+#define PRIVATE_DIRECTORY 0700
+#define IMAGES_DIRECTORY 0711
+#define PARENT_DIRECTORY 0755	/* CRIU opens it for reading: open_parent() in criu/page-xfer.c */
+#define IMAGE 0644
 
 /* options.dir, ours alone: nobody but root can put anything into it. */
 static int base = -1;
@@ -78,13 +90,13 @@ bool directory_prepare_base(void)
 	struct stat stat;
 	int lock;
 
-	if (mkdir(options.dir, 0700) < 0 && errno != EEXIST) {
+	if (mkdir(options.dir, PRIVATE_DIRECTORY) < 0 && errno != EEXIST) {
 		complain("%s: %s", options.dir, strerror(errno));
 		return false;
 	}
 	base = open(options.dir, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
 	if (base < 0 || fstat(base, &stat) < 0 || stat.st_uid != geteuid() ||
-	    fchmod(base, 0700) < 0) {
+	    fchmod(base, PRIVATE_DIRECTORY) < 0) {
 		complain("%s is not a directory of ours", options.dir);
 		return false;
 	}
@@ -117,12 +129,25 @@ static bool make_restore(char name[32])
 		if (getrandom(&chance, sizeof(chance), 0) != (ssize_t)sizeof(chance))
 			return false;
 		snprintf(name, 32, PREFIX "%08x", chance);
-		if (mkdirat(base, name, 0700) == 0)
+		if (mkdirat(base, name, PRIVATE_DIRECTORY) == 0)
 			return true;
 		if (errno != EEXIST)
 			return false;
 	}
 	return false;
+}
+
+/* A new directory that has this mode whatever the umask is; its descriptor, or -1 and errno. */
+static int make_directory(int parent, const char *name, mode_t mode)
+{
+	int fd;
+
+	if (mkdirat(parent, name, mode) < 0)
+		return -1;
+	fd = openat(parent, name, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
+	if (fd >= 0 && fchmod(fd, mode) < 0)
+		close_fd(&fd);
+	return fd;
 }
 
 struct problem directory_make(struct directory *directory)
@@ -134,9 +159,7 @@ struct problem directory_make(struct directory *directory)
 		return failure();
 	snprintf(directory->path, sizeof(directory->path), "%s/%s", options.dir, name);
 	snprintf(images, sizeof(images), "%s/images", name);
-	if (mkdirat(base, images, 0700) == 0)
-		directory->images = openat(base, images,
-					   O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
+	directory->images = make_directory(base, images, IMAGES_DIRECTORY);
 	return directory->images < 0 ? failure() : (struct problem){.text = NULL};
 }
 
@@ -157,8 +180,10 @@ static int open_image(struct directory *directory, const char *name)
 		errno = EMFILE;
 		return -1;
 	}
-	fd = openat(directory->images, name, flags | O_CREAT | O_EXCL, 0600);
+	fd = openat(directory->images, name, flags | O_CREAT | O_EXCL, IMAGE);
 	directory->files += fd >= 0;
+	if (fd >= 0 && fchmod(fd, IMAGE) < 0)
+		close_fd(&fd);
 	return fd;
 }
 
@@ -196,8 +221,10 @@ struct problem directory_append(struct directory *directory, const struct mp_val
 bool directory_make_parent(const struct directory *directory, char **names)
 {
 	char path[MAX_STRING + 16];
-	bool good = names && mkdirat(directory->images, "parent", 0700) == 0;
+	int parent = names ? make_directory(directory->images, "parent", PARENT_DIRECTORY) : -1;
+	bool good = parent >= 0;
 
+	close_fd(&parent);
 	for (char **name = names; good && *name; name++) {
 		snprintf(path, sizeof(path), "parent/%s", *name);
 		good = !strchr(*name, '/') &&

@@ -7,7 +7,6 @@ pre-checkpoint (`ovr.images.archived`).
 """
 
 import re
-import stat
 import tarfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -193,10 +192,15 @@ class Archive:
         return ImagesUnsupported(f"{self.path}: {what}", cure)
 
 
+# As CRIU makes its own images (CR_FD_PERM): where the container has a user namespace
+# it opens some of them from inside, as another user.
+_MODE: Final = 0o644
+
+
 def _member(name: str, image: bytes | Extents) -> Iterable[bytes]:
     size = len(image) if isinstance(image, bytes) else image.size
     info = tarfile.TarInfo(name)
-    info.size, info.mode = size, stat.S_IRUSR | stat.S_IWUSR
+    info.size, info.mode = size, _MODE
     yield info.tobuf(tarfile.PAX_FORMAT)
     yield from image_chunks(image)
     yield bytes(padded(size) - size)

@@ -1,6 +1,7 @@
 """A restore with the real agent, up to go; who may say what; pages of the tree that it holds."""
 
 import os
+import subprocess
 import time
 from pathlib import Path
 
@@ -51,6 +52,48 @@ def test_images_arrive_whole(host: AgentHost, agent: Agent) -> None:
     assert directory.stat().st_mode & 0o777 == 0o700
     found = {path.name: path.read_bytes() for path in (directory / "images").iterdir()}
     assert found == {**many, "pages-1.img": large, "m.img": large}
+    agent.abort()
+
+
+def modes_of(directory: Path) -> dict[str, str]:
+    """The permissions of a directory and all that is below it."""
+    paths = [directory, *directory.rglob("*")]
+    return {str(path.relative_to(directory)): f"{path.stat().st_mode & 0o777:o}" for path in paths}
+
+
+def test_images_can_be_opened_from_a_user_namespace(tmp_path: Path) -> None:
+    """CRIU does so, as another user; whatever the agent's umask is, only the images are open."""
+    before = os.umask(0o077)
+    try:
+        with agent_host(tmp_path) as host, host.connect() as agent:
+            os.umask(before)
+            agent.begin({"core-1.img": b"x"}, criu_options=host.criu_options())
+            (directory,) = host.restores
+            assert modes_of(directory / "images") == {".": "711", "core-1.img": "644"}
+            assert f"{directory.stat().st_mode & 0o777:o}" == "700"
+            assert f"{directory.parent.stat().st_mode & 0o777:o}" == "700"
+            agent.abort()
+    finally:
+        os.umask(before)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user")
+def test_no_other_user_reaches_images(host: AgentHost, agent: Agent) -> None:
+    """Though they are open to all: the directories above them are not."""
+    skeleton = begin(host, agent)
+    (directory,) = host.restores
+    images = directory.relative_to(host.directory) / "images"
+    host.directory.chmod(0o711)
+    for path in (images / "core-1.img", images, images.parent):
+        as_nobody = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "ls", str(path)]
+        # From where it can get: directories of pytest's above would keep it out as well.
+        done = subprocess.run(
+            ["sh", "-c", 'cd "$0" && exec "$@"', str(host.directory), *as_nobody],
+            capture_output=True, check=False,
+        )  # fmt: skip
+        assert b"Permission denied" in done.stderr
+        assert not done.stdout
+    assert alive(*skeleton.tasks)
     agent.abort()
 
 
