@@ -19,7 +19,7 @@ from ovr.kernel.cgroup import (
     task_css,
     task_dfl_cgroup,
 )
-from ovr.kernel.creds import capabilities, why_not_root
+from ovr.kernel.creds import capabilities, in_own_user_ns, why_not_root
 from ovr.kernel.kernel import Kernel
 from ovr.kernel.list import hlist_for_each_entry, list_for_each_entry
 from ovr.kernel.live import settled, types_that_fit
@@ -94,6 +94,7 @@ __all__ = [
     "for_each_vma",
     "hlist_for_each_entry",
     "idr_find",
+    "in_own_user_ns",
     "is_kernel_thread",
     "is_traced",
     "is_zombie",

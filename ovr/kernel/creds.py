@@ -9,7 +9,7 @@ from ovr.kernel.kernel import Kernel
 from ovr.kernel.pid import task_active_pid_ns
 from ovr.kernel.view import Struct
 
-__all__ = ["capabilities", "why_not_root"]
+__all__ = ["capabilities", "in_own_user_ns", "why_not_root"]
 
 _IDS: Final = ("uid", "euid", "suid", "fsuid")
 
@@ -24,6 +24,14 @@ def capabilities(cred: Struct, name: str) -> Any:
     # Linux kernel commit f122a08b197d ("capability: just use a 'single u64' instead of a
     # 'u32[2]' array") (in v6.3): on a little-endian machine the same eight bytes.
     return getattr(cred, f"cap_{name}").cast_("u64")
+
+
+def in_own_user_ns(task: Struct) -> bool:
+    """Tell whether a task is in another user namespace than the one that the kernel started with.
+
+    Whatever its capabilities there, ``capable()`` is false for it.
+    """
+    return bool(task.real_cred.user_ns.level)
 
 
 def why_not_root(kernel: Kernel, task: Struct) -> str:

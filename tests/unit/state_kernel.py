@@ -68,8 +68,9 @@ def kernel_types(*, new: bool) -> Types:
         else _struct(w, "kernel_cap_struct", ("cap", array(u32, 2)))
     )
     counter = _struct(w, "", ("counter", integer))
+    user_ns = _struct(w, "user_namespace", ("level", integer))
     cred = _struct(
-        w, "cred", ("usage", counter), ("securebits", u32),
+        w, "cred", ("usage", counter), ("securebits", u32), ("user_ns", pointer(user_ns[0])),
         *((f"cap_{name}", capability)
           for name in ("inheritable", "permitted", "effective", "bset", "ambient")),
     )  # fmt: skip
@@ -136,6 +137,7 @@ class MiniKernel:
         self.types = kernel_types(new=new)
         self.memory = Memory(BASE, 1 << 18)
         self._free = BASE + 64
+        self.user_ns = self.make("struct user_namespace")
 
     def make(self, name: str, count: int = 1) -> Any:
         """Return a new object of that type, or the first of several."""
@@ -166,7 +168,7 @@ class MiniKernel:
             if self.new:
                 task.exec_state = self.make("struct task_exec_state")
             task.cred = task.real_cred = cred = self.make("struct cred")
-            cred.usage.counter = 2
+            cred.usage.counter, cred.user_ns = 2, self.user_ns
             cred.cap_permitted.cast_("u64")[0] = 0 if parent else CAPABILITIES
             task.real_parent = parent or tasks[0]
             self.head(task.children)

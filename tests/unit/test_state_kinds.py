@@ -308,6 +308,18 @@ def test_unknown_capabilities_are_refused(kernel):
         BY_NAME["capabilities"].write(task, (0, 1 << 41, 0, 0, 0))
 
 
+@pytest.mark.parametrize(("value", "bound"), [(500, 0), (0, 0), (-300, -300)])
+def test_oom_score_adj_in_a_user_namespace(kernel, value, bound):
+    """CRIU is not privileged there: the lower bound stays, and the process may go back to it."""
+    task, kind = kernel.process(), BY_NAME["oom_score_adj"]
+    kernel.user_ns.level = 1
+    kind.write(task, value)
+    assert (task.signal.oom_score_adj, task.signal.oom_score_adj_min) == (value, bound)
+    assert kind.read(task) == value
+    task.signal.oom_score_adj_min = value + 1
+    assert kind.read(task) is None
+
+
 def test_values_that_do_not_fit(kernel):
     with pytest.raises(RestoreFailed, match="room for 46"):
         BY_NAME["auxv"].write(kernel.make("struct mm_struct"), (1,) * 47)

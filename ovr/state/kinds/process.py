@@ -5,7 +5,7 @@ from typing import Any, Final
 
 from ovr.errors import ImagesDamaged
 from ovr.images import CoreEntry
-from ovr.kernel import Struct, for_each_thread, list_for_each_entry
+from ovr.kernel import Struct, for_each_thread, in_own_user_ns, list_for_each_entry
 from ovr.state.kind import Kind
 from ovr.state.scope import PROCESS
 
@@ -38,17 +38,23 @@ class OomScoreAdj(Kind):
         image.tc.ClearField("oom_score_adj")
 
     def write(self, target: Any, value: int) -> None:
-        """As the kernel does for CRIU, which is privileged: the lower bound moves along."""
+        """As the kernel does for CRIU: the lower bound moves along where CRIU is privileged.
+
+        In a user namespace of the tree's own it is not (``has_capability_noaudit()``): the bound
+        stays, unless the value is below it.
+        """
         # SAFETY: the signal_struct is the process's own; no other process shares its mm, which
         # would have to get the same value (CRIU refuses to dump CLONE_VM). Two stores; the OOM
         # killer reads one of them, and either value is right. Undone by killing the tree.
         target.signal.oom_score_adj = value
-        target.signal.oom_score_adj_min = value
+        if not in_own_user_ns(target) or value < target.signal.oom_score_adj_min:
+            target.signal.oom_score_adj_min = value
 
     def read(self, target: Any) -> int | None:
-        """Read it; None if the two fields differ."""
-        value: int = target.signal.oom_score_adj
-        return value if target.signal.oom_score_adj_min == value else None
+        """Read it; None if the lower bound is not where it belongs."""
+        value, bound = int(target.signal.oom_score_adj), int(target.signal.oom_score_adj_min)
+        good = bound <= value if in_own_user_ns(target) else bound == value
+        return value if good else None
 
 
 class Personality(Kind):
