@@ -8,7 +8,7 @@ import hashlib
 import json
 import re
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,13 @@ from ovr.lab.workload import build_workload
 from ovr.vm.agent import Completed
 
 SOURCES = Path(__file__).parent / "programs" / "pool"
-COMMON = ("check.c", "pages.c")
+ENTERING = SOURCES.parent / "namespaces" / "enter.c"
+COMMON = ("check.c", "pages.c", "surroundings.c")
 HEADERS = ("check.h", "rseq.h")
 DIRECTORY = "/var/lib/ovr-pool"
+ENTER = "/usr/local/bin/pool-enter"
+ROOT = f"{DIRECTORY}/root"  # as in programs/namespaces/enter.c
+MAPPED = 100_000
 FIRST_PID = 23_000
 PIDS_EACH = 500
 POLL = 0.3  # seconds
@@ -36,6 +40,7 @@ class Program:
         number: its place in `POOL`, which makes its pids.
         tree: whether it is more than one process.
         shared: whether it has shared memory.
+        namespaces: those of its own, in the words of `programs/namespaces/enter.c`.
         launcher: what runs it: `unshare` and its options.
         setup: shell for the guest, before a start or a restore.
         dump_options: for `criu dump`, besides the usual.
@@ -49,6 +54,7 @@ class Program:
     number: int
     tree: bool = False
     shared: bool = False
+    namespaces: tuple[str, ...] = ()
     launcher: tuple[str, ...] = ()
     setup: str = "true"
     dump_options: tuple[str, ...] = ()
@@ -66,6 +72,11 @@ class Program:
     def directory(self) -> str:
         """Its DIR in the guest."""
         return f"{DIRECTORY}/{self.name}"
+
+    @property
+    def forks(self) -> int:
+        """How many processes it takes to start it, besides itself."""
+        return 2 if self.namespaces else int("--fork" in self.launcher)
 
     @property
     def first_pid(self) -> int:
@@ -94,6 +105,34 @@ class Target:
     once: bool
 
 
+def within(program: Program, *words: str) -> Program:
+    """Return the same program in namespaces made by hand, which checks what it sees of them.
+
+    Args:
+        program: one that runs in the namespaces of the VM.
+        words: the namespaces: cgroup, ipc, mount, net, pid, time, user, uts.
+    """
+    setup, options = [program.setup], list(program.restore_options)
+    if "mount" in words:
+        options += ["--root", ROOT]
+    if "user" in words:
+        setup.append(f"chown -R {MAPPED}:{MAPPED} {program.directory}")
+    suites = {"", *program.args}
+    own = [f"own-{word}" for word in words]
+    args = {one: (*program.arguments(one), "surroundings", *own) for one in suites}
+    launcher = (ENTER, *words, "--")
+    return replace(
+        program, namespaces=words, launcher=launcher, setup=" && ".join(setup),
+        restore_options=tuple(options), args=args,
+    )  # fmt: skip
+
+
+def install_namespaces(vm: lab.LabVm) -> None:
+    """Give the guest what namespaces are made with, and a root file system for them."""
+    vm.put(build_workload(ENTERING, "-std=gnu11", "-D_GNU_SOURCE"), ENTER, 0o755)
+    _must(vm, _NEW_ROOT)
+
+
 def build(program: Program) -> Path:
     """Compile it, once for each content of its sources."""
     shared = [SOURCES / name for name in COMMON]
@@ -110,6 +149,8 @@ def install(vm: lab.LabVm, program: Program) -> None:
     there = vm.sh(f"sha256sum {program.path}").stdout.decode()
     if not there.startswith(hashlib.sha256(binary.read_bytes()).hexdigest()):
         vm.put(binary, program.path, 0o755)
+    if program.namespaces:
+        install_namespaces(vm)
     command = f"mkdir -p {program.directory} && {program.path} --prepare {program.directory}"
     _must(vm, f"{command} && {program.setup}")
 
@@ -118,7 +159,7 @@ def start(vm: lab.LabVm, program: Program) -> int:
     """Start it and return its root's pid in the VM, once all is set up."""
     directory = program.directory
     vm.sh(f"rm -f {directory}/ready {directory}/died {directory}/answer {directory}/targets")
-    first = program.first_pid - 1 - ("--fork" in program.launcher)
+    first = program.first_pid - 1 - program.forks
     vm.sh(f"echo {first} > /proc/sys/kernel/ns_last_pid")
     with vm.connect() as agent:
         command = [*program.launcher, program.path, directory, *program.arguments(vm.suite)]
@@ -224,6 +265,14 @@ def _errors(vm: lab.LabVm, log: str, done: Completed) -> str:
     return (done.stdout + done.stderr + tail).decode(errors="replace")
 
 
+# The VM's own, without what is mounted in it, and with the devices that a program needs.
+_NEW_ROOT = f"""
+    set -e; mkdir -p {ROOT}; mountpoint -q {ROOT} || mount --bind / {ROOT}
+    cd {ROOT}/dev; mkdir -p pts; ln -sf pts/ptmx ptmx
+    for device in null:3 zero:5 urandom:9; do
+        test -e ${{device%:*}} || mknod -m 666 ${{device%:*}} c 1 ${{device#*:}}
+    done
+"""
 HUGE_PAGES = "echo 24 > /proc/sys/vm/nr_hugepages && grep -qx 24 /proc/sys/vm/nr_hugepages"
 POOL: tuple[Program, ...] = (
     Program("private", 0),
@@ -248,5 +297,13 @@ POOL: tuple[Program, ...] = (
     Program("sysv", 11, tree=True, shared=True, launcher=("unshare", "--ipc")),
     Program("hugetlb", 12, tree=True, shared=True, setup=HUGE_PAGES),
     Program("stress", 13, tree=True),
-)
+    within(
+        Program("userns", 14, tree=True, shared=True, source="shared"),
+        "user", "pid", "mount", "ipc", "uts", "time", "cgroup",
+    ),
+    within(
+        Program("nested", 15, tree=True, source="../namespaces/nested"),
+        "user", "pid", "mount", "ipc", "uts",
+    ),
+)  # fmt: skip
 BY_NAME = {program.name: program for program in POOL}

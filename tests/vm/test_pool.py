@@ -14,10 +14,12 @@ import pytest
 
 import ovr
 from ovr import demo, lab
+from ovr.errors import RestoreFailed
 from ovr.images import ImageSet
 from ovr.lab.share import SHARE
 from ovr.placement import Reason
 from ovr.plan import Plan, make_plan
+from ovr.state import settings
 from ovr.vm.agent import Agent, Restored
 from tests.stress.guest import TROUBLE
 from tests.support_matrix import record_memory
@@ -31,6 +33,7 @@ ALSO = {
     "bookworm": {"private", "threads", "cow", "shared", "special", "memfd", "sysv", "hugetlb"},
     "forky": {"private", "threads", "special"},
 }
+NAMESPACES = "ls -l /proc/[0-9]*/ns/* 2>/dev/null | sed 's/.*-> //' | sort -u"
 THP = "/sys/kernel/mm/transparent_hugepage/enabled"
 ONLY_ALL = "only with OVR_ALL=1"
 # Why pages may stay inside, or be nobody's.
@@ -145,19 +148,52 @@ def test_memory_looks_as_after_criu_alone(journey, program, small_pages, monkeyp
         pytest.skip(ONLY_ALL)
     wanted = made_by_criu(journey, program)
     pool.end(journey.vm, program)
-    found = {}
+    found, images = {}, []
     go = Agent.go
 
     def look_and_go(link: Agent) -> Restored:
         with link.keep_alive():  # else the agent kills a tree of which nobody speaks
             found.update(memory_of(journey.vm, pool.processes(journey.vm, program)))
+            images.extend(images_in(journey.vm))
         return go(link)
 
     monkeypatch.setattr(Agent, "go", look_and_go)
     journey.restore(program)
+    assert images
+    assert not any(readable for _, readable in images)
     assert len(found) == len(wanted) > 0
     assert abs(resident(found) - resident(wanted)) <= 0.05 * resident(wanted)
     assert differences(wanted, found) == []
+
+
+def images_in(vm: lab.LabVm) -> list[tuple[str, bool]]:
+    """Return the images that the agent has, and whether an unprivileged user can read each."""
+    other = f"setpriv --reuid={pool.MAPPED} --regid={pool.MAPPED} --clear-groups"
+    each = 'for i; do true < "$i" && echo "$i" yes || echo "$i" no; done 2>/dev/null'
+    script = f"{other} sh -c '{each}' sh $(find /run/ovr -type f -path '*/images/*')"
+    lines = vm.sh(script).stdout.decode().splitlines()
+    return [(name, answer == "yes") for name, answer in map(str.split, lines)]
+
+
+@pytest.mark.parametrize("name", ["userns", "nested"])
+def test_an_aborted_one_leaves_nothing(journey, name, monkeypatch):
+    """Not CRIU's helpers either, of which it has one for a user namespace; no namespace is left."""
+    if journey.vm.suite != "trixie" and not EVERYTHING:
+        pytest.skip(ONLY_ALL)
+    program = pool.BY_NAME[name]
+    pool.install(journey.vm, program)
+    before = journey.vm.sh(NAMESPACES).stdout
+
+    def fail(*_: object) -> None:
+        assert pool.processes(journey.vm, program)
+        raise RestoreFailed("as if it were wrong")
+
+    monkeypatch.setattr(settings, "verify", fail)
+    with pytest.raises(RestoreFailed, match="as if it were wrong"):
+        journey.restore(program)
+    assert not pool.processes(journey.vm, program)
+    assert journey.vm.sh("pgrep -x criu; ls /run/ovr").stdout == b"lock\n"
+    assert journey.vm.sh(NAMESPACES).stdout == before
 
 
 def made_by_criu(journey: Journey, program: pool.Program) -> dict[int, list[Area]]:
@@ -214,7 +250,7 @@ def leftovers(vm: lab.LabVm) -> dict[str, int]:
         "mounts": "wc -l < /proc/mounts",
         "restores": "ls /run/ovr | wc -l",
         "cgroups": "find /sys/fs/cgroup -type d | wc -l",
-        "namespaces": "ls -l /proc/[0-9]*/ns/* 2>/dev/null | sed 's/.*-> //' | sort -u | wc -l",
+        "namespaces": f"{NAMESPACES} | wc -l",
         "files": "cut -f1 /proc/sys/fs/file-nr",
         "MemAvailable": "grep MemAvailable /proc/meminfo | tr -dc 0-9",
     }

@@ -155,6 +155,20 @@ void target_once(const void *address, const char *what)
 	add_target(address, "!", what);
 }
 
+/* --- the surroundings, which stay the same in namespaces of our own --- */
+
+static void note_surroundings(void)
+{
+	if (has_argument("surroundings"))
+		surroundings_note();
+}
+
+static void check_surroundings(void)
+{
+	if (has_argument("surroundings"))
+		surroundings_check();
+}
+
 /* --- the family --- */
 
 static void send_all(int fd, const void *data, size_t size)
@@ -183,9 +197,11 @@ static void run_child(int fd, int number, void (*begin)(int), void (*serve)(unsi
 	child_count = 0;
 	begin_findings();
 	begin(number);
+	note_surroundings();
 	send_all(fd, &found, sizeof(found));
 	while (receive(fd, &request, sizeof(request))) {
 		begin_findings();
+		check_surroundings();
 		serve(request.round, request.phase);
 		send_all(fd, &found, sizeof(found));
 	}
@@ -306,12 +322,14 @@ void serve_root(void)
 	sigaddset(&wanted, SIGUSR1);
 	if (found.wrong)
 		die(found.notes[0]);
+	note_surroundings();
 	publish("targets", found.targets, found.target_size);
 	publish("ready", text, snprintf(text, sizeof(text), "%d\n", getpid()));
 	for (unsigned round = 1;;) {
 		if (sigwait(&wanted, &got))
 			continue;
 		begin_findings();
+		check_surroundings();
 		answer(round);
 		say(round++);
 	}

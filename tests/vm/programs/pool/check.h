@@ -1,7 +1,7 @@
 /*
  * What the programs of the pool have in common: a protocol, pages with known content, a family.
  *
- *     PROGRAM DIR [WORD…]         the workload
+ *     PROGRAM DIR [WORD…]         the workload; "surroundings": checks that they stay as they are
  *     PROGRAM --prepare DIR       make the files that it maps
  *     PROGRAM --poke PID ADDRESS  invert a byte of another process: sabotage, to be noticed
  *
@@ -145,6 +145,11 @@ void ask_children(unsigned round, unsigned phase);
 void ask_child(int index, unsigned round, unsigned phase);
 /* Fork, have the child check something, and take over what it finds; it is gone afterwards. */
 void in_new_child(void (*look)(unsigned), unsigned round);
+
+/* --- what it sees of its namespaces: surroundings.c --- */
+
+void surroundings_note(void);
+void surroundings_check(void);
 
 /* --- files --- */
 
