@@ -1,6 +1,7 @@
 """`programs/states` on a lab VM: started, dumped, restored, asked."""
 
 import json
+import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,12 +13,17 @@ from ovr.images.rewrite import image_chunks
 from ovr.lab.tools import run_tool
 from ovr.lab.workload import build_workload
 from ovr.plan import make_plan
+from tests.vm import pool
 
 SOURCE = Path(__file__).parent / "programs" / "states"
 PROGRAM = "/usr/local/bin/ovr-states"
 DIRECTORY = "/var/lib/ovr-states"
 IMAGES = "/tmp/ovr-states-images"
 FIRST_PID = 21_000
+
+RAISED = ("core", "memlock", "msgqueue", "nproc", "sigpending")
+UNLIMITED = ("prlimit", "--nice=40", "--rtprio=99", *(f"--{name}=unlimited" for name in RAISED))
+"""Within a user namespace limits can only be lowered."""
 
 Answers = list[dict]
 """What each process said of itself, the root first."""
@@ -27,14 +33,28 @@ def build() -> Path:
     return build_workload(SOURCE, "-D_GNU_SOURCE", "-pthread")
 
 
-def start(vm: lab.LabVm, processes: int) -> list[int]:
-    """Start the program and return its pids, the root's first."""
+def start(vm: lab.LabVm, processes: int, namespaces: Sequence[str] = ()) -> list[int]:
+    """Start the program and return its pids, the root's first, as the program sees them."""
     vm.sh(f"rm -rf {DIRECTORY} {IMAGES}; mkdir -p {DIRECTORY} {IMAGES}")
     vm.put(build(), PROGRAM, 0o755)
+    if namespaces:
+        vm.sh(f"chown {pool.MAPPED}:{pool.MAPPED} {DIRECTORY}")
+        pool.install_namespaces(vm)
     vm.sh(f"echo {FIRST_PID - 1} > /proc/sys/kernel/ns_last_pid")
+    launcher = [*UNLIMITED, pool.ENTER, *namespaces, "--"] if namespaces else []
     with vm.connect() as agent:
-        agent.spawn([PROGRAM, DIRECTORY, str(processes)])
+        agent.spawn([*launcher, PROGRAM, DIRECTORY, str(processes)])
     return [int(wait_for(vm, f"{DIRECTORY}/pid.{number}")) for number in range(processes)]
+
+
+def outer(vm: lab.LabVm, pids: list[int]) -> list[int]:
+    """Return the pids in the VM of processes that have `pids` in a namespace of their own."""
+    text = vm.sh(
+        f"for p in $(find /proc -maxdepth 2 -path '/proc/[0-9]*/exe' -lname {PROGRAM} "
+        "-printf '%h\\n' 2>/dev/null); do grep -h ^NSpid: $p/status; done"
+    ).stdout.decode()
+    found = {int(inner): int(pid) for pid, inner in re.findall(r"NSpid:\t(\d+)\t(\d+)\n", text)}
+    return [found[pid] for pid in pids]
 
 
 def ask(vm: lab.LabVm, pids: list[int]) -> Answers:
@@ -56,9 +76,11 @@ def dump(vm: lab.LabVm, pid: int, path: Path) -> None:
     archive.unlink()
 
 
-def restore_outside(vm: lab.LabVm, path: Path, outside: Sequence[str] = ("all",)) -> ovr.Report:
+def restore_outside(
+    vm: lab.LabVm, path: Path, outside: Sequence[str] = ("all",), criu_options: Sequence[str] = ()
+) -> ovr.Report:
     with ovr.attach(f"lab:{vm.name}") as attached:
-        return attached.restore(path, outside=outside)
+        return attached.restore(path, outside=outside, criu_options=criu_options)
 
 
 def restore_neutral(vm: lab.LabVm, path: Path, outside: Sequence[str]) -> None:

@@ -17,6 +17,7 @@ from ovr.state import KINDS
 from tests.support_matrix import RECORD
 from tests.vm import states_lab as states
 from tests.vm.conftest import SUITES
+from tests.vm.pool import MAPPED, ROOT
 
 NAMES = [kind.name for kind in KINDS]
 OF_THE_TREE = {"nodename", "domainname", "ipc_limits"}
@@ -143,3 +144,25 @@ def test_chosen_kinds(suite, pool, tmp_path):
     lost = {"personality"} | ({"no_new_privs", "capabilities"} if suite == "bookworm" else set())
     for name in NAMES:
         assert (said(after, name) == said(before, name)) == (name not in lost), name
+
+
+def test_in_a_user_namespace(pool, tmp_path):
+    """Ids, limits and scores are as the kernel has them, whatever the namespace calls them."""
+    vm = pool.get("trixie")
+    # One that may be dumped: CRIU gives its tasks an mm of its own user namespace, in which another
+    # cannot open its own files of /proc any more (task_dump_owner() in fs/proc/base.c).
+    inner = states.start(vm, 1, ("user", "pid", "mount"))
+    pids = states.outer(vm, inner)
+    before = states.ask(vm, pids)
+    path = tmp_path / "images"
+    path.mkdir()
+    states.dump(vm, pids[0], path)
+    states.restore_outside(vm, path, criu_options=("--root", ROOT))
+    pids = states.outer(vm, inner)
+    after = states.ask(vm, pids)
+    root = pids[0]
+    maps = vm.sh(f"cat /proc/{root}/uid_map /proc/{root}/gid_map").stdout.split()
+    assert maps == [b"0", b"%d" % MAPPED, b"65536"] * 2
+    states.end(vm, pids)
+    for name in NAMES:
+        assert said(after, name) == said(before, name), name

@@ -24,6 +24,7 @@ from tests.vm.conftest import EVERYTHING, PREFIX, SUITES
 from tests.vm.smaps import Area, differences, memory_of
 
 LARGE = pool.Program("large", 14, tree=True, source="../warm/large")
+WITHIN = pool.within(LARGE, "user", "pid", "mount")
 ENOUGH = 96 << 20
 
 
@@ -50,9 +51,9 @@ class Guest:
         with self.vm.connect() as agent:
             return agent.pool().size
 
-    def restore(self, *options: str) -> ovr.Report:
+    def restore(self, *options: str, images: str = "images") -> ovr.Report:
         with ovr.attach(f"lab:{self.vm.name}") as vm:
-            return vm.restore(self.images, verify="full", criu_options=options)
+            return vm.restore(self.images.parent / images, verify="full", criu_options=options)
 
     def answers(self) -> None:
         for _ in range(2):
@@ -68,13 +69,14 @@ class Guest:
 def booted(request, tmp_path_factory) -> Iterator[Guest]:
     share = tmp_path_factory.mktemp(f"warm-{request.param}")
     with demo.lab_vm(f"{PREFIX}warm-a", suite=request.param, memory="1G", share=share) as vm:
-        pool.install(vm, LARGE)
-        pid = pool.start(vm, LARGE)
-        pool.dump(vm, LARGE, pid, SHARE)
+        for program, images in ((LARGE, "images"), (WITHIN, "within")):
+            (share / images).mkdir()
+            pool.install(vm, program)
+            pool.dump(vm, program, pool.start(vm, program), f"{SHARE}/{images}")
     with demo.lab_vm(f"{PREFIX}warm-b", suite=request.param, memory="1G") as vm:
         pool.install(vm, LARGE)
         vm.sh("sync")  # what smaps calls dirty shall be the tasks' own
-        yield Guest(vm, share)
+        yield Guest(vm, share / "images")
 
 
 @pytest.fixture
@@ -140,6 +142,16 @@ def test_works_on(guest):
     assert huge >= (6 << 21) - (made.size - made.huge)
     guest.answers()
     assert not guest.out(f"dmesg | grep -E '{TROUBLE}'")
+
+
+def test_in_a_user_namespace(guest):
+    """CRIU looks into the images' parent from inside of it, too."""
+    pool.install(guest.vm, WITHIN)
+    guest.warm(ENOUGH)
+    report = guest.restore(*WITHIN.restore_options, images="within")
+    assert (report.skeleton, report.skeleton_why) == ("warm", "")
+    assert report.bytes_warm > report.bytes_outside // 2
+    guest.answers()
 
 
 def test_too_small_a_pool_is_left_alone(guest):
