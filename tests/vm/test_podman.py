@@ -24,7 +24,16 @@ from tests.documents import block, commands, said
 from tests.documents import run as shell
 from tests.vm import pool
 from tests.vm.conftest import EVERYTHING, PREFIX
-from tests.vm.containers import CACHE, GROWING, PACKAGES, POD, Container, make_image, podman
+from tests.vm.containers import (
+    CACHE,
+    GROWING,
+    PACKAGES,
+    POD,
+    Container,
+    make_image,
+    podman,
+    rootless,
+)
 from tests.vm.containers.bundle import Plain
 from tests.vm.services.base import run
 
@@ -92,6 +101,10 @@ def journey(tmp_path_factory):
             plain.start(vm)
             answers[plain.name] = plain.answer(vm)
             plain.checkpoint(vm)
+        rootless.prepare(vm)
+        rootless.start(vm)
+        answers["rootless"] = rootless.answer(vm)
+        rootless.checkpoint(vm)
     with demo.lab_vm(f"{PREFIX}podman-b", share=share, **HARDWARE) as vm:
         yield Journey(vm, share, answers)
 
@@ -202,6 +215,20 @@ def test_goes_on_in_its_bundle(journey, runtime):
     assert report["container"] == plain.name
     assert report["bytes_outside"] >= 0.95 * report["bytes_total"]
     assert plain.state(journey.vm) == "running"
+    mapped = ["0", "200000", "65536"] if runtime == "runc" else ["0", "0", "4294967295"]
+    assert plain.ids(journey.vm).split() == mapped
     assert plain.answer(journey.vm) == journey.answers[plain.name]
     plain.end(journey.vm)
     assert journey.nothing_is_left()
+
+
+def test_a_rootless_container_goes_on(journey):
+    """With its namespaces and mounts, though podman itself dumps none."""
+    rootless.prepare(journey.vm)
+    with ovr.attach(f"lab:{journey.vm.name}") as vm:
+        images = journey.directory / "rootless"
+        report = vm.restore(images, criu_options=rootless.restore_options(), verify="full")
+    assert report.bytes_outside >= 0.95 * report.bytes_total
+    assert rootless.ids(journey.vm) == rootless.IDS
+    assert rootless.answer(journey.vm) == journey.answers["rootless"]
+    rootless.end(journey.vm)

@@ -19,7 +19,8 @@ __all__ = [
     "redis",
 ]  # fmt: skip
 
-PACKAGES = ("busybox-static", "crun", "libcriu2", "podman", "redis-server", "runc", "zstd")
+PACKAGES = ("busybox-static", "crun", "libcriu2", "podman", "redis-server", "runc", "uidmap",
+            "zstd")  # fmt: skip
 
 _ENDINGS = {"none": "", "zstd": ".zst"}
 _IMAGE = "localhost/tiny:1"

@@ -1,6 +1,11 @@
-"""A container that runc or crun runs without podman: a bundle, made alike in every VM."""
+"""A container that runc or crun runs without podman: a bundle, made alike in every VM.
 
+Under runc it has a user namespace of its own; crun has CRIU dump none.
+"""
+
+import copy
 import json
+from typing import Any
 
 from ovr import lab
 from ovr.lab.share import SHARE
@@ -11,6 +16,7 @@ __all__ = ["BUNDLE", "Plain"]
 
 BUNDLE = "/srv/bundle"
 
+_IDS = {"containerID": 0, "hostID": 200_000, "size": 65_536}
 _FLAGS = ["nosuid", "nodev", "noexec"]
 _CONFIG = {
     "ociVersion": "1.0.2",
@@ -33,6 +39,14 @@ _CONFIG = {
 }  # fmt: skip
 
 
+def _config(runtime: str) -> dict[str, Any]:
+    config: dict[str, Any] = copy.deepcopy(_CONFIG)
+    if runtime == "runc":
+        config["linux"]["namespaces"].append({"type": "user"})
+        config["linux"] |= {"uidMappings": [_IDS], "gidMappings": [_IDS]}
+    return config
+
+
 class Plain:
     """A redis, run by `runtime`."""
 
@@ -50,7 +64,7 @@ class Plain:
             ln -sfn usr/bin bin; ln -sfn usr/lib lib; ln -sfn usr/lib64 lib64
             cat > {BUNDLE}/config.json
             """,
-            json.dumps(_CONFIG).encode(),
+            json.dumps(_config(self.runtime)).encode(),
         )
 
     def start(self, vm: lab.LabVm) -> None:
@@ -71,6 +85,10 @@ class Plain:
         """What it says of itself."""
         client = "redis-cli -s /tmp/socket"
         return self.exec(vm, f"{client} get answer; {client} debug digest; hostname; echo $COLOUR")
+
+    def ids(self, vm: lab.LabVm) -> str:
+        """The map of its user ids."""
+        return run(vm, "cat /proc/$(pgrep -o -x redis-server)/uid_map")
 
     def state(self, vm: lab.LabVm) -> str:
         """What its runtime says of it."""
