@@ -11,7 +11,8 @@ PACKAGES += libvirt-daemon libvirt-daemon-driver-qemu libvirt-clients tmux strac
 # Where virtiofsd is no part of QEMU any more it is a package of its own.
 PACKAGES += $(shell apt-cache show virtiofsd >/dev/null 2>&1 && echo virtiofsd)
 
-.PHONY: demo test bench fuzz stress killtest soak shapes liar sanitize valgrind lint unit smoke vm setup packages clean
+.PHONY: demo test bench fuzz stress killtest soak shapes liar namespaces sanitize valgrind lint unit \
+	smoke vm setup packages clean
 
 demo: setup
 	$(BIN)/python -m ovr demo $(DEMO)
@@ -44,6 +45,10 @@ stress: setup
 # Guests and agents that lie: LIAR="--rounds 50 --seed 7", or only about some things: LIAR="btf agent".
 liar: setup
 	$(BIN)/python -m tests.liar $(LIAR)
+
+# docs/namespaces.md: CRIU alone beside ovr; an hour or two under TCG. NAMESPACES="--suite trixie".
+namespaces: setup
+	$(BIN)/python -m tests.namespaces $(NAMESPACES)
 
 # KILL="--points 50", of each victim; docs/stress.md.
 killtest: setup
