@@ -24,6 +24,7 @@ __all__ = [
     "MM",
     "MM_OWNER",
     "PROCESS",
+    "PROCESS_OF_THE_VM",
     "REGULAR_FILE",
     "SIGNALFD",
     "THREAD",
@@ -93,6 +94,12 @@ def _alive(images: ImageSet) -> list[Task]:
 def _processes(images: ImageSet) -> Iterator[Place]:
     for task in _alive(images):
         yield _of_task(task, f"core-{task.pid}.img", task.core, lambda leader: leader)
+
+
+def _processes_of_the_vm(images: ImageSet) -> Iterator[Place]:
+    # Dumped with a user namespace of its own, a tree has the ids of that (userns_uid()).
+    if not any(name.startswith("userns-") for name in images.names):
+        yield from _processes(images)
 
 
 def _fs(images: ImageSet) -> Iterator[Place]:
@@ -283,6 +290,9 @@ def _ipc(images: ImageSet) -> Iterator[Place]:
 
 PROCESS: Final = Scope("process", _processes)
 """`CoreEntry` of the leader; the leader's ``task_struct``."""
+
+PROCESS_OF_THE_VM: Final = Scope("process", _processes_of_the_vm)
+"""The same, of trees without a user namespace of their own: their ids are the VM's."""
 
 THREAD: Final = Scope("thread", _threads)
 """`CoreEntry`; ``task_struct``."""

@@ -1,6 +1,7 @@
 """Where state belongs: places in real images, their kernel objects, and the holds of a write."""
 
 import itertools
+import shutil
 from contextlib import contextmanager
 from types import SimpleNamespace
 
@@ -17,6 +18,11 @@ from ovr.state.settings import neutralise, take, verify, write
 from ovr.state.undo import Recording
 from tests.unit.state_kernel import MiniKernel
 
+# Of a container of rootless podman: ids 0 and 1 … 65536 are 1000 and 100000 … 165535.
+USERNS = (
+    "19435654064947552a0000000a07080010e80718010a0a080110a0"
+    "8d06188080041207080010e8071801120a080110a08d0618808004"
+)
 BY_NAME = {kind.name: kind for kind in KINDS}
 
 
@@ -42,6 +48,18 @@ def test_places_of_a_tree(images):
     ]
     for nothing in (scope.UTS, scope.IPC, scope.TTY, scope.TIMERFD):
         assert labels(images, nothing) == []
+
+
+def test_ids_in_a_user_namespace_are_left_to_criu(dumps, tmp_path):
+    """CRIU dumps them as that namespace has them: in the kernel they are others."""
+    copy = tmp_path / "images"
+    shutil.copytree(dumps / "tree", copy)
+    with ImageSet.open(copy) as images:
+        assert labels(images, BY_NAME["loginuid"].scope) == labels(images, scope.PROCESS) != []
+    (copy / "userns-9.img").write_bytes(bytes.fromhex(USERNS))
+    with ImageSet.open(copy) as images:
+        assert labels(images, BY_NAME["loginuid"].scope) == []
+        assert labels(images, scope.PROCESS) != []
 
 
 def test_a_file_has_one_place_however_many_have_it(images):

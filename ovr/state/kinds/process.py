@@ -7,7 +7,7 @@ from ovr.errors import ImagesDamaged
 from ovr.images import CoreEntry
 from ovr.kernel import Struct, for_each_thread, in_own_user_ns, list_for_each_entry
 from ovr.state.kind import Kind
-from ovr.state.scope import PROCESS
+from ovr.state.scope import PROCESS, PROCESS_OF_THE_VM
 
 __all__ = ["KINDS", "ChildSubreaper", "Loginuid", "OomScoreAdj", "Personality"]
 
@@ -95,16 +95,16 @@ class Personality(Kind):
 
 
 class Loginuid(Kind):
-    """``/proc/PID/loginuid``."""
+    """``/proc/PID/loginuid``; left to CRIU in a user namespace, whose numbers the images have."""
 
     name = "loginuid"
     groups = ("process",)
     summary = "audit login uid (task_struct.loginuid of all threads)"
     source = "prepare_loginuid() in criu/cr-restore.c; audit_set_loginuid()"
-    scope = PROCESS
+    scope = PROCESS_OF_THE_VM
 
     def take(self, image: CoreEntry) -> int | None:
-        """Return the uid as the initial user namespace numbers it, as CRIU dumps it."""
+        """Return the uid as the initial user namespace numbers it."""
         return image.tc.loginuid if image.tc.HasField("loginuid") else None
 
     def neutralise(self, image: CoreEntry) -> None:
