@@ -205,7 +205,8 @@ def processes(vm: lab.LabVm, program: Program) -> dict[int, tuple[int, int]]:
     """Return its processes by pid: parent, and pid in the innermost namespace."""
     listing = vm.sh(
         f"for p in $(find /proc -maxdepth 2 -path '/proc/[0-9]*/exe' -lname {program.path} "
-        "-printf '%h\\n' 2>/dev/null); do grep -h -e ^Pid: -e ^PPid: -e ^NSpid: $p/status; done"
+        "-printf '%h\\n' 2>/dev/null); do grep -h -e ^Pid: -e ^PPid: -e ^NSpid: $p/status; done",
+        timeout=PATIENCE,
     ).stdout.decode()
     found = re.findall(r"^Pid:\t(\d+)\nPPid:\t(\d+)\nNSpid:.*\t(\d+)$", listing, re.MULTILINE)
     return {int(pid): (int(parent), int(inner)) for pid, parent, inner in found}

@@ -164,5 +164,5 @@ def test_in_a_user_namespace(pool, tmp_path):
     maps = vm.sh(f"cat /proc/{root}/uid_map /proc/{root}/gid_map").stdout.split()
     assert maps == [b"0", b"%d" % MAPPED, b"65536"] * 2
     states.end(vm, pids)
-    for name in NAMES:
+    for name in {*NAMES} - {"loginuid"}:  # left to CRIU in a user namespace
         assert said(after, name) == said(before, name), name
