@@ -77,8 +77,8 @@ class Script(Link):
             raise self._lost("hung up")
         return self._next()
 
-    def readable(self) -> bool:
-        return bool(self._said)
+    def readable(self, seconds: float = 0.0) -> bool:
+        return bool(self._said) or seconds > 0  # a link that hung up is readable
 
     def _next(self) -> bytes:
         said = self._said.pop(0).replace(b"TOKENTOKENTOKENT", self.token)

@@ -166,6 +166,20 @@ int tree_traced(pid_t criu, uint32_t ids[MAX_TREE])
 	return traced ? 1 : 0;
 }
 
+void tree_renice_zombies(struct tree tree, int nice)
+{
+	CHECK(tree.root == ROOT && tree_lives && !nice);
+}
+
+int priority_before(void) { return 0; }
+
+/* It never gets on. */
+static int64_t stalled_at;
+
+void progress_begin(int64_t period_ms) { stalled_at = now + period_ms; }
+bool progress_stalled(void) { return now >= stalled_at; }
+int64_t progress_look_at(void) { return stalled_at; }
+
 pid_t tree_tracer(pid_t pid) { return pid == ROOT && tree_lives ? CRIU : 0; }
 bool populate_owns(pid_t pid) { return mappers && pid == 6000; }
 void populate_end(void) { mappers = 0; }
