@@ -1,6 +1,6 @@
 """Restore programs that have very much of one thing, by CRIU alone and from outside.
 
-``python -m tests.shapes [SHAPE…] [--suite NAME] [--few]``
+``python -m tests.shapes [SHAPE…] [--suite NAME] [--some | --few]``
 """
 
 import argparse
@@ -51,10 +51,10 @@ class Outcome:
         return f"{KINDS[self.name]:<28}{figures}   {self.wrong or 'ok'}"
 
 
-def program_of(kind: str, *, few: bool) -> pool.Program:
+def program_of(kind: str, part: str) -> pool.Program:
     """Return the program; each has pids of its own."""
     number = 50 + 25 * [*KINDS].index(kind)  # ten thousand pids each
-    words = ("areas", "few") if kind == "stopped" else (kind, *(["few"] if few else []))
+    words = ("areas", "few") if kind == "stopped" else (kind, part)
     return pool.Program(f"many-{kind[:5]}", number, tree=kind == "processes", args={"": words})
 
 
@@ -72,10 +72,10 @@ def install(vm: lab.LabVm, program: pool.Program) -> None:
     vm.sh(f"mkdir -p {program.directory}")
 
 
-def try_one(vm: lab.LabVm, share: Path, kind: str, *, few: bool) -> Outcome:
+def try_one(vm: lab.LabVm, share: Path, kind: str, part: str) -> Outcome:
     """Dump, and restore both ways, one after the other into the same VM."""
     outcome = Outcome(kind)
-    program = program_of(kind, few=few)
+    program = program_of(kind, part)
     directory = f"{SHARE}/{kind}"
     install(vm, program)
     pid = pool.start(vm, program)
@@ -118,7 +118,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="tests.shapes", description=__doc__)
     parser.add_argument("kinds", nargs="*", metavar="SHAPE", help=f"of {', '.join(KINDS)}")
     parser.add_argument("--suite", default="trixie")
-    parser.add_argument("--few", action="store_true", help="a hundredth of each")
+    parts = parser.add_mutually_exclusive_group()
+    for part, how in (("some", "a fifth"), ("few", "a hundredth")):
+        parts.add_argument(
+            f"--{part}", dest="part", action="store_const", const=part, default="all",
+            help=f"{how} of each",
+        )  # fmt: skip
     parser.add_argument("--memory", default="2G")
     options = parser.parse_args(arguments)
     good = True
@@ -132,7 +137,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ):  # fmt: skip
             vm.sh(LIMITS)
             try:
-                outcome = try_one(vm, Path(directory), kind, few=options.few)
+                outcome = try_one(vm, Path(directory), kind, options.part)
             except (OvrError, AssertionError) as error:
                 outcome = Outcome(kind, wrong=f"{type(error).__name__}: {error}")
             print(outcome, flush=True)

@@ -1,6 +1,6 @@
 /*
  * shape: much of one thing. The kind is an argument: threads, processes, areas, descriptors,
- * reserved or high; with `few` there is a hundredth of it.
+ * reserved or high; with `some` there is a fifth of it, with `few` a hundredth.
  */
 #include "check.h"
 
@@ -28,7 +28,9 @@ static struct pages pages;
 
 static size_t many(size_t count)
 {
-	return has_argument("few") ? (count + 99) / 100 : count;
+	size_t part = has_argument("few") ? 100 : has_argument("some") ? 5 : 1;
+
+	return (count + part - 1) / part;
 }
 
 /* --- threads --- */
@@ -196,7 +198,7 @@ void set_up(void)
 	if (has_argument("threads"))
 		make_threads();
 	else if (has_argument("processes"))
-		for (int family = 1; family <= (has_argument("few") ? 1 : FAMILIES); family++)
+		for (int family = 1; (size_t)family <= many(FAMILIES); family++)
 			start_child(100 * family, become, serve);
 	else if (has_argument("areas"))
 		make_areas();
