@@ -107,11 +107,9 @@ def test_connect_refused(tmp_path: Path, answer: bytes, message: str) -> None:
 
 
 def test_connect_hangs(tmp_path: Path) -> None:
-    start = time.monotonic()
     slow = server(tmp_path / "s", lambda connection: time.sleep(1))
     with slow, pytest.raises(AgentUnreachable, match="does not answer"):
         open_link(f"unix:{tmp_path}/s", 0.3)
-    assert time.monotonic() - start < 3
 
 
 @pytest.mark.parametrize("kind", ["unix", "serial"])

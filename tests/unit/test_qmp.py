@@ -145,18 +145,16 @@ def test_nonsense_and_hanging_up(peer, script):
 
 
 def test_silence(peer):
-    start = time.monotonic()
     with pytest.raises(VmUnreachable, match=r"within 0\.2 s"):
         ask(peer(1.0), timeout=0.2)
-    assert time.monotonic() - start < 0.9
 
 
 def test_a_byte_now_and_then_does_not_hold_us(peer):
-    drops = [step for _ in range(30) for step in (b" ", 0.05)]
+    drops = [step for _ in range(600) for step in (b" ", 0.05)]
     start = time.monotonic()
     with pytest.raises(VmUnreachable, match="within"):
         ask(peer(*drops), timeout=0.3)
-    assert time.monotonic() - start < 1.0
+    assert time.monotonic() - start < 15  # all of them take 30
 
 
 def test_endless_line(peer):
