@@ -12,8 +12,6 @@
 
 #include "agent.h"
 
-#define CONFIG_FILES 2
-
 struct config {
 	char path[MAX_STRING];
 	ssize_t size;		/* 0: it is empty, or not there */

@@ -54,6 +54,7 @@ from ovr.guest.message import Message
 
 __all__ = [
     "CHUNK",
+    "CONFIG_FILES",
     "ENGINE_ARCHIVE",
     "HOOK_HELD",
     "MAGIC",
@@ -128,6 +129,8 @@ MAX_LIST = 32768
 MAX_RANGES = 8192
 """Most ranges in one `Touch` or `Map`: at 18 bytes each, and 9 for a portion, they fit a frame."""
 MAX_FILES = 65536
+CONFIG_FILES = 2
+"""How many configuration files CRIU reads by default."""
 MAX_CONFIG = 16 << 10
 """Most bytes of one of CRIU's configuration files that are told of."""
 MAX_IMAGE_BYTES = 1 << 30

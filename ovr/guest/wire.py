@@ -155,6 +155,7 @@ def header() -> str:
         "MAX_RANGES": protocol.MAX_RANGES,
         "MAX_FILES": protocol.MAX_FILES,
         "MAX_CONFIG": protocol.MAX_CONFIG,
+        "CONFIG_FILES": protocol.CONFIG_FILES,
         "MAX_IMAGE_BYTES": protocol.MAX_IMAGE_BYTES,
         "SYNC_ZEROS": protocol.SYNC_ZEROS,
     }

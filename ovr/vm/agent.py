@@ -23,6 +23,9 @@ __all__ = ["Agent", "Completed", "Hello", "Mapping", "Portion", "Restored", "Ske
 MessageT = TypeVar("MessageT", bound=Message)
 
 STALL_SECONDS: Final = 120.0
+_STEP_SECONDS: Final = 900.0
+"""Seconds for a step whose work is bounded, in a guest that is very busy."""
+_ABORT_SECONDS: Final = 180.0
 _FILES_PER_FRAME = 512
 _BYTES_PER_TOUCH: Final = 4 << 30
 """Of several portions: what one request may take to allocate is bounded."""
@@ -223,7 +226,7 @@ class Agent(LabSession):
         """
         for request in _requests(portions):
             self._send(request)
-            self._outcome(protocol.Touched)
+            self._outcome(protocol.Touched, self._deadline(_STEP_SECONDS))
 
     def map(
         self,
@@ -247,7 +250,7 @@ class Agent(LabSession):
         """
         first, more = ranges[: protocol.MAX_RANGES], ranges[protocol.MAX_RANGES :]
         self._send(protocol.Map(pid, file, size, _flat(first)))
-        mapped = self._outcome(protocol.Mapped)
+        mapped = self._outcome(protocol.Mapped, self._deadline(_STEP_SECONDS))
         here = [(mapped.address + at, length) for at, length in more]
         self.touch([Portion(mapped.pid, True, here)])
         return Mapping(mapped.pid, Gva(mapped.address))
@@ -286,7 +289,7 @@ class Agent(LabSession):
         """
         self._send(protocol.Config())
         found = self._outcome(protocol.Configured)
-        if len(found.names) != len(found.data):
+        if len(found.names) != len(found.data) or len(found.names) > protocol.CONFIG_FILES:
             raise self._broken(f"{len(found.names)} files with {len(found.data)} contents")
         return dict(zip(map(one_line, found.names), map(_whole_lines, found.data), strict=True))
 
@@ -302,7 +305,7 @@ class Agent(LabSession):
             AgentUnreachable: the link broke.
         """
         self._send(protocol.Go())
-        restored = self._outcome(protocol.Restored)
+        restored = self._outcome(protocol.Restored, self._deadline(_STEP_SECONDS))
         return Restored(restored.pid, restored.container)
 
     def abort(self) -> None:
@@ -313,7 +316,7 @@ class Agent(LabSession):
             AgentUnreachable: the link broke (the agent then kills the tree as well).
         """
         self._send(protocol.Abort())
-        message = self._receive(None)
+        message = self._receive(self._deadline(_ABORT_SECONDS))
         if isinstance(message, protocol.Aborted | protocol.Failed):
             if not message.gone:
                 raise still_there()
@@ -331,7 +334,7 @@ class Agent(LabSession):
             raise
 
     def _outcome(self, kind: type[MessageT], deadline: float | None = None) -> MessageT:
-        """Return the `kind` message that a step should end with, however long it takes."""
+        """Return the `kind` message that a step should end with; None: however long it takes."""
         message = self._receive(deadline)
         if isinstance(message, kind):
             return message

@@ -101,18 +101,18 @@ class LabSession(Session):
             LabError: the guest cannot store it, or it cannot be read here.
             AgentUnreachable: the link broke.
         """
-        size = 0
+        size, refused = 0, False
         self._request(lab_protocol.Put(remote, mode))
         with _opened(local) as file:
             while piece := file.read(protocol.CHUNK):
-                if self._has_news():
-                    break  # an early answer is a refusal
+                if refused := self._has_news():
+                    break
                 self._send(lab_protocol.Data(piece))
                 size += len(piece)
             self._send(lab_protocol.Data(b""))
         # What was sent last may still be on its way to a slow disk.
         message = self._answer(self._deadline(self._timeout + 60))
-        if not isinstance(message, lab_protocol.Stored) or message.size != size:
+        if not isinstance(message, lab_protocol.Stored) or message.size != size or refused:
             raise self._broken(f"{message.op} instead of {lab_protocol.Stored.op}")
 
     def get(self, remote: str, local: Path) -> None:

@@ -127,6 +127,8 @@ class Session:
             message = self._receive(deadline)
             if isinstance(message, protocol.Pong) and message.number == self._pings:
                 return
+            if time.monotonic() >= deadline:
+                raise self._broken("other answers than to a ping")
 
     @contextmanager
     def keep_alive(self, interval: float = 1.0) -> Iterator[None]:
@@ -222,8 +224,10 @@ class Session:
                 message = decode(frame)
             except ProtocolError as error:
                 raise self._broken(str(error)) from error
-            if not (isinstance(message, protocol.Pong) and message.number == _HEARTBEAT):
+            if not _is_heartbeat(message):
                 return message
+            if deadline is not None and time.monotonic() >= deadline:
+                raise self._broken("nothing but answers to pings")
 
     def _await_input(self, deadline: float | None) -> float:
         # Until when to read. Without a deadline the agent is asked now and then whether it lives.
@@ -248,8 +252,14 @@ class Session:
         return frame
 
     def _has_news(self) -> bool:
-        """Whether the agent has said something that nobody has read."""
-        return bool(self._input) or self._link.readable()
+        """Whether the agent has said something, besides answers to pings, that is not read yet."""
+        while self._link.readable():
+            self._input += self._link.receive(time.monotonic())
+        while (frame := self._take_frame()) is not None:
+            if not _is_heartbeat(decode(frame)):
+                self._input[:0] = len(frame).to_bytes(4, "big") + frame
+                break
+        return bool(self._input)
 
     def _expect(self, kind: type[MessageT], deadline: float) -> MessageT:
         """Return the next message, which must be a `kind`."""
@@ -271,6 +281,10 @@ class Session:
             f"the agent at {self._link.address} broke the protocol: {how}",
             "check that ovr on the host and ovr-agent in the guest have the same version",
         )
+
+
+def _is_heartbeat(message: Message) -> bool:
+    return isinstance(message, protocol.Pong) and message.number == _HEARTBEAT
 
 
 def one_line(text: str) -> str:

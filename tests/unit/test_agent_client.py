@@ -423,15 +423,16 @@ def test_the_guest_may_take_its_time() -> None:
     """Longer than any answer may take: the agent answers pings meanwhile."""
 
     def script(connection: socket.socket) -> None:
-        assert isinstance(read_message(connection), protocol.Go)
+        assert isinstance(read_message(connection), protocol.Warm)
         for _ in range(15):
             ping = read_message(connection)
             assert isinstance(ping, protocol.Ping)
             connection.sendall(frame({"op": "pong", "number": ping.number}))
-        connection.sendall(frame({"op": "restored", "pid": 7}))
+        warmed = {"size": 0, "huge": 0, "pid": 7, "address": 0, "note": ""}
+        connection.sendall(frame({"op": "warmed", **warmed}))
 
     with peer(script) as link:
-        assert Agent(link, 0.2).go().pid == 7
+        assert Agent(link, 0.2).warm(0).pid == 7
 
 
 def test_the_agent_must_answer_pings() -> None:
@@ -441,4 +442,50 @@ def test_the_agent_must_answer_pings() -> None:
     with peer(script) as link:
         agent = Agent(link, 0.2)
         with pytest.raises(AgentUnreachable, match="does not answer"):
-            agent.go()
+            agent.warm(0)
+
+
+PONG = frame({"op": "pong", "number": 0})
+
+
+def test_answers_to_pings_take_no_more_time() -> None:
+    def flood(connection: socket.socket) -> None:
+        while True:
+            connection.sendall(PONG * 1000)
+
+    with peer(flood, greet=False) as link, pytest.raises(AgentUnreachable):
+        Agent(link, 0.3)
+    with peer(flood) as link:
+        agent = Agent(link, 0.3)
+        with pytest.raises(AgentUnreachable):
+            agent.ping()
+
+
+def test_an_agent_that_only_answers_pings_does_not_hold_up_an_abort(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("ovr.vm.agent._ABORT_SECONDS", 0.3)
+
+    def script(connection: socket.socket) -> None:
+        while True:
+            message = read_message(connection)
+            if isinstance(message, protocol.Ping):
+                connection.sendall(frame({"op": "pong", "number": message.number}))
+
+    with peer(script) as link:
+        agent = Agent(link, 0.2)
+        with pytest.raises(AgentUnreachable, match="does not answer"):
+            agent.abort()
+
+
+def test_an_answer_to_a_ping_is_no_news() -> None:
+    more = frame({"op": "restored", "pid": 7})
+    with peer(replying(PONG * 9, PONG + more)) as link:
+        agent = Agent(link, 2.0)
+        agent._send(protocol.Ping(0))
+        assert agent._link.readable(5.0)
+        assert not agent._has_news()
+        agent._send(protocol.Ping(0))
+        while not agent._has_news():
+            assert agent._link.readable(5.0)
+        assert isinstance(agent._receive(0.0), protocol.Restored)

@@ -98,7 +98,7 @@ def test_what_a_real_agent_says(host: AgentHost) -> None:
         "nothing to let go": Code.IDLE, "a name with a slash": Code.IMAGES,
         "an engine that is none": Code.ENGINE, "a second restore": Code.BUSY,
         "another's memory": Code.TASK, "silence": Code.SILENT,
-    }  # fmt: skip
+    }, said  # fmt: skip
     assert "other restore has ended" in said["a second restore"].hint
 
 
