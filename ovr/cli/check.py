@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from ovr.checkpoint import runs_scripts_for_engines
 from ovr.cli.criu_config import unread_options
-from ovr.cli.output import common, document, size
+from ovr.cli.output import common, document, one_line, size
 from ovr.cli.terminal import painted
 from ovr.cli.vm_options import add_agent_option, add_vm_options
 from ovr.errors import AgentUntrusted, OvrError, UsageError
@@ -77,8 +77,8 @@ def run(options: argparse.Namespace) -> int:
         document("ovr.check/1", {"ok": ok, "items": [asdict(item) for item in items]})
     else:
         for item in items:
-            cure = f"  → {item.fix}" if item.fix else ""
-            print(f"{_mark(item.ok)}  {item.what:<16} {item.found}{cure}")
+            cure = f"  → {one_line(item.fix)}" if item.fix else ""
+            print(f"{_mark(item.ok)}  {item.what:<16} {one_line(item.found)}{cure}")
         print("Looks good." if ok else "Does not look good.")
     return 0 if ok else 4
 

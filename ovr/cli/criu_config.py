@@ -17,6 +17,7 @@ __all__ = ["Unread", "unread_options", "words_of"]
 
 _WORD: Final = re.compile(r'"((?:\\"|[^"])*)"|([^ \t\n]+)')
 _MOST: Final = 20  # options that are shown
+_LONGEST: Final = 256  # characters of each
 
 
 class Unread(NamedTuple):
@@ -46,7 +47,7 @@ class Unread(NamedTuple):
         if self.give:
             parts.append(f"if they are wanted, give ovr restore: {_shown(map(_quoted, self.give))}")
         if self.refused:
-            parts.append(f"ovr cannot honour {_shown(self.refused)}")
+            parts.append(f"ovr cannot honour {_shown(map(_quoted, self.refused))}")
         if self.unknown:
             parts.append(f"no options of criu restore: {_shown(map(_quoted, self.unknown))}")
         return "; ".join(parts)
@@ -129,7 +130,7 @@ def _positive(name: str) -> str:
 
 
 def _quoted(word: str) -> str:
-    return shlex.quote(one_line(word))
+    return shlex.quote(one_line(word[:_LONGEST]))
 
 
 def _shown(words: Iterable[str]) -> str:

@@ -13,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final, TextIO
 
+from ovr.cli.output import one_line
 from ovr.files import locate
 
 __all__ = ["DEFAULT_LEVEL", "log_to_file", "log_to_stderr"]
@@ -36,7 +37,9 @@ class _Formatter(logging.Formatter):
         if record.exc_info:
             text += "\n" + self.formatException(record.exc_info)
         seconds = max(record.created - self._begin, 0.0)
-        return "\n".join(f"({seconds:09.6f}) {_mark(record)}{line}" for line in text.splitlines())
+        start = f"({seconds:09.6f}) {_mark(record)}"
+        # At "\n" alone: what else a terminal takes for a new line may be a guest's.
+        return "\n".join(start + one_line(line) for line in text.split("\n"))
 
 
 class _File(logging.StreamHandler[TextIO]):

@@ -2,7 +2,6 @@
 
 import argparse
 import logging
-import math
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -28,6 +27,8 @@ from ovr.restore import VERIFY_MODES
 from ovr.standby.client import notes
 
 __all__ = ["add"]
+
+_DAY = 86_400
 
 log = logging.getLogger("ovr.restore")
 
@@ -81,8 +82,8 @@ def _seconds(text: str) -> float:
         value = float(text)
     except ValueError:
         value = 0.0
-    if not 0.001 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds")
+    if not 0.001 <= value <= _DAY:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds up to {_DAY}, a day")
     return value
 
 

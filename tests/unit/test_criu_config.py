@@ -176,3 +176,12 @@ def test_an_agent_that_lies_about_them():
     large = {"op": "configured", "names": ["a\nb"], "data": [more]}
     with peer(replying(frame(large))) as link, Agent(link, 5) as agent:
         assert dict(agent.criu_config()) == {"a?b": "\ufffd" * (protocol.MAX_CONFIG - 2)}
+
+
+@pytest.mark.parametrize("option", ["action-script", "root", "nonsense"])
+def test_what_a_guest_writes_does_nothing_to_a_terminal(option):
+    """Nor to a log: it cannot begin a line of its own there, or fill it."""
+    text = f"{option} \x1b[2J\x07\r\x85(00.0)_Error\n{option}-{'x' * 16_000}"
+    cure = unread_options({FILE: text}).cure
+    assert cure.isprintable()
+    assert len(cure) < 2000
