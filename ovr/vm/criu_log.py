@@ -18,10 +18,12 @@ class Cause(NamedTuple):
         pattern: matches the message; the group ``file`` is a path in the guest, without the first
             slash.
         cure: what to do; groups of the pattern may be filled in.
+        source: matches the file of CRIU's source that says so.
     """
 
     pattern: str
     cure: str
+    source: str = ""
 
 
 class Failure(NamedTuple):
@@ -117,8 +119,9 @@ CAUSES: Final = (
     ),
     # criu/cgroup.c
     Cause(
-        "[Cc]group|cg: |Can't move .* into ",
+        "",
         "give --manage-cgroups=ignore to leave the tree in the agent's cgroup, or make the cgroups",
+        r"cgroup",
     ),
     # criu/arch/x86/cpu.c
     Cause(
@@ -130,6 +133,7 @@ CAUSES: Final = (
     Cause(
         "[Ii]ptables|IP tool failed|nft command error|Can't restore ip6?tables",
         "has the guest iproute2, iptables and nftables? apt-get install them",
+        r"criu/(?:net|netfilter)\.c",
     ),
     # criu/cr-restore.c
     Cause(
@@ -140,7 +144,7 @@ CAUSES: Final = (
     Cause("No space left on device", "free disk space or memory in the guest"),
 )  # fmt: skip
 
-_ERROR: Final = re.compile(r"(?:(?P<pid>\d+): )?Error \([^():\s]+:\d+\): (?P<text>.*)")
+_ERROR: Final = re.compile(r"(?:(?P<pid>\d+): )?Error \((?P<source>[^():\s]+):\d+\): (?P<text>.*)")
 _FAILED: Final = "Restoring FAILED"
 # sigchld_handler() in criu/cr-restore.c.
 _TASK_KILLED: Final = re.compile(r"\d+ killed by signal 9\b")
@@ -154,6 +158,7 @@ _CONSEQUENCE: Final = re.compile(
 class _Error(NamedTuple):
     line: str
     pid: str | None
+    source: str
     text: str
 
 
@@ -172,7 +177,8 @@ def failure_in(log: Sequence[str]) -> Failure:
     causes = [error for error in errors if not _CONSEQUENCE.search(error.text)]
     for error in reversed(causes):
         for cause in CAUSES:
-            if found := re.search(cause.pattern, error.text):
+            found = re.search(cause.pattern, error.text)
+            if found and re.search(cause.source, error.source):
                 words = found.groupdict()
                 return Failure(error.line, cause.cure.format(**words), words.get("file"))
     if causes:
@@ -188,7 +194,7 @@ def _errors(log: Sequence[str]) -> list[_Error]:
         if match and match["text"].startswith(_FAILED):
             break
         if match:
-            found.append(_Error(line, match["pid"], match["text"]))
+            found.append(_Error(line, match["pid"], match["source"], match["text"]))
     return found
 
 

@@ -102,6 +102,14 @@ def test_known_causes(lines, cure, file):
     assert any(found.line.endswith(line) for line in lines)
 
 
+@pytest.mark.parametrize(
+    "path", ["opt/cgroup-tools/x", "usr/sbin/iptables", "{0}/{file.__class__}"]
+)
+def test_paths_are_no_causes(path):
+    lines = [f"criu/files-reg.c:2267): Can't open file {path}: Text file busy"]
+    assert failure_in(log(*lines)).cure == ""
+
+
 def test_a_kill_that_came_first():
     found = failure_in([END[1], OPEN, END[0]])
     assert found.cure == KILLED
