@@ -19,7 +19,8 @@ static int field(const char *status, const char *name)
 
 bool process_read(const char *path, struct process *process)
 {
-	char text[4096];
+	/* Up to NGROUPS_MAX groups stand before the number of threads. */
+	static char text[512 << 10];
 	int fd = open(path, O_RDONLY | O_CLOEXEC);
 	ssize_t size = fd < 0 ? -1 : read(fd, text, sizeof(text) - 1);
 	const char *state;

@@ -38,8 +38,10 @@ static uint64_t activity(pid_t pid)
 static uint64_t look(void)
 {
 	struct tree tree = {
-		.criu = restore.criu, .root = restore.root, .orphans = !restore.engine,
-		.runtime = restore.theirs.runtime, .engine = restore.engine ? restore.child : 0,
+		/* Of an engine that died the pids may be anybody's. */
+		.criu = restore_criu_ended() ? 0 : restore.criu, .root = restore.root,
+		.orphans = !restore.engine,
+		.runtime = restore_criu_ended() ? 0 : restore.theirs.runtime, .engine = restore.engine ? restore.child : 0,
 	};
 	struct table table = {0};
 	uint64_t sum = 0;

@@ -29,7 +29,7 @@ struct restore {
 	pid_t criu, root;
 	bool engine;
 	struct engine_criu theirs;	/* the engine's CRIU, from its first word on */
-	bool child_ended, keep_log, warm;
+	bool child_ended, keep_log, warm, engine_killed;
 	int child_status;
 	int64_t silence_ms, silent_at, late_at;	/* late_at: LLONG_MAX without a limit */
 	int step;		/* ENDING: of the removal of what an engine has left */

@@ -138,8 +138,14 @@ void restore_abort(enum code code, const char *reason)
 
 void restore_engine_too_late(void)
 {
+	if (restore.engine_killed) {
+		outcome.gone = false;
+		report_end();
+		return;
+	}
 	complain("the container engine does not end; it is killed");
 	kill(restore.child, SIGKILL);
+	restore.engine_killed = true;
 	restore.late_at = now_ms() + ENGINE_END_MS;
 }
 
