@@ -4,7 +4,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from typing import Final
 
@@ -285,8 +285,9 @@ def _files_described(checkpoint: Checkpoint) -> Iterator[None]:
     try:
         yield
     except CriuFailed as error:
-        if error.file and (was := regular_file(checkpoint.images, error.file)):
-            error.hint += f"; {was}"
+        with suppress(OvrError):  # nothing about the images is worse than what has happened
+            if error.file and (was := regular_file(checkpoint.images, error.file)):
+                error.hint += f"; {was}"
         raise
 
 

@@ -8,7 +8,7 @@ images gets that one; one that was hung up gets a master that nothing reads.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -43,8 +43,8 @@ class Terminal:
     users: Sequence[tuple[int, int]]
 
 
-def outside_terminals(images: ImageSet) -> Sequence[Terminal]:
-    """Return the terminals that CRIU can only restore from a shell on a terminal, or not at all.
+def outside_terminals(images: ImageSet) -> Iterator[Terminal]:
+    """Yield the terminals that CRIU can only restore from a shell on a terminal, or not at all.
 
     As ``tty_find_restoring_task`` of criu/tty.c finds them.
 
@@ -54,19 +54,16 @@ def outside_terminals(images: ImageSet) -> Sequence[Terminal]:
     opened = [
         entry.tty for entry in images.entries("files.img", FileEntry) if entry.HasField("tty")
     ]
-    if not opened:
-        return ()
     used = {file.tty_info_id for file in opened}
     infos = {
         info.id: info
         for info in images.entries("tty-info.img", TtyInfoEntry)
         if info.id in used
     }  # fmt: skip
-    return [
-        Terminal(name, _users(images, [file for file in opened if file.tty_info_id == number]))
-        for number, info in infos.items()
-        if (name := _outside(info, infos.get(number + 1)))
-    ]
+    for number, info in infos.items():
+        if name := _outside(info, infos.get(number + 1)):
+            files = [file for file in opened if file.tty_info_id == number]
+            yield Terminal(name, _users(images, files))
 
 
 def refuse_outside_terminals(images: ImageSet) -> None:
