@@ -288,7 +288,7 @@ class Agent(LabSession):
             AgentUnreachable: the link broke, or nonsense came.
         """
         self._send(protocol.Config())
-        found = self._outcome(protocol.Configured)
+        found = self._outcome(protocol.Configured, self._deadline(None))
         if len(found.names) != len(found.data) or len(found.names) > protocol.CONFIG_FILES:
             raise self._broken(f"{len(found.names)} files with {len(found.data)} contents")
         return dict(zip(map(one_line, found.names), map(_whole_lines, found.data), strict=True))
