@@ -269,6 +269,10 @@ static void answer(int host, const struct message *message)
 		message_open(&writer, frame, sizeof(frame), OP_PROVED);
 		proof_of_agent(&nonces, proof);
 		message_add_bin(&writer, KEY_PROOF, proof, sizeof(proof));
+	} else if (message->op == OP_CONFIG) {
+		message_open(&writer, frame, sizeof(frame), OP_CONFIGURED);
+		message_add_list(&writer, KEY_NAMES, 0);
+		message_add_list(&writer, KEY_DATA, 0);
 	} else {
 		return;
 	}
