@@ -128,7 +128,7 @@ POD = Container(
                 redis-server*) echo redis;;
             esac
         done | sort
-        before=$(cat /data/count); sleep 1; test $(cat /data/count) != $before && echo counts
+        before=$(cat /data/count); sleep 1; test "$(cat /data/count)" != "$before" && echo counts
     """,
 )
 
