@@ -176,19 +176,25 @@ def _seed(seed: Ranges, family: Family, allowed: Callable[[Task], Ranges]) -> Ra
 
 def _leave_one_page(lineage: _Lineage, seeds: dict[int, Ranges]) -> dict[int, Ranges]:
     # One page of each task is CRIU's in any case (`placement._anchor`).
-    seeds = dict(seeds)
     for pid, task in lineage.tasks.items():
+        populated = _populated(seeds, pid, _heritage(lineage, seeds, pid))
+        if not len(populated):
+            continue
         pages = _pages(task)
-        if len(pages) and not len(without(pages, _populated(lineage, seeds, pid))):
+        if len(pages) and not len(without(pages, populated)):
             page = ranges_of(pages["start"][:1], pages["start"][:1] + np.uint64(PAGE_SIZE))
             for root in {pid, *lineage.rooted[pid]} & seeds.keys():
                 seeds[root] = _large(without(seeds[root], page))
     return seeds
 
 
-def _populated(lineage: _Lineage, seeds: Mapping[int, Ranges], pid: int) -> Ranges:
-    heritage = (common(seeds[root], areas) for root, areas in lineage.rooted[pid].items())
-    return join(seeds.get(pid, no_ranges()), *heritage)
+def _heritage(lineage: _Lineage, seeds: Mapping[int, Ranges], pid: int) -> dict[int, Ranges]:
+    # Where ancestors populate areas that a task inherits, by pid of the ancestor.
+    return {root: common(seeds[root], areas) for root, areas in lineage.rooted[pid].items()}
+
+
+def _populated(seeds: Mapping[int, Ranges], pid: int, heritage: Mapping[int, Ranges]) -> Ranges:
+    return join(seeds.get(pid, no_ranges()), *heritage.values())
 
 
 def _plan(lineage: _Lineage, seeds: Mapping[int, Ranges]) -> CowPlan:
@@ -196,7 +202,7 @@ def _plan(lineage: _Lineage, seeds: Mapping[int, Ranges]) -> CowPlan:
     inherited: dict[int, Ranges] = {}
     found: dict[int, Sharing] = {}
     for pid, task in lineage.tasks.items():
-        here = {root: common(seeds[root], areas) for root, areas in lineage.rooted[pid].items()}
+        here = _heritage(lineage, seeds, pid)
         shared = {root: common(lineage.chained[pid], seed) for root, seed in here.items()}
         dropped = without(join(*here.values()), _pages(task))
         for root, seed in here.items():
@@ -205,7 +211,7 @@ def _plan(lineage: _Lineage, seeds: Mapping[int, Ranges]) -> CowPlan:
         cow = Cow(
             inherited[pid],
             join(seeds.get(pid, no_ranges())),
-            populated=_populated(lineage, seeds, pid),
+            populated=_populated(seeds, pid, here),
         )
         found[pid] = Sharing(cow, dropped, {r: s for r, s in shared.items() if len(s)})
     inside = _inside(lineage, inherited)
