@@ -5,6 +5,7 @@ The plan is made from the images alone. `memory_plan` places the pages, `state` 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Final
 
 from ovr.cow_plan import CowPlan
@@ -65,7 +66,7 @@ class Plan:
         found = [task.by_reason() for task in self.tasks]
         return sum(by.get(Reason.COW, 0) + by.get(Reason.INHERITED, 0) for by in found)
 
-    @property
+    @cached_property
     def not_dumped(self) -> dict[int, int]:
         """Bytes of areas whose content CRIU has not dumped, by pid: they come back as zeros."""
         found: dict[int, int] = {}
