@@ -37,15 +37,11 @@ static uint64_t activity(pid_t pid)
 
 static uint64_t look(void)
 {
-	struct tree tree = {
-		/* Of an engine that died the pids may be anybody's. */
-		.criu = restore_criu_ended() ? 0 : restore.criu, .root = restore.root,
-		.orphans = !restore.engine,
-		.runtime = restore_criu_ended() ? 0 : restore.theirs.runtime, .engine = restore.engine ? restore.child : 0,
-	};
+	struct tree tree = restore_tree();
 	struct table table = {0};
 	uint64_t sum = 0;
 
+	tree.engine = restore.engine ? restore.child : 0;
 	if (table_read(&table))
 		table_mark(&table, &tree);
 	for (size_t i = 0; i < table.count; i++) {
@@ -57,7 +53,6 @@ static uint64_t look(void)
 	free(table.processes);
 	return sum;
 }
-
 
 void progress_begin(int64_t period_ms)
 {

@@ -50,6 +50,8 @@ bool hook_say_go(void);
 
 /* restore_end.c */
 bool restore_criu_ended(void);
+/* What belongs to it, as far as it is known. */
+struct tree restore_tree(void);
 /* Kill the tree and tell the host why. */
 void restore_abort(enum code code, const char *reason);
 /* What we have started has ended: CRIU, an engine, or what removes the rest of an engine's restore. */

@@ -33,6 +33,19 @@ bool restore_criu_ended(void)
 	return restore.child_ended;
 }
 
+struct tree restore_tree(void)
+{
+	/* Of a CRIU that ended the pids may be anybody's. */
+	bool ended = restore_criu_ended();
+
+	return (struct tree){
+		.criu = ended ? 0 : restore.criu,
+		.root = restore.root,
+		.orphans = !restore.engine,
+		.runtime = ended ? 0 : restore.theirs.runtime,
+	};
+}
+
 static void kill_criu(void)
 {
 	int64_t deadline = now_ms() + CRIU_DEATH_MS;
@@ -48,12 +61,7 @@ static void kill_criu(void)
 /* True when nothing of it is left: neither its tasks, nor CRIU. */
 static bool kill_everything(void)
 {
-	struct tree tree = {
-		.criu = restore_criu_ended() ? 0 : restore.criu,
-		.root = restore.root,
-		.orphans = !restore.engine,
-		.runtime = restore_criu_ended() ? 0 : restore.theirs.runtime,
-	};
+	struct tree tree = restore_tree();
 	bool gone = true;
 
 	if (tree.criu > 1)
