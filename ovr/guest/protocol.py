@@ -44,11 +44,9 @@ Lab (agents built with ``OVR_LAB`` only)
     Commands and files: `lab_protocol`.
 
 Instead of an answer there may be `Error`. A session that broke the protocol gets one and is
-closed; its restore, if it had one, is aborted. What is the matter is a `Code`; the text is for
-people.
+closed; its restore, if it had one, is aborted. What is the matter is a `Code` (`ovr.guest.codes`);
+the text is for people.
 """
-
-from enum import StrEnum
 
 from ovr.guest.message import Message
 
@@ -80,7 +78,6 @@ __all__ = [
     "Aborted",
     "Alive",
     "Begin",
-    "Code",
     "Config",
     "Configured",
     "Error",
@@ -150,61 +147,6 @@ def proof_text(side: bytes, token: bytes, nonce: bytes) -> bytes:
         nonce: the `Welcome`'s.
     """
     return side.ljust(PROOF_SIDE_SIZE, b"\0") + token + nonce
-
-
-class Code(StrEnum):
-    """What is the matter, in `Error` and `Aborted`; a code keeps its meaning for good."""
-
-    PROTOCOL = "protocol"
-    """The host broke the protocol."""
-    VERSION = "version"
-    """The host speaks another version of it."""
-    UNPROVEN = "unproven"
-    """The host has not proved yet that it can read the VM's RAM."""
-    PROOF = "proof"
-    """The host's proof is wrong."""
-    BUSY = "busy"
-    """Another session is at it."""
-    IDLE = "idle"
-    """No restore is under way."""
-    NO_MEMORY = "no-memory"
-    """The guest, or a cgroup in it, has no memory."""
-    NO_SPACE = "no-space"
-    """A file system of the guest is full."""
-    KILLED = "killed"
-    """A process of the agent's was killed by somebody else."""
-    IMAGES = "images"
-    """Image files that cannot be taken."""
-    REPLACED = "replaced"
-    """The agent's own program file is another one by now."""
-    START = "start"
-    """CRIU or an engine cannot be started."""
-    ENGINE = "engine"
-    """A container engine that the agent does not know, or that ended before its time."""
-    TASK = "task"
-    """Not a task of the tree."""
-    POOL = "pool"
-    """The pool is gone."""
-    SYSTEM = "system"
-    """A system call failed in the guest."""
-    HOST = "host"
-    """The host said so."""
-    LINK = "link"
-    """The link to the host broke."""
-    SILENT = "silent"
-    """The host said nothing for too long."""
-    TIMEOUT = "timeout"
-    """CRIU took longer than the host permits to build the tree."""
-    STALLED = "stalled"
-    """CRIU made no progress for too long."""
-    CRIU = "criu"
-    """CRIU died, or does not behave."""
-    HOOK = "hook"
-    """CRIU's hook died, or does not behave."""
-    TREE = "tree"
-    """A tree that cannot be held."""
-    AGENT = "agent"
-    """The agent was told to end."""
 
 
 # Host to agent -----------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 import msgpack
 
 from ovr.guest import lab_protocol, protocol
+from ovr.guest.codes import Code
 from ovr.guest.message import Message
 
 __all__ = ["ProtocolError", "decode", "encode", "header"]
@@ -175,10 +176,10 @@ def header() -> str:
     lines += ["\tKEY_COUNT", "};", "", "enum op {"]
     lines += [f"\tOP_{op.upper()}," for op in _MESSAGES]
     lines += ["\tOP_COUNT", "};", "", "enum code {"]
-    lines += [f"\tCODE_{code.name}," for code in protocol.Code]
+    lines += [f"\tCODE_{code.name}," for code in Code]
     lines += ["\tCODE_COUNT", "};", "", "#ifdef PROTOCOL_TABLES"]
     lines += ["static const char *const code_names[CODE_COUNT] = {"]
-    lines += [f'\t[CODE_{code.name}] = "{code}",' for code in protocol.Code]
+    lines += [f'\t[CODE_{code.name}] = "{code}",' for code in Code]
     lines += ["};", ""]
     lines += ["static const char *const key_names[KEY_COUNT] = {"]
     lines += [f'\t[KEY_{name.upper()}] = "{name}",' for name in names]

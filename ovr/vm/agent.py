@@ -11,8 +11,8 @@ from typing import Final, NamedTuple, TypeVar
 from ovr.addresses import Gva
 from ovr.errors import AgentUnreachable, AgentUntrusted, ImagesUnsupported
 from ovr.guest import protocol
+from ovr.guest.codes import Code
 from ovr.guest.message import Message
-from ovr.guest.protocol import Code
 from ovr.guest.wire import ProtocolError
 from ovr.vm.agent_errors import aborted, failure, refused, still_there
 from ovr.vm.lab_agent import Completed, LabSession

@@ -4,11 +4,12 @@ Hints go by the agent's codes. Only CRIU's own log is searched (`criu_log`): it 
 """
 
 import re
+from collections.abc import Mapping
 from typing import Final
 
 from ovr.errors import CriuFailed, PidTaken, RestoreFailed
 from ovr.guest import protocol
-from ovr.guest.protocol import Code
+from ovr.guest.codes import Code
 from ovr.vm.criu_log import FREE_MEMORY, KILLED, failure_in
 from ovr.vm.session import one_line
 
@@ -24,7 +25,7 @@ _PID_TAKEN: Final = (
 _SAME_VERSION: Final = "install the ovr-agent of this ovr in the guest: ovr agent deb"
 _AGAIN: Final = "try again"
 
-_CURES: Final = {
+_CURES: Final[Mapping[str, str]] = {
     Code.PROTOCOL: _SAME_VERSION,
     Code.VERSION: _SAME_VERSION,
     Code.UNPROVEN: "is another program between ovr and the agent?",
@@ -38,7 +39,7 @@ _CURES: Final = {
     Code.START: "is it installed in the guest, where the agent finds it?",
 }
 
-_CURES_OF_ABORTS: Final = {
+_CURES_OF_ABORTS: Final[Mapping[str, str]] = {
     Code.LINK: "was QEMU or the host too busy?",
     Code.SILENT: "was ovr stopped, or the host too busy?",
     Code.TIMEOUT: "give a longer --timeout, or none",
@@ -75,7 +76,7 @@ def failure(message: protocol.Failed, program: str) -> RestoreFailed:
 
 def refused(message: protocol.Error) -> RestoreFailed:
     """Return the error for a request that the agent refused."""
-    cure = _cure(_CURES, message.code) or _AGAIN
+    cure = _CURES.get(message.code, _AGAIN)
     text = f"the agent refused: {one_line(message.text)}"
     return _coded(RestoreFailed(text, f"the guest is as it was; {cure}"), message.code)
 
@@ -84,7 +85,7 @@ def aborted(message: protocol.Aborted) -> RestoreFailed:
     """Return the error for a tree that the agent killed of its own accord."""
     if not message.gone:
         return still_there()
-    cure = _cure(_CURES_OF_ABORTS, message.code)
+    cure = _CURES_OF_ABORTS.get(message.code)
     hint = "the guest is as it was; the restore can be tried again" + (f"; {cure}" if cure else "")
     text = f"the agent killed the tree: {one_line(message.reason)}"
     return _coded(RestoreFailed(text, hint), message.code)
@@ -96,10 +97,6 @@ def still_there() -> RestoreFailed:
         "the tree was killed, but some of its tasks do not go away",
         "look for uninterruptible tasks in the guest",
     )
-
-
-def _cure(cures: dict[Code, str], code: str) -> str:
-    return next((cure for known, cure in cures.items() if known == code), "")
 
 
 def _coded(error: RestoreFailed, code: str) -> RestoreFailed:

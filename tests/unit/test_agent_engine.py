@@ -9,7 +9,7 @@ import pytest
 
 from ovr.errors import CriuFailed, RestoreFailed
 from ovr.guest import protocol
-from ovr.guest.protocol import Code
+from ovr.guest.codes import Code
 from ovr.vm.agent import Agent, Skeleton
 from tests.unit.agent_host import IMAGES, AgentHost, agent_dies, alive, hook_dies, kill, wait_for
 

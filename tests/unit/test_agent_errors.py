@@ -10,7 +10,7 @@ import pytest
 
 from ovr.errors import RestoreFailed
 from ovr.guest import compiler, protocol
-from ovr.guest.protocol import Code
+from ovr.guest.codes import Code
 from ovr.vm import agent_errors
 from ovr.vm.agent import Agent, Portion
 from ovr.vm.agent_errors import aborted, failure, refused

@@ -10,7 +10,7 @@ import pytest
 
 from ovr.errors import CriuFailed, PidTaken, RestoreFailed
 from ovr.guest import protocol
-from ovr.guest.protocol import Code
+from ovr.guest.codes import Code
 from ovr.vm.agent import Agent
 from tests.unit.agent_host import (
     IMAGES,
@@ -226,7 +226,7 @@ def test_agent_whose_program_was_replaced(tmp_path: Path) -> None:
         new.rename(program)
         with pytest.raises(RestoreFailed, match="program file was replaced") as caught:
             begin(host, agent)
-        assert caught.value.code == protocol.Code.REPLACED
+        assert caught.value.code == Code.REPLACED
         wait_for(lambda: not host.restores)
 
 
