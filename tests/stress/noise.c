@@ -31,6 +31,7 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "held.h"
 #include "pattern.h"
 
 #define NOISE "/run/ovr-noise"
@@ -201,24 +202,6 @@ static __attribute__((noreturn)) void reclaim(const char *cgroup)
 static struct {
 	unsigned long rounds, migrated, paged_out, collapsed;
 } moved;
-
-/* In a stop of ptrace's; its name may be another than its program's as yet. */
-static bool held(pid_t pid)
-{
-	char path[64], text[512], state;
-	int fd;
-	ssize_t size;
-
-	snprintf(path, sizeof(path), "/proc/%d/stat", pid);
-	fd = open(path, O_RDONLY | O_CLOEXEC);
-	size = fd < 0 ? -1 : read(fd, text, sizeof(text) - 1);
-	if (fd >= 0)
-		close(fd);
-	if (size <= 0)
-		return false;
-	text[size] = 0;
-	return sscanf(text, "%*d (%*63[^)]) %c", &state) == 1 && state == 't';
-}
 
 /* Writable areas with some memory in them; a few chosen by chance, and pieces of these. */
 static int ranges_of(pid_t pid, struct iovec ranges[MAX_RANGES])

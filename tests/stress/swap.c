@@ -24,6 +24,8 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "held.h"
+
 #define PAGE 4096ul
 #define MAX_AREAS 512
 #ifndef MADV_PAGEOUT
@@ -84,24 +86,6 @@ static unsigned long read_all(pid_t pid)
 	if (mem >= 0)
 		close(mem);
 	return pages;
-}
-
-static bool held(pid_t pid)
-{
-	char path[64], text[512], *state;
-	ssize_t size;
-	int fd;
-
-	snprintf(path, sizeof(path), "/proc/%d/stat", pid);
-	fd = open(path, O_RDONLY | O_CLOEXEC);
-	size = fd < 0 ? -1 : read(fd, text, sizeof(text) - 1);
-	if (fd >= 0)
-		close(fd);
-	if (size <= 0)
-		return false;
-	text[size] = 0;
-	state = strrchr(text, ')');
-	return state && state[1] == ' ' && state[2] == 't';
 }
 
 static unsigned long squeeze(void)

@@ -53,8 +53,8 @@ class Images:
 
 
 def build(source: Path) -> Path:
-    """Compile a program that uses `pattern.h`."""
-    content = digest((HERE / "pattern.h").read_bytes())
+    """Compile a program that uses the headers of this directory."""
+    content = digest(*(header.read_bytes() for header in sorted(HERE.glob("*.h"))))
     return build_workload(source, "-std=gnu11", "-pthread", f"-I{HERE}", f"-DCOMMON={content}")
 
 
