@@ -14,12 +14,10 @@ from pathlib import Path
 import ovr
 from ovr import demo, lab
 from ovr.errors import OvrError
-from ovr.lab.cache import digest
 from ovr.lab.share import SHARE
-from ovr.lab.workload import build_workload
 from tests.vm import pool
 
-SOURCE = Path(__file__).with_name("shape.c")
+SOURCE = Path(__file__).with_name("shape")
 KINDS = {
     "threads": "10,000 threads",
     "processes": "600 processes",
@@ -55,21 +53,9 @@ def program_of(kind: str, part: str) -> pool.Program:
     """Return the program; each has pids of its own."""
     number = 50 + 25 * [*KINDS].index(kind)  # ten thousand pids each
     words = ("areas", "few") if kind == "stopped" else (kind, part)
-    return pool.Program(f"many-{kind[:5]}", number, tree=kind == "processes", args={"": words})
-
-
-def install(vm: lab.LabVm, program: pool.Program) -> None:
-    """Put the program into the guest."""
-    shared = [pool.SOURCES / name for name in pool.COMMON]
-    content = digest(
-        *((pool.SOURCES / name).read_bytes() for name in (*pool.COMMON, *pool.HEADERS))
+    return pool.Program(
+        f"many-{kind[:5]}", number, tree=kind == "processes", source=str(SOURCE), args={"": words}
     )
-    binary = build_workload(
-        SOURCE, "-std=gnu11", "-D_GNU_SOURCE", "-pthread", f"-DCOMMON={content}",
-        f"-I{pool.SOURCES}", *map(str, shared),
-    )  # fmt: skip
-    vm.put(binary, program.path, 0o755)
-    vm.sh(f"mkdir -p {program.directory}")
 
 
 def try_one(vm: lab.LabVm, share: Path, kind: str, part: str) -> Outcome:
@@ -77,7 +63,7 @@ def try_one(vm: lab.LabVm, share: Path, kind: str, part: str) -> Outcome:
     outcome = Outcome(kind)
     program = program_of(kind, part)
     directory = f"{SHARE}/{kind}"
-    install(vm, program)
+    pool.install(vm, program)
     pid = pool.start(vm, program)
     if kind == "stopped":
         vm.sh(f"kill -STOP {pid}; sleep 1")

@@ -45,7 +45,7 @@ class Program:
         setup: shell for the guest, before a start or a restore.
         dump_options: for `criu dump`, besides the usual.
         restore_options: for `criu restore`, besides the usual.
-        source: in `SOURCES`, if it is not called like the program.
+        source: without ``.c``, from `SOURCES`, if it is not called like the program.
         args: for the program after its directory, by suite; "" is any other suite.
         unsupported: suites whose CRIU cannot dump or restore it, and why.
     """
@@ -137,7 +137,7 @@ def build(program: Program) -> Path:
     """Compile it, once for each content of its sources."""
     shared = [SOURCES / name for name in COMMON]
     content = digest(*((SOURCES / name).read_bytes() for name in (*COMMON, *HEADERS)))
-    flags = ("-std=gnu11", "-D_GNU_SOURCE", "-pthread", f"-DCOMMON={content}")
+    flags = ("-std=gnu11", "-D_GNU_SOURCE", "-pthread", f"-I{SOURCES}", f"-DCOMMON={content}")
     return build_workload(
         SOURCES / f"{program.source or program.name}.c", *flags, *map(str, shared)
     )
