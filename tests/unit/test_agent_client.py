@@ -3,14 +3,11 @@
 import hmac
 import socket
 import subprocess
-import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-import msgpack
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -19,69 +16,7 @@ from ovr.errors import AgentUnreachable, AgentUntrusted, CriuFailed, LabError, R
 from ovr.guest import lab_protocol, protocol, wire
 from ovr.guest.message import Message
 from ovr.vm.agent import Agent
-from ovr.vm.link import Address, Link
-
-WELCOME: dict[str, Any] = {
-    "op": "welcome",
-    "version": protocol.VERSION,
-    "agent": "0",
-    "lab_build": True,
-    "kernel": "6",
-    "pid": 1,
-    "page_size": 4096,
-    "boot_id": "x",
-    "nonce": bytes(protocol.NONCE_SIZE),
-    "force_write": True,
-    "secret_at": 1 << 40,
-    "engines": [],
-    "warm": 0,
-    "warm_at": 0,
-}
-
-
-def frame(content: object) -> bytes:
-    body: bytes = msgpack.packb(content)
-    return len(body).to_bytes(4, "big") + body
-
-
-def read_message(connection: socket.socket) -> Message:
-    head = connection.recv(4, socket.MSG_WAITALL)
-    return wire.decode(connection.recv(int.from_bytes(head, "big"), socket.MSG_WAITALL))
-
-
-@contextmanager
-def peer(script: Callable[[socket.socket], None], *, greet: bool = True) -> Iterator[Link]:
-    """A link to an agent that does what `script` says, after a proper greeting."""
-    ours, theirs = socket.socketpair()
-    theirs.settimeout(5)
-
-    def play() -> None:
-        with theirs, suppress(OSError, wire.ProtocolError):
-            if greet:
-                hello = read_message(theirs)
-                assert isinstance(hello, protocol.Hello)
-                theirs.sendall(frame({**WELCOME, "token": hello.token}))
-            script(theirs)
-            while theirs.recv(1 << 16):
-                pass
-
-    thread = threading.Thread(target=play)
-    thread.start()
-    with Link(Address("unix", path="fake"), ours) as link:
-        yield link
-    thread.join()
-
-
-def replying(*answers: bytes) -> Callable[[socket.socket], None]:
-    """Answer each message with the next bytes."""
-
-    def script(connection: socket.socket) -> None:
-        for answer in answers:
-            read_message(connection)
-            connection.sendall(answer)
-
-    return script
-
+from tests.unit.agent_peer import WELCOME, frame, peer, read_message, replying
 
 NONSENSE = {
     "garbage": b"\0\0\0\x03abc",
@@ -260,27 +195,6 @@ def test_what_a_stranger_says_of_himself_is_one_line() -> None:
         assert len(text) <= 256
 
 
-def test_silence() -> None:
-    with peer(lambda connection: None) as link:
-        agent = Agent(link, 0.3)
-        with pytest.raises(AgentUnreachable, match="does not answer"):
-            agent.ping()
-
-
-def test_an_answer_drop_by_drop_has_no_more_time() -> None:
-    def script(connection: socket.socket) -> None:
-        for _ in range(600):
-            connection.sendall(b"\0")
-            time.sleep(0.05)
-
-    with peer(script) as link:
-        agent = Agent(link, 0.5)
-        start = time.monotonic()
-        with pytest.raises(AgentUnreachable):
-            agent.ping()
-        assert time.monotonic() - start < 15  # all of it takes 30
-
-
 def test_hang_up() -> None:
     with peer(lambda connection: connection.close()) as link:
         agent = Agent(link, 2.0)
@@ -417,75 +331,3 @@ def test_header_compiles(tmp_path: Path) -> None:
         ["gcc", "-std=c11", "-Wall", "-Wno-unused", "-Werror", "-fsyntax-only", tmp_path / "x.c"],
         check=True,
     )
-
-
-def test_the_guest_may_take_its_time() -> None:
-    """Longer than any answer may take: the agent answers pings meanwhile."""
-
-    def script(connection: socket.socket) -> None:
-        assert isinstance(read_message(connection), protocol.Warm)
-        for _ in range(15):
-            ping = read_message(connection)
-            assert isinstance(ping, protocol.Ping)
-            connection.sendall(frame({"op": "pong", "number": ping.number}))
-        warmed = {"size": 0, "huge": 0, "pid": 7, "address": 0, "note": ""}
-        connection.sendall(frame({"op": "warmed", **warmed}))
-
-    with peer(script) as link:
-        assert Agent(link, 0.2).warm(0).pid == 7
-
-
-def test_the_agent_must_answer_pings() -> None:
-    def script(connection: socket.socket) -> None:
-        read_message(connection)
-
-    with peer(script) as link:
-        agent = Agent(link, 0.2)
-        with pytest.raises(AgentUnreachable, match="does not answer"):
-            agent.warm(0)
-
-
-PONG = frame({"op": "pong", "number": 0})
-
-
-def test_answers_to_pings_take_no_more_time() -> None:
-    def flood(connection: socket.socket) -> None:
-        while True:
-            connection.sendall(PONG * 1000)
-
-    with peer(flood, greet=False) as link, pytest.raises(AgentUnreachable):
-        Agent(link, 0.3)
-    with peer(flood) as link:
-        agent = Agent(link, 0.3)
-        with pytest.raises(AgentUnreachable):
-            agent.ping()
-
-
-def test_an_agent_that_only_answers_pings_does_not_hold_up_an_abort(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr("ovr.vm.agent._ABORT_SECONDS", 0.3)
-
-    def script(connection: socket.socket) -> None:
-        while True:
-            message = read_message(connection)
-            if isinstance(message, protocol.Ping):
-                connection.sendall(frame({"op": "pong", "number": message.number}))
-
-    with peer(script) as link:
-        agent = Agent(link, 0.2)
-        with pytest.raises(AgentUnreachable, match="does not answer"):
-            agent.abort()
-
-
-def test_an_answer_to_a_ping_is_no_news() -> None:
-    more = frame({"op": "restored", "pid": 7})
-    with peer(replying(PONG * 9, PONG + more)) as link:
-        agent = Agent(link, 2.0)
-        agent._send(protocol.Ping(0))
-        assert agent._link.readable(5.0)
-        assert not agent._has_news()
-        agent._send(protocol.Ping(0))
-        while not agent._has_news():
-            assert agent._link.readable(5.0)
-        assert isinstance(agent._receive(0.0), protocol.Restored)
