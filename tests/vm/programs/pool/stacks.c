@@ -18,6 +18,7 @@
 #define COROUTINES 24
 #define COROUTINE_STACK (128 << 10)
 #define GROWING 3
+#define STACK_GUARD_GAP 256 /* pages; stack_guard_gap in mm/mmap.c */
 
 static struct pages frames[FRAMES], altstack_pages, growing[GROWING], plain;
 static char *altstack;
@@ -112,18 +113,22 @@ static void check_altstack(void)
 static void make_growing(void)
 {
 	for (int i = 0; i < GROWING; i++) {
+		size_t pages = 100 + 20 * i, free = (pages + STACK_GUARD_GAP - 1) * PAGE;
 		char *room = map_anonymous(4 * MIB, PROT_NONE, MAP_NORESERVE);
-		char *start;
+		char *start = room + 3 * MIB;
 
-		check(munmap(room, 4 * MIB), "munmap");
-		start = mmap(room + 3 * MIB, 4 * PAGE, PROT_READ | PROT_WRITE,
-			     MAP_PRIVATE | MAP_ANONYMOUS | MAP_GROWSDOWN | MAP_FIXED, -1, 0);
-		if (start == MAP_FAILED)
+		/*
+		 * The kernel lets it grow only where nothing that can be accessed is nearer than
+		 * the gap: what is left free below is too small for anybody else's mapping.
+		 */
+		check(munmap(start + PAGE - free, free - PAGE), "munmap");
+		if (mmap(start, 4 * PAGE, PROT_READ | PROT_WRITE,
+			 MAP_PRIVATE | MAP_ANONYMOUS | MAP_GROWSDOWN | MAP_FIXED, -1, 0) != start)
 			die("MAP_GROWSDOWN");
 		/* Grown page by page, as a stack does. */
-		for (int page = 0; page < 100 + 20 * i; page++)
+		for (size_t page = 0; page < pages; page++)
 			*(volatile char *)(start - page * PAGE) = 1;
-		pages_at(&growing[i], "growing", start - (99 + 20 * i) * PAGE, (100 + 20 * i) * PAGE);
+		pages_at(&growing[i], "growing", start - (pages - 1) * PAGE, pages * PAGE);
 		pages_write(&growing[i], 0, growing[i].count, 1 + i, FIRST);
 		pages_target(&growing[i]);
 	}
