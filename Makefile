@@ -71,6 +71,7 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
 	PATH=$(BIN):$$PATH cython-lint ovr/_fastcopy.pyx ovr/native/*.pxi
 	$(BIN)/python -m mypy.stubtest ovr._fastcopy --mypy-config-file pyproject.toml \
 		--ignore-disjoint-bases --allowlist tests/stubtest.allow

@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench.race import Measures
-from ovr import demo
-from ovr.lab import LabVm
+from ovr.lab import LabVm, demo
 from ovr.lab.share import SHARE
 from ovr.lab.workload import build_workload
 

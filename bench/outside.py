@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 from bench.race import Measures
-from ovr.credentials import peer_of
+from ovr.host.credentials import peer_of
 from ovr.lab import LabVm
 from ovr.standby.place import connect
 

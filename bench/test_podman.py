@@ -12,8 +12,7 @@ import pytest
 
 import ovr
 from bench.conftest import PREFIX, SMOKE
-from ovr import demo
-from ovr.lab import LabVm
+from ovr.lab import LabVm, demo
 from ovr.lab.ram import memory_size
 from tests.vm.containers import CACHE, PACKAGES, Container, load_image, make_image, podman, redis
 

@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ovr.api import Vm, attach
     from ovr.errors import OvrError
-    from ovr.report import Report
+    from ovr.restore.report import Report
 
 __all__ = ["OvrError", "Report", "Vm", "attach"]
 
-_ROOMS = {"OvrError": "errors", "Report": "report", "Vm": "api", "attach": "api"}
+_ROOMS = {"OvrError": "errors", "Report": "restore.report", "Vm": "api", "attach": "api"}
 
 
 def __getattr__(name: str) -> Any:

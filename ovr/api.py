@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
+from ovr.attempt.stopwatch import Stopwatch
 from ovr.checkpoint import open_checkpoint
-from ovr.report import Report, Stopwatch
 from ovr.restore import restore
+from ovr.restore.report import Report
 from ovr.vm.attach import AttachedVm
 
 __all__ = ["Vm", "attach"]
@@ -46,7 +47,7 @@ class Vm(AttachedVm):
         log_level: int = 2,
         timeout: float | None = None,
     ) -> Report:
-        """Restore a checkpoint and let it run; see `ovr.restore.restore`.
+        """Restore a checkpoint and let it run; see `ovr.restore.story.restore`.
 
         Args:
             images: what ``criu dump -D`` wrote,

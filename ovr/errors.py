@@ -178,7 +178,7 @@ class CriuFailed(RestoreFailed):
     Attributes:
         file: the path, without its first slash, of a file that is not as it was at the dump, if
             that is why.
-        unread_config: as of `ovr.report.Report`.
+        unread_config: as of `ovr.restore.report.Report`.
     """
 
     file: str | None = None

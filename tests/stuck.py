@@ -7,10 +7,9 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 
-from ovr.addresses import Gva
 from ovr.errors import OvrError
 from ovr.kernel.kernel import Kernel
-from ovr.kernel.tasks import (
+from ovr.kernel.linux.tasks import (
     for_each_process,
     for_each_thread,
     is_kernel_thread,
@@ -18,6 +17,7 @@ from ovr.kernel.tasks import (
     task_state,
 )
 from ovr.lab import LabVm
+from ovr.memory.addresses import Gva
 from ovr.vm.attach import AttachedVm
 from ovr.vm.qmp import Monitor
 

@@ -9,22 +9,22 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from ovr.attempt.authentication import prove_alone
 from ovr.checkpoint import runs_scripts_for_engines
 from ovr.cli.criu_config import unread_options
 from ovr.cli.output import common, document, one_line, size
 from ovr.cli.terminal import painted
 from ovr.cli.vm_options import add_agent_option, add_vm_options
 from ovr.errors import AgentUntrusted, OvrError, UsageError
+from ovr.guest.client.agent import Agent, Hello
 from ovr.kernel import Kernel
-from ovr.ram import GuestRam
-from ovr.vm.agent import Agent, Hello
-from ovr.vm.claim import claimed
+from ovr.memory.ram import GuestRam
+from ovr.vm.blockers import balloon_size, refusals
 from ovr.vm.find import find_vm
 from ovr.vm.hold import Holder
+from ovr.vm.lock import claimed
 from ovr.vm.memory_map import guest_slots
-from ovr.vm.proof import prove_alone
 from ovr.vm.qmp import Monitor
-from ovr.vm.refusals import balloon_size, refusals
 
 __all__ = ["add"]
 

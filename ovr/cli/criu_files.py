@@ -1,7 +1,7 @@
 """The files that ``criu restore`` leaves: log, pidfile, ``stats-restore``.
 
 As CRIU has it, relative names are in the work directory, which is the images' without ``-W``.
-Unlike CRIU, none is written where another user decides which file that is (`ovr.files`).
+Unlike CRIU, none is written where another user decides which file that is (`ovr.host`).
 """
 
 import logging
@@ -11,13 +11,13 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Final, Self
 
-from ovr.addresses import PAGE_SIZE
 from ovr.cli.logs import log_to_file
 from ovr.errors import OvrError, UsageError
-from ovr.files import UntrustedPath, cure_of, locate
+from ovr.host import UntrustedPath, cure_of, locate
 from ovr.images.framing import write_image
 from ovr.images.stats import STATS_RESTORE, stats_image
-from ovr.report import Report
+from ovr.memory.addresses import PAGE_SIZE
+from ovr.restore.report import Report
 
 __all__ = ["criu_files", "stats_text"]
 

@@ -5,8 +5,8 @@ import shutil
 import sys
 from typing import Any
 
-from ovr import demo
 from ovr.cli.output import common, document, size
+from ovr.lab import demo
 from ovr.lab.image import SUITES
 from ovr.lab.ram import memory_size
 from ovr.restore import VERIFY_MODES

@@ -2,7 +2,7 @@
 
 ::
 
-    (00.012345) Error (ovr/restore.py:120): restore: what went wrong
+    (00.012345) Error (ovr/restore/story.py:120): restore: what went wrong
 """
 
 import logging
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Final, TextIO
 
 from ovr.cli.output import one_line
-from ovr.files import locate
+from ovr.host import locate
 
 __all__ = ["DEFAULT_LEVEL", "log_to_file", "log_to_stderr"]
 

@@ -11,11 +11,12 @@ from html import escape
 from pathlib import Path
 from typing import Final
 
+from ovr.attempt.stopwatch import Span
 from ovr.cli.output import one_line, size
 from ovr.errors import UsageError
-from ovr.files import Replacement, cure_of, locate
-from ovr.placement import Reason
-from ovr.report import Report, Span
+from ovr.host import Replacement, cure_of, locate
+from ovr.plan.pages import Reason
+from ovr.restore.report import Report
 
 __all__ = ["page", "picture_file"]
 

@@ -7,14 +7,15 @@ from pathlib import Path
 from reprlib import repr as short
 from typing import Any
 
+from ovr.checkpoint import Archive
 from ovr.cli.output import common, document, size, table
 from ovr.cli.terminal import fitted
 from ovr.cli.vm_options import add_vm_options
 from ovr.errors import UsageError
-from ovr.images import Archive, ImageSet
-from ovr.memory_plan import MemoryPlan
-from ovr.placement import Reason
+from ovr.images import ImageSet
 from ovr.plan import NOT_DUMPED, Plan, make_plan
+from ovr.plan.areas import MemoryPlan
+from ovr.plan.pages import Reason
 from ovr.vm.attach import AttachedVm
 
 __all__ = ["add", "add_outside", "show"]

@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Final, TextIO
 
+from ovr.attempt.stopwatch import Stopwatch
 from ovr.cli.output import size
 from ovr.cli.terminal import is_lively
-from ovr.report import Stopwatch
 
 __all__ = ["PROGRESS_MODES", "BarWatch", "JsonWatch", "make_watch"]
 

@@ -22,8 +22,8 @@ from ovr.cli.signals import ended_in_order
 from ovr.cli.vm_options import add_agent_option, add_vm_options
 from ovr.errors import CriuFailed, UsageError
 from ovr.plan import make_plan
-from ovr.report import Report
 from ovr.restore import VERIFY_MODES
+from ovr.restore.report import Report
 from ovr.standby.client import notes
 
 __all__ = ["add"]

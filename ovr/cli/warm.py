@@ -7,21 +7,22 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from ovr.attempt.authentication import prove_alone
 from ovr.cli.output import common, document, size
 from ovr.cli.vm_options import add_agent_option, add_vm_options
-from ovr.errors import AgentUnreachable, ImagesUnsupported, LabError, UsageError
+from ovr.errors import AgentUnreachable, ImagesUnsupported
+from ovr.guest.client.agent import Agent
+from ovr.guest.client.session import Hello
+from ovr.host.size import parse_size
 from ovr.images import ImageSet
-from ovr.lab.ram import memory_size
+from ovr.memory.addresses import PAGE_SIZE
 from ovr.plan import make_plan
+from ovr.plan.pool.layout import NOTHING
+from ovr.plan.pool.table import foreign_cgroup
 from ovr.standby.keep import stand_by, stand_down
 from ovr.standby.messages import StandbyError
-from ovr.vm.agent import Agent
 from ovr.vm.attach import AttachedVm
 from ovr.vm.find import find_vm
-from ovr.vm.proof import prove_alone
-from ovr.vm.session import Hello
-from ovr.warm_areas import NOTHING
-from ovr.warm_plan import foreign_cgroup
 
 __all__ = ["add"]
 
@@ -73,7 +74,11 @@ def add(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Make or end the pool, or ask for it; then say what there is."""
-    wanted = (0, 0) if options.off else (_bytes(options.size), 0) if options.size else None
+    wanted = None
+    if options.off:
+        wanted = (0, 0)
+    elif options.size:
+        wanted = (parse_size(options.size, PAGE_SIZE), 0)
     address = options.agent or find_vm(options.vm).agent
     if address is None:
         raise AgentUnreachable(
@@ -112,13 +117,6 @@ def _stand_by(qemu_pid: int, wanted: bool) -> None:
         stand_by(qemu_pid)
     except StandbyError as error:
         log.warning("no process stands by on this host, so a restore has to load ovr: %s", error)
-
-
-def _bytes(text: str) -> int:
-    try:
-        return memory_size(text)
-    except LabError as error:
-        raise UsageError(str(error), error.hint or "write 5G or 1536M") from error
 
 
 def _fitting(directory: Path, guest: Hello) -> tuple[int, int]:

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ovr.errors import LabError
-from ovr.files import cure_of, locate
 from ovr.guest.wire import header
-from ovr.user_cache import own_cache
+from ovr.host import cure_of, locate
+from ovr.host.user_cache import own_cache
 
 __all__ = ["SANITIZED", "build", "deliver"]
 

@@ -9,7 +9,7 @@
  * The other way round, any user of the guest can serve a port that we do not
  * serve, and would be sent images. So we must know the same secret; and the
  * host takes it from a page only that no user of the guest can have made:
- * see ovr/vm/secret_page.py, which checks what is set here.
+ * see ovr/guest/client/secret_page.py, which checks what is set here.
  *
  * The secret itself is never sent: each side shows, by an HMAC over both
  * nonces, that it has it.
@@ -26,7 +26,7 @@
 
 #define PAGE 4096
 
-/* ovr/vm/secret_page.py reads it. */
+/* ovr/guest/client/secret_page.py reads it. */
 struct secret_page {
 	char magic[SECRET_MAGIC_SIZE];
 	uint64_t address, pid, start;	/* where it is, and in which process */

@@ -26,7 +26,7 @@ Proof
     then `Proved`. Each sends an HMAC-SHA256, keyed with the secret, of `proof_text`: who it is and
     both nonces, which are the `Hello`'s token and the `Welcome`'s nonce. The secret itself is never
     sent. The host reads it from the VM's RAM, which nobody else can who does not own the guest, and
-    takes it only from a page that no user of the guest can have made (`ovr.vm.secret_page`).
+    takes it only from a page that no user of the guest can have made (`client.secret_page`).
 
 Restore (one at a time, owned by one session)
     `Files`… `Begin` → `Stopped` | `Failed` | `Aborted`; then any number of `Touch` → `Touched`

@@ -1,11 +1,9 @@
 """CRIU's image formats, read and written. Knows no guest.
 
 `ImageSet` reads a directory that ``criu dump -D`` wrote; `InsideImages` makes another set of it.
-`Archive` is a container's checkpoint with such images in it.
 The messages are in `messages` and `objects`, what VMAs say in `vma`, pagemaps in `pagemap`.
 """
 
-from ovr.images.archive import Archive, Container
 from ovr.images.draft import Draft
 from ovr.images.imageset import ImageSet
 from ovr.images.messages import CoreEntry, FsEntry, MmEntry, VmaEntry
@@ -16,8 +14,6 @@ from ovr.images.wire import copy_of
 
 __all__ = [
     "PAGEMAP_DTYPE",
-    "Archive",
-    "Container",
     "CoreEntry",
     "Draft",
     "Extents",

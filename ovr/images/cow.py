@@ -13,13 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ovr._fastcopy import PAIR, equal_pages
-from ovr.addresses import PAGE_SHIFT, PAGE_SIZE
 from ovr.images.pagemap import Entries
 from ovr.images.runs import clip, ends_of
 from ovr.images.source import Sources, readable
 from ovr.images.task import Memory, Task
 from ovr.images.vma import MAP_ANONYMOUS, MAP_GROWSDOWN, VMA_FILE_PRIVATE, Vmas, is_private
-from ovr.ranges import RANGE, Ranges, ranges_of
+from ovr.memory.addresses import PAGE_SHIFT, PAGE_SIZE
+from ovr.memory.ranges import RANGE, Ranges, ranges_of
 
 __all__ = ["Inheritance", "inheritance", "zero_pages"]
 

@@ -16,7 +16,7 @@ from typing import Any, Final, NamedTuple, TypeVar, cast
 from google.protobuf.message import DecodeError, Message
 
 from ovr.errors import ImagesDamaged, ImagesUnsupported
-from ovr.files import locate
+from ovr.host import locate
 from ovr.images.packed import refuse_packed
 
 __all__ = [

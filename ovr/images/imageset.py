@@ -8,7 +8,6 @@ from typing import Final, Self, TypeVar, cast
 
 from google.protobuf.message import Message
 
-from ovr.addresses import PAGE_SIZE
 from ovr.errors import ImagesDamaged, ImagesUnsupported, UsageError
 from ovr.images.directory import ImageDirectory, ImageFile
 from ovr.images.framing import DUMP_AGAIN, check_header, decode, frames, is_raw
@@ -34,6 +33,7 @@ from ovr.images.task import (
     check_tree,
 )
 from ovr.images.vma import VMA_ANON_SHARED, VMA_AREA_SYSVIPC, vma_array
+from ovr.memory.addresses import PAGE_SIZE
 
 __all__ = ["ImageSet"]
 

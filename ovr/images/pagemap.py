@@ -13,11 +13,11 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from ovr.addresses import PAGE_SHIFT, PAGE_SIZE
 from ovr.errors import ImagesDamaged, ImagesUnsupported
 from ovr.images.framing import DUMP_AGAIN, check_header, decode, encode, image_bytes
 from ovr.images.messages import PagemapEntry, PagemapHead
 from ovr.images.varint import BadVarint, read_varints
+from ovr.memory.addresses import PAGE_SHIFT, PAGE_SIZE
 
 __all__ = [
     "PAGEMAP_DTYPE",

@@ -8,7 +8,6 @@ from typing import Final
 
 import numpy as np
 
-from ovr.addresses import PAGE_SHIFT
 from ovr.errors import ImagesUnsupported
 from ovr.images.directory import ImageFile, read_exactly
 from ovr.images.framing import encode, image_bytes, is_raw, write_image
@@ -24,6 +23,7 @@ from ovr.images.pagemap import (
 from ovr.images.runs import clip, ends_of, page_count
 from ovr.images.task import Memory
 from ovr.images.wire import Message
+from ovr.memory.addresses import PAGE_SHIFT
 
 __all__ = ["Extents", "InsideImages", "image_chunks", "image_size"]
 

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from ovr.addresses import PAGE_SHIFT
 from ovr.errors import ImagesDamaged
 from ovr.images.pagemap import PE_PARENT, Entries
+from ovr.memory.addresses import PAGE_SHIFT
 
 __all__ = ["clip", "covered", "ends_of", "page_count", "resolve"]
 

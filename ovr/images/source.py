@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from typing import Final, Self
 
 from ovr._fastcopy import CUT_OFF, in_page_cache
-from ovr.addresses import PAGE_SIZE
 from ovr.errors import ImagesDamaged
 from ovr.images.task import Memory
 from ovr.images.unreadable import unreadable
+from ovr.memory.addresses import PAGE_SIZE
 
 __all__ = ["Source", "Sources", "readable"]
 

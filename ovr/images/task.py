@@ -6,7 +6,6 @@ from enum import IntEnum
 
 import numpy as np
 
-from ovr.addresses import PAGE_SIZE
 from ovr.errors import ImagesDamaged, ImagesUnsupported
 from ovr.images.directory import ImageFile
 from ovr.images.framing import DUMP_AGAIN
@@ -14,7 +13,8 @@ from ovr.images.messages import CoreEntry, FsEntry, MmEntry
 from ovr.images.pagemap import USER_END, Entries
 from ovr.images.runs import covered
 from ovr.images.vma import Vmas, is_private
-from ovr.ranges import RANGE, Ranges, join
+from ovr.memory.addresses import PAGE_SIZE
+from ovr.memory.ranges import RANGE, Ranges, join
 
 __all__ = ["Memory", "Task", "TaskState"]
 

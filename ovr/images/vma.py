@@ -7,12 +7,12 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from ovr.addresses import PAGE_SIZE
 from ovr.errors import ImagesDamaged
 from ovr.images.framing import DUMP_AGAIN
 from ovr.images.messages import VmaEntry
 from ovr.images.pagemap import USER_END
 from ovr.images.wire import copy_of
+from ovr.memory.addresses import PAGE_SIZE
 
 __all__ = [
     "MADV_DOFORK",

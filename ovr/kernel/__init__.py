@@ -12,18 +12,17 @@
 containers and objects under the kernel's own names.
 """
 
-from ovr.kernel.cgroup import (
+from ovr.kernel.kernel import Kernel
+from ovr.kernel.linux.cgroup import (
     cgroup_path,
     mem_cgroup,
     pids_cgroup,
     task_css,
     task_dfl_cgroup,
 )
-from ovr.kernel.creds import capabilities, in_own_user_ns, why_not_root
-from ovr.kernel.kernel import Kernel
-from ovr.kernel.list import hlist_for_each_entry, list_for_each_entry
-from ovr.kernel.live import settled, types_that_fit
-from ovr.kernel.mm import (
+from ovr.kernel.linux.creds import capabilities, in_own_user_ns, why_not_root
+from ovr.kernel.linux.list import hlist_for_each_entry, list_for_each_entry
+from ovr.kernel.linux.mm import (
     Vma,
     anon_vma_users,
     find_vma,
@@ -33,16 +32,16 @@ from ovr.kernel.mm import (
     transparent_hugepages,
     vmas,
 )
-from ovr.kernel.percpu import for_each_possible_cpu, per_cpu, per_cpu_ptr
-from ovr.kernel.pid import (
+from ovr.kernel.linux.percpu import for_each_possible_cpu, per_cpu, per_cpu_ptr
+from ovr.kernel.linux.pid import (
     find_pid_ns,
     find_task_by_pid_ns,
     pid_nr_ns,
     task_active_pid_ns,
     task_pid_nr_ns,
 )
-from ovr.kernel.rbtree import rbtree_for_each_entry
-from ovr.kernel.tasks import (
+from ovr.kernel.linux.rbtree import rbtree_for_each_entry
+from ovr.kernel.linux.tasks import (
     Process,
     find_task,
     for_each_process,
@@ -54,8 +53,10 @@ from ovr.kernel.tasks import (
     task_comm,
     task_state,
 )
-from ovr.kernel.types import NoSuchType, Types
-from ovr.kernel.view import (
+from ovr.kernel.linux.xarray import idr_find, xa_load
+from ovr.kernel.types.live import settled, types_that_fit
+from ovr.kernel.types.types import NoSuchType, Types
+from ovr.kernel.types.view import (
     Array,
     DoesNotFit,
     NoSuchMember,
@@ -65,7 +66,6 @@ from ovr.kernel.view import (
     address_of,
     container_of,
 )
-from ovr.kernel.xarray import idr_find, xa_load
 
 __all__ = [
     "Array",

@@ -25,8 +25,8 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from ovr.files import Directory, UntrustedPath
-from ovr.user_cache import user_cache
+from ovr.host import Directory, UntrustedPath
+from ovr.host.user_cache import user_cache
 
 __all__ = ["cache_directory", "opened", "remembered"]
 

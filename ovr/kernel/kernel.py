@@ -14,26 +14,26 @@ from types import MappingProxyType
 from typing import Any, Final
 from uuid import UUID
 
-from ovr.addresses import Gva
 from ovr.errors import GuestFault, KernelNotFound
-from ovr.kernel import places
-from ovr.kernel.btf import Btf
-from ovr.kernel.kallsyms import read_kallsyms
-from ovr.kernel.live import types_that_fit
-from ovr.kernel.places import Place
-from ovr.kernel.symbols import SymbolTable
-from ovr.kernel.types import Types
-from ovr.kernel.view import NoSuchMember, Struct
-from ovr.kernel.vmcoreinfo import (
+from ovr.kernel.find import places
+from ovr.kernel.find.kallsyms import read_kallsyms
+from ovr.kernel.find.places import Place
+from ovr.kernel.find.vmcoreinfo import (
     START_KERNEL_MAP,
     VmcoreInfo,
     candidate_at,
     candidates,
     incomplete_release,
 )
-from ovr.kernel.vmlinux import Vmlinux
-from ovr.paging import AddressSpace, Frames, pieces
-from ovr.ram import GuestRam
+from ovr.kernel.find.vmlinux import Vmlinux
+from ovr.kernel.symbols import SymbolTable
+from ovr.kernel.types.btf import Btf
+from ovr.kernel.types.live import types_that_fit
+from ovr.kernel.types.types import Types
+from ovr.kernel.types.view import NoSuchMember, Struct
+from ovr.memory.addresses import Gva
+from ovr.memory.paging import AddressSpace, Frames, pieces
+from ovr.memory.ram import GuestRam
 
 __all__ = ["GLOBALS", "Kernel"]
 

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ovr.addresses import Gva
+from ovr.memory.addresses import Gva
 
 __all__ = ["Addresses", "SymbolTable", "matching"]
 

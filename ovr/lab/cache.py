@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ovr.user_cache import own_cache
+from ovr.host.user_cache import own_cache
 
 __all__ = ["cache_directory", "cached", "digest"]
 

@@ -14,11 +14,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from ovr.errors import LabError
-from ovr.files import Directory
+from ovr.host import Directory
+from ovr.lab.agent import Completed, LabAgent
 from ovr.lab.process import Process
 from ovr.lab.qemu import Hardware
 from ovr.lab.ram import drop_ram
-from ovr.vm.agent import Agent, Completed
 from ovr.vm.find import LAB_STATE, lab_directory
 
 __all__ = ["LabVm", "claimed", "get", "ls"]
@@ -60,9 +60,9 @@ class LabVm:
         """Whether its QEMU runs."""
         return "qemu" in self.processes and self.processes["qemu"].alive
 
-    def connect(self, timeout: float = 30.0) -> Agent:
+    def connect(self, timeout: float = 30.0) -> LabAgent:
         """Connect to the guest's agent over vsock. Raises `AgentUnreachable`."""
-        return Agent.connect(self.agent, timeout=timeout)
+        return LabAgent.connect(self.agent, timeout=timeout)
 
     def sh(self, command: str, *, input: bytes = b"", timeout: float = 60.0) -> Completed:
         """Run a shell command in the guest and return its status and output."""

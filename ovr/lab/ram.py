@@ -5,20 +5,19 @@ First touch of fresh host memory costs far more than the copy; QEMU allocates al
 """
 
 import os
-import re
 import shutil
 import subprocess
 from pathlib import Path
 
 import psutil
 
-from ovr.errors import LabError
+from ovr.errors import LabError, UsageError
+from ovr.host.size import parse_size
 from ovr.lab.cache import digest
 from ovr.lab.qemu import Backend
 
 __all__ = ["drop_ram", "make_ram", "memory_size"]
 
-_UNITS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
 _GRAIN = 8 << 10  # QEMU takes no odd number of pages
 _HUGE_PAGE = 2 << 20
 _POOL = Path("/sys/kernel/mm/hugepages/hugepages-2048kB")
@@ -32,15 +31,11 @@ def memory_size(text: str | int, nodes: int = 1, backend: Backend = "file") -> i
         LabError: not a size, or one that QEMU cannot make of the backend's pages, with an equal
             part for each NUMA node.
     """
-    match = re.fullmatch(r"(\d+)([KMGT]?)(?:i?B)?", str(text).strip(), re.IGNORECASE)
-    if match is None:
-        raise LabError(f"{text!r} is not a size of memory", "write 4G or 1536M")
-    size = int(match[1]) << _UNITS[match[2].upper()]
     grain = (_HUGE_PAGE if backend == "hugetlbfs" else _GRAIN) * nodes
-    if size == 0 or size % grain:
-        unit = f"{grain >> 20}M" if backend == "hugetlbfs" else f"{grain >> 10}K"
-        raise LabError(f"{text} of memory is not a multiple of {unit}")
-    return size
+    try:
+        return parse_size(str(text), grain)
+    except UsageError as error:
+        raise LabError(str(error), error.hint) from error
 
 
 def make_ram(directory: Path, size: int, nodes: int, backend: Backend = "file") -> tuple[Path, ...]:

@@ -64,7 +64,7 @@ cdef struct Frames:
     uint64_t folio_value
     uint64_t mapping_mask
     uint64_t mapping_value
-    # What makes reclaim keep what is written to it: see `ovr.paging.Frames`.
+    # What makes reclaim keep what is written to it: see `ovr.memory.paging.Frames`.
     uint64_t dirty_mask
     uint64_t clean_mask
     uint64_t clean_value

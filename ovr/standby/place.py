@@ -1,7 +1,7 @@
 """Where clients and the process that stands by meet: a socket in a directory of this user's own.
 
 The directory has mode 0700, and no other user has power over any component of its path
-(`ovr.files`), so none can connect, or listen in its place. A container can still share the
+(`ovr.host`), so none can connect, or listen in its place. A container can still share the
 directory; `proof` is about that. Imports little: each restore waits for it.
 """
 
@@ -13,7 +13,7 @@ from contextlib import suppress
 from fcntl import LOCK_EX, flock
 from typing import Final, Self
 
-from ovr.files import Directory, UntrustedPath
+from ovr.host import Directory, UntrustedPath
 from ovr.standby.messages import version
 
 __all__ = ["Place", "connect"]
@@ -123,7 +123,7 @@ def _directory_path() -> str:
             status = os.stat(runtime)  # noqa: PTH116 - imports little
             if status.st_uid == os.geteuid() and not status.st_mode & 0o077:
                 return f"{runtime}/{_NAME}"
-    from ovr.user_cache import user_cache  # noqa: PLC0415 - seldom needed
+    from ovr.host.user_cache import user_cache  # noqa: PLC0415 - seldom needed
 
     return str(user_cache() / "standby")
 

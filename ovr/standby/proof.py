@@ -20,7 +20,7 @@ import socket
 from collections.abc import Callable, Mapping
 from typing import Final
 
-from ovr.credentials import peer_of
+from ovr.host.credentials import peer_of
 from ovr.standby.messages import Inbox, Message, StandbyError, send
 from ovr.standby.peer import difference, rights
 

@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from ovr.addresses import Gva
 from ovr.errors import AgentUntrusted, RestoreFailed
 from ovr.kernel import Kernel, Struct, find_task, is_traced
-from ovr.kernel.fdtable import files_lookup_fd
+from ovr.kernel.linux.fdtable import files_lookup_fd
+from ovr.memory.addresses import Gva
 
 __all__ = ["GuestTree"]
 

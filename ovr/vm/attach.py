@@ -6,10 +6,10 @@ from typing import Final, Self
 
 from ovr.errors import RestoreFailed
 from ovr.kernel import Kernel
-from ovr.ram import GuestRam
+from ovr.memory.ram import GuestRam
+from ovr.vm.blockers import balloon_size
 from ovr.vm.find import VmAddress, find_vm
 from ovr.vm.memory_map import guest_slots
-from ovr.vm.refusals import balloon_size
 
 __all__ = ["AttachedVm"]
 

@@ -6,10 +6,10 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 
 from ovr.errors import CheckFailed, OvrError
+from ovr.vm.blockers import refusals
 from ovr.vm.find import VmAddress, address_of_process, find_vm, lab_addresses
 from ovr.vm.memory_map import guest_slots
 from ovr.vm.processes import QemuProcess, qemu_processes
-from ovr.vm.refusals import refusals
 
 __all__ = ["FoundVm", "found_vms"]
 

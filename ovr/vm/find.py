@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Final
 
 from ovr.errors import LabError, UsageError, VmUnreachable
-from ovr.files import Directory
+from ovr.host import Directory
 from ovr.vm.libvirt import Domain, LibvirtMonitor, find_domain
 from ovr.vm.processes import QemuProcess, qemu_process, qemu_processes
 from ovr.vm.qmp import Monitor, Qmp

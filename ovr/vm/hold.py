@@ -25,7 +25,7 @@ from typing import Final, Self
 
 from ovr._fastcopy import Hold
 from ovr.errors import CheckFailed, OvrError, RestoreFailed, VmUnreachable
-from ovr.ram import GuestRam
+from ovr.memory.ram import GuestRam
 from ovr.vm.deferred import DeferredSignals
 from ovr.vm.hold_errors import BECOME, Result, hold_error
 from ovr.vm.qmp import Monitor

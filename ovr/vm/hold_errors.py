@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Final
 
 from ovr.errors import CheckFailed, HoldBroken, OvrError, RestoreFailed, VmUnreachable
-from ovr.vm.session import one_line
+from ovr.guest.client.session import one_line
 
 __all__ = ["BECOME", "Result", "hold_error"]
 

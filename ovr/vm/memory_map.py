@@ -31,9 +31,9 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, Final
 
-from ovr.addresses import PAGE_SIZE, Gpa, Offset
 from ovr.errors import CheckFailed, RamNotShared, VmUnreachable
-from ovr.ram import Slot
+from ovr.memory.addresses import PAGE_SIZE, Gpa, Offset
+from ovr.memory.ram import Slot
 from ovr.vm.process_files import SHARE_IT, Mapping, ProcessFiles
 from ovr.vm.qmp import Monitor
 

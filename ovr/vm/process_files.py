@@ -22,7 +22,7 @@ from itertools import islice
 from typing import Final, Self
 
 from ovr.errors import CheckFailed, RamNotShared
-from ovr.ram import RamFile
+from ovr.memory.ram import RamFile
 
 __all__ = ["SHARE_IT", "Mapping", "ProcessFiles", "parse_maps"]
 

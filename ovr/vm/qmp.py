@@ -14,9 +14,9 @@ from itertools import count
 from pathlib import Path
 from typing import Any, Self
 
-from ovr.credentials import peer_of
 from ovr.errors import OvrError, VmUnreachable
-from ovr.vm.claim import refuse_claimed
+from ovr.host.credentials import peer_of
+from ovr.vm.lock import refuse_claimed
 
 __all__ = ["ExecuteError", "Monitor", "Qmp"]
 

@@ -8,10 +8,11 @@ from typing import Any, get_type_hints
 
 from ovr.errors import OvrError
 from ovr.guest import protocol
+from ovr.guest.client.agent import Portion
+from ovr.guest.client.link import Address, Link
 from ovr.guest.message import Message
 from ovr.guest.wire import ProtocolError, decode, encode
-from ovr.vm.agent import Agent, Portion
-from ovr.vm.link import Address, Link
+from ovr.lab.agent import LabAgent
 from tests.fuzz.target import Input, Target
 
 __all__ = ["TARGETS", "samples"]
@@ -95,7 +96,7 @@ def session(data: bytes) -> None:
         said.append(source.bytes(1 + source.number(2)))
     link = Script(bool(shape & 1), said)
     try:
-        agent = Agent(link, 5.0)
+        agent = LabAgent(link, 5.0)
         for step in (
             agent.ping,
             lambda: agent.prove(SECRET),

@@ -4,13 +4,13 @@ from collections.abc import Callable, Iterator
 from functools import cache
 from itertools import islice
 
-from ovr.addresses import Gpa, Gva
 from ovr.kernel import Kernel, find_task, find_vma, processes, vmas
-from ovr.kernel.list import hlist_for_each_entry, list_for_each_entry
-from ovr.kernel.maple import mt_for_each
-from ovr.kernel.percpu import for_each_possible_cpu, per_cpu
-from ovr.kernel.rbtree import rbtree_for_each_entry
-from ovr.kernel.xarray import idr_find, xa_load
+from ovr.kernel.linux.list import hlist_for_each_entry, list_for_each_entry
+from ovr.kernel.linux.maple import mt_for_each
+from ovr.kernel.linux.percpu import for_each_possible_cpu, per_cpu
+from ovr.kernel.linux.rbtree import rbtree_for_each_entry
+from ovr.kernel.linux.xarray import idr_find, xa_load
+from ovr.memory.addresses import Gpa, Gva
 from tests.fuzz.kernel import scratch
 from tests.fuzz.patches import patched, sample_patches
 from tests.fuzz.target import Input, Target

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
+from ovr.checkpoint import Archive
 from ovr.errors import OvrError
-from ovr.images import Archive, ImageSet, image_chunks
+from ovr.images import ImageSet, image_chunks
 from ovr.images.directory import ImageDirectory
 from ovr.images.packed import packing, refuse_packed
 from ovr.images.pagemap import Pagemap, decode_pagemap, encode_pagemap

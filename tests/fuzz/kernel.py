@@ -8,13 +8,13 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
-from ovr.addresses import Gpa, Gva
-from ovr.kernel.btf import Btf
-from ovr.kernel.dwarf import dwarf_to_btf
-from ovr.kernel.kallsyms import read_kallsyms
-from ovr.kernel.types import Types
-from ovr.kernel.vmcoreinfo import START_KERNEL_MAP, parse
-from ovr.kernel.vmlinux import Vmlinux
+from ovr.kernel.find.kallsyms import read_kallsyms
+from ovr.kernel.find.vmcoreinfo import START_KERNEL_MAP, parse
+from ovr.kernel.find.vmlinux import Vmlinux
+from ovr.kernel.types.btf import Btf
+from ovr.kernel.types.dwarf import dwarf_to_btf
+from ovr.kernel.types.types import Types
+from ovr.memory.addresses import Gpa, Gva
 from tests.fuzz.patches import patched, sample_patches
 from tests.fuzz.target import Input, Target
 from tests.unit.kernel.toy import toy_btf

@@ -10,9 +10,9 @@ from collections.abc import Iterator
 import numpy as np
 
 from ovr._fastcopy import OWNED, PAIR, RUN, RamMap, equal_pages
-from ovr.addresses import PAGE_SIZE, Gpa, Gva
 from ovr.errors import GuestFault
-from ovr.paging import PTE_ADDRESS, Frames, Leaf, pieces, reference_walk
+from ovr.memory.addresses import PAGE_SIZE, Gpa, Gva
+from ovr.memory.paging import PTE_ADDRESS, Frames, Leaf, pieces, reference_walk
 from tests.fuzz.target import Input, Target
 from tests.sources import as_file
 

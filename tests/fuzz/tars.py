@@ -8,9 +8,9 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from ovr.checkpoint.tar import BLOCK, Member, read_members
+from ovr.checkpoint.unpack import open_tar
 from ovr.errors import OvrError
-from ovr.images.tar import BLOCK, Member, read_members
-from ovr.images.unpack import open_tar
 from tests.fuzz.target import Input, Target
 from tests.unit.images.tars import END, container, head, long_name, member, pax, record, sealed
 

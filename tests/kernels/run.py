@@ -14,8 +14,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import ovr
-from ovr import demo, lab
+from ovr import lab
 from ovr.errors import CheckFailed, OvrError
+from ovr.lab import demo
 from ovr.lab.ram import memory_size
 from ovr.lab.share import SHARE
 from tests.kernels.setups import Setup

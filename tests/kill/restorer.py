@@ -13,14 +13,14 @@ from contextlib import contextmanager
 from typing import Any
 
 import ovr
+from ovr.attempt import copier, settings
+from ovr.attempt.copier import Copier
+from ovr.attempt.stopwatch import Stopwatch
 from ovr.errors import OvrError
+from ovr.guest.client.agent import Agent
 from ovr.guest.message import Message
 from ovr.guest.protocol import Alive
-from ovr.report import Stopwatch
-from ovr.state import memory, settings
-from ovr.state.memory import Copier
 from ovr.vm import hold
-from ovr.vm.agent import Agent
 from ovr.vm.hold import Holder
 
 
@@ -103,7 +103,7 @@ def watch(events: Events) -> None:
 def main() -> int:
     spec, images, point = sys.argv[1:]
     events = Events(int(point))
-    memory.HOLD_BYTES = 1 << 20  # many holds: many points
+    copier.HOLD_BYTES = 1 << 20  # many holds: many points
     hold.BOUND_SECONDS = 600.0  # it waits in them  # type: ignore[misc]
     watch(events)
     try:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from ovr import demo
+from ovr.lab import demo
 from tests.liar.rounds import SUBJECTS, WHAT, Liar, Subject
 
 

@@ -16,11 +16,11 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 
-from ovr.addresses import PAGE_SIZE, Gpa, Gva
 from ovr.errors import OvrError
 from ovr.kernel import Kernel, Struct, find_task, mm_space
-from ovr.kernel.tasks import for_each_process
-from ovr.ram import GuestRam
+from ovr.kernel.linux.tasks import for_each_process
+from ovr.memory.addresses import PAGE_SIZE, Gpa, Gva
+from ovr.memory.ram import GuestRam
 from ovr.vm.attach import AttachedVm
 
 WORD = struct.Struct("<Q")

@@ -12,9 +12,9 @@ from contextlib import suppress
 from pathlib import Path
 
 from ovr.guest import protocol
+from ovr.guest.client.link import open_link
 from ovr.guest.message import Message
 from ovr.guest.wire import decode, encode
-from ovr.vm.link import open_link
 
 Lie = Callable[[Message, random.Random], "bytes | None"]
 """Makes what is said instead of a message, or None where it is passed on."""

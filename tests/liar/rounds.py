@@ -18,10 +18,11 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ovr import demo, lab
+from ovr import lab
 from ovr.errors import OvrError
+from ovr.host.user_cache import user_cache
+from ovr.lab import demo
 from ovr.lab.share import SHARE
-from ovr.user_cache import user_cache
 from tests.liar.lies import KINDS
 from tests.liar.proxy import LIES, LyingAgent
 from tests.vm import pool

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import ovr
-from ovr import demo, lab
+from ovr import lab
+from ovr.lab import demo
 from ovr.lab.share import SHARE
 from tests.vm import pool
 

@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 
 import ovr
-from ovr import demo, lab
+from ovr import lab
+from ovr.attempt import settings
 from ovr.errors import AgentUnreachable, RestoreFailed
 from ovr.guest import build
+from ovr.lab import demo
 from ovr.lab.share import SHARE
-from ovr.state import settings
 from tests.vm import pool
 
 AGENT = "/usr/local/sbin/ovr-agent"

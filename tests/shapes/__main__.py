@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import ovr
-from ovr import demo, lab
+from ovr import lab
 from ovr.errors import OvrError
+from ovr.lab import demo
 from ovr.lab.share import SHARE
 from tests.vm import pool
 

@@ -18,8 +18,9 @@ from pathlib import Path
 import psutil
 
 import ovr
-from ovr import demo, lab
+from ovr import lab
 from ovr.errors import OvrError
+from ovr.lab import demo
 from ovr.lab.cache import cache_directory
 from ovr.lab.image import SUITES
 from tests import subject

@@ -15,8 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import ovr
-from ovr import demo, lab
+from ovr import lab
 from ovr.errors import OvrError
+from ovr.lab import demo
 from ovr.lab.cache import cache_directory
 from ovr.lab.image import SUITES
 from tests import subject

@@ -10,14 +10,14 @@ from functools import partial
 import numpy as np
 
 from ovr._fastcopy import OWNED
+from ovr.attempt import copier
+from ovr.attempt.copier import Copier, Family, Look, Part, Ready, Target, Work
+from ovr.attempt.feed import Feed
 from ovr.kernel import Kernel
-from ovr.paging import Frames
-from ovr.ram import Runs
-from ovr.ranges import total
-from ovr.state import memory
-from ovr.state.feed import Feed
-from ovr.state.memory import Copier, Family, Look, Part, Ready, Target, Work
-from ovr.state.runs import first_bytes, left_of
+from ovr.memory.paging import Frames
+from ovr.memory.ram import Runs
+from ovr.memory.ranges import total
+from ovr.memory.runs import first_bytes, left_of
 
 __all__ = ["Races", "before_each_copy", "counting", "ignoring_clean", "unprotected"]
 
@@ -166,9 +166,9 @@ def _pages(runs: Runs) -> set[tuple[int, int]]:
 @contextmanager
 def _in_place_of_the_copier(kind: type[Copier]) -> Iterator[None]:
     # Many small holds: more borders between them.
-    module, usual, size = sys.modules["ovr.restore"], Copier, memory.HOLD_BYTES
-    module.Copier, memory.HOLD_BYTES = kind, HOLD_BYTES
+    module, usual, size = sys.modules["ovr.restore"], Copier, copier.HOLD_BYTES
+    module.Copier, copier.HOLD_BYTES = kind, HOLD_BYTES
     try:
         yield
     finally:
-        module.Copier, memory.HOLD_BYTES = usual, size
+        module.Copier, copier.HOLD_BYTES = usual, size

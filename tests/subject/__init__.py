@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ovr import demo, lab
+from ovr import lab
+from ovr.lab import demo
 from ovr.lab.cache import digest
 from ovr.lab.share import SHARE
 from ovr.lab.workload import build_workload

@@ -20,8 +20,9 @@ import pytest
 
 from ovr.errors import AgentUnreachable, RestoreFailed
 from ovr.guest import build, protocol
-from ovr.vm.agent import Agent, Skeleton
-from ovr.vm.link import Address, Link
+from ovr.guest.client.agent import Skeleton
+from ovr.guest.client.link import Address, Link
+from ovr.lab.agent import LabAgent
 
 # Not `sys.executable`: one with AddressSanitizer refuses to have a library loaded before it.
 _PYTHON = Path(
@@ -222,12 +223,12 @@ class AgentHost:
                     raise
                 time.sleep(0.01)
 
-    def connect(self, *, serial: bool = False, timeout: float = 10.0) -> Agent:
+    def connect(self, *, serial: bool = False, timeout: float = 10.0) -> LabAgent:
         """A session of somebody who can read the agent's memory."""
         kind = Address("serial" if serial else "unix", path="test")
         link = Link(kind, self.socket(serial=serial))
         try:
-            agent = Agent(link, timeout)
+            agent = LabAgent(link, timeout)
             agent.prove(self.secret(agent.hello.secret_at))
         except BaseException:
             link.close()
@@ -314,7 +315,7 @@ def kill(*pids: int) -> None:
     wait_for(lambda: not alive(*pids))
 
 
-def begin(host: AgentHost, agent: Agent, **options: float) -> Skeleton:
+def begin(host: AgentHost, agent: LabAgent, **options: float) -> Skeleton:
     """Have the stand-in build a tree and hold it."""
     return agent.begin(IMAGES, criu_options=host.criu_options(), **options)
 
@@ -332,7 +333,7 @@ def assert_gone(host: AgentHost, skeleton: Skeleton) -> None:
     kill(*again.tasks)
 
 
-def hook_dies(host: AgentHost, agent: Agent, skeleton: Skeleton) -> None:
+def hook_dies(host: AgentHost, agent: LabAgent, skeleton: Skeleton) -> None:
     """Kill the hook that holds a tree: the tree dies, and the host hears why."""
     kill(host.hook(skeleton.criu_pid))
     wait_for(lambda: not alive(*skeleton.tasks))
@@ -340,7 +341,7 @@ def hook_dies(host: AgentHost, agent: Agent, skeleton: Skeleton) -> None:
         agent.go()
 
 
-def agent_dies(host: AgentHost, agent: Agent, skeleton: Skeleton) -> None:
+def agent_dies(host: AgentHost, agent: LabAgent, skeleton: Skeleton) -> None:
     """Kill the agent that holds a tree: the tree dies with it."""
     kill(host.process.pid)
     wait_for(lambda: not alive(*skeleton.tasks, skeleton.criu_pid))

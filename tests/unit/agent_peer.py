@@ -9,8 +9,8 @@ from typing import Any
 import msgpack
 
 from ovr.guest import protocol, wire
+from ovr.guest.client.link import Address, Link
 from ovr.guest.message import Message
-from ovr.vm.link import Address, Link
 
 WELCOME: dict[str, Any] = {
     "op": "welcome",

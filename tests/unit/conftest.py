@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
-from ovr.vm.agent import Agent
+from ovr.lab.agent import LabAgent
 from tests.unit.agent_host import AgentHost, agent_host
 
 # Tests never judge times: this machine has other things to do.
@@ -55,7 +55,7 @@ def host(tmp_path: Path) -> Iterator[AgentHost]:
 
 
 @pytest.fixture(params=[False, True], ids=["stream", "serial"])
-def agent(host: AgentHost, request: pytest.FixtureRequest) -> Iterator[Agent]:
+def agent(host: AgentHost, request: pytest.FixtureRequest) -> Iterator[LabAgent]:
     """A session with it, over each kind of link."""
     with host.connect(serial=request.param) as agent:
         yield agent

@@ -5,9 +5,9 @@ import struct
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ovr.addresses import PAGE_SIZE, Gpa, Gva, Offset
-from ovr.paging import PTE_ADDRESS, PTE_PRESENT, PTE_PROTNONE, PTE_PSE, PTE_RW, PTE_USER
-from ovr.ram import GuestRam, RamFile, Slot
+from ovr.memory.addresses import PAGE_SIZE, Gpa, Gva, Offset
+from ovr.memory.paging import PTE_ADDRESS, PTE_PRESENT, PTE_PROTNONE, PTE_PSE, PTE_RW, PTE_USER
+from ovr.memory.ram import GuestRam, RamFile, Slot
 
 
 def ram_file(path: Path, mode: int = os.O_RDWR) -> RamFile:

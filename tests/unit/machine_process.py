@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from ovr.addresses import Gpa, Offset
-from ovr.ram import Slot
+from ovr.memory.addresses import Gpa, Offset
+from ovr.memory.ram import Slot
 from tests.unit.machine import ram_file
 
 __all__ = ["Monitor", "RunningMachine", "eventually", "run_script"]
@@ -126,7 +126,7 @@ def eventually(condition: Callable[[], bool], seconds: float = 10.0) -> bool:
 PRELUDE = """
 import os, signal, sys, time
 from ovr.errors import OvrError
-from ovr.ram import GuestRam
+from ovr.memory.ram import GuestRam
 from ovr.vm import hold
 from ovr.vm.hold import Holder
 from tests.unit.machine_process import Monitor, eventually

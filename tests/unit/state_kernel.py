@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from ovr.addresses import Gva
-from ovr.kernel.btf import Btf
-from ovr.kernel.types import Types
+from ovr.kernel.types.btf import Btf
+from ovr.kernel.types.types import Types
+from ovr.memory.addresses import Gva
 from tests.unit.kernel.writers import FUNC_PROTO, TYPEDEF, BtfWriter, Memory
 
 BASE = 0xFFFF_8880_0000_0000

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 from ovr.errors import AgentUnreachable, AgentUntrusted, CriuFailed, LabError, RestoreFailed
 from ovr.guest import lab_protocol, protocol, wire
+from ovr.guest.client.agent import Agent
 from ovr.guest.message import Message
-from ovr.vm.agent import Agent
+from ovr.lab.agent import LabAgent
 from tests.unit.agent_peer import WELCOME, frame, peer, read_message, replying
 
 NONSENSE = {
@@ -254,7 +255,7 @@ def test_lab_methods_need_a_lab_build() -> None:
         connection.sendall(frame({**WELCOME, "lab_build": False, "token": hello.token}))
 
     with peer(script, greet=False) as link, pytest.raises(LabError):
-        Agent(link, 2.0).run(["true"])
+        LabAgent(link, 2.0).run(["true"])
 
 
 def test_output_on_a_stream_that_is_none() -> None:
@@ -262,7 +263,7 @@ def test_output_on_a_stream_that_is_none() -> None:
         peer(replying(frame({"op": "output", "stream": 3, "data": b"x"}))) as link,
         pytest.raises(AgentUnreachable),
     ):
-        Agent(link, 2.0).run(["true"])
+        LabAgent(link, 2.0).run(["true"])
 
 
 # The protocol by itself ----------------------------------------------------------------------

@@ -9,8 +9,8 @@ import pytest
 
 from ovr.errors import CriuFailed, RestoreFailed
 from ovr.guest import protocol
+from ovr.guest.client.agent import Agent, Skeleton
 from ovr.guest.codes import Code
-from ovr.vm.agent import Agent, Skeleton
 from tests.unit.agent_host import IMAGES, AgentHost, agent_dies, alive, hook_dies, kill, wait_for
 
 ARCHIVE = {protocol.ENGINE_ARCHIVE: b"all of it"}

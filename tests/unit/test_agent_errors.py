@@ -10,10 +10,10 @@ import pytest
 
 from ovr.errors import RestoreFailed
 from ovr.guest import compiler, protocol
+from ovr.guest.client import failures
+from ovr.guest.client.agent import Agent, Portion
+from ovr.guest.client.failures import aborted, failure, refused
 from ovr.guest.codes import Code
-from ovr.vm import agent_errors
-from ovr.vm.agent import Agent, Portion
-from ovr.vm.agent_errors import aborted, failure, refused
 from tests.unit.agent_host import IMAGES, AgentHost, begin, wait_for
 
 GUEST = Path(compiler.__file__).parent
@@ -120,7 +120,7 @@ def test_every_code_of_the_agent_is_sent_by_it() -> None:
 
 def test_no_hint_is_chosen_by_a_sentence() -> None:
     """Only CRIU's log is matched: tables of hints have codes for keys, and no text is searched."""
-    tree = ast.parse(Path(agent_errors.__file__).read_text())
+    tree = ast.parse(Path(failures.__file__).read_text())
     for node in ast.walk(tree):
         if isinstance(node, ast.Dict):
             assert all(isinstance(key, ast.Attribute) for key in node.keys)

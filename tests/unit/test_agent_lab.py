@@ -8,13 +8,13 @@ import pytest
 
 from ovr.errors import LabError
 from ovr.guest import build, lab_protocol
-from ovr.vm.agent import Agent
+from ovr.lab.agent import LabAgent
 from tests.unit.agent_host import AgentHost, alive, wait_for
 
 BLOCK = bytes(range(256)) * 4096
 
 
-def test_run(agent: Agent) -> None:
+def test_run(agent: LabAgent) -> None:
     done = agent.run(["sh", "-c", "cat; echo wrong >&2; exit 3"], input=b"hello")
     assert (done.status, done.stdout, done.stderr) == (3, b"hello", b"wrong\n")
     assert agent.run(["sh", "-c", "kill -9 $$"]).status == 137
@@ -22,29 +22,29 @@ def test_run(agent: Agent) -> None:
     assert b"PATH=" in agent.run(["env"]).stdout
 
 
-def test_run_passes_much_both_ways_at_once(agent: Agent) -> None:
+def test_run_passes_much_both_ways_at_once(agent: LabAgent) -> None:
     assert agent.run(["cat"], input=BLOCK * 20).stdout == BLOCK * 20
 
 
-def test_input_that_nobody_reads(agent: Agent) -> None:
+def test_input_that_nobody_reads(agent: LabAgent) -> None:
     assert agent.run(["true"], input=BLOCK * 4).status == 0
     agent.ping()
 
 
-def test_run_ends_with_its_command_not_with_its_children(agent: Agent) -> None:
+def test_run_ends_with_its_command_not_with_its_children(agent: LabAgent) -> None:
     start = time.monotonic()
     done = agent.run(["sh", "-c", "sleep 120 & echo $!"])
     assert time.monotonic() - start < 60
     agent.run(["kill", done.stdout.decode().strip()])
 
 
-def test_run_takes_too_long(agent: Agent) -> None:
+def test_run_takes_too_long(agent: LabAgent) -> None:
     with pytest.raises(LabError, match="took longer"):
         agent.run(["sh", "-c", "sleep 20; true"], timeout=0.3)
     agent.ping()
 
 
-def test_run_what_is_not_there(agent: Agent) -> None:
+def test_run_what_is_not_there(agent: LabAgent) -> None:
     with pytest.raises(LabError, match="No such file"):
         agent.run(["/nonexistent"])
     with pytest.raises(LabError):
@@ -52,7 +52,7 @@ def test_run_what_is_not_there(agent: Agent) -> None:
     agent.ping()
 
 
-def test_command_dies_with_its_session(agent: Agent, host: AgentHost, tmp_path: Path) -> None:
+def test_command_dies_with_its_session(agent: LabAgent, host: AgentHost, tmp_path: Path) -> None:
     pid_file = tmp_path / "pid"
     with host.connect() as other:
         pid = other.spawn(["sh", "-c", f"echo $$ > {pid_file}; exec sleep 30"])
@@ -72,7 +72,7 @@ def test_command_dies_with_its_session(agent: Agent, host: AgentHost, tmp_path: 
     wait_for(lambda: not alive(int(pid_file.read_text())))
 
 
-def test_spawn(agent: Agent, tmp_path: Path) -> None:
+def test_spawn(agent: LabAgent, tmp_path: Path) -> None:
     output = tmp_path / "output"
     pid = agent.spawn(["sh", "-c", "echo out; echo err >&2; ps -o sid= -p $$"], output=str(output))
     wait_for(lambda: not alive(pid))
@@ -82,7 +82,7 @@ def test_spawn(agent: Agent, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [0, 1, 258048, 258049, 5_000_000])
-def test_files(agent: Agent, tmp_path: Path, size: int) -> None:
+def test_files(agent: LabAgent, tmp_path: Path, size: int) -> None:
     local, remote, back = tmp_path / "local", tmp_path / "remote", tmp_path / "back"
     content = (BLOCK * 5)[:size]
     local.write_bytes(content)
@@ -93,7 +93,7 @@ def test_files(agent: Agent, tmp_path: Path, size: int) -> None:
     assert back.read_bytes() == content
 
 
-def test_put_replaces_a_running_program(agent: Agent, tmp_path: Path) -> None:
+def test_put_replaces_a_running_program(agent: LabAgent, tmp_path: Path) -> None:
     program = tmp_path / "program"
     agent.put(Path("/bin/sleep"), str(program), 0o755)
     pid = agent.spawn([str(program), "20"])
@@ -102,7 +102,7 @@ def test_put_replaces_a_running_program(agent: Agent, tmp_path: Path) -> None:
     agent.run(["kill", str(pid)])
 
 
-def test_files_that_cannot_be(agent: Agent, tmp_path: Path) -> None:
+def test_files_that_cannot_be(agent: LabAgent, tmp_path: Path) -> None:
     local = tmp_path / "local"
     local.write_bytes(BLOCK * 3)
     with pytest.raises(LabError, match="No such file"):
@@ -117,7 +117,7 @@ def test_files_that_cannot_be(agent: Agent, tmp_path: Path) -> None:
         agent.put(tmp_path / "absent", str(tmp_path / "y"))
 
 
-def test_proc_files_have_no_size(agent: Agent, tmp_path: Path) -> None:
+def test_proc_files_have_no_size(agent: LabAgent, tmp_path: Path) -> None:
     agent.get("/proc/sys/kernel/ostype", tmp_path / "ostype")
     assert (tmp_path / "ostype").read_text() == "Linux\n"
 

@@ -17,8 +17,8 @@ from elftools.elf.elffile import ELFFile
 from ovr import cli
 from ovr.errors import LabError
 from ovr.guest import build, package
+from ovr.guest.client.link import parse_address
 from ovr.guest.protocol import VSOCK_PORT
-from ovr.vm.link import parse_address
 from tests.documents import block
 from tests.documents import run as shell
 

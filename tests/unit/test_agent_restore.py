@@ -9,8 +9,8 @@ import pytest
 
 from ovr.errors import ImagesUnsupported, RestoreFailed
 from ovr.guest import protocol
+from ovr.guest.client.agent import Agent, Portion
 from ovr.guest.message import Message
-from ovr.vm.agent import Agent, Portion
 from tests.unit.agent_host import AgentHost, agent_host, alive, assert_gone, begin, kill, wait_for
 
 

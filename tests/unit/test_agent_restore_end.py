@@ -10,8 +10,8 @@ import pytest
 
 from ovr.errors import CriuFailed, PidTaken, RestoreFailed
 from ovr.guest import protocol
+from ovr.guest.client.agent import Agent
 from ovr.guest.codes import Code
-from ovr.vm.agent import Agent
 from tests.unit.agent_host import (
     IMAGES,
     AgentHost,

@@ -7,7 +7,7 @@ import pytest
 
 from ovr.errors import AgentUnreachable
 from ovr.guest import protocol
-from ovr.vm.agent import Agent
+from ovr.guest.client.agent import Agent
 from tests.unit.agent_peer import frame, peer, read_message, replying
 
 
@@ -77,7 +77,7 @@ def test_answers_to_pings_take_no_more_time() -> None:
 def test_an_agent_that_only_answers_pings_does_not_hold_up_an_abort(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("ovr.vm.agent._ABORT_SECONDS", 0.3)
+    monkeypatch.setattr("ovr.guest.client.agent._ABORT_SECONDS", 0.3)
 
     def script(connection: socket.socket) -> None:
         while True:

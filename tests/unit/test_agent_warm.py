@@ -10,7 +10,7 @@ import pytest
 
 from ovr.errors import RestoreFailed
 from ovr.guest import build, protocol
-from ovr.vm.agent import Agent, Warm
+from ovr.guest.client.agent import Agent, Warm
 from tests.unit.agent_host import IMAGES, AgentHost, agent_host, alive, kill, wait_for
 
 MIB = 1 << 20

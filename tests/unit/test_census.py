@@ -10,7 +10,7 @@ import pytest
 
 from ovr import cli
 from ovr.errors import RamNotShared, VmUnreachable
-from ovr.ram import Slot
+from ovr.memory.ram import Slot
 from ovr.vm import census, find
 from ovr.vm.find import find_vm
 from ovr.vm.processes import QemuProcess, qemu_processes

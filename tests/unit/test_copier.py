@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 
 from ovr._fastcopy import OWNED, PIECE, RUN
-from ovr.addresses import PAGE_SIZE
+from ovr.attempt import copier as copying
+from ovr.attempt.copier import Copier, Target
+from ovr.attempt.journal import Journal
 from ovr.errors import VerifyMismatch
 from ovr.images.source import Source, _without_waiting
-from ovr.journal import Journal
-from ovr.ram import GuestRam
-from ovr.state import memory
-from ovr.state.memory import Copier, Target
+from ovr.memory.addresses import PAGE_SIZE
+from ovr.memory.ram import GuestRam
 from ovr.vm.hold import Holder
 from tests.unit.machine_process import (
     RAM_BYTES,
@@ -100,7 +100,7 @@ def forget(source):
 
 def test_who_is_told_how_far_it_is_may_wait(machine, source, monkeypatch):
     """Ctrl-S on a terminal, a callback of the Python API: the VM runs meanwhile."""
-    monkeypatch.setattr(memory, "HOLD_BYTES", 1 << 20)
+    monkeypatch.setattr(copying, "HOLD_BYTES", 1 << 20)
     told = []
 
     def advance(count):
@@ -206,17 +206,17 @@ ON_A_TERMINAL = """
 import numpy as np
 from concurrent.futures import ThreadPoolExecutor
 from ovr._fastcopy import PIECE
-from ovr.addresses import Gpa, Offset
+from ovr.memory.addresses import Gpa, Offset
 from ovr.cli.progress import BarWatch
 from ovr.images.source import Source
-from ovr.journal import Journal
-from ovr.ram import Slot
-from ovr.state import memory
-from ovr.state.memory import Copier, Target
+from ovr.attempt.journal import Journal
+from ovr.memory.ram import Slot
+from ovr.attempt import copier as copying
+from ovr.attempt.copier import Copier, Target
 from tests.unit.machine import ram_file
 from tests.unit.test_copier import BEGIN, SIZE, Space
 
-memory.HOLD_BYTES = 1 << 20
+copying.HOLD_BYTES = 1 << 20
 source = os.memfd_create("source")
 os.truncate(source, SIZE)
 image = Source("pages-1.img", memoryview(bytes(SIZE)), source, 0)

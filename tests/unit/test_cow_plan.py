@@ -13,8 +13,6 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from ovr import cow_plan, memory_plan
-from ovr.addresses import PAGE_SIZE
 from ovr.images.vma import (
     MADV_DONTNEED_LOCKED,
     MADV_POPULATE_WRITE,
@@ -24,9 +22,12 @@ from ovr.images.vma import (
     PROT_WRITE,
     VMA_ANON_PRIVATE,
 )
-from ovr.memory_plan import cuts_of, plan_tasks
-from ovr.placement import Reason
-from ovr.ranges import RANGE, join, no_ranges
+from ovr.memory.addresses import PAGE_SIZE
+from ovr.memory.ranges import RANGE, join, no_ranges
+from ovr.plan import areas as plan_areas
+from ovr.plan import sharing
+from ovr.plan.areas import cuts_of, plan_tasks
+from ovr.plan.pages import Reason
 from tests.unit.images.test_cow import task
 
 ANON = (1 | VMA_ANON_PRIVATE, 0x22, 0)
@@ -38,7 +39,7 @@ LAST = 69  # where each task has a page of its own, as all real ones do
 
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch):
-    monkeypatch.setattr(cow_plan, "_SMALLEST", 2 * PAGE_SIZE)
+    monkeypatch.setattr(sharing, "_SMALLEST", 2 * PAGE_SIZE)
 
 
 def pages_of(ranges):
@@ -225,4 +226,4 @@ def test_a_server_and_its_workers(tmp_path):
         assert pages_of(worker.sharing.from_root[1]) == {*range(100)} - {worker.task.pid}
         assert pages_of(worker.to_touch()) == {worker.task.pid}
         assert worker.by_reason()[Reason.COW] == PAGE_SIZE
-    assert memory_plan.pieces_of(first.outside)[0]["size"].sum() == 100 * PAGE_SIZE
+    assert plan_areas.pieces_of(first.outside)[0]["size"].sum() == 100 * PAGE_SIZE

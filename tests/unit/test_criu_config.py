@@ -9,7 +9,7 @@ import pytest
 from ovr.cli.criu_config import unread_options, words_of
 from ovr.errors import AgentUnreachable, CriuFailed, RestoreFailed
 from ovr.guest import protocol
-from ovr.vm.agent import Agent
+from ovr.guest.client.agent import Agent
 from tests.unit.agent_host import AgentHost, agent_host
 from tests.unit.test_agent_client import frame, peer, replying
 from tests.unit.test_criu_options import REPORT, asked, run

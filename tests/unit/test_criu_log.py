@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from ovr.vm.criu_log import CAUSES, KILLED, failure_in
+from ovr.guest.client.criu_log import CAUSES, KILLED, failure_in
 
 END = (
     "(00.118103) Error (criu/cr-restore.c:2320): Restoring FAILED.",

@@ -14,7 +14,7 @@ from ovr.cli.criu_options import TABLE, Fate
 from ovr.errors import CriuFailed
 from ovr.images.framing import decode, frames
 from ovr.images.stats import StatsEntry, stats_image
-from ovr.report import Report
+from ovr.restore.report import Report
 from tests.documents import ROOT
 
 REPORT = Report(

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 
 from ovr import errors
+from ovr.attempt import copier, settings
 from ovr.guest import protocol
 from ovr.images import directory, imageset
-from ovr.kernel import live
-from ovr.paging import MAX_READ
-from ovr.state import memory, settings
+from ovr.kernel.types import live
+from ovr.memory.paging import MAX_READ
 from tests.documents import DOCUMENTS, ROOT, inline, text_of
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
@@ -34,10 +34,10 @@ def defined(source: str, name: str) -> int:
 
 CLAIMS = [
     # document, its words with the figure as a group, and that of the code
-    ("docs/safety.md", r"shown to take (\d+) ms \(`HOLD_SECONDS`\)", memory.HOLD_SECONDS * 1e3),
-    ("docs/safety.md", r"`HOLD_SECONDS`\), (\d+) MiB at most", memory.HOLD_BYTES / MIB),
-    ("docs/safety.md", r"A page that stays away \((\d+) tries\)", memory._TRIES),
-    ("docs/safety.md", r"compares (\d+) pages of each target", memory._SAMPLE_PAGES),
+    ("docs/safety.md", r"shown to take (\d+) ms \(`HOLD_SECONDS`\)", copier.HOLD_SECONDS * 1e3),
+    ("docs/safety.md", r"`HOLD_SECONDS`\), (\d+) MiB at most", copier.HOLD_BYTES / MIB),
+    ("docs/safety.md", r"A page that stays away \((\d+) tries\)", copier._TRIES),
+    ("docs/safety.md", r"compares (\d+) pages of each target", copier._SAMPLE_PAGES),
     ("docs/safety.md", r"in one hold, which ends after (\d+) ms", settings._HOLD_SECONDS * 1e3),
     ("docs/safety.md", r"exit code (\d)\. *", errors.VerifyMismatch.exit_code),
     ("SECURITY.md", r"An image is at most (\d+) MiB", directory._MAX_READ / MIB),

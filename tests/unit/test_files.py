@@ -17,12 +17,12 @@ from ovr.cli.criu_files import criu_files
 from ovr.cli.logs import log_to_stderr
 from ovr.cli.picture import picture_file
 from ovr.errors import LabError, UsageError
-from ovr.files import Directory, UntrustedPath, locate
 from ovr.guest import build
 from ovr.guest.compiler import deliver
+from ovr.host import Directory, UntrustedPath, locate
 from ovr.images.framing import write_image
 from ovr.lab.cache import cached
-from ovr.report import Report
+from ovr.restore.report import Report
 
 OTHER = 12345
 SECRET = "root:x:0:0"

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from ovr._fastcopy import PAIR, RUN, RamMap, equal_pages
-from ovr.addresses import PAGE_SIZE
 from ovr.errors import RamNotShared
+from ovr.memory.addresses import PAGE_SIZE
 from tests.sources import as_file
 
 SIZE = 64 * PAGE_SIZE

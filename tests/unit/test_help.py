@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from ovr import cli
-from ovr.report import Report
+from ovr.restore.report import Report
 
 ROOT = Path(__file__).parents[2]
 MAN_PAGE = ROOT / "docs" / "ovr.8"

@@ -7,7 +7,7 @@ import time
 import pytest
 
 from ovr.errors import HoldBroken
-from ovr.ram import GuestRam
+from ovr.memory.ram import GuestRam
 from ovr.vm.hold import Holder
 from tests.unit.machine_process import Monitor, RunningMachine, eventually, run_script
 
@@ -90,8 +90,8 @@ def test_stopped_in_a_hold(machine):
 WRITING = """
 import numpy as np
 from ovr._fastcopy import RUN
-from ovr.addresses import Gpa, Offset
-from ovr.ram import Slot
+from ovr.memory.addresses import Gpa, Offset
+from ovr.memory.ram import Slot
 from tests.unit.machine import ram_file
 
 size = 4 << 20

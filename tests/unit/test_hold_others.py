@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from ovr.errors import CheckFailed, HoldBroken
-from ovr.ram import GuestRam
+from ovr.memory.ram import GuestRam
 from ovr.vm.hold import Holder
 from tests.unit.machine_process import Monitor, RunningMachine, eventually, run_script
 

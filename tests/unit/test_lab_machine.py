@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from ovr import lab
-from ovr.addresses import Gpa
 from ovr.errors import LabError, UsageError, VmUnreachable
 from ovr.lab import accel, boot, ram, share, vsock
 from ovr.lab.accel import choose, cpu_model
@@ -21,11 +20,12 @@ from ovr.lab.machine import claimed
 from ovr.lab.process import spawn
 from ovr.lab.qemu import Hardware, boot_arguments, machine_arguments, service_arguments
 from ovr.lab.ram import memory_size
-from ovr.ram import GuestRam
+from ovr.memory.addresses import Gpa
+from ovr.memory.ram import GuestRam
+from ovr.vm.blockers import refusals
 from ovr.vm.find import LAB_STATE, find_vm, lab_directory
 from ovr.vm.memory_map import guest_slots
 from ovr.vm.qmp import ExecuteError, Qmp
-from ovr.vm.refusals import refusals
 
 GIB = 1 << 30
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ovr.errors import AgentUnreachable, UsageError
-from ovr.vm.link import Address, open_link, parse_address
+from ovr.guest.client.link import Address, open_link, parse_address
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ovr.addresses import PAGE_SIZE
 from ovr.errors import CheckFailed, RamNotShared
-from ovr.ram import GuestRam
+from ovr.memory.addresses import PAGE_SIZE
+from ovr.memory.ram import GuestRam
 from ovr.vm.memory_map import guest_slots, ram_ranges
 from ovr.vm.process_files import parse_maps
 

@@ -10,9 +10,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ovr._fastcopy import OWNED, PROTNONE, USER, WRITE
-from ovr.addresses import PAGE_SIZE, Gpa, Gva
 from ovr.errors import GuestFault
-from ovr.paging import (
+from ovr.memory.addresses import PAGE_SIZE, Gpa, Gva
+from ovr.memory.paging import (
     PTE_PRESENT,
     PTE_PSE,
     PTE_RW,
@@ -171,7 +171,7 @@ def test_read_and_write_across_pages(machine):
 
 def test_a_read_of_more_than_can_be_meant(machine, monkeypatch):
     """One frame can be mapped everywhere: what is there does not limit what is read."""
-    monkeypatch.setattr("ovr.paging.MAX_READ", 8192)
+    monkeypatch.setattr("ovr.memory.paging.MAX_READ", 8192)
     space = AddressSpace(machine.ram, machine.root, machine.levels)
     for page in range(4):
         machine.map(0x4000_0000 + page * PAGE_SIZE, 0x20000)

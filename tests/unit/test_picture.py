@@ -4,9 +4,10 @@ from xml.etree import ElementTree
 
 import pytest
 
+from ovr.attempt.stopwatch import Span, Stopwatch
 from ovr.cli.picture import page, picture_file
 from ovr.errors import UsageError
-from ovr.report import Report, Span, Stopwatch
+from ovr.restore.report import Report
 
 
 @pytest.fixture

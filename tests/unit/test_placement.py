@@ -5,11 +5,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ovr import placement
-from ovr.addresses import PAGE_SIZE
 from ovr.images.pagemap import PAGEMAP_DTYPE
-from ovr.placement import Allocation, Area, Cow, Reason, place
-from ovr.ranges import RANGE, join
+from ovr.memory.addresses import PAGE_SIZE
+from ovr.memory.ranges import RANGE, join
+from ovr.plan import pages
+from ovr.plan.pages import Allocation, Area, Cow, Reason, place
 
 BASE = 0x7000_0000_0000
 
@@ -129,7 +129,7 @@ def test_pieces_are_found_in_memory_not_in_the_images():
 
 
 def test_only_the_largest_pieces_of_an_area(monkeypatch):
-    monkeypatch.setattr(placement, "_MOST_PIECES", 2)
+    monkeypatch.setattr(pages, "_MOST_PIECES", 2)
     table = pagemap((0, 16), (20, 18), (40, 17), (60, 16), (100, 16), VDSO[0])
     runs = place(table, [area(0, 80, **ANON), area(80, 200, **ANON), VDSO[1]], Cow())
     assert allocations(runs)[:5] == [

@@ -6,15 +6,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ovr.addresses import PAGE_SIZE
 from ovr.errors import UsageError
 from ovr.images import ImageSet, image_chunks
 from ovr.images.framing import decode, frames
 from ovr.images.messages import MmEntry, PagemapEntry
 from ovr.images.source import Sources
 from ovr.images.vma import MADV_POPULATE_WRITE, PROT_WRITE, VMA_ANON_PRIVATE
-from ovr.placement import Reason
+from ovr.memory.addresses import PAGE_SIZE
 from ovr.plan import make_plan
+from ovr.plan.pages import Reason
 from ovr.state import KINDS
 
 
@@ -239,7 +239,7 @@ def test_large_pieces_are_left_to_the_agent(images, monkeypatch):
     if not sizes:
         pytest.skip("its pages lie in no pieces")
     largest = max(sizes)
-    monkeypatch.setattr("ovr.memory_plan._LARGE", largest)
+    monkeypatch.setattr("ovr.plan.areas._LARGE", largest)
     content = plan.inside_images()
     left = 0
     for task in plan.tasks:

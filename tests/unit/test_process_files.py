@@ -16,9 +16,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from ovr.addresses import Gpa
 from ovr.errors import CheckFailed, OvrError, RamNotShared
-from ovr.ram import GuestRam
+from ovr.memory.addresses import Gpa
+from ovr.memory.ram import GuestRam
 from ovr.vm import process_files
 from ovr.vm.memory_map import guest_slots
 from ovr.vm.qmp import Qmp

@@ -9,10 +9,10 @@ import sys
 
 import pytest
 
+from ovr.attempt.stopwatch import Stopwatch
 from ovr.cli import progress
 from ovr.cli.progress import BarWatch, JsonWatch, make_watch
 from ovr.cli.terminal import painted
-from ovr.report import Stopwatch
 
 
 class Clock:

@@ -13,9 +13,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ovr._fastcopy import RUN, RamMap, in_page_cache
-from ovr.addresses import PAGE_SIZE, Gpa, Offset
 from ovr.errors import GuestFault, RamNotShared
-from ovr.ram import GuestRam, RamFile, Slot
+from ovr.memory.addresses import PAGE_SIZE, Gpa, Offset
+from ovr.memory.ram import GuestRam, RamFile, Slot
 from tests.sources import as_file
 from tests.unit.machine import Machine, ram_file
 

@@ -5,8 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ovr._fastcopy import RUN
-from ovr.addresses import PAGE_SIZE
-from ovr.ranges import RANGE, common, cut_out, cut_to, join, split, total, without
+from ovr.memory.addresses import PAGE_SIZE
+from ovr.memory.ranges import RANGE, common, cut_out, cut_to, join, split, total, without
 
 PAGES = st.lists(st.tuples(st.integers(0, 1 << 30), st.integers(1, 50)), max_size=30)
 

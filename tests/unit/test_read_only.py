@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from ovr.checkpoint import Archive
 from ovr.cli.criu_files import criu_files
 from ovr.cli.logs import log_to_stderr
 from ovr.errors import UsageError
-from ovr.images import Archive
-from ovr.report import Report
+from ovr.restore.report import Report
 from tests.unit.images.test_archive import EXTRAS, pack
 
 IN_A_NAMESPACE = ("unshare", "--map-root-user", "--mount")

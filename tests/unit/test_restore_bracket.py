@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-import ovr.restore as module
+import ovr.restore.story as module
 from ovr.restore import restore
 
 

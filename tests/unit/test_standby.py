@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from ovr.credentials import peer_of
+from ovr.host.credentials import peer_of
 from ovr.standby import place
 from ovr.standby.messages import Inbox, StandbyError, close_all, send, version
 from ovr.standby.place import connect

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from ovr.files import UntrustedPath
+from ovr.host import UntrustedPath
 from ovr.standby import place
 from ovr.standby.messages import StandbyError
 from ovr.standby.place import Place, connect

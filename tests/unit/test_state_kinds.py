@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from ovr.attempt.settings import verify
 from ovr.errors import ImagesDamaged, KernelNotFound, RestoreFailed
 from ovr.images import CoreEntry, FsEntry, ImageSet, MmEntry, copy_of
 from ovr.images.objects import FileEntry, IpcVarEntry, TtyInfoEntry, UtsnsEntry
@@ -12,7 +13,6 @@ from ovr.kernel import DoesNotFit, address_of, for_each_thread
 from ovr.state import KINDS, REFUSED
 from ovr.state.kinds.signals import NEVER_BLOCKED
 from ovr.state.scope import Descriptor
-from ovr.state.settings import verify
 from tests.unit.state_kernel import MiniKernel
 
 BY_NAME = {kind.name: kind for kind in KINDS}

@@ -11,13 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ovr._fastcopy import PIECE, RUN
-from ovr.addresses import PAGE_SIZE
-from ovr.journal import Journal
-from ovr.ranges import cut_to, total
-from ovr.state import memory
-from ovr.state.memory import Copier, _Unlike
-from ovr.state.runs import as_pieces, left_of, on_same_frames
-from ovr.state.threads import Threads
+from ovr.attempt import copier as copying
+from ovr.attempt.copier import Copier, _Unlike
+from ovr.attempt.journal import Journal
+from ovr.attempt.threads import Threads
+from ovr.memory.addresses import PAGE_SIZE
+from ovr.memory.ranges import cut_to, total
+from ovr.memory.runs import as_pieces, left_of, on_same_frames
 
 FRAMES = st.lists(st.sampled_from([None, 0, 1, 2, 3, 7, 8, 9]), min_size=1, max_size=30)
 
@@ -108,7 +108,7 @@ class Task:
 )
 def test_a_page_that_moves_is_shared_still(first, heir, own, monkeypatch):
     """Neither is it given a content of its own because it was absent for a moment."""
-    monkeypatch.setattr(memory, "_TRY_AGAIN_AFTER", 0)
+    monkeypatch.setattr(copying, "_TRY_AGAIN_AFTER", 0)
     one, other = Task(first), Task(heir)
     copier = Copier(SimpleNamespace(held=nullcontext), None, 1, Journal())
     whole = np.array([(0, 2 * PAGE_SIZE, 0)], dtype=PIECE)

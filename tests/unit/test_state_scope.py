@@ -7,15 +7,16 @@ from types import SimpleNamespace
 
 import pytest
 
+from ovr.attempt.journal import Journal
+from ovr.attempt.settings import verify, write
+from ovr.attempt.undo import Recording
 from ovr.errors import AgentUntrusted, RestoreFailed, VerifyMismatch
 from ovr.images import Draft, ImageSet, InsideImages, copy_of
 from ovr.images.framing import encode, image_bytes
 from ovr.images.objects import FileEntry, TtyInfoEntry
-from ovr.journal import Journal
-from ovr.kernel.fdtable import close_on_exec, files_lookup_fd, set_close_on_exec
+from ovr.kernel.linux.fdtable import close_on_exec, files_lookup_fd, set_close_on_exec
 from ovr.state import KINDS, GuestTree, guest, scope
-from ovr.state.settings import neutralise, take, verify, write
-from ovr.state.undo import Recording
+from ovr.state.settings import neutralise, take
 from tests.unit.state_kernel import MiniKernel
 
 # Of a container of rootless podman: ids 0 and 1 … 65536 are 1000 and 100000 … 165535.
@@ -193,7 +194,7 @@ class Noted(type(BY_NAME["umask"])):
 def test_everything_is_found_and_written_in_short_holds(images, monkeypatch):
     recorder = Recorder()
     clock = itertools.count()
-    monkeypatch.setattr("ovr.state.settings.time.perf_counter", lambda: next(clock) / 2048)
+    monkeypatch.setattr("ovr.attempt.settings.time.perf_counter", lambda: next(clock) / 2048)
     fs = images.tasks[0].fs
     places = [scope.Place(f"{n}", "", 0, fs, lambda tree, n=n: (tree, n)[1]) for n in range(100)]
     kind = Noted(recorder)

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 
 from ovr._fastcopy import RUN
-from ovr.addresses import Gpa
+from ovr.attempt.journal import FieldWrite, Journal
+from ovr.attempt.undo import Recording
 from ovr.errors import AgentUnreachable, RestoreFailed, VmUnreachable
-from ovr.journal import FieldWrite, Journal
+from ovr.memory.addresses import Gpa
 from ovr.state import KINDS
 from ovr.state.scope import IPC, UTS
-from ovr.state.undo import Recording
 from tests.unit.state_kernel import MiniKernel
 from tests.unit.test_state_kinds import IPC as LIMITS
 from tests.unit.test_state_kinds import VALUES, target_for

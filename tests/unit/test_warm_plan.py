@@ -11,7 +11,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ovr.addresses import PAGE_SIZE
 from ovr.images import VmaEntry
 from ovr.images.pagemap import PAGEMAP_DTYPE
 from ovr.images.vma import (
@@ -25,9 +24,10 @@ from ovr.images.vma import (
     split_vma,
     vma_array,
 )
-from ovr.ranges import RANGE, common, join, no_ranges, without
-from ovr.warm_areas import SEAT, TABLE_SPAN, UNIT, Pool, fitting_pool
-from ovr.warm_plan import foreign_cgroup, plan_warm
+from ovr.memory.addresses import PAGE_SIZE
+from ovr.memory.ranges import RANGE, common, join, no_ranges, without
+from ovr.plan.pool.layout import SEAT, TABLE_SPAN, UNIT, Pool, fitting_pool
+from ovr.plan.pool.table import foreign_cgroup, plan_warm
 
 MIB = 1 << 20
 RW = PROT_READ | PROT_WRITE

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from ovr import demo, lab
+from ovr import lab
+from ovr.lab import demo
 from tests.tcg import Guests
 
 UMASK = 0o137

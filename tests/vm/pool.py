@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from ovr import lab
+from ovr.lab.agent import Completed
 from ovr.lab.cache import digest
 from ovr.lab.workload import build_workload
-from ovr.vm.agent import Completed
 
 SOURCES = Path(__file__).parent / "programs" / "pool"
 ENTERING = SOURCES.parent / "namespaces" / "enter.c"

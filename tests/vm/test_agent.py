@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 
 import ovr
+from ovr.attempt import authentication
 from ovr.errors import AgentUnreachable, AgentUntrusted, RestoreFailed
 from ovr.guest import protocol
+from ovr.guest.client.agent import Agent
+from ovr.guest.client.link import open_link
 from ovr.guest.wire import decode, encode
 from ovr.lab.workload import build_workload
-from ovr.vm import proof
-from ovr.vm.agent import Agent
-from ovr.vm.link import open_link
 from tests.vm.conftest import alive
 
 KNOCK = Path(__file__).parent / "programs" / "knock.c"
@@ -65,7 +65,7 @@ def test_a_port_whose_host_comes_back(vm):
 def test_a_proof_ends_with_its_host(vm):
     """Whoever comes next to the port has not given it."""
     with ovr.attach(f"lab:{vm.name}") as attached, Agent.connect(vm.serial) as agent:
-        proof.prove_alone(attached.kernel, agent, attached.qmp, attached.ram.slots)
+        authentication.prove_alone(attached.kernel, agent, attached.qmp, attached.ram.slots)
         agent.ping()
     time.sleep(1)
     with open_link(vm.serial, 10.0) as link:
@@ -85,7 +85,7 @@ def test_who_cannot_read_the_ram_restores_nothing(vm, dump):
     assert no.value.code == "proof"
     assert vm.sh("ls /run/ovr").stdout == b"lock\n"
     with ovr.attach(f"lab:{vm.name}") as attached, vm.connect() as agent:
-        proof.prove_alone(attached.kernel, agent, attached.qmp, attached.ram.slots)
+        authentication.prove_alone(attached.kernel, agent, attached.qmp, attached.ram.slots)
         agent.abort()  # of nothing, but it is listened to
         agent.ping()
     assert not alive(vm, dump.pid)

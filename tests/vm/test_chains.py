@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 import ovr
-from ovr import demo
 from ovr.errors import ImagesDamaged
 from ovr.images import ImageSet
 from ovr.images.pagemap import PE_LAZY, decode_pagemap
+from ovr.lab import demo
 from ovr.lab.share import SHARE
 from ovr.plan import make_plan
 from tests.vm import pool

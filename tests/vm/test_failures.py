@@ -12,20 +12,20 @@ import pytest
 
 import ovr
 from ovr import lab
-from ovr.demo import answer_of
 from ovr.errors import AgentUnreachable
 from ovr.images import PAGEMAP_DTYPE
 from ovr.images.pagemap import Pagemap, decode_pagemap, encode_pagemap
+from ovr.lab.demo import answer_of
 from tests.vm.conftest import PREFIX, SIZE, UMASK, alive
 
 KILLED_IN_THE_MIDDLE = """
 import os, signal, sys
 import ovr
-from ovr.state import memory
+from ovr.attempt import copier
 
-memory.HOLD_BYTES = 16 << 20
+copier.HOLD_BYTES = 16 << 20
 copied = 0
-original = memory.Copier._copy
+original = copier.Copier._copy
 
 def copy(self, ready, runs):
     global copied
@@ -35,7 +35,7 @@ def copy(self, ready, runs):
         os.kill(os.getpid(), signal.SIGKILL)  # with the VM held, a third of the pages written
     return done
 
-memory.Copier._copy = copy
+copier.Copier._copy = copy
 with ovr.attach(sys.argv[1]) as vm:
     vm.restore(sys.argv[2])
 """

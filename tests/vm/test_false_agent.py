@@ -11,10 +11,10 @@ import pytest
 import ovr
 from ovr.errors import AgentUntrusted
 from ovr.guest import compiler
+from ovr.guest.client import secret_page
 from ovr.guest.protocol import VSOCK_PORT
 from ovr.guest.wire import header
 from ovr.lab.workload import build_workload
-from ovr.vm import secret_page
 from tests.liar.proxy import LyingAgent
 from tests.vm.conftest import alive
 from tests.vm.test_failures import ovr_command, refused, unharmed

@@ -10,13 +10,13 @@ from contextlib import suppress
 import pytest
 
 import ovr
-from ovr.addresses import Gva
-from ovr.demo import prepare
+from ovr.attempt import settings
+from ovr.attempt.copier import Copier
 from ovr.errors import AgentUnreachable, ImagesDamaged, RestoreFailed, Unreachable, VerifyMismatch
-from ovr.ram import GuestRam
-from ovr.state import settings
-from ovr.state.memory import Copier
-from ovr.vm.claim import claimed
+from ovr.lab.demo import prepare
+from ovr.memory.addresses import Gva
+from ovr.memory.ram import GuestRam
+from ovr.vm.lock import claimed
 from tests.vm import states_lab as states
 from tests.vm.conftest import EVERYTHING, alive, end_workload
 from tests.vm.test_failures import refused, unharmed
@@ -45,7 +45,7 @@ def writes(monkeypatch):
 
 def between_copies(monkeypatch, happens):
     """Copy little at a time, and let something happen after the first copy, the VM running."""
-    monkeypatch.setattr("ovr.state.memory.HOLD_BYTES", 16 << 20)
+    monkeypatch.setattr("ovr.attempt.copier.HOLD_BYTES", 16 << 20)
     original = Copier._prepare
     calls = []
 

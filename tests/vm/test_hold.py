@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 
 import ovr
-from ovr import demo, lab
-from ovr.demo import answer_of
+from ovr import lab
 from ovr.errors import CheckFailed
-from ovr.lab import boot
+from ovr.lab import boot, demo
+from ovr.lab.demo import answer_of
 from ovr.lab.process import Process
 from ovr.vm.hold import Holder
 from tests.vm.conftest import PREFIX, SIZE, end_workload

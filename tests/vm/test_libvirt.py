@@ -6,7 +6,8 @@ from xml.etree import ElementTree
 
 import pytest
 
-from ovr import demo, lab
+from ovr import lab
+from ovr.lab import demo
 from ovr.lab.qemu import Hardware
 from tests.documents import block, commands, run, said
 from tests.vm.conftest import PREFIX, SIZE, UMASK

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 import ovr
-from ovr.demo import answer_of
 from ovr.errors import AgentUnreachable, OvrError
 from ovr.images import ImageSet, image_size
+from ovr.lab.demo import answer_of
 from ovr.plan import make_plan
 from tests.vm.conftest import SIZE, UMASK, alive, end_workload
 from tests.vm.test_failures import ovr_command, refused, unharmed

@@ -14,12 +14,13 @@ from typing import Any
 import pytest
 
 import ovr
-from ovr import demo, lab
+from ovr import lab
+from ovr.attempt import settings
+from ovr.checkpoint import Archive
 from ovr.errors import CriuFailed, RestoreFailed
-from ovr.images import Archive
+from ovr.lab import demo
 from ovr.lab.share import SHARE
 from ovr.plan import make_plan
-from ovr.state import settings
 from tests.documents import block, commands, said
 from tests.documents import run as shell
 from tests.vm import pool

@@ -13,14 +13,15 @@ from pathlib import Path
 import pytest
 
 import ovr
-from ovr import demo, lab
+from ovr import lab
+from ovr.attempt import settings
 from ovr.errors import RestoreFailed
+from ovr.guest.client.agent import Agent, Restored
 from ovr.images import ImageSet
+from ovr.lab import demo
 from ovr.lab.share import SHARE
-from ovr.placement import Reason
 from ovr.plan import Plan, make_plan
-from ovr.state import settings
-from ovr.vm.agent import Agent, Restored
+from ovr.plan.pages import Reason
 from tests.stress.guest import TROUBLE
 from tests.support_matrix import record_memory
 from tests.vm import pool

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from ovr import demo, lab
+from ovr import lab
 from ovr.guest import build
+from ovr.lab import demo
 from ovr.lab.accel import cpu_model
 from ovr.lab.image import guest_image
 from ovr.lab.process import spawn

@@ -10,9 +10,9 @@ import pytest
 
 import ovr
 from ovr.cli.criu_options import TABLE
-from ovr.demo import answer_of
 from ovr.errors import CriuFailed
 from ovr.images import ImageSet
+from ovr.lab.demo import answer_of
 from ovr.plan import make_plan
 from tests.vm.conftest import SIZE, UMASK, alive, end_workload
 

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 import ovr
-from ovr import demo, lab
+from ovr import lab
 from ovr.images import ImageSet
+from ovr.lab import demo
 from ovr.lab.share import SHARE
 from ovr.plan import make_plan
 from tests.vm.conftest import EVERYTHING, PREFIX

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from ovr import demo, lab
+from ovr import lab
+from ovr.lab import demo
 from ovr.lab.share import SHARE
 from tests.vm.conftest import PREFIX
 from tests.vm.services import (

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from ovr import demo, lab
+from ovr import lab
+from ovr.lab import demo
 from ovr.standby.place import _directory_path
 from tests.vm.conftest import PREFIX, alive, end_workload, whole
 

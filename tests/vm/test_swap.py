@@ -5,7 +5,8 @@ from collections.abc import Iterator
 import pytest
 
 import ovr
-from ovr import demo, lab
+from ovr import lab
+from ovr.lab import demo
 from tests import subject
 from tests.stress.copier import before_each_copy, ignoring_clean
 from tests.stress.guest import trouble

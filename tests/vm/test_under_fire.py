@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import pytest
 
 import ovr
-from ovr import demo, lab
+from ovr import lab
+from ovr.lab import demo
 from tests import subject
 from tests.kill.__main__ import Range
 from tests.kill.attempt import Point

@@ -21,10 +21,10 @@ from ovr.kernel import (
     processes,
     vmas,
 )
-from ovr.kernel.cgroup import cgroup_path, mem_cgroup, pids_cgroup, task_dfl_cgroup
-from ovr.kernel.view import Array, Pointer, Struct
+from ovr.kernel.linux.cgroup import cgroup_path, mem_cgroup, pids_cgroup, task_dfl_cgroup
+from ovr.kernel.types.view import Array, Pointer, Struct
 from ovr.lab.workload import build_workload
-from ovr.paging import PROTNONE, pieces
+from ovr.memory.paging import PROTNONE, pieces
 from ovr.vm.attach import AttachedVm
 from ovr.vm.hold import Holder
 from tests.unit.kernel.writers import elf

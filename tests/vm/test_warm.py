@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 
 import ovr
-from ovr import demo, lab
+from ovr import lab
+from ovr.attempt.authentication import prove_alone
+from ovr.guest.client.agent import Agent
+from ovr.lab import demo
 from ovr.lab.share import SHARE
-from ovr.vm.agent import Agent
-from ovr.vm.proof import prove_alone
 from tests.documents import block, commands, run, said
 from tests.stress.guest import TROUBLE
 from tests.vm import pool

@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
-from ovr import demo, lab
+from ovr import lab
+from ovr.lab import demo
 from ovr.lab.share import SHARE
-from ovr.warm_areas import TABLE_SPAN, UNIT
+from ovr.plan.pool.layout import TABLE_SPAN, UNIT
 from tests.stress.guest import TROUBLE
 from tests.vm.conftest import PREFIX, end_workload
 

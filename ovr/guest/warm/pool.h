@@ -1,6 +1,6 @@
 /*
  * What the agent and the library in a CRIU that was started in advance say to
- * each other; the table is made by ovr/warm_plan.py.
+ * each other; the table is made by ovr/plan/pool/table.py.
  */
 #ifndef OVR_POOL_H
 #define OVR_POOL_H

@@ -3,7 +3,7 @@
 from typing import Any, Final
 
 from ovr.images.objects import FdinfoEntry, FileEntry
-from ovr.kernel.fdtable import close_on_exec, set_close_on_exec
+from ovr.kernel.linux.fdtable import close_on_exec, set_close_on_exec
 from ovr.state.kind import Kind
 from ovr.state.scope import DESCRIPTOR, EVENTFD, REGULAR_FILE, SIGNALFD, TIMERFD, Descriptor
 

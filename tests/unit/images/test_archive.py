@@ -10,13 +10,19 @@ from dataclasses import replace
 
 import pytest
 
-from ovr.checkpoint import ImagesCheckpoint, PodmanCheckpoint, RuntimeCheckpoint, open_checkpoint
+from ovr.checkpoint import (
+    Archive,
+    ImagesCheckpoint,
+    PodmanCheckpoint,
+    RuntimeCheckpoint,
+    open_checkpoint,
+)
 from ovr.errors import CheckFailed, ImagesDamaged, ImagesUnsupported, UsageError
+from ovr.guest.client.session import Hello
 from ovr.guest.protocol import ENGINE_ARCHIVE, HOOK_HELD
-from ovr.images import Archive, ImageSet
+from ovr.images import ImageSet
 from ovr.images.source import Sources
 from ovr.plan import make_plan
-from ovr.vm.session import Hello
 
 CONFIG = {
     "id": "ab" * 32, "name": "web", "runtime": "crun", "rootfsImageName": "localhost/web:1",

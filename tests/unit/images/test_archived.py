@@ -6,12 +6,12 @@ import tarfile
 
 import pytest
 
-from ovr.checkpoint import PodmanCheckpoint, open_checkpoint
+from ovr.checkpoint import Archive, PodmanCheckpoint, open_checkpoint
+from ovr.checkpoint.tar import read_members
 from ovr.errors import ImagesDamaged, ImagesUnsupported, OvrError, UsageError
 from ovr.guest.protocol import HOOK_HELD
-from ovr.images import Archive, ImageSet
+from ovr.images import ImageSet
 from ovr.images.source import Sources
-from ovr.images.tar import read_members
 from ovr.plan import make_plan
 from tests.unit.images.tars import END, head, long_name, pax, record
 from tests.unit.images.test_archive import CONFIG, EXTRAS, members, pack

@@ -9,12 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ovr._fastcopy import PAIR, equal_pages
-from ovr.addresses import PAGE_SIZE
 from ovr.images.cow import inheritance, zero_pages
 from ovr.images.pagemap import PAGEMAP_DTYPE
 from ovr.images.task import Memory
 from ovr.images.vma import MAP_GROWSDOWN, VMA_ANON_PRIVATE, VMA_DTYPE, VMA_FILE_PRIVATE
-from ovr.ranges import ranges_of
+from ovr.memory.addresses import PAGE_SIZE
+from ovr.memory.ranges import ranges_of
 
 REGULAR = 1
 ANON = (REGULAR | VMA_ANON_PRIVATE, 0x22, 0)

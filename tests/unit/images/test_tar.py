@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from ovr.checkpoint import Archive
+from ovr.checkpoint.tar import Member, padded, read_members
 from ovr.errors import ImagesDamaged, ImagesUnsupported
-from ovr.images import Archive
-from ovr.images.tar import Member, padded, read_members
 from tests.unit.images.tars import (
     CONFIG,
     END,

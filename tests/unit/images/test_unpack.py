@@ -10,8 +10,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from ovr.checkpoint import Archive
 from ovr.errors import ImagesDamaged, ImagesUnsupported, UsageError
-from ovr.images import Archive
 from tests.unit.images.tars import END, container, head
 
 G = 1 << 30

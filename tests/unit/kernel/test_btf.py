@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ovr.errors import KernelNotFound, OvrError
-from ovr.kernel import btf
-from ovr.kernel.btf import Btf, Kind
-from ovr.kernel.types import Types
+from ovr.kernel.types import btf
+from ovr.kernel.types.btf import Btf, Kind
+from ovr.kernel.types.types import Types
 
 from .writers import (
     CONST,

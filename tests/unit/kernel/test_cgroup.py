@@ -3,10 +3,10 @@
 import pytest
 
 from ovr.errors import GuestFault
-from ovr.kernel.btf import Btf
-from ovr.kernel.cgroup import cgroup_path, mem_cgroup, pids_cgroup, task_css, task_dfl_cgroup
-from ovr.kernel.types import Types
-from ovr.kernel.view import NoSuchMember
+from ovr.kernel.linux.cgroup import cgroup_path, mem_cgroup, pids_cgroup, task_css, task_dfl_cgroup
+from ovr.kernel.types.btf import Btf
+from ovr.kernel.types.types import Types
+from ovr.kernel.types.view import NoSuchMember
 
 from .writers import BtfWriter, Memory
 

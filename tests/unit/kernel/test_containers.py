@@ -9,13 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ovr.errors import GuestFault, KernelNotFound
-from ovr.kernel.btf import Btf
-from ovr.kernel.list import hlist_for_each_entry, list_for_each_entry
-from ovr.kernel.live import settled
-from ovr.kernel.maple import mt_for_each
-from ovr.kernel.rbtree import rbtree_for_each_entry
-from ovr.kernel.types import Types
-from ovr.kernel.xarray import idr_find, xa_load
+from ovr.kernel.linux.list import hlist_for_each_entry, list_for_each_entry
+from ovr.kernel.linux.maple import mt_for_each
+from ovr.kernel.linux.rbtree import rbtree_for_each_entry
+from ovr.kernel.linux.xarray import idr_find, xa_load
+from ovr.kernel.types.btf import Btf
+from ovr.kernel.types.live import settled
+from ovr.kernel.types.types import Types
 
 from .toy import POISON, TYPES
 from .writers import BtfWriter, Memory
@@ -73,7 +73,7 @@ def test_a_list_that_was_cut(memory, target):
 
 
 def test_a_list_that_is_longer_than_any(memory, monkeypatch):
-    monkeypatch.setattr("ovr.kernel.list.MAX_ENTRIES", 9)
+    monkeypatch.setattr("ovr.kernel.linux.list.MAX_ENTRIES", 9)
     link(memory, ITEMS[:9])
     assert list_keys(memory) == list(range(9))
     link(memory, ITEMS)
@@ -307,7 +307,7 @@ def test_settled_tries_again_but_not_for_ever():
 
 def test_a_tree_that_is_larger_than_any(memory, monkeypatch):
     """Page tables may show the same frames everywhere: nodes that differ never end."""
-    monkeypatch.setattr("ovr.kernel.rbtree.MAX_ENTRIES", 5)
+    monkeypatch.setattr("ovr.kernel.linux.rbtree.MAX_ENTRIES", 5)
     memory.poke(HEAD, "Q", ITEMS[0] + 40)
     for one, two in pairwise(ITEMS):
         memory.poke(one + 40, "QQQ", 0, two + 40, 0)
@@ -359,7 +359,9 @@ def test_settled_does_not_wait_for_ever(monkeypatch):
 def test_walks_that_take_too_long(memory, monkeypatch):
     """Entries that differ from one another can go on for as long as somebody reads them."""
     clock = itertools.count(1000.0, 30.0)  # half a minute for each look at an entry
-    monkeypatch.setattr("ovr.kernel.live.time", SimpleNamespace(monotonic=lambda: next(clock)))
+    monkeypatch.setattr(
+        "ovr.kernel.types.live.time", SimpleNamespace(monotonic=lambda: next(clock))
+    )
     link(memory, ITEMS[:4])
     assert list_keys(memory) == [0, 1, 2, 3]
     link(memory, ITEMS)

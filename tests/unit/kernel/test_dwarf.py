@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 import ovr
 from ovr.errors import OvrError, UsageError
-from ovr.kernel import dwarf
-from ovr.kernel.btf import Btf, Composite, Forward, Kind, Pointer
-from ovr.kernel.dwarf import ROOTS, dwarf_to_btf
-from ovr.kernel.types import Types
+from ovr.kernel.types import dwarf
+from ovr.kernel.types.btf import Btf, Composite, Forward, Kind, Pointer
+from ovr.kernel.types.dwarf import ROOTS, dwarf_to_btf
+from ovr.kernel.types.types import Types
 
 BUILD_ID = "0123456789abcdef0123456789abcdef01234567"
 

@@ -6,12 +6,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ovr.addresses import Gpa
 from ovr.errors import GuestFault, KernelNotFound
-from ovr.kernel import kallsyms
-from ovr.kernel.kallsyms import read_kallsyms
+from ovr.kernel.find import kallsyms
+from ovr.kernel.find.kallsyms import read_kallsyms
+from ovr.kernel.find.vmcoreinfo import VmcoreInfo, parse
 from ovr.kernel.symbols import SymbolTable
-from ovr.kernel.vmcoreinfo import VmcoreInfo, parse
+from ovr.memory.addresses import Gpa
 
 from .writers import ENCODINGS, KallsymsWriter, Memory, vmcoreinfo_text
 

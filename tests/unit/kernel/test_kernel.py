@@ -4,7 +4,6 @@ from types import SimpleNamespace
 
 import pytest
 
-from ovr.addresses import Gpa, Gva
 from ovr.errors import GuestFault, KernelNotFound
 from ovr.kernel import (
     Kernel,
@@ -26,9 +25,10 @@ from ovr.kernel import (
     transparent_hugepages,
     vmas,
 )
-from ovr.kernel.tasks import Process
-from ovr.paging import Frames
-from ovr.ram import GuestRam
+from ovr.kernel.linux.tasks import Process
+from ovr.memory.addresses import Gpa, Gva
+from ovr.memory.paging import Frames
+from ovr.memory.ram import GuestRam
 
 from ..machine import Machine
 from .test_containers import Maple
@@ -208,7 +208,7 @@ def test_struct_pages_that_make_no_sense(toy, kernel, monkeypatch, at, value):
 
 def test_more_threads_than_there_can_be(toy, kernel, monkeypatch):
     """Each list may be as long as all tasks are many, but not all of the lists together."""
-    monkeypatch.setattr("ovr.kernel.tasks.MAX_TASKS", 4)
+    monkeypatch.setattr("ovr.kernel.linux.tasks.MAX_TASKS", 4)
     shell = toy.fork(300, "sh")
     for tid in (301, 302):
         toy.fork(tid, "thread", leader=shell)
@@ -219,7 +219,7 @@ def test_more_threads_than_there_can_be(toy, kernel, monkeypatch):
 
 
 def test_a_kernel_for_more_cpus_than_any(kernel, monkeypatch):
-    monkeypatch.setattr("ovr.kernel.percpu.MAX_CPUS", 64)
+    monkeypatch.setattr("ovr.kernel.linux.percpu.MAX_CPUS", 64)
     with pytest.raises(KernelNotFound, match="128 CPUs"):
         list(for_each_possible_cpu(kernel))
 

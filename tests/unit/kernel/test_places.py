@@ -7,11 +7,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ovr.addresses import Gpa
-from ovr.kernel import Kernel, places
+from ovr.kernel import Kernel
 from ovr.kernel import kernel as module
 from ovr.kernel.cache import cache_directory
-from ovr.kernel.places import Place, note, recall
+from ovr.kernel.find import places
+from ovr.kernel.find.places import Place, note, recall
+from ovr.memory.addresses import Gpa
 
 from ..machine import Machine
 from .test_kernel import second_machine

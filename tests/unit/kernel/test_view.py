@@ -5,9 +5,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ovr.errors import GuestFault, KernelNotFound, OvrError
-from ovr.kernel.btf import Btf
-from ovr.kernel.types import NoSuchType, Types
-from ovr.kernel.view import (
+from ovr.kernel.types.btf import Btf
+from ovr.kernel.types.types import NoSuchType, Types
+from ovr.kernel.types.view import (
     Array,
     DoesNotFit,
     NoSuchMember,

@@ -2,8 +2,8 @@
 
 import pytest
 
-from ovr.addresses import PAGE_SIZE, Gpa
-from ovr.kernel.vmcoreinfo import candidates, parse
+from ovr.kernel.find.vmcoreinfo import candidates, parse
+from ovr.memory.addresses import PAGE_SIZE, Gpa
 
 from ..machine import Machine
 from .writers import vmcoreinfo_text

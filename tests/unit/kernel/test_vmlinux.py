@@ -4,10 +4,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ovr.addresses import Gpa
 from ovr.errors import KernelNotFound, OvrError, UsageError
 from ovr.kernel import Kernel, processes
-from ovr.kernel.vmlinux import Vmlinux
+from ovr.kernel.find.vmlinux import Vmlinux
+from ovr.memory.addresses import Gpa
 
 from ..machine import Machine
 from .toy import ToyKernel, toy_btf
@@ -85,7 +85,7 @@ def test_types_of_dwarf_if_there_is_no_other(toy, tmp_path, monkeypatch):
     """How DWARF is read: see test_dwarf.py."""
     asked = []
     monkeypatch.setattr(
-        "ovr.kernel.vmlinux.dwarf_to_btf", lambda *what: asked.append(what) or toy_btf()
+        "ovr.kernel.find.vmlinux.dwarf_to_btf", lambda *what: asked.append(what) or toy_btf()
     )
     path = tmp_path / "vmlinux"
     sections = {".text": (LINKED, b"\x90" * 64), ".debug_info": (0, b"\0" * 64)}

@@ -3,9 +3,9 @@
 import struct
 from dataclasses import dataclass, field
 
-from ovr.addresses import Gpa
-from ovr.kernel.btf import Btf
-from ovr.kernel.types import Types
+from ovr.kernel.types.btf import Btf
+from ovr.kernel.types.types import Types
+from ovr.memory.addresses import Gpa
 
 from ..machine import Machine
 from .writers import TYPEDEF, VAR, BtfWriter, KallsymsWriter, vmcoreinfo_text

@@ -6,8 +6,8 @@ Written from the formats' descriptions, not from the readers that they test.
 import struct
 from dataclasses import dataclass, field
 
-from ovr.addresses import Gva
 from ovr.errors import GuestFault
+from ovr.memory.addresses import Gva
 
 INT, PTR, ARRAY, STRUCT, UNION, ENUM, FWD, TYPEDEF, VOLATILE, CONST = range(1, 11)
 RESTRICT, FUNC, FUNC_PROTO, VAR, DATASEC, FLOAT, DECL_TAG, TYPE_TAG, ENUM64 = range(11, 20)

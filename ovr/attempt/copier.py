@@ -1,0 +1,389 @@
+"""Memory: pages from the images into the frames that the guest allocated for them.
+
+The guest may move, merge or free a page of a stopped task at any moment (compaction, khugepaged,
+KSM, reclaim). So pages are looked up, judged and written in one hold of the VM, a bounded number
+of bytes at a time; everything that can be done ahead is done ahead, with the VM running. A page is
+written only while the guest kernel says whose it is: anonymous and one process's alone
+(``PG_anon_exclusive``, Linux kernel commit 6c287605fd56 ("mm: remember exclusively mapped anonymous
+pages with PG_anon_exclusive") (in v5.19)), or in its place in the page cache of the shared object
+that it belongs to; and while reclaim will keep what is written (`ovr.memory.paging.Frames`). Other
+pages are looked up again a little later, after the guest was asked for them once more.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Final, NamedTuple
+
+import numpy as np
+
+from ovr._fastcopy import OWNED
+from ovr.attempt.feed import Feed
+from ovr.attempt.journal import Journal
+from ovr.attempt.threads import Threads
+from ovr.errors import RestoreFailed, VerifyMismatch
+from ovr.images.source import Source
+from ovr.memory.paging import AddressSpace, Frames
+from ovr.memory.ram import Runs
+from ovr.memory.ranges import Ranges, cut_out, cut_to, no_ranges, split, total
+from ovr.memory.runs import (
+    as_pieces,
+    ends_of,
+    first_bytes,
+    left_of,
+    on_same_frames,
+    sample,
+    with_flags,
+)
+from ovr.vm.hold import Holder
+
+__all__ = ["Copier", "Family", "Part", "Target"]
+
+HOLD_BYTES: Final = 256 << 20
+"""How much is copied in one hold at most; the first one copies a sixteenth of it."""
+HOLD_SECONDS: Final = 0.025
+"""How long a hold is meant to be: on two cores some 200 MiB. To stop QEMU takes one of 25 ms."""
+ASIDE_BYTES: Final = 64 << 20
+"""How much is copied in one hold of an image that must be read into memory of our own before."""
+HOLD_PARTS: Final = 32
+"""Of how many targets something is copied in one hold: each costs a page walk of its own."""
+
+_TRIES: Final = 20
+_TRY_AGAIN_AFTER: Final = 0.05  # seconds; collapse and migration of a page take less
+_TRIES_TO_SHARE: Final = 4
+_SAMPLE_PAGES: Final = 4096
+
+OF_ANYBODY: Final = 0
+
+
+@dataclass(frozen=True)
+class Target:
+    """Pages of one source that go into one address space of the guest.
+
+    Attributes:
+        name: what messages call it.
+        space: the address space in the guest.
+        frames: says which frames are the target's own.
+        pieces: a `_fastcopy.PIECE` array; offsets are positions in `source`.
+        source: the pages image.
+        ask: asks the guest to map pages, given as pieces, once more, content and all.
+        check: raises `RestoreFailed` if `space` is not that of its process any more; asked in every
+            hold before a page table is walked.
+        spared: ranges of bytes that are left as the guest has them.
+    """
+
+    name: str
+    space: AddressSpace
+    frames: Frames
+    pieces: Runs
+    source: Source
+    ask: Callable[[Runs], None]
+    check: Callable[[], None]
+    spared: Ranges = field(default_factory=no_ranges)
+
+
+Part = tuple[Target, Runs]
+"""Some of the pieces of a target."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """Pages that tasks share copy-on-write, written once.
+
+    Attributes:
+        first: the task that had them first; its `frames` are those that only the tree can have.
+        heirs: the tasks that inherited them, each with the pieces that it has in common with
+            `first`. Where one turns out to have another frame it gets content of its own.
+        strangers: address spaces, with ranges of GVAs in which they must not see the pages.
+    """
+
+    first: Target
+    heirs: Sequence[Target]
+    strangers: Sequence[tuple[AddressSpace, Ranges]]
+
+
+class _Unlike(NamedTuple):
+    """Pieces of an heir that are not on the frames that the first of its family has there."""
+
+    first: Target
+    heir: Target
+    pieces: Runs
+
+
+@dataclass(frozen=True)
+class Ready:
+    """Some pieces of a target, ready for a hold."""
+
+    target: Target
+    feed: Feed
+
+
+class _Share(NamedTuple):
+    """What a thread has found in a hold, and how far it came: runs."""
+
+    found: Runs
+    done: Runs
+
+
+Work = Callable[[Ready, Runs], int]
+"""Does something to runs; returns of how many of their bytes, from the first one on."""
+Look = Callable[[Target, Runs], None]
+
+
+class Copier:
+    """Copies and compares memory.
+
+    Args:
+        holder: keeps the VM still.
+        pool: host threads for the copy.
+        threads: how many of them to use for one hold.
+        journal: what is written is noted there.
+        advance: told of every number of bytes that have been written.
+    """
+
+    def __init__(
+        self,
+        holder: Holder,
+        pool: Executor,
+        threads: int,
+        journal: Journal,
+        advance: Callable[[int], None] = lambda count: None,
+    ) -> None:
+        self.holder = holder
+        self.journal = journal
+        self._threads = Threads(pool, threads)
+        self._advance = advance
+        self._room = HOLD_BYTES // 16
+
+    def write(self, parts: Sequence[Part]) -> None:
+        """Write pieces of targets.
+
+        Raises:
+            RestoreFailed: some pages are not there, or not the target's own, and stay so.
+            ImagesDamaged: a pages image cannot be read.
+            GuestFault: page tables of the guest are damaged.
+        """
+        for batch in self._batches(parts):
+            self._each_run(batch, self._copy, OWNED, after=self._note)
+
+    def _batches(self, parts: Iterable[Part]) -> Iterator[list[Part]]:
+        # What is done in one hold, as large as the holds before have shown to be right.
+        batch: list[tuple[Target, list[Runs]]] = []
+        room = self._room
+        for target, pieces in parts:
+            most = HOLD_BYTES if target.source.nowait else ASIDE_BYTES
+            room = min(room, most)
+            for grain in split(pieces, HOLD_BYTES // 16):
+                fits = total(grain) <= room
+                if batch and batch[-1][0] is target and fits:
+                    batch[-1][1].append(grain)
+                else:
+                    if batch and not (fits and len(batch) < HOLD_PARTS):
+                        yield [(one, np.concatenate(grains)) for one, grains in batch]
+                        batch, room = [], min(self._room, most)
+                    batch.append((target, [grain]))
+                room -= total(grain)
+        if batch:
+            yield [(one, np.concatenate(grains)) for one, grains in batch]
+
+    def _learn(self, size: int, seconds: float) -> None:
+        # How much the next hold does: not more than twice as much as this one did.
+        if size:
+            fitting = int(size * min(HOLD_SECONDS / seconds, 2.0))
+            self._room = min(max(fitting, HOLD_BYTES // 16), HOLD_BYTES)
+
+    def _prepare(self, batch: Sequence[Part], *, aside: bool = False) -> list[list[Ready]]:
+        # What can be done with the VM running: each part as what the threads will do of it.
+        return [
+            self._threads.on_parts(part, partial(_make_ready, target, aside=aside))
+            for target, part in batch
+        ]
+
+    def write_families(self, families: Iterable[Family]) -> list[Part]:
+        """Write what tasks share; return what is left, since it is not shared after all.
+
+        Raises:
+            RestoreFailed: as `write`; or a task would see pages that it has not inherited.
+            ImagesDamaged, GuestFault: as `write`.
+        """
+        unlike: list[_Unlike] = []
+        for family in families:
+            for batch in self._batches([(family.first, family.first.pieces)]):
+                kin = partial(self._look_at_kin, family, unlike)
+                self._each_run(batch, self._copy, OWNED, kin, after=self._note)
+        return self._not_shared(unlike)
+
+    def _look_at_kin(
+        self, family: Family, unlike: list[_Unlike], target: Target, runs: Runs
+    ) -> None:
+        # All of a hold's pages at once: there may be a hundred tasks to walk.
+        for space, ranges in family.strangers:
+            near = cut_to(runs, ranges["start"], ranges["end"])
+            if len(on_same_frames(space.walk(as_pieces(near)), near)):
+                raise RestoreFailed(
+                    f"{target.name}: a descendant has inherited pages that it should not have",
+                    "report it, with the images",
+                )
+        for heir in family.heirs:
+            pieces = cut_to(heir.pieces, runs["gva"], ends_of(runs))
+            same = on_same_frames(heir.space.walk(pieces), runs)
+            if len(rest := left_of(pieces, same)):
+                unlike.append(_Unlike(target, heir, rest))
+
+    def _not_shared(self, unlike: Sequence[_Unlike]) -> list[Part]:
+        # Of pages that an heir had not where the first had them, those that stay so. While the
+        # guest moves a shared page it is in one page table after the other, and what has been
+        # written goes with it; an own page would be right, but no longer shared.
+        left: list[Part] = []
+        for _ in range(_TRIES_TO_SHARE):
+            if not unlike:
+                break
+            time.sleep(_TRY_AGAIN_AFTER)
+            absent: list[_Unlike] = []
+            with self.holder.held():
+                for check in {one.check for pair in unlike for one in (pair.first, pair.heir)}:
+                    check()
+                for first, heir, pieces in unlike:
+                    theirs = first.space.walk(pieces)
+                    there = cut_to(heir.space.walk(pieces), theirs["gva"], ends_of(theirs))
+                    same = on_same_frames(there, theirs)
+                    if len(other := left_of(as_pieces(there), same)):
+                        left.append((heir, other))
+                    if len(gone := left_of(pieces, there)):
+                        absent.append(_Unlike(first, heir, gone))
+            unlike = absent
+        return left + [(heir, pieces) for _, heir, pieces in unlike]
+
+    def verify(self, targets: Sequence[Target], *, full: bool) -> int:
+        """Compare pieces with their source, all or a sample; return the bytes compared.
+
+        Raises:
+            VerifyMismatch: a page is not what was written.
+            RestoreFailed: as `write`.
+        """
+
+        def chosen(target: Target) -> Runs:
+            return target.pieces if full else sample(target.pieces, _SAMPLE_PAGES)
+
+        parts = [(target, chosen(target)) for target in targets]
+        for batch in self._batches(parts):
+            self._each_run(batch, self._compare, OF_ANYBODY)
+        return sum(total(part) for _, part in parts)
+
+    def _each_run(
+        self,
+        batch: Sequence[Part],
+        work: Work,
+        wanted: int,
+        then: Look | None = None,
+        after: Look | None = None,
+    ) -> None:
+        # Do `work` on every run of the parts, each in the hold in which it was found to be there,
+        # with the flags that are wanted, by several threads; in that hold, do `then` on all runs
+        # of a part, and `after` when it has ended: nothing that may wait for anybody is done in it.
+        left = list(batch)
+        tries = 0
+        stuck = False
+        while left:
+            ready = self._prepare(left, aside=stuck)
+            shares = self._held(ready, work, wanted, then)
+            whole = [_joined(one) for one in shares]
+            done = sum(total(share.done) for share in whole)
+            if after:
+                for (target, _), share in zip(left, whole, strict=True):
+                    after(target, share.done)
+            missed = [
+                (target, rest)
+                for (target, part), share in zip(left, whole, strict=True)
+                if len(rest := left_of(part, share.found))
+            ]
+            left = [
+                (target, rest)
+                for (target, part), share in zip(left, whole, strict=True)
+                if len(rest := left_of(part, share.done))
+            ]
+            stuck = not (done or missed)
+            if missed:
+                tries += 1
+                self._ask_again(missed, tries)
+
+    def _held(
+        self, ready: Sequence[Sequence[Ready]], work: Work, wanted: int, then: Look | None
+    ) -> list[list[_Share]]:
+        # One hold; whatever was done in it counts when it has ended without an error.
+        shares = []
+        with self.holder.held():
+            start = time.perf_counter()
+            # The process may be dead, and its top page table another one's: whose pages are
+            # exclusive, too.
+            for check in {one.target.check for part in ready for one in part}:
+                check()
+            for part in ready:
+                shares.append(self._threads.on_each(part, partial(_find_and_do, work, wanted)))
+                if then and part:
+                    then(part[0].target, _joined(shares[-1]).done)
+            seconds = time.perf_counter() - start
+        self._learn(sum(total(share.done) for part in shares for share in part), seconds)
+        return shares
+
+    def _ask_again(self, missed: Sequence[Part], tries: int) -> None:
+        if tries == _TRIES:
+            target, part = missed[0]
+            raise RestoreFailed(
+                f"{target.name}: {total(part)} bytes from {int(part['gva'][0]):#x} on do not become"
+                " its own pages",
+                "the guest may be out of memory; free some and restore again",
+            )
+        time.sleep(_TRY_AGAIN_AFTER)
+        for target, part in missed:
+            target.ask(part)
+
+    def _copy(self, ready: Ready, runs: Runs) -> int:
+        # SAFETY: the frames are the target's own by the guest kernel's word, found in this very
+        # hold: a task's exclusive anonymous pages, anonymous pages that only tasks of the tree can
+        # have, or pages of a shared object that only the tree has. The hold keeps them still: no
+        # vCPU runs until it ends, and the tasks themselves are stopped under CRIU until we commit;
+        # and once it has ended the gate lets no write through. The content stays: the frame is
+        # dirty, or swap has no copy that reclaim could go back to. Undone by killing the tree.
+        return ready.feed.copy(ready.target.space.ram, runs)
+
+    def _compare(self, ready: Ready, runs: Runs) -> int:
+        compared, gva = ready.feed.compare(ready.target.space.ram, runs)
+        if gva is not None:
+            raise VerifyMismatch(
+                f"{ready.target.name}: the page at {gva:#x} is not what was written",
+                "restore again; if it happens again, report it with the guest's kernel log",
+            )
+        return compared
+
+    def _note(self, target: Target, runs: Runs) -> None:
+        self.journal.add_memory(target.name, runs)
+        self._advance(total(runs))
+
+
+def _make_ready(target: Target, part: Runs, *, aside: bool) -> Ready:
+    # What can be done with the VM running: the host's page faults, and to read the source, or find
+    # out that it cannot be read.
+    feed = Feed.make(target.source, part, aside=aside)
+    target.space.ram.prefault(target.space.walk(part))
+    return Ready(target, feed)
+
+
+def _find_and_do(work: Work, wanted: int, ready: Ready) -> _Share:
+    # Walked where it is worked on: the runs of scattered pages are as many as the pages, and to
+    # hand them from thread to thread takes as long as to walk them.
+    target = ready.target
+    walked = target.space.walk(ready.feed.part, target.frames if wanted else None)
+    runs = with_flags(walked, wanted)
+    cut = cut_out(runs, target.spared)
+    did = work(ready, cut)
+    return _Share(runs, runs if did == total(cut) else first_bytes(runs, cut, did))
+
+
+def _joined(shares: Sequence[_Share]) -> _Share:
+    return _Share(
+        np.concatenate([share.found for share in shares]),
+        np.concatenate([share.done for share in shares]),
+    )

@@ -1,0 +1,190 @@
+"""What a restore has written where, and what an aborted one has taken back.
+
+Kernel fields are kept one by one with their old and new content, memory in sums: one a process or
+shared object.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from ovr.memory.addresses import Gpa, Gva
+from ovr.memory.ram import Runs
+from ovr.memory.ranges import total
+
+__all__ = ["FieldWrite", "Journal", "MemoryWrite", "Undo"]
+
+
+@dataclass(frozen=True)
+class FieldWrite:
+    """A field of a kernel object, written once.
+
+    Attributes:
+        of: whose state it is: ``pid 12``.
+        state: the kind of state.
+        field: the kernel's name for it: ``fs_struct.umask``.
+        gva: where it lies in the kernel's memory; `gpa` the same in physical memory.
+        old: its bytes before; `new` after.
+    """
+
+    of: str
+    state: str
+    field: str
+    gva: Gva
+    gpa: Gpa
+    old: bytes
+    new: bytes
+
+    def __str__(self) -> str:
+        return (
+            f"{self.of}: {self.state}: {self.field} at {self.gva:#x} (GPA {self.gpa:#x}):"
+            f" {_shown(self.values[0])} -> {_shown(self.values[1])}"
+        )
+
+    @property
+    def values(self) -> tuple[int, int] | tuple[str, str]:
+        """Old and new: words as numbers, text as text, all else as hexadecimal digits."""
+        old, new = self.old, self.new
+        if len(old) in (1, 2, 4, 8):
+            return int.from_bytes(old, "little"), int.from_bytes(new, "little")
+        if any(new) and _is_text(old) and _is_text(new):
+            return old.partition(b"\0")[0].decode(), new.partition(b"\0")[0].decode()
+        return old.hex(), new.hex()
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the fields as ``ovr.restore/1`` has them in ``journal.fields``."""
+        old, new = self.values
+        return {
+            "of": self.of,
+            "state": self.state,
+            "field": self.field,
+            "gva": self.gva,
+            "gpa": self.gpa,
+            "old": old,
+            "new": new,
+        }
+
+
+@dataclass
+class MemoryWrite:
+    """Pages that were written into one address space or one shared object.
+
+    Attributes:
+        target: which: ``pid 12``, ``shared memory 3``.
+        bytes: how many.
+        runs: how many pieces of physical memory they lay in when they were copied.
+        start: the lowest GVA; `end` the first GVA after the highest page.
+    """
+
+    target: str
+    bytes: int
+    runs: int
+    start: Gva
+    end: Gva
+
+    def __str__(self) -> str:
+        return (
+            f"{self.target}: {self.bytes} bytes in {self.runs} runs between {self.start:#x} and"
+            f" {self.end:#x}"
+        )
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the fields as ``ovr.restore/1`` has them in ``journal.memory``."""
+        return {
+            "target": self.target,
+            "bytes": self.bytes,
+            "runs": self.runs,
+            "start": self.start,
+            "end": self.end,
+        }
+
+
+@dataclass(frozen=True)
+class Undo:
+    """What became of a write to an object that may outlive the tree, when the restore was aborted.
+
+    Attributes:
+        write: the write.
+        outcome: ``undone``; ``gone`` (nobody uses the object any more); ``changed`` (somebody has
+            written there since, and that was left); or ``failed``.
+        reason: of the last, for people.
+    """
+
+    write: FieldWrite
+    outcome: str
+    reason: str = ""
+
+    def __str__(self) -> str:
+        text = f"{self.write.of}: {self.write.state}: {self.write.field}: {self.outcome}"
+        return f"{text}: {self.reason}" if self.reason else text
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the fields as ``ovr.error/1`` has them in ``undone``."""
+        return {**self.write.as_json(), "outcome": self.outcome, "reason": self.reason}
+
+
+@dataclass
+class Journal:
+    """One restore's writes, in their order.
+
+    Attributes:
+        fields: kernel fields whose content has changed.
+        unchanged: how many were written that had that very content before.
+        memory: pages, one entry a target.
+        undone: what was taken back.
+    """
+
+    fields: list[FieldWrite] = field(default_factory=list)
+    unchanged: int = 0
+    memory: list[MemoryWrite] = field(default_factory=list)
+    undone: list[Undo] = field(default_factory=list)
+
+    def add_field(self, write: FieldWrite) -> None:
+        """Note a write; elements of an array, written one after the other, become one entry."""
+        last = self.fields[-1] if self.fields else None
+        if write.old == write.new:
+            self.unchanged += 1
+        elif last and _continues(last, write):
+            self.fields[-1] = FieldWrite(
+                last.of, last.state, last.field, last.gva, last.gpa,
+                last.old + write.old, last.new + write.new,
+            )  # fmt: skip
+        else:
+            self.fields.append(write)
+
+    def add_memory(self, target: str, runs: Runs) -> None:
+        """Note that pages were written: an array of `_fastcopy.RUN`."""
+        if not len(runs):
+            return
+        start, end = int(runs["gva"].min()), int(np.max(runs["gva"] + runs["size"]))
+        size = total(runs)
+        for entry in self.memory:
+            if entry.target == target:
+                entry.bytes += size
+                entry.runs += len(runs)
+                entry.start, entry.end = Gva(min(entry.start, start)), Gva(max(entry.end, end))
+                return
+        self.memory.append(MemoryWrite(target, size, len(runs), Gva(start), Gva(end)))
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the fields of ``journal`` in ``ovr.restore/1``."""
+        return {
+            "fields": [write.as_json() for write in self.fields],
+            "unchanged": self.unchanged,
+            "memory": [write.as_json() for write in self.memory],
+        }
+
+
+def _continues(last: FieldWrite, write: FieldWrite) -> bool:
+    same = (last.of, last.state, last.field) == (write.of, write.state, write.field)
+    return same and last.gva + len(last.new) == write.gva
+
+
+def _is_text(data: bytes) -> bool:
+    text, _, rest = data.partition(b"\0")
+    return text.isascii() and text.decode().isprintable() and not any(rest)
+
+
+def _shown(value: int | str) -> str:
+    return f"{value:#x}" if isinstance(value, int) else repr(value)

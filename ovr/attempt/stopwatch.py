@@ -1,0 +1,53 @@
+"""How long each phase took."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+__all__ = ["Span", "Stopwatch"]
+
+
+@dataclass(frozen=True)
+class Span:
+    """A piece of time: what it was spent on, and seconds since the stopwatch was made."""
+
+    name: str
+    start: float
+    end: float
+
+
+class Stopwatch:
+    """Seconds by phase, in the order in which the phases began.
+
+    Attributes:
+        seconds: by phase, and what was added.
+        spans: when it was; a phase may have come more than once.
+        start: when it was made, as time.perf_counter() has it.
+    """
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self.spans: list[Span] = []
+        self.start = time.perf_counter()
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        """Measure the body of the ``with`` as `phase`."""
+        start = self.total()
+        try:
+            yield
+        finally:
+            self.spans.append(Span(phase, start, self.total()))
+            self.add(phase, self.total() - start)
+
+    def add(self, phase: str, seconds: float) -> None:
+        """Add to what `phase` took."""
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
+
+    def advance(self, done: int, total: int) -> None:
+        """Hear that `done` of `total` bytes of the phase are done; here nobody wants to know."""
+
+    def total(self) -> float:
+        """Return the seconds since the stopwatch was made."""
+        return time.perf_counter() - self.start

@@ -1,0 +1,157 @@
+"""Recording writes to kernel objects, and taking back those that may outlive the tree.
+
+Most objects that are written to are the tree's own: killing the tree is the undo. A namespace may
+be used by others, who joined it or whom the tree joined. Its fields are taken back in a hold, one
+by one, if the object can be found again by the way that led to it, or by way of another user, and
+only where the field still has what we wrote.
+"""
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from ovr.attempt.journal import FieldWrite, Journal, Undo
+from ovr.errors import GuestFault, OvrError, RestoreFailed
+from ovr.kernel import Kernel, Struct, settled, types_that_fit
+from ovr.memory.addresses import Gva
+from ovr.state.guest import GuestTree
+from ovr.state.kind import Kind
+from ovr.state.scope import Place, Users
+from ovr.vm.hold import Holder
+
+__all__ = ["Recording"]
+
+log = logging.getLogger("ovr.journal")
+
+
+@dataclass
+class _Lasting:
+    # An object that may outlive the tree, how to find it again, and what was written to it.
+    place: Place
+    users: Users
+    target: Struct
+    writes: list[FieldWrite] = field(default_factory=list)
+
+
+class Recording:
+    """Records what kinds of state write, and takes back what must not stay.
+
+    Args:
+        journal: where it is written down.
+        kernel: the guest's kernel.
+        tree: looks at the restored tree anew; raises `RestoreFailed` if it is gone.
+        holder: keeps the VM still.
+    """
+
+    def __init__(
+        self, journal: Journal, kernel: Kernel, tree: Callable[[], GuestTree], holder: Holder
+    ) -> None:
+        self.journal = journal
+        self._kernel = kernel
+        self._tree = tree
+        self._holder = holder
+        self._lasting: list[_Lasting] = []
+        self._logged = 0
+
+    @contextmanager
+    def of(self, kind: Kind, place: Place, target: Any) -> Iterator[None]:
+        """Record what is written in the body of the ``with``.
+
+        Args:
+            kind: what is written.
+            place: where it belongs.
+            target: the kernel object that `place` was found to be.
+        """
+        raw: list[FieldWrite] = []
+        if kind.scope.users is not None:
+            # Before the first write, so that whatever interrupts us finds it here.
+            self._lasting.append(_Lasting(place, kind.scope.users, target, raw))
+
+        def record(path: str, gva: Gva, old: bytes, new: bytes) -> None:
+            gpa = space.translate(gva)
+            write = FieldWrite(place.label, kind.name, path, gva, gpa, old, new)
+            raw.append(write)
+            self.journal.add_field(write)
+
+        space = self._kernel.space
+        space.recorder = record
+        try:
+            yield
+        finally:
+            space.recorder = None
+
+    def log_fields(self) -> None:
+        """Log what has been recorded since the last call; not for holds, whose time is short."""
+        for write in self.journal.fields[self._logged :]:
+            log.info("%s", write)
+        self._logged = len(self.journal.fields)
+
+    @contextmanager
+    def taken_back_on(self, kind: type[BaseException]) -> Iterator[None]:
+        """Take back what has been recorded if the body raises an error of that kind.
+
+        It is the body that comes before the tree is killed: while a task of it is there, it is
+        certain which object was meant. A tree that is gone already (a broken link) leaves the
+        search for another user.
+        """
+        try:
+            yield
+        except kind as error:
+            self._undo()
+            if isinstance(error, OvrError):
+                error.undone = tuple(undo.as_json() for undo in self.journal.undone)
+            raise
+
+    def _undo(self) -> None:
+        self.log_fields()
+        while self._lasting:
+            lasting = self._lasting.pop()
+            try:
+                with self._holder.held():
+                    found = _undo(lasting, self._tree, self._kernel)
+            except OvrError as error:
+                found = [Undo(write, "failed", str(error)) for write in lasting.writes]
+            for outcome in found:
+                level = logging.WARNING if outcome.outcome == "failed" else logging.INFO
+                log.log(level, "%s", outcome)
+            self.journal.undone += found
+
+
+def _undo(lasting: _Lasting, tree: Callable[[], GuestTree], kernel: Kernel) -> list[Undo]:
+    target = _found_again(lasting, tree, kernel)
+    writes = reversed(lasting.writes)
+    if target is None:
+        return [Undo(write, "gone", "nobody was found who uses it") for write in writes]
+    outcomes = (_taken_back(write, target, kernel) for write in writes)
+    return [outcome for outcome in outcomes if outcome]
+
+
+def _taken_back(write: FieldWrite, target: Struct, kernel: Kernel) -> Undo | None:
+    if not target.address_ <= write.gva <= target.address_ + target.size_ - len(write.new):
+        return Undo(write, "failed", f"it is no part of the {target.type_}")
+    now = kernel.space.read(write.gva, len(write.new))
+    if now == write.old:
+        return None  # we were interrupted before we wrote, or what we wrote was there before
+    if now != write.new:
+        return Undo(write, "changed", "somebody has written there since")
+    # SAFETY: the object is the one that we wrote to: in this very hold a task has led to it, and
+    # the field has what we wrote. What was safe to write then is so now, for the same reasons: see
+    # the kind's own write. This is the undo.
+    kernel.space.write(write.gva, write.old)
+    return Undo(write, "undone")
+
+
+def _found_again(lasting: _Lasting, tree: Callable[[], GuestTree], kernel: Kernel) -> Struct | None:
+    try:
+        guest = tree()
+        with types_that_fit():
+            found: Struct = lasting.place.find(guest)
+    except (RestoreFailed, GuestFault):
+        pass  # the tree is gone, or about to go
+    else:
+        if found == lasting.target:
+            return found
+    users = settled(lambda: list(lasting.users(kernel)))
+    return next((user for user in users if user == lasting.target), None)

@@ -1,0 +1,24 @@
+"""Checkpoints: a directory of CRIU's images, or the archive or bundle of a container engine."""
+
+from ovr.checkpoint.archive import Archive, Container
+from ovr.checkpoint.checkpoint import (
+    RUNTIMES,
+    Checkpoint,
+    ImagesCheckpoint,
+    PodmanCheckpoint,
+    RuntimeCheckpoint,
+    open_checkpoint,
+    runs_scripts_for_engines,
+)
+
+__all__ = [
+    "RUNTIMES",
+    "Archive",
+    "Checkpoint",
+    "Container",
+    "ImagesCheckpoint",
+    "PodmanCheckpoint",
+    "RuntimeCheckpoint",
+    "open_checkpoint",
+    "runs_scripts_for_engines",
+]

@@ -1,0 +1,216 @@
+"""Checkpoint archives: what ``podman container checkpoint --export`` and CRI-O write.
+
+A tar of the container's configuration, what has changed in its root file system and volumes, and
+CRIU's images in ``checkpoint/``. Images are read in place; `Archive.with_images` makes the same
+archive with other images. An archive made with ``--with-previous`` builds on the archive of a
+pre-checkpoint (`ovr.checkpoint.archived`).
+"""
+
+import re
+import tarfile
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Self
+
+from ovr.checkpoint.archived import OF_PRE_CHECKPOINT, ArchivedDirectory
+from ovr.checkpoint.tar import BLOCK, padded
+from ovr.checkpoint.tarball import Tarball
+from ovr.errors import ImagesDamaged, ImagesUnsupported, UsageError
+from ovr.images.directory import PARENT
+from ovr.images.framing import DUMP_AGAIN
+from ovr.images.imageset import ImageSet
+from ovr.images.rewrite import Extents, image_chunks
+
+__all__ = ["Archive", "Container"]
+
+_IMAGES: Final = "checkpoint/"
+_PRE_DUMP: Final = "pre-checkpoint/"
+_CONFIG: Final = "config.dump"
+_SPEC: Final = "spec.dump"
+_MAX_VOLUMES: Final = 1024
+_VOLUME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,254}")  # podman's define.NameRegex
+_END: Final = bytes(2 * BLOCK)
+_LEAVE_OUT: Final = "leave out --import-previous"
+
+
+@dataclass(frozen=True)
+class Container:
+    """What an archive says of its container.
+
+    Attributes:
+        maker: who wrote the archive: ``podman`` or ``CRI-O``.
+        id: its id, 64 hexadecimal digits.
+        name: its name.
+        runtime: the program that ran it: ``crun``, ``runc``, …
+        image: the image it was made from, as people call it.
+        volumes: the names of its named volumes, which podman makes, and refuses if they exist.
+    """
+
+    maker: str
+    id: str
+    name: str
+    runtime: str
+    image: str
+    volumes: tuple[str, ...]
+
+
+class Archive:
+    """A checkpoint archive, read-only. Use as a context manager, or `close` it.
+
+    Args:
+        path: the file.
+        previous: the archive of the pre-checkpoint that it builds on, if it does.
+
+    Attributes:
+        path: the file.
+        container: what it says of its container.
+        images: CRIU's images in it.
+    """
+
+    def __init__(self, path: Path, previous: Path | None = None) -> None:
+        self.path = path
+        self._tarballs = [Tarball(path)]
+        try:
+            self.container = self._read_container()
+            if previous is not None:
+                self._tarballs.append(Tarball(previous))
+                self._check_previous(previous)
+            self.images = ImageSet(ArchivedDirectory(self._tarballs, _IMAGES))
+            self._levels = [
+                level for level in self.images.levels if isinstance(level, ArchivedDirectory)
+            ]
+            if previous is not None and self._levels[-1].tarball is self._own:
+                self.images.close()
+                raise UsageError(f"{path}: does not build on what is in {previous}", _LEAVE_OUT)
+        except BaseException:
+            self.close()
+            raise
+
+    @classmethod
+    def open(cls, path: Path, previous: Path | None = None) -> Self:
+        """Open the archive in the file `path`.
+
+        Raises:
+            UsageError: no such file, no archive, no program or room to unpack it; or the
+                pre-checkpoint that it builds on is missing, or is another container's.
+            ImagesDamaged: it is cut off or contradicts itself.
+            ImagesUnsupported: an archive of something else.
+        """
+        return cls(path, previous)
+
+    def close(self) -> None:
+        """Close the files; what was unpacked is gone with it."""
+        for tarball in self._tarballs:
+            tarball.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.images.close()
+        self.close()
+
+    @property
+    def _own(self) -> Tarball:
+        return self._tarballs[0]
+
+    def with_images(self, images: Mapping[str, bytes | Extents]) -> Iterator[bytes]:
+        """The archive in pieces, uncompressed, with `images` instead of CRIU's images.
+
+        All other members are byte for byte what they were, files beside the images too. The images
+        that it builds on and the link to them are left out: `images` are whole.
+
+        Raises:
+            ImagesDamaged: the file has become shorter.
+        """
+        ours = {_IMAGES + name for name in (*self.images.names, PARENT)}
+        parents = {level.prefix for level in self._levels[1:] if level.tarball is self._own}
+        for name in self._own.members:
+            below_parent = any(f"{name}/".startswith(prefix) for prefix in parents)
+            if name not in ours and not below_parent:
+                yield from self._own.copy(name)
+        for name, image in images.items():
+            yield from _member(_IMAGES + name, image)
+        yield _END
+
+    def _check_previous(self, previous: Path) -> None:
+        if _CONFIG not in self._tarballs[1].members:
+            raise ImagesUnsupported(f"{previous}: no pre-checkpoint of podman", OF_PRE_CHECKPOINT)
+        found = _text(self._tarballs[1].json(_CONFIG), "id")
+        if found != self.container.id:
+            raise UsageError(
+                f"{previous}: of container {found[:12]}, and {self.path} of"
+                f" {self.container.id[:12]}",
+                "give the archive of the last pre-checkpoint before the checkpoint",
+            )
+
+    def _read_container(self) -> Container:
+        if not self._own.has_below(_IMAGES):
+            raise self._something_else()
+        if _CONFIG not in self._own.members or _SPEC not in self._own.members:
+            raise ImagesUnsupported(
+                f"{self.path}: images, but no container's configuration ({_CONFIG}, {_SPEC})",
+                f"unpack it: mkdir DIR && tar -C DIR -xf {self.path} && ovr restore -D DIR/…",
+            )
+        config = self._own.json(_CONFIG)
+        return Container(
+            maker="podman" if "spec" in config else "CRI-O",
+            id=_text(config, "id"),
+            name=_text(config, "name"),
+            runtime=_text(config, "runtime"),
+            image=_text(config, "rootfsImageName"),
+            volumes=self._volumes(config),
+        )
+
+    def _volumes(self, config: Mapping[str, Any]) -> tuple[str, ...]:
+        found = config.get("namedVolumes")
+        volumes = [volume for volume in _list(found) if isinstance(volume, dict)]
+        names = [volume.get("volumeName") for volume in volumes]
+        if len(names) > _MAX_VOLUMES:
+            raise ImagesDamaged(f"{self.path}: {len(names)} volumes", DUMP_AGAIN)
+        for name in names:
+            if not isinstance(name, str) or not _VOLUME.fullmatch(name):
+                raise ImagesDamaged(
+                    f"{self.path}: {str(name)[:40]} is no name of a volume", DUMP_AGAIN
+                )
+        return tuple(map(str, names))
+
+    def _something_else(self) -> ImagesUnsupported:
+        names = self._own.members
+        if self._own.has_below(_PRE_DUMP):
+            what = "a pre-checkpoint: the container ran on"
+            cure = "give the checkpoint after it with --archive, this one with --import-previous"
+        elif "manifest.json" in names or "index.json" in names or "oci-layout" in names:
+            what, cure = "a container image", "give the checkpoint archive that it was made from"
+        elif "pod.options" in names or "pod.dump" in names:
+            what, cure = "a checkpoint of a whole pod", "checkpoint its containers one by one"
+        elif "inventory.img" in names:
+            what, cure = "bare CRIU images", "unpack it, and give the directory with -D"
+        else:
+            what, cure = "no checkpoint/ directory in it", "is it a checkpoint of podman or CRI-O?"
+        return ImagesUnsupported(f"{self.path}: {what}", cure)
+
+
+# As CRIU makes its own images (CR_FD_PERM): where the container has a user namespace
+# it opens some of them from inside, as another user.
+_MODE: Final = 0o644
+
+
+def _member(name: str, image: bytes | Extents) -> Iterable[bytes]:
+    size = len(image) if isinstance(image, bytes) else image.size
+    info = tarfile.TarInfo(name)
+    info.size, info.mode = size, _MODE
+    yield info.tobuf(tarfile.PAX_FORMAT)
+    yield from image_chunks(image)
+    yield bytes(padded(size) - size)
+
+
+def _text(config: Mapping[str, Any], name: str) -> str:
+    # Only shown, and compared with what we know.
+    found = config.get(name)
+    return found if isinstance(found, str) else ""
+
+
+def _list(found: object) -> list[Any]:
+    return found if isinstance(found, list) else []

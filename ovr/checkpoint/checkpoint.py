@@ -1,0 +1,298 @@
+"""What is restored: images that CRIU alone is to restore, or a container that is its engine's.
+
+Each kind says which images there are, what is sent into the guest, and who runs CRIU there.
+"""
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Final, Self
+
+from ovr.checkpoint.archive import Archive
+from ovr.errors import CheckFailed, ImagesUnsupported, UsageError
+from ovr.guest.client.session import Hello
+from ovr.guest.protocol import ENGINE_ARCHIVE, HOOK_HELD
+from ovr.images import Extents, ImageSet, image_chunks
+from ovr.images.terminals import refuse_outside_terminals
+
+__all__ = [
+    "RUNTIMES",
+    "Checkpoint",
+    "ImagesCheckpoint",
+    "PodmanCheckpoint",
+    "RuntimeCheckpoint",
+    "open_checkpoint",
+    "runs_scripts_for_engines",
+]
+
+RUNTIMES: Final = ("runc", "crun")
+"""The engines that restore images into a bundle."""
+
+Inside = Mapping[str, bytes | Extents]
+
+_SCRIPTS_FOR_ENGINES: Final = (3, 19)  # "action-scripts: allow shell scripts in rpc mode"
+_DESCRIPTORS: Final = "descriptors.json"  # runc and crun put it beside CRIU's images
+
+
+class Checkpoint(ABC):
+    """A checkpoint; a context manager.
+
+    Attributes:
+        images: CRIU's images, as they were dumped.
+        engine: what runs CRIU in the guest; None: the agent.
+        container: its name, where the engine does not tell an id.
+        options: put at the end of its command line.
+        volumes: the named volumes that it makes in the guest.
+    """
+
+    images: ImageSet
+    engine: str | None
+    container: str | None = None
+    options: tuple[str, ...] = ()
+    volumes: tuple[str, ...] = ()
+
+    @abstractmethod
+    def files(self, inside: Inside) -> dict[str, Iterable[bytes]]:
+        """Return what the agent gets, by file name, made of the inside image set."""
+
+    def check(self, hello: Hello) -> None:
+        """Raise `CheckFailed` if the guest cannot restore it."""
+        if hello.criu is None:
+            raise CheckFailed("the guest has no CRIU", "apt-get install criu, in the guest")
+        if self.engine is None:
+            return
+        if self.engine not in hello.engines:
+            raise CheckFailed(
+                f"the guest has no {self.engine}", f"apt-get install {self.engine}, in the guest"
+            )
+        if not runs_scripts_for_engines(hello):
+            raise CheckFailed(
+                f"the guest's CRIU {hello.criu} runs no action scripts for {self.engine}",
+                "use CRIU 3.19 or later in the guest",
+            )
+
+    def close(self) -> None:
+        """Close what is open."""
+        self.images.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class ImagesCheckpoint(Checkpoint):
+    """A directory that ``criu dump -D`` wrote.
+
+    Args:
+        path: the directory.
+        options: further options for the guest's ``criu restore``.
+
+    Raises:
+        ImagesUnsupported: as `refuse_outside_terminals`.
+        OvrError: as `ImageSet.open`.
+    """
+
+    engine = None
+
+    def __init__(self, path: Path, options: Sequence[str] = ()) -> None:
+        self.images = ImageSet.open(path)
+        try:
+            refuse_outside_terminals(self.images)
+        except BaseException:
+            self.close()
+            raise
+        self.options = tuple(options)
+
+    def files(self, inside: Inside) -> dict[str, Iterable[bytes]]:
+        """Return the inside image set."""
+        return {name: image_chunks(image) for name, image in inside.items()}
+
+
+class PodmanCheckpoint(Checkpoint):
+    """An archive that ``podman container checkpoint --export`` wrote.
+
+    Args:
+        path: the archive, packed or not.
+        previous: the archive of the pre-checkpoint that it builds on, if it does.
+        name: the container's new name; None keeps the old one.
+        options: further options for the guest's ``podman container restore``.
+
+    Raises:
+        UsageError: options that would make podman restore something else.
+        OvrError: as `Archive.open`.
+    """
+
+    engine = "podman"
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        previous: Path | None = None,
+        name: str | None = None,
+        options: Sequence[str] = (),
+    ) -> None:
+        _check_podman_options(options)
+        self._archive = Archive.open(path, previous)
+        self.images = self._archive.images
+        # podman refuses volumes that are there already; with that option it makes none.
+        if not any(option.startswith("--ignore-volumes") for option in options):
+            self.volumes = self._archive.container.volumes
+        self.options = (*(("--name", name) if name is not None else ()), *options)
+        if self._archive.container.maker != "podman":
+            self.close()
+            raise ImagesUnsupported(
+                f"{path}: written by {self._archive.container.maker}, not by podman",
+                "podman cannot restore it: give --runtime and --bundle, see docs/podman.md",
+            )
+
+    def files(self, inside: Inside) -> dict[str, Iterable[bytes]]:
+        """Return the archive, with the inside image set in it."""
+        return {ENGINE_ARCHIVE: self._archive.with_images(_held(self.images, inside))}
+
+    def close(self) -> None:
+        """Close the archive."""
+        super().close()
+        self._archive.close()
+
+
+class RuntimeCheckpoint(Checkpoint):
+    """Images of a container that runc or crun restores, into a bundle that is in the guest.
+
+    Args:
+        source: where ``runc checkpoint --image-path`` has written, or an archive with such images.
+        archive: whether it is an archive.
+        previous: as of `PodmanCheckpoint`.
+        runtime: ``runc`` or ``crun``.
+        bundle: the guest's directory with ``config.json`` and the root file system.
+        name: what the runtime shall call the container.
+        options: further options for the guest's ``runc restore``.
+
+    Raises:
+        UsageError: a runtime that nobody knows.
+        OvrError: as `ImageSet.open` and `Archive.open`.
+    """
+
+    engine = None
+
+    def __init__(
+        self,
+        source: Path,
+        *,
+        archive: bool,
+        previous: Path | None = None,
+        runtime: str,
+        bundle: str,
+        name: str,
+        options: Sequence[str] = (),
+    ) -> None:
+        if runtime not in RUNTIMES:
+            raise UsageError(f"no container runtime {runtime!r}", f"take {' or '.join(RUNTIMES)}")
+        self.engine = runtime
+        self.container = name
+        self.options = (*options, "--bundle", bundle, name)
+        self._archive = Archive.open(source, previous) if archive else None
+        self.images = self._archive.images if self._archive else ImageSet.open(source)
+
+    def files(self, inside: Inside) -> dict[str, Iterable[bytes]]:
+        """Return the inside image set, and what the runtime has noted of standard descriptors."""
+        held = _held(self.images, inside)
+        files: dict[str, Iterable[bytes]] = {
+            name: image_chunks(image) for name, image in held.items()
+        }
+        if self.images.has(_DESCRIPTORS):
+            files[_DESCRIPTORS] = iter((self.images.read(_DESCRIPTORS),))
+        return files
+
+    def close(self) -> None:
+        """Close images and archive."""
+        super().close()
+        if self._archive:
+            self._archive.close()
+
+
+def runs_scripts_for_engines(hello: Hello) -> bool:
+    """Whether the guest's CRIU runs action scripts of its configuration for container engines."""
+    numbers = (int(number) for number in re.findall(r"\d{1,9}", hello.criu or ""))
+    return tuple(numbers) >= _SCRIPTS_FOR_ENGINES
+
+
+def _held(images: ImageSet, inside: Inside) -> Inside:
+    # Were our hook not run, an empty tree would be let go: CRIU must not find all that it needs.
+    needed = f"pagemap-{images.tasks[0].pid}.img"
+    return {HOOK_HELD + name if name == needed else name: image for name, image in inside.items()}
+
+
+# podman's own, which would name another checkpoint or hide the result.
+_REFUSED: Final = {
+    "-i": "the archive is what --archive names",
+    "--import": "the archive is what --archive names",
+    "--import-previous": "use --import-previous before the --",
+    "-n": "use --name before the --",
+    "--name": "use --name before the --",
+    "-a": "the archive has one container",
+    "--all": "the archive has one container",
+    "-l": "the archive is what is restored",
+    "--latest": "the archive is what is restored",
+    "--print-stats": "the report has the times",
+}
+
+
+def _check_podman_options(options: Sequence[str]) -> None:
+    for option in options:
+        word = option.partition("=")[0]
+        if word in _REFUSED or not word.startswith("-"):
+            cure = _REFUSED.get(word, "write values as --option=value")
+            raise UsageError(f"podman's option {option} cannot be handed on", cure)
+
+
+def open_checkpoint(
+    images: str | Path | None = None,
+    *,
+    archive: str | Path | None = None,
+    previous: str | Path | None = None,
+    name: str | None = None,
+    runtime: str | None = None,
+    bundle: str | None = None,
+    criu_options: Sequence[str] = (),
+    engine_options: Sequence[str] = (),
+) -> Checkpoint:
+    """Open a directory of images or a container's archive; arguments as of `ovr.Vm.restore`.
+
+    Raises:
+        UsageError: not exactly one of both, or options that do not belong together.
+        OvrError: as the classes above.
+    """
+    source = archive if images is None else images
+    if source is None or (images is not None and archive is not None):
+        raise UsageError("images, or the archive of a container?", "give one of them")
+    before = None if previous is None else Path(previous)
+    if before is not None and archive is None:
+        raise UsageError(
+            "--import-previous is of an archive",
+            "images in directories are found by their `parent` links; else give --archive",
+        )
+    if (runtime is None) != (bundle is None) or (runtime is not None and name is None):
+        raise UsageError(
+            "a container runtime needs a bundle in the guest, and a name for the container",
+            "give --runtime, --bundle and --name",
+        )
+    if criu_options and (runtime or archive is not None):
+        raise UsageError(
+            f"{runtime or 'podman'} runs CRIU itself: {criu_options[0]} cannot be handed on",
+            "it has options of its own for it; they go behind --",
+        )
+    if runtime is not None and bundle is not None and name is not None:
+        return RuntimeCheckpoint(
+            Path(source), archive=archive is not None, previous=before, runtime=runtime,
+            bundle=bundle, name=name, options=engine_options,
+        )  # fmt: skip
+    if archive is not None:
+        return PodmanCheckpoint(Path(archive), previous=before, name=name, options=engine_options)
+    if name is not None or engine_options:
+        stray = engine_options[0] if engine_options else "--name"
+        raise UsageError(f"{stray} is of a container", "which? give --archive, or --runtime")
+    return ImagesCheckpoint(Path(source), criu_options)

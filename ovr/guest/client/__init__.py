@@ -1,0 +1,1 @@
+"""The host's client of the agent in the guest."""

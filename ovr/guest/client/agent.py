@@ -1,0 +1,404 @@
+"""The agent in the guest, as a restore sees it."""
+
+import collections.abc
+import hmac
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Final, NamedTuple, TypeVar
+
+from ovr.errors import AgentUnreachable, AgentUntrusted, ImagesUnsupported
+from ovr.guest import protocol
+from ovr.guest.client.failures import aborted, failure, refused, still_there
+from ovr.guest.client.session import Hello, Session, one_line
+from ovr.guest.codes import Code
+from ovr.guest.message import Message
+from ovr.guest.wire import ProtocolError
+from ovr.memory.addresses import Gva
+
+__all__ = ["Agent", "Hello", "Mapping", "Portion", "Restored", "Skeleton", "Warm"]
+
+MessageT = TypeVar("MessageT", bound=Message)
+
+STALL_SECONDS: Final = 120.0
+_STEP_SECONDS: Final = 900.0
+"""Seconds for a step whose work is bounded, in a guest that is very busy."""
+_ABORT_SECONDS: Final = 180.0
+_FILES_PER_FRAME = 512
+_BYTES_PER_TOUCH: Final = 4 << 30
+"""Of several portions: what one request may take to allocate is bounded."""
+
+Files = collections.abc.Mapping[str, bytes | Iterable[bytes]]
+"""Contents by file name, whole or in pieces."""
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """The stopped tree that CRIU holds; pids in the guest's initial pid namespace.
+
+    Attributes:
+        root_pid: the root task.
+        criu_pid: CRIU, which traces all of them and is itself stopped.
+        tasks: the ids of all held threads, leaders included.
+        warm: how many bytes of areas were made from the pool; `note`: why none, or not all.
+    """
+
+    root_pid: int
+    criu_pid: int
+    tasks: tuple[int, ...]
+    warm: int = 0
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Restored:
+    """The tree runs; `pid` is its root, `container` what the engine calls it."""
+
+    pid: int
+    container: str | None = None
+
+
+class Portion(NamedTuple):
+    """Pages to be allocated.
+
+    Attributes:
+        pid: of a held task, or of the process of a `Mapping`; in the guest's initial pid namespace.
+        keep: the pages may have content that must stay.
+        ranges: GVA and size in bytes, whole pages.
+    """
+
+    pid: int
+    keep: bool
+    ranges: Sequence[tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class Mapping:
+    """A shared object in the memory of a process of the agent's; `pid` as for `Skeleton`."""
+
+    pid: int
+    address: Gva
+
+
+@dataclass(frozen=True)
+class Warm:
+    """The pool.
+
+    Attributes:
+        size: in bytes; 0: there is none.
+        huge: how many of them are in huge pages.
+        pid: the process that has it, as for `Skeleton`.
+        address: where it is there.
+        note: why there is none.
+    """
+
+    size: int
+    huge: int
+    pid: int
+    address: Gva
+    note: str
+
+
+class Agent(Session):
+    """A restore, step by step: `prove`, `begin`, then `go` or `abort`.
+
+    ::
+
+        with Agent.connect("vsock:3") as agent:
+            prove(kernel, agent, holder)
+            skeleton = agent.begin(images)
+            with agent.keep_alive():
+                ...  # write memory and state from outside
+            agent.go()
+    """
+
+    _engine = "criu"
+
+    def prove(self, secret: bytes) -> None:
+        """Show the agent that we know its secret, and have it show that it knows it, too.
+
+        Args:
+            secret: what lies in its memory; `ovr.attempt.authentication` finds it there.
+
+        Raises:
+            AgentUntrusted: it does not know the secret, or says that we do not.
+            AgentUnreachable: the link broke, or nonsense came.
+        """
+        self._send(protocol.Prove(self._proof(protocol.PROOF_OF_HOST, secret)))
+        message = self._receive(self._deadline(None))
+        right = self._proof(protocol.PROOF_OF_AGENT, secret)
+        if isinstance(message, protocol.Proved):
+            if hmac.compare_digest(message.proof, right):
+                return
+        elif not isinstance(message, protocol.Error):
+            raise self._broken(f"{message.op} instead of {protocol.Proved.op}")
+        elif message.code != Code.PROOF:
+            raise refused(message)
+        self.close()
+        raise AgentUntrusted(
+            f"the agent at {self.address} does not know what lies in the memory of the process that"
+            " it says it is",
+            "is another program between ovr and the agent, or does one pose as it?",
+            "proof",
+        )
+
+    def _proof(self, side: bytes, secret: bytes) -> bytes:
+        text = protocol.proof_text(side, self._token, self.hello.nonce)
+        return hmac.digest(secret, text, "sha256")
+
+    def begin(
+        self,
+        images: Files,
+        *,
+        criu_options: Sequence[str] = (),
+        silence: float = 10.0,
+        stall: float = STALL_SECONDS,
+        timeout: float | None = None,
+        log_level: int = 2,
+        keep_log: bool = False,
+        engine: str | None = None,
+        volumes: Sequence[str] = (),
+        warm_images: Sequence[str] = (),
+    ) -> Skeleton:
+        """Have the guest's CRIU build the tree from `images`, up to its pre-resume hook.
+
+        From here on the agent kills the tree when it hears nothing for `silence`: stay within
+        `keep_alive`.
+
+        Args:
+            images: the inside image set: plain file names and contents, whole or in pieces.
+            criu_options: added to ``criu restore -d …``, or to the engine's command.
+            silence: seconds without a frame after which the agent kills the tree.
+            stall: seconds without progress of CRIU's after which the agent kills the tree.
+            timeout: seconds that CRIU may take; None: as long as it makes progress.
+            log_level: CRIU's ``-v``.
+            keep_log: leave CRIU's log in the guest.
+            volumes: those that podman makes, to be removed if the restore fails.
+            engine: what runs CRIU: ``podman``, ``runc`` or ``crun``; see `protocol.Begin`.
+            warm_images: if the CRIU with the pool shall do it, the pagemaps of the tasks that get
+                memory of it, and their pages images.
+
+        Raises:
+            PidTaken: a pid of the images is in use in the guest.
+            CriuFailed: CRIU failed; a note on the error has the end of its log.
+            RestoreFailed: the agent aborted, or is busy with another session's restore.
+            ImagesUnsupported: the inside image set cannot be sent.
+            AgentUnreachable: the link broke.
+        """
+        self._engine = engine or "criu"
+        begin = protocol.Begin(
+            tuple(criu_options),
+            silence_ms=int(silence * 1000),
+            stall_ms=int(stall * 1000),
+            timeout_ms=None if timeout is None else int(timeout * 1000),
+            log_level=log_level,
+            keep_log=keep_log,
+            engine=engine,
+            warm_images=tuple(warm_images),
+            volumes=tuple(volumes),
+        )
+        with self.keep_alive(silence / 4):
+            try:
+                for files in _file_frames(images):
+                    self._send_or_hear_why(files)
+                self._send_or_hear_why(begin)
+            except ProtocolError as error:
+                self.close()
+                raise ImagesUnsupported(f"the inside image set cannot be sent: {error}") from error
+            stopped = self._outcome(protocol.Stopped)
+        return Skeleton(
+            stopped.root_pid, stopped.criu_pid, stopped.tasks, stopped.warm, one_line(stopped.note)
+        )
+
+    def touch(self, portions: Iterable[Portion]) -> None:
+        """Have pages of held tasks allocated, charged to them.
+
+        A request takes the guest a process, so portions of many tasks share one.
+
+        Args:
+            portions: the pages.
+
+        Raises:
+            RestoreFailed: the guest has no memory for them, or they lie in no area of the task.
+            AgentUnreachable: the link broke.
+        """
+        for request in _requests(portions):
+            self._send(request)
+            self._outcome(protocol.Touched, self._deadline(_STEP_SECONDS))
+
+    def map(
+        self,
+        pid: int,
+        file: str,
+        size: int,
+        ranges: Sequence[tuple[int, int]],
+    ) -> "Mapping":
+        """Have a shared object of a held task mapped by a process of the agent's, up to `go`.
+
+        Args:
+            pid: the task; in the guest's initial pid namespace.
+            file: below ``/proc/PID``: ``fd/N`` or ``map_files/START-END``.
+            size: of the object, in bytes; whole pages.
+            ranges: offsets and sizes in bytes of what is to be allocated, charged to the task's
+                cgroup.
+
+        Raises:
+            RestoreFailed: it is no shared memory, or the guest has no memory for it.
+            AgentUnreachable: the link broke.
+        """
+        first, more = ranges[: protocol.MAX_RANGES], ranges[protocol.MAX_RANGES :]
+        self._send(protocol.Map(pid, file, size, _flat(first)))
+        mapped = self._outcome(protocol.Mapped, self._deadline(_STEP_SECONDS))
+        here = [(mapped.address + at, length) for at, length in more]
+        self.touch([Portion(mapped.pid, True, here)])
+        return Mapping(mapped.pid, Gva(mapped.address))
+
+    def warm(self, size: int, place: int = 0) -> "Warm":
+        """Have a CRIU started in advance, with so many bytes of memory; 0: end the one there is.
+
+        Args:
+            size: bytes.
+            place: how far behind a multiple of 1 GiB they begin, in bytes; whole huge pages.
+
+        Raises:
+            RestoreFailed: the guest has not so much memory, or cannot do it.
+            AgentUnreachable: the link broke.
+        """
+        self._send(protocol.Warm(size, place))
+        return self._warmed()
+
+    def pool(self) -> "Warm":
+        """Ask what there is.
+
+        Raises:
+            AgentUnreachable: the link broke.
+        """
+        self._send(protocol.Pool())
+        return self._warmed()
+
+    def criu_config(self) -> collections.abc.Mapping[str, str]:
+        """Return the guest's default configuration files of CRIU, by path.
+
+        Of one that is larger than `protocol.MAX_CONFIG` the whole lines up to there; bytes that are
+        no text are replaced.
+
+        Raises:
+            AgentUnreachable: the link broke, or nonsense came.
+        """
+        self._send(protocol.Config())
+        found = self._outcome(protocol.Configured, self._deadline(None))
+        if len(found.names) != len(found.data) or len(found.names) > protocol.CONFIG_FILES:
+            raise self._broken(f"{len(found.names)} files with {len(found.data)} contents")
+        return dict(zip(map(one_line, found.names), map(_whole_lines, found.data), strict=True))
+
+    def _warmed(self) -> "Warm":
+        found = self._outcome(protocol.Warmed)
+        return Warm(found.size, found.huge, found.pid, Gva(found.address), one_line(found.note))
+
+    def go(self) -> Restored:
+        """Let the tree run; returns when CRIU has detached and ended.
+
+        Raises:
+            RestoreFailed: the tree had been killed before, or CRIU failed at the last moment.
+            AgentUnreachable: the link broke.
+        """
+        self._send(protocol.Go())
+        restored = self._outcome(protocol.Restored, self._deadline(_STEP_SECONDS))
+        return Restored(restored.pid, restored.container)
+
+    def abort(self) -> None:
+        """Kill the tree; returns when all of it is gone.
+
+        Raises:
+            RestoreFailed: some task could not be killed.
+            AgentUnreachable: the link broke (the agent then kills the tree as well).
+        """
+        self._send(protocol.Abort())
+        message = self._receive(self._deadline(_ABORT_SECONDS))
+        if isinstance(message, protocol.Aborted | protocol.Failed):
+            if not message.gone:
+                raise still_there()
+        elif not isinstance(message, protocol.Error):
+            raise self._broken(f"{message.op} instead of {protocol.Aborted.op}")
+        self.ping()  # an end of its own accord may have crossed our words
+
+    def _send_or_hear_why(self, message: Message) -> None:
+        """Send during an upload, when the agent hangs up on what it does not like."""
+        try:
+            self._send(message)
+        except AgentUnreachable:
+            # Its reason may still be in the line.
+            self._outcome(protocol.Stopped, time.monotonic())
+            raise
+
+    def _outcome(self, kind: type[MessageT], deadline: float | None = None) -> MessageT:
+        """Return the `kind` message that a step should end with; None: however long it takes."""
+        message = self._receive(deadline)
+        if isinstance(message, kind):
+            return message
+        if isinstance(message, protocol.Failed):
+            raise failure(message, self._engine)
+        if isinstance(message, protocol.Aborted):
+            raise aborted(message)
+        if isinstance(message, protocol.Error):
+            raise refused(message)
+        raise self._broken(f"{message.op} instead of {kind.op}")
+
+
+def _requests(portions: Iterable[Portion]) -> Iterator[protocol.Touch]:
+    """Portions as the protocol has them, as many as fit into one message."""
+    heads: list[int] = []
+    ranges: list[tuple[int, int]] = []
+    size = 0
+    for portion in portions:
+        for start in range(0, len(portion.ranges), protocol.MAX_RANGES):
+            part = portion.ranges[start : start + protocol.MAX_RANGES]
+            grown = size + sum(length for _, length in part)
+            if ranges and (
+                len(ranges) + len(part) > protocol.MAX_RANGES or grown > _BYTES_PER_TOUCH
+            ):
+                yield protocol.Touch(tuple(heads), _flat(ranges))
+                heads, ranges, grown = [], [], grown - size
+            heads += (portion.pid, int(portion.keep), len(part))
+            ranges += part
+            size = grown
+    if ranges:
+        yield protocol.Touch(tuple(heads), _flat(ranges))
+
+
+def _flat(ranges: Iterable[tuple[int, int]]) -> tuple[int, ...]:
+    return tuple(chain.from_iterable(ranges))
+
+
+def _file_frames(images: Files) -> Iterator[protocol.Files]:
+    """Pack the files into few frames; large ones go in pieces."""
+    names: list[str] = []
+    pieces: list[bytes] = []
+    size = 0
+    for name, content in images.items():
+        for piece in _pieces(content):
+            cost = 4 * len(name) + len(piece) + 16
+            if names and (size + cost > protocol.CHUNK or len(names) == _FILES_PER_FRAME):
+                yield protocol.Files(tuple(names), tuple(pieces))
+                names, pieces, size = [], [], 0
+            names.append(name)
+            pieces.append(piece)
+            size += cost
+    if names:
+        yield protocol.Files(tuple(names), tuple(pieces))
+
+
+def _pieces(content: bytes | Iterable[bytes]) -> Iterator[bytes]:
+    step = protocol.CHUNK // 2
+    parts = (content,) if isinstance(content, bytes) else content
+    yield b""  # an empty file is one too
+    for part in parts:
+        for start in range(0, len(part), step):
+            yield part[start : start + step]
+
+
+def _whole_lines(data: bytes) -> str:
+    if len(data) >= protocol.MAX_CONFIG:
+        data = data[: protocol.MAX_CONFIG].rpartition(b"\n")[0]
+    return data.decode(errors="replace")

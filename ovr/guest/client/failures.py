@@ -1,0 +1,104 @@
+"""What the agent says of a restore that went wrong, as the errors that a user sees.
+
+Hints go by the agent's codes. Only CRIU's own log is searched (`criu_log`): it has no codes.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Final
+
+from ovr.errors import CriuFailed, PidTaken, RestoreFailed
+from ovr.guest import protocol
+from ovr.guest.client.criu_log import FREE_MEMORY, KILLED, failure_in
+from ovr.guest.client.session import one_line
+from ovr.guest.codes import Code
+
+__all__ = ["aborted", "failure", "refused", "still_there"]
+
+# What CRIU says when clone3(set_tid) fails with EEXIST (fork_with_pid in criu/cr-restore.c), or,
+# on kernels without set_tid, when the kernel handed out another pid than the one asked for.
+_PID_TAKEN: Final = (
+    re.compile(r"Can't fork for (\d+): File exists"),
+    re.compile(r"Pid \d+ do not match expected (\d+)"),
+    re.compile(r"Thread pid mismatch (\d+)/\d+"),
+)
+_SAME_VERSION: Final = "install the ovr-agent of this ovr in the guest: ovr agent deb"
+_AGAIN: Final = "try again"
+
+_CURES: Final[Mapping[str, str]] = {
+    Code.PROTOCOL: _SAME_VERSION,
+    Code.VERSION: _SAME_VERSION,
+    Code.UNPROVEN: "is another program between ovr and the agent?",
+    Code.PROOF: "is this agent in the VM that --vm names?",
+    Code.BUSY: "wait until the other restore has ended",
+    Code.NO_MEMORY: FREE_MEMORY,
+    Code.NO_SPACE: "free memory or disk space in the guest where that directory is, or start"
+    " ovr-agent with another --dir",
+    Code.KILLED: KILLED,
+    Code.REPLACED: "restart the agent in the guest: systemctl restart ovr-agent",
+    Code.START: "is it installed in the guest, where the agent finds it?",
+}
+
+_CURES_OF_ABORTS: Final[Mapping[str, str]] = {
+    Code.LINK: "was QEMU or the host too busy?",
+    Code.SILENT: "was ovr stopped, or the host too busy?",
+    Code.TIMEOUT: "give a longer --timeout, or none",
+    Code.STALLED: "what in the guest does it wait for: a file server, a full pipe?",
+    Code.AGENT: "wait until the agent runs again",
+}
+
+
+def failure(message: protocol.Failed, program: str) -> RestoreFailed:
+    """Return the error for a failure of CRIU's or, as `program` says, of an engine's."""
+    log = tuple(one_line(line) for line in message.log)
+    taken = [match[1] for line in log for known in _PID_TAKEN if (match := known.search(line))]
+    error: RestoreFailed
+    if taken:
+        error = PidTaken(
+            f"pid {taken[0]} is in use in the guest",
+            f"end the guest's process {taken[0]}, or restore into a pid namespace of its own",
+        )
+    elif log:
+        found = failure_in(log)
+        more = log[-1] if len(log) > 1 else f"that is all that {program} says"
+        error = CriuFailed(
+            f"{program} in the guest failed ({message.status}): {found.line}", found.cure or more
+        )
+        error.file = found.file
+    else:
+        error = CriuFailed(
+            f"{program} in the guest ended with status {message.status} and said nothing",
+            "try criu check in the guest",
+        )
+    error.add_note("\n".join(log))
+    return error if message.gone else still_there()
+
+
+def refused(message: protocol.Error) -> RestoreFailed:
+    """Return the error for a request that the agent refused."""
+    cure = _CURES.get(message.code, _AGAIN)
+    text = f"the agent refused: {one_line(message.text)}"
+    return _coded(RestoreFailed(text, f"the guest is as it was; {cure}"), message.code)
+
+
+def aborted(message: protocol.Aborted) -> RestoreFailed:
+    """Return the error for a tree that the agent killed of its own accord."""
+    if not message.gone:
+        return still_there()
+    cure = _CURES_OF_ABORTS.get(message.code)
+    hint = "the guest is as it was; the restore can be tried again" + (f"; {cure}" if cure else "")
+    text = f"the agent killed the tree: {one_line(message.reason)}"
+    return _coded(RestoreFailed(text, hint), message.code)
+
+
+def still_there() -> RestoreFailed:
+    """Return the error for a tree that was killed and does not go."""
+    return RestoreFailed(
+        "the tree was killed, but some of its tasks do not go away",
+        "look for uninterruptible tasks in the guest",
+    )
+
+
+def _coded(error: RestoreFailed, code: str) -> RestoreFailed:
+    error.code = one_line(code)
+    return error

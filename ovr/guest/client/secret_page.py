@@ -1,0 +1,143 @@
+"""The page in the agent's memory with the secret that host and agent prove to each other.
+
+Who answers at the agent's address says which process it is and where its page lies; neither is
+believed. The page counts only if no user of the guest can have made it:
+
+* The process is root of the whole guest (`ovr.kernel.why_not_root`): with any less a user could run
+  it, in a user namespace of his own at least.
+* It was not started by a program that gives privileges (``AT_SECURE``): what is in its memory, such
+  as arguments and environment, could be a user's.
+* The page is a private anonymous mapping by itself, locked, and kept out of children and of core
+  dumps. Whatever a process of root's reads from others, or gets from whoever starts it, lies in a
+  stack, a heap, a buffer or a mapped file: in no such mapping.
+* Its first bytes name its own address, and its process by pid and start: bytes that were copied
+  from another page would not.
+
+All of it is looked at in one hold, so that nothing changes between two looks. `proof.c` makes the
+page.
+"""
+
+import struct
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from ovr._fastcopy import OWNED
+from ovr.errors import GuestFault
+from ovr.guest import protocol
+from ovr.kernel import (
+    Kernel,
+    Struct,
+    find_task,
+    find_vma,
+    mm_space,
+    types_that_fit,
+    why_not_root,
+)
+from ovr.memory.addresses import PAGE_SIZE, Gpa, Gva
+from ovr.memory.paging import pieces
+
+__all__ = ["AgentProcess", "NotTheAgents", "read_secret"]
+
+_PAGE: Final = struct.Struct("<16sQQQ32s")
+_AT_SECURE: Final = 23  # include/uapi/linux/auxvec.h
+_TICK: Final = 10_000_000
+"""Nanoseconds of a clock tick as /proc counts them: nsec_to_clock_t(), USER_HZ."""
+
+# include/linux/mm.h
+_VM_SHARED: Final = 0x8
+_VM_LOCKED: Final = 0x2000
+_VM_DONTCOPY: Final = 0x2_0000
+_VM_WIPEONFORK: Final = 0x200_0000
+_VM_DONTDUMP: Final = 0x400_0000
+_VM_SET: Final = _VM_LOCKED | _VM_DONTCOPY | _VM_WIPEONFORK | _VM_DONTDUMP
+
+
+@dataclass(frozen=True)
+class AgentProcess:
+    """The agent in the guest.
+
+    Attributes:
+        pid: in the guest's initial pid namespace.
+        task: its ``struct task_struct``.
+        program: the ``struct inode`` of the program that it runs.
+        secret: what lies in its page.
+    """
+
+    pid: int
+    task: Gva
+    program: Gva
+    secret: bytes = field(repr=False)
+
+
+class NotTheAgents(Exception):
+    """The process or the page is not the agent's.
+
+    Attributes:
+        code: ``process``, ``credentials`` or ``secret``: what is wrong.
+    """
+
+    def __init__(self, code: str, what: str) -> None:
+        super().__init__(what)
+        self.code = code
+
+
+@types_that_fit()
+def read_secret(kernel: Kernel, pid: int, address: int) -> AgentProcess:
+    """Return the agent's secret, and its process. To be called in a hold.
+
+    Args:
+        kernel: the guest's kernel.
+        pid: the process that is said to be the agent, in the guest's initial pid namespace.
+        address: the GVA in it that is said to be the page's.
+
+    Raises:
+        NotTheAgents: it is not the agent's, or could be somebody else's.
+        GuestFault: kernel objects make no sense; or the page is being moved, and is there again in
+            a later hold.
+        KernelNotFound: the kernel's types make no sense.
+    """
+    task = find_task(kernel, pid)
+    if task is None or task.tgid != task.pid or not task.mm:
+        raise NotTheAgents("process", f"the guest has no process {pid}")
+    reason = why_not_root(kernel, task)
+    if not reason and _is_secure(task.mm):
+        reason = "it was started by a program that gives privileges"
+    if reason:
+        raise NotTheAgents("credentials", f"pid {pid}: {reason}")
+    where = f"pid {pid} has no page of the agent's at {address:#x}"
+    if address % PAGE_SIZE or not 0 < address < 1 << 56 or not _is_by_itself(task.mm, Gva(address)):
+        raise NotTheAgents("secret", where)
+    magic, own_address, own_pid, start, secret = _PAGE.unpack(
+        _content(kernel, task.mm, Gva(address))
+    )
+    name = (protocol.SECRET_MAGIC, address, pid, task.start_boottime // _TICK)
+    if (magic, own_address, own_pid, start) != name:
+        raise NotTheAgents("secret", where)
+    program = Gva(task.mm.exe_file.f_inode.address_)
+    return AgentProcess(pid, Gva(task.address_), program, secret)
+
+
+def _is_secure(mm: Struct) -> bool:
+    # As the kernel has said to the process when it began: begin_new_exec(), bprm->secureexec.
+    words: Any = mm.saved_auxv
+    keys = (words[number] for number in range(0, len(words) - 1, 2))
+    found = [words[2 * at + 1] for at, key in enumerate(keys) if key == _AT_SECURE]
+    return found != [0]
+
+
+def _is_by_itself(mm: Struct, address: Gva) -> bool:
+    vma = find_vma(mm, address)
+    if vma is None or (vma.vm_start, vma.vm_end) != (address, address + PAGE_SIZE):
+        return False
+    flags: int = vma.vm_flags
+    anonymous = not vma.vm_ops and not vma.vm_file and not flags & _VM_SHARED
+    return anonymous and flags & _VM_SET == _VM_SET
+
+
+def _content(kernel: Kernel, mm: Struct, address: Gva) -> bytes:
+    # Of a page that is this process's alone, by the kernel's own word.
+    space = mm_space(kernel, mm)
+    runs = space.walk(pieces([(address, PAGE_SIZE, 0)]), kernel.private_frames).tolist()
+    if len(runs) != 1 or not runs[0][4] & OWNED:
+        raise GuestFault(f"the agent's page at {address:#x} is not there, or shared", address)
+    return kernel.ram.read(Gpa(runs[0][1]), _PAGE.size)

@@ -1,0 +1,1 @@
+"""Finding a guest's kernel in its RAM, its symbols and its types."""

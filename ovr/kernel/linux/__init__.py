@@ -1,0 +1,1 @@
+"""Linux's own containers and objects, under the kernel's own names."""

@@ -1,0 +1,63 @@
+"""Process numbers: ``struct pid`` and its number in each pid namespace.
+
+Source: kernel/pid.c, include/linux/pid.h.
+"""
+
+from typing import Any
+
+from ovr.kernel.linux.xarray import idr_find
+from ovr.kernel.types.view import Struct, container_of
+from ovr.memory.addresses import Gva
+
+__all__ = [
+    "find_pid_ns",
+    "find_task_by_pid_ns",
+    "ns_of_pid",
+    "pid_nr_ns",
+    "pid_task",
+    "task_active_pid_ns",
+    "task_pid_nr_ns",
+]
+
+
+def find_pid_ns(number: int, ns: Struct) -> Any:
+    """Return the ``struct pid`` that has a number in a ``struct pid_namespace``, or NULL."""
+    return ns.types_.pointer("struct pid", ns.space_, idr_find(ns.idr, number))
+
+
+def pid_task(pid: Struct, kind: str = "PIDTYPE_PID") -> Any:
+    """Return the task that a ``struct pid`` stands for, or NULL."""
+    number = pid.types_.enum("enum pid_type")[kind]
+    node = pid.tasks[number].first if pid else None
+    if not node:
+        return pid.types_.pointer("struct task_struct", pid.space_, Gva(0))
+    return container_of(node, "struct task_struct", f"pid_links[{number}]")
+
+
+def find_task_by_pid_ns(number: int, ns: Struct) -> Any:
+    """Return the task (thread) that has a number in a ``struct pid_namespace``, or NULL."""
+    return pid_task(find_pid_ns(number, ns))
+
+
+def ns_of_pid(pid: Struct) -> Any:
+    """Return the ``struct pid_namespace`` that a ``struct pid`` was made in."""
+    return pid.numbers.resized(pid.level + 1)[pid.level].ns
+
+
+def pid_nr_ns(pid: Struct, ns: Struct) -> int:
+    """Return the number of a ``struct pid`` in a ``struct pid_namespace``; 0 if it has none."""
+    if not pid or ns.level > pid.level:
+        return 0
+    upid = pid.numbers.resized(pid.level + 1)[ns.level]
+    number: int = upid.nr
+    return number if upid.ns == ns else 0
+
+
+def task_active_pid_ns(task: Struct) -> Any:
+    """Return the pid namespace that a task runs in."""
+    return ns_of_pid(task.thread_pid)
+
+
+def task_pid_nr_ns(task: Struct, ns: Struct) -> int:
+    """Return the number of a task (thread) in a pid namespace; 0 if it has none."""
+    return pid_nr_ns(task.thread_pid, ns)

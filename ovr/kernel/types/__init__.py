@@ -1,0 +1,1 @@
+"""C types from BTF, and typed views of guest memory."""

@@ -1,0 +1,159 @@
+"""The main job on lab VMs, end to end: dump in VM A, restore into VM B from outside, ask it.
+
+The process checks itself: it recomputes every word of its memory and reads its umask from within
+(`lab/workload.c`). Nothing here looks into it.
+"""
+
+import json
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from ovr import lab
+from ovr.api import attach
+from ovr.errors import LabError, VerifyMismatch
+from ovr.lab.accel import Accel
+from ovr.lab.cache import cache_directory
+from ovr.lab.share import SHARE
+from ovr.lab.workload import build_workload
+from ovr.restore.report import Report
+
+__all__ = ["DUMP_OPTIONS", "Answer", "Demo", "answer_of", "dump_workload", "lab_vm", "run"]
+
+DUMP_OPTIONS: Final = ("-v2", "--log-file", "dump.log")
+_PROGRAM: Final = "/usr/local/bin/ovr-workload"
+_DIRECTORY: Final = "/var/lib/ovr-workload"
+_PID: Final = 20_000
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the workload says of itself: words checked, words that are wrong, its umask."""
+
+    pid: int
+    words: int
+    wrong: int
+    first_wrong: int
+    umask: str
+
+
+@dataclass(frozen=True)
+class Demo:
+    """The outcome: the restore's report and the process's own word."""
+
+    report: Report
+    answer: Answer
+    size: int
+    umask: int
+
+    @property
+    def verified(self) -> bool:
+        """Whether the process found all of its memory and its umask right."""
+        right = self.answer.wrong == 0 and self.answer.words == self.size // 8
+        return right and int(self.answer.umask, 8) == self.umask
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the fields of ``ovr.demo/1``."""
+        return {
+            "verified": self.verified,
+            "umask": self.answer.umask,
+            "words": self.answer.words,
+            "wrong": self.answer.wrong,
+            **self.report.as_json(),
+        }
+
+
+def run(
+    *,
+    size: int = 1 << 30,
+    memory: str = "4G",
+    umask: int = 0o137,
+    suite: str = "trixie",
+    accel: Accel = "auto",
+    verify: str = "sample",
+    say: Callable[[str], None] = lambda _: None,
+) -> Demo:
+    """Run the demo and return its outcome; the VMs are gone afterwards.
+
+    `say` is called with one line before each step.
+
+    Raises:
+        OvrError: a step failed.
+        VerifyMismatch: the process runs, but finds its memory or umask wrong.
+    """
+    with tempfile.TemporaryDirectory(prefix="ovr-demo-", dir=cache_directory()) as scratch:
+        images = Path(scratch)
+        say("booting VM A (the first time, its image is made first)")
+        with lab_vm("demo-a", suite=suite, memory=memory, accel=accel, share=images) as source:
+            say(f"VM A: a process fills {size >> 20} MiB with generated data")
+            pid = start_workload(source, size, umask)
+            say("VM A: its CRIU dumps the process")
+            dump_workload(source, pid)
+        say("VM A is gone; booting VM B")
+        with lab_vm("demo-b", suite=suite, memory=memory, accel=accel) as target:
+            prepare(target)
+            say("VM B: restoring the process from outside")
+            with attach(f"lab:{target.name}") as vm:
+                report = vm.restore(images, verify=verify)
+            say("VM B: the process checks itself")
+            demo = Demo(report, answer_of(target, pid), size, umask)
+    if not demo.verified:
+        raise VerifyMismatch(f"the restored process says: {demo.answer}")
+    return demo
+
+
+@contextmanager
+def lab_vm(name: str, **hardware: Any) -> Iterator[lab.LabVm]:
+    """A lab VM for the body of the ``with``."""
+    vm = lab.up(name, **hardware)
+    try:
+        yield vm
+    finally:
+        vm.down()
+
+
+def prepare(vm: lab.LabVm) -> None:
+    """Put the workload's program into the guest, where CRIU will look for it."""
+    vm.sh(f"mkdir -p {_DIRECTORY}")
+    vm.put(build_workload(), _PROGRAM, 0o755)
+
+
+def start_workload(vm: lab.LabVm, size: int, umask: int) -> int:
+    """Start the workload and return its pid once its memory is filled."""
+    prepare(vm)
+    # Whoever wrote the file before had the same pid. That is one that no freshly booted guest has
+    # given to somebody else.
+    vm.sh(f"rm -f {_DIRECTORY}/pid; echo {_PID - 1} > /proc/sys/kernel/ns_last_pid")
+    with vm.connect() as agent:
+        agent.spawn([_PROGRAM, _DIRECTORY, str(size), f"{umask:o}"])
+    return int(_await(vm, f"{_DIRECTORY}/pid"))
+
+
+def dump_workload(vm: lab.LabVm, pid: int, directory: str = SHARE) -> None:
+    """Have the guest's CRIU dump process `pid` into a directory of the guest, and end it."""
+    command = f"criu dump -t {pid} -D {directory} {' '.join(DUMP_OPTIONS)} && sync"
+    done = vm.sh(command, timeout=600)
+    if done.status:
+        tail = vm.sh(f"grep Error {directory}/dump.log | tail -n 1").stdout.decode(errors="replace")
+        raise LabError(f"criu dump failed: {tail.strip() or done.stderr.decode(errors='replace')}")
+
+
+def answer_of(vm: lab.LabVm, pid: int) -> Answer:
+    """Ask the workload to check itself, and return what it says."""
+    vm.sh(f"rm -f {_DIRECTORY}/answer && kill -USR1 {pid}")
+    return Answer(**json.loads(_await(vm, f"{_DIRECTORY}/answer")))
+
+
+def _await(vm: lab.LabVm, path: str, patience: float = 300.0) -> str:
+    deadline = time.monotonic() + patience
+    with vm.connect() as agent:
+        while time.monotonic() < deadline:
+            done = agent.run(["cat", path])
+            if done.status == 0:
+                return done.stdout.decode()
+            time.sleep(0.1)
+    raise LabError(f"the workload in lab VM {vm.name} did not write {path}")

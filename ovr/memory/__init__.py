@@ -1,0 +1,1 @@
+"""Guest memory: addresses, extents of pages, RAM slots, page tables. Knows no kernel."""

@@ -1,0 +1,219 @@
+"""x86-64 page tables: address spaces on top of guest RAM, and the reference walk.
+
+`AddressSpace` is what the rest of the code uses; it calls the native walk. `reference_walk` is
+the same walk in plain Python, slow and plain, that the native one is tested against.
+
+Source: Intel SDM volume 3, chapter "Paging"; arch/x86/include/asm/pgtable_types.h.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Final, NamedTuple
+
+import numpy as np
+
+from ovr._fastcopy import PIECE, PROTNONE, USER, WRITE
+from ovr.errors import GuestFault
+from ovr.memory.addresses import PAGE_SHIFT, PAGE_SIZE, Gpa, Gva
+from ovr.memory.ram import GuestRam, Runs
+
+__all__ = ["AddressSpace", "Frames", "Leaf", "pieces", "reference_walk"]
+
+PTE_PRESENT: Final = 1 << 0
+PTE_RW: Final = 1 << 1
+PTE_USER: Final = 1 << 2
+PTE_PSE: Final = 1 << 7
+PTE_PROTNONE: Final = 1 << 8
+PTE_ADDRESS: Final = 0x000F_FFFF_FFFF_F000
+
+
+@dataclass(frozen=True)
+class Frames:
+    """Where the guest kernel keeps its `struct page` array and how to read an element.
+
+    A walk marks the pages that are `owned <ovr._fastcopy.OWNED>`: those of which the kernel says
+    what is asked for here.
+
+    Attributes:
+        root: GPA of the kernel's top page table, `levels` of them.
+        vmemmap: GVA of the element for frame number 0.
+        stride: ``sizeof(struct page)``, in bytes.
+        flags: offset of ``page->flags`` in bytes; likewise `mapping` and `compound_head`.
+        page_mask: the bits of the page's own flags that must all be set.
+        folio_mask: the bits of its folio's flags that must be as in `folio_value`.
+        mapping_mask: the bits of its folio's ``mapping`` that must be as in `mapping_value`.
+        dirty_mask: the bits of its folio's flags by which reclaim keeps what is written to it; the
+            dirty bits of the page table entry do the same.
+        clean_mask: where it is not dirty, the bits of its folio's flags that must be as in
+            `clean_value` for reclaim to keep it all the same; 0 if it never does.
+    """
+
+    root: Gpa
+    levels: int
+    vmemmap: Gva
+    stride: int
+    flags: int
+    mapping: int
+    compound_head: int
+    page_mask: int
+    folio_mask: int
+    folio_value: int
+    mapping_mask: int
+    mapping_value: int
+    dirty_mask: int
+    clean_mask: int
+    clean_value: int
+
+    @property
+    def usable(self) -> bool:
+        """Whether `AddressSpace.walk` takes it: all aligned, the members inside of an element."""
+        last = max(self.flags, self.mapping, self.compound_head) + 8
+        aligned = (self.vmemmap | self.stride) % 8 == 0
+        return aligned and last <= self.stride <= PAGE_SIZE and self.mapping_mask != 0
+
+
+MAX_READ: Final = 1 << 26
+"""Most bytes of one read: page tables may show the same frame everywhere, and types may be of any
+size, so that what a guest has does not limit what a lie could make us allocate."""
+
+
+class AddressSpace:
+    """Guest RAM seen through one top-level page table.
+
+    Args:
+        ram: the guest's RAM.
+        root: GPA of the top-level table (what CR3 holds, without its flag bits).
+        levels: 4 or 5.
+
+    Attributes:
+        recorder: who is told of every value that a view writes here, before it is written; see
+            `ovr.kernel.types.view.Recorder`.
+    """
+
+    def __init__(self, ram: GuestRam, root: Gpa, levels: int) -> None:
+        self.recorder: Callable[[str, Gva, bytes, bytes], None] | None = None
+        if levels not in (4, 5):
+            raise ValueError(f"x86-64 page tables have 4 or 5 levels, not {levels}")
+        self.ram = ram
+        self.root = root
+        self.levels = levels
+
+    def translate(self, gva: Gva) -> Gpa:
+        """Return the GPA behind `gva`. Raises `GuestFault` if it is not mapped."""
+        if not 0 <= gva < 1 << 64:
+            _check(gva, 1)
+        return self.ram.translate(self.root, self.levels, gva)
+
+    def read(self, gva: Gva, size: int) -> bytes:
+        """Read `size` bytes, across pages.
+
+        Raises:
+            GuestFault: one is not mapped, or these are more than `MAX_READ`.
+        """
+        if 0 < size <= PAGE_SIZE - gva % PAGE_SIZE and 0 <= gva < 1 << 64:
+            # the hot path of every member access: no call more than it needs
+            ram = self.ram
+            return ram.read(ram.translate(self.root, self.levels, gva), size)
+        if size == 0:
+            return b""
+        if size > MAX_READ:
+            raise GuestFault(f"{size:#x} bytes at {gva:#x} are more than can be meant", gva)
+        return b"".join(self.ram.read(gpa, length) for gpa, length in self._chunks(gva, size))
+
+    def write(self, gva: Gva, data: bytes) -> None:
+        """Write `data`, across pages; nothing is written if one of them is not mapped."""
+        if not data:
+            return
+        # SAFETY: who owns the object at `gva` and what keeps it still is for the caller to say;
+        # here the bytes are only kept inside of guest RAM.
+        if len(data) <= PAGE_SIZE - gva % PAGE_SIZE:
+            self.ram.write(self.translate(gva), data)
+            return
+        done = 0
+        for gpa, length in list(self._chunks(gva, len(data))):
+            self.ram.write(gpa, data[done : done + length])
+            done += length
+
+    def walk(self, ranges: Runs, frames: Frames | None = None) -> Runs:
+        """Return the mapped runs of `ranges` (see `_fastcopy.RamMap.walk`)."""
+        return self.ram.walk(self.root, self.levels, ranges, frames)
+
+    def _chunks(self, gva: Gva, size: int) -> Iterator[tuple[Gpa, int]]:
+        # Physically contiguous parts: one walk, not one translation a page.
+        _check(gva, size)
+        first = gva - gva % PAGE_SIZE
+        until = -(-(gva + size) // PAGE_SIZE) * PAGE_SIZE
+        at = int(gva)
+        for run in self.walk(pieces([(first, until - first, 0)])).tolist():
+            run_gva, gpa, length = run[:3]
+            if run_gva > at:
+                break
+            part = min(run_gva + length, gva + size) - at
+            yield Gpa(gpa + at - run_gva), part
+            at += part
+        if at < gva + size:
+            raise GuestFault(f"guest virtual address {at:#x} is not mapped", at)
+
+
+def _check(gva: int, size: int) -> None:
+    # Addresses computed from guest data may be anything.
+    if gva < 0 or size < 1 or gva + size > 1 << 64:
+        raise GuestFault(f"{gva:#x}+{size:#x} is no guest virtual range", gva)
+
+
+def pieces(ranges: Iterable[tuple[int, int, int]]) -> Runs:
+    """Return a `_fastcopy.PIECE` array from (GVA, size in bytes, source offset) tuples."""
+    return np.array(list(ranges), dtype=PIECE)
+
+
+class Leaf(NamedTuple):
+    """One mapped page, or the part of it that lies in the walked range. Sizes in bytes."""
+
+    gva: int
+    gpa: int
+    size: int
+    flags: int
+    page_shift: int
+
+
+def reference_walk(
+    ram: GuestRam, root: Gpa, levels: int, ranges: Sequence[tuple[int, int]]
+) -> Iterator[Leaf]:
+    """Yield every leaf in the ``[start, end)`` ranges of GVAs; the plain Python twin of `walk`.
+
+    Raises:
+        GuestFault: a table lies outside of RAM or has a reserved bit set.
+    """
+    for start, end in ranges:
+        yield from _table(ram, root, levels, start, end)
+
+
+def _table(ram: GuestRam, table: int, level: int, start: int, end: int) -> Iterator[Leaf]:
+    shift = PAGE_SHIFT + 9 * (level - 1)
+    try:
+        entries = np.frombuffer(ram.read(Gpa(table), PAGE_SIZE), dtype="<u8")
+    except GuestFault as error:
+        raise GuestFault(f"no page table at GPA {table:#x}", table) from error
+    at = start
+    while at < end:
+        until = min(((at >> shift) + 1) << shift, end)
+        entry = int(entries[(at >> shift) & 511])
+        leaf = level == 1 or (level <= 3 and bool(entry & PTE_PSE))
+        if entry & PTE_PRESENT and not leaf:
+            if entry & PTE_PSE:
+                raise GuestFault(f"reserved bit set in page table at GPA {table:#x}", table)
+            yield from _table(ram, entry & PTE_ADDRESS, level - 1, at, until)
+        elif leaf and entry & (PTE_PRESENT | PTE_PROTNONE):
+            yield _leaf(entry, shift, at, until)
+        at = until
+
+
+def _leaf(entry: int, shift: int, start: int, end: int) -> Leaf:
+    mask = (1 << shift) - 1
+    if entry & PTE_PRESENT:
+        flags = (WRITE if entry & PTE_RW else 0) | (USER if entry & PTE_USER else 0)
+        frame = entry & PTE_ADDRESS
+    else:
+        flags = PROTNONE
+        frame = ~entry & PTE_ADDRESS
+    return Leaf(start, (frame & ~mask) + (start & mask), end - start, flags, shift)

@@ -1,0 +1,394 @@
+"""The memory part of the plan: for every run of pages whether it goes outside, or why not.
+
+Pages that go outside are dropped from the inside pagemap. The frames for them are allocated by the
+guest: by CRIU's restorer, which is asked for it through ``VmaEntry.madv`` (``MADV_POPULATE_WRITE``)
+for pieces of writable anonymous areas, cut so that only pages that existed are allocated; by CRIU
+before it makes the children that are to share them (`cow_plan`); by the agent, page by page, for
+everything else.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ovr._fastcopy import PIECE
+from ovr.images import PAGEMAP_DTYPE, Draft, InsideImages, Memory, MmEntry, Task, VmaEntry
+from ovr.images.cow import inheritance
+from ovr.images.shared import SharedMemory
+from ovr.images.vma import (
+    MADV_DONTNEED_LOCKED,
+    MADV_POPULATE_WRITE,
+    MAP_GROWSDOWN,
+    MAP_HUGETLB,
+    MAP_POPULATE,
+    PROT_WRITE,
+    VMA_ANON_PRIVATE,
+    VMA_AREA_AIORING,
+    VMA_AREA_SHSTK,
+    VMA_AREA_UPROBES,
+    VMA_AREA_VDSO,
+    VMA_AREA_VVAR,
+    is_private,
+    split_vma,
+)
+from ovr.memory.addresses import PAGE_SHIFT
+from ovr.memory.ranges import Ranges, common, cut_to, inside, join, ranges_of, total
+from ovr.plan.pages import PLACED, Allocation, Area, Reason, Runs, place
+from ovr.plan.sharing import CowPlan, Sharing, plan_cow
+
+__all__ = [
+    "Cuts",
+    "MemoryPlan",
+    "SharedPlan",
+    "TaskPlan",
+    "cuts_of",
+    "pieces_of",
+    "plan_shared",
+    "plan_tasks",
+]
+
+_LARGE: Final = 64 << 20
+"""Bytes of a piece that are worth a request of its own, and threads."""
+_MAP_TYPE: Final = 0x0F
+_MAP_DROPPABLE: Final = 0x08
+
+Cuts = Mapping[tuple[int, int], Sequence[int]]
+"""Where the areas of a task are cut, by their bounds."""
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """The plan for the pages of one pagemap.
+
+    Attributes:
+        runs: all of them, a `placement.PLACED` array.
+    """
+
+    runs: Runs
+
+    @property
+    def memory(self) -> Memory:
+        """Where their content lies."""
+        raise NotImplementedError
+
+    @property
+    def bytes_total(self) -> int:
+        """All pages, in bytes."""
+        return total(self.runs)
+
+    @property
+    def bytes_outside(self) -> int:
+        """Those of them that go outside."""
+        return total(self.outside)
+
+    @property
+    def outside(self) -> Runs:
+        """The runs that go outside."""
+        outside: Runs = self.runs[self.runs["reason"] == Reason.OUTSIDE]
+        return outside
+
+    @cached_property
+    def pieces(self) -> dict[int, Runs]:
+        """The pages that go outside and have frames of their own, as `pieces_of`."""
+        outside = self.outside
+        return pieces_of(outside[outside["allocation"] != Allocation.BEFORE_FORK])
+
+    def by_reason(self) -> dict[Reason, int]:
+        """Bytes by verdict."""
+        return {
+            Reason(reason): total(self.runs[self.runs["reason"] == reason])
+            for reason in np.unique(self.runs["reason"]).tolist()
+        }
+
+    def to_touch(self) -> Ranges:
+        """Return the pages that the agent is to allocate."""
+        outside = self.outside
+        return _joined(outside[outside["allocation"] == Allocation.AGENT])
+
+    def drop(self, inside: InsideImages) -> None:
+        """Leave the pages that go outside out of the inside pagemap."""
+        if (self.runs["reason"] <= Reason.INHERITED).any():
+            inside.keep_pages(self.memory, _as_entries(self.runs), self.first_pages())
+
+    def first_pages(self) -> list[int]:
+        """Return the pages that go outside of which CRIU is to know that they were there."""
+        return []
+
+
+@dataclass(frozen=True)
+class TaskPlan(MemoryPlan):
+    """The plan for the private pages of one task that is alive.
+
+    Attributes:
+        task: what the images say.
+        sharing: what it shares with its parent or its children.
+    """
+
+    task: Task
+    sharing: Sharing
+
+    @property
+    def memory(self) -> Memory:
+        """The task's private pages."""
+        assert self.task.memory is not None
+        return self.task.memory
+
+    @cached_property
+    def pieces_of_criu(self) -> Ranges:
+        """What CRIU is to populate for this task alone."""
+        outside = self.outside
+        return _joined(outside[outside["allocation"] == Allocation.CRIU])
+
+    @cached_property
+    def bequeathed(self) -> dict[int, Runs]:
+        """The pages that descendants inherit, written here for all of them, as `pieces_of`."""
+        outside = self.outside
+        return pieces_of(outside[outside["allocation"] == Allocation.BEFORE_FORK])
+
+    def inherited(self, root: int) -> dict[int, Runs]:
+        """Return the pages that the ancestor with the pid `root` has written, as `pieces_of`."""
+        runs = self.runs[self.runs["reason"] == Reason.INHERITED]
+        ranges = self.sharing.from_root[root]
+        return {
+            level: cut_to(pieces, ranges["start"], ranges["end"])
+            for level, pieces in pieces_of(runs).items()
+        }
+
+    @property
+    def spared(self) -> Ranges:
+        """Bytes that are the guest kernel's: the registered ``struct rseq``.
+
+        CRIU registers them while it builds the skeleton. The kernel keeps the number of the CPU
+        there; newer ones remember what they have written and write it again only when it changes,
+        so that an old number over it would stay.
+        """
+        return self.task.rseq_areas
+
+    def first_pages(self) -> list[int]:
+        """Return the first page of each area where it goes outside."""
+        assert self.task.vmas is not None
+        vmas = self.task.vmas[is_private(self.task.vmas)]
+        owner = np.searchsorted(vmas["start"], self.runs["start"], side="right") - 1
+        first = np.diff(owner, prepend=-1) != 0
+        pages: list[int] = self.runs["start"][
+            first & (self.runs["reason"] <= Reason.INHERITED)
+        ].tolist()
+        return pages
+
+    @cached_property
+    def large_pieces(self) -> Ranges:
+        """Of `pieces_of_criu` those that the agent allocates faster: by many threads, at once."""
+        pieces = self.pieces_of_criu
+        large: Ranges = pieces[pieces["end"] - pieces["start"] >= _LARGE]
+        return large
+
+    def put(
+        self, inside: InsideImages, draft: Draft, cuts: Cuts, *, all_by_criu: bool
+    ) -> list[VmaEntry]:
+        """Make the task's part of the inside image set; return its areas there.
+
+        Args:
+            inside: the set.
+            draft: of its messages.
+            cuts: where areas are cut.
+            all_by_criu: CRIU is asked for `large_pieces`, too.
+        """
+        self.drop(inside)
+        mm = draft.message(f"mm-{self.task.pid}.img", 0, MmEntry)
+        areas: list[VmaEntry] = []
+        for vma in mm.vmas:
+            edges = cuts.get((vma.start, vma.end), ())
+            for piece in split_vma(vma, edges) if edges else [vma]:
+                self._ask_criu(piece, all_by_criu)
+                areas.append(piece)
+        del mm.vmas[:]
+        mm.vmas.extend(areas)
+        return list(mm.vmas)
+
+    def _ask_criu(self, piece: VmaEntry, all_of_it: bool) -> None:
+        if _contains(self.pieces_of_criu, piece):
+            if piece.prot & PROT_WRITE:
+                if all_of_it or not _contains(self.large_pieces, piece):
+                    piece.madv |= 1 << MADV_POPULATE_WRITE
+            else:
+                piece.flags |= MAP_POPULATE  # while CRIU still has it writable
+        if _contains(self.sharing.dropped, piece):
+            piece.madv |= 1 << MADV_DONTNEED_LOCKED
+        if _contains(self.sharing.cow.bequeathed, piece):
+            piece.flags |= MAP_POPULATE
+
+
+@dataclass(frozen=True)
+class SharedPlan(MemoryPlan):
+    """The plan for one object of shared memory: it is written once, whoever has it.
+
+    Attributes:
+        shared: what the images say.
+    """
+
+    shared: SharedMemory
+
+    @property
+    def memory(self) -> Memory:
+        """Its pages."""
+        return self.shared.memory
+
+
+def plan_tasks(
+    alive: Sequence[Task], *, asked: bool, force: bool
+) -> tuple[tuple[TaskPlan, ...], CowPlan]:
+    """Place the private pages of tasks, and say what they share.
+
+    Args:
+        alive: the tasks, parents first.
+        asked: whether memory is to be written outside at all.
+        force: whether the guest's agent can allocate pages of areas that are not writable.
+    """
+    areas = {task.pid: _areas(task, asked=asked, force=force) for task in alive}
+    cow = plan_cow(alive, inheritance(alive) if asked else {}, lambda task: _open(areas[task.pid]))
+    plans = []
+    for task in alive:
+        assert task.memory is not None
+        sharing = cow.tasks[task.pid]
+        runs = place(task.memory.entries, areas[task.pid], sharing.cow)
+        plans.append(TaskPlan(runs, task, sharing))
+    return tuple(plans), cow
+
+
+def _open(areas: Sequence[Area]) -> Ranges:
+    # What goes outside and may be cut.
+    chosen = [area for area in areas if area.reason == Reason.OUTSIDE and area.may_be_cut]
+    rows = np.array([(area.start, area.end) for area in chosen], dtype="<u8").reshape(-1, 2)
+    return join(ranges_of(rows[:, 0], rows[:, 1]))
+
+
+def plan_shared(objects: Sequence[SharedMemory], *, asked: bool) -> tuple[SharedPlan, ...]:
+    """Place the pages of shared memory, each object as a whole."""
+    return tuple(SharedPlan(_placed(shared, asked), shared) for shared in objects)
+
+
+def cuts_of(plans: Sequence[TaskPlan], cow: CowPlan) -> dict[int, Cuts]:
+    """Return where the areas of each task are cut, by pid.
+
+    Each piece that CRIU is asked something about is an area of its own: in all of a family, or CRIU
+    would not see that one piece is the other's.
+    """
+    families: dict[int, list[Ranges]] = {root: [*edges] for root, edges in cow.edges.items()}
+    for plan in plans:
+        for root, areas in cow.rooted[plan.task.pid].items():
+            families[root].append(common(plan.pieces_of_criu, areas))
+    for plan in plans:
+        if plan.task.pid in families:
+            families[plan.task.pid].append(common(plan.pieces_of_criu, cow.heirs(plan.task.pid)))
+    points = {root: _points(*sets) for root, sets in families.items()}
+    found = {}
+    for plan in plans:
+        pid = plan.task.pid
+        own = [_points(plan.pieces_of_criu)]
+        own += [_within(points[root], areas) for root, areas in cow.rooted[pid].items()]
+        if pid in points:
+            own.append(_within(points[pid], cow.heirs(pid)))
+        found[pid] = _cuts(plan.task, np.unique(np.concatenate(own)))
+    return found
+
+
+def _points(*sets: Ranges) -> NDArray[np.uint64]:
+    return np.unique(np.concatenate([s[side] for s in sets for side in ("start", "end")]))
+
+
+def _within(points: NDArray[np.uint64], areas: Ranges) -> NDArray[np.uint64]:
+    return points[inside(points, areas["start"], areas["end"])]
+
+
+def _cuts(task: Task, points: NDArray[np.uint64]) -> Cuts:
+    assert task.vmas is not None
+    vmas = task.vmas[is_private(task.vmas)]
+    first = np.searchsorted(points, vmas["start"], side="right")
+    last = np.searchsorted(points, vmas["end"], side="left")
+    return {
+        (int(vmas["start"][n]), int(vmas["end"][n])): points[first[n] : last[n]].tolist()
+        for n in np.flatnonzero(first < last).tolist()
+    }
+
+
+def _areas(task: Task, *, asked: bool, force: bool) -> list[Area]:
+    assert task.vmas is not None
+    return [
+        _area(*row, asked=asked, force=force)
+        for row in task.vmas[is_private(task.vmas)][
+            ["start", "end", "status", "flags", "prot"]
+        ].tolist()
+    ]
+
+
+def _area(
+    start: int, end: int, status: int, flags: int, prot: int, *, asked: bool, force: bool
+) -> Area:
+    if status & (VMA_AREA_VDSO | VMA_AREA_VVAR):
+        return Area(start, end, Reason.VDSO)
+    special = status & (VMA_AREA_AIORING | VMA_AREA_SHSTK | VMA_AREA_UPROBES)
+    if special or flags & _MAP_TYPE == _MAP_DROPPABLE:
+        return Area(start, end, Reason.SPECIAL)
+    if not asked:
+        return Area(start, end, Reason.NOT_ASKED)
+    writable = bool(prot & PROT_WRITE)
+    if flags & MAP_HUGETLB:
+        # The kernel does not join pieces again, nor lets the agent force a write (mm/gup.c).
+        return Area(start, end, Reason.OUTSIDE, populates=True, touchable=writable)
+    if not (writable or force):
+        return Area(start, end, Reason.READ_ONLY)
+    may_be_cut = not flags & MAP_GROWSDOWN
+    populates = may_be_cut and writable and bool(status & VMA_ANON_PRIVATE)
+    return Area(start, end, Reason.OUTSIDE, populates, divisible=populates, may_be_cut=may_be_cut)
+
+
+def _placed(shared: SharedMemory, asked: bool) -> Runs:
+    entries = shared.memory.entries
+    runs = np.zeros(len(entries), dtype=PLACED)
+    runs["start"], runs["level"], runs["offset"] = (
+        entries["vaddr"], entries["level"], entries["offset"],
+    )  # fmt: skip
+    runs["size"] = entries["nr_pages"] << np.uint64(PAGE_SHIFT)
+    runs["reason"] = _shared_verdict(shared, asked)
+    return runs
+
+
+def _shared_verdict(shared: SharedMemory, asked: bool) -> Reason:
+    if not asked:
+        return Reason.NOT_ASKED
+    if shared.sealed:
+        return Reason.SEALED
+    return Reason.OUTSIDE if shared.places else Reason.UNREACHABLE
+
+
+def pieces_of(runs: Runs) -> dict[int, Runs]:
+    """Return `placement.PLACED` runs as `_fastcopy.PIECE` arrays by level of the images."""
+    found = {}
+    for level in np.unique(runs["level"]).tolist():
+        here = runs[runs["level"] == level]
+        found[level] = pieces = np.empty(len(here), dtype=PIECE)
+        pieces["gva"], pieces["size"], pieces["offset"] = (
+            here["start"], here["size"], here["offset"],
+        )  # fmt: skip
+    return found
+
+
+def _joined(runs: Runs) -> Ranges:
+    return join(ranges_of(runs["start"], runs["start"] + runs["size"]))
+
+
+def _contains(ranges: Ranges, vma: VmaEntry) -> bool:
+    at = int(np.searchsorted(ranges["start"], np.uint64(vma.start), side="right")) - 1
+    return at >= 0 and vma.end <= int(ranges["end"][at])
+
+
+def _as_entries(runs: Runs) -> Runs:
+    kept = runs[runs["reason"] > Reason.INHERITED]
+    entries = np.zeros(len(kept), dtype=PAGEMAP_DTYPE)
+    entries["vaddr"] = kept["start"]
+    entries["nr_pages"] = kept["size"] >> np.uint64(PAGE_SHIFT)
+    return entries

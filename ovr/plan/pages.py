@@ -1,0 +1,228 @@
+"""Which pages of a task go outside, which stay inside, and why: the array part of the plan.
+
+A task's pagemap is cut where the verdict may change (borders of VMAs and of what is shared
+copy-on-write), each cut is judged, and neighbours with the same verdict become one run again. All
+of it on numpy arrays: a fragmented process has more than a million entries.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ovr.memory.addresses import PAGE_SIZE
+from ovr.memory.ranges import Ranges, cut_at, inside, join, no_ranges, ranges_of, without
+
+__all__ = ["PLACED", "Allocation", "Area", "Cow", "Reason", "Runs", "place"]
+
+Runs = NDArray[np.void]
+"""An array of `PLACED`."""
+
+
+class Reason(IntEnum):
+    """Why a run of pages stays inside; `OUTSIDE` and `INHERITED` are the ones that do not."""
+
+    OUTSIDE = 0
+    INHERITED = 1
+    COW = 2
+    VDSO = 3
+    SPECIAL = 4
+    HUGETLB = 5
+    READ_ONLY = 6
+    SEALED = 7
+    UNREACHABLE = 8
+    NOT_ASKED = 9
+    ANCHOR = 10
+
+    @property
+    def text(self) -> str:
+        """One line for people."""
+        return _TEXTS[self]
+
+
+_TEXTS: Final = {
+    Reason.OUTSIDE: "written from outside",
+    Reason.INHERITED: "shared copy-on-write with an ancestor, written there",
+    Reason.COW: "shared copy-on-write by parent and child, in few pages or not from the first on",
+    Reason.VDSO: "vDSO or vvar: CRIU matches it with the guest kernel's own",
+    Reason.SPECIAL: "special area (AIO ring, shadow stack, guard, droppable)",
+    Reason.HUGETLB: "read-only hugetlb pages that do not fill their area",
+    Reason.READ_ONLY: "not writable, and the guest's kernel lets nobody force a write",
+    Reason.SEALED: "a memfd that is sealed against writing",
+    Reason.UNREACHABLE: "shared memory that no task has open or mapped",
+    Reason.NOT_ASKED: "memory was not asked for (--outside)",
+    Reason.ANCHOR: "CRIU cannot restore a task without any page of its own",
+}
+
+
+class Allocation(IntEnum):
+    """Who has the guest allocate the frames of a run that goes outside."""
+
+    AGENT = 0
+    """The agent, by touching each page while the skeleton stands."""
+    CRIU = 1
+    """CRIU's restorer (``MADV_POPULATE_WRITE``): faster, for whole pieces of a writable area."""
+    BEFORE_FORK = 2
+    """CRIU when it maps a piece of an area (``MAP_POPULATE``), before it makes the children."""
+
+
+PLACED = np.dtype(
+    [
+        ("start", "<u8"), ("size", "<u8"), ("offset", "<i8"),
+        ("level", "<u4"), ("reason", "<u1"), ("allocation", "<u1"),
+    ]
+)  # fmt: skip
+"""A run of pages: GVA and size in bytes, position in the pages image of that level (0: the image
+set's own, 1: its parent's, …), a `Reason`, and for what goes outside an `Allocation`."""
+
+# A piece of an area of its own costs CRIU an mmap and a madvise; touching a page costs two system
+# calls. So pieces are worth it from some size on, and not too many of them in one area.
+_SMALLEST_PIECE: Final = 16 * PAGE_SIZE
+_MOST_PIECES: Final = 1024
+
+
+@dataclass(frozen=True)
+class Area:
+    """A VMA of the images, with the verdict on its pages. Half-open, in bytes.
+
+    Attributes:
+        reason: the verdict.
+        populates: CRIU may be asked to populate it as a whole: it is anonymous and writable.
+        divisible: and any part of it too.
+        may_be_cut: CRIU may be given it in pieces.
+        touchable: the agent can allocate pages of it; only some hugetlb areas are not.
+    """
+
+    start: int
+    end: int
+    reason: Reason
+    populates: bool = False
+    divisible: bool = False
+    may_be_cut: bool = False
+    touchable: bool = True
+
+
+@dataclass(frozen=True)
+class Cow:
+    """What a task shares copy-on-write, each a `ranges.Ranges`, sorted, without overlaps.
+
+    Attributes:
+        inherited: with an ancestor that has it written.
+        bequeathed: with descendants that inherit it.
+        inside: with its parent or its children by way of CRIU's own images.
+        populated: where it or an ancestor has pages before children are made, whoever has them in
+            the end; the task has pages elsewhere, too, if it has any.
+    """
+
+    inherited: Ranges = field(default_factory=no_ranges)
+    bequeathed: Ranges = field(default_factory=no_ranges)
+    inside: Ranges = field(default_factory=no_ranges)
+    populated: Ranges = field(default_factory=no_ranges)
+
+
+def place(pagemap: Runs, areas: Sequence[Area], cow: Cow) -> Runs:
+    """Return the `PLACED` runs of one task, sorted by address.
+
+    Args:
+        pagemap: entries of dtype `images.PAGEMAP_DTYPE`, sorted, all with data in an image.
+        areas: the task's private VMAs, sorted; every entry lies inside of them.
+        cow: what the task shares with its parent or its children.
+    """
+    starts = np.array([area.start for area in areas], dtype="<u8")
+    ends = np.array([area.end for area in areas], dtype="<u8")
+    shared = [cow.inherited, cow.bequeathed, cow.inside]
+    edges = [ranges[side] for ranges in shared for side in ("start", "end")]
+    borders = np.unique(np.concatenate([starts, ends, *edges]))
+    runs = cut_at(_runs(pagemap), borders, "start")
+    owner = np.searchsorted(starts, runs["start"], side="right") - 1
+    runs["reason"] = np.array([area.reason for area in areas], dtype="<u1")[owner]
+    runs["reason"][_inside(runs, cow.inside)] = Reason.COW
+    runs["reason"][_inside(runs, cow.inherited)] = Reason.INHERITED
+    runs["allocation"][_inside(runs, cow.bequeathed)] = Allocation.BEFORE_FORK
+    runs = _anchor(_join(runs, owner), cow.populated)
+    _allocate(runs, np.searchsorted(starts, runs["start"], side="right") - 1, areas)
+    return runs
+
+
+def _runs(pagemap: Runs) -> Runs:
+    runs = np.zeros(len(pagemap), dtype=PLACED)
+    runs["start"] = pagemap["vaddr"]
+    runs["size"] = pagemap["nr_pages"] * np.uint64(PAGE_SIZE)
+    runs["level"], runs["offset"] = pagemap["level"], pagemap["offset"]
+    return runs
+
+
+def _inside(runs: Runs, ranges: Ranges) -> NDArray[np.bool_]:
+    # Which runs lie in one of the ranges; none crosses a border of one.
+    return inside(runs["start"], ranges["start"], ranges["end"])
+
+
+def _join(runs: Runs, owner: NDArray[np.intp]) -> Runs:
+    # Neighbours in memory and in the image, in one area, with one verdict, are one run.
+    if not len(runs):
+        return runs
+    end = runs["start"] + runs["size"]
+    new = np.ones(len(runs), dtype=bool)
+    new[1:] = (
+        (runs["start"][1:] != end[:-1])
+        | (runs["offset"][1:] != runs["offset"][:-1] + runs["size"][:-1].astype("<i8"))
+        | (runs["level"][1:] != runs["level"][:-1])
+        | (runs["reason"][1:] != runs["reason"][:-1])
+        | (runs["allocation"][1:] != runs["allocation"][:-1])
+        | (owner[1:] != owner[:-1])
+    )
+    firsts = np.flatnonzero(new)
+    joined = runs[firsts].copy()
+    joined["size"] = np.add.reduceat(runs["size"], firsts)
+    return joined
+
+
+def _allocate(runs: Runs, owner: NDArray[np.intp], areas: Sequence[Area]) -> None:
+    # What counts is how the pages lie in memory; in the images they may come from several levels.
+    outside = np.flatnonzero(
+        (runs["reason"] == Reason.OUTSIDE) & (runs["allocation"] != Allocation.BEFORE_FORK)
+    )
+    if not len(outside):
+        return
+    start, size, area = runs["start"][outside], runs["size"][outside], owner[outside]
+    opens = np.append(True, (start[1:] != (start + size)[:-1]) | (area[1:] != area[:-1]))
+    firsts = np.flatnonzero(opens)
+    span_size = np.add.reduceat(size, firsts)
+    span_area = area[firsts]
+    chosen = np.zeros(len(firsts), dtype=bool)
+    chosen[_worth_a_piece(span_size, span_area, areas)] = True
+    span = np.cumsum(opens) - 1
+    runs["allocation"][outside[chosen[span]]] = Allocation.CRIU
+    touchable = np.array([area.touchable for area in areas])[span_area]
+    runs["reason"][outside[~(touchable | chosen)[span]]] = Reason.HUGETLB
+
+
+def _worth_a_piece(
+    size: NDArray[np.uint64], owner: NDArray[np.intp], areas: Sequence[Area]
+) -> NDArray[np.intp]:
+    # The indexes of the spans that CRIU is to populate; the largest of each area go first.
+    whole = np.array([area.end - area.start for area in areas], dtype="<u8")[owner] == size
+    divisible = np.array([area.divisible for area in areas])[owner]
+    populates = np.array([area.populates for area in areas])[owner]
+    good = np.flatnonzero(populates & (whole | divisible & (size >= _SMALLEST_PIECE)))
+    order = good[np.lexsort((-size[good].astype("<i8"), owner[good]))]
+    new_area = np.flatnonzero(np.diff(owner[order], prepend=-1))
+    rank = np.arange(len(order)) - np.repeat(new_area, np.diff(new_area, append=len(order)))
+    few: NDArray[np.intp] = order[rank < _MOST_PIECES]
+    return few
+
+
+def _anchor(runs: Runs, populated: Ranges) -> Runs:
+    # CRIU 4.1 crashes on a task whose pagemap has no entry (premap_priv_vmas): keep one page. Not
+    # where a page is populated before the children are made: CRIU compares with what is there, and
+    # would leave a page of zeros shared that is written from outside later.
+    if not len(runs) or (runs["reason"] > Reason.INHERITED).any():
+        return runs
+    free = without(join(ranges_of(runs["start"], runs["start"] + runs["size"])), populated)
+    page = free["start"][np.argmin(free["end"] - free["start"])]
+    runs = cut_at(runs, np.array([page, page + np.uint64(PAGE_SIZE)]), "start")
+    runs["reason"][runs["start"] == page] = Reason.ANCHOR
+    return runs

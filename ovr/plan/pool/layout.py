@@ -1,0 +1,248 @@
+"""Which areas of the tasks a pool in the guest can give, and where in the pool they are best.
+
+Whole units of 2 MiB of private, anonymous, writable memory come from a pool. An area's part of it
+lies in it as the area lies in memory, modulo 2 MiB and without gaps, so that huge pages stay whole
+when they are moved; the largest one, if it can be, modulo 1 GiB, so that page tables are moved
+whole, too.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+
+from ovr.images import VmaEntry
+from ovr.images.vma import (
+    MADV_HUGEPAGE,
+    MADV_POPULATE_WRITE,
+    MAP_ANONYMOUS,
+    MAP_FIXED,
+    MAP_HUGETLB,
+    MAP_PRIVATE,
+    MAP_STACK,
+    PROT_READ,
+    PROT_WRITE,
+    VMA_ANON_PRIVATE,
+    is_private,
+)
+from ovr.memory.ranges import RANGE, Ranges, common, join, ranges_of
+from ovr.plan.areas import TaskPlan
+from ovr.plan.sharing import CowPlan
+
+__all__ = [
+    "NOTHING",
+    "SEAT",
+    "TABLE_SPAN",
+    "UNIT",
+    "Pool",
+    "Served",
+    "alone",
+    "family",
+    "fitting_pool",
+    "give_out",
+    "one_range",
+    "room_of",
+    "served_areas",
+    "total_of",
+]
+
+UNIT: Final = 2 << 20
+"""What comes from the pool comes in whole huge pages, in bytes."""
+SEAT: Final = 0x4000_0000_0000
+"""Near where the guest's pool is, as far as nothing else was there: POOL_SEAT in guest/warm/pool.h.
+"""
+TABLE_SPAN: Final = 1 << 30
+"""What a page table of 2 MiB entries maps, in bytes: the kernel moves it at once, if it is at such
+a boundary here and there (``move_normal_pud`` of mm/mremap.c)."""
+NOTHING: Final = "no area has enough whole 2 MiB that a pool could give"
+
+_FLAGS: Final = MAP_PRIVATE | MAP_FIXED | MAP_ANONYMOUS | MAP_STACK
+_ADVICE: Final = 1 << MADV_HUGEPAGE | 1 << MADV_POPULATE_WRITE
+_WRITABLE: Final = PROT_READ | PROT_WRITE
+
+
+@dataclass(frozen=True)
+class Pool:
+    """What the guest has ready.
+
+    Attributes:
+        size: of the pool, in bytes.
+        criu: the version of the CRIU that has it.
+        at: where it is in its process.
+    """
+
+    size: int
+    criu: str
+    at: int
+
+
+@dataclass
+class Served:
+    """An area of a task, and its part of the pool.
+
+    Attributes:
+        start: address in the task; `end` the one behind it.
+        kept: the units of it that have pages, as addresses in the task.
+        at: where its start is in the pool, in bytes.
+        gap: bytes of the pool before its part that nobody gets.
+    """
+
+    start: int
+    end: int
+    kept: Ranges
+    at: int = 0
+    gap: int = 0
+
+    @property
+    def low(self) -> int:
+        """Where the first unit begins, in the task."""
+        return self.start // UNIT * UNIT
+
+    @property
+    def room(self) -> int:
+        """What it takes of the pool, in bytes."""
+        return -(-self.end // UNIT) * UNIT - self.low
+
+
+def fitting_pool(
+    plans: Sequence[TaskPlan], cow: CowPlan, areas: Mapping[int, Sequence[VmaEntry]]
+) -> tuple[int, int] | None:
+    """Return what the smallest pool is from which the tasks get all that one can give.
+
+    Its size, and how far behind a multiple of `TABLE_SPAN` it begins best, in bytes; None if that
+    is nothing.
+
+    Args:
+        plans: the tasks that are alive, parents first.
+        cow: what they share.
+        areas: the areas of each task as the inside image set has them, by pid.
+    """
+    served = served_areas(plans, cow, areas)
+    size = room_of(served)
+    if not size:
+        return None
+    give_out(served, Pool(size, "", SEAT))
+    aligned = _to_align(served)
+    return size, (aligned.start - aligned.at) % TABLE_SPAN if aligned else 0
+
+
+def served_areas(
+    plans: Sequence[TaskPlan], cow: CowPlan, areas: Mapping[int, Sequence[VmaEntry]]
+) -> dict[int, list[Served]]:
+    """Return what a pool can give to each task, by pid, descendants behind their ancestors.
+
+    The arguments are those of `fitting_pool`.
+    """
+    by_pid = {plan.task.pid: plan for plan in plans}
+    taken = _inherited(plans, areas)
+    return {pid: [*_served(by_pid[pid], cow, taken[pid])] for pid in _family_order(plans)}
+
+
+def room_of(served: Mapping[int, Sequence[Served]]) -> int:
+    """Return how much of a pool all of that takes, in bytes."""
+    return sum(area.room for each in served.values() for area in each)
+
+
+def alone(served: Mapping[int, Sequence[Served]]) -> bool:
+    """Tell whether one task has it all."""
+    return sum(map(bool, served.values())) == 1
+
+
+def _to_align(served: Mapping[int, Sequence[Served]]) -> Served | None:
+    # The area that shall lie as in the end modulo `TABLE_SPAN`: the largest, if one task has it
+    # all, so that the reservation can be put where it is.
+    largest = max((area for each in served.values() for area in each), key=lambda area: area.room)
+    return largest if alone(served) and largest.room >= TABLE_SPAN else None
+
+
+def give_out(served: Mapping[int, Sequence[Served]], pool: Pool) -> dict[int, tuple[int, int]]:
+    """Place the areas in the pool, one after the other; return the part of each task, by pid."""
+    aligned = _to_align(served)
+    left = pool.size - room_of(served)
+    at = 0
+    parts = {}
+    for pid, each in served.items():
+        first = at
+        for area in each:
+            gap = (area.low - pool.at - at) % TABLE_SPAN
+            if area is aligned and gap <= left and gap % UNIT == 0:
+                area.gap = gap
+            area.at = at + area.gap + area.start - area.low
+            at += area.gap + area.room
+        parts[pid] = first, at
+    return parts
+
+
+def _family_order(plans: Sequence[TaskPlan]) -> list[int]:
+    # So that what goes to a task and its descendants is one range of the pool.
+    children: dict[int, list[int]] = {}
+    for plan in plans:
+        children.setdefault(plan.task.ppid, []).append(plan.task.pid)
+    order: list[int] = []
+    left = [plans[0].task.pid]
+    while left:
+        order.append(left.pop())
+        left += children.get(order[-1], [])
+    return order
+
+
+def _inherited(
+    plans: Sequence[TaskPlan], areas: Mapping[int, Sequence[VmaEntry]]
+) -> dict[int, Ranges]:
+    # What CRIU has a task inherit, or bequeath: pieces that parent and child have at the same
+    # place, even if the areas that they are of are not the same.
+    bounds = {pid: {(area.start, area.end) for area in each} for pid, each in areas.items()}
+    same: dict[int, set[tuple[int, int]]] = {pid: set() for pid in bounds}
+    for plan in plans:
+        pid, parent = plan.task.pid, plan.task.ppid
+        if parent in bounds:
+            both = bounds[pid] & bounds[parent]
+            same[pid] |= both
+            same[parent] |= both
+    return {pid: join(np.array([*each], dtype=RANGE)) for pid, each in same.items()}
+
+
+def _served(plan: TaskPlan, cow: CowPlan, inherited: Ranges) -> Iterator[Served]:
+    # The areas of a task that are worth it.
+    vmas, mm, pid = plan.task.vmas, plan.task.mm, plan.task.pid
+    assert vmas is not None and mm is not None
+    if mm.thp_disabled:
+        return  # the pool has huge pages
+    if (vmas[is_private(vmas)]["flags"] & MAP_HUGETLB).any():
+        return  # these are not in CRIU's reservation, or are, by its version
+    plain = is_private(vmas) & (vmas["status"] & VMA_ANON_PRIVATE != 0)
+    plain &= (vmas["flags"] & ~np.uint32(_FLAGS) == 0) & (vmas["madv"] & ~np.uint64(_ADVICE) == 0)
+    plain &= vmas["prot"] & _WRITABLE == _WRITABLE
+    plain &= vmas["end"] - vmas["start"] >= UNIT
+    # Children must inherit these, and find nothing there that is not theirs.
+    others = join(inherited, family(cow, pid))
+    for start, end in vmas[plain][["start", "end"]].tolist():
+        area = one_range(start, end)
+        if len(common(area, others)):
+            continue
+        served = Served(start, end, _units(common(plan.pieces_of_criu, area)))
+        if 2 * total_of(served.kept) >= served.room:
+            yield served
+
+
+def family(cow: CowPlan, pid: int) -> Ranges:
+    """Return the areas of a task that others inherit, or that it inherits."""
+    return join(cow.heirs(pid), *cow.rooted[pid].values())
+
+
+def one_range(start: int, end: int) -> Ranges:
+    """Return the set of one range."""
+    return ranges_of(np.array([start], "<u8"), np.array([end], "<u8"))
+
+
+def _units(ranges: Ranges) -> Ranges:
+    unit = np.uint64(UNIT)
+    start = (ranges["start"] + unit - np.uint64(1)) // unit * unit
+    end = ranges["end"] // unit * unit
+    return ranges_of(start[start < end], end[start < end])
+
+
+def total_of(ranges: Ranges) -> int:
+    """Return how many bytes are in a set."""
+    return int((ranges["end"] - ranges["start"]).sum())

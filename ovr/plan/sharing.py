@@ -1,0 +1,259 @@
+"""What of a tree's memory is allocated before its children are made, so that they share it.
+
+CRIU leaves a page shared by parent and child if its images have the same content for it in both.
+For a server of twenty workers that would mean to send the same pages twenty times, and CRIU to
+compare them one by one. Instead, the first ancestor that has an area is asked to populate pieces
+of it when it maps them (``MAP_POPULATE`` in ``VmaEntry.flags``; ``premap_private_vma`` of
+criu/mem.c maps them before it forks), none of these pages is in the images, and what is written
+into them from outside is seen by all who inherited them. Who has something else there gets a page
+of its own when the agent touches it; who has nothing there has the piece dropped
+(``MADV_DONTNEED_LOCKED`` in ``VmaEntry.madv``), after the children were made.
+
+What is shared by descendants only, and not with that first ancestor, is left to CRIU and its
+images.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Final
+
+import numpy as np
+
+from ovr.images import Task
+from ovr.images.cow import Inheritance, zero_pages
+from ovr.images.runs import ends_of
+from ovr.memory.addresses import PAGE_SIZE
+from ovr.memory.ranges import Ranges, common, join, no_ranges, ranges_of, without
+from ovr.plan.pages import Cow
+
+__all__ = ["CowPlan", "Sharing", "plan_cow"]
+
+# Each piece is an area of its own to CRIU, in every task of the family.
+_SMALLEST: Final = 16 * PAGE_SIZE
+_MOST: Final = 1024
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """One task's part.
+
+    Attributes:
+        cow: what it shares.
+        dropped: what it inherits without having pages there.
+        from_root: what it inherits and has, by the pid of who has it written.
+    """
+
+    cow: Cow = field(default_factory=Cow)
+    dropped: Ranges = field(default_factory=no_ranges)
+    from_root: Mapping[int, Ranges] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class CowPlan:
+    """The sharing of a tree.
+
+    Attributes:
+        tasks: by pid.
+        edges: pieces of the areas that are inherited, by pid of the ancestor.
+        rooted: the areas that each task inherits, by pid and then by pid of the ancestor.
+    """
+
+    tasks: Mapping[int, Sharing]
+    edges: Mapping[int, Sequence[Ranges]]
+    rooted: Mapping[int, Mapping[int, Ranges]]
+
+    def heirs(self, pid: int) -> Ranges:
+        """Return the areas that others inherit from a task that has them first."""
+        return join(*(roots[pid] for roots in self.rooted.values() if pid in roots))
+
+
+def plan_cow(
+    tasks: Sequence[Task],
+    inherited: Mapping[int, Inheritance],
+    allowed: Callable[[Task], Ranges],
+) -> CowPlan:
+    """Decide what is shared how.
+
+    Args:
+        tasks: those that are alive, parents first.
+        inherited: what each has of its parent.
+        allowed: the areas of a task whose pages go outside and that may be cut.
+    """
+    lineage = _lineage(tasks, inherited)
+    seeds = {}
+    for root, family in _families(lineage).items():
+        seed = join(*(common(lineage.chained[task.pid], areas) for task, areas in family[1:]))
+        seeds[root] = _seed(without(seed, lineage.zeros), family, allowed)
+    return _plan(lineage, _leave_one_page(lineage, seeds))
+
+
+@dataclass(frozen=True)
+class _Lineage:
+    # Attributes, by pid: `inherited`; `rooted`: the areas that a task inherits, by pid of the first
+    # ancestor that has them; `chained`: the pages that are equal all the way up to that one.
+    # `zeros`: pages that are shared only further down, and hold nothing but zeros. Of these CRIU
+    # compares what its images have with what is in memory, which is zeros too where an ancestor has
+    # populated: it would take them for the ancestor's.
+    tasks: Mapping[int, Task]
+    inherited: Mapping[int, Inheritance]
+    rooted: Mapping[int, Mapping[int, Ranges]]
+    chained: Mapping[int, Ranges]
+    zeros: Ranges
+
+
+def _lineage(tasks: Sequence[Task], inherited: Mapping[int, Inheritance]) -> _Lineage:
+    rooted = _rooted(tasks, inherited)
+    chained = _chained(tasks, inherited, rooted)
+    deep = {
+        task.pid: without(inherited[task.pid].equal, chained[task.pid])
+        for task in tasks
+        if task.pid in inherited
+    }
+    by_pid = {task.pid: task for task in tasks}
+    zeros = join(*(zero_pages(by_pid[pid], ranges) for pid, ranges in deep.items()))
+    return _Lineage(by_pid, inherited, rooted, chained, zeros)
+
+
+Family = list[tuple[Task, Ranges]]
+"""The first ancestor, and the heirs with the areas that they have of it."""
+
+
+def _families(lineage: _Lineage) -> dict[int, Family]:
+    found: dict[int, Family] = {}
+    for pid, task in lineage.tasks.items():
+        for root, areas in lineage.rooted[pid].items():
+            found.setdefault(root, []).append((task, areas))
+    return {root: [(lineage.tasks[root], no_ranges()), *heirs] for root, heirs in found.items()}
+
+
+def _rooted(
+    tasks: Sequence[Task], inherited: Mapping[int, Inheritance]
+) -> dict[int, dict[int, Ranges]]:
+    # For each task, by pid of the first ancestor that has them, the areas that it inherits.
+    found: dict[int, dict[int, Ranges]] = {}
+    for task in tasks:
+        own = found[task.pid] = {}
+        if task.pid not in inherited:
+            continue
+        areas = inherited[task.pid].areas
+        grand = inherited.get(task.ppid)
+        own[task.ppid] = without(areas, grand.areas) if grand else join(areas)
+        for root, ranges in found[task.ppid].items():
+            own[root] = common(areas, ranges)
+        found[task.pid] = {root: ranges for root, ranges in own.items() if len(ranges)}
+    return found
+
+
+def _chained(
+    tasks: Sequence[Task],
+    inherited: Mapping[int, Inheritance],
+    rooted: Mapping[int, Mapping[int, Ranges]],
+) -> dict[int, Ranges]:
+    # For each task the pages that are equal all the way up to the first ancestor.
+    found: dict[int, Ranges] = {}
+    for task in tasks:
+        if task.pid not in inherited:
+            found[task.pid] = no_ranges()
+            continue
+        from_parent = rooted[task.pid].get(task.ppid, no_ranges())
+        found[task.pid] = common(inherited[task.pid].equal, join(from_parent, found[task.ppid]))
+    return found
+
+
+def _seed(seed: Ranges, family: Family, allowed: Callable[[Task], Ranges]) -> Ranges:
+    # What the ancestor populates before it makes children: in large pieces, and nothing of which
+    # CRIU would have to compare or keep something in any of the family.
+    seed = without(seed, join(*(_rseq_pages(task) for task, _ in family)))
+    seed = common(seed, allowed(family[0][0]))
+    for task, areas in family[1:]:
+        seed = without(seed, without(areas, allowed(task)))
+    seed = _large(seed)
+    for task, areas in family[1:]:
+        dropped = without(common(seed, areas), _pages(task))
+        seed = without(seed, without(dropped, _large(dropped)))
+    return _large(seed)
+
+
+def _leave_one_page(lineage: _Lineage, seeds: dict[int, Ranges]) -> dict[int, Ranges]:
+    # One page of each task is CRIU's in any case (`placement._anchor`).
+    for pid, task in lineage.tasks.items():
+        populated = _populated(seeds, pid, _heritage(lineage, seeds, pid))
+        if not len(populated):
+            continue
+        pages = _pages(task)
+        if len(pages) and not len(without(pages, populated)):
+            page = ranges_of(pages["start"][:1], pages["start"][:1] + np.uint64(PAGE_SIZE))
+            for root in {pid, *lineage.rooted[pid]} & seeds.keys():
+                seeds[root] = _large(without(seeds[root], page))
+    return seeds
+
+
+def _heritage(lineage: _Lineage, seeds: Mapping[int, Ranges], pid: int) -> dict[int, Ranges]:
+    # Where ancestors populate areas that a task inherits, by pid of the ancestor.
+    return {root: common(seeds[root], areas) for root, areas in lineage.rooted[pid].items()}
+
+
+def _populated(seeds: Mapping[int, Ranges], pid: int, heritage: Mapping[int, Ranges]) -> Ranges:
+    return join(seeds.get(pid, no_ranges()), *heritage.values())
+
+
+def _plan(lineage: _Lineage, seeds: Mapping[int, Ranges]) -> CowPlan:
+    edges = {root: [seed] for root, seed in seeds.items()}
+    inherited: dict[int, Ranges] = {}
+    found: dict[int, Sharing] = {}
+    for pid, task in lineage.tasks.items():
+        here = _heritage(lineage, seeds, pid)
+        shared = {root: common(lineage.chained[pid], seed) for root, seed in here.items()}
+        dropped = without(join(*here.values()), _pages(task))
+        for root, seed in here.items():
+            edges[root].append(common(dropped, seed))
+        inherited[pid] = join(*shared.values())
+        cow = Cow(
+            inherited[pid],
+            join(seeds.get(pid, no_ranges())),
+            populated=_populated(seeds, pid, here),
+        )
+        found[pid] = Sharing(cow, dropped, {r: s for r, s in shared.items() if len(s)})
+    inside = _inside(lineage, inherited)
+    sharing = {
+        pid: replace(one, cow=replace(one.cow, inside=inside[pid])) for pid, one in found.items()
+    }
+    return CowPlan(sharing, edges, lineage.rooted)
+
+
+def _inside(lineage: _Lineage, written: Mapping[int, Ranges]) -> dict[int, Ranges]:
+    # What is left to CRIU's own images, in parents and in children.
+    inside = dict.fromkeys(lineage.tasks, no_ranges())
+    for pid, inheritance in lineage.inherited.items():
+        kept = without(inheritance.equal, written[pid])
+        for user in (pid, lineage.tasks[pid].ppid):
+            inside[user] = join(inside[user], kept)
+    for pid, inheritance in lineage.inherited.items():
+        # A page of zeros where the parent has something else: that must be there, or CRIU sees no
+        # difference and gives the child no page of its own.
+        parent = lineage.tasks[lineage.tasks[pid].ppid]
+        zeros = common(common(inside[pid], lineage.zeros), inheritance.areas)
+        inside[parent.pid] = join(inside[parent.pid], common(zeros, _pages(parent)))
+    return inside
+
+
+def _large(ranges: Ranges) -> Ranges:
+    sizes = ranges["end"] - ranges["start"]
+    large: Ranges = ranges[sizes >= _SMALLEST]
+    if len(large) > _MOST:
+        order = np.argsort(large["end"] - large["start"])
+        large = np.sort(large[order[-_MOST:]], order="start")
+    return large
+
+
+def _pages(task: Task) -> Ranges:
+    assert task.memory is not None
+    entries = task.memory.entries
+    return join(ranges_of(entries["vaddr"], ends_of(entries)))
+
+
+def _rseq_pages(task: Task) -> Ranges:
+    # The kernel writes there, and so makes them the task's own.
+    areas, page = task.rseq_areas, np.uint64(PAGE_SIZE)
+    ends = (areas["end"] + page - np.uint64(1)) // page * page
+    return join(ranges_of(areas["start"] // page * page, ends))

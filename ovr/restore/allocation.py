@@ -1,0 +1,321 @@
+"""What the plan writes outside, found in the guest: address spaces, frames, sources.
+
+The frames are there already, or are asked for here: CRIU has populated pieces of areas, some before
+it made the children that share them; the agent touches the other pages of tasks, and maps each
+shared object in a process of its own, whose page table leads to the object's pages. So nothing of
+this is seen in the restored tasks.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Final, NamedTuple
+
+import numpy as np
+
+from ovr.attempt.copier import Family, Target
+from ovr.errors import RestoreFailed
+from ovr.guest.client.agent import Agent, Portion
+from ovr.images.source import Sources
+from ovr.images.task import Memory
+from ovr.kernel import (
+    Kernel,
+    Struct,
+    anon_vma_users,
+    find_task,
+    find_vma,
+    for_each_vma,
+    mm_space,
+    settled,
+    types_that_fit,
+)
+from ovr.memory.addresses import PAGE_SIZE, Gva
+from ovr.memory.paging import AddressSpace, Frames
+from ovr.memory.ranges import RANGE, Ranges, common, cut_to, join, ranges_of, total, without
+from ovr.plan import Plan
+from ovr.plan.areas import SharedPlan, TaskPlan
+from ovr.plan.pages import Runs
+from ovr.state import GuestTree
+
+__all__ = ["Outside", "find_outside", "sources_of"]
+
+_OF_THE_TASK: Final = "was it killed? look for the OOM killer in the guest's kernel log"
+
+
+@dataclass(frozen=True)
+class Outside:
+    """All that is to be written.
+
+    Attributes:
+        families: what tasks share copy-on-write.
+        targets: what one task has alone, and shared memory.
+    """
+
+    families: Sequence[Family]
+    targets: Sequence[Target]
+
+    @property
+    def bytes(self) -> int:
+        """How much is to be written."""
+        shared = sum(total(family.first.pieces) for family in self.families)
+        return shared + sum(total(target.pieces) for target in self.targets)
+
+    @property
+    def all(self) -> Sequence[Target]:
+        """Every target, once."""
+        shared = [target for family in self.families for target in (family.first, *family.heirs)]
+        return [*{id(target): target for target in (*shared, *self.targets)}.values()]
+
+
+def sources_of(plan: Plan) -> Iterator[tuple[Memory, int]]:
+    """Return the pages images that the plan writes from, with their levels in chains of dumps."""
+    for task in (*plan.tasks, *plan.shared):
+        for level in task.pieces:
+            yield task.memory, level
+
+
+def find_outside(
+    plan: Plan, guest: GuestTree, agent: Agent, sources: Sources, *, warm: bool = False
+) -> Outside:
+    """Have the guest allocate what the plan writes outside, and return where it is.
+
+    Args:
+        plan: the plan.
+        guest: the skeleton.
+        agent: holds it.
+        sources: the pages images.
+        warm: CRIU has populated the large pieces, too.
+
+    Raises:
+        RestoreFailed: the guest has no memory for it, or the skeleton is not what was planned.
+        GuestFault: kernel objects of the guest make no sense.
+        KernelNotFound: its types make no sense.
+        AgentUnreachable: the link broke.
+    """
+    restorees = {task.task.pid: _Restoree(task, guest, agent, sources) for task in plan.tasks}
+    families: list[Family] = []
+    targets: list[Target] = []
+    agent.touch(chain.from_iterable(r.portions(large=not warm) for r in restorees.values()))
+    for restoree in restorees.values():
+        targets += restoree.targets(restoree.plan.pieces)
+    for restoree in restorees.values():
+        if restoree.plan.bequeathed:
+            families += _families(restoree, restorees, guest)
+    for shared in plan.shared:
+        targets += _of_shared(shared, guest, agent, sources)
+    return Outside(families, targets)
+
+
+class _Alive:
+    # Whether a process still has the address space that it had. When it dies, its page tables are
+    # freed, and the next process may get them.
+
+    def __init__(self, name: str, kernel: Kernel, task: Struct, space: AddressSpace) -> None:
+        self._name = name
+        self._kernel = kernel
+        self._pid: int = task.pid
+        self._task = task
+        self.space = space
+
+    @types_that_fit()
+    def __call__(self) -> None:
+        task: Struct | None = find_task(self._kernel, self._pid)
+        alive = task is not None and task == self._task and task.mm
+        if not alive or mm_space(self._kernel, alive).root != self.space.root:
+            raise RestoreFailed(f"{self._name} has died in the guest", _OF_THE_TASK)
+
+
+class _Restoree:
+    # A task of the plan, found in the guest.
+
+    def __init__(self, plan: TaskPlan, guest: GuestTree, agent: Agent, sources: Sources) -> None:
+        self.plan = plan
+        with types_that_fit():
+            task = guest.task(plan.task.pid)
+            self.mm: Struct = task.mm
+            self.space = mm_space(guest.kernel, self.mm)
+            self._pid: int = task.tgid
+            self.check = _Alive(f"pid {plan.task.pid}", guest.kernel, task, self.space)
+        self._kernel = guest.kernel
+        self._agent = agent
+        self._sources = sources
+
+    def targets(self, pieces: Mapping[int, Runs], frames: Frames | None = None) -> Iterator[Target]:
+        for level, here in pieces.items():
+            if len(here):
+                yield Target(
+                    name=f"pid {self.plan.task.pid}",
+                    space=self.space,
+                    frames=frames or self._kernel.private_frames,
+                    pieces=here,
+                    source=self._sources.of(self.plan.memory, level),
+                    ask=self._ask,
+                    check=self.check,
+                    spared=self.plan.spared,
+                )
+
+    def _ask(self, pieces: Runs) -> None:
+        self._agent.touch([Portion(self._pid, True, pieces[["gva", "size"]].tolist())])
+
+    def portions(self, *, large: bool) -> Iterator[Portion]:
+        """Yield what the agent is to allocate."""
+        ranges = [self.plan.to_touch()]
+        if large and len(self.plan.large_pieces):
+            # Where the kernel has written something meanwhile, it must stay: page by page.
+            kept = _pages_of(self.plan.spared)
+            ranges += [without(self.plan.large_pieces, kept), common(self.plan.large_pieces, kept)]
+        for one in ranges:
+            if len(one):
+                yield from _portions(one, self.plan.spared, self._pid)
+
+
+def _families(
+    first: _Restoree, restorees: Mapping[int, _Restoree], guest: GuestTree
+) -> Iterator[Family]:
+    pid = first.plan.task.pid
+    sharing = {r: r.plan.sharing for r in restorees.values() if r is not first}
+    heirs = [
+        target
+        for heir, with_whom in sharing.items()
+        if pid in with_whom.from_root
+        for target in heir.targets(heir.plan.inherited(pid))
+    ]
+    strangers = [(r.space, s.dropped) for r, s in sharing.items() if len(s.dropped)]
+    ours = {restoree.mm.address_ for restoree in restorees.values()}
+    for anon_vma, ranges in _anon_vmas(first).items():
+        frames = _frames_of_the_tree(guest.kernel, anon_vma, ours, pid)
+        pieces = {
+            level: cut_to(part, ranges["start"], ranges["end"])
+            for level, part in first.plan.bequeathed.items()
+        }
+        for target in first.targets(pieces, frames):
+            yield Family(target, heirs, strangers)
+
+
+def _anon_vmas(restoree: _Restoree) -> dict[Gva, Ranges]:
+    # Where the task's bequeathed pages are, by the anon_vma of their area.
+    found: dict[Gva, list[tuple[int, int]]] = {}
+    seed = restoree.plan.sharing.cow.bequeathed
+    for start, end, anon_vma in settled(lambda: _areas(restoree.mm)):
+        at = int(np.searchsorted(seed["end"], np.uint64(start), side="right"))
+        if at < len(seed) and int(seed["start"][at]) < end:
+            found.setdefault(anon_vma, []).append((start, end))
+    return {anon: join(np.array(rows, dtype=RANGE)) for anon, rows in found.items()}
+
+
+def _areas(mm: Struct) -> list[tuple[int, int, Gva]]:
+    return [(vma.vm_start, vma.vm_end, vma.anon_vma.address_) for vma in for_each_vma(mm)]
+
+
+@types_that_fit()
+def _frames_of_the_tree(kernel: Kernel, anon_vma: Gva, ours: set[Gva], pid: int) -> Frames:
+    # Tasks of the tree are stopped: nobody can come to use the anon_vma, who does not use it now.
+    users = anon_vma_users(kernel.object("struct anon_vma", anon_vma)) if anon_vma else set()
+    if not anon_vma or not users <= ours:
+        raise RestoreFailed(
+            f"pid {pid}: memory that it should share with its children was not allocated, or is"
+            " shared with others",
+            "the guest may be out of memory; free some and restore again",
+        )
+    return kernel.anon_frames(anon_vma)
+
+
+def _portions(ranges: Ranges, spared: Ranges, pid: int) -> Iterator[Portion]:
+    # Where the kernel has written something meanwhile, it must stay.
+    precious = _overlaps(ranges, spared)
+    for keep in (False, True):
+        chosen = ranges[precious == keep]
+        if len(chosen):
+            yield Portion(pid, keep, _starts_and_sizes(chosen))
+
+
+def _starts_and_sizes(ranges: Ranges) -> list[tuple[int, int]]:
+    sizes = (ranges["end"] - ranges["start"]).tolist()
+    return [*zip(ranges["start"].tolist(), sizes, strict=True)]
+
+
+def _pages_of(ranges: Ranges) -> Ranges:
+    # The pages with a byte in one of the ranges.
+    page = np.uint64(PAGE_SIZE)
+    last = (ranges["end"] + page - np.uint64(1)) // page * page
+    return join(ranges_of(ranges["start"] // page * page, last))
+
+
+def _overlaps(ranges: Ranges, others: Ranges) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
+    # Which of the ranges have a page in common with one of the others; both are sorted.
+    low = others["start"] // np.uint64(PAGE_SIZE) * np.uint64(PAGE_SIZE)
+    first = np.searchsorted(others["end"], ranges["start"], side="right")
+    last = np.searchsorted(low, ranges["end"], side="left")
+    return first < last
+
+
+def _of_shared(
+    plan: SharedPlan, guest: GuestTree, agent: Agent, sources: Sources
+) -> Iterator[Target]:
+    if not plan.bytes_outside:
+        return
+    there = _reach(plan, guest)
+    ranges = plan.to_touch()
+    if not len(ranges) or int(ranges["end"][-1]) > there.size:
+        raise RestoreFailed(
+            f"shared memory {plan.shared.shmid}: {there.size} bytes in the guest, fewer than in the"
+            " images",
+            "report it, with the images",
+        )
+    mapped = agent.map(there.pid, there.way, there.size, _starts_and_sizes(ranges))
+    name = f"shared memory {plan.shared.shmid}"
+    check = _mapper(name, guest.kernel, mapped.pid)
+
+    def ask(pieces: Runs) -> None:
+        agent.touch([Portion(mapped.pid, True, pieces[["gva", "size"]].tolist())])
+
+    for level, pieces in plan.pieces.items():
+        here = pieces.copy()
+        here["gva"] += np.uint64(mapped.address)
+        yield Target(
+            name=name,
+            space=check.space,
+            frames=guest.kernel.shared_frames(there.mapping),
+            pieces=here,
+            source=sources.of(plan.memory, level),
+            ask=ask,
+            check=check,
+        )
+
+
+class _Object(NamedTuple):
+    # A shared object: a task that has it, the agent's way to it from there, the kernel's address
+    # of its pages, its size in bytes.
+    pid: int
+    way: str
+    mapping: Gva
+    size: int
+
+
+@types_that_fit()
+def _reach(plan: SharedPlan, guest: GuestTree) -> _Object:
+    place = plan.shared.places[0]
+    task = guest.task(place.pid)
+    if place.fd is not None:
+        file, way = guest.file(place.pid, place.fd), f"fd/{place.fd}"
+    else:
+        assert place.address is not None
+        vma = find_vma(task.mm, Gva(place.address))
+        if not (vma and vma.vm_file):
+            raise RestoreFailed(
+                f"shared memory {plan.shared.shmid}: pid {place.pid} has nothing mapped at"
+                f" {place.address:#x}",
+                "report it, with the images",
+            )
+        file, way = vma.vm_file, f"map_files/{vma.vm_start:x}-{vma.vm_end:x}"
+    mapping = file.f_mapping
+    size = -(-mapping.host.i_size // PAGE_SIZE) * PAGE_SIZE
+    return _Object(task.tgid, way, mapping.address_, size)
+
+
+@types_that_fit()
+def _mapper(name: str, kernel: Kernel, pid: int) -> _Alive:
+    task: Struct | None = find_task(kernel, pid)
+    if task is None or not task.mm:
+        raise RestoreFailed(f"the agent's process {pid} is not there", _OF_THE_TASK)
+    return _Alive(name, kernel, task, mm_space(kernel, task.mm))
