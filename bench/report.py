@@ -81,6 +81,40 @@ def restore_table(figures: Figures) -> str:
     return "\n".join([*lines, "", "Median (least … most), seconds.", *notes])
 
 
+def summary_table(whole: Mapping[str, Any]) -> str:
+    """Make the README's table: seconds, and factors against CRIU inside, under a caption."""
+    figures = whole["figures"]
+    lines = [
+        f"**{_caption(whole)}**",
+        "",
+        "| | idle VM, s | loaded VM, s | against CRIU inside, idle | loaded |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for name, shown in NAMES.items():
+        cells = [seconds(figures, f"{name}.{state}") for state in ("idle", "loaded")]
+        for state in ("idle", "loaded"):
+            factor = median(figures, f"{name}.{state}.times.{INSIDE}")
+            cells.append(f"{factor:.1f} x faster" if factor else "")
+        lines.append(f"| {shown} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _caption(whole: Mapping[str, Any]) -> str:
+    # States the accelerator first: figures under TCG say little about KVM.
+    about = _run_of(whole)
+    if about is None:
+        return "Nothing has been measured yet."
+    under = {
+        "tcg": "guests under software emulation (QEMU's TCG); no figures under KVM yet",
+        "kvm": "guests under KVM",
+    }[about["accelerator"]]
+    return (
+        f"Seconds to restore one process with {about['size'] / (1 << 30):.4g} GiB of memory: "
+        f"median (least … most) of {about['rounds']} rounds. Measured on {about['cores']} cores of "
+        f"{about['cpu']}; {under}."
+    )
+
+
 def phase_table(figures: Figures, runs: Mapping[str, Any]) -> str:
     """Where the time of `ovr` goes; what was measured with another size says so."""
 
@@ -141,10 +175,16 @@ def shape_table(figures: Figures) -> str:
     return "\n".join(lines)
 
 
-def conditions(whole: Mapping[str, Any]) -> str:
-    """Say on which machine it was."""
+def _run_of(whole: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    # The run of the comparison: size, rounds, machine and versions.
     run = whole["figures"].get(f"{COLD}.idle", {}).get("run")
-    about = whole["runs"].get(run)
+    found: Mapping[str, Any] | None = whole["runs"].get(run)
+    return found
+
+
+def conditions(whole: Mapping[str, Any]) -> str:
+    """Describe the run: memory, rounds, host, guest."""
+    about = _run_of(whole)
     if about is None:
         return "Nothing has been measured yet."
     gib = 1 << 30
@@ -182,6 +222,7 @@ def main() -> int:
     figures = whole["figures"]
     parts = {
         "conditions": conditions(whole),
+        "summary": summary_table(whole),
         "restore": restore_table(figures),
         "phases": phase_table(figures, whole["runs"]),
         "goals": goal_table(figures),
