@@ -58,24 +58,25 @@ _NO_CONFIG: Final = "--no-default-config"
 _FROM_A_DIRECTORY: Final = "ovr reads images from a directory"
 
 TABLE: Final[tuple[Option, ...]] = (
-    *_options(Fate.OURS, "the images, on the host; they are only read", "-D/--images-dir="),
+    *_options(Fate.OURS, "the images' directory, on the host; only read", "-D/--images-dir="),
     *_options(
-        Fate.OURS, "where the files below go; without it, the images' directory, as with CRIU",
+        Fate.OURS, "directory of the files below; by default the images' directory, as with CRIU",
         "-W/--work-dir=",
     ),
     *_options(
-        Fate.OURS, "the log, in CRIU's form: `(00.012345) Error (file:line): …`; a new one"
+        Fate.OURS, "the log, in CRIU's format: `(00.012345) Error (file:line): …`; a new one"
         " has mode 0600, as CRIU's", "-o/--log-file="
     ),
     *_options(Fate.OURS, "CRIU's levels, `-v0` … `-v4`", "-v/--verbosity?"),
     *_options(
-        Fate.OURS, "the root task's pid, as the guest sees it; must not exist", "--pidfile="
+        Fate.OURS, "file for the root task's pid, as the guest sees it; must not exist",
+        "--pidfile=",
     ),
     *_options(
-        Fate.OURS, "how many seconds the guest may take to build the tree, without its memory;"
-        " `criu restore` takes it and does nothing with it", "--timeout="
+        Fate.OURS, "time in seconds for the guest to build the tree, without its memory;"
+        " `criu restore` accepts and ignores it", "--timeout="
     ),
-    *_options(Fate.OURS, "shows what is in `stats-restore`", "--display-stats"),
+    *_options(Fate.OURS, "prints the statistics of `stats-restore`", "--display-stats"),
     *_options(Fate.OURS, "the help of `ovr restore`", "-h/--help"),
     *_options(
         Fate.PASSED, "paths and names in its value are the guest's",
@@ -89,26 +90,27 @@ TABLE: Final[tuple[Option, ...]] = (
         --manage-cgroups? --cpu-cap?""",
     ),
     *_options(
-        Fate.PASSED, "for a session leader that was not dumped; a terminal whose other end was not"
-        " is refused, with or without it",
+        Fate.PASSED, "for a session leader that was not dumped; a terminal whose other end was"
+        " not dumped is refused, with or without it",
         "-j/--shell-job",
     ),
     *_options(Fate.IGNORED, "`ovr` always detaches", "-d/--restore-detached --daemon"),
     *_options(Fate.IGNORED, "`ovr` finds the root in the images", "-t/--tree="),
     *_options(Fate.IGNORED, "there is one log", "--log-pid --relative-timestamps"),
     *_options(
-        Fate.IGNORED, "CRIU's configuration files are not read; with it, `ovr` does not say so",
+        Fate.IGNORED,
+        "CRIU's configuration files are never read; with it, `ovr` does not report them",
         _NO_CONFIG,
     ),
     *_options(Fate.IGNORED, "the agent runs CRIU as root", "--unprivileged"),
     *_options(Fate.IGNORED, "no descriptor of the caller reaches CRIU", "--close="),
     *_options(
-        Fate.IGNORED, "of `criu dump`; `criu restore` takes it and does nothing with it",
+        Fate.IGNORED, "an option of `criu dump`, which `criu restore` accepts and ignores",
         """-R/--leave-running --track-mem --prev-images-dir= --freeze-cgroup=
         --cgroup-dump-controller= --pre-dump-mode= --ghost-fiemap""",
     ),
     *_options(
-        Fate.IGNORED, "of `criu check`; `criu restore` takes it and does nothing with it",
+        Fate.IGNORED, "an option of `criu check`, which `criu restore` accepts and ignores",
         "--ms --extra --experimental --all --feature=",
     ),
     *_options(
@@ -119,24 +121,24 @@ TABLE: Final[tuple[Option, ...]] = (
     *_options(
         Fate.REFUSED, "descriptors of this process cannot go into the guest", "--inherit-fd="
     ),
-    *_options(Fate.REFUSED, "wait for ovr to end: the tree runs then", "--status-fd="),
+    *_options(Fate.REFUSED, "wait for ovr to end: then the tree runs", "--status-fd="),
     *_options(
-        Fate.REFUSED, "it would run on the host; CRIU's hooks in the guest are the agent's",
+        Fate.REFUSED, "it would run on the host; the agent uses CRIU's hooks in the guest",
         "--action-script=",
     ),
     *_options(
-        Fate.REFUSED, "all pages are there when the tree runs; leave the option out", "--lazy-pages"
+        Fate.REFUSED, "all pages are present when the tree runs; omit the option", "--lazy-pages"
     ),
     *_options(
-        Fate.REFUSED, "ovr does not change images; leave the option out", "--auto-dedup"
+        Fate.REFUSED, "ovr does not change images; omit the option", "--auto-dedup"
     ),
     *_options(
         Fate.REFUSED, _FROM_A_DIRECTORY,
         """--stream --page-server --address= --port= --ps-socket= --tls --tls-cacert= --tls-cacrl=
         --tls-cert= --tls-key= --tls-no-cn-verify""",
     ),
-    *_options(Fate.REFUSED, "write its options on the command line", "--config="),
-    *_options(Fate.REFUSED, "`ovr check` says which CRIU the guest has",
+    *_options(Fate.REFUSED, "give its options on the command line", "--config="),
+    *_options(Fate.REFUSED, "`ovr check` shows the version of the guest's CRIU",
               "-V/--version"),
 )  # fmt: skip
 """Every option that some CRIU from 3.17 to 4.2 takes after ``criu restore``."""
@@ -182,7 +184,7 @@ def add_criu_options(parser: argparse.ArgumentParser) -> None:
 
 def markdown() -> str:
     """Return the table of docs/criu-scripts.md."""
-    rows = ["| option | what becomes of it here |", "|---|---|"]
+    rows = ["| option | effect in `ovr restore` |", "|---|---|"]
     groups: dict[tuple[Fate, str], list[str]] = {}
     for option in TABLE:
         groups.setdefault((option.fate, option.why), []).append(
