@@ -25,11 +25,12 @@ HEAD = """\
 
 Made by `python -m tests.support_matrix`; do not edit. `python -m ovr states` lists the same kinds.
 
-A ✓ says that on this guest a process and a tree of three, with three threads each, had an unusual
-value of that kind, were dumped and restored from outside, and found it again from within; and that
-CRIU alone, on the same inside images, gave another one (`tests/vm/test_states.py`). Memory is
-below. CRIU 3.17 does not dump `no_new_privs` and ambient capabilities: there the test adds them to
-the images, as later ones have them.
+A ✓ means that on this guest a process and a tree of three processes, with three threads each, had
+an unusual value of that kind of state, were dumped and restored from outside, and found the same
+value from within; and that CRIU alone, on the same inside images, restored another value
+(`tests/vm/test_states.py`). Memory has a table of its own below. CRIU 3.17 does not dump
+`no_new_privs` and ambient capabilities: there the test adds them to the images, in the form of
+later versions.
 
 ## Written from outside
 """
@@ -38,12 +39,13 @@ the images, as later ones have them.
 MEMORY = """\
 ## Memory
 
-Programs that check themselves (`tests/vm/programs/pool/`) and real services
-(`tests/vm/services/`), dumped in one VM, restored from outside into a fresh one, asked, and at work
-again. The share is that written outside of all page bytes that are not shared copy-on-write; shared
-memory is among them, each object once. *COW* is what parents and children go on sharing, counted
-for each, in MiB; what else stays inside follows, in KiB. `tests/vm/test_pool.py` also holds that
-VMA flags, protections, advice and the figures of smaps are as after CRIU alone.
+Programs that check themselves (`tests/vm/programs/pool/`) and real services (`tests/vm/services/`)
+were dumped in one VM and restored from outside into a fresh one, where they were checked and
+continued to work. The percentage is the share of page bytes written outside, not counting bytes
+shared copy-on-write; shared memory counts once for each object. *COW* is memory that parents and
+children continue to share, counted for each process, in MiB. Other bytes that stay inside follow,
+in KiB, by reason. `tests/vm/test_pool.py` also checks that VMA flags, protections, advice and the
+figures of smaps are the same as after CRIU alone.
 """
 
 
@@ -51,12 +53,12 @@ KERNEL_HEAD = """\
 ## Kernels and machines
 
 `make kernels` boots each of these kernel packages in a lab VM (`--kernel` of `ovr lab up`), starts
-the programs of the pool there, has CRIU dump them and restores them from outside: *restored* counts
-those that found all of their memory and state right afterwards. Where a program did not come back,
-CRIU alone was tried on the same images, and the remark says so. RAM is 1 GiB in a file, CPUs have
-5-level paging, and the kernel has KASLR, unless the machine says otherwise. The pool has fourteen
-programs; where fewer are counted, no others were run. `make test` takes two of these setups in
-turn, with four of the programs.
+the programs of `tests/vm/programs/pool/` there, dumps them with CRIU and restores them from
+outside. *restored* counts the programs that found all of their memory and state right afterwards.
+Where a program did not come back, CRIU alone was tried on the same images, and the remark says if
+that failed, too. RAM is 1 GiB in a file, CPUs have 5-level paging, and the kernel has KASLR,
+unless the column *machine* differs. There are fourteen programs; a smaller total means that no
+others were run. `make test` takes two of these setups in turn, with four of the programs.
 """
 
 
@@ -73,7 +75,7 @@ def render(recorded: dict, kernels: dict | None = None) -> str:
     titles = [f"Linux {guest['kernel']}, CRIU {guest['criu']}" for guest in guests]
     lines = [
         HEAD,
-        _row("state", "groups", "what it is", *titles),
+        _row("state", "groups", "description", *titles),
         _row(*["---"] * (3 + len(guests))),
     ]
     for state in states():
@@ -81,13 +83,13 @@ def render(recorded: dict, kernels: dict | None = None) -> str:
             tested = [_mark(state["name"], guest["kinds"]) for guest in guests]
             groups = ", ".join(state["groups"])
             lines.append(_row(f"`{state['name']}`", groups, state["summary"], *tested))
-    lines += ["", MEMORY, _row("what", "tasks", *titles), _row(*["---"] * (2 + len(guests)))]
+    lines += ["", MEMORY, _row("program", "tasks", *titles), _row(*["---"] * (2 + len(guests)))]
     for name in sorted({name for guest in guests for name in guest.get("memory", ())}):
         found = [guest.get("memory", {}).get(name) for guest in guests]
         tasks = next(one["tasks"] for one in found if one)
         lines.append(_row(f"`{name}`", str(tasks), *map(_where, found)))
     lines += ["", *_kernel_rows(kernels or {})]
-    lines += ["", "## Left to CRIU", "", _row("state", "what it is", "why"), _row(*["---"] * 3)]
+    lines += ["", "## Left to CRIU", "", _row("state", "description", "reason"), _row(*["---"] * 3)]
     for state in states():
         if not state["outside"]:
             lines.append(_row(f"`{state['name']}`", state["summary"], state["reason"]))
@@ -137,7 +139,7 @@ def _remarks(programs: dict[str, str], without_ovr: list[str]) -> list[str]:
 
 def _mark(name: str, tested: list[str]) -> str:
     if name == "memory":
-        return "see above"
+        return "see below"
     return "✓" if name in tested else ""
 
 

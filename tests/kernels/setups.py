@@ -80,13 +80,13 @@ SETUPS: tuple[Setup, ...] = (
 )
 
 CANNOT = {
-    "Linux 6.2 to 6.11, 6.13 to 6.15": "no release of Debian has them any more",
-    "Linux 6.19 to 7.1": "trixie-backports has the kernels still, but not the packages with their"
-    " modules, which reach the disk",
-    "Linux 6.1 of bullseye-security": "listed, but the archive had no such file when it was asked",
-    "Linux before 5.19": "no PG_anon_exclusive: refused before anything is written, see 5.10 above",
+    "Linux 6.2 to 6.11, 6.13 to 6.15": "no longer in any release of Debian",
+    "Linux 6.19 to 7.1": "trixie-backports still has the kernels, but not the packages with the"
+    " modules needed to access the disk",
+    "Linux 6.1 of bullseye-security": "listed, but not in the archive when this was recorded",
+    "Linux before 5.19": "no PG_anon_exclusive; refused before anything is written, see 5.10 above",
     "arm64, i386": "ovr is for x86-64 hosts and guests",
-    "KVM": "not on the machines where this was recorded: they have no /dev/kvm that boots a guest",
+    "KVM": "not recorded yet: the machines used had no /dev/kvm that boots a guest",
 }
 """What the matrix cannot have, each with its reason."""
 

@@ -3,15 +3,15 @@
 _HEAD = """\
 # Namespaces
 
-Made by `make namespaces`; do not edit. Programs that check themselves (`tests/vm/programs/pool/`),
-in namespaces made by hand (`tests/vm/programs/namespaces/enter.c`): dumped in one VM, restored into
-a fresh one by CRIU alone and by `ovr`, asked twice each time. They check their memory, and that ids
-and their maps, capabilities, limits, names, mounts, interfaces and the clocks of a time namespace
-are as before. *all* is every namespace but a user namespace.
+Made by `make namespaces`; do not edit. Programs that check themselves (`tests/vm/programs/pool/`)
+ran in namespaces made by hand (`tests/vm/programs/namespaces/enter.c`), were dumped in one VM, and
+were restored into a fresh VM by CRIU alone and by `ovr`. They checked twice that their memory, ids
+and id maps, capabilities, limits, names, mounts, interfaces and the clocks of a time namespace
+were as before. *all* means every namespace except a user namespace.
 
-Each cell is CRIU alone, then `ovr`: ✓ the program finds all right, ✗ it does not, or is not
-restored; the number is that of the reason below. `-`: not dumped by that suite's CRIU; an empty
-cell was not tried.
+Each cell shows CRIU alone, then `ovr`: ✓ means that the program found everything right; ✗ that it
+did not, or was not restored, with the number of the reason below. `-` means that this suite's CRIU
+did not dump it. Empty cells were not tried.
 """
 
 
