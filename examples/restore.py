@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Restore checkpoints into a VM, one after the other, and say how long the VM stood still.
+"""Restore checkpoints into a VM, one after the other, and print how long each one held the VM.
 
     restore.py VM IMAGES...
 
-VM is what ``ovr list`` shows. A checkpoint that cannot be restored is reported and skipped: the VM
-is unharmed, the others go on.
+VM is a name shown by ``ovr list``. A checkpoint that cannot be restored is reported and skipped;
+the VM is unharmed, and the next checkpoint is restored.
 """
 
 import sys
@@ -23,7 +23,7 @@ def main(spec: str, directories: list[str]) -> int:
                 try:
                     report = vm.restore(directory, criu_options=["--tcp-established"])
                 except Unreachable:
-                    raise  # the agent has gone: the others would fare no better
+                    raise  # no link to the agent: the other checkpoints would fail too
                 except OvrError as error:
                     failed += 1
                     print(f"{directory}: {error.kind}: {error}", file=sys.stderr)

@@ -1,10 +1,10 @@
 #!/bin/sh
-# Restore what "criu dump" left in a directory. Written for plain CRIU:
+# Restore a process tree from a directory written by "criu dump". The script was written for CRIU:
 #
-#     restore.sh IMAGES WORK                    here, with CRIU
+#     restore.sh IMAGES WORK                                 on this machine, with CRIU
 #     CRIU=ovr OVR_VM=libvirt:web restore.sh IMAGES WORK     into a running VM, from outside
 #
-# Prints the pid; log, pidfile and statistics are in WORK afterwards.
+# Prints the pid and leaves log, pidfile and statistics in WORK.
 set -eu
 
 : "${CRIU:=criu}"
