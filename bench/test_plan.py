@@ -14,7 +14,7 @@ from ovr.images.messages import MmEntry
 from ovr.images.pagemap import PE_PRESENT, Pagemap, encode_pagemap
 from ovr.images.vma import VMA_ANON_PRIVATE, is_private
 from ovr.images.wire import copy_of
-from ovr.plan import make_plan
+from ovr.plan import NO_POOL, build_inside, make_plan
 
 DUMP = Path(__file__).parent.parent / "tests" / "unit" / "images" / "data" / "trixie.tar.xz"
 ENTRIES = 100_000
@@ -59,7 +59,7 @@ def test_plan(many, benchmark, results, judge):
     def plan():
         with ImageSet.open(many) as image_set:
             made = make_plan(image_set)
-            made.inside_images()
+            build_inside(made, NO_POOL)
             assert sum(len(task.runs) for task in made.tasks) >= ENTRIES
 
     benchmark.pedantic(plan, rounds=1 if SMOKE else 10, warmup_rounds=0 if SMOKE else 1)

@@ -1,4 +1,4 @@
-"""Host and agent prove to each other who they are, before anything of worth is sent.
+"""Mutual authentication of host and agent, before anything valuable is sent.
 
 The host shows that it can read the VM's RAM, the agent that it is root of the guest's; what they
 share is a secret in the agent's memory (`ovr.guest.client.secret_page`).
@@ -9,16 +9,16 @@ from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from typing import Final
 
-from ovr.errors import AgentUntrusted, GuestFault, OvrError
+from ovr.errors import AgentUnreachable, AgentUntrusted, GuestFault, KernelNotFound, OvrError
 from ovr.guest.client.agent import Agent
 from ovr.guest.client.secret_page import AgentProcess, NotTheAgents, read_secret
 from ovr.kernel import Kernel
 from ovr.memory.ram import Slot
 from ovr.vm.hold import Holder
-from ovr.vm.lock import claimed
+from ovr.vm.lock import locked
 from ovr.vm.qmp import Monitor
 
-__all__ = ["prove", "prove_alone"]
+__all__ = ["authenticate", "authenticate_alone", "check_same_guest"]
 
 _TRIES: Final = 20
 _PAUSE: Final = 0.01  # seconds in which the guest moves a page
@@ -28,12 +28,12 @@ _HINT: Final = (
 )
 
 
-def prove(kernel: Kernel, agent: Agent, holder: Holder) -> AgentProcess:
-    """Prove that we can read the VM's RAM, and make sure that the agent is root's in this VM.
+def authenticate(kernel: Kernel, agent: Agent, holder: Holder) -> AgentProcess:
+    """Authenticate to the agent, and make sure that it is root's in this VM.
 
     Args:
         kernel: the guest's kernel.
-        agent: who answers; nothing that it said so far was believed.
+        agent: not trusted so far.
         holder: of the VM.
 
     Raises:
@@ -48,26 +48,49 @@ def prove(kernel: Kernel, agent: Agent, holder: Holder) -> AgentProcess:
         raise AgentUntrusted(
             f"the agent at {agent.address} is not root's: {wrong}", _HINT, wrong.code
         ) from wrong
-    agent.prove(process.secret)
+    agent.authenticate(process.secret)
     return process
 
 
-def prove_alone(kernel: Kernel, agent: Agent, qmp: Monitor, slots: Sequence[Slot]) -> AgentProcess:
-    """As `prove`, where nothing else is to be held.
+def authenticate_alone(
+    kernel: Kernel, agent: Agent, qmp: Monitor, slots: Sequence[Slot]
+) -> AgentProcess:
+    """Lock and hold the VM just to `authenticate`.
 
     Args:
         kernel: the guest's kernel.
-        agent: who answers.
+        agent: not trusted so far.
         qmp: a connection to the VM.
         slots: its RAM.
 
     Raises:
         CheckFailed: another `ovr` restores into the VM; its holds and ours would end each other.
-        OvrError: as `prove`.
+        OvrError: as `authenticate`.
     """
     with ExitStack() as stack:
-        stack.enter_context(claimed(slots))
-        return prove(kernel, agent, stack.enter_context(Holder(qmp)))
+        stack.enter_context(locked(slots))
+        return authenticate(kernel, agent, stack.enter_context(Holder(qmp)))
+
+
+def check_same_guest(kernel: Kernel, agent: Agent) -> None:
+    """Make sure that the agent runs in the boot of the guest that `kernel` was found in.
+
+    The guest may have been rebooted since, and the agent may be in any VM. `authenticate` does not
+    tell: the memory of a dead kernel may still have a secret where it is looked for.
+
+    Raises:
+        AgentUnreachable: it does not.
+    """
+    try:
+        found = kernel.boot_id
+    except KernelNotFound:
+        return  # built without the symbols of data; the skeleton that is not there tells, too
+    if found != agent.hello.boot_id:
+        raise AgentUnreachable(
+            f"the guest was rebooted since ovr attached to it, or the agent at"
+            f" {agent.address} is in another VM",
+            "if the VM is the right one, restore again; else give --agent",
+        )
 
 
 def _process(kernel: Kernel, agent: Agent, holder: Holder) -> AgentProcess:

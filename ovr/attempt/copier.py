@@ -10,6 +10,7 @@ that it belongs to; and while reclaim will keep what is written (`ovr.memory.pag
 pages are looked up again a little later, after the guest was asked for them once more.
 """
 
+import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor
@@ -40,6 +41,8 @@ from ovr.memory.runs import (
 from ovr.vm.hold import Holder
 
 __all__ = ["Copier", "Family", "Part", "Target"]
+
+log = logging.getLogger("ovr.journal")
 
 HOLD_BYTES: Final = 256 << 20
 """How much is copied in one hold at most; the first one copies a sixteenth of it."""
@@ -156,6 +159,17 @@ class Copier:
         self._threads = Threads(pool, threads)
         self._advance = advance
         self._room = HOLD_BYTES // 16
+
+    def copy(self, families: Iterable[Family], targets: Iterable[Target]) -> None:
+        """Write everything: what tasks share, then all else.
+
+        Raises:
+            RestoreFailed, ImagesDamaged, GuestFault: as `write_families` and `write`.
+        """
+        no_longer_shared = self.write_families(families)
+        self.write([*no_longer_shared, *((target, target.pieces) for target in targets)])
+        for write in self.journal.memory:
+            log.info("%s", write)
 
     def write(self, parts: Sequence[Part]) -> None:
         """Write pieces of targets.

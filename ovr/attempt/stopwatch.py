@@ -1,7 +1,7 @@
 """How long each phase took."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -46,7 +46,22 @@ class Stopwatch:
         self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
 
     def advance(self, done: int, total: int) -> None:
-        """Hear that `done` of `total` bytes of the phase are done; here nobody wants to know."""
+        """Do nothing; a subclass may show that `done` of `total` bytes of a phase are done."""
+
+    def span(self, name: str, start: float, end: float) -> Span:
+        """Return a span for times of time.perf_counter()."""
+        return Span(name, start - self.start, end - self.start)
+
+    def counter(self, total: int) -> Callable[[int], None]:
+        """Return a function that adds bytes done to the progress of a phase of `total` bytes."""
+        done = 0
+
+        def add(count: int) -> None:
+            nonlocal done
+            done += count
+            self.advance(done, total)
+
+        return add
 
     def total(self) -> float:
         """Return the seconds since the stopwatch was made."""

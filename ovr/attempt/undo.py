@@ -89,20 +89,27 @@ class Recording:
         self._logged = len(self.journal.fields)
 
     @contextmanager
-    def taken_back_on(self, kind: type[BaseException]) -> Iterator[None]:
-        """Take back what has been recorded if the body raises an error of that kind.
-
-        It is the body that comes before the tree is killed: while a task of it is there, it is
-        certain which object was meant. A tree that is gone already (a broken link) leaves the
-        search for another user.
-        """
+    def reverted_on(self, kind: type[BaseException]) -> Iterator[None]:
+        """Revert what has been recorded if the body raises an error of that kind."""
         try:
             yield
         except kind as error:
-            self._undo()
-            if isinstance(error, OvrError):
-                error.undone = tuple(undo.as_json() for undo in self.journal.undone)
+            self.revert(error)
             raise
+
+    def revert(self, cause: BaseException | None = None) -> None:
+        """Revert recorded writes to objects that may outlive the tree.
+
+        To be called before the tree is killed: while a task of it is there, it is certain which
+        object was meant. A tree that is gone already (a broken link) leaves the search for another
+        user.
+
+        Args:
+            cause: an `OvrError` among its kinds gets the outcome as `undone`.
+        """
+        self._undo()
+        if isinstance(cause, OvrError):
+            cause.undone = tuple(undo.as_json() for undo in self.journal.undone)
 
     def _undo(self) -> None:
         self.log_fields()

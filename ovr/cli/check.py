@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from ovr.attempt.authentication import prove_alone
+from ovr.attempt.authentication import authenticate_alone
 from ovr.checkpoint import runs_scripts_for_engines
 from ovr.cli.criu_config import unread_options
 from ovr.cli.output import common, document, one_line, size
@@ -19,10 +19,10 @@ from ovr.errors import AgentUntrusted, OvrError, UsageError
 from ovr.guest.client.agent import Agent, Hello
 from ovr.kernel import Kernel
 from ovr.memory.ram import GuestRam
-from ovr.vm.blockers import balloon_size, refusals
+from ovr.vm.blockers import balloon_size, blockers
 from ovr.vm.find import find_vm
 from ovr.vm.hold import Holder
-from ovr.vm.lock import claimed
+from ovr.vm.lock import locked
 from ovr.vm.memory_map import guest_slots
 from ovr.vm.qmp import Monitor
 
@@ -111,7 +111,7 @@ def _vm(look: _Look, stack: ExitStack, vmlinux: Path | None) -> Iterator[Item]:
         look.kernel = Kernel.find(ram, vmlinux)
         yield from _kernel(look.kernel)
         what = "other restores"
-        with claimed(ram.slots):
+        with locked(ram.slots):
             look.idle = True
             yield Item(what, True, "none under way")
             what = "holding it still"
@@ -124,7 +124,7 @@ def _vm(look: _Look, stack: ExitStack, vmlinux: Path | None) -> Iterator[Item]:
 
 
 def _state(qmp: Monitor, balloon: int | None) -> Iterator[Item]:
-    reasons = refusals(qmp, balloon)
+    reasons = blockers(qmp, balloon)
     for reason in reasons:
         yield Item("VM state", False, str(reason), reason.hint)
     if not reasons:
@@ -149,7 +149,7 @@ def _prove(look: _Look, agent: Agent) -> bool:
     # Takes a hold, which would end that of another restore; and a kernel that was found.
     if not (look.idle and look.kernel and look.ram):
         return False
-    prove_alone(look.kernel, agent, look.qmp, look.ram.slots)
+    authenticate_alone(look.kernel, agent, look.qmp, look.ram.slots)
     return True
 
 

@@ -21,7 +21,7 @@ from ovr.cli.progress import PROGRESS_MODES, make_watch
 from ovr.cli.signals import ended_in_order
 from ovr.cli.vm_options import add_agent_option, add_vm_options
 from ovr.errors import CriuFailed, UsageError
-from ovr.plan import make_plan
+from ovr.plan import NO_POOL, build_inside, make_plan
 from ovr.restore import VERIFY_MODES
 from ovr.restore.report import Report
 from ovr.standby.client import notes
@@ -237,7 +237,7 @@ def _dry_run(options: argparse.Namespace) -> int:
         open_checkpoint(**_source(options)) as checkpoint,
     ):
         plan = make_plan(checkpoint.images, options.outside)
-        plan.inside_images()
+        build_inside(plan, NO_POOL)  # fails where a restore would
         show(plan, options)
     return 0
 

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ovr.attempt.authentication import prove_alone
+from ovr.attempt.authentication import authenticate_alone
 from ovr.cli.output import common, document, size
 from ovr.cli.vm_options import add_agent_option, add_vm_options
 from ovr.errors import AgentUnreachable, ImagesUnsupported
@@ -16,7 +16,7 @@ from ovr.guest.client.session import Hello
 from ovr.host.size import parse_size
 from ovr.images import ImageSet
 from ovr.memory.addresses import PAGE_SIZE
-from ovr.plan import make_plan
+from ovr.plan import make_plan, pool_for
 from ovr.plan.pool.layout import NOTHING
 from ovr.plan.pool.table import foreign_cgroup
 from ovr.standby.keep import stand_by, stand_down
@@ -89,7 +89,7 @@ def run(options: argparse.Namespace) -> int:
             pool = agent.pool()
         else:
             with AttachedVm(options.vm, vmlinux=options.vmlinux) as vm:
-                prove_alone(vm.kernel, agent, vm.qmp, vm.ram.slots)
+                authenticate_alone(vm.kernel, agent, vm.qmp, vm.ram.slots)
                 qemu = vm.qmp.qemu_pid
             if wanted is None:
                 wanted = _fitting(options.images_dir, agent.hello)
@@ -122,7 +122,7 @@ def _stand_by(qemu_pid: int, wanted: bool) -> None:
 def _fitting(directory: Path, guest: Hello) -> tuple[int, int]:
     # What `Agent.warm` wants: the size of the pool, and its place.
     with ImageSet.open(directory) as images:
-        fitting = make_plan(images, force_write=guest.force_write).fitting_pool()
+        fitting = pool_for(make_plan(images, force_write=guest.force_write))
         if foreign_cgroup(images, ()):
             log.warning(
                 "%s: its tasks belong into cgroups; a restore takes a pool only with"

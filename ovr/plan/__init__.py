@@ -4,6 +4,22 @@
 pages that tasks share by fork, `pool` the use of the guest's pool.
 """
 
+from ovr.plan.inside import Inside, build_inside, pool_for
 from ovr.plan.plan import NOT_DUMPED, Plan, SharedPlan, TaskPlan, make_plan
+from ovr.plan.pool.layout import Pool
+from ovr.plan.pool.table import NO_POOL, Cold, Warm
 
-__all__ = ["NOT_DUMPED", "Plan", "SharedPlan", "TaskPlan", "make_plan"]
+__all__ = [
+    "NOT_DUMPED",
+    "NO_POOL",
+    "Cold",
+    "Inside",
+    "Plan",
+    "Pool",
+    "SharedPlan",
+    "TaskPlan",
+    "Warm",
+    "build_inside",
+    "make_plan",
+    "pool_for",
+]

@@ -16,15 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ovr._fastcopy import PIECE
-from ovr.images import PAGEMAP_DTYPE, Draft, InsideImages, Memory, MmEntry, Task, VmaEntry
+from ovr.images import Memory, Task
 from ovr.images.cow import inheritance
 from ovr.images.shared import SharedMemory
 from ovr.images.vma import (
-    MADV_DONTNEED_LOCKED,
-    MADV_POPULATE_WRITE,
     MAP_GROWSDOWN,
     MAP_HUGETLB,
-    MAP_POPULATE,
     PROT_WRITE,
     VMA_ANON_PRIVATE,
     VMA_AREA_AIORING,
@@ -33,7 +30,6 @@ from ovr.images.vma import (
     VMA_AREA_VDSO,
     VMA_AREA_VVAR,
     is_private,
-    split_vma,
 )
 from ovr.memory.addresses import PAGE_SHIFT
 from ovr.memory.ranges import Ranges, common, cut_to, inside, join, ranges_of, total
@@ -109,11 +105,6 @@ class MemoryPlan:
         outside = self.outside
         return _joined(outside[outside["allocation"] == Allocation.AGENT])
 
-    def drop(self, inside: InsideImages) -> None:
-        """Leave the pages that go outside out of the inside pagemap."""
-        if (self.runs["reason"] <= Reason.INHERITED).any():
-            inside.keep_pages(self.memory, _as_entries(self.runs), self.first_pages())
-
     def first_pages(self) -> list[int]:
         """Return the pages that go outside of which CRIU is to know that they were there."""
         return []
@@ -185,41 +176,6 @@ class TaskPlan(MemoryPlan):
         pieces = self.pieces_of_criu
         large: Ranges = pieces[pieces["end"] - pieces["start"] >= _LARGE]
         return large
-
-    def put(
-        self, inside: InsideImages, draft: Draft, cuts: Cuts, *, all_by_criu: bool
-    ) -> list[VmaEntry]:
-        """Make the task's part of the inside image set; return its areas there.
-
-        Args:
-            inside: the set.
-            draft: of its messages.
-            cuts: where areas are cut.
-            all_by_criu: CRIU is asked for `large_pieces`, too.
-        """
-        self.drop(inside)
-        mm = draft.message(f"mm-{self.task.pid}.img", 0, MmEntry)
-        areas: list[VmaEntry] = []
-        for vma in mm.vmas:
-            edges = cuts.get((vma.start, vma.end), ())
-            for piece in split_vma(vma, edges) if edges else [vma]:
-                self._ask_criu(piece, all_by_criu)
-                areas.append(piece)
-        del mm.vmas[:]
-        mm.vmas.extend(areas)
-        return list(mm.vmas)
-
-    def _ask_criu(self, piece: VmaEntry, all_of_it: bool) -> None:
-        if _contains(self.pieces_of_criu, piece):
-            if piece.prot & PROT_WRITE:
-                if all_of_it or not _contains(self.large_pieces, piece):
-                    piece.madv |= 1 << MADV_POPULATE_WRITE
-            else:
-                piece.flags |= MAP_POPULATE  # while CRIU still has it writable
-        if _contains(self.sharing.dropped, piece):
-            piece.madv |= 1 << MADV_DONTNEED_LOCKED
-        if _contains(self.sharing.cow.bequeathed, piece):
-            piece.flags |= MAP_POPULATE
 
 
 @dataclass(frozen=True)
@@ -379,16 +335,3 @@ def pieces_of(runs: Runs) -> dict[int, Runs]:
 
 def _joined(runs: Runs) -> Ranges:
     return join(ranges_of(runs["start"], runs["start"] + runs["size"]))
-
-
-def _contains(ranges: Ranges, vma: VmaEntry) -> bool:
-    at = int(np.searchsorted(ranges["start"], np.uint64(vma.start), side="right")) - 1
-    return at >= 0 and vma.end <= int(ranges["end"][at])
-
-
-def _as_entries(runs: Runs) -> Runs:
-    kept = runs[runs["reason"] > Reason.INHERITED]
-    entries = np.zeros(len(kept), dtype=PAGEMAP_DTYPE)
-    entries["vaddr"] = kept["start"]
-    entries["nr_pages"] = kept["size"] >> np.uint64(PAGE_SHIFT)
-    return entries

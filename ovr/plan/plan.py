@@ -9,16 +9,14 @@ from functools import cached_property
 from typing import Final
 
 from ovr.errors import UsageError
-from ovr.images import Draft, Extents, ImageSet, InsideImages, VmaEntry
+from ovr.images import ImageSet
 from ovr.images.shared import shared_memory
 from ovr.images.vma import without_content
-from ovr.plan.areas import MemoryPlan, SharedPlan, TaskPlan, cuts_of, plan_shared, plan_tasks
+from ovr.plan.areas import MemoryPlan, SharedPlan, TaskPlan, plan_shared, plan_tasks
 from ovr.plan.pages import Reason
-from ovr.plan.pool.layout import Pool, fitting_pool
-from ovr.plan.pool.table import TABLE, WarmPlan, plan_warm
 from ovr.plan.sharing import CowPlan
 from ovr.state import KINDS, Setting
-from ovr.state.settings import neutralise, take
+from ovr.state.settings import take
 
 __all__ = ["NOT_DUMPED", "Plan", "SharedPlan", "TaskPlan", "make_plan"]
 
@@ -90,40 +88,6 @@ class Plan:
         """The kinds of state of which something goes outside."""
         memory = (MEMORY,) if self.bytes_outside else ()
         return memory + tuple(dict.fromkeys(setting.kind.name for setting in self.settings))
-
-    def inside_images(self) -> dict[str, bytes | Extents]:
-        """Build the inside image set, by file name."""
-        return self._inside(None)[0]
-
-    def warm_images(self, pool: Pool) -> tuple[dict[str, bytes | Extents], WarmPlan]:
-        """Build an inside image set that also a CRIU with a pool can restore."""
-        return self._inside(pool)
-
-    def fitting_pool(self) -> tuple[int, int] | None:
-        """Return size and place of the smallest pool that fits, as `pool.layout.fitting_pool`."""
-        areas = self._areas(InsideImages(self.images), Draft(self.images), all_by_criu=True)
-        return fitting_pool(self.tasks, self.cow, areas)
-
-    def _areas(
-        self, inside: InsideImages, draft: Draft, *, all_by_criu: bool
-    ) -> dict[int, Sequence[VmaEntry]]:
-        # Those of each task as the inside image set gets them, by pid.
-        cuts = cuts_of(self.tasks, self.cow)
-        return {
-            task.task.pid: task.put(inside, draft, cuts[task.task.pid], all_by_criu=all_by_criu)
-            for task in self.tasks
-        }
-
-    def _inside(self, pool: Pool | None) -> tuple[dict[str, bytes | Extents], WarmPlan]:
-        inside, draft = InsideImages(self.images), Draft(self.images)
-        areas = self._areas(inside, draft, all_by_criu=pool is not None)
-        warm = plan_warm(self.tasks, self.cow, areas, pool) if pool else WarmPlan()
-        for shared in self.shared:
-            shared.drop(inside)
-        neutralise(self.settings, draft)
-        draft.put(inside)
-        table = {TABLE: warm.table} if warm.table else {}
-        return inside.build() | table, warm
 
 
 def make_plan(

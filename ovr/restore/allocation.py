@@ -37,14 +37,14 @@ from ovr.plan.areas import SharedPlan, TaskPlan
 from ovr.plan.pages import Runs
 from ovr.state import GuestTree
 
-__all__ = ["Outside", "find_outside", "sources_of"]
+__all__ = ["Outside", "allocate_outside", "sources_of"]
 
 _OF_THE_TASK: Final = "was it killed? look for the OOM killer in the guest's kernel log"
 
 
 @dataclass(frozen=True)
 class Outside:
-    """All that is to be written.
+    """The memory that the plan writes outside, as found in the guest.
 
     Attributes:
         families: what tasks share copy-on-write.
@@ -74,7 +74,7 @@ def sources_of(plan: Plan) -> Iterator[tuple[Memory, int]]:
             yield task.memory, level
 
 
-def find_outside(
+def allocate_outside(
     plan: Plan, guest: GuestTree, agent: Agent, sources: Sources, *, warm: bool = False
 ) -> Outside:
     """Have the guest allocate what the plan writes outside, and return where it is.

@@ -4,10 +4,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ovr.attempt.attempt import Attempt
 from ovr.attempt.journal import Journal
-from ovr.attempt.stopwatch import Span
+from ovr.attempt.stopwatch import Span, Stopwatch
+from ovr.guest.client.agent import Restored
+from ovr.plan import Cold, Plan, Warm
+from ovr.restore.skeleton import Built
 
-__all__ = ["Report"]
+__all__ = ["Report", "make_report"]
 
 
 @dataclass
@@ -89,3 +93,47 @@ class Report:
             "skeleton_why": self.skeleton_why,
             "bytes_warm": self.bytes_warm,
         }
+
+
+def make_report(
+    plan: Plan,
+    attempt: Attempt,
+    built: Built,
+    root: Restored,
+    *,
+    watch: Stopwatch,
+    verified: tuple[str, int],
+) -> Report:
+    """Return the report of a restore whose tree runs.
+
+    Args:
+        plan: what was planned.
+        attempt: committed.
+        built: the skeleton.
+        root: the tree.
+        watch: the times.
+        verified: how memory was verified, and how many bytes of it.
+    """
+    watch.seconds["total"] = watch.total()
+    return Report(
+        pid=root.pid,
+        container=root.container,
+        tasks=len(plan.tasks),
+        states=plan.states,
+        bytes_total=plan.bytes_total,
+        bytes_outside=plan.bytes_outside,
+        bytes_inside=plan.bytes_total - plan.bytes_outside,
+        bytes_cow=plan.bytes_cow,
+        verified=verified[0],
+        bytes_verified=verified[1],
+        seconds=watch.seconds,
+        held=attempt.holder.as_json(),
+        reasons={reason.name.lower(): count for reason, count in plan.by_reason().items()},
+        spans=tuple(watch.spans),
+        holds=tuple(watch.span("held", *times) for times in attempt.holder.spans),
+        journal=attempt.journal,
+        skeleton="warm" if isinstance(built.memory, Warm) else "cold",
+        skeleton_why=built.memory.why if isinstance(built.memory, Cold) else "",
+        bytes_warm=built.memory.bytes if isinstance(built.memory, Warm) else 0,
+        unread_config=built.unread_config,
+    )

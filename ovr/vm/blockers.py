@@ -11,7 +11,7 @@ from typing import Any, Final
 from ovr.errors import CheckFailed
 from ovr.vm.qmp import Monitor
 
-__all__ = ["balloon_size", "refusals", "refuse_migration"]
+__all__ = ["balloon_size", "blockers", "refuse_migration"]
 
 _MIGRATION_RESTS: Final = {None, "none", "cancelled", "completed", "failed"}
 _CONFIDENTIAL: Final = re.compile(r"child<(?:sev|sev-snp|tdx)-guest>")
@@ -34,7 +34,7 @@ _QUERIES: Final[Mapping[str, dict[str, str]]] = {
 """A QEMU that does not know one of these has not what it asks for."""
 
 
-def refusals(qmp: Monitor, balloon: int | None = None) -> tuple[CheckFailed, ...]:
+def blockers(qmp: Monitor, balloon: int | None = None) -> tuple[CheckFailed, ...]:
     """Return why this VM must not be written to now, apart from its RAM; empty if it may.
 
     Args:

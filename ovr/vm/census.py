@@ -6,7 +6,7 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 
 from ovr.errors import CheckFailed, OvrError
-from ovr.vm.blockers import refusals
+from ovr.vm.blockers import blockers
 from ovr.vm.find import VmAddress, address_of_process, find_vm, lab_addresses
 from ovr.vm.memory_map import guest_slots
 from ovr.vm.processes import QemuProcess, qemu_processes
@@ -59,7 +59,7 @@ def _look(
         with closing(address.connect(_PATIENCE)) as qmp:
             state = qmp.status()
             memory = sum(slot.size for slot in guest_slots(qmp))
-            problem = next(iter(refusals(qmp)), None)
+            problem = next(iter(blockers(qmp)), None)
         if problem is None and state != "running":
             problem = CheckFailed(f"the VM is {state}", "resume it (QMP cont, virsh resume)")
     except OvrError as error:

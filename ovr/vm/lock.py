@@ -14,11 +14,11 @@ from pathlib import Path
 from ovr.errors import CheckFailed
 from ovr.memory.ram import Slot
 
-__all__ = ["claimed", "refuse_claimed"]
+__all__ = ["locked", "refuse_locked"]
 
 
 @contextmanager
-def claimed(slots: Sequence[Slot]) -> Iterator[None]:
+def locked(slots: Sequence[Slot]) -> Iterator[None]:
     """Keep other `ovr` processes from restoring into the VM for the body of the ``with``.
 
     Args:
@@ -46,7 +46,7 @@ def claimed(slots: Sequence[Slot]) -> Iterator[None]:
         os.close(fd)
 
 
-def refuse_claimed(qemu_pid: int) -> None:
+def refuse_locked(qemu_pid: int) -> None:
     """Say so if another `ovr` has the VM; for when QEMU's monitor, which serves one, is silent.
 
     Args:

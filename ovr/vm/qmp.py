@@ -16,7 +16,7 @@ from typing import Any, Self
 
 from ovr.errors import OvrError, VmUnreachable
 from ovr.host.credentials import peer_of
-from ovr.vm.lock import refuse_claimed
+from ovr.vm.lock import refuse_locked
 
 __all__ = ["ExecuteError", "Monitor", "Qmp"]
 
@@ -176,7 +176,7 @@ class Qmp(Monitor):
             raise VmUnreachable(f"no VM answers at {path}: {reason}", _HINT) from error
         except VmUnreachable:
             with connection:
-                refuse_claimed(peer_of(connection)[0])
+                refuse_locked(peer_of(connection)[0])
             raise
         except BaseException:
             connection.close()

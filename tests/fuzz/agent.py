@@ -99,7 +99,7 @@ def session(data: bytes) -> None:
         agent = LabAgent(link, 5.0)
         for step in (
             agent.ping,
-            lambda: agent.prove(SECRET),
+            lambda: agent.authenticate(SECRET),
             lambda: agent.begin({"core-1.img": b"x" * 10, "pages-1.img": [b"y", b""]}),
             lambda: agent.touch([Portion(1, False, [(0, 4096)])]),
             lambda: agent.map(1, "fd/3", 8192, [(0, 4096)]),

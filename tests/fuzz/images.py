@@ -18,7 +18,7 @@ from ovr.images import ImageSet, image_chunks
 from ovr.images.directory import ImageDirectory
 from ovr.images.packed import packing, refuse_packed
 from ovr.images.pagemap import Pagemap, decode_pagemap, encode_pagemap
-from ovr.plan import make_plan
+from ovr.plan import NO_POOL, build_inside, make_plan
 from tests.fuzz.patches import patched, sample_patches
 from tests.fuzz.target import Input, Target
 from tests.fuzz.tars import resealed
@@ -62,7 +62,7 @@ def plan_all(path: Path) -> None:
         plan = make_plan(images)
         assert plan.bytes_outside <= plan.bytes_total
         size = 0
-        for content in plan.inside_images().values():
+        for content in build_inside(plan, NO_POOL).images.values():
             for chunk in image_chunks(content):
                 size += len(chunk)
                 if size > PARENT_SIZE:
@@ -160,7 +160,7 @@ def archive(data: bytes) -> None:
         file.write(damaged)
         file.flush()
         with Archive.open(Path(file.name)) as found:
-            inside = make_plan(found.images).inside_images()
+            inside = build_inside(make_plan(found.images), NO_POOL).images
             container, size = found.container, 0
             with tempfile.NamedTemporaryFile(prefix="ovr-fuzz-") as made:
                 for chunk in found.with_images(inside):

@@ -229,7 +229,7 @@ class AgentHost:
         link = Link(kind, self.socket(serial=serial))
         try:
             agent = LabAgent(link, timeout)
-            agent.prove(self.secret(agent.hello.secret_at))
+            agent.authenticate(self.secret(agent.hello.secret_at))
         except BaseException:
             link.close()
             raise

@@ -117,7 +117,7 @@ def test_both_sides_prove_that_they_know_the_secret() -> None:
         return frame({"op": "proved", "proof": proof_by(SECRET, protocol.PROOF_OF_AGENT, token)})
 
     with asked_to_prove(answer) as (agent, heard):
-        agent.prove(SECRET)
+        agent.authenticate(SECRET)
         agent._send(protocol.Alive())
     assert isinstance(heard[1], protocol.Alive)
 
@@ -143,7 +143,7 @@ def test_who_does_not_know_the_secret_is_not_the_agent(what: str) -> None:
 
     with asked_to_prove(answer) as (agent, heard):
         with pytest.raises(AgentUntrusted, match="does not know what lies in the memory") as caught:
-            agent.prove(SECRET)
+            agent.authenticate(SECRET)
         with pytest.raises(AgentUnreachable):
             agent.begin({"inventory.img": b"x"})  # it has hung up
     assert (caught.value.code, len(heard)) == ("proof", 1)
@@ -159,13 +159,13 @@ def test_an_agent_that_denies_the_hosts_proof_or_answers_something_else() -> Non
             asked_to_prove(lambda prove, token, answer=answer: answer) as (agent, _),
             pytest.raises(kind) as caught,
         ):
-            agent.prove(SECRET)
+            agent.authenticate(SECRET)
         assert caught.value.code == expected  # type: ignore[attr-defined]
     with (
         asked_to_prove(lambda prove, token: frame({"op": "pong", "number": 1})) as (agent, _),
         pytest.raises(AgentUnreachable, match="pong instead of proved"),
     ):
-        agent.prove(SECRET)
+        agent.authenticate(SECRET)
 
 
 def test_a_nonce_that_is_none() -> None:

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from ovr.attempt.authentication import prove
+from ovr.attempt.authentication import authenticate
 from ovr.errors import AgentUntrusted, GuestFault
 from ovr.guest import protocol
 from ovr.guest.client.secret_page import NotTheAgents, read_secret
@@ -166,7 +166,7 @@ class Session:
         self.hello = SimpleNamespace(pid=pid, secret_at=address)
         self.proved = []
 
-    def prove(self, secret):
+    def authenticate(self, secret):
         self.proved.append(secret)
 
 
@@ -185,14 +185,14 @@ class Holder:
 
 def test_the_secret_is_proved_once_the_process_is_known(tmp_path):
     guest, session, holder = Guest(tmp_path), Session(), Holder()
-    assert prove(guest.kernel, session, holder).pid == PID
+    assert authenticate(guest.kernel, session, holder).pid == PID
     assert (session.proved, holder.count) == ([SECRET], 1)
 
 
 def test_a_page_that_never_settles(tmp_path):
     guest, session, holder = Guest(tmp_path, page=0), Session(), Holder()
     with pytest.raises(AgentUntrusted, match="not root's: the agent's page at") as caught:
-        prove(guest.kernel, session, holder)
+        authenticate(guest.kernel, session, holder)
     assert (caught.value.code, session.proved) == ("secret", [])
     assert holder.count > 10
 
@@ -206,7 +206,7 @@ def test_a_page_that_is_moved_is_looked_for_again(tmp_path):
             guest.toy.machine.ram.write(page, struct.pack("<Q", EXCLUSIVE))
 
     holder = Holder(settle)
-    prove(guest.kernel, session, holder)
+    authenticate(guest.kernel, session, holder)
     assert (session.proved, holder.count) == ([SECRET], 3)
 
 
@@ -222,7 +222,7 @@ def test_a_page_that_is_moved_is_looked_for_again(tmp_path):
 def test_nothing_is_said_to_who_is_not_root(tmp_path, wrong, named, code):
     guest, session = Guest(tmp_path, **wrong), Session(**named)
     with pytest.raises(AgentUntrusted, match="the agent at vsock:3:687 is not root's: ") as caught:
-        prove(guest.kernel, session, Holder())
+        authenticate(guest.kernel, session, Holder())
     assert (caught.value.code, caught.value.exit_code) == (code, 3)
     assert caught.value.hint
     assert session.proved == []

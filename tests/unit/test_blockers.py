@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from ovr.errors import CheckFailed
-from ovr.vm.blockers import balloon_size, refusals, refuse_migration
+from ovr.vm.blockers import balloon_size, blockers, refuse_migration
 from ovr.vm.qmp import ExecuteError, Monitor
 
 GIB = 1 << 30
@@ -81,12 +81,12 @@ def ospm(**slot):
     ],
 )
 def test_no_refusals(answers):
-    assert refusals(with_answers(**answers), balloon=GIB) == ()
+    assert blockers(with_answers(**answers), balloon=GIB) == ()
 
 
 def test_a_qemu_that_knows_none_of_the_newer_commands():
     old = {name: QUIET[name] for name in ("query-status", "query-migrate", "qom-list")}
-    assert refusals(Qemu(old)) == ()
+    assert blockers(Qemu(old)) == ()
     assert balloon_size(Qemu(old)) is None
 
 
@@ -117,7 +117,7 @@ def test_a_qemu_that_knows_none_of_the_newer_commands():
     ],
 )
 def test_refusals(answers, words):
-    (error,) = refusals(with_answers(**answers), balloon=GIB)
+    (error,) = blockers(with_answers(**answers), balloon=GIB)
     assert re.search(words, str(error))
     assert error.hint
     assert error.exit_code == 4

@@ -27,6 +27,7 @@ from ovr.memory.ranges import RANGE, join, no_ranges
 from ovr.plan import areas as plan_areas
 from ovr.plan import sharing
 from ovr.plan.areas import cuts_of, plan_tasks
+from ovr.plan.inside import mark_piece
 from ovr.plan.pages import Reason
 from tests.unit.images.test_cow import task
 
@@ -180,7 +181,7 @@ def test_every_task_sees_its_own_content(tmp_path_factory, family):
     assert all(one == bounds[0] for one in bounds)  # or CRIU would see no inheritance
     for plan in plans:
         for piece in asked[plan.task.pid]:
-            plan._ask_criu(piece, False)
+            mark_piece(piece, plan, large_by_criu=False)
             assert not (piece.flags & MAP_GROWSDOWN and piece.flags & MAP_POPULATE)
     guest = Guest()
     build(guest, plans, asked)

@@ -22,7 +22,7 @@ from ovr.lab.qemu import Hardware, boot_arguments, machine_arguments, service_ar
 from ovr.lab.ram import memory_size
 from ovr.memory.addresses import Gpa
 from ovr.memory.ram import GuestRam
-from ovr.vm.blockers import refusals
+from ovr.vm.blockers import blockers
 from ovr.vm.find import LAB_STATE, find_vm, lab_directory
 from ovr.vm.memory_map import guest_slots
 from ovr.vm.qmp import ExecuteError, Qmp
@@ -285,7 +285,7 @@ def test_real_qemu_takes_the_command_line_and_tells_its_memory(standing_vm):
     with Qmp.connect(address.qmp) as qmp:
         assert qmp.qemu_pid == process.pid
         assert qmp.status() == "prelaunch"
-        assert [str(reason) for reason in refusals(qmp)]
+        assert [str(reason) for reason in blockers(qmp)]
         slots = guest_slots(qmp)
         with pytest.raises(ExecuteError):
             qmp.execute("no-such-command")

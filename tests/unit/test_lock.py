@@ -14,7 +14,7 @@ import pytest
 from ovr.errors import CheckFailed
 from ovr.memory.addresses import Gpa, Offset
 from ovr.memory.ram import Slot
-from ovr.vm.lock import claimed
+from ovr.vm.lock import locked
 from ovr.vm.qmp import Qmp
 from tests.unit.machine import ram_file
 
@@ -22,9 +22,9 @@ CLAIM_FOREVER = """
 import os, sys, time
 from ovr.memory.addresses import Gpa, Offset
 from ovr.memory.ram import RamFile, Slot
-from ovr.vm.lock import claimed
+from ovr.vm.lock import locked
 file = RamFile(os.open(sys.argv[1], os.O_RDWR), sys.argv[1])
-with claimed([Slot(Gpa(0), 4096, file, Offset(0))]):
+with locked([Slot(Gpa(0), 4096, file, Offset(0))]):
     print("ready", flush=True)
     time.sleep(300)
 """
@@ -51,7 +51,7 @@ def other(slots):
 
 
 def test_the_second_is_told_who_has_it(slots, other):
-    with pytest.raises(CheckFailed, match=f"process {other.pid}$") as caught, claimed(slots):
+    with pytest.raises(CheckFailed, match=f"process {other.pid}$") as caught, locked(slots):
         pytest.fail("two at once")
     assert f"ps -p {other.pid}" in caught.value.hint
     assert caught.value.exit_code == 4
@@ -60,9 +60,9 @@ def test_the_second_is_told_who_has_it(slots, other):
 def test_it_ends_with_the_process(slots, other):
     other.send_signal(signal.SIGKILL)
     other.wait()
-    with claimed(slots), pytest.raises(CheckFailed, match=str(os.getpid())), claimed(slots):
+    with locked(slots), pytest.raises(CheckFailed, match=str(os.getpid())), locked(slots):
         pytest.fail("two at once")
-    with claimed(slots):
+    with locked(slots):
         pass
 
 
@@ -72,7 +72,7 @@ def test_another_name_is_the_same_vm(slots, other, tmp_path):
     alias.hardlink_to(slots[1].file.name)
     with (
         pytest.raises(CheckFailed, match=str(other.pid)),
-        claimed([Slot(Gpa(0), 4096, ram_file(alias), Offset(0))]),
+        locked([Slot(Gpa(0), 4096, ram_file(alias), Offset(0))]),
     ):
         pytest.fail("two at once")
 
@@ -82,7 +82,7 @@ def test_a_file_system_without_locks(slots, monkeypatch):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    with pytest.raises(CheckFailed, match="cannot be locked") as caught, claimed(slots):
+    with pytest.raises(CheckFailed, match="cannot be locked") as caught, locked(slots):
         pytest.fail("not locked")
     assert "tmpfs" in caught.value.hint
 
@@ -92,7 +92,7 @@ def test_a_name_that_leads_to_another_file(slots, other):
     name = Path(slots[1].file.name)
     name.unlink()
     name.write_bytes(bytes(4096))
-    with pytest.raises(CheckFailed, match=str(other.pid)), claimed(slots):
+    with pytest.raises(CheckFailed, match=str(other.pid)), locked(slots):
         pytest.fail("two at once")
 
 

@@ -13,7 +13,7 @@ from ovr.images.messages import MmEntry, PagemapEntry
 from ovr.images.source import Sources
 from ovr.images.vma import MADV_POPULATE_WRITE, PROT_WRITE, VMA_ANON_PRIVATE
 from ovr.memory.addresses import PAGE_SIZE
-from ovr.plan import make_plan
+from ovr.plan import NO_POOL, build_inside, make_plan
 from ovr.plan.pages import Reason
 from ovr.state import KINDS
 
@@ -41,7 +41,7 @@ def inside(images, tmp_path):
     plan = make_plan(images)
     target = tmp_path / "inside"
     target.mkdir()
-    for name, content in plan.inside_images().items():
+    for name, content in build_inside(plan, NO_POOL).images.items():
         (target / name).write_bytes(b"".join(image_chunks(content)))
     with ImageSet.open(target) as inside:
         yield plan, inside
@@ -116,7 +116,7 @@ def test_without_forced_writes_read_only_areas_stay_inside(images):
 def test_areas_that_lose_their_pages_look_as_if_they_had_some(images):
     """So CRIU maps them, and the kernel accounts for them, as without us."""
     plan = make_plan(images)
-    built = plan.inside_images()
+    built = build_inside(plan, NO_POOL).images
     for task in plan.tasks:
         name = f"pagemap-{task.task.pid}.img"
         _, *found = frames(built[name], name)
@@ -185,7 +185,7 @@ def test_kinds_can_be_chosen(dumps, outside, states):
         assert plan.states == states
         assert (plan.bytes_outside > 0) == ("memory" in states)
         before = {name: (dumps / "one" / name).read_bytes() for name in images.names}
-        built = plan.inside_images()
+        built = build_inside(plan, NO_POOL).images
         pid = images.tasks[0].pid
         assert (built[f"fs-{pid}.img"] != before[f"fs-{pid}.img"]) == ("umask" in states)
         assert (built[f"mm-{pid}.img"] != before[f"mm-{pid}.img"]) == ("memory" in states)
@@ -227,7 +227,7 @@ def test_a_plan_reads_and_does_not_write(dumps):
 
     before = state(dumps)
     with ImageSet.open(dumps / "tree") as images:
-        make_plan(images).inside_images()
+        build_inside(make_plan(images), NO_POOL)
     assert state(dumps) == before
 
 
@@ -240,7 +240,7 @@ def test_large_pieces_are_left_to_the_agent(images, monkeypatch):
         pytest.skip("its pages lie in no pieces")
     largest = max(sizes)
     monkeypatch.setattr("ovr.plan.areas._LARGE", largest)
-    content = plan.inside_images()
+    content = build_inside(plan, NO_POOL).images
     left = 0
     for task in plan.tasks:
         large = task.large_pieces

@@ -5,8 +5,9 @@ from types import SimpleNamespace
 
 import pytest
 
-import ovr.restore.story as module
-from ovr.restore import restore
+from ovr.attempt import attempt as attempt_module
+from ovr.plan import NO_POOL
+from ovr.restore import restore, skeleton, story
 
 
 class Link:
@@ -42,23 +43,28 @@ class Link:
 @pytest.mark.parametrize("when", ["in begin", "right after it"])
 def test_an_interrupt_around_begin(monkeypatch, when):
     link = Link(when)
-    plan = SimpleNamespace(inside_images=dict, tasks=[], shared=[], states=(), not_dumped={})
+    plan = SimpleNamespace(tasks=[], shared=[], states=(), not_dumped={}, settings=())
     checkpoint = SimpleNamespace(
         images=None, check=lambda hello: None, files=lambda inside: {}, options=(), engine=None,
         volumes=(), container=None,
     )  # fmt: skip
-    for name, stand_in in {
-        "claimed": lambda slots: nullcontext(),
-        "make_plan": lambda *arguments, **options: plan,
-        "_refuse": lambda *arguments: None,
-        "_same_guest": lambda *arguments: None,
-        "prove": lambda *arguments: None,
-        "Agent": SimpleNamespace(connect=lambda address: nullcontext(link)),
-        "Holder": lambda *arguments, **options: nullcontext(SimpleNamespace(spans=())),
-    }.items():
+    hold = SimpleNamespace(spans=(), held=nullcontext)
+    inside = SimpleNamespace(images={}, memory=NO_POOL)
+    for module, name, stand_in in (
+        (attempt_module, "locked", lambda slots: nullcontext()),
+        (attempt_module, "blockers", lambda *arguments: ()),
+        (attempt_module, "check_same_guest", lambda *arguments: None),
+        (attempt_module, "authenticate", lambda *arguments: None),
+        (attempt_module, "Agent", SimpleNamespace(connect=lambda address: nullcontext(link))),
+        (attempt_module, "Holder", lambda *arguments, **options: nullcontext(hold)),
+        (skeleton, "build_inside", lambda *arguments: inside),
+        (story, "make_plan", lambda *arguments, **options: plan),
+        (story, "refuse_taken_pids", lambda *arguments: None),
+    ):
         monkeypatch.setattr(module, name, stand_in)
     vm = SimpleNamespace(
-        ram=SimpleNamespace(slots=()), kernel=None, qmp=None, check_same_boot=None,
+        ram=SimpleNamespace(slots=()), kernel=None, qmp=None, balloon=None,
+        check_same_boot=lambda: None,
         address=SimpleNamespace(agent="unix:/nowhere", spec="lab:none"),
     )  # fmt: skip
     with pytest.raises(KeyboardInterrupt):

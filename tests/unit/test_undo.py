@@ -134,7 +134,7 @@ def write(recording, target, users=nobody, place=None):
 
 
 def abort(recording, error=KeyboardInterrupt):
-    with pytest.raises(error) as caught, recording.taken_back_on(BaseException):
+    with pytest.raises(error) as caught, recording.reverted_on(BaseException):
         raise error("why")
     return caught.value
 
@@ -168,7 +168,7 @@ def test_taken_back(target, kernel, mini):
 def test_an_error_that_does_not_say_that_the_tree_is_dead(target, kernel):
     recording = Recording(Journal(), kernel, tree, Holder())
     write(recording, target)
-    with pytest.raises(AgentUnreachable), recording.taken_back_on(RestoreFailed):
+    with pytest.raises(AgentUnreachable), recording.reverted_on(RestoreFailed):
         raise AgentUnreachable("the tree may run")
     assert limits(target) == LIMITS
 

@@ -12,7 +12,7 @@ from ovr.images import ImageSet
 from ovr.images.rewrite import image_chunks
 from ovr.lab.tools import run_tool
 from ovr.lab.workload import build_workload
-from ovr.plan import make_plan
+from ovr.plan import NO_POOL, build_inside, make_plan
 from tests.vm import pool
 
 SOURCE = Path(__file__).parent / "programs" / "states"
@@ -87,7 +87,7 @@ def restore_neutral(vm: lab.LabVm, path: Path, outside: Sequence[str]) -> None:
     """CRIU alone, on the inside images."""
     vm.sh(f"rm -rf {IMAGES}; mkdir {IMAGES}")
     with ImageSet.open(path) as images, vm.connect() as agent:
-        for name, content in make_plan(images, outside).inside_images().items():
+        for name, content in build_inside(make_plan(images, outside), NO_POOL).images.items():
             local = path.parent / name
             local.write_bytes(b"".join(image_chunks(content)))
             agent.put(local, f"{IMAGES}/{name}")

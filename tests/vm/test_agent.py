@@ -65,7 +65,7 @@ def test_a_port_whose_host_comes_back(vm):
 def test_a_proof_ends_with_its_host(vm):
     """Whoever comes next to the port has not given it."""
     with ovr.attach(f"lab:{vm.name}") as attached, Agent.connect(vm.serial) as agent:
-        authentication.prove_alone(attached.kernel, agent, attached.qmp, attached.ram.slots)
+        authentication.authenticate_alone(attached.kernel, agent, attached.qmp, attached.ram.slots)
         agent.ping()
     time.sleep(1)
     with open_link(vm.serial, 10.0) as link:
@@ -81,11 +81,11 @@ def test_who_cannot_read_the_ram_restores_nothing(vm, dump):
         vm.connect() as agent,
         pytest.raises(AgentUntrusted, match="does not know what lies") as no,
     ):
-        agent.prove(bytes(protocol.SECRET_SIZE))
+        agent.authenticate(bytes(protocol.SECRET_SIZE))
     assert no.value.code == "proof"
     assert vm.sh("ls /run/ovr").stdout == b"lock\n"
     with ovr.attach(f"lab:{vm.name}") as attached, vm.connect() as agent:
-        authentication.prove_alone(attached.kernel, agent, attached.qmp, attached.ram.slots)
+        authentication.authenticate_alone(attached.kernel, agent, attached.qmp, attached.ram.slots)
         agent.abort()  # of nothing, but it is listened to
         agent.ping()
     assert not alive(vm, dump.pid)

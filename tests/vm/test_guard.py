@@ -16,7 +16,7 @@ from ovr.errors import AgentUnreachable, ImagesDamaged, RestoreFailed, Unreachab
 from ovr.lab.demo import prepare
 from ovr.memory.addresses import Gva
 from ovr.memory.ram import GuestRam
-from ovr.vm.lock import claimed
+from ovr.vm.lock import locked
 from tests.vm import states_lab as states
 from tests.vm.conftest import EVERYTHING, alive, end_workload
 from tests.vm.test_failures import refused, unharmed
@@ -78,7 +78,7 @@ def test_a_tree_that_dies_in_the_middle(vm, dump, writes, monkeypatch):
 
 def test_two_at_once(vm, dump):
     command = [sys.executable, "-m", "ovr", "restore", "-D", dump.path, "--vm", f"lab:{vm.name}"]
-    with ovr.attach(f"lab:{vm.name}") as attached, claimed(attached.ram.slots):
+    with ovr.attach(f"lab:{vm.name}") as attached, locked(attached.ram.slots):
         attached.qmp.close()  # QEMU serves one client of a monitor at a time
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         refused(done, 4, "another ovr restores into this VM", f"process {os.getpid()}")

@@ -17,7 +17,7 @@ import ovr
 from ovr.errors import AgentUnreachable, OvrError
 from ovr.images import ImageSet, image_size
 from ovr.lab.demo import answer_of
-from ovr.plan import make_plan
+from ovr.plan import NO_POOL, build_inside, make_plan
 from tests.vm.conftest import SIZE, UMASK, alive, end_workload
 from tests.vm.test_failures import ovr_command, refused, unharmed
 
@@ -73,7 +73,7 @@ def test_no_room_in_the_guest_for_what_criu_writes(vm, dump):
 def inside_size(dump) -> int:
     """KiB that the inside image set takes in the guest."""
     with ImageSet.open(dump.path) as images:
-        inside = make_plan(images).inside_images().values()
+        inside = build_inside(make_plan(images), NO_POOL).images.values()
         return sum(-(-image_size(image) // 4096) * 4 for image in inside)
 
 

@@ -13,7 +13,7 @@ from ovr.cli.criu_options import TABLE
 from ovr.errors import CriuFailed
 from ovr.images import ImageSet
 from ovr.lab.demo import answer_of
-from ovr.plan import make_plan
+from ovr.plan import NO_POOL, build_inside, make_plan
 from tests.vm.conftest import SIZE, UMASK, alive, end_workload
 
 MACHINES = [
@@ -67,7 +67,7 @@ def test_load_bearing(vm, dump, tmp_path):
         agent.run(["rm", "-rf", "/tmp/inside"])
         agent.run(["mkdir", "/tmp/inside"])
         plan = make_plan(images)
-        for name, content in plan.inside_images().items():
+        for name, content in build_inside(plan, NO_POOL).images.items():
             local = tmp_path / name
             local.write_bytes(b"".join(ovr.images.image_chunks(content)))
             agent.put(local, f"/tmp/inside/{name}")

@@ -14,7 +14,7 @@ import pytest
 
 import ovr
 from ovr import lab
-from ovr.attempt.authentication import prove_alone
+from ovr.attempt.authentication import authenticate_alone
 from ovr.guest.client.agent import Agent
 from ovr.lab import demo
 from ovr.lab.share import SHARE
@@ -45,7 +45,7 @@ class Guest:
     def proved(self) -> Iterator[Agent]:
         """Whom the agent makes a pool for."""
         with ovr.attach(f"lab:{self.vm.name}") as vm, self.vm.connect() as agent:
-            prove_alone(vm.kernel, agent, vm.qmp, vm.ram.slots)
+            authenticate_alone(vm.kernel, agent, vm.qmp, vm.ram.slots)
             yield agent
 
     def pool(self) -> int:

@@ -101,12 +101,12 @@ class Warm:
 
 
 class Agent(Session):
-    """A restore, step by step: `prove`, `begin`, then `go` or `abort`.
+    """A restore, step by step: `authenticate`, `begin`, then `go` or `abort`.
 
     ::
 
         with Agent.connect("vsock:3") as agent:
-            prove(kernel, agent, holder)
+            authenticate(kernel, agent, holder)
             skeleton = agent.begin(images)
             with agent.keep_alive():
                 ...  # write memory and state from outside
@@ -115,7 +115,7 @@ class Agent(Session):
 
     _engine = "criu"
 
-    def prove(self, secret: bytes) -> None:
+    def authenticate(self, secret: bytes) -> None:
         """Show the agent that we know its secret, and have it show that it knows it, too.
 
         Args:

@@ -34,7 +34,7 @@ from ovr.plan.pool.layout import (
 )
 from ovr.plan.sharing import CowPlan
 
-__all__ = ["TABLE", "WarmPlan", "foreign_cgroup", "plan_warm"]
+__all__ = ["NO_POOL", "TABLE", "Cold", "Warm", "foreign_cgroup", "plan_warm"]
 
 TABLE: Final = "ovr-warm.tab"
 """The table's name beside the images; WARM_TABLE in guest/agent.h."""
@@ -51,22 +51,30 @@ Points = NDArray[np.uint64]
 
 
 @dataclass(frozen=True)
-class WarmPlan:
-    """The use of a pool.
+class Cold:
+    """All memory is allocated at restore time; `why` the pool is not used."""
+
+    why: str
+
+
+@dataclass(frozen=True)
+class Warm:
+    """Areas are made from the pool.
 
     Attributes:
         table: for the library in the guest's CRIU.
-        images: the pagemaps of the tasks that get something, and their pages images.
-        size: how much of areas is made from the pool, in bytes, with what is absent in them.
-        bytes: how much of the restored memory comes from it.
-        why: if there is no use of it, why.
+        images: the page maps of the tasks that get memory from the pool, and their pages images.
+        size: bytes of areas that are made from the pool, absent pages included.
+        bytes: bytes of restored memory that come from it.
     """
 
-    table: bytes = b""
-    images: tuple[str, ...] = ()
-    size: int = 0
-    bytes: int = 0
-    why: str = ""
+    table: bytes
+    images: tuple[str, ...]
+    size: int
+    bytes: int
+
+
+NO_POOL: Final = Cold("the guest has no pool")
 
 
 @dataclass(frozen=True)
@@ -89,7 +97,7 @@ def plan_warm(
     cow: CowPlan,
     areas: Mapping[int, Sequence[VmaEntry]],
     pool: Pool,
-) -> WarmPlan:
+) -> Warm | Cold:
     """Give out the pool.
 
     Args:
@@ -103,10 +111,10 @@ def plan_warm(
     served = served_areas(plans, cow, areas)
     size = room_of(served)
     if not size:
-        return WarmPlan(why=NOTHING)
+        return Cold(NOTHING)
     if size > pool.size:
         needed = f"the tasks need {size >> 20} MiB"
-        return WarmPlan(why=f"the pool has {pool.size >> 20} MiB, and {needed}")
+        return Cold(f"the pool has {pool.size >> 20} MiB, and {needed}")
     parts = give_out(served, pool)
     users = [by_pid[pid].memory for pid, each in served.items() if each]
     names = (name for memory in users for name in (memory.name, memory.pages_name))
@@ -114,7 +122,7 @@ def plan_warm(
     table = _Table(cow, pool, alone=alone(served))
     for pid, part in _subtrees(by_pid, parts).items():
         table.add(by_pid[pid], part, served[pid], areas[pid])
-    return WarmPlan(
+    return Warm(
         table.build(),
         tuple(names),
         sum(area.end - area.start for area in all_served),

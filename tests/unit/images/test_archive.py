@@ -22,7 +22,7 @@ from ovr.guest.client.session import Hello
 from ovr.guest.protocol import ENGINE_ARCHIVE, HOOK_HELD
 from ovr.images import ImageSet
 from ovr.images.source import Sources
-from ovr.plan import make_plan
+from ovr.plan import NO_POOL, build_inside, make_plan
 
 CONFIG = {
     "id": "ab" * 32, "name": "web", "runtime": "crun", "rootfsImageName": "localhost/web:1",
@@ -97,7 +97,7 @@ def test_images_are_those_of_the_directory(dumps, archive, packer):
 def test_the_skeleton_has_other_images_and_nothing_else(archive, content):
     with PodmanCheckpoint(archive, name="new", options=["--tcp-established"]) as checkpoint:
         plan = make_plan(checkpoint.images)
-        inside = plan.inside_images()
+        inside = build_inside(plan, NO_POOL).images
         (name, chunks), = checkpoint.files(inside).items()  # fmt: skip
         skeleton = b"".join(chunks)
         assert name == ENGINE_ARCHIVE
@@ -130,7 +130,7 @@ def test_a_runtime_gets_its_images(archive, tmp_path, content):
             assert isinstance(checkpoint, RuntimeCheckpoint)
             assert (checkpoint.engine, checkpoint.container) == ("runc", "web")
             assert checkpoint.options == ("--bundle", "/srv/web", "web")
-            files = checkpoint.files(make_plan(checkpoint.images).inside_images())
+            files = checkpoint.files(build_inside(make_plan(checkpoint.images), NO_POOL).images)
             assert b"".join(files["descriptors.json"]) == EXTRAS["checkpoint/descriptors.json"]
             root = checkpoint.images.tasks[0].pid
             assert f"{HOOK_HELD}pagemap-{root}.img" in files
@@ -159,7 +159,7 @@ def test_images_of_a_process_have_no_engine(dumps):
     with open_checkpoint(dumps / "tree", criu_options=["--shell-job"]) as checkpoint:
         assert isinstance(checkpoint, ImagesCheckpoint)
         assert (checkpoint.engine, checkpoint.options) == (None, ("--shell-job",))
-        inside = make_plan(checkpoint.images).inside_images()
+        inside = build_inside(make_plan(checkpoint.images), NO_POOL).images
         assert set(checkpoint.files(inside)) == set(inside)
 
 

@@ -12,7 +12,7 @@ from ovr.errors import ImagesDamaged, ImagesUnsupported, OvrError, UsageError
 from ovr.guest.protocol import HOOK_HELD
 from ovr.images import ImageSet
 from ovr.images.source import Sources
-from ovr.plan import make_plan
+from ovr.plan import NO_POOL, build_inside, make_plan
 from tests.unit.images.tars import END, head, long_name, pax, record
 from tests.unit.images.test_archive import CONFIG, EXTRAS, members, pack
 from tests.unit.images.test_tar import LINK, PATH, Bytes
@@ -85,7 +85,7 @@ def test_what_the_guest_gets_builds_on_nothing(tmp_path, archives, after, both, 
         pack(path, after | more, links=LINKS)
     with PodmanCheckpoint(path, previous=previous) as checkpoint:
         plan = make_plan(checkpoint.images)
-        (chunks,) = checkpoint.files(plan.inside_images()).values()
+        (chunks,) = checkpoint.files(build_inside(plan, NO_POOL).images).values()
         made = members(b"".join(chunks))
         root = checkpoint.images.tasks[0].pid
     assert f"checkpoint/{HOOK_HELD}pagemap-{root}.img" in made
@@ -98,7 +98,7 @@ def test_a_runtime_gets_whole_images(archives):
     with open_checkpoint(
         archive=path, previous=previous, runtime="runc", bundle="/srv/web", name="web"
     ) as checkpoint:
-        files = checkpoint.files(make_plan(checkpoint.images).inside_images())
+        files = checkpoint.files(build_inside(make_plan(checkpoint.images), NO_POOL).images)
         assert "parent" not in files
         assert any(name.startswith(f"{HOOK_HELD}pagemap-") for name in files)
 

@@ -1,0 +1,139 @@
+"""The inside image set: the images from which the guest's CRIU builds the skeleton.
+
+Pages that go outside are left out of the page maps, areas are cut and marked so that CRIU allocates
+frames for them, values that go outside are replaced by neutral ones.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ovr.images import PAGEMAP_DTYPE, Draft, Extents, InsideImages, MmEntry, VmaEntry
+from ovr.images.vma import (
+    MADV_DONTNEED_LOCKED,
+    MADV_POPULATE_WRITE,
+    MAP_POPULATE,
+    PROT_WRITE,
+    split_vma,
+)
+from ovr.memory.addresses import PAGE_SHIFT
+from ovr.memory.ranges import Ranges
+from ovr.plan.areas import Cuts, MemoryPlan, TaskPlan, cuts_of
+from ovr.plan.pages import Reason, Runs
+from ovr.plan.plan import Plan
+from ovr.plan.pool.layout import Pool, fitting_pool
+from ovr.plan.pool.table import TABLE, Cold, Warm, plan_warm
+from ovr.state.settings import neutralise
+
+__all__ = ["Inside", "build_inside", "mark_piece", "pool_for"]
+
+
+@dataclass(frozen=True)
+class Inside:
+    """The inside image set.
+
+    Attributes:
+        images: contents by file name, for `ovr.images.image_chunks`.
+        memory: where the skeleton's memory comes from.
+    """
+
+    images: Mapping[str, bytes | Extents]
+    memory: Warm | Cold
+
+
+def build_inside(plan: Plan, pool: Pool | Cold) -> Inside:
+    """Build the inside image set of a plan.
+
+    Args:
+        plan: the plan.
+        pool: the guest's pool, or why there is none to be used.
+
+    Raises:
+        ImagesUnsupported: a task without any pages.
+    """
+    builder = _Builder(plan)
+    if isinstance(pool, Cold):
+        builder.add_tasks(large_by_criu=False)
+        return Inside(builder.build(), pool)
+    areas = builder.add_tasks(large_by_criu=True)
+    memory = plan_warm(plan.tasks, plan.cow, areas, pool)
+    table = {TABLE: memory.table} if isinstance(memory, Warm) else {}
+    return Inside(builder.build() | table, memory)
+
+
+def pool_for(plan: Plan) -> tuple[int, int] | None:
+    """Return size and place of the smallest pool for a plan, as `layout.fitting_pool`."""
+    areas = _Builder(plan).add_tasks(large_by_criu=True)
+    return fitting_pool(plan.tasks, plan.cow, areas)
+
+
+class _Builder:
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self._inside = InsideImages(plan.images)
+        self._draft = Draft(plan.images)
+
+    def add_tasks(self, *, large_by_criu: bool) -> dict[int, Sequence[VmaEntry]]:
+        """Drop the pages of tasks, cut and mark their areas; return the areas by pid.
+
+        Args:
+            large_by_criu: CRIU, not the agent, allocates `TaskPlan.large_pieces`.
+        """
+        cuts = cuts_of(self._plan.tasks, self._plan.cow)
+        found: dict[int, Sequence[VmaEntry]] = {}
+        for task in self._plan.tasks:
+            self._drop(task)
+            found[task.task.pid] = self._cut(task, cuts[task.task.pid], large_by_criu)
+        return found
+
+    def build(self) -> dict[str, bytes | Extents]:
+        """Return the set, with shared memory dropped and values replaced by neutral ones."""
+        for shared in self._plan.shared:
+            self._drop(shared)
+        neutralise(self._plan.settings, self._draft)
+        self._draft.put(self._inside)
+        return self._inside.build()
+
+    def _drop(self, memory: MemoryPlan) -> None:
+        if (memory.runs["reason"] <= Reason.INHERITED).any():
+            self._inside.keep_pages(memory.memory, _entries_kept(memory.runs), memory.first_pages())
+
+    def _cut(self, task: TaskPlan, cuts: Cuts, large_by_criu: bool) -> Sequence[VmaEntry]:
+        mm = self._draft.message(f"mm-{task.task.pid}.img", 0, MmEntry)
+        areas: list[VmaEntry] = []
+        for vma in mm.vmas:
+            edges = cuts.get((vma.start, vma.end), ())
+            for piece in split_vma(vma, edges) if edges else [vma]:
+                mark_piece(piece, task, large_by_criu=large_by_criu)
+                areas.append(piece)
+        del mm.vmas[:]
+        mm.vmas.extend(areas)
+        return list(mm.vmas)
+
+
+def mark_piece(piece: VmaEntry, task: TaskPlan, *, large_by_criu: bool) -> None:
+    """Mark a piece of an area with the allocations that CRIU is to make when it maps it."""
+    if _contains(task.pieces_of_criu, piece):
+        if piece.prot & PROT_WRITE:
+            if large_by_criu or not _contains(task.large_pieces, piece):
+                piece.madv |= 1 << MADV_POPULATE_WRITE
+        else:
+            piece.flags |= MAP_POPULATE  # while CRIU still has it writable
+    if _contains(task.sharing.dropped, piece):
+        piece.madv |= 1 << MADV_DONTNEED_LOCKED
+    if _contains(task.sharing.cow.bequeathed, piece):
+        piece.flags |= MAP_POPULATE
+
+
+def _contains(ranges: Ranges, vma: VmaEntry) -> bool:
+    at = int(np.searchsorted(ranges["start"], np.uint64(vma.start), side="right")) - 1
+    return at >= 0 and vma.end <= int(ranges["end"][at])
+
+
+def _entries_kept(runs: Runs) -> Runs:
+    kept = runs[runs["reason"] > Reason.INHERITED]
+    entries = np.zeros(len(kept), dtype=PAGEMAP_DTYPE)
+    entries["vaddr"] = kept["start"]
+    entries["nr_pages"] = kept["size"] >> np.uint64(PAGE_SHIFT)
+    return entries
