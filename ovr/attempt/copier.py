@@ -14,7 +14,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Final, NamedTuple
 
@@ -23,12 +23,11 @@ import numpy as np
 from ovr._fastcopy import OWNED
 from ovr.attempt.feed import Feed
 from ovr.attempt.journal import Journal
+from ovr.attempt.targets import Family, Part, Target
 from ovr.attempt.threads import Threads
 from ovr.errors import RestoreFailed, VerifyMismatch
-from ovr.images.source import Source
-from ovr.memory.paging import AddressSpace, Frames
 from ovr.memory.ram import Runs
-from ovr.memory.ranges import Ranges, cut_out, cut_to, no_ranges, split, total
+from ovr.memory.ranges import cut_out, cut_to, split, total
 from ovr.memory.runs import (
     as_pieces,
     ends_of,
@@ -40,9 +39,11 @@ from ovr.memory.runs import (
 )
 from ovr.vm.hold import Holder
 
-__all__ = ["Copier", "Family", "Part", "Target"]
+__all__ = ["VERIFY_MODES", "Copier"]
 
 log = logging.getLogger("ovr.journal")
+
+VERIFY_MODES: Final = ("none", "sample", "full")
 
 HOLD_BYTES: Final = 256 << 20
 """How much is copied in one hold at most; the first one copies a sixteenth of it."""
@@ -59,52 +60,6 @@ _TRIES_TO_SHARE: Final = 4
 _SAMPLE_PAGES: Final = 4096
 
 OF_ANYBODY: Final = 0
-
-
-@dataclass(frozen=True)
-class Target:
-    """Pages of one source that go into one address space of the guest.
-
-    Attributes:
-        name: what messages call it.
-        space: the address space in the guest.
-        frames: says which frames are the target's own.
-        pieces: a `_fastcopy.PIECE` array; offsets are positions in `source`.
-        source: the pages image.
-        ask: asks the guest to map pages, given as pieces, once more, content and all.
-        check: raises `RestoreFailed` if `space` is not that of its process any more; asked in every
-            hold before a page table is walked.
-        spared: ranges of bytes that are left as the guest has them.
-    """
-
-    name: str
-    space: AddressSpace
-    frames: Frames
-    pieces: Runs
-    source: Source
-    ask: Callable[[Runs], None]
-    check: Callable[[], None]
-    spared: Ranges = field(default_factory=no_ranges)
-
-
-Part = tuple[Target, Runs]
-"""Some of the pieces of a target."""
-
-
-@dataclass(frozen=True)
-class Family:
-    """Pages that tasks share copy-on-write, written once.
-
-    Attributes:
-        first: the task that had them first; its `frames` are those that only the tree can have.
-        heirs: the tasks that inherited them, each with the pieces that it has in common with
-            `first`. Where one turns out to have another frame it gets content of its own.
-        strangers: address spaces, with ranges of GVAs in which they must not see the pages.
-    """
-
-    first: Target
-    heirs: Sequence[Target]
-    strangers: Sequence[tuple[AddressSpace, Ranges]]
 
 
 class _Unlike(NamedTuple):
@@ -270,18 +225,24 @@ class Copier:
             unlike = absent
         return left + [(heir, pieces) for _, heir, pieces in unlike]
 
-    def verify(self, targets: Sequence[Target], *, full: bool) -> int:
-        """Compare pieces with their source, all or a sample; return the bytes compared.
+    def verify(self, targets: Sequence[Target], mode: str) -> int:
+        """Compare pieces with their source; return the bytes compared.
+
+        Args:
+            targets: all targets, each once.
+            mode: one of `VERIFY_MODES`: none of the pages, a sample, or all.
 
         Raises:
             VerifyMismatch: a page is not what was written.
             RestoreFailed: as `write`.
         """
-
-        def chosen(target: Target) -> Runs:
-            return target.pieces if full else sample(target.pieces, _SAMPLE_PAGES)
-
-        parts = [(target, chosen(target)) for target in targets]
+        pages = {"none": 0, "sample": _SAMPLE_PAGES, "full": None}[mode]
+        if pages == 0:
+            return 0
+        parts = [
+            (target, target.pieces if pages is None else sample(target.pieces, pages))
+            for target in targets
+        ]
         for batch in self._batches(parts):
             self._each_run(batch, self._compare, OF_ANYBODY)
         return sum(total(part) for _, part in parts)

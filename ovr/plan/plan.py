@@ -3,13 +3,13 @@
 The plan is made from the images alone. `memory_plan` places the pages, `state` has the rest.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Final
 
 from ovr.errors import UsageError
-from ovr.images import ImageSet
+from ovr.images import ImageSet, Memory
 from ovr.images.shared import shared_memory
 from ovr.images.vma import without_content
 from ovr.plan.areas import MemoryPlan, SharedPlan, TaskPlan, plan_shared, plan_tasks
@@ -47,6 +47,12 @@ class Plan:
     def memories(self) -> tuple[MemoryPlan, ...]:
         """All memory: the tasks', then what is shared, each object once."""
         return *self.tasks, *self.shared
+
+    def sources(self) -> Iterator[tuple[Memory, int]]:
+        """Yield the pages images that are written from, with their levels in chains of dumps."""
+        for memory in self.memories:
+            for level in memory.pieces:
+                yield memory.memory, level
 
     @property
     def bytes_total(self) -> int:

@@ -13,11 +13,10 @@ from typing import Final, NamedTuple
 
 import numpy as np
 
-from ovr.attempt.copier import Family, Target
+from ovr.attempt.targets import Family, Target
 from ovr.errors import RestoreFailed
 from ovr.guest.client.agent import Agent, Portion
 from ovr.images.source import Sources
-from ovr.images.task import Memory
 from ovr.kernel import (
     Kernel,
     Struct,
@@ -37,7 +36,7 @@ from ovr.plan.areas import SharedPlan, TaskPlan
 from ovr.plan.pages import Runs
 from ovr.state import GuestTree
 
-__all__ = ["Outside", "allocate_outside", "sources_of"]
+__all__ = ["Outside", "allocate_outside"]
 
 _OF_THE_TASK: Final = "was it killed? look for the OOM killer in the guest's kernel log"
 
@@ -65,13 +64,6 @@ class Outside:
         """Every target, once."""
         shared = [target for family in self.families for target in (family.first, *family.heirs)]
         return [*{id(target): target for target in (*shared, *self.targets)}.values()]
-
-
-def sources_of(plan: Plan) -> Iterator[tuple[Memory, int]]:
-    """Return the pages images that the plan writes from, with their levels in chains of dumps."""
-    for task in (*plan.tasks, *plan.shared):
-        for level in task.pieces:
-            yield task.memory, level
 
 
 def allocate_outside(

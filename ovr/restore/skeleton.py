@@ -7,13 +7,14 @@ from dataclasses import dataclass
 
 from ovr.attempt.attempt import Attempt
 from ovr.checkpoint import Checkpoint
-from ovr.errors import CriuFailed, OvrError
+from ovr.errors import CriuFailed, ImagesUnsupported, OvrError
 from ovr.guest.client.agent import Skeleton
 from ovr.guest.client.session import Hello
+from ovr.guest.protocol import MAX_IMAGE_BYTES
+from ovr.images import image_size
 from ovr.images.regular import regular_file
 from ovr.plan import NO_POOL, Cold, Inside, Plan, Pool, Warm, build_inside
 from ovr.plan.pool.table import foreign_cgroup
-from ovr.restore.preflight import refuse_large_images
 
 __all__ = ["Built", "build_skeleton", "inside_of"]
 
@@ -40,7 +41,13 @@ def inside_of(plan: Plan, checkpoint: Checkpoint, guest: Hello) -> Inside:
         ImagesUnsupported: it is larger than the agent takes.
     """
     inside = build_inside(plan, _pool(plan, checkpoint, guest))
-    refuse_large_images(inside.images)
+    size = sum(map(image_size, inside.images.values()))
+    if size > MAX_IMAGE_BYTES:
+        raise ImagesUnsupported(
+            f"{size} bytes of images would go to the guest's CRIU, which gets at most"
+            f" {MAX_IMAGE_BYTES}",
+            "restore more from outside (--outside all); `ovr plan` says what stays inside, and why",
+        )
     return inside
 
 

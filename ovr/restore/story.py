@@ -3,24 +3,21 @@
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Final
 
 from ovr.attempt import settings
 from ovr.attempt.attempt import Attempt
-from ovr.attempt.copier import Copier
+from ovr.attempt.copier import VERIFY_MODES
 from ovr.attempt.stopwatch import Stopwatch
 from ovr.checkpoint import Checkpoint
 from ovr.images.source import Sources
 from ovr.plan import NOT_DUMPED, Plan, Warm, make_plan
-from ovr.restore.allocation import Outside, allocate_outside, sources_of
+from ovr.restore.allocation import allocate_outside
 from ovr.restore.preflight import refuse_taken_pids
 from ovr.restore.report import Report, make_report
 from ovr.restore.skeleton import build_skeleton, inside_of
 from ovr.vm.attach import AttachedVm
 
 __all__ = ["VERIFY_MODES", "restore"]
-
-VERIFY_MODES: Final = ("none", "sample", "full")
 
 log = logging.getLogger("ovr.restore")
 
@@ -57,11 +54,11 @@ def restore(
         with watch("plan"):
             guest = attempt.agent.hello
             checkpoint.check(guest)
+            refuse_taken_pids(checkpoint.images, vm.kernel)
             plan = _plan(checkpoint, outside, force_write=guest.force_write)
-            refuse_taken_pids(plan, vm.kernel)
             inside = inside_of(plan, checkpoint, guest)
         with watch("skeleton"):
-            sources.read_ahead(sources_of(plan))
+            sources.read_ahead(plan.sources())
             built = build_skeleton(
                 attempt, checkpoint, inside, timeout=timeout, log_level=log_level
             )
@@ -76,7 +73,7 @@ def restore(
         with watch("verify"):
             settings.verify(plan.settings, attempt.tree())
             sources.check_unchanged()
-            compared = _verify(copier, memory, verify)
+            compared = copier.verify(memory.all, verify)
             sources.check_unchanged()
         with watch("commit"):
             root = attempt.commit()
@@ -89,7 +86,3 @@ def _plan(checkpoint: Checkpoint, outside: Sequence[str], *, force_write: bool) 
     for pid, lost in plan.not_dumped.items():
         log.warning("pid %d: %d MiB of %s", pid, lost >> 20, NOT_DUMPED)
     return plan
-
-
-def _verify(copier: Copier, memory: Outside, mode: str) -> int:
-    return 0 if mode == "none" else copier.verify(memory.all, full=mode == "full")

@@ -11,8 +11,9 @@ import numpy as np
 
 from ovr._fastcopy import OWNED
 from ovr.attempt import copier
-from ovr.attempt.copier import Copier, Family, Look, Part, Ready, Target, Work
+from ovr.attempt.copier import Copier, Look, Ready, Work
 from ovr.attempt.feed import Feed
+from ovr.attempt.targets import Family, Part, Target
 from ovr.kernel import Kernel
 from ovr.memory.paging import Frames
 from ovr.memory.ram import Runs

@@ -13,8 +13,9 @@ import pytest
 
 from ovr._fastcopy import OWNED, PIECE, RUN
 from ovr.attempt import copier as copying
-from ovr.attempt.copier import Copier, Target
+from ovr.attempt.copier import Copier
 from ovr.attempt.journal import Journal
+from ovr.attempt.targets import Target
 from ovr.errors import VerifyMismatch
 from ovr.images.source import Source, _without_waiting
 from ovr.memory.addresses import PAGE_SIZE
@@ -157,7 +158,7 @@ def test_nothing_is_read_from_disk_in_a_hold(machine, source, reads, work, times
         holds = ours.holder.count
         forget(source)
         if work == "verify":
-            assert ours.verify([target], full=True) == SIZE
+            assert ours.verify([target], "full") == SIZE
         else:
             ours.write([(target, target.pieces)])
         # What was not there at once was left for another hold; what cannot be read without waiting
@@ -175,7 +176,7 @@ def test_a_page_that_differs(machine, source):
         with ours.holder.held():
             target.space.ram.write(at + 9, bytes([target.space.ram.read(at + 9, 1)[0] ^ 1]))
         with pytest.raises(VerifyMismatch, match=f"{at:#x}"):
-            ours.verify([target], full=True)
+            ours.verify([target], "full")
 
 
 def test_a_copy_that_does_not_wait(machine, source):
@@ -212,7 +213,8 @@ from ovr.images.source import Source
 from ovr.attempt.journal import Journal
 from ovr.memory.ram import Slot
 from ovr.attempt import copier as copying
-from ovr.attempt.copier import Copier, Target
+from ovr.attempt.copier import Copier
+from ovr.attempt.targets import Target
 from tests.unit.machine import ram_file
 from tests.unit.test_copier import BEGIN, SIZE, Space
 

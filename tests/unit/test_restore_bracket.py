@@ -43,7 +43,7 @@ class Link:
 @pytest.mark.parametrize("when", ["in begin", "right after it"])
 def test_an_interrupt_around_begin(monkeypatch, when):
     link = Link(when)
-    plan = SimpleNamespace(tasks=[], shared=[], states=(), not_dumped={}, settings=())
+    plan = SimpleNamespace(tasks=[], shared=[], states=(), not_dumped={}, sources=tuple)
     checkpoint = SimpleNamespace(
         images=None, check=lambda hello: None, files=lambda inside: {}, options=(), engine=None,
         volumes=(), container=None,

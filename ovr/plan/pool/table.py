@@ -281,10 +281,13 @@ def foreign_cgroup(images: ImageSet, criu_options: Sequence[str]) -> bool:
         option in ("--manage-cgroups=ignore", "--manage-cgroups=none") for option in criu_options
     ):
         return False
+    if any(option.startswith("--cgroup-root") for option in criu_options):
+        return True
+    parts = (
+        part
+        for task in images.tasks
+        for core in task.cores.values()
+        for part in (core.tc, core.thread_core)
+    )
     own = images.inventory.root_cg_set
-    for task in images.tasks:
-        for core in task.cores.values():
-            for part in (core.tc, core.thread_core):
-                if part.HasField("cg_set") and part.cg_set != own:
-                    return True
-    return any(option.startswith("--cgroup-root") for option in criu_options)
+    return any(part.HasField("cg_set") and part.cg_set != own for part in parts)

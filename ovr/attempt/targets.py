@@ -1,0 +1,57 @@
+"""Pages to be written: where they come from, and whose frames they go into."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from ovr.images.source import Source
+from ovr.memory.paging import AddressSpace, Frames
+from ovr.memory.ram import Runs
+from ovr.memory.ranges import Ranges, no_ranges
+
+__all__ = ["Family", "Part", "Target"]
+
+
+@dataclass(frozen=True)
+class Target:
+    """Pages of one source that go into one address space of the guest.
+
+    Attributes:
+        name: what messages call it.
+        space: the address space in the guest.
+        frames: says which frames are the target's own.
+        pieces: a `_fastcopy.PIECE` array; offsets are positions in `source`.
+        source: the pages image.
+        ask: asks the guest to map pages, given as pieces, once more, content and all.
+        check: raises `RestoreFailed` if `space` is not that of its process any more; asked in every
+            hold before a page table is walked.
+        spared: ranges of bytes that are left as the guest has them.
+    """
+
+    name: str
+    space: AddressSpace
+    frames: Frames
+    pieces: Runs
+    source: Source
+    ask: Callable[[Runs], None]
+    check: Callable[[], None]
+    spared: Ranges = field(default_factory=no_ranges)
+
+
+Part = tuple[Target, Runs]
+"""Some of the pieces of a target."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """Pages that tasks share copy-on-write, written once.
+
+    Attributes:
+        first: the task that had them first; its `frames` are those that only the tree can have.
+        heirs: the tasks that inherited them, each with the pieces that it has in common with
+            `first`. Where one turns out to have another frame it gets content of its own.
+        strangers: address spaces, with ranges of GVAs in which they must not see the pages.
+    """
+
+    first: Target
+    heirs: Sequence[Target]
+    strangers: Sequence[tuple[AddressSpace, Ranges]]
