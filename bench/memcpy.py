@@ -19,8 +19,8 @@ from ovr.kernel import find_task, mm_space
 from ovr.lab import LabVm
 from ovr.lab.cache import cached, digest
 from ovr.lab.tools import need_tool, run_tool
+from ovr.memory.extents import split, total
 from ovr.memory.ram import Slot
-from ovr.memory.ranges import split, total
 from ovr.plan import make_plan
 from ovr.vm.attach import AttachedVm
 from ovr.vm.hold import Holder

@@ -18,7 +18,7 @@ from bench.race import Heats, Lane, Replay, race, ratios, values
 from ovr._fastcopy import OWNED, PIECE
 from ovr.attempt.copier import HOLD_BYTES
 from ovr.kernel import find_task, for_each_vma, mm_space
-from ovr.memory.ranges import split, total
+from ovr.memory.extents import split, total
 from ovr.vm.attach import AttachedVm
 from tests.vm.drgn_reader import drgn_program
 

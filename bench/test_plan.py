@@ -40,16 +40,16 @@ def many(tmp_path_factory):
     pattern.start, pattern.end = PLACE, PLACE + 2 * ENTRIES * 4096
     mm.vmas.insert(sum(vma.start < PLACE for vma in mm.vmas), pattern)
     more = np.zeros(ENTRIES, pagemap.entries.dtype)
-    more["vaddr"] = PLACE + 8192 * np.arange(ENTRIES, dtype="<u8")
-    more["nr_pages"], more["flags"] = 1, PE_PRESENT
-    entries = np.sort(np.concatenate([pagemap.entries, more]), order="vaddr")
+    more["gva"] = PLACE + 8192 * np.arange(ENTRIES, dtype="<u8")
+    more["size"], more["flags"] = 4096, PE_PRESENT
+    entries = np.sort(np.concatenate([pagemap.entries, more]), order="gva")
     name = f"pagemap-{task.pid}.img"
     changed = Pagemap(pagemap.pages_id, entries, pagemap.compat)
     (images / name).write_bytes(encode_pagemap(changed, name))
     mm_name = f"mm-{task.pid}.img"
     (images / mm_name).write_bytes(image_bytes(mm_name, [encode(mm)]))
     with (images / pages).open("r+b") as file:
-        file.truncate(int(entries["nr_pages"].sum()) << 12)
+        file.truncate(int(entries["size"].sum()))
     yield images
     shutil.rmtree(where)
 

@@ -26,15 +26,18 @@ from ovr.attempt.journal import Journal
 from ovr.attempt.targets import Family, Part, Target
 from ovr.attempt.threads import Threads
 from ovr.errors import RestoreFailed, VerifyMismatch
-from ovr.memory.ram import Runs
-from ovr.memory.ranges import cut_out, cut_to, split, total
-from ovr.memory.runs import (
+from ovr.memory.extents import (
+    Extents,
     as_pieces,
+    cut_out,
+    cut_to,
     ends_of,
     first_bytes,
     left_of,
     on_same_frames,
     sample,
+    split,
+    total,
     with_flags,
 )
 from ovr.vm.hold import Holder
@@ -67,7 +70,7 @@ class _Unlike(NamedTuple):
 
     first: Target
     heir: Target
-    pieces: Runs
+    pieces: Extents
 
 
 @dataclass(frozen=True)
@@ -81,13 +84,13 @@ class Ready:
 class _Share(NamedTuple):
     """What a thread has found in a hold, and how far it came: runs."""
 
-    found: Runs
-    done: Runs
+    found: Extents
+    done: Extents
 
 
-Work = Callable[[Ready, Runs], int]
+Work = Callable[[Ready, Extents], int]
 """Does something to runs; returns of how many of their bytes, from the first one on."""
-Look = Callable[[Target, Runs], None]
+Look = Callable[[Target, Extents], None]
 
 
 class Copier:
@@ -139,7 +142,7 @@ class Copier:
 
     def _batches(self, parts: Iterable[Part]) -> Iterator[list[Part]]:
         # What is done in one hold, as large as the holds before have shown to be right.
-        batch: list[tuple[Target, list[Runs]]] = []
+        batch: list[tuple[Target, list[Extents]]] = []
         room = self._room
         for target, pieces in parts:
             most = HOLD_BYTES if target.source.nowait else ASIDE_BYTES
@@ -185,7 +188,7 @@ class Copier:
         return self._not_shared(unlike)
 
     def _look_at_kin(
-        self, family: Family, unlike: list[_Unlike], target: Target, runs: Runs
+        self, family: Family, unlike: list[_Unlike], target: Target, runs: Extents
     ) -> None:
         # All of a hold's pages at once: there may be a hundred tasks to walk.
         for space, ranges in family.strangers:
@@ -315,7 +318,7 @@ class Copier:
         for target, part in missed:
             target.ask(part)
 
-    def _copy(self, ready: Ready, runs: Runs) -> int:
+    def _copy(self, ready: Ready, runs: Extents) -> int:
         # SAFETY: the frames are the target's own by the guest kernel's word, found in this very
         # hold: a task's exclusive anonymous pages, anonymous pages that only tasks of the tree can
         # have, or pages of a shared object that only the tree has. The hold keeps them still: no
@@ -324,7 +327,7 @@ class Copier:
         # dirty, or swap has no copy that reclaim could go back to. Undone by killing the tree.
         return ready.feed.copy(ready.target.space.ram, runs)
 
-    def _compare(self, ready: Ready, runs: Runs) -> int:
+    def _compare(self, ready: Ready, runs: Extents) -> int:
         compared, gva = ready.feed.compare(ready.target.space.ram, runs)
         if gva is not None:
             raise VerifyMismatch(
@@ -333,12 +336,12 @@ class Copier:
             )
         return compared
 
-    def _note(self, target: Target, runs: Runs) -> None:
+    def _note(self, target: Target, runs: Extents) -> None:
         self.journal.add_memory(target.name, runs)
         self._advance(total(runs))
 
 
-def _make_ready(target: Target, part: Runs, *, aside: bool) -> Ready:
+def _make_ready(target: Target, part: Extents, *, aside: bool) -> Ready:
     # What can be done with the VM running: the host's page faults, and to read the source, or find
     # out that it cannot be read.
     feed = Feed.make(target.source, part, aside=aside)

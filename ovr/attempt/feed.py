@@ -7,9 +7,8 @@ import numpy as np
 
 from ovr.images.source import Source, readable
 from ovr.memory.addresses import Gva
-from ovr.memory.ram import GuestRam, Runs
-from ovr.memory.ranges import total
-from ovr.memory.runs import file_ranges
+from ovr.memory.extents import Extents, file_ranges, total
+from ovr.memory.ram import GuestRam
 
 __all__ = ["Feed"]
 
@@ -28,11 +27,11 @@ class Feed:
     """
 
     source: Source
-    part: Runs
+    part: Extents
     aside: memoryview | None = None
 
     @classmethod
-    def make(cls, source: Source, part: Runs, *, aside: bool = False) -> Self:
+    def make(cls, source: Source, part: Extents, *, aside: bool = False) -> Self:
         """Read pages ahead.
 
         Args:
@@ -56,7 +55,7 @@ class Feed:
         placed["offset"] = np.cumsum(part["size"]) - part["size"]
         return cls(source, placed, buffer)
 
-    def copy(self, ram: GuestRam, runs: Runs) -> int:
+    def copy(self, ram: GuestRam, runs: Extents) -> int:
         """Copy to where `runs` of the pages are; who calls this states why they stay there.
 
         Returns the number of bytes copied, in the order of the runs: fewer than all if the hold is
@@ -72,7 +71,7 @@ class Feed:
         with readable(source.name):
             return ram.copy_in(runs, source.fd, source.base, source.size, wait=False)
 
-    def compare(self, ram: GuestRam, runs: Runs) -> tuple[int, Gva | None]:
+    def compare(self, ram: GuestRam, runs: Extents) -> tuple[int, Gva | None]:
         """Compare with what is where `runs` of the pages are.
 
         Returns the number of bytes that are equal, counted as `copy` does, and the address of the

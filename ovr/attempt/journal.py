@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 
 from ovr.memory.addresses import Gpa, Gva
-from ovr.memory.ram import Runs
-from ovr.memory.ranges import total
+from ovr.memory.extents import Extents, total
 
 __all__ = ["FieldWrite", "Journal", "MemoryWrite", "Undo"]
 
@@ -153,7 +152,7 @@ class Journal:
         else:
             self.fields.append(write)
 
-    def add_memory(self, target: str, runs: Runs) -> None:
+    def add_memory(self, target: str, runs: Extents) -> None:
         """Note that pages were written: an array of `_fastcopy.RUN`."""
         if not len(runs):
             return

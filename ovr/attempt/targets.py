@@ -4,8 +4,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from ovr.images.source import Source
+from ovr.memory.extents import Extents
 from ovr.memory.paging import AddressSpace, Frames
-from ovr.memory.ram import Runs
 from ovr.memory.ranges import Ranges, no_ranges
 
 __all__ = ["Family", "Part", "Target"]
@@ -30,14 +30,14 @@ class Target:
     name: str
     space: AddressSpace
     frames: Frames
-    pieces: Runs
+    pieces: Extents
     source: Source
-    ask: Callable[[Runs], None]
+    ask: Callable[[Extents], None]
     check: Callable[[], None]
     spared: Ranges = field(default_factory=no_ranges)
 
 
-Part = tuple[Target, Runs]
+Part = tuple[Target, Extents]
 """Some of the pieces of a target."""
 
 

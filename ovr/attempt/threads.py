@@ -5,8 +5,7 @@ from concurrent.futures import Executor, Future, wait
 from typing import Final, TypeVar
 
 from ovr.memory.addresses import PAGE_SIZE
-from ovr.memory.ram import Runs
-from ovr.memory.ranges import split, total
+from ovr.memory.extents import Extents, split, total
 
 __all__ = ["Threads"]
 
@@ -29,7 +28,7 @@ class Threads:
         self._pool = pool
         self._count = count
 
-    def on_parts(self, runs: Runs, work: Callable[[Runs], T]) -> list[T]:
+    def on_parts(self, runs: Extents, work: Callable[[Extents], T]) -> list[T]:
         """Do the work on parts of `runs`, of whole pages; return what it gave, in their order."""
         # Whole pages: what is to be walked must be.
         pages = -(-total(runs) // (self._count * PAGE_SIZE))

@@ -20,7 +20,7 @@ from ovr.errors import ImagesDamaged, ImagesUnsupported, UsageError
 from ovr.images.directory import PARENT
 from ovr.images.framing import DUMP_AGAIN
 from ovr.images.imageset import ImageSet
-from ovr.images.rewrite import Extents, image_chunks
+from ovr.images.rewrite import Slices, image_chunks
 
 __all__ = ["Archive", "Container"]
 
@@ -115,7 +115,7 @@ class Archive:
     def _own(self) -> Tarball:
         return self._tarballs[0]
 
-    def with_images(self, images: Mapping[str, bytes | Extents]) -> Iterator[bytes]:
+    def with_images(self, images: Mapping[str, bytes | Slices]) -> Iterator[bytes]:
         """The archive in pieces, uncompressed, with `images` instead of CRIU's images.
 
         All other members are byte for byte what they were, files beside the images too. The images
@@ -197,7 +197,7 @@ class Archive:
 _MODE: Final = 0o644
 
 
-def _member(name: str, image: bytes | Extents) -> Iterable[bytes]:
+def _member(name: str, image: bytes | Slices) -> Iterable[bytes]:
     size = len(image) if isinstance(image, bytes) else image.size
     info = tarfile.TarInfo(name)
     info.size, info.mode = size, _MODE

@@ -13,7 +13,7 @@ from ovr.checkpoint.archive import Archive
 from ovr.errors import CheckFailed, ImagesUnsupported, UsageError
 from ovr.guest.client.session import Hello
 from ovr.guest.protocol import ENGINE_ARCHIVE, HOOK_HELD
-from ovr.images import Extents, ImageSet, image_chunks
+from ovr.images import ImageSet, Slices, image_chunks
 from ovr.images.terminals import refuse_outside_terminals
 
 __all__ = [
@@ -29,7 +29,7 @@ __all__ = [
 RUNTIMES: Final = ("runc", "crun")
 """The engines that restore images into a bundle."""
 
-Inside = Mapping[str, bytes | Extents]
+Inside = Mapping[str, bytes | Slices]
 
 _SCRIPTS_FOR_ENGINES: Final = (3, 19)  # "action-scripts: allow shell scripts in rpc mode"
 _DESCRIPTORS: Final = "descriptors.json"  # runc and crun put it beside CRIU's images

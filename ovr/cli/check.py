@@ -155,7 +155,7 @@ def _prove(look: _Look, agent: Agent) -> bool:
 
 def _agent(look: _Look, address: str | None) -> Iterator[Item]:
     if address is None:
-        yield Item("agent", False, "nobody said where it is", _NO_ADDRESS)
+        yield Item("agent", False, "no address is known", _NO_ADDRESS)
         return
     try:
         with Agent.connect(address) as agent:

@@ -137,7 +137,7 @@ def _fields(plan: Plan) -> dict[str, Any]:
 
 
 def _runs(memory: MemoryPlan) -> Iterator[dict[str, Any]]:
-    for start, length, code in memory.runs[["start", "size", "reason"]].tolist():
+    for start, length, code in memory.runs[["gva", "size", "reason"]].tolist():
         reason = Reason(code)
         yield {
             "start": start,

@@ -81,9 +81,7 @@ def run(options: argparse.Namespace) -> int:
         wanted = (parse_size(options.size, PAGE_SIZE), 0)
     address = options.agent or find_vm(options.vm).agent
     if address is None:
-        raise AgentUnreachable(
-            f"nobody said where the agent of {options.vm} is", "give --agent ADDR"
-        )
+        raise AgentUnreachable(f"no agent address is known for {options.vm}", "give --agent ADDR")
     with Agent.connect(address) as agent:
         if wanted is None and options.images_dir is None:
             pool = agent.pool()

@@ -8,7 +8,7 @@ from ovr.images.draft import Draft
 from ovr.images.imageset import ImageSet
 from ovr.images.messages import CoreEntry, FsEntry, MmEntry, VmaEntry
 from ovr.images.pagemap import PAGEMAP_DTYPE
-from ovr.images.rewrite import Extents, InsideImages, image_chunks, image_size
+from ovr.images.rewrite import InsideImages, Slices, image_chunks, image_size
 from ovr.images.task import Memory, Task, TaskState
 from ovr.images.wire import copy_of
 
@@ -16,12 +16,12 @@ __all__ = [
     "PAGEMAP_DTYPE",
     "CoreEntry",
     "Draft",
-    "Extents",
     "FsEntry",
     "ImageSet",
     "InsideImages",
     "Memory",
     "MmEntry",
+    "Slices",
     "Task",
     "TaskState",
     "VmaEntry",

@@ -13,12 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ovr._fastcopy import PAIR, equal_pages
-from ovr.images.pagemap import Entries
-from ovr.images.runs import clip, ends_of
 from ovr.images.source import Sources, readable
 from ovr.images.task import Memory, Task
 from ovr.images.vma import MAP_ANONYMOUS, MAP_GROWSDOWN, VMA_FILE_PRIVATE, Vmas, is_private
-from ovr.memory.addresses import PAGE_SHIFT, PAGE_SIZE
+from ovr.memory.addresses import PAGE_SIZE
+from ovr.memory.extents import Extents, cut_to, ends_of, pages_in
 from ovr.memory.ranges import RANGE, Ranges, ranges_of
 
 __all__ = ["Inheritance", "inheritance", "zero_pages"]
@@ -66,8 +65,8 @@ def zero_pages(task: Task, ranges: Ranges) -> Ranges:
         ImagesDamaged: a pages image is no longer as long as it was, or cannot be read.
     """
     assert task.memory is not None
-    runs = clip(task.memory.entries, ranges["start"], ranges["end"])
-    run_of_page = np.repeat(np.arange(len(runs)), runs["nr_pages"].astype(np.int64))
+    runs = cut_to(task.memory.entries, ranges["start"], ranges["end"])
+    run_of_page = np.repeat(np.arange(len(runs)), pages_in(runs))
     zero = np.zeros(len(run_of_page), dtype=bool)
     with Sources() as sources:
         for level in np.unique(runs["level"]).tolist():
@@ -79,9 +78,9 @@ def zero_pages(task: Task, ranges: Ranges) -> Ranges:
     return _as_ranges(runs, run_of_page, zero)
 
 
-def _page_by_page(runs: Entries) -> NDArray[np.void]:
+def _page_by_page(runs: Extents) -> NDArray[np.void]:
     # Each page, and the one page that it is to be compared with.
-    counts = runs["nr_pages"].astype(np.int64)
+    counts = pages_in(runs)
     nth = np.arange(int(counts.sum())) - np.repeat(np.cumsum(counts) - counts, counts)
     pairs = np.zeros(len(nth), dtype=PAIR)
     pairs["one"] = np.repeat(runs["offset"], counts) + nth * PAGE_SIZE
@@ -110,12 +109,12 @@ def _alike(own: Vmas, theirs: Vmas) -> NDArray[np.bool_]:
 
 def _equal(own: Memory, theirs: Memory, areas: Vmas, sources: Sources) -> Ranges:
     within = np.ascontiguousarray(areas["start"]), np.ascontiguousarray(areas["end"])
-    other = clip(theirs.entries, *within)
+    other = cut_to(theirs.entries, *within)
     # Cut both at each other's borders: then they are the same runs of pages.
-    mine = clip(clip(own.entries, *within), other["vaddr"], ends_of(other))
-    other = clip(other, mine["vaddr"], ends_of(mine))
+    mine = cut_to(cut_to(own.entries, *within), other["gva"], ends_of(other))
+    other = cut_to(other, mine["gva"], ends_of(mine))
     levels = np.stack([mine["level"], other["level"]], axis=1)
-    run_of_page = np.repeat(np.arange(len(mine)), mine["nr_pages"].astype(np.int64))
+    run_of_page = np.repeat(np.arange(len(mine)), pages_in(mine))
     equal = np.zeros(len(run_of_page), dtype=bool)
     for one, two in np.unique(levels, axis=0).tolist():
         here = (levels == (one, two)).all(axis=1)
@@ -125,18 +124,18 @@ def _equal(own: Memory, theirs: Memory, areas: Vmas, sources: Sources) -> Ranges
     return _as_ranges(mine, run_of_page, equal)
 
 
-def _pairs(mine: Entries, other: Entries) -> NDArray[np.void]:
+def _pairs(mine: Extents, other: Extents) -> NDArray[np.void]:
     pairs = np.empty(len(mine), dtype=PAIR)
     pairs["one"], pairs["other"] = mine["offset"], other["offset"]
-    pairs["size"] = mine["nr_pages"] << np.uint64(PAGE_SHIFT)
+    pairs["size"] = mine["size"]
     return pairs
 
 
-def _as_ranges(runs: Entries, run_of_page: NDArray[np.int64], equal: NDArray[np.bool_]) -> Ranges:
+def _as_ranges(runs: Extents, run_of_page: NDArray[np.int64], equal: NDArray[np.bool_]) -> Ranges:
     # The equal pages, neighbours joined.
-    before = (np.cumsum(runs["nr_pages"]) - runs["nr_pages"]).astype(np.int64)
+    before = np.cumsum(pages_in(runs)) - pages_in(runs)
     nth = (np.arange(len(equal)) - before[run_of_page]).astype(np.uint64)
-    page = (runs["vaddr"][run_of_page] + nth * np.uint64(PAGE_SIZE))[equal]
+    page = (runs["gva"][run_of_page] + nth * np.uint64(PAGE_SIZE))[equal]
     breaks = np.flatnonzero(page[1:] != page[:-1] + np.uint64(PAGE_SIZE))
     found = np.empty(len(breaks) + 1 if len(page) else 0, dtype=RANGE)
     if len(page):

@@ -9,6 +9,7 @@ from typing import Final, Self, TypeVar, cast
 from google.protobuf.message import Message
 
 from ovr.errors import ImagesDamaged, ImagesUnsupported, UsageError
+from ovr.images.chain import resolve
 from ovr.images.directory import ImageDirectory, ImageFile
 from ovr.images.framing import DUMP_AGAIN, check_header, decode, frames, is_raw
 from ovr.images.messages import (
@@ -22,7 +23,6 @@ from ovr.images.messages import (
 from ovr.images.objects import IpcShmEntry, MemfdInodeEntry
 from ovr.images.packed import HEAD_SIZE, refuse_packed
 from ovr.images.pagemap import Pagemap, check_pages_size, decode_pagemap
-from ovr.images.runs import resolve
 from ovr.images.task import (
     Memory,
     Task,
@@ -49,7 +49,7 @@ class ImageSet:
     """What ``criu dump`` wrote, read-only. Use as a context manager, or `close` it.
 
     The inventory and the header of every image are checked on opening; tasks and memory are decoded
-    when they are first asked for. Entries that it returns belong to it: change copies only.
+    when they are first asked for. Extents that it returns belong to it: change copies only.
 
     Args:
         directory: where the images lie; it is closed with the image set.
@@ -156,7 +156,7 @@ class ImageSet:
 
     @cached_property
     def shared(self) -> Mapping[int, Memory]:
-        """Shared memory with content, by `shmid`; `vaddr` is an offset in it, in bytes."""
+        """Shared memory with content, by `shmid`; `gva` is an offset in it, in bytes."""
         names = {shmid: f"pagemap-shmem-{shmid}.img" for shmid in sorted(self._shmids())}
         present = {shmid: name for shmid, name in names.items() if name in self._levels[0].sizes}
         return MappingProxyType({shmid: self._memory(name) for shmid, name in present.items()})

@@ -18,6 +18,7 @@ from ovr.images.framing import DUMP_AGAIN, check_header, decode, encode, image_b
 from ovr.images.messages import PagemapEntry, PagemapHead
 from ovr.images.varint import BadVarint, read_varints
 from ovr.memory.addresses import PAGE_SHIFT, PAGE_SIZE
+from ovr.memory.extents import Extents, ends_of, total
 
 __all__ = [
     "PAGEMAP_DTYPE",
@@ -25,7 +26,6 @@ __all__ = [
     "PE_PARENT",
     "PE_PRESENT",
     "USER_END",
-    "Entries",
     "Pagemap",
     "check_pages_size",
     "decode_pagemap",
@@ -38,13 +38,10 @@ PE_LAZY: Final = 2
 PE_PRESENT: Final = 4
 
 PAGEMAP_DTYPE: Final = np.dtype(
-    [("vaddr", "<u8"), ("nr_pages", "<u8"), ("flags", "<u4"), ("level", "<u4"), ("offset", "<i8")]
+    [("gva", "<u8"), ("size", "<u8"), ("flags", "<u4"), ("level", "<u4"), ("offset", "<i8")]
 )
-"""One run of pages. `vaddr` in bytes; `offset` in bytes into the pages image of level `level`, or
--1 if the data is not there; level 0 is the image set itself, 1 its parent, and so on."""
-
-Entries = NDArray[np.void]
-"""An array of `PAGEMAP_DTYPE`."""
+"""An extent, in bytes; `offset` is a position in the pages image of level `level`, or -1 if the
+data is not there; level 0 is the image set itself, 1 its parent, and so on."""
 
 USER_END: Final = 1 << 56
 """End of user addresses with 5-level paging, the most that x86-64 has."""
@@ -65,7 +62,7 @@ class Pagemap:
     """
 
     pages_id: int
-    entries: Entries
+    entries: Extents
     compat: bool
 
 
@@ -86,7 +83,7 @@ def decode_pagemap(data: bytes, name: str) -> Pagemap:
     head = decode(PagemapHead, data[begin + 4 : begin + 4 + size], name)
     blocks = [_decode_block(data, at, name) for at in _entry_starts(data, begin + 4 + size, name)]
     entries = np.concatenate([block for block, _ in blocks] or [np.empty(0, PAGEMAP_DTYPE)])
-    entries = entries[entries["nr_pages"] != 0]  # CRIU passes over them, too
+    entries = entries[entries["size"] != 0]  # CRIU passes over them, too
     _check(entries, name)
     entries["offset"] = offsets_of(entries)
     entries.flags.writeable = False
@@ -117,7 +114,7 @@ def _entry_starts(data: bytes, position: int, name: str) -> Iterator[NDArray[np.
         raise ImagesDamaged(f"{name}: cut off at byte {len(data)}", DUMP_AGAIN)
 
 
-def _decode_block(data: bytes, starts: NDArray[np.int64], name: str) -> tuple[Entries, bool]:
+def _decode_block(data: bytes, starts: NDArray[np.int64], name: str) -> tuple[Extents, bool]:
     """Decode the entries at `starts`; also say whether any counts pages in field 5."""
     raw = np.frombuffer(data, np.uint8)
     high = raw[starts + 1] | raw[starts + 2] | raw[starts + 3]
@@ -137,7 +134,7 @@ def _decode_block(data: bytes, starts: NDArray[np.int64], name: str) -> tuple[En
 
 def _columns(
     raw: NDArray[np.uint8], at: NDArray[np.int64], stop: NDArray[np.int64], name: str
-) -> tuple[Entries, bool]:
+) -> tuple[Extents, bool]:
     value = {field: np.zeros(len(at), np.uint64) for field in _FIELDS.values()}
     seen = {field: np.zeros(len(at), bool) for field in _FIELDS.values()}
     live = np.arange(len(at))
@@ -157,7 +154,7 @@ def _columns(
             )
         live = live[at[live] < stop[live]]
     _check_required(seen, name)
-    return _entries(value, seen), bool(seen["nr_pages"].any())
+    return _entries(value, seen, name), bool(seen["nr_pages"].any())
 
 
 def _check_required(seen: dict[str, NDArray[np.bool_]], name: str) -> None:
@@ -165,11 +162,14 @@ def _check_required(seen: dict[str, NDArray[np.bool_]], name: str) -> None:
         raise ImagesDamaged(f"{name}: an entry without address or number of pages", DUMP_AGAIN)
 
 
-def _entries(value: dict[str, NDArray[np.uint64]], seen: dict[str, NDArray[np.bool_]]) -> Entries:
+def _entries(
+    value: dict[str, NDArray[np.uint64]], seen: dict[str, NDArray[np.bool_]], name: str
+) -> Extents:
     """Apply init_compat_pagemap_entry of criu/pagemap.c."""
-    entries = np.zeros(len(value["vaddr"]), PAGEMAP_DTYPE)
-    entries["vaddr"] = value["vaddr"]
-    entries["nr_pages"] = np.where(seen["nr_pages"], value["nr_pages"], value["compat"] & _UINT32)
+    pages = np.where(seen["nr_pages"], value["nr_pages"], value["compat"] & _UINT32)
+    _check_bounds(value["vaddr"], pages, name)
+    entries = np.zeros(len(pages), PAGEMAP_DTYPE)
+    entries["gva"], entries["size"] = value["vaddr"], pages << PAGE_SHIFT
     in_parent = value["in_parent"] != 0
     entries["flags"] = value["flags"] & _UINT32
     entries["flags"][~in_parent & ~seen["flags"]] = PE_PRESENT
@@ -177,14 +177,27 @@ def _entries(value: dict[str, NDArray[np.uint64]], seen: dict[str, NDArray[np.bo
     return entries
 
 
-def _check(entries: Entries, name: str) -> None:
-    """Raise unless addresses, order and flags are such that all arithmetic on them is safe."""
-    start, pages, flags = entries["vaddr"], entries["nr_pages"], entries["flags"]
+def _check_bounds(start: NDArray[np.uint64], pages: NDArray[np.uint64], name: str) -> None:
+    """Raise unless all arithmetic on addresses and sizes is safe."""
     wrong = (start % PAGE_SIZE != 0) | (start >= USER_END)
     wrong |= pages > (USER_END - np.minimum(start, USER_END)) >> PAGE_SHIFT
-    _refuse(wrong, entries, name, "impossible run of pages")
-    end = start + (pages << PAGE_SHIFT)
-    _refuse(np.append(False, start[1:] < end[:-1]), entries, name, "entry not above the one before")
+    wrong &= pages != 0  # CRIU passes over them
+    if wrong.any():
+        first = int(wrong.argmax())
+        raise ImagesDamaged(
+            f"{name}: impossible run of pages at {start[first]:#x} ({pages[first]} pages)",
+            DUMP_AGAIN,
+        )
+
+
+def _check(entries: Extents, name: str) -> None:
+    """Raise unless entries are in order, and their flags are known."""
+    start, flags = entries["gva"], entries["flags"]
+    wrong = np.append(False, start[1:] < ends_of(entries)[:-1])
+    if wrong.any():
+        raise ImagesDamaged(
+            f"{name}: entry not above the one before at {start[wrong.argmax()]:#x}", DUMP_AGAIN
+        )
     where = flags & (PE_PARENT | PE_PRESENT)
     unknown = (flags > (PE_PARENT | PE_LAZY | PE_PRESENT)) | (where == PE_PARENT | PE_PRESENT)
     for bad, what, cure in (
@@ -195,18 +208,10 @@ def _check(entries: Entries, name: str) -> None:
             raise ImagesUnsupported(f"{name}: the pages at {start[bad.argmax()]:#x} {what}", cure)
 
 
-def _refuse(wrong: NDArray[np.bool_], entries: Entries, name: str, what: str) -> None:
-    if wrong.any():
-        first = entries[wrong.argmax()]
-        raise ImagesDamaged(
-            f"{name}: {what} at {first['vaddr']:#x} ({first['nr_pages']} pages)", DUMP_AGAIN
-        )
-
-
-def offsets_of(entries: Entries) -> NDArray[np.int64]:
+def offsets_of(entries: Extents) -> NDArray[np.int64]:
     """Where in the pages image the data of each entry lies: -1 unless it has PE_PRESENT."""
     present = entries["flags"] & PE_PRESENT != 0
-    sizes = np.where(present, entries["nr_pages"] << PAGE_SHIFT, 0).astype(np.int64)
+    sizes = np.where(present, entries["size"], 0).astype(np.int64)
     return np.where(present, np.cumsum(sizes) - sizes, -1)
 
 
@@ -217,7 +222,7 @@ def check_pages_size(pagemap: Pagemap, size: int, name: str) -> None:
         ImagesDamaged: it is shorter.
     """
     present = pagemap.entries["flags"] & PE_PRESENT != 0
-    needed = int(pagemap.entries["nr_pages"][present].sum()) << PAGE_SHIFT
+    needed = total(pagemap.entries[present])
     if size < needed:
         raise ImagesDamaged(f"{name}: {needed} bytes needed, {size} present", DUMP_AGAIN)
 
@@ -228,8 +233,8 @@ def encode_pagemap(pagemap: Pagemap, name: str) -> bytes:
     The order of the entries is that of their data; `offset` and `level` are not looked at.
     """
     made = [encode(PagemapHead(pages_id=pagemap.pages_id))]
-    for vaddr, pages, flags in pagemap.entries[["vaddr", "nr_pages", "flags"]].tolist():
-        entry = PagemapEntry(vaddr=vaddr, compat_nr_pages=0, flags=flags)
-        setattr(entry, "compat_nr_pages" if pagemap.compat else "nr_pages", pages)
+    for gva, size, flags in pagemap.entries[["gva", "size", "flags"]].tolist():
+        entry = PagemapEntry(vaddr=gva, compat_nr_pages=0, flags=flags)
+        setattr(entry, "compat_nr_pages" if pagemap.compat else "nr_pages", size >> PAGE_SHIFT)
         made.append(encode(entry))
     return image_bytes(name, made)

@@ -12,27 +12,19 @@ from ovr.errors import ImagesUnsupported
 from ovr.images.directory import ImageFile, read_exactly
 from ovr.images.framing import encode, image_bytes, is_raw, write_image
 from ovr.images.imageset import ImageSet
-from ovr.images.pagemap import (
-    PAGEMAP_DTYPE,
-    PE_LAZY,
-    PE_PRESENT,
-    Entries,
-    Pagemap,
-    encode_pagemap,
-)
-from ovr.images.runs import clip, ends_of, page_count
+from ovr.images.pagemap import PAGEMAP_DTYPE, PE_LAZY, PE_PRESENT, Pagemap, encode_pagemap
 from ovr.images.task import Memory
 from ovr.images.wire import Message
-from ovr.memory.addresses import PAGE_SHIFT
+from ovr.memory.extents import Extents, cut_to, ends_of, total
 
-__all__ = ["Extents", "InsideImages", "image_chunks", "image_size"]
+__all__ = ["InsideImages", "Slices", "image_chunks", "image_size"]
 
 _CHUNK: Final = 1 << 20
 _SMALL: Final = 1 << 16  # larger files that do not change are not read into memory
 
 
 @dataclass(frozen=True)
-class Extents:
+class Slices:
     """An image made of pieces of the user's images, which are read when it is sent.
 
     Attributes:
@@ -71,12 +63,12 @@ def _close(fd: int) -> None:
         os.close(fd)
 
 
-def image_size(image: bytes | Extents) -> int:
+def image_size(image: bytes | Slices) -> int:
     """The size of an image of the inside set, in bytes."""
     return len(image) if isinstance(image, bytes) else image.size
 
 
-def image_chunks(image: bytes | Extents) -> Iterator[bytes]:
+def image_chunks(image: bytes | Slices) -> Iterator[bytes]:
     """The content of an image of the inside set, piece by piece."""
     return iter((image,)) if isinstance(image, bytes) else image.chunks()
 
@@ -91,7 +83,7 @@ class InsideImages:
 
     def __init__(self, images: ImageSet) -> None:
         self._images = images
-        self._changed: dict[str, bytes | Extents] = {}
+        self._changed: dict[str, bytes | Slices] = {}
         self._omitted: set[str] = set()
 
     def replace(self, name: str, *entries: Message) -> None:
@@ -112,15 +104,15 @@ class InsideImages:
         self._changed.pop(name, None)
         self._omitted.add(name)
 
-    def keep_pages(self, memory: Memory, kept: Entries, had_pages: Sequence[int] = ()) -> None:
+    def keep_pages(self, memory: Memory, kept: Extents, had_pages: Sequence[int] = ()) -> None:
         """Keep only some pages of a task or of shared memory.
 
         Pages of parent images that are kept move into the new pages image.
 
         Args:
             memory: whose pages.
-            kept: ascending runs of pages, all of them in ``memory.entries``; only `vaddr` and
-                `nr_pages` are looked at.
+            kept: ascending runs of pages, all of them in ``memory.entries``; only `gva` and
+                `size` are looked at.
             had_pages: addresses of pages that CRIU shall find an entry for, though it is one of no
                 pages. It looks where entries lie (``premap_priv_vmas`` of criu/mem.c) to map areas
                 writable at first or not, and the kernel accounts for them (VM_ACCOUNT) after that.
@@ -128,19 +120,19 @@ class InsideImages:
         Raises:
             ValueError: pages that are not there, or none at all of a task.
         """
-        runs = clip(memory.entries, kept["vaddr"], ends_of(kept))
-        if page_count(runs) != page_count(kept):
+        runs = cut_to(memory.entries, kept["gva"], ends_of(kept))
+        if total(runs) != total(kept):
             raise ValueError(f"pages to keep that are not in {memory.name}, or twice")
         if not len(runs) and not memory.name.startswith("pagemap-shmem-"):
             raise ValueError(f"no pages kept in {memory.name}: CRIU would crash")
         runs["flags"] = runs["flags"] & PE_LAZY | PE_PRESENT
         if had_pages:
-            runs = np.sort(np.concatenate([runs, _marks(had_pages)]), order="vaddr")
+            runs = np.sort(np.concatenate([runs, _marks(had_pages)]), order="gva")
         pagemap = Pagemap(memory.pages_id, runs, memory.compat)
         self._changed[memory.name] = encode_pagemap(pagemap, memory.name)
-        self._changed[memory.pages_name] = _pages(memory, runs[runs["nr_pages"] > 0])
+        self._changed[memory.pages_name] = _pages(memory, runs[runs["size"] > 0])
 
-    def build(self) -> dict[str, bytes | Extents]:
+    def build(self) -> dict[str, bytes | Slices]:
         """The inside image set, by file name in order. Pass values to `image_chunks`.
 
         Raises:
@@ -174,30 +166,30 @@ class InsideImages:
         }
         return {n for n in self._images.names if n.startswith(("pagemap-", "pages-"))} - used
 
-    def _original(self, name: str) -> bytes | Extents:
+    def _original(self, name: str) -> bytes | Slices:
         file = self._images.file(name)
         if file.size <= _SMALL:
             return self._images.read(name)
-        return Extents(((file, 0, file.size),))
+        return Slices(((file, 0, file.size),))
 
 
-def _pages(memory: Memory, runs: Entries) -> Extents:
+def _pages(memory: Memory, runs: Extents) -> Slices:
     """The pages of `runs`, in order, with neighbours in the same file taken together."""
     level, offset = runs["level"], runs["offset"]
-    size = (runs["nr_pages"] << PAGE_SHIFT).astype(np.int64)
+    size = runs["size"].astype(np.int64)
     joined = (level[1:] == level[:-1]) & (offset[1:] == offset[:-1] + size[:-1])
     first = np.flatnonzero(np.append(True, ~joined)[: len(runs)])
     sizes = np.add.reduceat(size, first) if len(first) else size
     pieces = zip(level[first].tolist(), offset[first].tolist(), sizes.tolist(), strict=True)
-    return Extents(tuple((_file(memory, lv), at, length) for lv, at, length in pieces))
+    return Slices(tuple((_file(memory, lv), at, length) for lv, at, length in pieces))
 
 
-def _marks(addresses: Sequence[int]) -> Entries:
+def _marks(addresses: Sequence[int]) -> Extents:
     # Two each. To CRIU the first one ends at its address, before the area that starts there; yet
     # CRIU 3.17 asks whether there is one at that address for the sake of the area that ends there.
     marks = np.zeros(2 * len(addresses), PAGEMAP_DTYPE)
-    marks["vaddr"][::2] = addresses
-    marks["vaddr"][1::2] = marks["vaddr"][::2] + np.uint64(1)
+    marks["gva"][::2] = addresses
+    marks["gva"][1::2] = marks["gva"][::2] + np.uint64(1)
     marks["flags"] = PE_PRESENT
     return marks
 

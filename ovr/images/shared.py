@@ -38,7 +38,7 @@ class SharedMemory:
 
     Attributes:
         shmid: its number in the images.
-        memory: its pages; ``vaddr`` is an offset in the object, in bytes.
+        memory: its pages; ``gva`` is an offset in the object, in bytes.
         places: where tasks have it; there may be none.
         sealed: nobody can map it for writing any more.
     """

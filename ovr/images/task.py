@@ -7,13 +7,14 @@ from enum import IntEnum
 import numpy as np
 
 from ovr.errors import ImagesDamaged, ImagesUnsupported
+from ovr.images.chain import covered
 from ovr.images.directory import ImageFile
 from ovr.images.framing import DUMP_AGAIN
 from ovr.images.messages import CoreEntry, FsEntry, MmEntry
-from ovr.images.pagemap import USER_END, Entries
-from ovr.images.runs import covered
+from ovr.images.pagemap import USER_END
 from ovr.images.vma import Vmas, is_private
-from ovr.memory.addresses import PAGE_SIZE
+from ovr.memory.addresses import PAGE_SHIFT, PAGE_SIZE
+from ovr.memory.extents import Extents
 from ovr.memory.ranges import RANGE, Ranges, join
 
 __all__ = ["Memory", "Task", "TaskState"]
@@ -45,7 +46,7 @@ class Memory:
     name: str
     pages_id: int
     compat: bool
-    entries: Entries
+    entries: Extents
     files: tuple[ImageFile | None, ...]
 
     @property
@@ -169,8 +170,8 @@ def check_memory(pid: int, memory: Memory, vmas: Vmas) -> None:
     if not inside.all():
         stray = memory.entries[inside.argmin()]
         raise ImagesDamaged(
-            f"{memory.name}: the {stray['nr_pages']} pages at {stray['vaddr']:#x} are not all in"
-            f" private memory areas of task {pid}",
+            f"{memory.name}: the {stray['size'] >> PAGE_SHIFT} pages at {stray['gva']:#x} are not"
+            f" all in private memory areas of task {pid}",
             DUMP_AGAIN,
         )
 

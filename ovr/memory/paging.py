@@ -15,7 +15,8 @@ import numpy as np
 from ovr._fastcopy import PIECE, PROTNONE, USER, WRITE
 from ovr.errors import GuestFault
 from ovr.memory.addresses import PAGE_SHIFT, PAGE_SIZE, Gpa, Gva
-from ovr.memory.ram import GuestRam, Runs
+from ovr.memory.extents import Extents
+from ovr.memory.ram import GuestRam
 
 __all__ = ["AddressSpace", "Frames", "Leaf", "pieces", "reference_walk"]
 
@@ -134,7 +135,7 @@ class AddressSpace:
             self.ram.write(gpa, data[done : done + length])
             done += length
 
-    def walk(self, ranges: Runs, frames: Frames | None = None) -> Runs:
+    def walk(self, ranges: Extents, frames: Frames | None = None) -> Extents:
         """Return the mapped runs of `ranges` (see `_fastcopy.RamMap.walk`)."""
         return self.ram.walk(self.root, self.levels, ranges, frames)
 
@@ -161,7 +162,7 @@ def _check(gva: int, size: int) -> None:
         raise GuestFault(f"{gva:#x}+{size:#x} is no guest virtual range", gva)
 
 
-def pieces(ranges: Iterable[tuple[int, int, int]]) -> Runs:
+def pieces(ranges: Iterable[tuple[int, int, int]]) -> Extents:
     """Return a `_fastcopy.PIECE` array from (GVA, size in bytes, source offset) tuples."""
     return np.array(list(ranges), dtype=PIECE)
 

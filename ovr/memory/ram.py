@@ -11,12 +11,10 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from ovr._fastcopy import Hold, RamMap
 from ovr.errors import RamNotShared
 from ovr.memory.addresses import PAGE_SIZE, Gpa, Gva, Offset
+from ovr.memory.extents import Extents
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -24,10 +22,7 @@ if TYPE_CHECKING:
 
     from typing_extensions import Buffer
 
-__all__ = ["GuestRam", "RamFile", "Runs", "Slot"]
-
-Runs = NDArray[np.void]
-"""An array of dtype `_fastcopy.RUN`."""
+__all__ = ["GuestRam", "RamFile", "Slot"]
 
 
 class RamFile:
@@ -171,30 +166,30 @@ class GuestRam:
         """See `_fastcopy.RamMap.translate`."""
         return Gpa(self._map.translate(root, levels, gva))
 
-    def walk(self, root: Gpa, levels: int, pieces: Runs, frames: Any = None) -> Runs:
+    def walk(self, root: Gpa, levels: int, pieces: Extents, frames: Any = None) -> Extents:
         """See `_fastcopy.RamMap.walk`."""
         return self._map.walk(root, levels, pieces, frames)
 
-    def prefault(self, runs: Runs) -> None:
+    def prefault(self, runs: Extents) -> None:
         """See `_fastcopy.RamMap.prefault`."""
         self._map.prefault(runs)
 
-    def copy_in(self, runs: Runs, fd: int, base: int, size: int, *, wait: bool = True) -> int:
+    def copy_in(self, runs: Extents, fd: int, base: int, size: int, *, wait: bool = True) -> int:
         """See `_fastcopy.RamMap.copy_in`. Who calls this states why the frames stay put."""
         return self._map.copy_in(runs, fd, base, size, wait=wait)
 
-    def copy_from(self, runs: Runs, source: "Buffer") -> int:
+    def copy_from(self, runs: Extents, source: "Buffer") -> int:
         """See `_fastcopy.RamMap.copy_from`. Who calls this states why the frames stay put."""
         return self._map.copy_from(runs, source)
 
     def review(
-        self, runs: Runs, fd: int, base: int, size: int, *, wait: bool = True
+        self, runs: Extents, fd: int, base: int, size: int, *, wait: bool = True
     ) -> tuple[int, Gva | None]:
         """See `_fastcopy.RamMap.review`."""
         compared, at = self._map.review(runs, fd, base, size, wait=wait)
         return compared, None if at is None else Gva(at)
 
-    def first_difference(self, runs: Runs, source: "Buffer") -> Gva | None:
+    def first_difference(self, runs: Extents, source: "Buffer") -> Gva | None:
         """See `_fastcopy.RamMap.first_difference`."""
         at = self._map.first_difference(runs, source)
         return None if at is None else Gva(at)

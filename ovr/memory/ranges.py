@@ -1,6 +1,6 @@
-"""Arrays of ranges: sets of addresses, and dividing runs into parts of a bounded size."""
+"""Sets of addresses, as arrays of ranges."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, Final
 
 import numpy as np
@@ -10,15 +10,12 @@ __all__ = [
     "RANGE",
     "Ranges",
     "common",
-    "cut_at",
-    "cut_out",
-    "cut_to",
+    "edges_of",
     "inside",
     "join",
+    "merged",
     "no_ranges",
     "ranges_of",
-    "split",
-    "total",
     "without",
 ]
 
@@ -73,101 +70,17 @@ def without(one: Ranges, other: Ranges) -> Ranges:
 
 
 def _combined(one: Ranges, other: Ranges, both: Callable[..., Any]) -> Ranges:
-    flat = [_edges(join(one)), _edges(join(other))]
-    edges = _merged(*flat)
+    flat = [edges_of(join(one)), edges_of(join(other))]
+    edges = merged(*flat)
     # Behind an odd number of a set's edges one is inside of it.
     inside = [f.searchsorted(edges, side="right") % 2 == 1 for f in flat]
     kept = both(*inside).nonzero()[0]
     return join(ranges_of(edges[kept], edges[np.minimum(kept + 1, len(edges) - 1)]))
 
 
-def total(ranges: NDArray[np.void]) -> int:
-    """Return the sum of the sizes, in bytes."""
-    return int(ranges["size"].sum(dtype=np.uint64))
-
-
-def split(ranges: NDArray[np.void], limit: int) -> Iterator[NDArray[np.void]]:
-    """Yield consecutive parts of `ranges`, each of `limit` bytes (the last one maybe fewer).
-
-    A range that crosses a limit is cut in two; every field but ``size`` that says where it is
-    (``gva``, ``gpa``, ``offset``) advances with the cut.
-
-    Args:
-        ranges: an array of dtype `_fastcopy.PIECE` or `_fastcopy.RUN`, no range empty.
-        limit: bytes; a multiple of the page size keeps the parts page-aligned.
-    """
-    ends = np.cumsum(ranges["size"], dtype=np.uint64)
-    whole = int(ends[-1]) if len(ends) else 0
-    lows = np.arange(0, whole, limit, dtype=np.uint64)
-    highs = np.minimum(lows + np.uint64(limit), np.uint64(whole))
-    firsts = np.searchsorted(ends, lows, side="right").tolist()
-    lasts = np.searchsorted(ends, highs, side="left").tolist()
-    for low, high, first, last in zip(lows.tolist(), highs.tolist(), firsts, lasts, strict=True):
-        part = ranges[first : last + 1].copy()
-        part["size"][-1] -= int(ends[last]) - high
-        _advance(part[:1], low - (int(ends[first]) - int(ranges["size"][first])))
-        yield part
-
-
-def cut_out(runs: NDArray[np.void], holes: Ranges) -> NDArray[np.void]:
-    """Return `runs` without the bytes in `holes`, in order.
-
-    Args:
-        runs: an array of dtype `_fastcopy.RUN` or `_fastcopy.PIECE`.
-        holes: of GVAs; sorted, neither touching nor overlapping.
-    """
-    if not len(runs) or not len(holes):
-        return runs
-    # Holes are few, and near each other, if there are any: most runs are left as they are.
-    start, end = holes["start"][0], holes["end"][-1]
-    near = np.flatnonzero((runs["gva"] < end) & (runs["gva"] + runs["size"] > start))
-    if not len(near):
-        return runs
-    first, last = near[0], near[-1] + 1
-    parts = cut_at(runs[first:last], _edges(holes))
-    kept = parts[~inside(parts["gva"], holes["start"], holes["end"])]
-    return np.concatenate([runs[:first], kept, runs[last:]])
-
-
-def cut_to(
-    runs: NDArray[np.void], start: NDArray[np.uint64], end: NDArray[np.uint64]
-) -> NDArray[np.void]:
-    """Return of `runs` what lies in the sorted ranges of GVAs, which do not overlap, in order."""
-    if not len(runs) or not len(start):
-        return runs[:0]
-    parts = cut_at(runs, _merged(start, end))
-    kept: NDArray[np.void] = parts[inside(parts["gva"], start, end)]
-    return kept
-
-
-def cut_at(
-    runs: NDArray[np.void], edges: NDArray[np.uint64], address: str = "gva"
-) -> NDArray[np.void]:
-    """Cut `runs` at addresses, sorted and each once; fields that say where it is follow.
-
-    Args:
-        runs: an array with the fields `address` and ``size``, in bytes.
-        edges: where to cut.
-        address: the field with the GVA.
-    """
-    start, end = runs[address], runs[address] + runs["size"]
-    first = np.searchsorted(edges, start, side="right")
-    count = np.searchsorted(edges, end, side="left") - first + 1
-    which = np.repeat(np.arange(len(runs)), count)
-    nth = np.arange(len(which)) - np.repeat(np.cumsum(count) - count, count)
-    padded = np.append(edges, np.uint64(0))
-    low = np.where(nth == 0, start[which], padded[first[which] + nth - 1])
-    high = np.where(nth == count[which] - 1, end[which], padded[first[which] + nth])
-    parts: NDArray[np.void] = runs[which]
-    for name in {"gpa", "offset"} & {*(runs.dtype.names or ())}:
-        parts[name] += (low - start[which]).astype(parts.dtype[name])
-    parts[address], parts["size"] = low, high - low
-    return parts
-
-
-def _merged(*edges: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    # Each of the sorted edges once. A stable sort merges what is in order already, several times
-    # faster than np.unique, which hashes.
+def merged(*edges: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Return each of the sorted edges once, sorted."""
+    # A stable sort merges sorted arrays, several times faster than np.unique, which hashes.
     every = np.concatenate(edges)
     every.sort(kind="stable")
     new = np.ones(len(every), dtype=np.bool_)
@@ -175,7 +88,8 @@ def _merged(*edges: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return every[new]
 
 
-def _edges(ranges: Ranges) -> NDArray[np.uint64]:
+def edges_of(ranges: Ranges) -> NDArray[np.uint64]:
+    """Return starts and ends, interleaved."""
     edges = np.empty(2 * len(ranges), dtype=np.uint64)
     edges[::2], edges[1::2] = ranges["start"], ranges["end"]
     return edges
@@ -189,10 +103,3 @@ def inside(
     # At -1, where no range begins before the point, the last element is looked at.
     found: NDArray[np.bool_] = np.append(end, np.uint64(0))[at] > points
     return found
-
-
-def _advance(one: NDArray[Any], by: int) -> None:
-    for name in one.dtype.names or ():
-        if name in ("gva", "gpa", "offset"):
-            one[name] += by
-    one["size"] -= by

@@ -15,7 +15,6 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from ovr._fastcopy import PIECE
 from ovr.images import Memory, Task
 from ovr.images.cow import inheritance
 from ovr.images.shared import SharedMemory
@@ -31,9 +30,9 @@ from ovr.images.vma import (
     VMA_AREA_VVAR,
     is_private,
 )
-from ovr.memory.addresses import PAGE_SHIFT
-from ovr.memory.ranges import Ranges, common, cut_to, inside, join, ranges_of, total
-from ovr.plan.pages import PLACED, Allocation, Area, Reason, Runs, place
+from ovr.memory.extents import Extents, as_pieces, cut_to, ends_of, total
+from ovr.memory.ranges import Ranges, common, inside, join, ranges_of
+from ovr.plan.pages import Allocation, Area, Reason, place, placed
 from ovr.plan.sharing import CowPlan, Sharing, plan_cow
 
 __all__ = [
@@ -64,7 +63,7 @@ class MemoryPlan:
         runs: all of them, a `placement.PLACED` array.
     """
 
-    runs: Runs
+    runs: Extents
 
     @property
     def memory(self) -> Memory:
@@ -82,13 +81,13 @@ class MemoryPlan:
         return total(self.outside)
 
     @property
-    def outside(self) -> Runs:
+    def outside(self) -> Extents:
         """The runs that go outside."""
-        outside: Runs = self.runs[self.runs["reason"] == Reason.OUTSIDE]
+        outside: Extents = self.runs[self.runs["reason"] == Reason.OUTSIDE]
         return outside
 
     @cached_property
-    def pieces(self) -> dict[int, Runs]:
+    def pieces(self) -> dict[int, Extents]:
         """The pages that go outside and have frames of their own, as `pieces_of`."""
         outside = self.outside
         return pieces_of(outside[outside["allocation"] != Allocation.BEFORE_FORK])
@@ -135,12 +134,12 @@ class TaskPlan(MemoryPlan):
         return _joined(outside[outside["allocation"] == Allocation.CRIU])
 
     @cached_property
-    def bequeathed(self) -> dict[int, Runs]:
+    def bequeathed(self) -> dict[int, Extents]:
         """The pages that descendants inherit, written here for all of them, as `pieces_of`."""
         outside = self.outside
         return pieces_of(outside[outside["allocation"] == Allocation.BEFORE_FORK])
 
-    def inherited(self, root: int) -> dict[int, Runs]:
+    def inherited(self, root: int) -> dict[int, Extents]:
         """Return the pages that the ancestor with the pid `root` has written, as `pieces_of`."""
         runs = self.runs[self.runs["reason"] == Reason.INHERITED]
         ranges = self.sharing.from_root[root]
@@ -163,9 +162,9 @@ class TaskPlan(MemoryPlan):
         """Return the first page of each area where it goes outside."""
         assert self.task.vmas is not None
         vmas = self.task.vmas[is_private(self.task.vmas)]
-        owner = np.searchsorted(vmas["start"], self.runs["start"], side="right") - 1
+        owner = np.searchsorted(vmas["start"], self.runs["gva"], side="right") - 1
         first = np.diff(owner, prepend=-1) != 0
-        pages: list[int] = self.runs["start"][
+        pages: list[int] = self.runs["gva"][
             first & (self.runs["reason"] <= Reason.INHERITED)
         ].tolist()
         return pages
@@ -302,13 +301,8 @@ def _area(
     return Area(start, end, Reason.OUTSIDE, populates, divisible=populates, may_be_cut=may_be_cut)
 
 
-def _placed(shared: SharedMemory, asked: bool) -> Runs:
-    entries = shared.memory.entries
-    runs = np.zeros(len(entries), dtype=PLACED)
-    runs["start"], runs["level"], runs["offset"] = (
-        entries["vaddr"], entries["level"], entries["offset"],
-    )  # fmt: skip
-    runs["size"] = entries["nr_pages"] << np.uint64(PAGE_SHIFT)
+def _placed(shared: SharedMemory, asked: bool) -> Extents:
+    runs = placed(shared.memory.entries)
     runs["reason"] = _shared_verdict(shared, asked)
     return runs
 
@@ -321,17 +315,14 @@ def _shared_verdict(shared: SharedMemory, asked: bool) -> Reason:
     return Reason.OUTSIDE if shared.places else Reason.UNREACHABLE
 
 
-def pieces_of(runs: Runs) -> dict[int, Runs]:
+def pieces_of(runs: Extents) -> dict[int, Extents]:
     """Return `placement.PLACED` runs as `_fastcopy.PIECE` arrays by level of the images."""
     found = {}
     for level in np.unique(runs["level"]).tolist():
         here = runs[runs["level"] == level]
-        found[level] = pieces = np.empty(len(here), dtype=PIECE)
-        pieces["gva"], pieces["size"], pieces["offset"] = (
-            here["start"], here["size"], here["offset"],
-        )  # fmt: skip
+        found[level] = as_pieces(here)
     return found
 
 
-def _joined(runs: Runs) -> Ranges:
-    return join(ranges_of(runs["start"], runs["start"] + runs["size"]))
+def _joined(runs: Extents) -> Ranges:
+    return join(ranges_of(runs["gva"], ends_of(runs)))

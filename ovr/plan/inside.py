@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ovr.images import PAGEMAP_DTYPE, Draft, Extents, InsideImages, MmEntry, VmaEntry
+from ovr.images import PAGEMAP_DTYPE, Draft, InsideImages, MmEntry, Slices, VmaEntry
 from ovr.images.vma import (
     MADV_DONTNEED_LOCKED,
     MADV_POPULATE_WRITE,
@@ -17,10 +17,10 @@ from ovr.images.vma import (
     PROT_WRITE,
     split_vma,
 )
-from ovr.memory.addresses import PAGE_SHIFT
+from ovr.memory.extents import Extents
 from ovr.memory.ranges import Ranges
 from ovr.plan.areas import Cuts, MemoryPlan, TaskPlan, cuts_of
-from ovr.plan.pages import Reason, Runs
+from ovr.plan.pages import Reason
 from ovr.plan.plan import Plan
 from ovr.plan.pool.layout import Pool, fitting_pool
 from ovr.plan.pool.table import TABLE, Cold, Warm, plan_warm
@@ -38,7 +38,7 @@ class Inside:
         memory: where the skeleton's memory comes from.
     """
 
-    images: Mapping[str, bytes | Extents]
+    images: Mapping[str, bytes | Slices]
     memory: Warm | Cold
 
 
@@ -87,7 +87,7 @@ class _Builder:
             found[task.task.pid] = self._cut(task, cuts[task.task.pid], large_by_criu)
         return found
 
-    def build(self) -> dict[str, bytes | Extents]:
+    def build(self) -> dict[str, bytes | Slices]:
         """Return the set, with shared memory dropped and values replaced by neutral ones."""
         for shared in self._plan.shared:
             self._drop(shared)
@@ -131,9 +131,8 @@ def _contains(ranges: Ranges, vma: VmaEntry) -> bool:
     return at >= 0 and vma.end <= int(ranges["end"][at])
 
 
-def _entries_kept(runs: Runs) -> Runs:
+def _entries_kept(runs: Extents) -> Extents:
     kept = runs[runs["reason"] > Reason.INHERITED]
     entries = np.zeros(len(kept), dtype=PAGEMAP_DTYPE)
-    entries["vaddr"] = kept["start"]
-    entries["nr_pages"] = kept["size"] >> np.uint64(PAGE_SHIFT)
+    entries["gva"], entries["size"] = kept["gva"], kept["size"]
     return entries

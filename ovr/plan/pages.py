@@ -14,12 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ovr.memory.addresses import PAGE_SIZE
-from ovr.memory.ranges import Ranges, cut_at, inside, join, no_ranges, ranges_of, without
+from ovr.memory.extents import Extents, cut_at
+from ovr.memory.ranges import Ranges, inside, join, no_ranges, ranges_of, without
 
-__all__ = ["PLACED", "Allocation", "Area", "Cow", "Reason", "Runs", "place"]
-
-Runs = NDArray[np.void]
-"""An array of `PLACED`."""
+__all__ = ["PLACED", "Allocation", "Area", "Cow", "Reason", "place", "placed"]
 
 
 class Reason(IntEnum):
@@ -71,7 +69,7 @@ class Allocation(IntEnum):
 
 PLACED = np.dtype(
     [
-        ("start", "<u8"), ("size", "<u8"), ("offset", "<i8"),
+        ("gva", "<u8"), ("size", "<u8"), ("offset", "<i8"),
         ("level", "<u4"), ("reason", "<u1"), ("allocation", "<u1"),
     ]
 )  # fmt: skip
@@ -123,7 +121,7 @@ class Cow:
     populated: Ranges = field(default_factory=no_ranges)
 
 
-def place(pagemap: Runs, areas: Sequence[Area], cow: Cow) -> Runs:
+def place(pagemap: Extents, areas: Sequence[Area], cow: Cow) -> Extents:
     """Return the `PLACED` runs of one task, sorted by address.
 
     Args:
@@ -136,38 +134,38 @@ def place(pagemap: Runs, areas: Sequence[Area], cow: Cow) -> Runs:
     shared = [cow.inherited, cow.bequeathed, cow.inside]
     edges = [ranges[side] for ranges in shared for side in ("start", "end")]
     borders = np.unique(np.concatenate([starts, ends, *edges]))
-    runs = cut_at(_runs(pagemap), borders, "start")
-    owner = np.searchsorted(starts, runs["start"], side="right") - 1
+    runs = cut_at(placed(pagemap), borders)
+    owner = np.searchsorted(starts, runs["gva"], side="right") - 1
     runs["reason"] = np.array([area.reason for area in areas], dtype="<u1")[owner]
     runs["reason"][_inside(runs, cow.inside)] = Reason.COW
     runs["reason"][_inside(runs, cow.inherited)] = Reason.INHERITED
     runs["allocation"][_inside(runs, cow.bequeathed)] = Allocation.BEFORE_FORK
     runs = _anchor(_join(runs, owner), cow.populated)
-    _allocate(runs, np.searchsorted(starts, runs["start"], side="right") - 1, areas)
+    _allocate(runs, np.searchsorted(starts, runs["gva"], side="right") - 1, areas)
     return runs
 
 
-def _runs(pagemap: Runs) -> Runs:
-    runs = np.zeros(len(pagemap), dtype=PLACED)
-    runs["start"] = pagemap["vaddr"]
-    runs["size"] = pagemap["nr_pages"] * np.uint64(PAGE_SIZE)
-    runs["level"], runs["offset"] = pagemap["level"], pagemap["offset"]
-    return runs
+def placed(pagemap: Extents) -> Extents:
+    """Return the extents of a page map as `PLACED`, with no decision yet."""
+    found = np.zeros(len(pagemap), dtype=PLACED)
+    for name in ("gva", "size", "level", "offset"):
+        found[name] = pagemap[name]
+    return found
 
 
-def _inside(runs: Runs, ranges: Ranges) -> NDArray[np.bool_]:
+def _inside(runs: Extents, ranges: Ranges) -> NDArray[np.bool_]:
     # Which runs lie in one of the ranges; none crosses a border of one.
-    return inside(runs["start"], ranges["start"], ranges["end"])
+    return inside(runs["gva"], ranges["start"], ranges["end"])
 
 
-def _join(runs: Runs, owner: NDArray[np.intp]) -> Runs:
+def _join(runs: Extents, owner: NDArray[np.intp]) -> Extents:
     # Neighbours in memory and in the image, in one area, with one verdict, are one run.
     if not len(runs):
         return runs
-    end = runs["start"] + runs["size"]
+    end = runs["gva"] + runs["size"]
     new = np.ones(len(runs), dtype=bool)
     new[1:] = (
-        (runs["start"][1:] != end[:-1])
+        (runs["gva"][1:] != end[:-1])
         | (runs["offset"][1:] != runs["offset"][:-1] + runs["size"][:-1].astype("<i8"))
         | (runs["level"][1:] != runs["level"][:-1])
         | (runs["reason"][1:] != runs["reason"][:-1])
@@ -180,14 +178,14 @@ def _join(runs: Runs, owner: NDArray[np.intp]) -> Runs:
     return joined
 
 
-def _allocate(runs: Runs, owner: NDArray[np.intp], areas: Sequence[Area]) -> None:
+def _allocate(runs: Extents, owner: NDArray[np.intp], areas: Sequence[Area]) -> None:
     # What counts is how the pages lie in memory; in the images they may come from several levels.
     outside = np.flatnonzero(
         (runs["reason"] == Reason.OUTSIDE) & (runs["allocation"] != Allocation.BEFORE_FORK)
     )
     if not len(outside):
         return
-    start, size, area = runs["start"][outside], runs["size"][outside], owner[outside]
+    start, size, area = runs["gva"][outside], runs["size"][outside], owner[outside]
     opens = np.append(True, (start[1:] != (start + size)[:-1]) | (area[1:] != area[:-1]))
     firsts = np.flatnonzero(opens)
     span_size = np.add.reduceat(size, firsts)
@@ -215,14 +213,14 @@ def _worth_a_piece(
     return few
 
 
-def _anchor(runs: Runs, populated: Ranges) -> Runs:
+def _anchor(runs: Extents, populated: Ranges) -> Extents:
     # CRIU 4.1 crashes on a task whose pagemap has no entry (premap_priv_vmas): keep one page. Not
     # where a page is populated before the children are made: CRIU compares with what is there, and
     # would leave a page of zeros shared that is written from outside later.
     if not len(runs) or (runs["reason"] > Reason.INHERITED).any():
         return runs
-    free = without(join(ranges_of(runs["start"], runs["start"] + runs["size"])), populated)
+    free = without(join(ranges_of(runs["gva"], runs["gva"] + runs["size"])), populated)
     page = free["start"][np.argmin(free["end"] - free["start"])]
-    runs = cut_at(runs, np.array([page, page + np.uint64(PAGE_SIZE)]), "start")
-    runs["reason"][runs["start"] == page] = Reason.ANCHOR
+    runs = cut_at(runs, np.array([page, page + np.uint64(PAGE_SIZE)]))
+    runs["reason"][runs["gva"] == page] = Reason.ANCHOR
     return runs

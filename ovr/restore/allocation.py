@@ -29,11 +29,11 @@ from ovr.kernel import (
     types_that_fit,
 )
 from ovr.memory.addresses import PAGE_SIZE, Gva
+from ovr.memory.extents import Extents, cut_to, total
 from ovr.memory.paging import AddressSpace, Frames
-from ovr.memory.ranges import RANGE, Ranges, common, cut_to, join, ranges_of, total, without
+from ovr.memory.ranges import RANGE, Ranges, common, join, ranges_of, without
 from ovr.plan import Plan
 from ovr.plan.areas import SharedPlan, TaskPlan
-from ovr.plan.pages import Runs
 from ovr.state import GuestTree
 
 __all__ = ["Outside", "allocate_outside"]
@@ -132,7 +132,9 @@ class _Restoree:
         self._agent = agent
         self._sources = sources
 
-    def targets(self, pieces: Mapping[int, Runs], frames: Frames | None = None) -> Iterator[Target]:
+    def targets(
+        self, pieces: Mapping[int, Extents], frames: Frames | None = None
+    ) -> Iterator[Target]:
         for level, here in pieces.items():
             if len(here):
                 yield Target(
@@ -146,7 +148,7 @@ class _Restoree:
                     spared=self.plan.spared,
                 )
 
-    def _ask(self, pieces: Runs) -> None:
+    def _ask(self, pieces: Extents) -> None:
         self._agent.touch([Portion(self._pid, True, pieces[["gva", "size"]].tolist())])
 
     def portions(self, *, large: bool) -> Iterator[Portion]:
@@ -258,7 +260,7 @@ def _of_shared(
     name = f"shared memory {plan.shared.shmid}"
     check = _mapper(name, guest.kernel, mapped.pid)
 
-    def ask(pieces: Runs) -> None:
+    def ask(pieces: Extents) -> None:
         agent.touch([Portion(mapped.pid, True, pieces[["gva", "size"]].tolist())])
 
     for level, pieces in plan.pieces.items():

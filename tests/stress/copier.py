@@ -1,6 +1,5 @@
 """Copiers for the tests: one that counts how often it met a race, and one without protection."""
 
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -10,15 +9,13 @@ from functools import partial
 import numpy as np
 
 from ovr._fastcopy import OWNED
-from ovr.attempt import copier
+from ovr.attempt import attempt, copier
 from ovr.attempt.copier import Copier, Look, Ready, Work
 from ovr.attempt.feed import Feed
 from ovr.attempt.targets import Family, Part, Target
 from ovr.kernel import Kernel
+from ovr.memory.extents import Extents, first_bytes, left_of, total
 from ovr.memory.paging import Frames
-from ovr.memory.ram import Runs
-from ovr.memory.ranges import total
-from ovr.memory.runs import first_bytes, left_of
 
 __all__ = ["Races", "before_each_copy", "counting", "ignoring_clean", "unprotected"]
 
@@ -71,7 +68,7 @@ def counting(races: Races, pause: float) -> Iterator[None]:
     def _counted(target: Target) -> Target:
         return replace(target, ask=partial(note, target))
 
-    def note(target: Target, pieces: Runs) -> None:
+    def note(target: Target, pieces: Extents) -> None:
         there = total(target.space.walk(pieces)) // PAGE
         races.away += total(pieces) // PAGE - there
         races.foreign += there
@@ -155,7 +152,7 @@ def ignoring_clean() -> Iterator[None]:
         Kernel.private_frames, Kernel.anon_frames, Kernel.shared_frames = usual
 
 
-def _pages(runs: Runs) -> set[tuple[int, int]]:
+def _pages(runs: Extents) -> set[tuple[int, int]]:
     # GVA and GPA of each page.
     counts = (runs["size"] // PAGE).astype(int)
     steps = np.concatenate([np.arange(count, dtype="<u8") for count in counts] or [[]]) * PAGE
@@ -167,9 +164,10 @@ def _pages(runs: Runs) -> set[tuple[int, int]]:
 @contextmanager
 def _in_place_of_the_copier(kind: type[Copier]) -> Iterator[None]:
     # Many small holds: more borders between them.
-    module, usual, size = sys.modules["ovr.restore"], Copier, copier.HOLD_BYTES
-    module.Copier, copier.HOLD_BYTES = kind, HOLD_BYTES
+    assert attempt.Copier is Copier
+    size = copier.HOLD_BYTES
+    attempt.Copier, copier.HOLD_BYTES = kind, HOLD_BYTES  # type: ignore[misc]
     try:
         yield
     finally:
-        module.Copier, copier.HOLD_BYTES = usual, size
+        attempt.Copier, copier.HOLD_BYTES = Copier, size  # type: ignore[misc]

@@ -86,7 +86,7 @@ def build(guest, plans, asked):
     """What CRIU does up to its hook."""
     kept = {p.task.pid: {page for run in p.runs[p.runs["reason"] > Reason.INHERITED]
                          for page in pages_of(join(np.array(
-                             [(run["start"], run["start"] + run["size"])], RANGE)))}
+                             [(run["gva"], run["gva"] + run["size"])], RANGE)))}
             for p in plans}  # fmt: skip
     for plan in plans:
         pid, parent = plan.task.pid, plan.task.ppid

@@ -17,7 +17,7 @@ BASE = 0x7000_0000_0000
 def pagemap(*entries):
     rows, offset = [], 0
     for page, count in entries:
-        rows.append((BASE + page * PAGE_SIZE, count, 4, 0, offset))
+        rows.append((BASE + page * PAGE_SIZE, count * PAGE_SIZE, 4, 0, offset))
         offset += count * PAGE_SIZE
     return np.array(rows, dtype=PAGEMAP_DTYPE)
 
@@ -176,9 +176,9 @@ def test_place_agrees_with_a_page_by_page_model(task):
     table = pagemap(*entries)
     runs = place(table, areas, Cow(inside=shared))
     expected = {}
-    for vaddr, count, _, _, offset in table.tolist():
-        for n in range(count):
-            page = vaddr + n * PAGE_SIZE
+    for gva, size, _, _, offset in table.tolist():
+        for n in range(size // PAGE_SIZE):
+            page = gva + n * PAGE_SIZE
             [owner] = [a for a in areas if a.start <= page < a.end]
             common = any(start <= page < end for start, end in shared.tolist())
             expected[page] = (offset + n * PAGE_SIZE, Reason.COW if common else owner.reason)
@@ -188,7 +188,7 @@ def test_place_agrees_with_a_page_by_page_model(task):
         [anchor] = anchors
         expected[anchor] = (expected[anchor][0], Reason.ANCHOR)
     assert got == expected
-    assert runs["start"].tolist() == sorted(runs["start"].tolist())
+    assert runs["gva"].tolist() == sorted(runs["gva"].tolist())
 
 
 @pytest.mark.parametrize("reason", list(Reason))

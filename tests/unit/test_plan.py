@@ -27,7 +27,7 @@ def pages_of(starts, sizes):
 
 
 def entries_of(memory):
-    return pages_of(memory.entries["vaddr"], memory.entries["nr_pages"] * np.uint64(PAGE_SIZE))
+    return pages_of(memory.entries["gva"], memory.entries["size"])
 
 
 @pytest.fixture(params=["one", "tree", "parent"])
@@ -51,7 +51,7 @@ def test_every_page_is_placed_once(images):
     plan = make_plan(images)
     assert len(plan.tasks) == sum(task.alive for task in images.tasks)
     for task in plan.tasks:
-        assert pages_of(task.runs["start"], task.runs["size"]) == entries_of(task.task.memory)
+        assert pages_of(task.runs["gva"], task.runs["size"]) == entries_of(task.task.memory)
         assert sum(task.by_reason().values()) == task.bytes_total
     assert 0 < plan.bytes_outside < plan.bytes_total
     assert (plan.bytes_cow > 0) == (len(plan.tasks) > 1)
@@ -62,9 +62,9 @@ def test_pieces_hold_the_right_bytes(images):
     for task in make_plan(images).tasks:
         entries = task.task.memory.entries
         offset_of = {
-            (int(e["vaddr"]) + n * PAGE_SIZE): (int(e["level"]), int(e["offset"]) + n * PAGE_SIZE)
+            (int(e["gva"]) + n * PAGE_SIZE): (int(e["level"]), int(e["offset"]) + n * PAGE_SIZE)
             for e in entries
-            for n in range(int(e["nr_pages"]))
+            for n in range(int(e["size"]) // PAGE_SIZE)
         }
         for level, pieces in task.pieces.items():
             for gva, size, offset in pieces.tolist():
@@ -76,7 +76,7 @@ def test_the_inside_set_has_the_rest(inside):
     plan, images = inside
     for before, task in zip(plan.tasks, (t for t in images.tasks if t.alive), strict=True):
         kept = before.runs[before.runs["reason"] > Reason.INHERITED]
-        assert entries_of(task.memory) == pages_of(kept["start"], kept["size"])
+        assert entries_of(task.memory) == pages_of(kept["gva"], kept["size"])
         assert len(task.memory.entries) > 0
         assert task.umask == 0
 
@@ -102,14 +102,14 @@ def test_agent_and_criu_allocate_all_that_goes_outside(images):
     for task in make_plan(images).tasks:
         ranges = np.concatenate([task.to_touch(), task.pieces_of_criu, task.sharing.cow.bequeathed])
         assert pages_of(ranges["start"], ranges["end"] - ranges["start"]) == pages_of(
-            task.outside["start"], task.outside["size"]
+            task.outside["gva"], task.outside["size"]
         )
 
 
 def test_without_forced_writes_read_only_areas_stay_inside(images):
     for task in make_plan(images, force_write=False).tasks:
         vmas = task.task.vmas
-        owner = np.searchsorted(vmas["start"], task.outside["start"], side="right") - 1
+        owner = np.searchsorted(vmas["start"], task.outside["gva"], side="right") - 1
         assert (vmas["prot"][owner] & PROT_WRITE).all()
 
 
@@ -125,8 +125,8 @@ def test_areas_that_lose_their_pages_look_as_if_they_had_some(images):
         assert marks == [at + n for at in task.first_pages() for n in (0, 1)]
         for at in marks[::2]:
             vma = task.task.vmas[np.searchsorted(task.task.vmas["start"], at, side="right") - 1]
-            runs = task.runs[task.runs["start"] >= vma["start"]]
-            assert runs[0]["start"] == at < vma["end"]
+            runs = task.runs[task.runs["gva"] >= vma["start"]]
+            assert runs[0]["gva"] == at < vma["end"]
             assert runs[0]["reason"] == Reason.OUTSIDE
 
 
@@ -158,20 +158,20 @@ def test_parent_and_child_keep_what_is_equal(dumps):
             bequeathed = task.sharing.cow.bequeathed
             here = pages_of(bequeathed["start"], bequeathed["end"] - bequeathed["start"])
             runs = task.runs[np.isin(task.runs["reason"], [*reasons])]
-            assert pages_of(runs["start"], runs["size"]) | here == common
+            assert pages_of(runs["gva"], runs["size"]) | here == common
         assert 0 < len(common) < len(contents[1])
 
 
 def content_of(task):
     with Sources() as sources:
         return {
-            int(e["vaddr"]) + n * PAGE_SIZE: bytes(
+            int(e["gva"]) + n * PAGE_SIZE: bytes(
                 sources.of(task.memory, int(e["level"])).pages[
                     int(e["offset"]) + n * PAGE_SIZE : int(e["offset"]) + (n + 1) * PAGE_SIZE
                 ]
             )
             for e in task.memory.entries
-            for n in range(int(e["nr_pages"]))
+            for n in range(int(e["size"]) // PAGE_SIZE)
         }
 
 

@@ -6,7 +6,8 @@ from hypothesis import strategies as st
 
 from ovr._fastcopy import RUN
 from ovr.memory.addresses import PAGE_SIZE
-from ovr.memory.ranges import RANGE, common, cut_out, cut_to, join, split, total, without
+from ovr.memory.extents import cut_out, cut_to, split, total
+from ovr.memory.ranges import RANGE, common, join, without
 
 PAGES = st.lists(st.tuples(st.integers(0, 1 << 30), st.integers(1, 50)), max_size=30)
 

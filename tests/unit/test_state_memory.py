@@ -16,8 +16,7 @@ from ovr.attempt.copier import Copier, _Unlike
 from ovr.attempt.journal import Journal
 from ovr.attempt.threads import Threads
 from ovr.memory.addresses import PAGE_SIZE
-from ovr.memory.ranges import cut_to, total
-from ovr.memory.runs import as_pieces, left_of, on_same_frames
+from ovr.memory.extents import as_pieces, cut_to, left_of, on_same_frames, total
 
 FRAMES = st.lists(st.sampled_from([None, 0, 1, 2, 3, 7, 8, 9]), min_size=1, max_size=30)
 

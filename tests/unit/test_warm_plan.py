@@ -52,7 +52,7 @@ def one(pid, areas, populated, *, ppid=0, pages=None):
     """A task as `plan_warm` sees it; unless `pages` says otherwise it has what is populated."""
     entries = np.zeros(len(pages if pages is not None else populated), PAGEMAP_DTYPE)
     for n, (start, end) in enumerate(pages if pages is not None else populated.tolist()):
-        entries[n]["vaddr"], entries[n]["nr_pages"] = start, (end - start) // PAGE_SIZE
+        entries[n]["gva"], entries[n]["size"] = start, end - start
     memory = SimpleNamespace(name=f"pagemap-{pid}.img", pages_name=f"pages-{pid}.img",
                              entries=entries)  # fmt: skip
     task = SimpleNamespace(pid=pid, ppid=ppid, vmas=vma_array(areas, "mm"),

@@ -117,7 +117,7 @@ def test_a_pagemap_outside_of_every_area(vm, dump, copy):
     path = copy / f"pagemap-{dump.pid}.img"
     old = decode_pagemap(path.read_bytes(), path.name)
     entries = old.entries.astype(PAGEMAP_DTYPE)
-    entries["vaddr"][0] = 0x1000
+    entries["gva"][0] = 0x1000
     path.write_bytes(encode_pagemap(Pagemap(old.pages_id, entries, old.compat), path.name))
     done = ovr_command("restore", "-D", copy, "--vm", f"lab:{vm.name}")
     refused(done, 6, path.name, "0x1000")

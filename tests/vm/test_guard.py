@@ -89,14 +89,14 @@ def test_two_at_once(vm, dump):
 def test_a_byte_that_changes_before_it_is_verified(vm, dump, monkeypatch, mode, part):
     original = Copier.verify
 
-    def verify(copier, targets, *, full):
+    def verify(copier, targets, mode):
         pieces = targets[0].pieces
         gva = Gva(int(pieces["gva"][int(part * len(pieces))]) + 1234 * (part > 0))
         space = targets[0].space
         with copier.holder.held():
             gpa = space.translate(gva)
             space.ram.write(gpa, bytes([space.ram.read(gpa, 1)[0] ^ 0x10]))
-        return original(copier, targets, full=full)
+        return original(copier, targets, mode)
 
     monkeypatch.setattr(Copier, "verify", verify)
     with ovr.attach(f"lab:{vm.name}") as attached, pytest.raises(VerifyMismatch) as caught:
@@ -143,7 +143,7 @@ def test_names_of_a_namespace_that_outlives_the_tree(vm, tmp_path, monkeypatch, 
         write(*arguments)
         seen["written"] = hostname(vm)
 
-    def aborted(copier, targets, *, full):
+    def aborted(copier, targets, mode):
         if why == "mismatch":
             raise VerifyMismatch("not what was written")
         with suppress(AgentUnreachable), vm.connect() as agent:

@@ -13,6 +13,7 @@ from tests.stress.guest import trouble
 from tests.vm.conftest import PREFIX
 
 SIZE = 64 << 20
+TRIES = 5  # the guest may make a clean page dirty again by itself
 SWAP = "/usr/local/bin/ovr-swap"
 SET_UP = {
     "file": """
@@ -88,9 +89,14 @@ def test_the_tree_would_see_what_is_lost(vm, place):
 
     With zram some kernels keep no copy of what they have read back.
     """
-    with ignoring_clean():
-        try:
-            lost = restored(vm, place[1]).wrong > 0
-        except AssertionError as error:
-            lost = "has died" in str(error)
-    assert lost
+    assert any(loses_words(vm, place[1]) for _ in range(TRIES))
+
+
+def loses_words(vm: lab.LabVm, images: subject.Images) -> bool:
+    try:
+        with ignoring_clean():
+            return restored(vm, images).wrong > 0
+    except AssertionError as error:
+        return "has died" in str(error)
+    finally:
+        subject.end(vm)

@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ovr.images import ImageSet, VmaEntry
-from ovr.images.runs import ends_of
 from ovr.images.vma import MADV_DOFORK, PROT_WRITE, Vmas, is_private, vma_array
+from ovr.memory.extents import ends_of
 from ovr.memory.ranges import Ranges, common, ranges_of, without
 from ovr.plan.areas import TaskPlan
 from ovr.plan.pool.layout import (
@@ -225,8 +225,8 @@ def _mapped_without_write(plan: TaskPlan, criu: str) -> Ranges:
     entries = plan.memory.entries
     following = np.searchsorted(ends_of(entries), vmas["start"], side="right")
     there = following < len(entries)
-    vaddr = entries["vaddr"][np.minimum(following, len(entries) - 1)]
-    behind = vaddr >= vmas["end"] if _excludes_the_end(criu) else vaddr > vmas["end"]
+    gva = entries["gva"][np.minimum(following, len(entries) - 1)]
+    behind = gva >= vmas["end"] if _excludes_the_end(criu) else gva > vmas["end"]
     found = vmas[there & behind]
     return ranges_of(found["start"], found["end"])
 

@@ -53,8 +53,8 @@ def content(images):
         for memory in images.memories:
             for entry in memory.entries:
                 source = sources.of(memory, int(entry["level"]))
-                start, size = int(entry["offset"]), int(entry["nr_pages"]) * 4096
-                found[memory.name, int(entry["vaddr"])] = bytes(source.pages[start : start + size])
+                start, size = int(entry["offset"]), int(entry["size"])
+                found[memory.name, int(entry["gva"])] = bytes(source.pages[start : start + size])
     return found
 
 

@@ -44,7 +44,7 @@ def task(directory, pid, ppid, areas, contents, *, exe=1):
         row["status"], row["flags"], row["shmid"] = status, flags, shmid
     entries, pages = [], b""
     for page, byte in sorted(contents.items()):
-        entries.append((page * PAGE_SIZE, 1, 4, 0, len(pages)))
+        entries.append((page * PAGE_SIZE, PAGE_SIZE, 4, 0, len(pages)))
         pages += bytes([byte]) * PAGE_SIZE
     file = PagesFile(directory / f"pages-{pid}.img", pages)
     table = np.array(entries, PAGEMAP_DTYPE)

@@ -79,10 +79,10 @@ def test_pagemaps_agree_with_crit(dumps, crit):
         for memory in images.memories:
             head, *entries = crit[f"tree/{memory.name}"]
             assert memory.pages_id == head["pages_id"]
-            assert memory.entries["vaddr"].tolist() == [e["vaddr"] for e in entries]
+            assert memory.entries["gva"].tolist() == [e["vaddr"] for e in entries]
             if memory.compat:  # this crit does not know the field that CRIU 4.2 counts in
-                assert memory.entries["nr_pages"].tolist() == [e["nr_pages"] for e in entries]
-            total = int(memory.entries["nr_pages"].sum()) * 4096
+                assert memory.entries["size"].tolist() == [e["nr_pages"] * 4096 for e in entries]
+            total = int(memory.entries["size"].sum())
             assert (dumps / "tree" / memory.pages_name).stat().st_size == total
 
 
@@ -135,14 +135,16 @@ def test_page_content_lies_where_the_entries_say(dumps):
         with ImageSet.open(dumps / directory) as images:
             memory = images.tasks[0].memory
             pages = 0
-            for vaddr, count, _, level, offset in memory.entries.tolist():
+            for vaddr, size, _, level, offset in memory.entries.tolist():
                 if 0x100000000 <= vaddr < 0x100300000:
-                    data = memory.files[level].read(offset, count * 4096)
-                    assert len(data) == count * 4096
+                    data = memory.files[level].read(offset, size)
+                    assert len(data) == size
                     words = np.frombuffer(data, "<u8").reshape(-1, 512)
-                    base = vaddr + np.arange(count, dtype=np.uint64)[:, None] * np.uint64(4096)
+                    base = vaddr + np.arange(size // 4096, dtype=np.uint64)[:, None] * np.uint64(
+                        4096
+                    )
                     assert (words == base + np.arange(512, dtype=np.uint64)).all()
-                    pages += count
+                    pages += size // 4096
             assert pages == 17
 
 
@@ -156,7 +158,7 @@ def test_parent_images_are_used(dumps):
 def test_shared_memory(dumps):
     with ImageSet.open(dumps / "one") as images:
         (shared,) = images.shared.values()
-        assert shared.entries["vaddr"].tolist() == [0]
+        assert shared.entries["gva"].tolist() == [0]
         words = np.frombuffer(shared.files[0].read(0, 4096), "<u8")
     assert (words == 0x100300000 + np.arange(512)).all()
 
@@ -184,8 +186,8 @@ def test_pagemap_outside_every_private_vma(one, address):
     with ImageSet.open(one) as images:
         memory = images.tasks[0].memory
     entries = memory.entries.copy()
-    last = np.searchsorted(entries["vaddr"], address) - 1
-    entries["vaddr"][last] = address
+    last = np.searchsorted(entries["gva"], address) - 1
+    entries["gva"][last] = address
     made = encode_pagemap(Pagemap(memory.pages_id, entries, memory.compat), memory.name)
     (one / memory.name).write_bytes(made)
     with (

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ovr.errors import ImagesDamaged, ImagesUnsupported
+from ovr.images.chain import covered, resolve
 from ovr.images.framing import Frame, encode, image_bytes
 from ovr.images.messages import PagemapEntry, PagemapHead
 from ovr.images.pagemap import (
@@ -18,7 +19,7 @@ from ovr.images.pagemap import (
     decode_pagemap,
     encode_pagemap,
 )
-from ovr.images.runs import clip, covered, ends_of, page_count, resolve
+from ovr.memory.extents import cut_to, ends_of, total
 
 NAME = "pagemap-5.img"
 FLAGS = st.sampled_from([PE_PRESENT, PE_PRESENT | PE_LAZY, PE_PARENT, PE_PARENT | PE_LAZY])
@@ -36,13 +37,13 @@ def array(runs, base=0x7F0000000000):
     rows, at = [], base
     for gap, pages, flags in runs:
         at += gap * 4096
-        rows.append((at, pages, flags, 0, 0))
+        rows.append((at, pages * 4096, flags, 0, 0))
         at += pages * 4096
     return np.array(rows, PAGEMAP_DTYPE)
 
 
 def reference(entries):
-    """criu.md 1.3, one entry at a time: vaddr, pages, flags, offset."""
+    """criu.md 1.3, one entry at a time: GVA, size, flags, offset."""
     offset = 0
     for e in entries:
         flags = e.flags
@@ -51,20 +52,21 @@ def reference(entries):
         elif not e.HasField("flags"):
             flags = PE_PRESENT
         pages = e.nr_pages if e.HasField("nr_pages") else e.compat_nr_pages
-        yield e.vaddr, pages, flags, offset if flags & PE_PRESENT else -1
+        yield e.vaddr, pages * 4096, flags, offset if flags & PE_PRESENT else -1
         if flags & PE_PRESENT:
             offset += pages * 4096
 
 
 def decoded(pagemap):
-    return pagemap.entries[["vaddr", "nr_pages", "flags", "offset"]].tolist()
+    return pagemap.entries[["gva", "size", "flags", "offset"]].tolist()
 
 
 @given(RUNS, st.data())
 def test_decode_agrees_with_the_reference_loop(runs, data):
     messages = []
-    for vaddr, pages, flags in array(runs)[["vaddr", "nr_pages", "flags"]].tolist():
-        e = PagemapEntry(vaddr=vaddr, compat_nr_pages=pages)
+    for gva, size, flags in array(runs)[["gva", "size", "flags"]].tolist():
+        pages = size // 4096
+        e = PagemapEntry(vaddr=gva, compat_nr_pages=pages)
         style = data.draw(st.sampled_from(["flags", "old", "modern"]))
         if style == "modern":
             e.compat_nr_pages, e.nr_pages = 0, pages
@@ -84,7 +86,7 @@ def test_encode_round_trip(runs, compat):
     again = decode_pagemap(encode_pagemap(Pagemap(9, entries, compat), NAME), NAME)
     assert again.pages_id == 9
     assert again.compat == (compat or not runs)
-    for field in ("vaddr", "nr_pages", "flags"):
+    for field in ("gva", "size", "flags"):
         assert np.array_equal(again.entries[field], entries[field])
     assert not again.entries.flags.writeable
 
@@ -100,8 +102,8 @@ def test_damaged_bytes_give_our_errors_only(runs, where, patch):
         assert NAME in str(error) and error.hint and "\n" not in str(error)
         return
     ends = ends_of(pagemap.entries)
-    assert (ends[:-1] <= pagemap.entries["vaddr"][1:]).all()
-    assert (ends > pagemap.entries["vaddr"]).all()
+    assert (ends[:-1] <= pagemap.entries["gva"][1:]).all()
+    assert (ends > pagemap.entries["gva"]).all()
 
 
 @given(RUNS, st.integers(1, 60))
@@ -182,14 +184,14 @@ def test_pages_image_too_short_names_both_sizes():
 def test_a_million_entries_are_decoded_in_bulk():
     count = 1_310_720  # every other page of 10 GiB
     entries = np.zeros(count, PAGEMAP_DTYPE)
-    entries["vaddr"] = (np.arange(count, dtype=np.uint64) << 13) + (0x7F0000000000)
+    entries["gva"] = (np.arange(count, dtype=np.uint64) << 13) + (0x7F0000000000)
     row = PagemapEntry(
         vaddr=0x7F0000000000, compat_nr_pages=1, flags=PE_PRESENT
     ).SerializeToString()
     frame = np.frombuffer(len(row).to_bytes(4, "little") + row, np.uint8)
     rows = np.tile(frame, (count, 1))
     for i in range(7):  # the seven bytes of the address varint
-        rows[:, 5 + i] = (entries["vaddr"] >> (7 * i)).astype(np.uint8) & 0x7F | (
+        rows[:, 5 + i] = (entries["gva"] >> (7 * i)).astype(np.uint8) & 0x7F | (
             0x80 if i < 6 else 0
         )
     data = image([]) + rows.tobytes()
@@ -205,40 +207,42 @@ def test_a_million_entries_are_decoded_in_bulk():
     finally:
         sys.setprofile(None)
     assert calls < 10_000
-    assert np.array_equal(pagemap.entries["vaddr"], entries["vaddr"])
+    assert np.array_equal(pagemap.entries["gva"], entries["gva"])
     assert np.array_equal(pagemap.entries["offset"], np.arange(count) * 4096)
 
 
 def pages_of(entries):
     """Page address -> (level, offset or None), one page at a time."""
     return {
-        vaddr + i * 4096: (level, offset + i * 4096 if offset >= 0 else None)
-        for vaddr, pages, _, level, offset in entries.tolist()
-        for i in range(pages)
+        gva + at: (level, offset + at if flags & PE_PRESENT else None)
+        for gva, size, flags, level, offset in entries.tolist()
+        for at in range(0, size, 4096)
     }
 
 
 def with_offsets(entries, offset=0):
     for e in entries:
         e["offset"] = offset if e["flags"] & PE_PRESENT else -1
-        offset += int(e["nr_pages"]) * 4096 if e["flags"] & PE_PRESENT else 0
+        offset += int(e["size"]) if e["flags"] & PE_PRESENT else 0
     return entries
 
 
 @given(RUNS, RUNS)
-def test_clip_agrees_with_the_reference_loop(runs, ranges):
+def test_cut_to_agrees_with_the_reference_loop(runs, ranges):
     entries, cut = with_offsets(array(runs)), array(ranges)
-    inside = {v + i * 4096 for v, n, *_ in cut.tolist() for i in range(n)}
+    inside = {gva + at for gva, size, *_ in cut.tolist() for at in range(0, size, 4096)}
     expected = {page: where for page, where in pages_of(entries).items() if page in inside}
-    assert pages_of(clip(entries, cut["vaddr"], ends_of(cut))) == expected
+    assert pages_of(cut_to(entries, cut["gva"], ends_of(cut))) == expected
 
 
 @given(RUNS, RUNS)
 def test_covered_agrees_with_the_reference_loop(runs, ranges):
     entries, cut = array(runs), array(ranges)
-    inside = {v + i * 4096 for v, n, *_ in cut.tolist() for i in range(n)}
-    expected = [all(v + i * 4096 in inside for i in range(n)) for v, n, *_ in entries.tolist()]
-    assert covered(entries, cut["vaddr"], ends_of(cut)).tolist() == expected
+    inside = {gva + at for gva, size, *_ in cut.tolist() for at in range(0, size, 4096)}
+    expected = [
+        all(gva + at in inside for at in range(0, size, 4096)) for gva, size, *_ in entries.tolist()
+    ]
+    assert covered(entries, cut["gva"], ends_of(cut)).tolist() == expected
 
 
 @given(st.lists(RUNS, min_size=1, max_size=4))
@@ -260,5 +264,5 @@ def test_resolve_agrees_with_the_reference_loop(chain):
     else:
         whole = resolve(levels, NAME)
         assert pages_of(whole) == expected
-        assert (whole["vaddr"][1:] >= ends_of(whole)[:-1]).all()
-        assert page_count(whole) == page_count(levels[0])
+        assert (whole["gva"][1:] >= ends_of(whole)[:-1]).all()
+        assert total(whole) == total(levels[0])

@@ -9,9 +9,9 @@ from ovr.errors import ImagesDamaged, ImagesUnsupported
 from ovr.images.imageset import ImageSet
 from ovr.images.pagemap import Pagemap, encode_pagemap
 from ovr.images.rewrite import InsideImages, image_chunks
-from ovr.images.runs import clip, ends_of, page_count
 from ovr.images.vma import MADV_POPULATE_WRITE, split_vma
 from ovr.images.wire import copy_of
+from ovr.memory.extents import cut_to, ends_of, total
 
 
 def content(built):
@@ -21,9 +21,9 @@ def content(built):
 def page_bytes(memory):
     """Page address -> its bytes."""
     return {
-        vaddr + i * 4096: memory.files[level].read(offset + i * 4096, 4096)
-        for vaddr, pages, _, level, offset in memory.entries.tolist()
-        for i in range(pages)
+        gva + at: memory.files[level].read(offset + at, 4096)
+        for gva, size, _, level, offset in memory.entries.tolist()
+        for at in range(0, size, 4096)
     }
 
 
@@ -55,7 +55,7 @@ def test_kept_pages(dumps, tmp_path_factory, data):
         chosen = sorted(data.draw(st.sets(st.sampled_from(pages), min_size=1)))
         low = np.array(chosen, np.uint64)
         inside = InsideImages(images)
-        inside.keep_pages(memory, clip(memory.entries, low, low + np.uint64(4096)))
+        inside.keep_pages(memory, cut_to(memory.entries, low, low + np.uint64(4096)))
         wanted = {page: page_bytes(memory)[page] for page in chosen}
         inside.write_to(out)
         assert content(inside.build()) == content(inside.build())
@@ -85,7 +85,7 @@ def test_pages_that_are_not_there_cannot_be_kept(one):
     with ImageSet.open(one) as images:
         memory = images.tasks[0].memory
         more = memory.entries.copy()
-        more["nr_pages"][-1] += 1
+        more["size"][-1] += 4096
         with pytest.raises(ValueError, match="not in pagemap-1001"):
             InsideImages(images).keep_pages(memory, more)
 
@@ -112,7 +112,7 @@ def test_split_areas_and_neutral_umask(one, tmp_path):
     with ImageSet.open(tmp_path / "out") as images:
         (again,) = images.tasks
     assert len(again.vmas) == len(task.vmas) + 15
-    assert page_count(again.memory.entries) == page_count(task.memory.entries)
+    assert total(again.memory.entries) == total(task.memory.entries)
     assert again.umask is None and "seccomp.img" not in images.names
     assert np.count_nonzero(again.vmas["madv"] & (1 << MADV_POPULATE_WRITE)) == 8
 
@@ -175,4 +175,4 @@ def test_neighbouring_runs_are_read_in_one_piece(one):
     assert [(at, size) for _, at, size in pages.pieces] == [
         (0, (one / memory.pages_name).stat().st_size)
     ]
-    assert pages.size == int((ends_of(memory.entries) - memory.entries["vaddr"]).sum())
+    assert pages.size == int((ends_of(memory.entries) - memory.entries["gva"]).sum())
