@@ -14,6 +14,7 @@ from pathlib import Path
 
 __all__ = ["assert_golden", "screen"]
 
+KEPT = ("PATH", "HOME", "XDG_RUNTIME_DIR", "XDG_CACHE_HOME")
 GOLDEN = Path(__file__).parent / "golden"
 
 
@@ -32,7 +33,7 @@ def screen(
         command: what to run.
         width: of the terminal, in characters.
         height: in lines; what scrolls off is lost.
-        env: beside PATH, HOME and a UTF-8 locale.
+        env: beside `KEPT` and a UTF-8 locale.
         until: take the picture when this text has appeared, and end the command.
         timeout: seconds to wait at most.
 
@@ -40,7 +41,7 @@ def screen(
         The lines, with colours as escape sequences, without blanks at their ends.
     """
     tmux = ("tmux", "-u", "-L", f"ovr-{uuid.uuid4().hex}", "-f", "/dev/null")
-    kept = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
+    kept = {name: os.environ[name] for name in KEPT if name in os.environ}
     words = " ".join(f"{k}={shlex.quote(v)}" for k, v in (env or {}).items())
     typed = f"env {words} {shlex.join(map(str, command))}"
     # What comes after the command keeps its screen.

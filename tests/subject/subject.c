@@ -112,7 +112,8 @@ static inline __attribute__((always_inline)) long call(long number, long a, long
 
 static inline __attribute__((always_inline)) void mark(const char *path)
 {
-	call(SYS_close, call(SYS_open, (long)path, O_CREAT | O_WRONLY | O_CLOEXEC, 0600), 0, 0);
+	/* Never open: a dump would find it open, and a restore want it where `end` removed it. */
+	call(SYS_mknod, (long)path, S_IFREG | 0600, 0);
 }
 
 static const struct timespec nap = {0, 20000000};
