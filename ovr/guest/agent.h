@@ -28,10 +28,10 @@
 
 struct options {
 	unsigned vsock_port;
-	const char *serial;	/* the port's name, or NULL */
+	const char *serial; /* the port's name, or NULL */
 	const char *dir;
 	const char *criu;
-	const char *unix_path, *unix_serial;	/* lab builds, for tests without a VM */
+	const char *unix_path, *unix_serial; /* lab builds, for tests without a VM */
 };
 
 extern struct options options;
@@ -51,7 +51,7 @@ struct loop {
 	callback calls[9 + 5 * MAX_SESSIONS];
 	void *contexts[9 + 5 * MAX_SESSIONS];
 	int count;
-	int64_t deadline;	/* ms, or -1 */
+	int64_t deadline; /* ms, or -1 */
 };
 
 int64_t now_ms(void);
@@ -65,7 +65,7 @@ void sleep_ms(int ms);
 /* message.c: the schema of protocol.py and lab_protocol.py, decoded and encoded */
 struct message {
 	enum op op;
-	uint64_t present;	/* bit KEY_x: the field is there */
+	uint64_t present; /* bit KEY_x: the field is there */
 	struct mp_value field[KEY_COUNT];
 };
 
@@ -110,9 +110,9 @@ enum code code_of_errno(int error);
 struct session;
 
 enum link {
-	LINK_STREAM,	/* a connection is a session */
-	LINK_SERIAL,	/* sessions follow each other on one connection, each begins with a sync */
-	LINK_PORT,	/* the same, and the descriptor outlives the host's connection */
+	LINK_STREAM, /* a connection is a session */
+	LINK_SERIAL, /* sessions follow each other on one connection, each begins with a sync */
+	LINK_PORT,   /* the same, and the descriptor outlives the host's connection */
 };
 
 bool session_start(int fd, enum link link);
@@ -155,8 +155,8 @@ void restore_shutdown(void);
 
 /* images.c: the private directory of a restore */
 struct directory {
-	char path[256];		/* empty: there is none */
-	int images;		/* descriptor of path/images */
+	char path[256]; /* empty: there is none */
+	int images;     /* descriptor of path/images */
 	unsigned files;
 	uint64_t bytes;
 };
@@ -203,10 +203,10 @@ const char *criu_version(void);
 
 /* Their CRIU. Descriptors are -1 while it is not known. */
 struct engine_criu {
-	int end;		/* readable once it has ended */
+	int end; /* readable once it has ended */
 	int log;
-	pid_t runtime;		/* its parent, and the parent of the tree that it makes */
-	char container[65];	/* podman's id of what it restores; empty: not known */
+	pid_t runtime;      /* its parent, and the parent of the tree that it makes */
+	char container[65]; /* podman's id of what it restores; empty: not known */
 };
 
 bool engine_known(const char *name);
@@ -231,10 +231,10 @@ int engine_log_errors(const struct directory *directory, const struct engine_cri
 
 /* hook.c */
 #define HOOK_SOCKET "OVR_HOOK_SOCKET"
-#define HOOK_GO 'g'		/* the agent's only word: go on */
+#define HOOK_GO 'g' /* the agent's only word: go on */
 
 struct hook_report {
-	int32_t root, criu;	/* root 0: pre-restore or post-restore, nothing is held yet */
+	int32_t root, criu; /* root 0: pre-restore or post-restore, nothing is held yet */
 };
 
 int hook_main(const char *action);
@@ -243,10 +243,10 @@ int hook_main(const char *action);
 #define MAX_TREE MAX_LIST
 
 struct tree {
-	pid_t criu, root;	/* 0: none, or gone */
-	bool orphans;		/* unknown children of this process belong to it too */
-	pid_t runtime;		/* so do the children of this one; 0: none */
-	pid_t engine;		/* has started CRIU, or will; 0: none */
+	pid_t criu, root; /* 0: none, or gone */
+	bool orphans;     /* unknown children of this process belong to it too */
+	pid_t runtime;    /* so do the children of this one; 0: none */
+	pid_t engine;     /* has started CRIU, or will; 0: none */
 };
 
 bool tree_stop_criu(pid_t criu);
@@ -360,7 +360,7 @@ void oom_hide(pid_t pid);
 
 /* child.c */
 struct child_io {
-	int in, out, err;	/* what becomes its standard descriptors; -1: /dev/null */
+	int in, out, err; /* what becomes its standard descriptors; -1: /dev/null */
 };
 
 /*
@@ -385,10 +385,24 @@ static inline bool lab_message(struct session *session, const struct message *me
 	(void)session, (void)message;
 	return false;
 }
-static inline void lab_session_ended(struct session *session) { (void)session; }
-static inline bool lab_reaped(pid_t pid, int status) { (void)pid, (void)status; return false; }
-static inline bool lab_owns(pid_t pid) { (void)pid; return false; }
-static inline void lab_watch(struct loop *loop) { (void)loop; }
+static inline void lab_session_ended(struct session *session)
+{
+	(void)session;
+}
+static inline bool lab_reaped(pid_t pid, int status)
+{
+	(void)pid, (void)status;
+	return false;
+}
+static inline bool lab_owns(pid_t pid)
+{
+	(void)pid;
+	return false;
+}
+static inline void lab_watch(struct loop *loop)
+{
+	(void)loop;
+}
 static inline void lab_work(void) {}
 #endif
 

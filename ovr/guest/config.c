@@ -14,7 +14,7 @@
 
 struct config {
 	char path[MAX_STRING];
-	ssize_t size;		/* 0: it is empty, or not there */
+	ssize_t size; /* 0: it is empty, or not there */
 	char text[MAX_CONFIG];
 };
 

@@ -49,9 +49,19 @@ bool criu_command_make(struct criu_command *command, const struct directory *dir
 	uint32_t extras = begin->field[KEY_CRIU_OPTIONS].size;
 	const char *self = criu_program();
 	const char *const fixed[FIXED_ARGUMENTS] = {
-		options.criu, "restore", "--no-default-config", "-D", command->images,
-		"-W", directory->path, "-d", "-o", "restore.log", command->level,
-		"--action-script", self,
+		options.criu,
+		"restore",
+		"--no-default-config",
+		"-D",
+		command->images,
+		"-W",
+		directory->path,
+		"-d",
+		"-o",
+		"restore.log",
+		command->level,
+		"--action-script",
+		self,
 	};
 	int count = 0;
 
@@ -86,8 +96,8 @@ pid_t criu_start(const struct criu_command *command)
 	struct child_io io = {-1, -1, -1};
 	pid_t pid;
 
-	io.out = io.err = open(command->output,
-			       O_WRONLY | O_CREAT | O_NOFOLLOW | O_APPEND | O_CLOEXEC, 0600);
+	io.out = io.err =
+		open(command->output, O_WRONLY | O_CREAT | O_NOFOLLOW | O_APPEND | O_CLOEXEC, 0600);
 	if (io.out < 0)
 		return -1;
 	pid = child_start(command->argv, command->env, io);

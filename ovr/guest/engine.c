@@ -109,8 +109,8 @@ static int fixed_arguments(const char *argv[FIXED_ARGUMENTS], const char *progra
 {
 	const char *const podman[] = {program, "container", "restore", "--import", archive};
 	const char *const runtime[] = {
-		program, "--log", log, "restore", "--detach",
-		"--image-path", images, "--work-path", work,
+		program,        "--log", log,           "restore", "--detach",
+		"--image-path", images,  "--work-path", work,
 	};
 	size_t count = is_podman(program) ? ARRAY_SIZE(podman) : ARRAY_SIZE(runtime);
 
@@ -120,7 +120,7 @@ static int fixed_arguments(const char *argv[FIXED_ARGUMENTS], const char *progra
 
 static struct {
 	char program[16], name[MAX_STRING];
-	char **volumes;		/* argv of their removal */
+	char **volumes; /* argv of their removal */
 } current;
 
 /* The runtimes' last argument is the container's name. */
@@ -170,15 +170,14 @@ static pid_t remove_container(const struct engine_criu *criu)
 {
 	char id[sizeof(criu->container)], *env[] = {AGENT_PATH, "HOME=/root", NULL};
 	char *podman[] = {current.program, "container", "rm", "--force", "--time", "0",
-			  "--volumes", id, NULL};
+			  "--volumes",     id,          NULL};
 	char *runtime[] = {current.program, "delete", "--force", current.name, NULL};
 	bool by_podman = is_podman(current.program);
 	pid_t pid = 0;
 
 	memcpy(id, criu->container, sizeof(id));
 	if (by_podman ? id[0] : current.name[0])
-		pid = child_start(by_podman ? podman : runtime, env,
-				  (struct child_io){-1, -1, -1});
+		pid = child_start(by_podman ? podman : runtime, env, (struct child_io){-1, -1, -1});
 	return pid > 0 ? pid : 0;
 }
 

@@ -27,7 +27,7 @@
 /* What CRIU itself sets, and the option that is wanted. */
 #define OPTIONS (PTRACE_O_TRACESYSGOOD | PTRACE_O_EXITKILL)
 #define SYSCALL_STOP (SIGTRAP | 0x80)
-#define MASK_SIZE 8		/* of a signal set, in the kernel */
+#define MASK_SIZE 8 /* of a signal set, in the kernel */
 
 /* True when the task has come to the stop that is expected, and not to its end. */
 static bool stops(pid_t pid, int expected)
@@ -39,7 +39,8 @@ static bool stops(pid_t pid, int expected)
 		found = waitpid(pid, &status, __WALL);
 	while (found < 0 && errno == EINTR);
 	return found == pid && WIFSTOPPED(status) &&
-	       (status >> 8 == expected || (status >> 16 == expected && expected == PTRACE_EVENT_STOP));
+	       (status >> 8 == expected ||
+		(status >> 16 == expected && expected == PTRACE_EVENT_STOP));
 }
 
 /* The address of a SYSCALL instruction in a program's code, or 0. */
@@ -79,7 +80,7 @@ static uint64_t find_syscall(pid_t pid)
 /* Have a traced task make a system call; what it returned, or -1. */
 static long call_in(pid_t pid, struct user_regs_struct registers)
 {
-	registers.orig_rax = UINT64_MAX;	/* nothing to restart: the stop was not in a call */
+	registers.orig_rax = UINT64_MAX; /* nothing to restart: the stop was not in a call */
 	if (ptrace(PTRACE_SETREGS, pid, 0, &registers) < 0 ||
 	    ptrace(PTRACE_SYSCALL, pid, 0, 0) < 0 || !stops(pid, SYSCALL_STOP) ||
 	    ptrace(PTRACE_SYSCALL, pid, 0, 0) < 0 || !stops(pid, SYSCALL_STOP) ||
@@ -116,8 +117,7 @@ static bool set_options(pid_t criu, const struct user_regs_struct *saved, const 
 static bool put_back(pid_t criu, struct user_regs_struct *saved, uint64_t *mask)
 {
 	return ptrace(PTRACE_INTERRUPT, criu, 0, 0) == 0 && ptrace(PTRACE_CONT, criu, 0, 0) == 0 &&
-	       stops(criu, PTRACE_EVENT_STOP) &&
-	       ptrace(PTRACE_SETREGS, criu, 0, saved) == 0 &&
+	       stops(criu, PTRACE_EVENT_STOP) && ptrace(PTRACE_SETREGS, criu, 0, saved) == 0 &&
 	       ptrace(PTRACE_SETSIGMASK, criu, MASK_SIZE, mask) == 0 &&
 	       ptrace(PTRACE_DETACH, criu, 0, 0) == 0;
 }

@@ -86,7 +86,7 @@ static int hold(void)
 
 	if (criu > 1) {
 		tree_stop_criu(criu);
-		oom_hide(criu);	/* it would release the tree */
+		oom_hide(criu); /* it would release the tree */
 		oom_hide(getpid());
 		/* All tasks are made, and held. */
 		priority_real_time(criu);

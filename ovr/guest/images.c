@@ -25,7 +25,7 @@
 
 #define PRIVATE_DIRECTORY 0700
 #define IMAGES_DIRECTORY 0711
-#define PARENT_DIRECTORY 0755	/* CRIU opens it for reading: open_parent() in criu/page-xfer.c */
+#define PARENT_DIRECTORY 0755 /* CRIU opens it for reading: open_parent() in criu/page-xfer.c */
 #define IMAGE 0644
 
 /* options.dir, ours alone: nobody but root can put anything into it. */
@@ -209,7 +209,8 @@ struct problem directory_append(struct directory *directory, const struct mp_val
 	text[name->size] = 0;
 	fd = open_image(directory, text);
 	if (fd < 0)
-		return errno == EMFILE ? refusal("more than " TEXT(MAX_FILES) " of them") : failure();
+		return errno == EMFILE ? refusal("more than " TEXT(MAX_FILES) " of them") :
+					 failure();
 	while (done < data->size && (size = write(fd, data->data + done, data->size - done)) > 0)
 		done += (uint32_t)size;
 	directory->bytes += done;

@@ -77,7 +77,10 @@ bool lab_message(struct session *session, const struct message *message)
 	case OP_CREDIT:
 		add_credit(session, message);
 		return true;
-	case OP_RUN: case OP_PUT: case OP_GET: case OP_SPAWN:
+	case OP_RUN:
+	case OP_PUT:
+	case OP_GET:
+	case OP_SPAWN:
 		break;
 	default:
 		return false;

@@ -19,8 +19,8 @@ struct job {
 	bool exited, timed_out;
 	int status;
 	int64_t deadline;
-	int in, out, err;	/* RUN: pipes; PUT, GET: the file is in or out */
-	uint8_t *input;		/* a piece of standard input on its way */
+	int in, out, err; /* RUN: pipes; PUT, GET: the file is in or out */
+	uint8_t *input;   /* a piece of standard input on its way */
 	size_t input_at, input_size;
 	uint64_t size;
 };

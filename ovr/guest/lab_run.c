@@ -30,14 +30,16 @@ bool lab_owns(pid_t pid)
 
 static char *default_env[] = {
 	"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
-	"HOME=/root", "LANG=C.UTF-8", NULL,
+	"HOME=/root",
+	"LANG=C.UTF-8",
+	NULL,
 };
 
 static pid_t start(const struct message *message, struct child_io io)
 {
 	char **argv = message_strings(message, KEY_ARGV);
-	char **env = message_has(message, KEY_ENV) ? message_strings(message, KEY_ENV) :
-						      default_env;
+	char **env =
+		message_has(message, KEY_ENV) ? message_strings(message, KEY_ENV) : default_env;
 	pid_t *slot = child_slot(0), pid = -1;
 
 	errno = slot ? EINVAL : EAGAIN;
@@ -80,9 +82,13 @@ void lab_run(struct session *session, struct job *job, const struct message *mes
 	close_fd(&out[1]);
 	close_fd(&err[1]);
 	*job = (struct job){
-		.what = RUN, .session = session, .pid = pid, .in = in[1], .out = out[0],
-		.err = err[0], .deadline = now_ms() + (int64_t)(timeout >> 1 > INT32_MAX ?
-								 INT32_MAX : timeout),
+		.what = RUN,
+		.session = session,
+		.pid = pid,
+		.in = in[1],
+		.out = out[0],
+		.err = err[0],
+		.deadline = now_ms() + (int64_t)(timeout >> 1 > INT32_MAX ? INT32_MAX : timeout),
 	};
 	if (pid < 0)
 		lab_end_job(job);
@@ -145,8 +151,7 @@ void lab_add_input(struct session *session, struct job *job, const struct messag
 
 static void feed(struct job *job)
 {
-	ssize_t size = write(job->in, job->input + job->input_at,
-			     job->input_size - job->input_at);
+	ssize_t size = write(job->in, job->input + job->input_at, job->input_size - job->input_at);
 
 	if (size < 0 && (errno == EAGAIN || errno == EINTR))
 		return;
@@ -190,8 +195,9 @@ static void finish_run(struct job *job)
 	if (!lab_may_send(job->session))
 		return;
 	writer = session_writer(job->session, OP_EXITED);
-	message_add_uint(&writer, KEY_STATUS, (uint64_t)(WIFSIGNALED(job->status) ?
-			 128 + WTERMSIG(job->status) : WEXITSTATUS(job->status)));
+	message_add_uint(&writer, KEY_STATUS,
+			 (uint64_t)(WIFSIGNALED(job->status) ? 128 + WTERMSIG(job->status) :
+							       WEXITSTATUS(job->status)));
 	message_add_bool(&writer, KEY_TIMED_OUT, job->timed_out);
 	session_send(job->session, &writer);
 	lab_end_job(job);

@@ -51,7 +51,7 @@ void reap_children(void)
 void loop_watch(struct loop *loop, int fd, short events, callback call, void *context)
 {
 	if (loop->count == ARRAY_SIZE(loop->fds))
-		abort();	/* the arrays hold all that can be watched at once */
+		abort(); /* the arrays hold all that can be watched at once */
 	loop->fds[loop->count] = (struct pollfd){.fd = fd, .events = events};
 	loop->calls[loop->count] = call;
 	loop->contexts[loop->count++] = context;

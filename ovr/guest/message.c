@@ -7,7 +7,7 @@
 #include "agent.h"
 
 static const uint8_t scalar_type[] = {
-	[KIND_UINT] = MP_UINT, [KIND_STR] = MP_STR, [KIND_BIN] = MP_BIN, [KIND_BOOL] = MP_BOOL,
+	[KIND_UINT] = MP_UINT,  [KIND_STR] = MP_STR,  [KIND_BIN] = MP_BIN,  [KIND_BOOL] = MP_BOOL,
 	[KIND_UINTS] = MP_UINT, [KIND_STRS] = MP_STR, [KIND_BINS] = MP_BIN,
 };
 
@@ -19,9 +19,13 @@ const char *code_name(enum code code)
 enum code code_of_errno(int error)
 {
 	switch (error) {
-	case ENOMEM: return CODE_NO_MEMORY;
-	case ENOSPC: case EDQUOT: return CODE_NO_SPACE;
-	default: return CODE_SYSTEM;
+	case ENOMEM:
+		return CODE_NO_MEMORY;
+	case ENOSPC:
+	case EDQUOT:
+		return CODE_NO_SPACE;
+	default:
+		return CODE_SYSTEM;
 	}
 }
 
@@ -104,7 +108,8 @@ static const char *read_pair(struct mp_reader *reader, const struct schema *sche
 			return "repeated field";
 		message->present |= 1ull << field->key;
 		return read_field(reader, &message->field[field->key], field->kind) ?
-			       NULL : "a field has the wrong type or is too long";
+			       NULL :
+			       "a field has the wrong type or is too long";
 	}
 	return "unknown field";
 }

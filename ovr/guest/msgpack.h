@@ -14,9 +14,9 @@ struct mp_reader {
 
 struct mp_value {
 	enum mp_type type;
-	uint64_t number;	/* MP_UINT, MP_BOOL */
-	const uint8_t *data;	/* MP_STR, MP_BIN: the bytes; MP_ARRAY, MP_MAP: the first element */
-	uint32_t size;		/* bytes, elements, or pairs */
+	uint64_t number;     /* MP_UINT, MP_BOOL */
+	const uint8_t *data; /* MP_STR, MP_BIN: the bytes; MP_ARRAY, MP_MAP: the first element */
+	uint32_t size;       /* bytes, elements, or pairs */
 };
 
 /* False at the end, on a truncated token, and on a type that no message uses. */

@@ -13,7 +13,7 @@
 
 #include "agent.h"
 
-static char first[16];		/* what we were started with */
+static char first[16]; /* what we were started with */
 
 static bool set(pid_t pid, const char *score)
 {
@@ -39,7 +39,7 @@ void oom_protect_agent(void)
 		close(fd);
 	first[size > 0 ? size : 0] = 0;
 	if (first[0] && !set(getpid(), "-1000"))
-		first[0] = 0;	/* not permitted: nothing has changed */
+		first[0] = 0; /* not permitted: nothing has changed */
 }
 
 void oom_as_before(void)

@@ -30,19 +30,19 @@
 #define MAPPER_DEATH_MS 5000
 #define TMPFS_MAGIC 0x01021994
 #define HUGETLBFS_MAGIC 0x958458f6
-#define POPULATE_WRITE 23	/* MADV_POPULATE_WRITE, in v5.14 */
+#define POPULATE_WRITE 23 /* MADV_POPULATE_WRITE, in v5.14 */
 
 struct result {
-	int32_t error;		/* 0, or an errno */
-	char step[60];		/* what failed */
+	int32_t error; /* 0, or an errno */
+	char step[60]; /* what failed */
 	uint64_t address;
 };
 
 static struct {
 	struct session *session;
 	enum op op;
-	pid_t pid;		/* 0: it has ended */
-	int news;		/* the worker's result comes here; -1: it has come */
+	pid_t pid; /* 0: it has ended */
+	int news;  /* the worker's result comes here; -1: it has come */
 } current = {.news = -1};
 
 static pid_t mappers[MAX_MAPPERS];
@@ -147,8 +147,7 @@ static int open_object(const struct message *message, int out)
 	look = open(path, O_PATH | O_CLOEXEC);
 	if (look < 0 || fstat(look, &info) < 0 || fstatfs(look, &fs) < 0)
 		fail(out, "open the object");
-	if (!S_ISREG(info.st_mode) ||
-	    (fs.f_type != TMPFS_MAGIC && fs.f_type != HUGETLBFS_MAGIC)) {
+	if (!S_ISREG(info.st_mode) || (fs.f_type != TMPFS_MAGIC && fs.f_type != HUGETLBFS_MAGIC)) {
 		errno = EINVAL;
 		fail(out, "map what is no shared memory");
 	}
@@ -170,7 +169,8 @@ static void map(const struct message *message, int out)
 	join_cgroup((pid_t)message_uint(message, KEY_PID), out);
 	priority_real_time(0);
 	fd = open_object(message, out);
-	base = mmap(NULL, message_uint(message, KEY_SIZE), PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+	base = mmap(NULL, message_uint(message, KEY_SIZE), PROT_READ | PROT_WRITE, MAP_SHARED, fd,
+		    0);
 	if (base == MAP_FAILED)
 		fail(out, "map the object");
 	while (mp_read(&ranges, &start) && mp_read(&ranges, &size))
@@ -297,7 +297,8 @@ static void on_news(int fd, short events, void *context)
 		session_refuse(session, code_of_errno(result.error), "cannot %s: %s", result.step,
 			       strerror(result.error));
 	} else if (size != (ssize_t)sizeof(result) || (current.op == OP_MAP && !current.pid)) {
-		session_refuse(session, CODE_KILLED, "the process that allocates memory was killed");
+		session_refuse(session, CODE_KILLED,
+			       "the process that allocates memory was killed");
 	} else {
 		writer = session_writer(session, current.op == OP_MAP ? OP_MAPPED : OP_TOUCHED);
 		if (current.op == OP_MAP) {
@@ -359,7 +360,8 @@ bool populate_can_force(void)
 {
 	char *page = mmap(NULL, PAGE, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 	int mem = open("/proc/self/mem", O_RDWR | O_CLOEXEC);
-	bool can = page != MAP_FAILED && mem >= 0 && touch_forced(mem, (uint64_t)(uintptr_t)page, true);
+	bool can = page != MAP_FAILED && mem >= 0 &&
+		   touch_forced(mem, (uint64_t)(uintptr_t)page, true);
 
 	if (mem >= 0)
 		close(mem);

@@ -21,7 +21,7 @@
 
 #include "agent.h"
 
-static bool raised;		/* this process, which had these */
+static bool raised; /* this process, which had these */
 static int own_nice, own_policy, own_slack;
 static struct sched_param own_parameter;
 

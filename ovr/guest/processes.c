@@ -8,7 +8,7 @@
 
 #include "processes.h"
 
-#define PF_EXITING 0x4		/* include/linux/sched.h */
+#define PF_EXITING 0x4 /* include/linux/sched.h */
 
 static int field(const char *status, const char *name)
 {
@@ -34,8 +34,10 @@ bool process_read(const char *path, struct process *process)
 	state = strstr(text, "\nState:\t");
 	*process = (struct process){
 		.state = state ? state[8] : '?',
-		.pid = field(text, "\nPid:\t"), .parent = field(text, "\nPPid:\t"),
-		.tracer = field(text, "\nTracerPid:\t"), .threads = field(text, "\nThreads:\t"),
+		.pid = field(text, "\nPid:\t"),
+		.parent = field(text, "\nPPid:\t"),
+		.tracer = field(text, "\nTracerPid:\t"),
+		.threads = field(text, "\nThreads:\t"),
 	};
 	return process->pid > 0;
 }
@@ -98,9 +100,10 @@ bool process_alive(const struct process *process)
 	snprintf(path, sizeof(path), "/proc/%d/task", process->pid);
 	tasks = opendir(path);
 	while (tasks && !found && (entry = readdir(tasks))) {
-		snprintf(path, sizeof(path), "/proc/%d/task/%s/status", process->pid, entry->d_name);
-		found = entry->d_name[0] != '.' && process_read(path, &thread) && !process_dead(&thread) &&
-			!exiting(thread.pid);
+		snprintf(path, sizeof(path), "/proc/%d/task/%s/status", process->pid,
+			 entry->d_name);
+		found = entry->d_name[0] != '.' && process_read(path, &thread) &&
+			!process_dead(&thread) && !exiting(thread.pid);
 	}
 	if (tasks)
 		closedir(tasks);

@@ -29,7 +29,7 @@
 /* ovr/guest/client/secret_page.py reads it. */
 struct secret_page {
 	char magic[SECRET_MAGIC_SIZE];
-	uint64_t address, pid, start;	/* where it is, and in which process */
+	uint64_t address, pid, start; /* where it is, and in which process */
 	uint8_t secret[SECRET_SIZE];
 };
 
@@ -48,8 +48,10 @@ static uint64_t start_time(void)
 	text[size > 0 ? size : 0] = 0;
 	/* The name may hold anything, but the last parenthesis ends it. Field 22: proc_pid_stat(5). */
 	at = strrchr(text, ')');
-	if (!at || sscanf(at + 1, " %*c %*d %*d %*d %*d %*d %*u %*u %*u %*u %*u %*u %*u %*d %*d %*d"
-			  " %*d %*d %*d %llu", &ticks) != 1)
+	if (!at || sscanf(at + 1,
+			  " %*c %*d %*d %*d %*d %*d %*u %*u %*u %*u %*u %*u %*u %*d %*d %*d"
+			  " %*d %*d %*d %llu",
+			  &ticks) != 1)
 		return 0;
 	return ticks;
 }

@@ -7,10 +7,10 @@
 #include "restore.h"
 
 #define MAX_DEADLINE_MS (24ll * 3600 * 1000)
-#define UPLOAD_SILENCE_MS 60000	/* until "begin" says how long a host may be silent */
+#define UPLOAD_SILENCE_MS 60000 /* until "begin" says how long a host may be silent */
 
-#define NO_RESTORE { .listener = -1, .hook = -1, .directory.images = -1, \
-		     .theirs = {.end = -1, .log = -1} }
+#define NO_RESTORE                                                                                 \
+	{.listener = -1, .hook = -1, .directory.images = -1, .theirs = {.end = -1, .log = -1}}
 
 struct restore restore = NO_RESTORE;
 
@@ -34,7 +34,7 @@ static bool in_phase(struct session *session, enum phase phase)
 	if (restore.phase != IDLE && restore.owner != session)
 		session_break(session, CODE_BUSY, "busy: another session has a restore under way");
 	else if (restore.phase == ENDING && phase == HELD)
-		return false;	/* our word that it was aborted will be the answer */
+		return false; /* our word that it was aborted will be the answer */
 	else if (restore.phase == IDLE && phase == HELD)
 		/* Our word that it was aborted is still on its way: that is the answer. */
 		session_refuse(session, CODE_IDLE, "no restore is under way");
@@ -113,8 +113,10 @@ static void refuse_start(struct session *session, int error)
 	enum code code = code_of_errno(error);
 
 	if (error == ESTALE)
-		session_break(session, CODE_REPLACED, "%s cannot be started: the agent's own program"
-			      " file was replaced", what);
+		session_break(session, CODE_REPLACED,
+			      "%s cannot be started: the agent's own program"
+			      " file was replaced",
+			      what);
 	else
 		session_break(session, code == CODE_SYSTEM ? CODE_START : code,
 			      "%s cannot be started: %s", what, strerror(error));
@@ -136,8 +138,8 @@ static void begin(struct session *session, const struct message *message)
 	restore.engine = message_has(message, KEY_ENGINE);
 	/* Whatever outlives CRIU must not get away from us. What outlives an engine is its own. */
 	prctl(PR_SET_CHILD_SUBREAPER, !restore.engine);
-	restore.child = restore.engine ? engine_start(&restore.directory, message) :
-					 start_criu(message);
+	restore.child =
+		restore.engine ? engine_start(&restore.directory, message) : start_criu(message);
 	if (restore.child < 0) {
 		refuse_start(session, errno);
 		return;
@@ -149,7 +151,8 @@ static void begin(struct session *session, const struct message *message)
 	restore.silence_ms = deadline_ms(message, KEY_SILENCE_MS);
 	restore.silent_at = now_ms() + restore.silence_ms;
 	restore.late_at = message_has(message, KEY_TIMEOUT_MS) ?
-		now_ms() + deadline_ms(message, KEY_TIMEOUT_MS) : LLONG_MAX;
+				  now_ms() + deadline_ms(message, KEY_TIMEOUT_MS) :
+				  LLONG_MAX;
 	progress_begin(deadline_ms(message, KEY_STALL_MS));
 }
 
@@ -225,7 +228,7 @@ void restore_message(struct session *session, const struct message *message)
 		break;
 	default:
 		if (restore.owner == session && restore.phase == ENDING)
-			break;	/* the answer will come */
+			break; /* the answer will come */
 		if (restore.owner == session && restore.phase != IDLE && restore.phase != RELEASED)
 			restore_abort(CODE_HOST, "the host said so");
 		else

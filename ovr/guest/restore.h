@@ -13,26 +13,26 @@
 
 enum phase {
 	IDLE,
-	UPLOADING,	/* image files come in */
-	BUILDING,	/* CRIU runs, up to its hook */
-	HELD,		/* the skeleton stands; CRIU is stopped */
-	RELEASED,	/* the host said go; CRIU detaches and ends */
-	ENDING,		/* the tree is killed; what its engine has made of it is its to remove */
+	UPLOADING, /* image files come in */
+	BUILDING,  /* CRIU runs, up to its hook */
+	HELD,      /* the skeleton stands; CRIU is stopped */
+	RELEASED,  /* the host said go; CRIU detaches and ends */
+	ENDING,    /* the tree is killed; what its engine has made of it is its to remove */
 };
 
 struct restore {
 	enum phase phase;
-	struct session *owner;	/* NULL once its session has ended */
+	struct session *owner; /* NULL once its session has ended */
 	struct directory directory;
 	int listener, hook;
-	pid_t child;		/* what we have started: CRIU, or an engine that starts it */
+	pid_t child; /* what we have started: CRIU, or an engine that starts it */
 	pid_t criu, root;
 	bool engine;
-	struct engine_criu theirs;	/* the engine's CRIU, from its first word on */
+	struct engine_criu theirs; /* the engine's CRIU, from its first word on */
 	bool child_ended, keep_log, warm, engine_killed;
 	int child_status;
-	int64_t silence_ms, silent_at, late_at;	/* late_at: LLONG_MAX without a limit */
-	int step;		/* ENDING: of the removal of what an engine has left */
+	int64_t silence_ms, silent_at, late_at; /* late_at: LLONG_MAX without a limit */
+	int step; /* ENDING: of the removal of what an engine has left */
 };
 
 /* restore.c */

@@ -14,7 +14,7 @@
 
 /* What the host is to hear of a restore that has come to nothing. */
 static struct outcome {
-	bool failed;		/* by CRIU or an engine, not by us or the host */
+	bool failed; /* by CRIU or an engine, not by us or the host */
 	bool gone;
 	int status, count;
 	enum code code;
@@ -138,7 +138,8 @@ static void end_restore(void)
 void restore_abort(enum code code, const char *reason)
 {
 	outcome = (struct outcome){
-		.gone = restore.phase == UPLOADING || kill_everything(), .code = code,
+		.gone = restore.phase == UPLOADING || kill_everything(),
+		.code = code,
 	};
 	snprintf(outcome.reason, sizeof(outcome.reason), "%s", reason);
 	end_restore();
@@ -164,12 +165,13 @@ static void report_failure(void)
 	const char *note;
 
 	outcome = (struct outcome){
-		.failed = true, .gone = released || kill_everything(),
+		.failed = true,
+		.gone = released || kill_everything(),
 		.status = exit_code(restore.child_status),
 	};
-	outcome.count = restore.engine ?
-		engine_log_errors(&restore.directory, &restore.theirs, outcome.lines) :
-		criu_log_errors(&restore.directory, outcome.lines);
+	outcome.count = restore.engine ? engine_log_errors(&restore.directory, &restore.theirs,
+							   outcome.lines) :
+					 criu_log_errors(&restore.directory, outcome.lines);
 	warm_served(&note);
 	if (!outcome.count && restore.warm && *note)
 		snprintf(outcome.lines[outcome.count++], LOG_WIDTH, "%s", note);
@@ -207,9 +209,9 @@ void restore_child_ended(void)
 	else if (restore.phase == RELEASED && exit_code(restore.child_status) == 0)
 		report_success();
 	else if (restore.phase == HELD)
-		restore_abort(restore.engine ? CODE_ENGINE : CODE_CRIU, restore.engine ?
-			      "the container engine ended before the restore" :
-			      "criu died while it held the tree");
+		restore_abort(restore.engine ? CODE_ENGINE : CODE_CRIU,
+			      restore.engine ? "the container engine ended before the restore" :
+					       "criu died while it held the tree");
 	else
 		/* In BUILDING even status 0: a tree that did not pass our hook. */
 		report_failure();

@@ -44,8 +44,8 @@ static void tree_stands(pid_t root)
 	}
 	count = tree_traced(restore.criu, tasks);
 	if (!holds(root)) {
-		restore_abort(CODE_TREE, count < 0 ? "the tree has too many threads" :
-						     "criu holds no tree");
+		restore_abort(CODE_TREE,
+			      count < 0 ? "the tree has too many threads" : "criu holds no tree");
 		return;
 	}
 	restore.silent_at = now_ms() + restore.silence_ms;
@@ -137,9 +137,9 @@ bool hook_listen(void)
 	int size = snprintf(address.sun_path, sizeof(address.sun_path), "%s/hook",
 			    restore.directory.path);
 
-	if (fd >= 0 && (size >= (int)sizeof(address.sun_path) ||
-			bind(fd, (struct sockaddr *)&address, sizeof(address)) < 0 ||
-			listen(fd, 4) < 0))
+	if (fd >= 0 &&
+	    (size >= (int)sizeof(address.sun_path) ||
+	     bind(fd, (struct sockaddr *)&address, sizeof(address)) < 0 || listen(fd, 4) < 0))
 		close_fd(&fd);
 	restore.listener = fd;
 	return fd >= 0;

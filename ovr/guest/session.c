@@ -25,9 +25,12 @@ bool session_start(int fd, enum link link)
 		if (session->used)
 			continue;
 		*session = (struct session){
-			.used = true, .fd = fd, .link = link,
+			.used = true,
+			.fd = fd,
+			.link = link,
 			.state = link == LINK_STREAM ? STATE_FRAMES : STATE_LOST,
-			.in = malloc(IN_SIZE), .out = malloc(OUT_SIZE),
+			.in = malloc(IN_SIZE),
+			.out = malloc(OUT_SIZE),
 		};
 		if (session->in && session->out)
 			return true;
@@ -186,7 +189,8 @@ static void prove(struct session *session, const struct message *message)
 	struct writer writer;
 
 	if (!proof_of_host(&session->nonces, &message->field[KEY_PROOF])) {
-		session_break(session, CODE_PROOF, "this host does not know what lies in the memory"
+		session_break(session, CODE_PROOF,
+			      "this host does not know what lies in the memory"
 			      " of this VM");
 		return;
 	}
@@ -226,8 +230,14 @@ void session_dispatch(struct session *session, const uint8_t *body, size_t size)
 	case OP_POOL:
 		warm_message(session, &message);
 		break;
-	case OP_WARM: case OP_CONFIG:
-	case OP_FILES: case OP_BEGIN: case OP_TOUCH: case OP_MAP: case OP_GO: case OP_ABORT:
+	case OP_WARM:
+	case OP_CONFIG:
+	case OP_FILES:
+	case OP_BEGIN:
+	case OP_TOUCH:
+	case OP_MAP:
+	case OP_GO:
+	case OP_ABORT:
 		if (session->proved && message.op == OP_WARM)
 			warm_message(session, &message);
 		else if (session->proved && message.op == OP_CONFIG)

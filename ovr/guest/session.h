@@ -14,9 +14,9 @@
 
 enum state {
 	STATE_FRAMES,
-	STATE_LOST,	/* serial: nothing counts until the next sync */
-	STATE_MAGIC,	/* serial: the zeros were seen */
-	STATE_LINGER,	/* stream: an error is on its way out, input is discarded */
+	STATE_LOST,   /* serial: nothing counts until the next sync */
+	STATE_MAGIC,  /* serial: the zeros were seen */
+	STATE_LINGER, /* stream: an error is on its way out, input is discarded */
 };
 
 struct session {
@@ -26,9 +26,9 @@ struct session {
 	enum state state;
 	bool greeted, proved;
 	struct nonces nonces;
-	bool ended;		/* to be closed at the loop's next turn */
-	bool unplugged;		/* port: the host is not connected */
-	int64_t forget_at;	/* and then it is not awaited any longer */
+	bool ended;        /* to be closed at the loop's next turn */
+	bool unplugged;    /* port: the host is not connected */
+	int64_t forget_at; /* and then it is not awaited any longer */
 	int64_t linger_until;
 	unsigned zeros, matched;
 	size_t in_size, out_start, out_size;

@@ -22,10 +22,10 @@
 #define PAGEMAP_OWN (1ull << 63 | 1ull << 56)
 
 static struct {
-	pthread_mutex_t lock;		/* of what follows up to `error` */
+	pthread_mutex_t lock; /* of what follows up to `error` */
 	struct mp_reader ranges;
-	uint64_t left;			/* how many of them belong to this task */
-	uint64_t at, end;		/* what is left of the range that was read last */
+	uint64_t left;    /* how many of them belong to this task */
+	uint64_t at, end; /* what is left of the range that was read last */
 	int error;
 	pid_t pid;
 	int mem, pagemap;

@@ -20,7 +20,7 @@
 #include "warm_library.h"
 
 #define DEATH_MS 10000
-#define SPARE (64ull << 20)	/* bytes that the guest keeps for itself */
+#define SPARE (64ull << 20) /* bytes that the guest keeps for itself */
 
 struct warm_pool pool = {.socket = -1, .note = "none was made"};
 
@@ -201,8 +201,10 @@ static void report(struct session *session)
 	message_add_uint(&writer, KEY_HUGE, ready ? huge_bytes() : 0);
 	message_add_uint(&writer, KEY_PID, ready ? (uint64_t)pool.pid : 0);
 	message_add_uint(&writer, KEY_ADDRESS, ready ? pool.state->base : 0);
-	message_add_str(&writer, KEY_NOTE, pool.stage == FILLING ? "it is being filled" :
-			ready ? "" : pool.note);
+	if (pool.stage == FILLING)
+		message_add_str(&writer, KEY_NOTE, "it is being filled");
+	else
+		message_add_str(&writer, KEY_NOTE, ready ? "" : pool.note);
 	session_send(session, &writer);
 }
 
@@ -238,8 +240,8 @@ static void warm(struct session *session, uint64_t size, uint64_t place)
 	if (size > POOL_MAX || size + SPARE > available) {
 		session_refuse(session, CODE_NO_MEMORY,
 			       "the guest has %llu MiB of memory available, too little for "
-			       "a pool of %llu MiB", (unsigned long long)available >> 20,
-			       (unsigned long long)size >> 20);
+			       "a pool of %llu MiB",
+			       (unsigned long long)available >> 20, (unsigned long long)size >> 20);
 		return;
 	}
 	pool_end("it was given up for another");

@@ -17,8 +17,8 @@ struct warm_pool {
 	pid_t pid;
 	int socket;
 	struct pool_state *state;
-	struct session *waiting;	/* who asked for it and has no answer yet */
-	char note[160];			/* why the last one is no more */
+	struct session *waiting; /* who asked for it and has no answer yet */
+	char note[160];          /* why the last one is no more */
 };
 
 extern struct warm_pool pool;

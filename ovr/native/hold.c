@@ -14,7 +14,7 @@
 
 #include "hold.h"
 
-#define ANSWER_NS 3000000000	/* for the tracer, beside what it waits for itself */
+#define ANSWER_NS 3000000000 /* for the tracer, beside what it waits for itself */
 
 static pid_t fork_tracer(struct hold *hold)
 {
@@ -50,7 +50,7 @@ static int open_tasks(pid_t pid)
 static void close_all(struct hold *hold)
 {
 	int *fds[] = {&hold->qemu, &hold->self, &hold->child, &hold->tasks,
-		      &hold->own,  &hold->ask,	&hold->told};
+		      &hold->own,  &hold->ask,  &hold->told};
 
 	for (size_t i = 0; i < sizeof(fds) / sizeof(*fds); i++) {
 		if (*fds[i] >= 0)
@@ -74,11 +74,9 @@ int hold_start(struct hold *hold)
 	}
 	if ((hold->qemu = (int)syscall(SYS_pidfd_open, hold->pid, 0)) >= 0 &&
 	    (hold->self = (int)syscall(SYS_pidfd_open, getpid(), 0)) >= 0 &&
-	    (hold->tasks = open_tasks(hold->pid)) >= 0 &&
-	    (hold->own = open_tasks(getpid())) >= 0 &&
+	    (hold->tasks = open_tasks(hold->pid)) >= 0 && (hold->own = open_tasks(getpid())) >= 0 &&
 	    (hold->ask = eventfd(0, EFD_CLOEXEC)) >= 0 &&
-	    (hold->told = eventfd(0, EFD_CLOEXEC)) >= 0 &&
-	    (hold->tracer = fork_tracer(hold)) > 0)
+	    (hold->told = eventfd(0, EFD_CLOEXEC)) >= 0 && (hold->tracer = fork_tracer(hold)) > 0)
 		return 0;
 	error = errno;
 	hold->tracer = 0;
@@ -101,7 +99,7 @@ static enum hold_result await_answer(struct hold *hold, int64_t until)
 		if (left < 0)
 			return HOLD_SILENT;
 		if (poll(fds, 2, (int)left + 1) <= 0)
-			continue;	/* a signal is for when this is over */
+			continue; /* a signal is for when this is over */
 		if (fds[0].revents & POLLIN) {
 			(void)!read(hold->told, &count, sizeof(count));
 			return HOLD_DONE;

@@ -9,25 +9,25 @@
 #ifndef OVR_HOLD_H
 #define OVR_HOLD_H
 
+#include <linux/futex.h>
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <sys/types.h>
-#include <linux/futex.h>
 
 /* What becomes of a request. */
 enum hold_result {
 	HOLD_DONE = 0,
-	HOLD_GONE,		/* QEMU has ended */
-	HOLD_TRACED,		/* the process `who` traces a thread of it */
-	HOLD_FORBIDDEN,		/* it may neither be traced nor be signalled */
-	HOLD_STUCK,		/* its thread `who` does not stop */
-	HOLD_TERMINAL,		/* SIGSTOP is all there is, and a shell may answer it */
-	HOLD_RAN,		/* it was sent SIGCONT while it was held */
-	HOLD_BROKEN,		/* it was held for too long, and was let go */
-	HOLD_LOST,		/* the tracer was killed */
-	HOLD_SILENT,		/* the tracer did not answer, and was killed */
-	HOLD_CROWDED,		/* it has more threads than the tracer has room for */
+	HOLD_GONE,      /* QEMU has ended */
+	HOLD_TRACED,    /* the process `who` traces a thread of it */
+	HOLD_FORBIDDEN, /* it may neither be traced nor be signalled */
+	HOLD_STUCK,     /* its thread `who` does not stop */
+	HOLD_TERMINAL,  /* SIGSTOP is all there is, and a shell may answer it */
+	HOLD_RAN,       /* it was sent SIGCONT while it was held */
+	HOLD_BROKEN,    /* it was held for too long, and was let go */
+	HOLD_LOST,      /* the tracer was killed */
+	HOLD_SILENT,    /* the tracer did not answer, and was killed */
+	HOLD_CROWDED,   /* it has more threads than the tracer has room for */
 };
 
 enum hold_way { HOLD_BY_NOTHING = 0, HOLD_BY_PTRACE, HOLD_BY_SIGSTOP };
@@ -44,13 +44,13 @@ enum hold_wish { HOLD_WISH_HELD = 0, HOLD_WISH_RUNNING, HOLD_WISH_END };
 
 struct hold_page {
 	uint32_t gate;
-	uint32_t generation;	/* of the hold that the gate is, or was, open for */
-	uint32_t writers;	/* inside of the gate */
-	uint32_t wish;		/* enum hold_wish, of ovr */
-	uint32_t way;		/* enum hold_way */
-	uint32_t answer;	/* enum hold_result */
-	int32_t who;		/* whom the answer is about */
-	int64_t until;		/* when honest work should end; ns, CLOCK_MONOTONIC */
+	uint32_t generation; /* of the hold that the gate is, or was, open for */
+	uint32_t writers;    /* inside of the gate */
+	uint32_t wish;       /* enum hold_wish, of ovr */
+	uint32_t way;        /* enum hold_way */
+	uint32_t answer;     /* enum hold_result */
+	int32_t who;         /* whom the answer is about */
+	int64_t until;       /* when honest work should end; ns, CLOCK_MONOTONIC */
 	struct robust_list_head robust;
 	struct robust_list futex;
 };
@@ -58,20 +58,20 @@ struct hold_page {
 /* ovr's end. */
 struct hold {
 	struct hold_page *page;
-	int64_t bound_ns;	/* for how long a hold may last */
-	int64_t patience_ns;	/* for how long QEMU's threads may take to stop */
-	pid_t pid;		/* QEMU */
+	int64_t bound_ns;    /* for how long a hold may last */
+	int64_t patience_ns; /* for how long QEMU's threads may take to stop */
+	pid_t pid;           /* QEMU */
 	pid_t tracer;
-	int qemu;		/* pidfds */
+	int qemu; /* pidfds */
 	int self;
 	int child;
-	int tasks;		/* /proc/PID/task, of QEMU and of ovr */
+	int tasks; /* /proc/PID/task, of QEMU and of ovr */
 	int own;
-	int ask;		/* eventfds: to the tracer, from it */
+	int ask; /* eventfds: to the tracer, from it */
 	int told;
 };
 
-int hold_start(struct hold *hold);	/* 0 or an errno; pid, bound_ns and patience_ns are set */
+int hold_start(struct hold *hold); /* 0 or an errno; pid, bound_ns and patience_ns are set */
 enum hold_result hold_take(struct hold *hold);
 enum hold_result hold_let_go(struct hold *hold);
 bool hold_alive(struct hold *hold);
@@ -81,7 +81,7 @@ void hold_free(struct hold *hold);
 /* The tracer; never returns. */
 _Noreturn void tracer_main(struct hold *hold);
 
-int64_t hold_now(void);		/* ns, CLOCK_MONOTONIC */
+int64_t hold_now(void); /* ns, CLOCK_MONOTONIC */
 
 enum gate_entry { GATE_ENTERED = 0, GATE_IS_SHUT, GATE_IS_BROKEN };
 

@@ -9,7 +9,7 @@
 
 #include "tracer.h"
 
-#define PF_IO_WORKER 0x00000010u	/* include/linux/sched.h */
+#define PF_IO_WORKER 0x00000010u /* include/linux/sched.h */
 #define PF_USER_WORKER 0x00004000u
 #define PF_KTHREAD 0x00200000u
 
@@ -93,7 +93,7 @@ bool proc_stat(int tasks, pid_t tid, struct proc_stat *stat)
 
 	if (read_file(tasks, tid, "stat", text, sizeof(text)) < 0)
 		return false;
-	at = strrchr(text, ')');	/* a thread's name may have anything in it */
+	at = strrchr(text, ')'); /* a thread's name may have anything in it */
 	if (!at || !at[1])
 		return false;
 	at += 2;

@@ -47,7 +47,7 @@ static enum hold_result look(struct tracer *tracer)
 		if (!proc_stat(tasks, tids[i], &stat) || proc_dead(&stat) || proc_worker(&stat))
 			continue;
 		tracer->page->who = tids[i];
-		if (stat.state == 't') {	/* its tracer may let it run at any moment */
+		if (stat.state == 't') { /* its tracer may let it run at any moment */
 			tracer->page->who = (int32_t)proc_status(tasks, tids[i], "TracerPid:");
 			return HOLD_TRACED;
 		}

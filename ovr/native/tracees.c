@@ -41,7 +41,7 @@ static enum hold_result refused(struct tracer *tracer, pid_t tid)
 	int64_t other;
 
 	if (!proc_stat(tasks, tid, &stat) || proc_dead(&stat))
-		return HOLD_DONE;	/* it has just ended */
+		return HOLD_DONE; /* it has just ended */
 	other = proc_status(tasks, tid, "TracerPid:");
 	tracer->page->who = (int32_t)other;
 	return other > 0 ? HOLD_TRACED : HOLD_FORBIDDEN;
@@ -175,7 +175,7 @@ static void detach_all(struct tracer *tracer, int64_t deadline)
 			thread->seized = false;
 			continue;
 		}
-		thread->stopped = false;	/* it was killed: its end is to be waited for */
+		thread->stopped = false; /* it was killed: its end is to be waited for */
 		left = true;
 	}
 	/* If not even this: our end sets it free. */

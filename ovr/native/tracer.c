@@ -19,9 +19,9 @@
 
 #include "tracer.h"
 
-#define GRACE_NS 1000000000	/* for a writer to leave the gate */
+#define GRACE_NS 1000000000 /* for a writer to leave the gate */
 #define NAP_NS 50000
-#define STARVED_BOUNDS 4	/* how much longer a hold may last for want of CPU time */
+#define STARVED_BOUNDS 4 /* how much longer a hold may last for want of CPU time */
 
 int64_t hold_now(void)
 {
@@ -118,7 +118,7 @@ static bool drain(struct tracer *tracer)
 
 	while (__atomic_load_n(&tracer->page->writers, __ATOMIC_SEQ_CST)) {
 		if (poll(&ended, 1, 0) > 0)
-			return false;	/* a thread that is gone is counted for ever */
+			return false; /* a thread that is gone is counted for ever */
 		if (hold_now() > deadline) {
 			syscall(SYS_pidfd_send_signal, tracer->hold->self, SIGKILL, NULL, 0);
 			while (poll(&ended, 1, -1) <= 0)
@@ -183,8 +183,9 @@ static void keep_held(struct tracer *tracer)
 	killed = drain(tracer);
 	result = let_go(tracer);
 	if (killed)
-		complain("ovr: it did not end a hold of the VM in time, and was killed; the VM runs "
-			 "on, and the agent in the guest kills what was half-restored\n");
+		complain(
+			"ovr: it did not end a hold of the VM in time, and was killed; the VM runs "
+			"on, and the agent in the guest kills what was half-restored\n");
 	if (killed || event == EVENT_ENDED)
 		leave();
 	if (event == EVENT_TIME && await(hold, -1) == EVENT_ENDED)
@@ -195,7 +196,7 @@ static void keep_held(struct tracer *tracer)
 static void close_others(const struct hold *hold)
 {
 	int kept[] = {STDERR_FILENO, hold->qemu, hold->self, hold->tasks,
-		      hold->own,     hold->ask,	 hold->told};
+		      hold->own,     hold->ask,  hold->told};
 	unsigned int from = 0;
 	const size_t count = sizeof(kept) / sizeof(*kept);
 
@@ -218,8 +219,8 @@ static void own_gate(struct hold_page *page)
 {
 	page->robust.list.next = &page->futex;
 	page->futex.next = &page->robust.list;
-	page->robust.futex_offset = (long)offsetof(struct hold_page, gate) -
-				    (long)offsetof(struct hold_page, futex);
+	page->robust.futex_offset =
+		(long)offsetof(struct hold_page, gate) - (long)offsetof(struct hold_page, futex);
 	page->robust.list_op_pending = NULL;
 	syscall(SYS_set_robust_list, &page->robust, sizeof(page->robust));
 }
@@ -262,7 +263,8 @@ _Noreturn void tracer_main(struct hold *hold)
 			keep_held(&tracer);
 		else
 			answer(&tracer, result);
-		if (tracer.spent || __atomic_load_n(&tracer.page->wish, __ATOMIC_SEQ_CST) == HOLD_WISH_END)
+		if (tracer.spent ||
+		    __atomic_load_n(&tracer.page->wish, __ATOMIC_SEQ_CST) == HOLD_WISH_END)
 			leave();
 	}
 }

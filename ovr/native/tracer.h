@@ -8,10 +8,10 @@
 
 struct thread {
 	pid_t tid;
-	int signal;		/* to be delivered when it runs on */
-	bool seized;		/* else a thread that is not ours to stop */
+	int signal;  /* to be delivered when it runs on */
+	bool seized; /* else a thread that is not ours to stop */
 	bool stopped;
-	uint64_t switches;	/* how often it was taken off its CPU */
+	uint64_t switches; /* how often it was taken off its CPU */
 };
 
 struct tracer {
@@ -19,7 +19,7 @@ struct tracer {
 	struct hold_page *page;
 	struct thread threads[MAX_THREADS];
 	int count;
-	bool spent;		/* a thread is left seized that cannot be let go: end */
+	bool spent; /* a thread is left seized that cannot be let go: end */
 };
 
 /* A line of /proc/PID/task/TID/stat. */

@@ -250,7 +250,8 @@ static void move(pid_t pid)
 		advise(pid, MADV_COLLAPSE, &moved.collapsed);
 		break;
 	default:
-		moved.migrated += syscall(SYS_migrate_pages, pid, 8 * sizeof(from), &from, &to) >= 0;
+		moved.migrated +=
+			syscall(SYS_migrate_pages, pid, 8 * sizeof(from), &from, &to) >= 0;
 	}
 	moved.rounds++;
 }

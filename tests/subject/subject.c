@@ -105,7 +105,9 @@ static inline __attribute__((always_inline)) long call(long number, long a, long
 {
 	long result;
 
-	__asm__ volatile("syscall" : "=a"(result) : "a"(number), "D"(a), "S"(b), "d"(c)
+	__asm__ volatile("syscall"
+			 : "=a"(result)
+			 : "a"(number), "D"(a), "S"(b), "d"(c)
 			 : "rcx", "r11", "memory");
 	return result;
 }
@@ -117,8 +119,8 @@ static inline __attribute__((always_inline)) void mark(const char *path)
 
 static const struct timespec nap = {0, 20000000};
 
-static inline __attribute__((always_inline, noreturn)) void
-serve(const char *mark_path, const char *ask_path, bool child)
+static inline __attribute__((always_inline, noreturn)) void serve(const char *mark_path,
+								  const char *ask_path, bool child)
 {
 	for (;;) {
 		mark(mark_path);

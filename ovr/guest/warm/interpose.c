@@ -16,9 +16,9 @@ EXPORT int setsid(void);
 EXPORT void *mmap(void *at, size_t size, int prot, int flags, int fd, long offset);
 EXPORT void *mmap64(void *at, size_t size, int prot, int flags, int fd, long offset);
 
-static bool in_tree;			/* we are in a restored task, not in CRIU */
-static struct pool_task *current;	/* which one, if it gets anything */
-static char *window;			/* CRIU's reservation */
+static bool in_tree;              /* we are in a restored task, not in CRIU */
+static struct pool_task *current; /* which one, if it gets anything */
+static char *window;              /* CRIU's reservation */
 
 static long with_errno(long result)
 {
@@ -99,8 +99,7 @@ int setsid(void)
 
 static bool is_in_place(const struct pool_row *row)
 {
-	return row->how == POOL_SERVE &&
-	       current->base + row->at == (uint64_t)seat + row->from;
+	return row->how == POOL_SERVE && current->base + row->at == (uint64_t)seat + row->from;
 }
 
 /* The part of the pool that is where the reservation wants it: none if `from` is not below `to`. */
@@ -120,19 +119,22 @@ static void find_in_place(uint64_t *from, uint64_t *to)
 
 static void move_part(uint64_t from, uint64_t to)
 {
-	long at = from < to ? raw(__NR_mremap, (long)(seat + from), (long)(to - from),
-				  (long)(to - from), MREMAP_MAYMOVE | MREMAP_FIXED,
-				  (long)(pool + from), 0) : 0;
+	long at = 0;
 
+	if (from < to)
+		at = raw(__NR_mremap, (long)(seat + from), (long)(to - from), (long)(to - from),
+			 MREMAP_MAYMOVE | MREMAP_FIXED, (long)(pool + from), 0);
 	if (FAILED(at))
 		fail(at, "move a part of the pool");
 }
 
 static void reserve_part(char *from, char *to, int flags, int fd)
 {
-	long at = from < to ? map(from, (uint64_t)(to - from), PROT_NONE,
-				  flags | MAP_FIXED_NOREPLACE, fd, 0) : (long)from;
+	long at = (long)from;
 
+	if (from < to)
+		at = map(from, (uint64_t)(to - from), PROT_NONE, flags | MAP_FIXED_NOREPLACE, fd,
+			 0);
 	if (at != (long)from)
 		fail(FAILED(at) ? at : -EINVAL_NUMBER, "reserve what is around the pool");
 }

@@ -70,8 +70,9 @@ __attribute__((constructor)) static void start(int argc, char **argv, char **env
 	if (!is_ours(envp))
 		return;
 	size = call3(__NR_lseek, 0, 0, 2);
-	at = FAILED(size) ? size : map(NULL, POOL_PAGE, PROT_READ | PROT_WRITE, MAP_SHARED, 0,
-				       size - (long)POOL_PAGE);
+	at = FAILED(size) ? size :
+			    map(NULL, POOL_PAGE, PROT_READ | PROT_WRITE, MAP_SHARED, 0,
+				size - (long)POOL_PAGE);
 	if (FAILED(at))
 		give_up();
 	state = (struct pool_state *)at;

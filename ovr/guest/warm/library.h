@@ -37,7 +37,8 @@ static inline long raw(long number, long a, long b, long c, long d, long e, long
 	register long r9 __asm__("r9") = f;
 	long result;
 
-	__asm__ volatile("syscall" : "=a"(result)
+	__asm__ volatile("syscall"
+			 : "=a"(result)
 			 : "a"(number), "D"(a), "S"(b), "d"(c), "r"(r10), "r"(r8), "r"(r9)
 			 : "rcx", "r11", "memory");
 	return result;
@@ -62,8 +63,8 @@ void give_up(void) __attribute__((noreturn));
 void write_file(const char *path, const char *value, size_t size);
 
 /* pool.c */
-extern char *pool;		/* where the pool is */
-extern char *seat;		/* where it was made */
+extern char *pool; /* where the pool is */
+extern char *seat; /* where it was made */
 void pool_make(void);
 /* Of a part of the pool, if it is not empty. */
 long pool_advise(uint64_t from, uint64_t to, int advice);
@@ -72,7 +73,7 @@ void oom_take_us_first(void);
 void oom_as_before(void);
 
 /* request.c */
-extern struct pool_table *table;	/* NULL until a request has come */
+extern struct pool_table *table; /* NULL until a request has come */
 extern struct pool_task *tasks;
 extern struct pool_drop *drops;
 extern struct pool_row *rows;

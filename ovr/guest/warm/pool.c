@@ -7,7 +7,7 @@
 
 char *pool;
 char *seat;
-static char score[16];			/* /proc/self/oom_score_adj */
+static char score[16]; /* /proc/self/oom_score_adj */
 
 long pool_advise(uint64_t from, uint64_t to, int advice)
 {
@@ -50,7 +50,8 @@ static void fill(uint64_t size)
 {
 	for (uint64_t at = 0, end; at < size; at = end) {
 		end = at + CHUNK < size ? at + CHUNK : size;
-		for (uint64_t unit = at; state->huge == POOL_HUGE_ASKED && unit < end; unit += POOL_UNIT) {
+		for (uint64_t unit = at; state->huge == POOL_HUGE_ASKED && unit < end;
+		     unit += POOL_UNIT) {
 			*(volatile char *)(pool + unit) = 0;
 			pool_advise(unit, unit + POOL_UNIT, MADV_COLLAPSE_NOW);
 		}
@@ -77,8 +78,8 @@ void pool_make(void)
 	if (pool > (char *)at)
 		call2(__NR_munmap, at, pool - (char *)at);
 	call2(__NR_munmap, pool + size, (char *)at + POOL_UNIT - pool);
-	at = map(pool, size, PROT_READ | PROT_WRITE,
-		 MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0);
+	at = map(pool, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1,
+		 0);
 	if (!FAILED(at))
 		at = pool_advise(0, size, MADV_DONTFORK);
 	if (FAILED(at))

@@ -47,8 +47,8 @@ static bool table_is_good(uint64_t size)
 
 	if (size < sizeof(*table) || table->magic != POOL_MAGIC || table->bytes > state->wanted ||
 	    table->tasks > most || table->drops > most || table->rows > most ||
-	    size != sizeof(*table) + table->tasks * sizeof(*tasks) +
-		    table->drops * sizeof(*drops) + table->rows * sizeof(*rows))
+	    size != sizeof(*table) + table->tasks * sizeof(*tasks) + table->drops * sizeof(*drops) +
+			    table->rows * sizeof(*rows))
 		return false;
 	tasks = (struct pool_task *)(table + 1);
 	drops = (struct pool_drop *)(tasks + table->tasks);
@@ -61,8 +61,9 @@ static bool table_is_good(uint64_t size)
 		if (!within(drops[i].from, drops[i].to, table->bytes))
 			return false;
 	for (uint64_t i = 0; i < table->rows; i++)
-		if (rows[i].how == POOL_SERVE && (rows[i].from > table->bytes ||
-		    !within(rows[i].from, rows[i].from + rows[i].size, table->bytes)))
+		if (rows[i].how == POOL_SERVE &&
+		    (rows[i].from > table->bytes ||
+		     !within(rows[i].from, rows[i].from + rows[i].size, table->bytes)))
 			return false;
 	return true;
 }
@@ -75,8 +76,8 @@ static void read_table(const char *path)
 
 	if (FAILED(size))
 		fail(size, "open the table");
-	at = map(NULL, (uint64_t)size + 1, PROT_READ | PROT_WRITE,
-		 MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	at = map(NULL, (uint64_t)size + 1, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1,
+		 0);
 	if (FAILED(at))
 		fail(at, "get memory for the table");
 	table = (struct pool_table *)at;
@@ -106,7 +107,9 @@ static void redirect(const char *output)
 
 void real_time(bool on)
 {
-	struct { int priority; } parameter = {on};
+	struct {
+		int priority;
+	} parameter = {on};
 
 	call3(__NR_sched_setscheduler, 0, on ? SCHED_FIFO : SCHED_NORMAL, &parameter);
 }

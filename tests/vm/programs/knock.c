@@ -21,7 +21,9 @@
 static int vsock(unsigned cid, unsigned port, bool serve)
 {
 	struct sockaddr_vm address = {
-		.svm_family = AF_VSOCK, .svm_cid = cid, .svm_port = port,
+		.svm_family = AF_VSOCK,
+		.svm_cid = cid,
+		.svm_port = port,
 	};
 	struct timeval patience = {.tv_sec = 10};
 	int fd = socket(AF_VSOCK, SOCK_STREAM, 0);
