@@ -124,7 +124,7 @@ static void keep_line(char lines[LOG_LINES][LOG_WIDTH], int *count, const char *
 {
 	if (*count == LOG_LINES) {
 		/* The first one is the cause of all the others. */
-		memmove(lines[1], lines[2], (LOG_LINES - 2) * LOG_WIDTH);
+		memmove(lines[1], lines[2], (LOG_LINES - 2) * sizeof(*lines));
 		--*count;
 	}
 	snprintf(lines[*count], LOG_WIDTH, "%.*s", LOG_WIDTH - 1, line);

@@ -112,10 +112,13 @@ static int fixed_arguments(const char *argv[FIXED_ARGUMENTS], const char *progra
 		program,        "--log", log,           "restore", "--detach",
 		"--image-path", images,  "--work-path", work,
 	};
-	size_t count = is_podman(program) ? ARRAY_SIZE(podman) : ARRAY_SIZE(runtime);
 
-	memcpy(argv, is_podman(program) ? podman : runtime, count * sizeof(*argv));
-	return (int)count;
+	if (is_podman(program)) {
+		memcpy(argv, podman, sizeof(podman));
+		return ARRAY_SIZE(podman);
+	}
+	memcpy(argv, runtime, sizeof(runtime));
+	return ARRAY_SIZE(runtime);
 }
 
 static struct {

@@ -92,9 +92,9 @@ static int hold(void)
 		priority_real_time(criu);
 		priority_real_time(0);
 		problem = exitkill_set(criu);
-		if (problem)
+		if (problem) {
 			complain("%s", problem);
-		else if (ask(root, criu, -1) == HOOK_GO) {
+		} else if (ask(root, criu, -1) == HOOK_GO) {
 			kill(criu, SIGCONT);
 			return 0;
 		}
@@ -109,14 +109,14 @@ static bool hand_out_images(void)
 	const char *path = getenv("CRTOOLS_IMAGE_DIR");
 	DIR *images = path ? opendir(path) : NULL;
 	struct dirent *entry;
-	bool done = images;
+	int at = images ? dirfd(images) : -1;
+	bool done = at >= 0;
 
 	while (done && (entry = readdir(images))) {
 		const char *name = entry->d_name;
 
 		if (!strncmp(name, HOOK_HELD, strlen(HOOK_HELD)))
-			done = renameat(dirfd(images), name, dirfd(images),
-					name + strlen(HOOK_HELD)) == 0;
+			done = renameat(at, name, at, name + strlen(HOOK_HELD)) == 0;
 	}
 	if (images)
 		closedir(images);

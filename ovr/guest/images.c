@@ -57,14 +57,15 @@ static void remove_parent(int images)
 static void remove_tree(const char *name, bool keep_log)
 {
 	int fd = openat(base, name, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
-	int images = openat(fd, "images", O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
+	int images;
 
+	if (fd < 0)
+		return;
+	images = openat(fd, "images", O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
 	if (images >= 0) {
 		remove_parent(images);
 		close(images);
 	}
-	if (fd < 0)
-		return;
 	empty(fd, "images");
 	unlinkat(fd, "images", AT_REMOVEDIR);
 	if (!keep_log)
@@ -75,7 +76,8 @@ static void remove_tree(const char *name, bool keep_log)
 
 static void remove_leftovers(void)
 {
-	DIR *entries = fdopendir(openat(base, ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC));
+	int fd = openat(base, ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+	DIR *entries = fd < 0 ? NULL : fdopendir(fd);
 	struct dirent *entry;
 
 	while (entries && (entry = readdir(entries)))
@@ -172,7 +174,7 @@ static bool plain_name(const struct mp_value *name)
 static int open_image(struct directory *directory, const char *name)
 {
 	const int flags = O_WRONLY | O_APPEND | O_NOFOLLOW | O_CLOEXEC;
-	int fd = openat(directory->images, name, flags);
+	int fd = openat(directory->images, name, flags), error;
 
 	if (fd >= 0 || errno != ENOENT)
 		return fd;
@@ -182,8 +184,11 @@ static int open_image(struct directory *directory, const char *name)
 	}
 	fd = openat(directory->images, name, flags | O_CREAT | O_EXCL, IMAGE);
 	directory->files += fd >= 0;
-	if (fd >= 0 && fchmod(fd, IMAGE) < 0)
+	if (fd >= 0 && fchmod(fd, IMAGE) < 0) {
+		error = errno;
 		close_fd(&fd);
+		errno = error;
+	}
 	return fd;
 }
 

@@ -158,17 +158,17 @@ static void hello(struct session *session, const struct message *message)
 {
 	const struct mp_value *token = &message->field[KEY_TOKEN];
 
-	if (session->greeted || token->size != TOKEN_SIZE)
+	if (session->greeted || token->size != TOKEN_SIZE) {
 		session_break(session, CODE_PROTOCOL, "broke the protocol: a bad hello");
-	else if (message_uint(message, KEY_VERSION) != PROTOCOL_VERSION)
+	} else if (message_uint(message, KEY_VERSION) != PROTOCOL_VERSION) {
 		session_break(session, CODE_VERSION,
 			      "the agent speaks version %d of the protocol, not %llu",
 			      PROTOCOL_VERSION,
 			      (unsigned long long)message_uint(message, KEY_VERSION));
-	else if (!proof_make_nonce(session->nonces.agent))
+	} else if (!proof_make_nonce(session->nonces.agent)) {
 		session_break(session, code_of_errno(errno), "no random numbers: %s",
 			      strerror(errno));
-	else {
+	} else {
 		session->greeted = true;
 		memcpy(session->nonces.host, token->data, TOKEN_SIZE);
 		welcome(session, token);

@@ -9,8 +9,8 @@
 
 #include "agent.h"
 
-#define IN_SIZE (4 + MAX_FRAME)
-#define OUT_SIZE (4 * MAX_FRAME)
+#define IN_SIZE (4ul + MAX_FRAME)
+#define OUT_SIZE (4ul * MAX_FRAME)
 
 enum state {
 	STATE_FRAMES,

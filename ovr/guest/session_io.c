@@ -28,7 +28,7 @@ bool session_has_room(const struct session *session)
 /* Requests wait while their answers might not fit; two frames more stay free for news. */
 static bool can_answer(const struct session *session)
 {
-	return session->out_size <= OUT_SIZE - 3 * (4 + MAX_FRAME);
+	return session->out_size <= OUT_SIZE - 3 * (4ul + MAX_FRAME);
 }
 
 struct writer session_writer(struct session *session, enum op op)
@@ -83,7 +83,9 @@ static size_t frame_at(const struct session *session, size_t at)
 		return 0;
 	size = get_be32(session->in + at);
 	/* One that cannot be is whole already. */
-	return !size || size > MAX_FRAME ? 4 : left - 4 < size ? 0 : 4 + size;
+	if (!size || size > MAX_FRAME)
+		return 4;
+	return left - 4 < size ? 0 : 4 + size;
 }
 
 static void process_frames(struct session *session)
@@ -116,7 +118,10 @@ static void feed_serial_byte(struct session *session, uint8_t byte)
 		session->state = STATE_MAGIC;
 		session->matched = 0;
 	}
-	session->zeros = byte ? 0 : session->zeros < SYNC_MIN ? session->zeros + 1 : SYNC_MIN;
+	if (byte)
+		session->zeros = 0;
+	else if (session->zeros < SYNC_MIN)
+		session->zeros++;
 	if (session->state == STATE_MAGIC) {
 		if (byte != (uint8_t)MAGIC[session->matched])
 			session->state = STATE_LOST;

@@ -36,7 +36,7 @@ static void compress(struct sha256 *sha)
 {
 	uint32_t schedule[64], s[8];
 
-	for (int i = 0; i < 16; i++)
+	for (size_t i = 0; i < 16; i++)
 		schedule[i] = (uint32_t)sha->block[4 * i] << 24 |
 			      (uint32_t)sha->block[4 * i + 1] << 16 |
 			      (uint32_t)sha->block[4 * i + 2] << 8 | sha->block[4 * i + 3];

@@ -22,7 +22,7 @@ static bool vsock_complained, port_complained;
 
 static bool accept_host(int fd)
 {
-	struct sockaddr_vm peer;
+	struct sockaddr_vm peer = {0};
 	socklen_t size = sizeof(peer);
 
 	/* Only the host: neither other VMs nor processes of this guest. */

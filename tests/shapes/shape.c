@@ -28,8 +28,12 @@ static struct pages pages;
 
 static size_t many(size_t count)
 {
-	size_t part = has_argument("few") ? 100 : has_argument("some") ? 5 : 1;
+	size_t part = 1;
 
+	if (has_argument("few"))
+		part = 100;
+	else if (has_argument("some"))
+		part = 5;
 	return (count + part - 1) / part;
 }
 

@@ -274,7 +274,8 @@ static __attribute__((noreturn)) void mover(void)
 				nap(30);
 			}
 		}
-		closedir(proc);
+		if (proc)
+			closedir(proc);
 		snprintf(text, sizeof(text), "%lu %lu %lu\n", moved.migrated, moved.paged_out,
 			 moved.collapsed);
 		say(NOISE "/moved", text);

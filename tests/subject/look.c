@@ -65,7 +65,8 @@ static void read_table(void)
 		program[size > 0 ? size : 0] = 0;
 		table[count++].subject = !strcmp(program, SUBJECT);
 	}
-	closedir(proc);
+	if (proc)
+		closedir(proc);
 }
 
 static bool is(const struct process *process, const char *name)

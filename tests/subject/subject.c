@@ -172,6 +172,8 @@ int main(int argc, char **argv)
 		make_area(OF_CHILD, "of the child", part, MAP_PRIVATE);
 		*ready = true;
 		serve(DIRECTORY "/child", DIRECTORY "/ask-child", true);
+	default:
+		break;
 	}
 	make_area(PRIVATE, "private", bytes - 3 * part, MAP_PRIVATE);
 	if (pthread_create(&other, NULL, thread, NULL))

@@ -234,13 +234,12 @@ static long place(char *at, uint64_t size, int prot, int flags, int fd, long off
 
 void *mmap(void *at, size_t size, int prot, int flags, int fd, long offset)
 {
+	bool served = current && current->count;
 	long result;
 
-	if (!current || !current->count)
-		result = map(at, size, prot, flags, fd, offset);
-	else if (!window && !at && size == current->window && prot == PROT_NONE)
+	if (served && !window && !at && size == current->window && prot == PROT_NONE)
 		result = reserve(size, flags, fd);
-	else if (window && (flags & MAP_FIXED) && (char *)at >= window &&
+	else if (served && window && (flags & MAP_FIXED) && (char *)at >= window &&
 		 (char *)at + size <= window + current->window)
 		result = place(at, size, prot, flags, fd, offset);
 	else

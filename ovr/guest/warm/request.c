@@ -127,7 +127,7 @@ static void hurry(void)
 
 void request_wait(int argc, char **argv, char **envp)
 {
-	struct pool_request request;
+	struct pool_request request = {0};
 	char *at = text, *output, *path;
 	uint32_t slots = 0;
 

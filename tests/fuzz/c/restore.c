@@ -74,14 +74,18 @@ static void hook_ends(void)
 	hook = -1;
 }
 
+static pid_t some_root(uint8_t value)
+{
+	if (value & 1)
+		return ROOT;
+	return value & 2 ? ROOT + 1 : 0;
+}
+
 static void hook_comes(struct input *input)
 {
 	struct sockaddr_un address = {.sun_family = AF_UNIX};
 	uint8_t what = input_byte(input);
-	struct hook_report report = {what & 1 ? ROOT :
-				     what & 2 ? ROOT + 1 :
-						0,
-				     what & 4 ? CRIU + 1 : CRIU};
+	struct hook_report report = {some_root(what), what & 4 ? CRIU + 1 : CRIU};
 	size_t size = what & 8 ? input_byte(input) % (sizeof(report) + 1) : sizeof(report);
 	const char *temporary = getenv("TMPDIR");
 
@@ -123,7 +127,12 @@ static void add_rest(struct writer *writer, enum op op, uint64_t given)
 	}
 }
 
-static uint64_t some_pid(uint8_t value) { return value & 1 ? ROOT : value & 2 ? 6000 : 1; }
+static uint64_t some_pid(uint8_t value)
+{
+	if (value & 1)
+		return ROOT;
+	return value & 2 ? 6000 : 1;
+}
 
 static void host_speaks(struct input *input, struct session *host)
 {
@@ -184,7 +193,7 @@ static void step(struct input *input)
 		break;
 	case 5: now += 100 * (int64_t)input_byte(input); break;
 	case 6: restore_session_ended(host); break;
-	case 7: restore_session_heard(host); break;
+	default: restore_session_heard(host); break;
 	}
 	/* A connection, what came on it, and what follows of that. */
 	for (int i = 0; i < 3; i++)

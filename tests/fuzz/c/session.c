@@ -220,7 +220,7 @@ static void step(struct input *input, bool stream)
 		now += 100 * (int64_t)input_byte(input);
 		turn();
 		break;
-	case 7:
+	default:
 		hung_up = true;
 		shutdown(host, what & 8 ? SHUT_WR : SHUT_RD);
 		turn();

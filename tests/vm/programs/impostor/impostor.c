@@ -203,11 +203,11 @@ static void set_up(const char *kind, const char *self)
 	else if (!strcmp(kind, "container"))
 		as_container();
 	own_page();
-	if (!strcmp(kind, "environment"))
+	if (!strcmp(kind, "environment")) {
 		in_environment(self);
-	else if (!strcmp(kind, "heap") || !strcmp(kind, "locked"))
+	} else if (!strcmp(kind, "heap") || !strcmp(kind, "locked")) {
 		in_heap(!strcmp(kind, "locked"));
-	else if (!strncmp(kind, "agent:", 6)) {
+	} else if (!strncmp(kind, "agent:", 6)) {
 		named.pid = strtoull(kind + 6, &rest, 10);
 		named.address = strtoull(rest + 1, NULL, 10);
 	}

@@ -249,7 +249,7 @@ void ask_child(int index, unsigned round, unsigned phase)
 
 void ask_children(unsigned round, unsigned phase)
 {
-	bool asked[CHILDREN];
+	bool asked[CHILDREN] = {false};
 
 	for (int i = 0; i < child_count; i++)
 		asked[i] = request(&children[i], round, phase);

@@ -87,13 +87,15 @@ static void forget_own(struct own *own)
 
 static void check_own(struct own *own, int number, unsigned round)
 {
-	bool zero = true;
+	bool zero = true, stack, tls;
 
 	for (size_t i = 0; i < sizeof(tls_zero) / sizeof(tls_zero[0]); i++)
 		zero &= tls_zero[i] == 0;
 	expect(zero, "tls of thread %d is not zero", number);
 	check_rseq(number);
-	if (!(pages_check(&own->stack) & pages_check(&own->tls)))
+	stack = pages_check(&own->stack);
+	tls = pages_check(&own->tls);
+	if (!stack || !tls)
 		return;
 	pages_renew(&own->stack, 1000 + number, round);
 	pages_renew(&own->tls, 1000 + number, round);
