@@ -79,6 +79,7 @@ lint: setup
 	$(BIN)/python -m mypy.stubtest ovr._fastcopy --mypy-config-file pyproject.toml \
 		--ignore-disjoint-bases --allowlist tests/stubtest.allow
 	$(BIN)/clang-format --dry-run --Werror $(C)
+	$(BIN)/python -m tests.lint_c $(C)
 
 unit: setup
 	$(BIN)/python -m pytest tests/unit -q $(PARALLEL) $(PYTEST)
