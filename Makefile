@@ -80,6 +80,7 @@ lint: setup
 		--ignore-disjoint-bases --allowlist tests/stubtest.allow
 	$(BIN)/clang-format --dry-run --Werror $(C)
 	$(BIN)/python -m tests.lint_c $(C)
+	$(BIN)/codespell
 
 unit: setup
 	$(BIN)/python -m pytest tests/unit -q $(PARALLEL) $(PYTEST)
