@@ -1,4 +1,4 @@
-/* Starting programs. */
+/* Start programs. */
 #include <errno.h>
 #include <fcntl.h>
 #include <signal.h>
@@ -32,7 +32,7 @@ static void become(char *const argv[], char *const env[], struct child_io io)
 	execvpe(argv[0], argv, env);
 }
 
-/* The other end of this pipe closes when exec succeeds, and says why when it does not. */
+/* The child's end of this pipe is closed by a successful exec, else it carries the errno. */
 static int exec_error(int pipe_end)
 {
 	int error = 0;

@@ -1,10 +1,10 @@
 /*
  * The private directory of one restore: DIR/restore-XXXXXX with the images in images/.
  *
- * CRIU opens images from inside the tree's own user namespace too, where it is
- * another user and has no power over our files: images/, its parent/ and the
- * images are open to all. DIR and DIR/restore-XXXXXX keep everybody else out;
- * CRIU does not go by way of them, it has images/ open.
+ * CRIU also opens images from inside the tree's user namespace, as another user
+ * without capabilities over these files: images/, its parent/ and the images are
+ * accessible to all users. DIR and DIR/restore-XXXXXX are private; CRIU does not
+ * look them up, since it has images/ open.
  */
 #include <dirent.h>
 #include <errno.h>
@@ -25,10 +25,10 @@
 
 #define PRIVATE_DIRECTORY 0700
 #define IMAGES_DIRECTORY 0711
-#define PARENT_DIRECTORY 0755 /* CRIU opens it for reading: open_parent() in criu/page-xfer.c */
+#define PARENT_DIRECTORY 0755 /* CRIU opens it with O_RDONLY: open_parent() in criu/page-xfer.c */
 #define IMAGE 0644
 
-/* options.dir, ours alone: nobody but root can put anything into it. */
+/* Descriptor of options.dir, which only root can write to. */
 static int base = -1;
 
 static void empty(int parent, const char *name)
@@ -102,7 +102,7 @@ bool directory_prepare_base(void)
 		complain("%s is not a directory of ours", options.dir);
 		return false;
 	}
-	/* Held until we end: two agents would remove each other's directories. */
+	/* Held until exit: two agents would remove each other's directories. */
 	lock = openat(base, "lock", O_RDWR | O_CREAT | O_NOFOLLOW | O_CLOEXEC, 0600);
 	if (lock < 0 || flock(lock, LOCK_EX | LOCK_NB) < 0) {
 		complain("another agent uses %s", options.dir);
@@ -112,7 +112,7 @@ bool directory_prepare_base(void)
 	return true;
 }
 
-/* Why the last call failed; a full file system is the guest's own affair, so name it. */
+/* The problem of the last failed call. Names the directory: its file system may be full. */
 static struct problem failure(void)
 {
 	static char text[400];
@@ -122,7 +122,7 @@ static struct problem failure(void)
 	return (struct problem){code == CODE_SYSTEM ? CODE_IMAGES : code, text};
 }
 
-/* A name that nobody has, made as mkdtemp() makes one, but below a descriptor. */
+/* Create a directory with a unique name, like mkdtemp(), but relative to a descriptor. */
 static bool make_restore(char name[32])
 {
 	uint32_t chance;
@@ -139,7 +139,7 @@ static bool make_restore(char name[32])
 	return false;
 }
 
-/* A new directory that has this mode whatever the umask is; its descriptor, or -1 and errno. */
+/* Create a directory with this mode regardless of the umask. A descriptor, or -1 and errno. */
 static int make_directory(int parent, const char *name, mode_t mode)
 {
 	int fd;

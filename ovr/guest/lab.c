@@ -1,4 +1,4 @@
-/* What only lab builds do: the host's words. One job a session at a time. */
+/* Lab builds only: dispatch of lab messages. A session has at most one job. */
 #ifdef OVR_LAB
 #include <errno.h>
 #include <signal.h>
@@ -9,7 +9,7 @@
 
 struct job jobs[MAX_SESSIONS];
 
-/* By session: what is under way to the host. */
+/* Bytes sent to the host and not yet acknowledged, by session. */
 static size_t under_way[MAX_SESSIONS];
 
 bool lab_may_send(const struct session *session)
@@ -117,7 +117,7 @@ void lab_watch(struct loop *loop)
 	for (size_t i = 0; i < MAX_SESSIONS; i++) {
 		struct job *job = &jobs[i];
 
-		/* Its output went out at once: there is more to do before anything happens. */
+		/* Output was flushed at once: continue without waiting for an event. */
 		if ((job->what == GET || job->exited) && lab_may_send(job->session))
 			loop_wake_at(loop, now_ms());
 		if (job->what == RUN && !job->exited)

@@ -1,4 +1,4 @@
-/* Programs that a lab's host runs: their input, output and end. */
+/* Programs run by the host of a lab VM: their input, output and exit. */
 #ifdef OVR_LAB
 #include <errno.h>
 #include <fcntl.h>
@@ -128,7 +128,7 @@ void lab_add_input(struct session *session, struct job *job, const struct messag
 {
 	const struct mp_value *data = &message->field[KEY_DATA];
 
-	/* Late input of a command that has ended is nobody's mistake. */
+	/* Input for a command that has just exited is not an error. */
 	if (job->what != RUN)
 		return;
 	if (job->input) {
@@ -166,7 +166,7 @@ static void feed(struct job *job)
 	say_taken(job->session);
 }
 
-/* One piece of output; true when there may be more right now. */
+/* Send one chunk of output; true if more may be available. */
 static bool pass_output(struct job *job, int *fd, int stream)
 {
 	uint8_t piece[PIECE];
@@ -188,7 +188,7 @@ static void finish_run(struct job *job)
 {
 	struct writer writer;
 
-	/* What it wrote before its end is in the pipes; its own children may keep them open. */
+	/* Drain the pipes without waiting for EOF: the command's children may keep them open. */
 	while (lab_may_send(job->session))
 		if (!pass_output(job, &job->out, 1) && !pass_output(job, &job->err, 2))
 			break;

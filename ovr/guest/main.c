@@ -61,7 +61,7 @@ static void parse(int argc, char **argv)
 		default:
 			usage();
 		}
-	/* The hook's socket lies below it, and sockets have short names. */
+	/* The hook's socket is below it, and sun_path is short. */
 	if (optind != argc || options.dir[0] != '/' || strlen(options.dir) > MAX_DIR)
 		usage();
 }
@@ -71,7 +71,7 @@ int main(int argc, char **argv)
 	static struct loop loop;
 	const char *action = getenv("CRTOOLS_SCRIPT_ACTION");
 
-	/* CRIU gives its action script no arguments: the environment tells it apart. */
+	/* CRIU runs its action script without arguments; the environment identifies it. */
 	if (action && getenv(HOOK_SOCKET))
 		return hook_main(action);
 	parse(argc, argv);

@@ -1,4 +1,4 @@
-/* Messages by the table that wire.py makes: one parser and one writer for all of them. */
+/* Parse and write messages by the tables that wire.py generates. */
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
@@ -38,7 +38,7 @@ static bool read_scalar(struct mp_reader *reader, struct mp_value *value, enum k
 {
 	if (!mp_read(reader, value) || value->type != scalar_type[kind])
 		return false;
-	/* Strings become C strings. */
+	/* Strings must be usable as C strings. */
 	return value->type != MP_STR ||
 	       (value->size < MAX_STRING && !memchr(value->data, 0, value->size));
 }
@@ -66,7 +66,7 @@ static const struct schema *find_schema(const struct mp_value *name)
 	return NULL;
 }
 
-/* "op" may stand anywhere in the map, so it is looked up before the fields are judged. */
+/* "op" may be at any position in the map: find it before the fields are checked. */
 static const struct schema *read_op(struct mp_reader reader, uint32_t pairs)
 {
 	struct mp_value key, value;
@@ -173,7 +173,7 @@ char **message_strings(const struct message *message, enum key key)
 	uint32_t count;
 	struct mp_reader reader = message_list(message, key, &count);
 	size_t pointers = (count + 1) * sizeof(char *);
-	/* A string's head is at least a byte: room for its terminator. */
+	/* The head of an encoded string is at least a byte: room for its NUL. */
 	char **strings = malloc(pointers + message->field[key].number);
 	char *at = (char *)strings + pointers;
 	struct mp_value item;

@@ -36,7 +36,7 @@ static bool take_bytes(struct mp_reader *reader, struct mp_value *value, enum mp
 static bool take_count(struct mp_reader *reader, struct mp_value *value, enum mp_type type,
 		       uint64_t count)
 {
-	/* Each element is at least a byte: a lie about the count shows at once. */
+	/* Each element takes at least a byte: reject impossible counts at once. */
 	if (count > (uint64_t)(reader->end - reader->at))
 		return false;
 	value->type = type;

@@ -1,10 +1,10 @@
 /*
- * Whether the program that builds the tree makes progress.
+ * Detect that the program that builds the tree has stalled.
  *
- * How long CRIU takes depends on the tree and on the guest's load, so no fixed
- * deadline fits. A restore is given up when for a whole period nothing changes
- * in the processes that take part in it: neither their number, nor that of
- * their threads, nor their page faults, nor the CPU time they have used.
+ * CRIU's run time depends on the tree and on the guest's load, so no fixed
+ * deadline fits. A restore is aborted if for a whole period nothing changes in
+ * the processes that take part in it: neither their number, nor that of their
+ * threads, nor their page faults, nor their CPU time.
  */
 #include <stdio.h>
 #include <stdlib.h>

@@ -1,4 +1,4 @@
-/* What a session says and understands: its hello and proof, dispatch, errors, its end. */
+/* Sessions: hello, authentication, dispatch of messages, errors, end. */
 #include <errno.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -101,7 +101,7 @@ void session_break(struct session *session, enum code code, const char *format, 
 	va_end(args);
 	session->greeted = session->proved = false;
 	session->in_size = 0;
-	/* A stream lingers, so that the error is not overtaken by a reset. */
+	/* A stream lingers, so that no reset discards the error. */
 	session->state = session->link == LINK_STREAM ? STATE_LINGER : STATE_LOST;
 	session->linger_until = now_ms() + LINGER_MS;
 }
@@ -126,7 +126,7 @@ static void welcome(struct session *session, const struct mp_value *token)
 	char boot[64];
 
 	if (session->link != LINK_STREAM) {
-		/* Everything that was on its way out belongs to somebody else. */
+		/* Pending output belongs to an earlier session. */
 		session->out_start = 0;
 		session->out_size = MAGIC_SIZE + TOKEN_SIZE;
 		memcpy(session->out, MAGIC, MAGIC_SIZE);

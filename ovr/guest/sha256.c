@@ -1,6 +1,6 @@
 /*
- * SHA-256 (FIPS 180-4) and HMAC (RFC 2104): the agent is linked with nothing
- * but a C library, which has neither.
+ * SHA-256 (FIPS 180-4) and HMAC (RFC 2104): the agent is linked with the C
+ * library only, which has neither.
  */
 #include <string.h>
 

@@ -1,4 +1,4 @@
-/* How the host reaches us: AF_VSOCK connections and a virtio-serial port. */
+/* Connections from the host: AF_VSOCK and a virtio-serial port. */
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
@@ -25,7 +25,7 @@ static bool accept_host(int fd)
 	struct sockaddr_vm peer = {0};
 	socklen_t size = sizeof(peer);
 
-	/* Only the host: neither other VMs nor processes of this guest. */
+	/* Accept the host only: neither other VMs nor processes of this guest. */
 	return getpeername(fd, (struct sockaddr *)&peer, &size) == 0 &&
 	       peer.svm_family == AF_VSOCK && peer.svm_cid == VMADDR_CID_HOST;
 }
@@ -103,8 +103,8 @@ static bool find_port(char path[320])
 }
 
 /*
- * A port without a host is POLLHUP all the time. An edge-triggered epoll
- * instance reports it once, and then only news.
+ * A port without a host reports POLLHUP all the time. An edge-triggered epoll
+ * instance reports it once, and then only changes.
  */
 static int make_waiter(int fd)
 {
@@ -204,7 +204,7 @@ void transport_watch(struct loop *loop)
 		if (want_port)
 			open_port();
 		if (want_port && port >= 0)
-			/* Sessions were collected before: this one is watched from the next turn on. */
+			/* Sessions are collected first: this one is watched in the next turn. */
 			loop_wake_at(loop, now_ms());
 		retry_at = now_ms() + RETRY_MS;
 	}

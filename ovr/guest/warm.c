@@ -1,9 +1,10 @@
 /*
  * The pool: a CRIU started in advance, with memory that is allocated already.
  *
- * It is our child, waits in the constructor of a library of ours (warm/), and
- * becomes the CRIU of the next restore that wants it. It is good for one. The
- * OOM killer takes it before anything else; it ends when we do.
+ * It is a child of the agent, waits in the constructor of a preloaded library
+ * (warm/), and becomes the CRIU of the next restore that uses the pool. It
+ * serves one restore. The OOM killer chooses it before any other process, and
+ * it dies with the agent.
  */
 #include <errno.h>
 #include <fcntl.h>
@@ -20,7 +21,7 @@
 #include "warm_library.h"
 
 #define DEATH_MS 10000
-#define SPARE (64ull << 20) /* bytes that the guest keeps for itself */
+#define SPARE (64ull << 20) /* bytes left to the guest */
 
 struct warm_pool pool = {.socket = -1, .note = "none was made"};
 
@@ -39,9 +40,9 @@ void pool_forget(void)
 	pool.pid = 0;
 }
 
-/* ------------------------------------------------------------------------ making it */
+/* ------------------------------------------------------------------------ creation */
 
-/* The library, with a page behind it that we share with who has it loaded. */
+/* A memfd with the library and, behind it, a page shared with the process that loads it. */
 static int make_library(struct pool_state **state)
 {
 	size_t size = (sizeof(warm_library) + POOL_PAGE - 1) & ~(size_t)(POOL_PAGE - 1);
@@ -78,7 +79,7 @@ static enum pool_huge huge_pages(void)
 static pid_t start(struct child_io io)
 {
 	char *argv[POOL_ARGUMENTS + 1] = {(char *)(uintptr_t)options.criu, "restore"};
-	/* The library knows itself by the first one. */
+	/* The library looks for the first variable to know that it is in the pool's CRIU. */
 	char *env[] = {"LD_PRELOAD=/proc/self/fd/0", AGENT_PATH, NULL};
 
 	for (int i = 2; i < POOL_ARGUMENTS; i++)
@@ -113,7 +114,7 @@ static int make(uint64_t size, uint64_t place)
 	return 0;
 }
 
-/* ------------------------------------------------------------------------ ending it */
+/* ------------------------------------------------------------------------ end */
 
 static void lost(enum code code, const char *why)
 {
@@ -173,9 +174,9 @@ void warm_shutdown(void)
 	pool_end("the agent ends");
 }
 
-/* ------------------------------------------------------------------------ the host's words */
+/* ------------------------------------------------------------------------ messages */
 
-/* How much of it is in huge pages, by the kernel's own count. */
+/* Bytes of the pool in huge pages, as counted by the kernel. */
 static uint64_t huge_bytes(void)
 {
 	unsigned long long kib = 0;
@@ -284,7 +285,7 @@ static void on_news(int fd, short events, void *context)
 	if (fd != pool.socket)
 		return;
 	if (pool.stage != FILLING || recv(fd, &word, 1, MSG_DONTWAIT) <= 0) {
-		/* It ends; why, we learn from its exit. */
+		/* The process is exiting; its status gives the reason. */
 		shutdown(fd, SHUT_RDWR);
 		close_fd(&pool.socket);
 		return;

@@ -1,4 +1,4 @@
-/* The pool: memory that is allocated before anybody asks for it. */
+/* The pool's memory, allocated in advance. */
 #include "library.h"
 
 #define MADV_POPULATE 23
@@ -43,8 +43,8 @@ static void populate(uint64_t from, uint64_t to)
 }
 
 /*
- * MADV_HUGEPAGE would stay behind in the flags of the areas. To collapse a
- * unit leaves no trace, and zeroes it once if all but a page of it is absent.
+ * MADV_HUGEPAGE would leave a flag in the areas, MADV_COLLAPSE leaves none. It
+ * zeroes a unit only once if a single page of it is present.
  */
 static void fill(uint64_t size)
 {
@@ -74,7 +74,7 @@ void pool_make(void)
 	if (FAILED(at))
 		fail(at, "reserve the pool");
 	seat = pool = (char *)((at + (long)POOL_UNIT - 1) & -(long)POOL_UNIT);
-	/* What is around it stays free for reservations. */
+	/* Unmap the surroundings, for CRIU's reservations. */
 	if (pool > (char *)at)
 		call2(__NR_munmap, at, pool - (char *)at);
 	call2(__NR_munmap, pool + size, (char *)at + POOL_UNIT - pool);

@@ -1,4 +1,4 @@
-/* The request for a restore: arguments and environment for CRIU, and the table of its areas. */
+/* Receive the request for a restore: CRIU's arguments and environment, and the table of areas. */
 #include <linux/prctl.h>
 #include <linux/sched.h>
 
@@ -17,7 +17,7 @@ static void receive(void *to, size_t size)
 
 		if (result == -EINTR_NUMBER)
 			continue;
-		/* The agent wants no pool any more, or is gone. */
+		/* The agent has closed the pool, or is gone. */
 		if (result <= 0)
 			give_up();
 		done += (size_t)result;
@@ -115,9 +115,9 @@ void real_time(bool on)
 }
 
 /*
- * In a busy guest. CRIU gives the restored threads a policy and a nice value of
- * their own, but not a timer slack; real-time tasks have none, and it is
- * inherited. So tasks are made by, and are themselves, no real-time tasks.
+ * Raise CRIU's priority. CRIU sets policy and nice value of restored threads,
+ * but not their timer slack, which is 0 in children of real-time tasks. So CRIU
+ * is not a real-time task while it creates tasks.
  */
 static void hurry(void)
 {
