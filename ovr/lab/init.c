@@ -244,7 +244,7 @@ int main(void)
 	sigset_t signals;
 
 	if (getpid() != 1) {
-		fprintf(stderr, "ovr-init: I am PID 1 of a lab guest or nothing\n");
+		fprintf(stderr, "ovr-init: must be PID 1 of a lab guest\n");
 		return 2;
 	}
 	sigemptyset(&signals);
