@@ -183,9 +183,9 @@ static void keep_held(struct tracer *tracer)
 	killed = drain(tracer);
 	result = let_go(tracer);
 	if (killed)
-		complain(
-			"ovr: it did not end a hold of the VM in time, and was killed; the VM runs "
-			"on, and the agent in the guest kills what was half-restored\n");
+		complain("ovr: this process did not end a hold of the VM in time, and was killed; "
+			 "the VM runs on, and the agent in the guest kills the half-restored "
+			 "tree\n");
 	if (killed || event == EVENT_ENDED)
 		leave();
 	if (event == EVENT_TIME && await(hold, -1) == EVENT_ENDED)
