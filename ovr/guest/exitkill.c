@@ -134,11 +134,11 @@ const char *exitkill_set(pid_t criu)
 	/* A stopped process enters another stop as soon as it is seized. */
 	if (ptrace(PTRACE_SEIZE, criu, 0, PTRACE_O_TRACESYSGOOD) < 0 ||
 	    !stops(criu, PTRACE_EVENT_STOP))
-		return "criu cannot be traced";
+		return "cannot trace criu";
 	if (ptrace(PTRACE_GETREGS, criu, 0, &saved) < 0 ||
 	    ptrace(PTRACE_GETSIGMASK, criu, MASK_SIZE, &mask) < 0 ||
 	    ptrace(PTRACE_SETSIGMASK, criu, MASK_SIZE, &all) < 0 ||
 	    !set_options(criu, &saved, tasks, count))
-		return "the tasks that criu holds cannot be made to die with it";
-	return put_back(criu, &saved, &mask) ? NULL : "criu cannot be let go again";
+		return "cannot set PTRACE_O_EXITKILL for criu's tasks";
+	return put_back(criu, &saved, &mask) ? NULL : "cannot detach from criu";
 }

@@ -70,7 +70,7 @@ static void kill_tree(pid_t criu, pid_t root)
 	if (criu > 1)
 		tree_stop_criu(criu);
 	if (!tree_kill(tree))
-		complain("tasks of the tree of %d are still there", root);
+		complain("tasks of the tree of %d are still alive", root);
 	if (criu > 1)
 		kill(criu, SIGKILL);
 }

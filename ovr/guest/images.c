@@ -99,7 +99,7 @@ bool directory_prepare_base(void)
 	base = open(options.dir, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
 	if (base < 0 || fstat(base, &stat) < 0 || stat.st_uid != geteuid() ||
 	    fchmod(base, PRIVATE_DIRECTORY) < 0) {
-		complain("%s is not a directory of ours", options.dir);
+		complain("%s cannot be used as a private directory", options.dir);
 		return false;
 	}
 	/* Held until exit: two agents would remove each other's directories. */
@@ -214,8 +214,7 @@ struct problem directory_append(struct directory *directory, const struct mp_val
 	text[name->size] = 0;
 	fd = open_image(directory, text);
 	if (fd < 0)
-		return errno == EMFILE ? refusal("more than " TEXT(MAX_FILES) " of them") :
-					 failure();
+		return errno == EMFILE ? refusal("more than " TEXT(MAX_FILES) " files") : failure();
 	while (done < data->size && (size = write(fd, data->data + done, data->size - done)) > 0)
 		done += (uint32_t)size;
 	directory->bytes += done;

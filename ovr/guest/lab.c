@@ -86,7 +86,7 @@ bool lab_message(struct session *session, const struct message *message)
 		return false;
 	}
 	if (job->what != NOTHING)
-		session_break(session, CODE_PROTOCOL, "one thing at a time");
+		session_break(session, CODE_PROTOCOL, "the session already has a job");
 	else if (message->op == OP_RUN)
 		lab_run(session, job, message);
 	else if (message->op == OP_PUT)

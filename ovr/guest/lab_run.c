@@ -77,7 +77,7 @@ void lab_run(struct session *session, struct job *job, const struct message *mes
 	if (open_pipes(in, out, err))
 		pid = start(message, (struct child_io){in[0], out[1], err[1]});
 	if (pid < 0)
-		lab_refuse(session, "cannot run it");
+		lab_refuse(session, "cannot run the program");
 	close_fd(&in[0]);
 	close_fd(&out[1]);
 	close_fd(&err[1]);
@@ -108,7 +108,7 @@ void lab_spawn(struct session *session, const struct message *message)
 	if (!message_has(message, KEY_OUTPUT) || io.out >= 0)
 		pid = start(message, io);
 	if (pid < 0)
-		lab_refuse(session, "cannot start it");
+		lab_refuse(session, "cannot start the program");
 	close_fd(&io.out);
 	if (pid < 0)
 		return;
@@ -132,7 +132,7 @@ void lab_add_input(struct session *session, struct job *job, const struct messag
 	if (job->what != RUN)
 		return;
 	if (job->input) {
-		session_break(session, CODE_PROTOCOL, "more input before the last was taken");
+		session_break(session, CODE_PROTOCOL, "more input before the last was written");
 	} else if (!data->size) {
 		close_fd(&job->in);
 	} else if (job->in < 0) {

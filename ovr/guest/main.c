@@ -77,14 +77,14 @@ int main(int argc, char **argv)
 	parse(argc, argv);
 	if (options.vsock_port > LAST_PRIVILEGED_PORT)
 		complain("port %u is not privileged: any user of this guest can serve it while the"
-			 " agent does not",
+			 " agent is not running",
 			 options.vsock_port);
 	if (!proof_make()) {
-		complain("no page for a secret: %s", strerror(errno));
+		complain("cannot create the page of the secret: %s", strerror(errno));
 		return 1;
 	}
 	if (!criu_know_program()) {
-		complain("no way to the agent's own program file: %s", strerror(errno));
+		complain("cannot find the agent's own program file: %s", strerror(errno));
 		return 1;
 	}
 	if (!directory_prepare_base())

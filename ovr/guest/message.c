@@ -92,7 +92,7 @@ static const char *read_pair(struct mp_reader *reader, const struct schema *sche
 	struct mp_value name, op;
 
 	if (!mp_read(reader, &name) || name.type != MP_STR)
-		return "a key is no string";
+		return "a key is not a string";
 	if (equals(&name, "op")) {
 		if (*op_seen)
 			return "repeated field";
@@ -123,10 +123,10 @@ const char *message_parse(struct message *message, const uint8_t *body, size_t s
 	struct mp_value map;
 
 	if (!mp_read(&reader, &map) || map.type != MP_MAP)
-		return "no map";
+		return "not a map";
 	schema = read_op(reader, map.size);
 	if (!schema)
-		return "no message of this protocol";
+		return "unknown message";
 	message->op = (enum op)(schema - schemas);
 	message->present = 0;
 	for (uint32_t i = 0; i < map.size; i++) {
@@ -135,7 +135,7 @@ const char *message_parse(struct message *message, const uint8_t *body, size_t s
 			return error;
 	}
 	if (reader.at != reader.end)
-		return "bytes after the message";
+		return "trailing bytes after the message";
 	for (int i = 0; i < schema->count; i++)
 		if (!schema->fields[i].optional && !message_has(message, schema->fields[i].key))
 			return "a field is missing";

@@ -142,7 +142,7 @@ static int open_object(const struct message *message, int out)
 	if (!(sscanf(name, "fd/%u%n", &number, &used) == 1 && !name[used]) &&
 	    !(sscanf(name, "map_files/%lx-%lx%n", &start, &end, &used) == 2 && !name[used])) {
 		errno = EINVAL;
-		fail(out, "open what is neither a descriptor nor a mapping");
+		fail(out, "open a file that is neither a descriptor nor a mapping");
 	}
 	snprintf(path, sizeof(path), "/proc/%d/%s", (int)message_uint(message, KEY_PID), name);
 	look = open(path, O_PATH | O_CLOEXEC);
@@ -150,7 +150,7 @@ static int open_object(const struct message *message, int out)
 		fail(out, "open the object");
 	if (!S_ISREG(info.st_mode) || (fs.f_type != TMPFS_MAGIC && fs.f_type != HUGETLBFS_MAGIC)) {
 		errno = EINVAL;
-		fail(out, "map what is no shared memory");
+		fail(out, "map a file that is not shared memory");
 	}
 	snprintf(path, sizeof(path), "/proc/self/fd/%d", look);
 	fd = open(path, O_RDWR | O_CLOEXEC);
@@ -253,7 +253,7 @@ struct problem populate_start(struct session *session, const struct message *mes
 	int news[2];
 
 	if (!problem.text && current.news >= 0)
-		problem.text = "the last request is not done";
+		problem.text = "the previous request is still running";
 	if (!problem.text && message->op == OP_MAP && mapper_count == MAX_MAPPERS)
 		problem.text = "too many shared objects";
 	if (problem.text)

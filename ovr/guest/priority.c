@@ -37,7 +37,7 @@ static void set_session(pid_t pid, int nice)
 	if (fd < 0)
 		return;
 	if (write(fd, text, strlen(text)) < 0 && nice == 0)
-		complain("%s cannot be reset", path);
+		complain("cannot reset %s", path);
 	close(fd);
 }
 

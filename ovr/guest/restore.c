@@ -39,7 +39,7 @@ static bool in_phase(struct session *session, enum phase phase)
 		/* The host has not read Aborted yet, and will take it for the answer. */
 		session_refuse(session, CODE_IDLE, "no restore is under way");
 	else if (restore.phase != phase)
-		session_break(session, CODE_PROTOCOL, "not now: out of order");
+		session_break(session, CODE_PROTOCOL, "message out of order");
 	else
 		return true;
 	return false;
@@ -63,12 +63,12 @@ static void add_files(struct session *session, const struct message *message)
 	if (!in_phase(session, UPLOADING))
 		return;
 	if (names_left != data_left)
-		problem = (struct problem){CODE_PROTOCOL, "as many names as contents are needed"};
+		problem =
+			(struct problem){CODE_PROTOCOL, "the numbers of names and contents differ"};
 	while (!problem.text && names_left-- && mp_read(&names, &name) && mp_read(&data, &content))
 		problem = directory_append(&restore.directory, &name, &content);
 	if (problem.text)
-		session_break(session, problem.code, "image files cannot be taken: %s",
-			      problem.text);
+		session_break(session, problem.code, "cannot store image files: %s", problem.text);
 }
 
 static int64_t deadline_ms(const struct message *message, enum key key)
@@ -127,11 +127,11 @@ static void begin(struct session *session, const struct message *message)
 	if (!in_phase(session, UPLOADING))
 		return;
 	if (!known_engine(message)) {
-		session_break(session, CODE_ENGINE, "no container engine that the agent knows");
+		session_break(session, CODE_ENGINE, "unknown container engine");
 		return;
 	}
 	if (!hook_listen()) {
-		session_break(session, code_of_errno(errno), "no socket for the hook: %s",
+		session_break(session, code_of_errno(errno), "cannot create the hook's socket: %s",
 			      strerror(errno));
 		return;
 	}
@@ -230,7 +230,7 @@ void restore_message(struct session *session, const struct message *message)
 		if (restore.owner == session && restore.phase == ENDING)
 			break; /* the answer follows */
 		if (restore.owner == session && restore.phase != IDLE && restore.phase != RELEASED)
-			restore_abort(CODE_HOST, "the host said so");
+			restore_abort(CODE_HOST, "aborted by the host");
 		else
 			session_refuse(session, CODE_IDLE, "no restore is under way");
 	}
@@ -314,5 +314,5 @@ void restore_watch(struct loop *loop)
 void restore_shutdown(void)
 {
 	if (restore.phase == UPLOADING || restore.phase == BUILDING || restore.phase == HELD)
-		restore_abort(CODE_AGENT, "the agent was told to end");
+		restore_abort(CODE_AGENT, "the agent is shutting down");
 }

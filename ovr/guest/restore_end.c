@@ -82,7 +82,7 @@ static void report_end(void)
 	struct writer writer;
 
 	complain("restore %s: %s%s", end.failed ? "failed" : "aborted", end.reason,
-		 end.gone ? "" : "; tasks are still there");
+		 end.gone ? "" : "; some of its tasks are still alive");
 	restore_forget();
 	if (!owner)
 		return;
@@ -152,7 +152,7 @@ void restore_engine_too_late(void)
 		report_end();
 		return;
 	}
-	complain("the container engine does not end; it is killed");
+	complain("the container engine does not exit; killing it");
 	kill(restore.child, SIGKILL);
 	restore.engine_killed = true;
 	restore.late_at = now_ms() + ENGINE_END_MS;

@@ -102,15 +102,15 @@ static void on_hook(int fd, short events, void *context)
 	} else if (restore.phase == ENDING) {
 		close_fd(&restore.hook);
 	} else if (restore.phase != BUILDING || size != (ssize_t)sizeof(report)) {
-		restore_abort(CODE_HOOK, "the hook makes no sense");
+		restore_abort(CODE_HOOK, "invalid report from the hook");
 	} else if (report.root == 0 && !adopt(report.criu)) {
-		restore_abort(CODE_CRIU, "another criu than the engine's runs our hook");
+		restore_abort(CODE_CRIU, "the hook was run by another criu than the engine's");
 	} else if (report.root == 0) {
 		/* pre-restore or post-restore: the agent's presence is enough */
 		hook_say_go();
 		close_fd(&restore.hook);
 	} else if (report.criu != restore.criu) {
-		restore_abort(CODE_CRIU, "another criu than ours holds the tree");
+		restore_abort(CODE_CRIU, "the tree is held by another criu than the agent's");
 	} else {
 		tree_stands(report.root);
 	}

@@ -159,14 +159,14 @@ static void hello(struct session *session, const struct message *message)
 	const struct mp_value *token = &message->field[KEY_TOKEN];
 
 	if (session->greeted || token->size != TOKEN_SIZE) {
-		session_break(session, CODE_PROTOCOL, "broke the protocol: a bad hello");
+		session_break(session, CODE_PROTOCOL, "protocol error: invalid hello");
 	} else if (message_uint(message, KEY_VERSION) != PROTOCOL_VERSION) {
 		session_break(session, CODE_VERSION,
 			      "the agent speaks version %d of the protocol, not %llu",
 			      PROTOCOL_VERSION,
 			      (unsigned long long)message_uint(message, KEY_VERSION));
 	} else if (!proof_make_nonce(session->nonces.agent)) {
-		session_break(session, code_of_errno(errno), "no random numbers: %s",
+		session_break(session, code_of_errno(errno), "cannot get random numbers: %s",
 			      strerror(errno));
 	} else {
 		session->greeted = true;
@@ -190,8 +190,8 @@ static void prove(struct session *session, const struct message *message)
 
 	if (!proof_of_host(&session->nonces, &message->field[KEY_PROOF])) {
 		session_break(session, CODE_PROOF,
-			      "this host does not know what lies in the memory"
-			      " of this VM");
+			      "authentication failed: the host does not know the secret in"
+			      " this VM's memory");
 		return;
 	}
 	session->proved = true;
@@ -207,11 +207,11 @@ void session_dispatch(struct session *session, const uint8_t *body, size_t size)
 	const char *error = message_parse(&message, body, size);
 
 	if (error) {
-		session_break(session, CODE_PROTOCOL, "broke the protocol: %s", error);
+		session_break(session, CODE_PROTOCOL, "protocol error: %s", error);
 		return;
 	}
 	if (!session->greeted && message.op != OP_HELLO) {
-		session_break(session, CODE_PROTOCOL, "broke the protocol: no hello");
+		session_break(session, CODE_PROTOCOL, "protocol error: no hello");
 		return;
 	}
 	restore_session_heard(session);
@@ -245,11 +245,11 @@ void session_dispatch(struct session *session, const uint8_t *body, size_t size)
 		else if (session->proved)
 			restore_message(session, &message);
 		else
-			session_break(session, CODE_UNPROVEN,
-				      "prove first that you can read this VM's memory");
+			session_break(session, CODE_UNPROVEN, "the session is not authenticated");
 		break;
 	default:
 		if (!lab_message(session, &message))
-			session_break(session, CODE_PROTOCOL, "this agent does not do that");
+			session_break(session, CODE_PROTOCOL,
+				      "message not supported by this agent");
 	}
 }

@@ -97,8 +97,7 @@ static void process_frames(struct session *session)
 		if (!size)
 			break;
 		if (size == 4) {
-			session_break(session, CODE_PROTOCOL,
-				      "broke the protocol: a frame of %u bytes",
+			session_break(session, CODE_PROTOCOL, "protocol error: frame of %u bytes",
 				      get_be32(session->in + at));
 			return;
 		}

@@ -61,7 +61,8 @@ static void open_vsock(void)
 		return;
 	}
 	if (!vsock_complained)
-		complain("no vsock yet, port %u: %s", options.vsock_port, strerror(errno));
+		complain("cannot listen on vsock port %u yet: %s", options.vsock_port,
+			 strerror(errno));
 	vsock_complained = true;
 	if (fd >= 0)
 		close(fd);
@@ -127,7 +128,7 @@ static void open_port(void)
 		fd = open(path, O_RDWR | O_NONBLOCK | O_CLOEXEC);
 	if (fd < 0) {
 		if (!port_complained)
-			complain("no serial port %s yet", options.serial);
+			complain("cannot open serial port %s yet", options.serial);
 		port_complained = true;
 		return;
 	}

@@ -171,7 +171,7 @@ bool warm_reaped(pid_t pid, int status)
 
 void warm_shutdown(void)
 {
-	pool_end("the agent ends");
+	pool_end("the agent is shutting down");
 }
 
 /* ------------------------------------------------------------------------ messages */
@@ -233,7 +233,8 @@ static void warm(struct session *session, uint64_t size, uint64_t place)
 		return;
 	}
 	if (place >= POOL_SPAN || place % POOL_UNIT) {
-		session_refuse(session, CODE_PROTOCOL, "a pool begins at whole huge pages");
+		session_refuse(session, CODE_PROTOCOL,
+			       "the pool's place is not a multiple of the huge page size");
 		return;
 	}
 	available = available_bytes() + warm_size();
@@ -245,7 +246,7 @@ static void warm(struct session *session, uint64_t size, uint64_t place)
 			       (unsigned long long)available >> 20, (unsigned long long)size >> 20);
 		return;
 	}
-	pool_end("it was given up for another");
+	pool_end("it was replaced by another pool");
 	error = make(size, place);
 	if (error)
 		session_refuse(session, code_of_errno(error), "no pool: %s", strerror(error));
@@ -263,9 +264,9 @@ void warm_message(struct session *session, const struct message *message)
 	}
 	if (message->op == OP_WARM) {
 		if (pool.waiting)
-			session_refuse(pool.waiting, CODE_POOL, "the pool was given up");
+			session_refuse(pool.waiting, CODE_POOL, "the pool was discarded");
 		pool.waiting = NULL;
-		pool_end("it was given up");
+		pool_end("it was discarded");
 	}
 	report(session);
 }

@@ -89,12 +89,12 @@ pid_t warm_take(const struct directory *directory, const struct message *begin,
 	if (pool.stage != READY)
 		return -1;
 	if (!hand_over(directory, begin, command)) {
-		pool_end("it does not take the request");
+		pool_end("it did not accept the request");
 		return -1;
 	}
 	used = pool.state;
 	pool.state = NULL;
-	snprintf(pool.note, sizeof(pool.note), "a restore has used it up");
+	snprintf(pool.note, sizeof(pool.note), "it was used by a restore");
 	pool_forget();
 	return pid;
 }

@@ -135,7 +135,7 @@ static void reserve_part(char *from, char *to, int flags, int fd)
 		at = map(from, (uint64_t)(to - from), PROT_NONE, flags | MAP_FIXED_NOREPLACE, fd,
 			 0);
 	if (at != (long)from)
-		fail(FAILED(at) ? at : -EINVAL_NUMBER, "reserve what is around the pool");
+		fail(FAILED(at) ? at : -EINVAL_NUMBER, "reserve the area around the pool");
 }
 
 /* Reserve the addresses around the part that is in place; move the rest of the pool away. */

@@ -68,7 +68,7 @@ void pool_make(void)
 
 	if (!size || size % POOL_UNIT || size > POOL_MAX || state->place % POOL_UNIT ||
 	    state->place >= POOL_SPAN)
-		fail(-EINVAL_NUMBER, "believe the pool's size");
+		fail(-EINVAL_NUMBER, "accept the pool's size");
 	at = map((void *)(POOL_SEAT + state->place), size + POOL_UNIT, PROT_NONE,
 		 MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 	if (FAILED(at))

@@ -79,7 +79,7 @@ static void read_table(const char *path)
 	at = map(NULL, (uint64_t)size + 1, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1,
 		 0);
 	if (FAILED(at))
-		fail(at, "get memory for the table");
+		fail(at, "allocate memory for the table");
 	table = (struct pool_table *)at;
 	for (long done = 0, got; done < size; done += got) {
 		got = raw(__NR_pread64, fd, at + done, size - done, done, 0, 0);
@@ -88,7 +88,7 @@ static void read_table(const char *path)
 	}
 	call1(__NR_close, fd);
 	if (!table_is_good((uint64_t)size))
-		fail(-EINVAL_NUMBER, "believe the table");
+		fail(-EINVAL_NUMBER, "accept the table");
 }
 
 static void redirect(const char *output)
@@ -136,7 +136,7 @@ void request_wait(int argc, char **argv, char **envp)
 	receive(&request, sizeof(request));
 	if (request.size > sizeof(text) || request.arguments > (uint32_t)argc ||
 	    request.variables > slots)
-		fail(-EINVAL_NUMBER, "believe the request");
+		fail(-EINVAL_NUMBER, "accept the request");
 	receive(text, request.size);
 	output = next(&at);
 	path = next(&at);
