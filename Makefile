@@ -68,7 +68,7 @@ shapes: setup
 	$(BIN)/python -m tests.shapes $(SHAPES)
 
 # C to lint: not what Cython generates, nor the source of recorded images, which stays as recorded.
-C = $(shell find ovr tests bench -name '*.[ch]' ! -name _fastcopy.c ! -path '*/images/data/*')
+LIST_C := find ovr tests bench -name '*.[ch]' ! -name _fastcopy.c ! -path '*/images/data/*'
 
 lint: setup
 	$(BIN)/ruff check .
@@ -78,8 +78,8 @@ lint: setup
 	PATH=$(BIN):$$PATH cython-lint ovr/_fastcopy.pyx ovr/native/*.pxi
 	$(BIN)/python -m mypy.stubtest ovr._fastcopy --mypy-config-file pyproject.toml \
 		--ignore-disjoint-bases --allowlist tests/stubtest.allow
-	$(BIN)/clang-format --dry-run --Werror $(C)
-	$(BIN)/python -m tests.lint_c $(C)
+	$(LIST_C) | xargs $(BIN)/clang-format --dry-run --Werror
+	$(LIST_C) | xargs $(BIN)/python -m tests.lint_c
 	$(BIN)/codespell
 
 unit: setup
