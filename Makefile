@@ -67,6 +67,9 @@ soak: setup
 shapes: setup
 	$(BIN)/python -m tests.shapes $(SHAPES)
 
+# C to lint: not what Cython generates, nor the source of recorded images, which stays as recorded.
+LIST_C := find ovr tests bench -name '*.[ch]' ! -name _fastcopy.c ! -path '*/images/data/*'
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -75,6 +78,9 @@ lint: setup
 	PATH=$(BIN):$$PATH cython-lint ovr/_fastcopy.pyx ovr/native/*.pxi
 	$(BIN)/python -m mypy.stubtest ovr._fastcopy --mypy-config-file pyproject.toml \
 		--ignore-disjoint-bases --allowlist tests/stubtest.allow
+	$(LIST_C) | xargs $(BIN)/clang-format --dry-run --Werror
+	$(LIST_C) | xargs $(BIN)/python -m tests.lint_c
+	$(BIN)/codespell
 
 unit: setup
 	$(BIN)/python -m pytest tests/unit -q $(PARALLEL) $(PYTEST)

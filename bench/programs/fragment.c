@@ -63,11 +63,11 @@ int main(int argc, char **argv)
 	give = strtoull(argv[1], NULL, 0);
 	take = available() - strtoull(argv[2], NULL, 0);
 	pages = take / PAGE / 2;
-	if (take > available() || give > pages * PAGE) {
+	if (!pages || take > available() || give > pages * PAGE) {
 		fprintf(stderr, "bench-fragment: too little memory is available\n");
 		return 1;
 	}
-	order = malloc(pages * sizeof(*order));
+	order = calloc(pages, sizeof(*order));
 	memory = mmap(NULL, take, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 	if (!order || memory == MAP_FAILED)
 		die("mmap");

@@ -4,7 +4,7 @@
  *     bench-load COMPUTE MEMORY BYTES
  *
  * For each online CPU it starts COMPUTE processes that only compute and MEMORY processes that copy
- * BYTES to and fro, which is more than the CPU's caches hold. Each process is a session of its own,
+ * BYTES back and forth, which is more than the CPU's caches hold. Each process is a session of its own,
  * as services are: the kernel's autogroups give each its own share of the CPU. All end with the
  * first one.
  */
@@ -68,7 +68,7 @@ int main(int argc, char **argv)
 		for (int i = 0; i < atoi(argv[2]); i++)
 			start(strtoull(argv[3], NULL, 0));
 	}
-	wait(NULL);	/* nobody ends by himself */
+	wait(NULL); /* nobody ends by himself */
 	fprintf(stderr, "bench-load: one of my processes has died\n");
 	return 1;
 }

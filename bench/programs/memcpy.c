@@ -10,7 +10,7 @@
 #include <time.h>
 
 #define MAX_THREADS 64
-#define TAKE 64	/* pieces that a thread takes at a time */
+#define TAKE 64 /* pieces that a thread takes at a time */
 
 struct piece {
 	char *to;

@@ -23,15 +23,15 @@
 #define AGENT_VERSION "0.1.0"
 #define ARRAY_SIZE(array) (sizeof(array) / sizeof((array)[0]))
 
-/* Sessions whose host sends nothing more than a hello keep others out: few, but not one. */
+/* A host that sends only a hello occupies a slot: more than one, so that it blocks no other. */
 #define MAX_SESSIONS 16
 
 struct options {
 	unsigned vsock_port;
-	const char *serial;	/* the port's name, or NULL */
+	const char *serial; /* the port's name, or NULL */
 	const char *dir;
 	const char *criu;
-	const char *unix_path, *unix_serial;	/* lab builds, for tests without a VM */
+	const char *unix_path, *unix_serial; /* lab builds, for tests without a VM */
 };
 
 extern struct options options;
@@ -51,7 +51,7 @@ struct loop {
 	callback calls[9 + 5 * MAX_SESSIONS];
 	void *contexts[9 + 5 * MAX_SESSIONS];
 	int count;
-	int64_t deadline;	/* ms, or -1 */
+	int64_t deadline; /* ms, or -1 */
 };
 
 int64_t now_ms(void);
@@ -65,7 +65,7 @@ void sleep_ms(int ms);
 /* message.c: the schema of protocol.py and lab_protocol.py, decoded and encoded */
 struct message {
 	enum op op;
-	uint64_t present;	/* bit KEY_x: the field is there */
+	uint64_t present; /* bit KEY_x: the field is present */
 	struct mp_value field[KEY_COUNT];
 };
 
@@ -73,7 +73,7 @@ const char *message_parse(struct message *message, const uint8_t *body, size_t s
 bool message_has(const struct message *message, enum key key);
 uint64_t message_uint(const struct message *message, enum key key);
 void message_str(const struct message *message, enum key key, char text[MAX_STRING]);
-/* An array of strings as argv wants it; one block to free, NULL when memory is short. */
+/* An array of strings, NULL-terminated like argv; free() it once. NULL if memory is short. */
 char **message_strings(const struct message *message, enum key key);
 /* A reader of an array field's elements. */
 struct mp_reader message_list(const struct message *message, enum key key, uint32_t *count);
@@ -93,26 +93,26 @@ void message_add_list(struct writer *writer, enum key key, uint32_t count);
 void message_item_uint(struct writer *writer, uint64_t number);
 void message_item_str(struct writer *writer, const char *text);
 void message_item_bin(struct writer *writer, const void *data, size_t size);
-/* Completes the frame; its size, or 0 when it did not fit. */
+/* Complete the frame. Returns its size, or 0 if it did not fit. */
 size_t message_close(struct writer *writer);
 
-/* Why something cannot be done; without a text nothing is the matter. */
+/* The reason for a failure; success if `text` is NULL. */
 struct problem {
 	enum code code;
 	const char *text;
 };
 
 const char *code_name(enum code code);
-/* What the host is told of an errno. */
+/* The error code that reports an errno to the host. */
 enum code code_of_errno(int error);
 
 /* session.c */
 struct session;
 
 enum link {
-	LINK_STREAM,	/* a connection is a session */
-	LINK_SERIAL,	/* sessions follow each other on one connection, each begins with a sync */
-	LINK_PORT,	/* the same, and the descriptor outlives the host's connection */
+	LINK_STREAM, /* a connection is a session */
+	LINK_SERIAL, /* consecutive sessions on one connection, each begins with a sync */
+	LINK_PORT,   /* the same, and the descriptor outlives the host's connection */
 };
 
 bool session_start(int fd, enum link link);
@@ -130,14 +130,14 @@ void session_send(struct session *session, struct writer *writer);
 /* Room for bulk output without crowding out answers. */
 bool session_has_room(const struct session *session);
 void session_watch(struct loop *loop);
-/* Everything that can be done without waiting; sessions end only here. */
+/* Do all work that does not block; sessions are closed only here. */
 void session_work(void);
 
 /* transport.c */
 void transport_watch(struct loop *loop);
 /* The serial port itself is gone. */
 void transport_port_lost(void);
-/* A descriptor that becomes readable when the host comes back to the port. */
+/* A descriptor that becomes readable when the host reopens the port. */
 int transport_port_waiter(void);
 bool transport_port_connected(int fd);
 
@@ -147,16 +147,16 @@ void restore_session_ended(struct session *session);
 void restore_session_heard(struct session *session);
 bool restore_reaped(pid_t pid, int status);
 void restore_watch(struct loop *loop);
-/* Deadlines and the end of CRIU. */
+/* Handle deadlines and the exit of CRIU. */
 void restore_work(void);
-/* What was to be said is said. */
+/* Output is flushed: drop the raised priority if no restore is under way. */
 void restore_rest(void);
 void restore_shutdown(void);
 
 /* images.c: the private directory of a restore */
 struct directory {
-	char path[256];		/* empty: there is none */
-	int images;		/* descriptor of path/images */
+	char path[256]; /* empty: no directory */
+	int images;     /* descriptor of path/images */
 	unsigned files;
 	uint64_t bytes;
 };
@@ -165,7 +165,7 @@ bool directory_prepare_base(void);
 struct problem directory_make(struct directory *directory);
 struct problem directory_append(struct directory *directory, const struct mp_value *name,
 				const struct mp_value *data);
-/* Links to some of the images, as if they were those of an earlier dump. */
+/* Make images/parent with hard links to these images, as an incremental dump has it. */
 bool directory_make_parent(const struct directory *directory, char **names);
 void directory_remove_parent(const struct directory *directory);
 void directory_remove(struct directory *directory, bool keep_log);
@@ -173,7 +173,7 @@ void directory_remove(struct directory *directory, bool keep_log);
 #define AGENT_PATH "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 /* criu.c */
-/* To be called while the program's file is still that of this process. */
+/* Record this program's path. Call it at start, before an upgrade can replace the file. */
 bool criu_know_program(void);
 
 /* How CRIU is started for a restore; pointers lead into it and into `strings`. */
@@ -182,7 +182,7 @@ struct criu_command {
 	char *env[3], **argv, **strings;
 };
 
-/* False, and errno. To be freed in any case. */
+/* False and errno on failure. Free the command in either case. */
 bool criu_command_make(struct criu_command *command, const struct directory *directory,
 		       const struct message *begin);
 void criu_command_free(struct criu_command *command);
@@ -191,35 +191,35 @@ pid_t criu_start(const struct criu_command *command);
 #define LOG_LINES 16
 #define LOG_WIDTH 256
 int criu_log_errors(const struct directory *directory, char lines[LOG_LINES][LOG_WIDTH]);
-/* Add the last lines of a file with that word in them to `count` others; how many there are then. */
+/* Append the last lines of a file that contain `word` to `count` others. Returns the new count. */
 int log_collect(int fd, const char *word, char lines[LOG_LINES][LOG_WIDTH], int count);
-/* The path of this very program, which CRIU starts as its action script; NULL and errno. */
+/* The path of this program, which CRIU starts as its action script. NULL and errno on failure. */
 const char *criu_program(void);
 const char *criu_version(void);
 
-/* engine.c: podman and the like, who run CRIU for us */
+/* engine.c: container engines and runtimes, which start CRIU themselves */
 #define ENGINE_OUT "engine.out"
 #define ENGINE_ERR "engine.err"
 
-/* Their CRIU. Descriptors are -1 while it is not known. */
+/* The engine's CRIU. Descriptors are -1 until the hook has reported it. */
 struct engine_criu {
-	int end;		/* readable once it has ended */
+	int end; /* pidfd */
 	int log;
-	pid_t runtime;		/* its parent, and the parent of the tree that it makes */
-	char container[65];	/* podman's id of what it restores; empty: not known */
+	pid_t runtime;      /* parent of CRIU and of the restored tree */
+	char container[65]; /* podman's container id; empty: not known */
 };
 
 bool engine_known(const char *name);
 void engine_add_installed(struct writer *writer);
 
-/* config.c: what CRIU would read of its configuration files */
+/* config.c: CRIU's default configuration files */
 void config_message(struct session *session);
-/* Its pid, or -1 and errno. */
+/* The engine's pid, or -1 and errno. */
 pid_t engine_start(const struct directory *directory, const struct message *begin);
 struct engine_criu engine_adopt(pid_t criu);
 /*
- * Have what a failed restore has left removed, step by step, each a child: its pid, 0 if there is
- * nothing to do in this step, -1 after the last one.
+ * Start one step of the cleanup after a failed restore, in a child. Returns its pid, 0 if the step
+ * has nothing to do, -1 after the last step.
  */
 pid_t engine_clean_up(int step, const struct engine_criu *criu);
 bool engine_criu_ended(const struct engine_criu *criu);
@@ -231,10 +231,10 @@ int engine_log_errors(const struct directory *directory, const struct engine_cri
 
 /* hook.c */
 #define HOOK_SOCKET "OVR_HOOK_SOCKET"
-#define HOOK_GO 'g'		/* the agent's only word: go on */
+#define HOOK_GO 'g' /* the agent's only answer: continue */
 
 struct hook_report {
-	int32_t root, criu;	/* root 0: pre-restore or post-restore, nothing is held yet */
+	int32_t root, criu; /* root 0: pre-restore or post-restore, no tree is held */
 };
 
 int hook_main(const char *action);
@@ -243,10 +243,10 @@ int hook_main(const char *action);
 #define MAX_TREE MAX_LIST
 
 struct tree {
-	pid_t criu, root;	/* 0: none, or gone */
-	bool orphans;		/* unknown children of this process belong to it too */
-	pid_t runtime;		/* so do the children of this one; 0: none */
-	pid_t engine;		/* has started CRIU, or will; 0: none */
+	pid_t criu, root; /* 0: none, or gone */
+	bool orphans;     /* unknown children of the agent are members too */
+	pid_t runtime;    /* its children are members too; 0: none */
+	pid_t engine;     /* starts CRIU; 0: none */
 };
 
 bool tree_stop_criu(pid_t criu);
@@ -254,7 +254,7 @@ bool tree_stop_criu(pid_t criu);
 bool tree_kill(struct tree tree);
 /* Ids of the threads that CRIU traces; -1 when there are too many. */
 int tree_traced(pid_t criu, uint32_t ids[MAX_TREE]);
-/* Give the zombies of a tree this nice value. */
+/* Set the nice value of a tree's zombies. */
 void tree_renice_zombies(struct tree tree, int nice);
 /* The tracer of a task, or 0. */
 pid_t tree_tracer(pid_t pid);
@@ -262,10 +262,10 @@ pid_t tree_tracer(pid_t pid);
 pid_t tree_parent(pid_t pid);
 
 /* exitkill.c */
-/* Have the kernel kill what CRIU, which is stopped, traces when CRIU dies. NULL, or why not. */
+/* Set PTRACE_O_EXITKILL on all tracees of CRIU, which is stopped. NULL, or an error message. */
 const char *exitkill_set(pid_t criu);
 
-/* What a Touch has of one process: how many of its ranges are meant, and whether to keep pages. */
+/* One process of a Touch: the number of its ranges, and whether page contents must be kept. */
 struct portion {
 	uint64_t pid, keep, count;
 };
@@ -282,46 +282,46 @@ static inline bool read_portion(struct mp_reader *reader, struct portion *portio
 
 /* touch.c */
 /*
- * Have pages of held tasks allocated, as a Touch has them; 0, or an errno.
- * Only in a child that ends afterwards.
+ * Allocate pages of held tasks as requested by a Touch; 0, or an errno.
+ * Only for a child that exits afterwards.
  */
 int touch_portions(struct mp_reader portions, struct mp_reader ranges);
 /*
- * Whatever its protection is: the kernel makes a page of the task's own first.
- * Where nothing is to be kept nothing is read, since to read a page of a file
- * maps its neighbours as well.
+ * Write a byte regardless of the area's protection, so that the kernel gives the
+ * task a page of its own. Without `keep` the page is not read first: reading a
+ * page of a file would map its neighbours as well.
  */
 bool touch_forced(int mem, uint64_t at, bool keep);
 
-/* priority.c: being served first while a restore is under way, in a guest that is busy */
-/* Before other processes and other sessions; 0: this process. It may fail, and then takes longer. */
+/* priority.c: priority over other processes while a restore is under way */
+/* Raise the nice values of a process (0: this one) and of its session. Failure only costs time. */
 void priority_raise(pid_t pid);
-/* At once when it wakes up; 0: this process. For who makes no tasks that stay. */
+/* Give a process (0: this one) real-time priority. Only for one that creates no restored tasks. */
 void priority_real_time(pid_t pid);
-/* In a child that is to become another program: as this process was before it was raised. */
+/* In a child before exec: restore the scheduling attributes from before priority_raise(). */
 void priority_of_child(void);
-/* This process's nice value, not counting that it is raised. */
+/* This process's nice value from before priority_raise(). */
 int priority_before(void);
-/* As everybody else; a session's other processes too. */
+/* Undo priority_raise(), and reset the nice value of the process's session. */
 void priority_reset(pid_t pid);
 
 /* populate.c: allocating pages for the host to write to */
-/* Whether the kernel lets us write where a task itself cannot (FOLL_FORCE). */
+/* Whether /proc/PID/mem can write to areas that the task itself cannot write to (FOLL_FORCE). */
 bool populate_can_force(void);
-/* Why it cannot be done, if so. The answer comes later. */
+/* Start a Touch or Map; returns a problem, or none if the answer follows later. */
 struct problem populate_start(struct session *session, const struct message *message);
 bool populate_owns(pid_t pid);
 bool populate_reaped(pid_t pid, int status);
 void populate_watch(struct loop *loop);
-/* End all workers, and wait until they are gone. */
+/* Kill all workers and wait until they are reaped. */
 void populate_end(void);
 
 /* sha256.c */
 void hmac_sha256(const uint8_t *key, size_t key_size, const uint8_t *data, size_t size,
 		 uint8_t mac[SHA256_SIZE]);
 
-/* proof.c: only who can read this VM's RAM may restore; only root's agent gets a restore */
-/* What makes a session's proofs good for it alone. */
+/* proof.c: host and agent authenticate each other before a restore */
+/* Bind both proofs to one session. */
 struct nonces {
 	uint8_t host[TOKEN_SIZE], agent[NONCE_SIZE];
 };
@@ -332,7 +332,7 @@ bool proof_make_nonce(uint8_t nonce[NONCE_SIZE]);
 bool proof_of_host(const struct nonces *nonces, const struct mp_value *proof);
 void proof_of_agent(const struct nonces *nonces, uint8_t proof[SHA256_SIZE]);
 
-/* warm.c: a CRIU with memory, started in advance */
+/* warm.c: the pool, a CRIU started in advance with allocated memory */
 #define WARM_TABLE "ovr-warm.tab"
 
 void warm_message(struct session *session, const struct message *message);
@@ -341,26 +341,26 @@ bool warm_owns(pid_t pid);
 bool warm_reaped(pid_t pid, int status);
 void warm_watch(struct loop *loop);
 void warm_shutdown(void);
-/* Bytes that are ready, and where they are in their process. */
+/* The pool's size in bytes and its address in its process; 0 if no pool is ready. */
 uint64_t warm_size(void);
 uint64_t warm_address(void);
-/* Give the pool's CRIU its arguments: its pid, or -1 when it cannot be used; it is gone then. */
+/* Start the restore in the pool's CRIU. Returns its pid, or -1 if no pool could be used. */
 pid_t warm_take(const struct directory *directory, const struct message *begin,
 		const struct criu_command *command);
-/* How much of the restore's memory came from the pool, and why not all of it. */
+/* Bytes of the restore's memory served by the pool, and the reason if it is not all of them. */
 uint64_t warm_served(const char **why);
 void warm_forget(void);
 
-/* oom.c: whom the OOM killer takes */
+/* oom.c: OOM scores */
 void oom_protect_agent(void);
-/* In a child: the score that the agent was started with. */
+/* In a child: restore the score that the agent was started with. */
 void oom_as_before(void);
 void oom_take_me_first(void);
 void oom_hide(pid_t pid);
 
 /* child.c */
 struct child_io {
-	int in, out, err;	/* what becomes its standard descriptors; -1: /dev/null */
+	int in, out, err; /* standard descriptors of the child; -1: /dev/null */
 };
 
 /*
@@ -385,10 +385,24 @@ static inline bool lab_message(struct session *session, const struct message *me
 	(void)session, (void)message;
 	return false;
 }
-static inline void lab_session_ended(struct session *session) { (void)session; }
-static inline bool lab_reaped(pid_t pid, int status) { (void)pid, (void)status; return false; }
-static inline bool lab_owns(pid_t pid) { (void)pid; return false; }
-static inline void lab_watch(struct loop *loop) { (void)loop; }
+static inline void lab_session_ended(struct session *session)
+{
+	(void)session;
+}
+static inline bool lab_reaped(pid_t pid, int status)
+{
+	(void)pid, (void)status;
+	return false;
+}
+static inline bool lab_owns(pid_t pid)
+{
+	(void)pid;
+	return false;
+}
+static inline void lab_watch(struct loop *loop)
+{
+	(void)loop;
+}
 static inline void lab_work(void) {}
 #endif
 

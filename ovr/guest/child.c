@@ -1,4 +1,4 @@
-/* Starting programs. */
+/* Start programs. */
 #include <errno.h>
 #include <fcntl.h>
 #include <signal.h>
@@ -7,9 +7,13 @@
 
 #include "agent.h"
 
+static int or_null(int fd)
+{
+	return fd < 0 ? open("/dev/null", O_RDWR | O_CLOEXEC) : fd;
+}
+
 static void become(char *const argv[], char *const env[], struct child_io io)
 {
-	int null = open("/dev/null", O_RDWR | O_CLOEXEC);
 	int from[3] = {io.in, io.out, io.err};
 	sigset_t none;
 
@@ -19,13 +23,16 @@ static void become(char *const argv[], char *const env[], struct child_io io)
 	sigprocmask(SIG_SETMASK, &none, NULL);
 	signal(SIGPIPE, SIG_DFL);
 	setsid();
-	for (int i = 0; i < 3; i++)
-		if (dup2(from[i] < 0 ? null : from[i], i) < 0)
+	for (int i = 0; i < 3; i++) {
+		int fd = or_null(from[i]);
+
+		if (fd < 0 || dup2(fd, i) < 0)
 			return;
+	}
 	execvpe(argv[0], argv, env);
 }
 
-/* The other end of this pipe closes when exec succeeds, and says why when it does not. */
+/* The child's end of this pipe is closed by a successful exec, else it carries the errno. */
 static int exec_error(int pipe_end)
 {
 	int error = 0;

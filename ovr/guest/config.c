@@ -1,8 +1,8 @@
 /*
- * CRIU's default configuration files: the host says what of them its user may miss.
+ * Send CRIU's default configuration files, so that the host can warn about ignored options.
  *
  * CRIU reads /etc/criu/default.conf and $HOME/.criu/default.conf (next_config()
- * in criu/config.c) unless it is told not to, as criu_command_make() does.
+ * in criu/config.c) unless run with --no-default-config, as criu_command_make() does.
  */
 #include <fcntl.h>
 #include <stdio.h>
@@ -14,11 +14,11 @@
 
 struct config {
 	char path[MAX_STRING];
-	ssize_t size;		/* 0: it is empty, or not there */
+	ssize_t size; /* 0: empty or missing */
 	char text[MAX_CONFIG];
 };
 
-/* What is no regular file may block, or never end. */
+/* Only regular files: reading any other kind may block or never end. */
 static void read_config(struct config *config)
 {
 	int fd = open(config->path, O_RDONLY | O_NONBLOCK | O_NOCTTY | O_CLOEXEC);
@@ -40,7 +40,7 @@ void config_message(struct session *session)
 	uint32_t count = 0;
 
 	snprintf(configs[0].path, MAX_STRING, "/etc/criu/default.conf");
-	/* systemd gives services no HOME. */
+	/* systemd starts system services without HOME. */
 	snprintf(configs[1].path, MAX_STRING, "%s/.criu/default.conf", home ? home : "/root");
 	for (int i = 0; i < CONFIG_FILES; i++) {
 		read_config(&configs[i]);

@@ -1,4 +1,4 @@
-/* Running CRIU, and reading why it failed. */
+/* Run CRIU and collect errors from its log. */
 #include <errno.h>
 #include <fcntl.h>
 #include <poll.h>
@@ -16,7 +16,7 @@
 #define FIXED_ARGUMENTS 16
 #define VERSION_MS 3000
 
-/* The path of this very program, which CRIU will start as its action script. */
+/* The path of this program, which CRIU starts as its action script. */
 static char program[256];
 static struct stat program_file;
 
@@ -30,7 +30,7 @@ bool criu_know_program(void)
 	return stat(program, &program_file) == 0;
 }
 
-/* After an upgrade the name may lead to another program, or nowhere. */
+/* After an upgrade the path may name another program, or none. */
 const char *criu_program(void)
 {
 	struct stat named;
@@ -49,9 +49,19 @@ bool criu_command_make(struct criu_command *command, const struct directory *dir
 	uint32_t extras = begin->field[KEY_CRIU_OPTIONS].size;
 	const char *self = criu_program();
 	const char *const fixed[FIXED_ARGUMENTS] = {
-		options.criu, "restore", "--no-default-config", "-D", command->images,
-		"-W", directory->path, "-d", "-o", "restore.log", command->level,
-		"--action-script", self,
+		options.criu,
+		"restore",
+		"--no-default-config",
+		"-D",
+		command->images,
+		"-W",
+		directory->path,
+		"-d",
+		"-o",
+		"restore.log",
+		command->level,
+		"--action-script",
+		self,
 	};
 	int count = 0;
 
@@ -86,8 +96,8 @@ pid_t criu_start(const struct criu_command *command)
 	struct child_io io = {-1, -1, -1};
 	pid_t pid;
 
-	io.out = io.err = open(command->output,
-			       O_WRONLY | O_CREAT | O_NOFOLLOW | O_APPEND | O_CLOEXEC, 0600);
+	io.out = io.err =
+		open(command->output, O_WRONLY | O_CREAT | O_NOFOLLOW | O_APPEND | O_CLOEXEC, 0600);
 	if (io.out < 0)
 		return -1;
 	pid = child_start(command->argv, command->env, io);
@@ -95,7 +105,7 @@ pid_t criu_start(const struct criu_command *command)
 	return pid;
 }
 
-/* ------------------------------------------------------------------------ its log */
+/* ------------------------------------------------------------------------ log */
 
 static size_t read_tail(int fd, char text[LOG_TAIL + 1])
 {
@@ -113,8 +123,8 @@ static size_t read_tail(int fd, char text[LOG_TAIL + 1])
 static void keep_line(char lines[LOG_LINES][LOG_WIDTH], int *count, const char *line)
 {
 	if (*count == LOG_LINES) {
-		/* The first one is the cause of all the others. */
-		memmove(lines[1], lines[2], (LOG_LINES - 2) * LOG_WIDTH);
+		/* Keep the first line: it names the cause of the others. */
+		memmove(lines[1], lines[2], (LOG_LINES - 2) * sizeof(*lines));
 		--*count;
 	}
 	snprintf(lines[*count], LOG_WIDTH, "%.*s", LOG_WIDTH - 1, line);
@@ -130,7 +140,7 @@ int log_collect(int fd, const char *word, char lines[LOG_LINES][LOG_WIDTH], int 
 	size_t size = read_tail(fd, text);
 	char *rest = NULL, *line;
 
-	/* A NUL in it would end it early. */
+	/* A NUL would cut the text short. */
 	for (size_t i = 0; i < size; i++)
 		if (!text[i])
 			text[i] = '?';
@@ -159,12 +169,12 @@ int criu_log_errors(const struct directory *directory, char lines[LOG_LINES][LOG
 	count = collect(path, "Error (", lines);
 	if (count)
 		return count;
-	/* It did not get as far as its log: bad options, a missing library. */
+	/* CRIU failed before it opened its log: bad options, a missing library. */
 	snprintf(path, sizeof(path), "%s/criu.out", directory->path);
 	return collect(path, "", lines);
 }
 
-/* ------------------------------------------------------------------------ its version */
+/* ------------------------------------------------------------------------ version */
 
 static bool read_version(int fd, char version[64])
 {
@@ -202,7 +212,7 @@ const char *criu_version(void)
 	if (pid > 0) {
 		close(out[1]);
 		out[1] = -1;
-		/* Nobody else waits for a program that hangs. */
+		/* A program that hangs is not waited for anywhere else. */
 		if (!read_version(out[0], version))
 			kill(pid, SIGKILL);
 	}

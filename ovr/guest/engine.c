@@ -1,13 +1,12 @@
 /*
- * Containers: podman, runc or crun restores, and CRIU is theirs, not our child.
+ * Restore containers with podman, runc or crun, which start CRIU themselves.
  *
- * CRIU gets our hook by its environment, which all of them hand down: the
- * file that CRIU_CONFIG_FILE names has the action script. Nothing in /etc
- * changes, and no other restore in this guest ever sees us.
+ * CRIU learns of the hook from its environment, which all of them pass on:
+ * CRIU_CONFIG_FILE names a file that sets the action script. Nothing in /etc
+ * changes, and other restores in this guest are not affected.
  *
- * Were the hook not run, an empty tree would be let go. So the images that
- * come here lack one that CRIU cannot do without, until the hook gives it the
- * name it should have (HOOK_HELD).
+ * If CRIU did not run the hook, an empty tree would be released. So one image
+ * that CRIU requires has another name (HOOK_HELD) until the hook renames it.
  */
 #include <errno.h>
 #include <fcntl.h>
@@ -36,7 +35,7 @@ bool engine_known(const char *name)
 	return false;
 }
 
-/* Where execvpe() will look for it. */
+/* Search the same directories as execvpe(). */
 static bool installed(const char *program)
 {
 	const char *places = getenv("PATH"), *next;
@@ -92,7 +91,7 @@ static pid_t start(char *const argv[], const struct directory *directory, const 
 	snprintf(config_file, sizeof(config_file), "CRIU_CONFIG_FILE=%s", config);
 	snprintf(out, sizeof(out), "%s/" ENGINE_OUT, directory->path);
 	snprintf(err, sizeof(err), "%s/" ENGINE_ERR, directory->path);
-	/* A container that podman does not look after keeps what its runtime had: /dev/null. */
+	/* A container restored by a runtime inherits these descriptors for good: /dev/null. */
 	io.out = is_podman(argv[0]) ? open(out, flags, 0600) : -1;
 	io.err = is_podman(argv[0]) ? open(err, flags, 0600) : -1;
 	pid = child_start(argv, env, io);
@@ -109,18 +108,21 @@ static int fixed_arguments(const char *argv[FIXED_ARGUMENTS], const char *progra
 {
 	const char *const podman[] = {program, "container", "restore", "--import", archive};
 	const char *const runtime[] = {
-		program, "--log", log, "restore", "--detach",
-		"--image-path", images, "--work-path", work,
+		program,        "--log", log,           "restore", "--detach",
+		"--image-path", images,  "--work-path", work,
 	};
-	size_t count = is_podman(program) ? ARRAY_SIZE(podman) : ARRAY_SIZE(runtime);
 
-	memcpy(argv, is_podman(program) ? podman : runtime, count * sizeof(*argv));
-	return (int)count;
+	if (is_podman(program)) {
+		memcpy(argv, podman, sizeof(podman));
+		return ARRAY_SIZE(podman);
+	}
+	memcpy(argv, runtime, sizeof(runtime));
+	return ARRAY_SIZE(runtime);
 }
 
 static struct {
 	char program[16], name[MAX_STRING];
-	char **volumes;		/* argv of their removal */
+	char **volumes; /* names, NULL-terminated */
 } current;
 
 /* The runtimes' last argument is the container's name. */
@@ -170,21 +172,20 @@ static pid_t remove_container(const struct engine_criu *criu)
 {
 	char id[sizeof(criu->container)], *env[] = {AGENT_PATH, "HOME=/root", NULL};
 	char *podman[] = {current.program, "container", "rm", "--force", "--time", "0",
-			  "--volumes", id, NULL};
+			  "--volumes",     id,          NULL};
 	char *runtime[] = {current.program, "delete", "--force", current.name, NULL};
 	bool by_podman = is_podman(current.program);
 	pid_t pid = 0;
 
 	memcpy(id, criu->container, sizeof(id));
 	if (by_podman ? id[0] : current.name[0])
-		pid = child_start(by_podman ? podman : runtime, env,
-				  (struct child_io){-1, -1, -1});
+		pid = child_start(by_podman ? podman : runtime, env, (struct child_io){-1, -1, -1});
 	return pid > 0 ? pid : 0;
 }
 
 pid_t engine_clean_up(int step, const struct engine_criu *criu)
 {
-	/* Before CRIU ran there may be no container, or one that was there before us. */
+	/* Before CRIU has run there is no container, or an older one of the same name. */
 	if (criu->end < 0 || step > 1)
 		return -1;
 	return step == 0 ? remove_container(criu) : remove_volumes();
@@ -217,9 +218,9 @@ pid_t engine_start(const struct directory *directory, const struct message *begi
 	return pid;
 }
 
-/* ------------------------------------------------------------------------ its CRIU */
+/* ------------------------------------------------------------------------ the engine's CRIU */
 
-/* podman has CRIU work in ID/userdata. */
+/* podman runs CRIU with ID/userdata as its working directory. */
 static void container_of(pid_t criu, char id[65])
 {
 	char path[64], link[512], *end;
@@ -238,14 +239,14 @@ static void container_of(pid_t criu, char id[65])
 struct engine_criu engine_adopt(pid_t criu)
 {
 	struct engine_criu found = {
-		/* Readable once it has ended: nobody else tells us, we are not its parent. */
+		/* The agent is not its parent: only the pidfd reports its exit. */
 		.end = (int)syscall(SYS_pidfd_open, criu, 0),
 		.log = -1,
 		.runtime = tree_parent(criu),
 	};
 	char path[64];
 
-	/* It works in the directory of its log; podman removes that when it fails. */
+	/* The log is in the working directory, which podman removes after a failure. */
 	snprintf(path, sizeof(path), "/proc/%d/cwd/restore.log", criu);
 	found.log = open(path, O_RDONLY | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC);
 	container_of(criu, found.container);
@@ -269,9 +270,9 @@ void engine_forget(struct engine_criu *criu)
 	engine_forget_names();
 }
 
-/* ------------------------------------------------------------------------ what it says */
+/* ------------------------------------------------------------------------ output */
 
-/* The last line of its output: podman prints the container's id. */
+/* The last line of the engine's output: podman prints the container's id. */
 void engine_result(const struct directory *directory, char line[LOG_WIDTH])
 {
 	char path[300], lines[LOG_LINES][LOG_WIDTH];

@@ -1,15 +1,14 @@
 /*
- * Having the kernel kill a held tree when CRIU dies.
+ * Make the kernel kill a held tree if CRIU dies.
  *
- * A tracer's death sets its tracees free, half-restored as they are, unless
- * they were traced with PTRACE_O_EXITKILL; CRIU's are not, and only their
- * tracer may set the option. So we trace CRIU, stopped as it is, for a moment
- * and have it make the system calls: ptrace(PTRACE_SETOPTIONS) for each task
- * that it holds. PTRACE_DETACH forgets a task's options, so that nothing of
- * this is left in a tree that is let go.
+ * When a tracer dies the kernel detaches its tracees, which would run half
+ * restored, unless they are traced with PTRACE_O_EXITKILL. CRIU does not use
+ * that option, and only the tracer can set it. So attach to the stopped CRIU
+ * and make it call ptrace(PTRACE_SETOPTIONS) for each task that it holds.
+ * PTRACE_DETACH clears a task's options, so a released tree keeps no trace.
  *
- * If we die in the middle CRIU is stopped again, as it was: our attaching does
- * not end its group stop.
+ * If this process dies meanwhile CRIU is in its group stop again, which
+ * PTRACE_SEIZE does not end.
  */
 #include <errno.h>
 #include <fcntl.h>
@@ -24,12 +23,12 @@
 
 #include "agent.h"
 
-/* What CRIU itself sets, and the option that is wanted. */
+/* The option that CRIU sets, and the one to add. */
 #define OPTIONS (PTRACE_O_TRACESYSGOOD | PTRACE_O_EXITKILL)
 #define SYSCALL_STOP (SIGTRAP | 0x80)
-#define MASK_SIZE 8		/* of a signal set, in the kernel */
+#define MASK_SIZE 8 /* sizeof(sigset_t) in the kernel */
 
-/* True when the task has come to the stop that is expected, and not to its end. */
+/* Wait for the task; true if it is in the expected stop. */
 static bool stops(pid_t pid, int expected)
 {
 	int status;
@@ -39,10 +38,11 @@ static bool stops(pid_t pid, int expected)
 		found = waitpid(pid, &status, __WALL);
 	while (found < 0 && errno == EINTR);
 	return found == pid && WIFSTOPPED(status) &&
-	       (status >> 8 == expected || (status >> 16 == expected && expected == PTRACE_EVENT_STOP));
+	       (status >> 8 == expected ||
+		(status >> 16 == expected && expected == PTRACE_EVENT_STOP));
 }
 
-/* The address of a SYSCALL instruction in a program's code, or 0. */
+/* The address of a SYSCALL instruction in the process's code, or 0. */
 static uint64_t find_syscall(pid_t pid)
 {
 	static unsigned char code[64 << 10];
@@ -76,10 +76,11 @@ static uint64_t find_syscall(pid_t pid)
 	return found;
 }
 
-/* Have a traced task make a system call; what it returned, or -1. */
+/* Make a traced task execute a system call. Returns its result, or -1. */
 static long call_in(pid_t pid, struct user_regs_struct registers)
 {
-	registers.orig_rax = UINT64_MAX;	/* nothing to restart: the stop was not in a call */
+	registers.orig_rax =
+		UINT64_MAX; /* no system call to restart: the stop was outside of one */
 	if (ptrace(PTRACE_SETREGS, pid, 0, &registers) < 0 ||
 	    ptrace(PTRACE_SYSCALL, pid, 0, 0) < 0 || !stops(pid, SYSCALL_STOP) ||
 	    ptrace(PTRACE_SYSCALL, pid, 0, 0) < 0 || !stops(pid, SYSCALL_STOP) ||
@@ -109,15 +110,14 @@ static bool set_options(pid_t criu, const struct user_regs_struct *saved, const 
 }
 
 /*
- * Back to where CRIU was. In a stop of this kind the kernel looks, when it
- * goes on, whether a system call was interrupted and has to be restarted; in
- * the one after a system call it does not.
+ * Restore CRIU's registers and detach. This is done in a PTRACE_EVENT_STOP: on
+ * resume from one the kernel restarts an interrupted system call, which it does
+ * not do on resume from a system call stop.
  */
 static bool put_back(pid_t criu, struct user_regs_struct *saved, uint64_t *mask)
 {
 	return ptrace(PTRACE_INTERRUPT, criu, 0, 0) == 0 && ptrace(PTRACE_CONT, criu, 0, 0) == 0 &&
-	       stops(criu, PTRACE_EVENT_STOP) &&
-	       ptrace(PTRACE_SETREGS, criu, 0, saved) == 0 &&
+	       stops(criu, PTRACE_EVENT_STOP) && ptrace(PTRACE_SETREGS, criu, 0, saved) == 0 &&
 	       ptrace(PTRACE_SETSIGMASK, criu, MASK_SIZE, mask) == 0 &&
 	       ptrace(PTRACE_DETACH, criu, 0, 0) == 0;
 }
@@ -131,14 +131,14 @@ const char *exitkill_set(pid_t criu)
 
 	if (count < 0)
 		return "the tree has too many threads";
-	/* Stopped already, it comes to another stop as soon as it is traced. */
+	/* A stopped process enters another stop as soon as it is seized. */
 	if (ptrace(PTRACE_SEIZE, criu, 0, PTRACE_O_TRACESYSGOOD) < 0 ||
 	    !stops(criu, PTRACE_EVENT_STOP))
-		return "criu cannot be traced";
+		return "cannot trace criu";
 	if (ptrace(PTRACE_GETREGS, criu, 0, &saved) < 0 ||
 	    ptrace(PTRACE_GETSIGMASK, criu, MASK_SIZE, &mask) < 0 ||
 	    ptrace(PTRACE_SETSIGMASK, criu, MASK_SIZE, &all) < 0 ||
 	    !set_options(criu, &saved, tasks, count))
-		return "the tasks that criu holds cannot be made to die with it";
-	return put_back(criu, &saved, &mask) ? NULL : "criu cannot be let go again";
+		return "cannot set PTRACE_O_EXITKILL for criu's tasks";
+	return put_back(criu, &saved, &mask) ? NULL : "cannot detach from criu";
 }

@@ -1,17 +1,16 @@
 /*
- * CRIU's action script is this program again.
+ * The hook: CRIU's action script, which is this program.
  *
  * At pre-resume CRIU holds the whole tree in ptrace stops and waits for its
- * script. Whatever ends the script lets CRIU detach, so the first thing done
- * here is to stop CRIU itself: from then on neither the death of this
- * process nor of the agent lets a task run. The next thing is that the kernel
- * kills what CRIU holds should CRIU itself die (exitkill.c). Only the agent's
- * word makes us continue CRIU. When the agent's connection ends without that
- * word, we kill the tree ourselves.
+ * script. However the script ends, CRIU detaches; so the hook stops CRIU first.
+ * From then on neither the death of the hook nor of the agent lets a task run.
+ * Then it makes the kernel kill the tree if CRIU dies (exitkill.c). The hook
+ * continues CRIU only after HOOK_GO from the agent. If the connection to the
+ * agent closes without it, the hook kills the tree.
  *
- * At pre-restore and post-restore, where a bad exit status makes CRIU give up
- * or kill the tree, we only make sure that the agent is there. What an engine
- * restores lacks an image until then (engine.c).
+ * At pre-restore and post-restore, where a non-zero exit status makes CRIU give
+ * up or kill the tree, the hook only checks that the agent answers. At
+ * pre-restore it then renames the image withheld from an engine's CRIU (engine.c).
  */
 #include <dirent.h>
 #include <errno.h>
@@ -42,7 +41,7 @@ static int connect_agent(void)
 	return fd;
 }
 
-/* The agent's one-byte answer, or 0 when there is none and never will be. */
+/* The agent's one-byte answer, or 0 if the connection failed or closed without one. */
 static char ask(pid_t root, pid_t criu, int timeout_ms)
 {
 	struct hook_report report = {root, criu};
@@ -71,7 +70,7 @@ static void kill_tree(pid_t criu, pid_t root)
 	if (criu > 1)
 		tree_stop_criu(criu);
 	if (!tree_kill(tree))
-		complain("tasks of the tree of %d are still there", root);
+		complain("tasks of the tree of %d are still alive", root);
 	if (criu > 1)
 		kill(criu, SIGKILL);
 }
@@ -80,21 +79,21 @@ static int hold(void)
 {
 	const char *text = getenv("CRTOOLS_INIT_PID");
 	pid_t root = text ? atoi(text) : 0;
-	/* Not our parent, who may be a shell between us, or dead. */
+	/* Not getppid(): the parent may be a shell, or dead. */
 	pid_t criu = root > 1 ? tree_tracer(root) : 0;
 	const char *problem;
 
 	if (criu > 1) {
 		tree_stop_criu(criu);
-		oom_hide(criu);	/* it would release the tree */
+		oom_hide(criu); /* its death would release the tree */
 		oom_hide(getpid());
-		/* All tasks are made, and held. */
+		/* All tasks exist and are held: none can inherit the priority. */
 		priority_real_time(criu);
 		priority_real_time(0);
 		problem = exitkill_set(criu);
-		if (problem)
+		if (problem) {
 			complain("%s", problem);
-		else if (ask(root, criu, -1) == HOOK_GO) {
+		} else if (ask(root, criu, -1) == HOOK_GO) {
 			kill(criu, SIGCONT);
 			return 0;
 		}
@@ -103,20 +102,20 @@ static int hold(void)
 	return 1;
 }
 
-/* Give the images that were kept from CRIU their names. */
+/* Give withheld images the names that CRIU expects. */
 static bool hand_out_images(void)
 {
 	const char *path = getenv("CRTOOLS_IMAGE_DIR");
 	DIR *images = path ? opendir(path) : NULL;
 	struct dirent *entry;
-	bool done = images;
+	int at = images ? dirfd(images) : -1;
+	bool done = at >= 0;
 
 	while (done && (entry = readdir(images))) {
 		const char *name = entry->d_name;
 
 		if (!strncmp(name, HOOK_HELD, strlen(HOOK_HELD)))
-			done = renameat(dirfd(images), name, dirfd(images),
-					name + strlen(HOOK_HELD)) == 0;
+			done = renameat(at, name, at, name + strlen(HOOK_HELD)) == 0;
 	}
 	if (images)
 		closedir(images);
@@ -126,7 +125,7 @@ static bool hand_out_images(void)
 int hook_main(const char *action)
 {
 	block_all_signals();
-	/* CRIU starts us without a shell between us. */
+	/* CRIU starts the hook without a shell: the parent is CRIU. */
 	if (!strcmp(action, "pre-restore"))
 		return ask(0, getppid(), ANSWER_MS) == HOOK_GO && hand_out_images() ? 0 : 1;
 	if (!strcmp(action, "pre-resume"))

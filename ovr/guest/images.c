@@ -1,10 +1,10 @@
 /*
  * The private directory of one restore: DIR/restore-XXXXXX with the images in images/.
  *
- * CRIU opens images from inside the tree's own user namespace too, where it is
- * another user and has no power over our files: images/, its parent/ and the
- * images are open to all. DIR and DIR/restore-XXXXXX keep everybody else out;
- * CRIU does not go by way of them, it has images/ open.
+ * CRIU also opens images from inside the tree's user namespace, as another user
+ * without capabilities over these files: images/, its parent/ and the images are
+ * accessible to all users. DIR and DIR/restore-XXXXXX are private; CRIU does not
+ * look them up, since it has images/ open.
  */
 #include <dirent.h>
 #include <errno.h>
@@ -25,10 +25,10 @@
 
 #define PRIVATE_DIRECTORY 0700
 #define IMAGES_DIRECTORY 0711
-#define PARENT_DIRECTORY 0755	/* CRIU opens it for reading: open_parent() in criu/page-xfer.c */
+#define PARENT_DIRECTORY 0755 /* CRIU opens it with O_RDONLY: open_parent() in criu/page-xfer.c */
 #define IMAGE 0644
 
-/* options.dir, ours alone: nobody but root can put anything into it. */
+/* Descriptor of options.dir, which only root can write to. */
 static int base = -1;
 
 static void empty(int parent, const char *name)
@@ -57,14 +57,15 @@ static void remove_parent(int images)
 static void remove_tree(const char *name, bool keep_log)
 {
 	int fd = openat(base, name, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
-	int images = openat(fd, "images", O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
+	int images;
 
+	if (fd < 0)
+		return;
+	images = openat(fd, "images", O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
 	if (images >= 0) {
 		remove_parent(images);
 		close(images);
 	}
-	if (fd < 0)
-		return;
 	empty(fd, "images");
 	unlinkat(fd, "images", AT_REMOVEDIR);
 	if (!keep_log)
@@ -75,7 +76,8 @@ static void remove_tree(const char *name, bool keep_log)
 
 static void remove_leftovers(void)
 {
-	DIR *entries = fdopendir(openat(base, ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC));
+	int fd = openat(base, ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+	DIR *entries = fd < 0 ? NULL : fdopendir(fd);
 	struct dirent *entry;
 
 	while (entries && (entry = readdir(entries)))
@@ -97,10 +99,10 @@ bool directory_prepare_base(void)
 	base = open(options.dir, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
 	if (base < 0 || fstat(base, &stat) < 0 || stat.st_uid != geteuid() ||
 	    fchmod(base, PRIVATE_DIRECTORY) < 0) {
-		complain("%s is not a directory of ours", options.dir);
+		complain("%s cannot be used as a private directory", options.dir);
 		return false;
 	}
-	/* Held until we end: two agents would remove each other's directories. */
+	/* Held until exit: two agents would remove each other's directories. */
 	lock = openat(base, "lock", O_RDWR | O_CREAT | O_NOFOLLOW | O_CLOEXEC, 0600);
 	if (lock < 0 || flock(lock, LOCK_EX | LOCK_NB) < 0) {
 		complain("another agent uses %s", options.dir);
@@ -110,7 +112,7 @@ bool directory_prepare_base(void)
 	return true;
 }
 
-/* Why the last call failed; a full file system is the guest's own affair, so name it. */
+/* The problem of the last failed call. Names the directory: its file system may be full. */
 static struct problem failure(void)
 {
 	static char text[400];
@@ -120,7 +122,7 @@ static struct problem failure(void)
 	return (struct problem){code == CODE_SYSTEM ? CODE_IMAGES : code, text};
 }
 
-/* A name that nobody has, made as mkdtemp() makes one, but below a descriptor. */
+/* Create a directory with a unique name, like mkdtemp(), but relative to a descriptor. */
 static bool make_restore(char name[32])
 {
 	uint32_t chance;
@@ -137,7 +139,7 @@ static bool make_restore(char name[32])
 	return false;
 }
 
-/* A new directory that has this mode whatever the umask is; its descriptor, or -1 and errno. */
+/* Create a directory with this mode regardless of the umask. A descriptor, or -1 and errno. */
 static int make_directory(int parent, const char *name, mode_t mode)
 {
 	int fd;
@@ -172,7 +174,7 @@ static bool plain_name(const struct mp_value *name)
 static int open_image(struct directory *directory, const char *name)
 {
 	const int flags = O_WRONLY | O_APPEND | O_NOFOLLOW | O_CLOEXEC;
-	int fd = openat(directory->images, name, flags);
+	int fd = openat(directory->images, name, flags), error;
 
 	if (fd >= 0 || errno != ENOENT)
 		return fd;
@@ -182,8 +184,11 @@ static int open_image(struct directory *directory, const char *name)
 	}
 	fd = openat(directory->images, name, flags | O_CREAT | O_EXCL, IMAGE);
 	directory->files += fd >= 0;
-	if (fd >= 0 && fchmod(fd, IMAGE) < 0)
+	if (fd >= 0 && fchmod(fd, IMAGE) < 0) {
+		error = errno;
 		close_fd(&fd);
+		errno = error;
+	}
 	return fd;
 }
 
@@ -209,7 +214,7 @@ struct problem directory_append(struct directory *directory, const struct mp_val
 	text[name->size] = 0;
 	fd = open_image(directory, text);
 	if (fd < 0)
-		return errno == EMFILE ? refusal("more than " TEXT(MAX_FILES) " of them") : failure();
+		return errno == EMFILE ? refusal("more than " TEXT(MAX_FILES) " files") : failure();
 	while (done < data->size && (size = write(fd, data->data + done, data->size - done)) > 0)
 		done += (uint32_t)size;
 	directory->bytes += done;

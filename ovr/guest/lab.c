@@ -1,4 +1,4 @@
-/* What only lab builds do: the host's words. One job a session at a time. */
+/* Lab builds only: dispatch of lab messages. A session has at most one job. */
 #ifdef OVR_LAB
 #include <errno.h>
 #include <signal.h>
@@ -9,7 +9,7 @@
 
 struct job jobs[MAX_SESSIONS];
 
-/* By session: what is under way to the host. */
+/* Bytes sent to the host and not yet acknowledged, by session. */
 static size_t under_way[MAX_SESSIONS];
 
 bool lab_may_send(const struct session *session)
@@ -77,13 +77,16 @@ bool lab_message(struct session *session, const struct message *message)
 	case OP_CREDIT:
 		add_credit(session, message);
 		return true;
-	case OP_RUN: case OP_PUT: case OP_GET: case OP_SPAWN:
+	case OP_RUN:
+	case OP_PUT:
+	case OP_GET:
+	case OP_SPAWN:
 		break;
 	default:
 		return false;
 	}
 	if (job->what != NOTHING)
-		session_break(session, CODE_PROTOCOL, "one thing at a time");
+		session_break(session, CODE_PROTOCOL, "the session already has a job");
 	else if (message->op == OP_RUN)
 		lab_run(session, job, message);
 	else if (message->op == OP_PUT)
@@ -114,7 +117,7 @@ void lab_watch(struct loop *loop)
 	for (size_t i = 0; i < MAX_SESSIONS; i++) {
 		struct job *job = &jobs[i];
 
-		/* Its output went out at once: there is more to do before anything happens. */
+		/* Output was flushed at once: continue without waiting for an event. */
 		if ((job->what == GET || job->exited) && lab_may_send(job->session))
 			loop_wake_at(loop, now_ms());
 		if (job->what == RUN && !job->exited)

@@ -1,9 +1,9 @@
 /*
- * What only lab builds do: what the files that see to it share.
+ * Lab builds only: shared declarations.
  *
- *   lab.c		the host's words, one job a session at a time, the loop
- *   lab_run.c		programs: their input, output and end
- *   lab_files.c	files that are put and got
+ *   lab.c		dispatch of messages, one job a session at a time, poll loop
+ *   lab_run.c		programs: their input, output and exit
+ *   lab_files.c	files sent to and from the guest
  */
 #ifndef OVR_LAB_H
 #define OVR_LAB_H
@@ -19,8 +19,8 @@ struct job {
 	bool exited, timed_out;
 	int status;
 	int64_t deadline;
-	int in, out, err;	/* RUN: pipes; PUT, GET: the file is in or out */
-	uint8_t *input;		/* a piece of standard input on its way */
+	int in, out, err; /* RUN: pipes; PUT, GET: `in` or `out` is the file */
+	uint8_t *input;   /* standard input that is not written yet */
 	size_t input_at, input_size;
 	uint64_t size;
 };
@@ -30,7 +30,7 @@ extern struct job jobs[MAX_SESSIONS];
 bool lab_may_send(const struct session *session);
 void lab_send_data(struct session *session, enum op op, int stream, const uint8_t *data,
 		   size_t size);
-/* Answer with an error and what errno says. */
+/* Answer with an error that includes strerror(errno). */
 void lab_refuse(struct session *session, const char *what);
 void lab_end_job(struct job *job);
 
@@ -39,7 +39,7 @@ void lab_run(struct session *session, struct job *job, const struct message *mes
 void lab_spawn(struct session *session, const struct message *message);
 void lab_add_input(struct session *session, struct job *job, const struct message *message);
 void lab_run_watch(struct loop *loop, struct job *job);
-/* Its end, or that of its time. */
+/* Handle the job's exit or timeout. */
 void lab_run_work(struct job *job);
 
 /* lab_files.c */

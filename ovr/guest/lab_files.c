@@ -1,4 +1,4 @@
-/* Files that a lab's host puts and gets. */
+/* Files that the host of a lab VM sends and receives. */
 #ifdef OVR_LAB
 #include <fcntl.h>
 #include <sys/stat.h>
@@ -14,7 +14,7 @@ void lab_put(struct session *session, struct job *job, const struct message *mes
 	int fd;
 
 	message_str(message, KEY_PATH, path);
-	/* A new file rather than new content: the old one may be a program that runs. */
+	/* Replace the file, not its content: it may be a running program. */
 	if (lstat(path, &stat) == 0 && S_ISREG(stat.st_mode))
 		unlink(path);
 	fd = open(path, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0600);
@@ -33,7 +33,7 @@ void lab_add_data(struct session *session, struct job *job, const struct message
 	uint32_t done = 0;
 	ssize_t size = 0;
 
-	/* Data that was already on its way when the file was refused. */
+	/* Data sent before the host received the error. */
 	if (job->what != PUT)
 		return;
 	while (done < data->size &&

@@ -1,4 +1,4 @@
-/* Programs that a lab's host runs: their input, output and end. */
+/* Programs run by the host of a lab VM: their input, output and exit. */
 #ifdef OVR_LAB
 #include <errno.h>
 #include <fcntl.h>
@@ -30,14 +30,16 @@ bool lab_owns(pid_t pid)
 
 static char *default_env[] = {
 	"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
-	"HOME=/root", "LANG=C.UTF-8", NULL,
+	"HOME=/root",
+	"LANG=C.UTF-8",
+	NULL,
 };
 
 static pid_t start(const struct message *message, struct child_io io)
 {
 	char **argv = message_strings(message, KEY_ARGV);
-	char **env = message_has(message, KEY_ENV) ? message_strings(message, KEY_ENV) :
-						      default_env;
+	char **env =
+		message_has(message, KEY_ENV) ? message_strings(message, KEY_ENV) : default_env;
 	pid_t *slot = child_slot(0), pid = -1;
 
 	errno = slot ? EINVAL : EAGAIN;
@@ -75,14 +77,18 @@ void lab_run(struct session *session, struct job *job, const struct message *mes
 	if (open_pipes(in, out, err))
 		pid = start(message, (struct child_io){in[0], out[1], err[1]});
 	if (pid < 0)
-		lab_refuse(session, "cannot run it");
+		lab_refuse(session, "cannot run the program");
 	close_fd(&in[0]);
 	close_fd(&out[1]);
 	close_fd(&err[1]);
 	*job = (struct job){
-		.what = RUN, .session = session, .pid = pid, .in = in[1], .out = out[0],
-		.err = err[0], .deadline = now_ms() + (int64_t)(timeout >> 1 > INT32_MAX ?
-								 INT32_MAX : timeout),
+		.what = RUN,
+		.session = session,
+		.pid = pid,
+		.in = in[1],
+		.out = out[0],
+		.err = err[0],
+		.deadline = now_ms() + (int64_t)(timeout >> 1 > INT32_MAX ? INT32_MAX : timeout),
 	};
 	if (pid < 0)
 		lab_end_job(job);
@@ -102,7 +108,7 @@ void lab_spawn(struct session *session, const struct message *message)
 	if (!message_has(message, KEY_OUTPUT) || io.out >= 0)
 		pid = start(message, io);
 	if (pid < 0)
-		lab_refuse(session, "cannot start it");
+		lab_refuse(session, "cannot start the program");
 	close_fd(&io.out);
 	if (pid < 0)
 		return;
@@ -122,11 +128,11 @@ void lab_add_input(struct session *session, struct job *job, const struct messag
 {
 	const struct mp_value *data = &message->field[KEY_DATA];
 
-	/* Late input of a command that has ended is nobody's mistake. */
+	/* Input for a command that has just exited is not an error. */
 	if (job->what != RUN)
 		return;
 	if (job->input) {
-		session_break(session, CODE_PROTOCOL, "more input before the last was taken");
+		session_break(session, CODE_PROTOCOL, "more input before the last was written");
 	} else if (!data->size) {
 		close_fd(&job->in);
 	} else if (job->in < 0) {
@@ -145,8 +151,7 @@ void lab_add_input(struct session *session, struct job *job, const struct messag
 
 static void feed(struct job *job)
 {
-	ssize_t size = write(job->in, job->input + job->input_at,
-			     job->input_size - job->input_at);
+	ssize_t size = write(job->in, job->input + job->input_at, job->input_size - job->input_at);
 
 	if (size < 0 && (errno == EAGAIN || errno == EINTR))
 		return;
@@ -161,7 +166,7 @@ static void feed(struct job *job)
 	say_taken(job->session);
 }
 
-/* One piece of output; true when there may be more right now. */
+/* Send one chunk of output; true if more may be available. */
 static bool pass_output(struct job *job, int *fd, int stream)
 {
 	uint8_t piece[PIECE];
@@ -183,15 +188,16 @@ static void finish_run(struct job *job)
 {
 	struct writer writer;
 
-	/* What it wrote before its end is in the pipes; its own children may keep them open. */
+	/* Drain the pipes without waiting for EOF: the command's children may keep them open. */
 	while (lab_may_send(job->session))
 		if (!pass_output(job, &job->out, 1) && !pass_output(job, &job->err, 2))
 			break;
 	if (!lab_may_send(job->session))
 		return;
 	writer = session_writer(job->session, OP_EXITED);
-	message_add_uint(&writer, KEY_STATUS, (uint64_t)(WIFSIGNALED(job->status) ?
-			 128 + WTERMSIG(job->status) : WEXITSTATUS(job->status)));
+	message_add_uint(&writer, KEY_STATUS,
+			 (uint64_t)(WIFSIGNALED(job->status) ? 128 + WTERMSIG(job->status) :
+							       WEXITSTATUS(job->status)));
 	message_add_bool(&writer, KEY_TIMED_OUT, job->timed_out);
 	session_send(job->session, &writer);
 	lab_end_job(job);

@@ -1,4 +1,4 @@
-/* The poll loop: built anew each turn from what every part waits for. */
+/* The poll loop: each turn collects the descriptors and deadlines of all parts anew. */
 #include <errno.h>
 #include <signal.h>
 #include <stdio.h>
@@ -16,7 +16,7 @@ int64_t now_ms(void)
 {
 	struct timespec now;
 
-	/* Stands still while the VM is paused: a paused guest does not time its host out. */
+	/* Stops while the VM is paused, so that no deadline of the host expires meanwhile. */
 	clock_gettime(CLOCK_MONOTONIC, &now);
 	return (int64_t)now.tv_sec * 1000 + now.tv_nsec / 1000000;
 }
@@ -51,7 +51,7 @@ void reap_children(void)
 void loop_watch(struct loop *loop, int fd, short events, callback call, void *context)
 {
 	if (loop->count == ARRAY_SIZE(loop->fds))
-		abort();	/* the arrays hold all that can be watched at once */
+		abort(); /* the arrays hold the maximum */
 	loop->fds[loop->count] = (struct pollfd){.fd = fd, .events = events};
 	loop->calls[loop->count] = call;
 	loop->contexts[loop->count++] = context;
@@ -106,7 +106,7 @@ void loop_run(struct loop *loop)
 
 	complain("ready");
 	while (!stopping) {
-		/* Work first: what is watched must not change while it is collected. */
+		/* Work first: watched descriptors must not change while they are collected. */
 		restore_work();
 		lab_work();
 		session_work();

@@ -8,7 +8,7 @@
 #include "agent.h"
 
 #define MAX_DIR 80
-#define LAST_PRIVILEGED_PORT 1023	/* LAST_RESERVED_PORT in net/vmw_vsock/af_vsock.c */
+#define LAST_PRIVILEGED_PORT 1023 /* LAST_RESERVED_PORT in net/vmw_vsock/af_vsock.c */
 
 struct options options = {.dir = "/run/ovr", .criu = "criu"};
 
@@ -38,17 +38,30 @@ static void parse(int argc, char **argv)
 
 	while ((option = getopt_long(argc, argv, "", known, NULL)) != -1)
 		switch (option) {
-		case 'v': options.vsock_port = (unsigned)strtoul(optarg, NULL, 10); break;
-		case 's': options.serial = optarg; break;
-		case 'd': options.dir = optarg; break;
-		case 'c': options.criu = optarg; break;
+		case 'v':
+			options.vsock_port = (unsigned)strtoul(optarg, NULL, 10);
+			break;
+		case 's':
+			options.serial = optarg;
+			break;
+		case 'd':
+			options.dir = optarg;
+			break;
+		case 'c':
+			options.criu = optarg;
+			break;
 #ifdef OVR_LAB
-		case 'u': options.unix_path = optarg; break;
-		case 'U': options.unix_serial = optarg; break;
+		case 'u':
+			options.unix_path = optarg;
+			break;
+		case 'U':
+			options.unix_serial = optarg;
+			break;
 #endif
-		default: usage();
+		default:
+			usage();
 		}
-	/* The hook's socket lies below it, and sockets have short names. */
+	/* The hook's socket is below it, and sun_path is short. */
 	if (optind != argc || options.dir[0] != '/' || strlen(options.dir) > MAX_DIR)
 		usage();
 }
@@ -58,19 +71,20 @@ int main(int argc, char **argv)
 	static struct loop loop;
 	const char *action = getenv("CRTOOLS_SCRIPT_ACTION");
 
-	/* CRIU gives its action script no arguments: the environment tells it apart. */
+	/* CRIU runs its action script without arguments; the environment identifies it. */
 	if (action && getenv(HOOK_SOCKET))
 		return hook_main(action);
 	parse(argc, argv);
 	if (options.vsock_port > LAST_PRIVILEGED_PORT)
 		complain("port %u is not privileged: any user of this guest can serve it while the"
-			 " agent does not", options.vsock_port);
+			 " agent is not running",
+			 options.vsock_port);
 	if (!proof_make()) {
-		complain("no page for a secret: %s", strerror(errno));
+		complain("cannot create the page of the secret: %s", strerror(errno));
 		return 1;
 	}
 	if (!criu_know_program()) {
-		complain("no way to the agent's own program file: %s", strerror(errno));
+		complain("cannot find the agent's own program file: %s", strerror(errno));
 		return 1;
 	}
 	if (!directory_prepare_base())

@@ -1,4 +1,4 @@
-/* Messages by the table that wire.py makes: one parser and one writer for all of them. */
+/* Parse and write messages by the tables that wire.py generates. */
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
@@ -7,7 +7,7 @@
 #include "agent.h"
 
 static const uint8_t scalar_type[] = {
-	[KIND_UINT] = MP_UINT, [KIND_STR] = MP_STR, [KIND_BIN] = MP_BIN, [KIND_BOOL] = MP_BOOL,
+	[KIND_UINT] = MP_UINT,  [KIND_STR] = MP_STR,  [KIND_BIN] = MP_BIN,  [KIND_BOOL] = MP_BOOL,
 	[KIND_UINTS] = MP_UINT, [KIND_STRS] = MP_STR, [KIND_BINS] = MP_BIN,
 };
 
@@ -19,9 +19,13 @@ const char *code_name(enum code code)
 enum code code_of_errno(int error)
 {
 	switch (error) {
-	case ENOMEM: return CODE_NO_MEMORY;
-	case ENOSPC: case EDQUOT: return CODE_NO_SPACE;
-	default: return CODE_SYSTEM;
+	case ENOMEM:
+		return CODE_NO_MEMORY;
+	case ENOSPC:
+	case EDQUOT:
+		return CODE_NO_SPACE;
+	default:
+		return CODE_SYSTEM;
 	}
 }
 
@@ -34,7 +38,7 @@ static bool read_scalar(struct mp_reader *reader, struct mp_value *value, enum k
 {
 	if (!mp_read(reader, value) || value->type != scalar_type[kind])
 		return false;
-	/* Strings become C strings. */
+	/* Strings must be usable as C strings. */
 	return value->type != MP_STR ||
 	       (value->size < MAX_STRING && !memchr(value->data, 0, value->size));
 }
@@ -62,7 +66,7 @@ static const struct schema *find_schema(const struct mp_value *name)
 	return NULL;
 }
 
-/* "op" may stand anywhere in the map, so it is looked up before the fields are judged. */
+/* "op" may be at any position in the map: find it before the fields are checked. */
 static const struct schema *read_op(struct mp_reader reader, uint32_t pairs)
 {
 	struct mp_value key, value;
@@ -88,7 +92,7 @@ static const char *read_pair(struct mp_reader *reader, const struct schema *sche
 	struct mp_value name, op;
 
 	if (!mp_read(reader, &name) || name.type != MP_STR)
-		return "a key is no string";
+		return "a key is not a string";
 	if (equals(&name, "op")) {
 		if (*op_seen)
 			return "repeated field";
@@ -104,7 +108,8 @@ static const char *read_pair(struct mp_reader *reader, const struct schema *sche
 			return "repeated field";
 		message->present |= 1ull << field->key;
 		return read_field(reader, &message->field[field->key], field->kind) ?
-			       NULL : "a field has the wrong type or is too long";
+			       NULL :
+			       "a field has the wrong type or is too long";
 	}
 	return "unknown field";
 }
@@ -118,10 +123,10 @@ const char *message_parse(struct message *message, const uint8_t *body, size_t s
 	struct mp_value map;
 
 	if (!mp_read(&reader, &map) || map.type != MP_MAP)
-		return "no map";
+		return "not a map";
 	schema = read_op(reader, map.size);
 	if (!schema)
-		return "no message of this protocol";
+		return "unknown message";
 	message->op = (enum op)(schema - schemas);
 	message->present = 0;
 	for (uint32_t i = 0; i < map.size; i++) {
@@ -130,7 +135,7 @@ const char *message_parse(struct message *message, const uint8_t *body, size_t s
 			return error;
 	}
 	if (reader.at != reader.end)
-		return "bytes after the message";
+		return "trailing bytes after the message";
 	for (int i = 0; i < schema->count; i++)
 		if (!schema->fields[i].optional && !message_has(message, schema->fields[i].key))
 			return "a field is missing";
@@ -168,7 +173,7 @@ char **message_strings(const struct message *message, enum key key)
 	uint32_t count;
 	struct mp_reader reader = message_list(message, key, &count);
 	size_t pointers = (count + 1) * sizeof(char *);
-	/* A string's head is at least a byte: room for its terminator. */
+	/* The head of an encoded string is at least a byte: room for its NUL. */
 	char **strings = malloc(pointers + message->field[key].number);
 	char *at = (char *)strings + pointers;
 	struct mp_value item;

@@ -36,7 +36,7 @@ static bool take_bytes(struct mp_reader *reader, struct mp_value *value, enum mp
 static bool take_count(struct mp_reader *reader, struct mp_value *value, enum mp_type type,
 		       uint64_t count)
 {
-	/* Each element is at least a byte: a lie about the count shows at once. */
+	/* Each element takes at least a byte: reject impossible counts at once. */
 	if (count > (uint64_t)(reader->end - reader->at))
 		return false;
 	value->type = type;
@@ -50,23 +50,33 @@ static bool take_long(struct mp_reader *reader, struct mp_value *value, uint8_t 
 	uint64_t number;
 
 	switch (tag) {
-	case 0xc2: case 0xc3:
+	case 0xc2:
+	case 0xc3:
 		value->type = MP_BOOL;
 		value->number = tag & 1;
 		return true;
-	case 0xcc: case 0xcd: case 0xce: case 0xcf:
+	case 0xcc:
+	case 0xcd:
+	case 0xce:
+	case 0xcf:
 		value->type = MP_UINT;
 		return take_number(reader, 1u << (tag - 0xcc), &value->number);
-	case 0xc4: case 0xc5: case 0xc6:
+	case 0xc4:
+	case 0xc5:
+	case 0xc6:
 		return take_number(reader, 1u << (tag - 0xc4), &number) &&
 		       take_bytes(reader, value, MP_BIN, number);
-	case 0xd9: case 0xda: case 0xdb:
+	case 0xd9:
+	case 0xda:
+	case 0xdb:
 		return take_number(reader, 1u << (tag - 0xd9), &number) &&
 		       take_bytes(reader, value, MP_STR, number);
-	case 0xdc: case 0xdd:
+	case 0xdc:
+	case 0xdd:
 		return take_number(reader, 2u << (tag - 0xdc), &number) &&
 		       take_count(reader, value, MP_ARRAY, number);
-	case 0xde: case 0xdf:
+	case 0xde:
+	case 0xdf:
 		return take_number(reader, 2u << (tag - 0xde), &number) &&
 		       take_count(reader, value, MP_MAP, number);
 	default:

@@ -1,4 +1,4 @@
-/* One msgpack token at a time: https://github.com/msgpack/msgpack/blob/master/spec.md */
+/* Read and write single msgpack tokens: https://github.com/msgpack/msgpack/blob/master/spec.md */
 #ifndef OVR_MSGPACK_H
 #define OVR_MSGPACK_H
 
@@ -14,15 +14,15 @@ struct mp_reader {
 
 struct mp_value {
 	enum mp_type type;
-	uint64_t number;	/* MP_UINT, MP_BOOL */
-	const uint8_t *data;	/* MP_STR, MP_BIN: the bytes; MP_ARRAY, MP_MAP: the first element */
-	uint32_t size;		/* bytes, elements, or pairs */
+	uint64_t number;     /* MP_UINT, MP_BOOL */
+	const uint8_t *data; /* MP_STR, MP_BIN: the bytes; MP_ARRAY, MP_MAP: the first element */
+	uint32_t size;       /* bytes, elements, or pairs */
 };
 
-/* False at the end, on a truncated token, and on a type that no message uses. */
+/* False at the end, for a truncated token, and for a type that no message uses. */
 bool mp_read(struct mp_reader *reader, struct mp_value *value);
 
-/* Each returns how many bytes it wrote: at most MP_HEAD_MAX. */
+/* Each returns the number of bytes written, at most MP_HEAD_MAX. */
 #define MP_HEAD_MAX 9
 size_t mp_write_uint(uint8_t *out, uint64_t number);
 size_t mp_write_bool(uint8_t *out, bool value);

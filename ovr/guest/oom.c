@@ -1,9 +1,9 @@
 /*
- * Whom the OOM killer takes: who allocates for a restore first, the agent never.
+ * OOM scores: processes that allocate for a restore are killed first, the agent never.
  *
- * Were it the agent, nobody would answer the host, and kill the tree. Were it
- * CRIU, it would release the tree. What the agent starts has the agent's
- * first score again, and restored tasks get their own.
+ * Without the agent the tree would neither be killed nor resumed, and without
+ * CRIU it would be released. Programs started by the agent get back the score
+ * that it was started with, and restored tasks get their own.
  */
 #include <errno.h>
 #include <fcntl.h>
@@ -13,7 +13,7 @@
 
 #include "agent.h"
 
-static char first[16];		/* what we were started with */
+static char first[16]; /* the agent's score when it was started */
 
 static bool set(pid_t pid, const char *score)
 {
@@ -39,7 +39,7 @@ void oom_protect_agent(void)
 		close(fd);
 	first[size > 0 ? size : 0] = 0;
 	if (first[0] && !set(getpid(), "-1000"))
-		first[0] = 0;	/* not permitted: nothing has changed */
+		first[0] = 0; /* not permitted: nothing to restore later */
 }
 
 void oom_as_before(void)

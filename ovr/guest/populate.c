@@ -1,12 +1,13 @@
 /*
- * Allocating pages for the host to write to.
+ * Allocate pages for the host to write to.
  *
- * Each request is a child of ours, so that neither a slow guest nor the OOM
- * killer keeps us from the loop. One that touches pages of held tasks ends
- * when it is done; the kernel charges them to the tasks. One that maps a
- * shared object joins the task's cgroup first, since there the one who
- * touches is charged; it keeps the object mapped, so that the host finds its
- * pages by way of a page table, until the tree is let go or killed.
+ * Each request runs in a worker, a child of the agent, so that neither a slow
+ * guest nor the OOM killer stops the loop. A worker that touches pages of held
+ * tasks exits when it is done; the kernel charges the pages to the tasks. A
+ * worker that maps a shared object joins the task's cgroup first, since shared
+ * pages are charged to the process that touches them. It keeps the object
+ * mapped, so that the host finds its pages by a page table, until the tree is
+ * released or killed.
  */
 #include <errno.h>
 #include <fcntl.h>
@@ -30,19 +31,19 @@
 #define MAPPER_DEATH_MS 5000
 #define TMPFS_MAGIC 0x01021994
 #define HUGETLBFS_MAGIC 0x958458f6
-#define POPULATE_WRITE 23	/* MADV_POPULATE_WRITE, in v5.14 */
+#define POPULATE_WRITE 23 /* MADV_POPULATE_WRITE, since v5.14 */
 
 struct result {
-	int32_t error;		/* 0, or an errno */
-	char step[60];		/* what failed */
+	int32_t error; /* 0, or an errno */
+	char step[60]; /* the failed step */
 	uint64_t address;
 };
 
 static struct {
 	struct session *session;
 	enum op op;
-	pid_t pid;		/* 0: it has ended */
-	int news;		/* the worker's result comes here; -1: it has come */
+	pid_t pid; /* 0: it has exited */
+	int news;  /* pipe with the worker's result; -1: no request */
 } current = {.news = -1};
 
 static pid_t mappers[MAX_MAPPERS];
@@ -78,7 +79,7 @@ static void touch(const struct message *message, int out)
 	succeed(out, 0);
 }
 
-/* The path of a process's memory cgroup, below where cgroups are mounted. */
+/* The path of a process's memory cgroup in /sys/fs/cgroup. */
 static bool memory_cgroup(const char *process, char path[4096])
 {
 	char name[64], line[4096];
@@ -95,7 +96,7 @@ static bool memory_cgroup(const char *process, char path[4096])
 			continue;
 		line[strcspn(line, "\n")] = 0;
 		*where++ = 0;
-		/* The one of version 2 has no controllers here; a memory one of version 1 wins. */
+		/* Version 2 names no controllers; a memory cgroup of version 1 has precedence. */
 		if (!strcmp(controllers, ":") && !found)
 			found = snprintf(path, 4096, "/sys/fs/cgroup%s", where) < 4096;
 		else if (strstr(controllers, "memory"))
@@ -124,9 +125,9 @@ static void join_cgroup(pid_t pid, int out)
 }
 
 /*
- * The host names it; but nothing else than what a memfd or shared memory is
- * shall open. To look at it first takes a descriptor that opens nothing: a
- * device or a pipe may act on being opened.
+ * Open the object that the host names, if it is a memfd or shared memory. It is
+ * checked with an O_PATH descriptor first, since opening a device or a pipe may
+ * have an effect.
  */
 static int open_object(const struct message *message, int out)
 {
@@ -141,16 +142,15 @@ static int open_object(const struct message *message, int out)
 	if (!(sscanf(name, "fd/%u%n", &number, &used) == 1 && !name[used]) &&
 	    !(sscanf(name, "map_files/%lx-%lx%n", &start, &end, &used) == 2 && !name[used])) {
 		errno = EINVAL;
-		fail(out, "open what is neither a descriptor nor a mapping");
+		fail(out, "open a file that is neither a descriptor nor a mapping");
 	}
 	snprintf(path, sizeof(path), "/proc/%d/%s", (int)message_uint(message, KEY_PID), name);
 	look = open(path, O_PATH | O_CLOEXEC);
 	if (look < 0 || fstat(look, &info) < 0 || fstatfs(look, &fs) < 0)
 		fail(out, "open the object");
-	if (!S_ISREG(info.st_mode) ||
-	    (fs.f_type != TMPFS_MAGIC && fs.f_type != HUGETLBFS_MAGIC)) {
+	if (!S_ISREG(info.st_mode) || (fs.f_type != TMPFS_MAGIC && fs.f_type != HUGETLBFS_MAGIC)) {
 		errno = EINVAL;
-		fail(out, "map what is no shared memory");
+		fail(out, "map a file that is not shared memory");
 	}
 	snprintf(path, sizeof(path), "/proc/self/fd/%d", look);
 	fd = open(path, O_RDWR | O_CLOEXEC);
@@ -170,7 +170,8 @@ static void map(const struct message *message, int out)
 	join_cgroup((pid_t)message_uint(message, KEY_PID), out);
 	priority_real_time(0);
 	fd = open_object(message, out);
-	base = mmap(NULL, message_uint(message, KEY_SIZE), PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+	base = mmap(NULL, message_uint(message, KEY_SIZE), PROT_READ | PROT_WRITE, MAP_SHARED, fd,
+		    0);
 	if (base == MAP_FAILED)
 		fail(out, "map the object");
 	while (mp_read(&ranges, &start) && mp_read(&ranges, &size))
@@ -189,10 +190,10 @@ static void work(const struct message *message, pid_t parent, int out)
 	prctl(PR_SET_PDEATHSIG, SIGKILL);
 	if (getppid() != parent)
 		_exit(2);
-	/* Nobody's connection is to stay open because of us. */
+	/* Inherited descriptors would keep connections open. */
 	if (dup2(out, 3) < 0 || syscall(SYS_close_range, 4, ~0u, 0) < 0)
 		_exit(2);
-	/* What it allocates is the task's; its own death costs one restore and nothing else. */
+	/* The memory is the task's, and the death of a worker costs only this restore. */
 	oom_take_me_first();
 	sigemptyset(&none);
 	sigprocmask(SIG_SETMASK, &none, NULL);
@@ -205,7 +206,7 @@ static void work(const struct message *message, pid_t parent, int out)
 
 /* ------------------------------------------------------------------------ in the agent */
 
-/* Every range belongs to one portion. */
+/* Whether the portions cover all ranges. */
 static bool portions_fit(const struct message *message, uint32_t ranges)
 {
 	uint32_t numbers, left = ranges;
@@ -221,7 +222,7 @@ static bool portions_fit(const struct message *message, uint32_t ranges)
 	return !numbers && !left;
 }
 
-/* What is read here is written on the way to the guest's memory: no overflow, no part of a page. */
+/* Check ranges before they are used as addresses: whole pages, no overflow. */
 static const char *check(const struct message *message)
 {
 	uint32_t count;
@@ -252,7 +253,7 @@ struct problem populate_start(struct session *session, const struct message *mes
 	int news[2];
 
 	if (!problem.text && current.news >= 0)
-		problem.text = "the last request is not done";
+		problem.text = "the previous request is still running";
 	if (!problem.text && message->op == OP_MAP && mapper_count == MAX_MAPPERS)
 		problem.text = "too many shared objects";
 	if (problem.text)
@@ -291,13 +292,14 @@ static void on_news(int fd, short events, void *context)
 		return;
 	close(current.news);
 	current.news = -1;
-	/* Who has said why it fails has ended, and may be reaped already. */
+	/* A worker that reports an error exits, and may be reaped already. */
 	if (size == (ssize_t)sizeof(result) && result.error) {
 		result.step[sizeof(result.step) - 1] = 0;
 		session_refuse(session, code_of_errno(result.error), "cannot %s: %s", result.step,
 			       strerror(result.error));
 	} else if (size != (ssize_t)sizeof(result) || (current.op == OP_MAP && !current.pid)) {
-		session_refuse(session, CODE_KILLED, "the process that allocates memory was killed");
+		session_refuse(session, CODE_KILLED,
+			       "the process that allocates memory was killed");
 	} else {
 		writer = session_writer(session, current.op == OP_MAP ? OP_MAPPED : OP_TOUCHED);
 		if (current.op == OP_MAP) {
@@ -321,7 +323,7 @@ bool populate_reaped(pid_t pid, int status)
 	bool ours = pid == current.pid;
 
 	(void)status;
-	/* Its pid may soon be another's. */
+	/* Its pid may be reused. */
 	if (ours)
 		current.pid = 0;
 	for (size_t i = 0; i < mapper_count; i++)
@@ -350,7 +352,7 @@ void populate_end(void)
 	}
 	for (size_t i = 0; i < mapper_count; i++)
 		kill(mappers[i], SIGKILL);
-	/* The pages stay charged to the cgroup; nobody else shall see a process of ours in it. */
+	/* The pages stay charged to the cgroup; no worker may be left in it. */
 	for (reap_children(); mapper_count && now_ms() < deadline; reap_children())
 		sleep_ms(1);
 }
@@ -359,7 +361,8 @@ bool populate_can_force(void)
 {
 	char *page = mmap(NULL, PAGE, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 	int mem = open("/proc/self/mem", O_RDWR | O_CLOEXEC);
-	bool can = page != MAP_FAILED && mem >= 0 && touch_forced(mem, (uint64_t)(uintptr_t)page, true);
+	bool can = page != MAP_FAILED && mem >= 0 &&
+		   touch_forced(mem, (uint64_t)(uintptr_t)page, true);
 
 	if (mem >= 0)
 		close(mem);

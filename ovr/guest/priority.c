@@ -1,15 +1,15 @@
 /*
- * Being served first while a restore is under way.
+ * Raise the priority of processes that take part in a restore.
  *
- * Where the kernel groups processes by session (autogroup), a nice value counts within the session
- * only, and the session has one of its own. Nothing of this stays with restored tasks: CRIU gives
- * each its own nice value, and that of each session, theirs too, is reset before they run.
+ * Where the kernel groups processes by session (autogroup), a nice value is relative to the
+ * session, which has a nice value of its own. Restored tasks keep none of this: CRIU sets the nice
+ * value of each, and those of their sessions are reset before they run.
  *
- * A nice value does not make a process run at once when it wakes up: it may wait for tens of
- * milliseconds (EEVDF, since v6.6). Real-time priority does, but since "hrtimer: Use and report
- * correct timerslack values for realtime tasks" (v6.12) children of a real-time process have a timer
- * slack of 0, whatever they become. So it is for those who make no tasks: the agent, what it forks
- * to allocate memory, the hook, and CRIU once the tree stands. What the agent starts gets all of it back.
+ * A process with a low nice value may still wait for tens of milliseconds when it wakes up (EEVDF,
+ * since v6.6). A real-time process does not. But since "hrtimer: Use and report correct timerslack
+ * values for realtime tasks" (v6.12) its children have a timer slack of 0, and keep it. So only
+ * processes that create no restored tasks get real-time priority: the agent, its workers, the hook,
+ * and CRIU once the tree is built. Programs started by the agent get the original attributes.
  */
 #include <fcntl.h>
 #include <sched.h>
@@ -21,7 +21,7 @@
 
 #include "agent.h"
 
-static bool raised;		/* this process, which had these */
+static bool raised; /* this process; the variables below hold its attributes from before */
 static int own_nice, own_policy, own_slack;
 static struct sched_param own_parameter;
 
@@ -33,11 +33,11 @@ static void set_session(pid_t pid, int nice)
 	snprintf(path, sizeof(path), "/proc/%d/autogroup", pid ? pid : getpid());
 	snprintf(text, sizeof(text), "%d", nice);
 	fd = open(path, O_WRONLY | O_CLOEXEC);
-	/* A kernel without autogroups has no such file. Where it is forbidden it only takes longer. */
+	/* Missing without autogroups. Without permission a restore only takes longer. */
 	if (fd < 0)
 		return;
 	if (write(fd, text, strlen(text)) < 0 && nice == 0)
-		complain("%s cannot be reset", path);
+		complain("cannot reset %s", path);
 	close(fd);
 }
 
@@ -45,7 +45,7 @@ static void set_real_time(pid_t pid, int priority)
 {
 	struct sched_param parameter = {.sched_priority = priority};
 
-	/* Where that is forbidden it only takes longer. */
+	/* Without permission a restore only takes longer. */
 	sched_setscheduler(pid, SCHED_FIFO, &parameter);
 }
 
@@ -65,7 +65,7 @@ void priority_raise(pid_t pid)
 	raised |= !pid;
 	setpriority(PRIO_PROCESS, (id_t)pid, -20);
 	set_session(pid, -20);
-	/* Before those who work for long: the host must be answered. */
+	/* Above the workers, which run for long: the agent must answer the host. */
 	if (!pid)
 		set_real_time(0, 2);
 }
@@ -81,7 +81,7 @@ void priority_of_child(void)
 	if (!raised)
 		return;
 	take_back();
-	/* What its own children begin with, too. */
+	/* Also sets the default that the child's own children inherit. */
 	prctl(PR_SET_TIMERSLACK, own_slack);
 }
 
@@ -95,7 +95,7 @@ void priority_reset(pid_t pid)
 	if (!pid && !raised)
 		return;
 	set_session(pid, 0);
-	/* Of ourselves only: CRIU knows what to give to whom, and its own does not matter any more. */
+	/* CRIU has set the attributes of the tasks, and its own do not matter any more. */
 	if (pid)
 		return;
 	take_back();

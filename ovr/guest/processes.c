@@ -1,4 +1,4 @@
-/* The guest's processes, read from /proc, and which of them belong to a tree. */
+/* Read the guest's processes from /proc, and mark the members of a tree. */
 #include <dirent.h>
 #include <fcntl.h>
 #include <stdio.h>
@@ -8,7 +8,7 @@
 
 #include "processes.h"
 
-#define PF_EXITING 0x4		/* include/linux/sched.h */
+#define PF_EXITING 0x4 /* include/linux/sched.h */
 
 static int field(const char *status, const char *name)
 {
@@ -19,7 +19,7 @@ static int field(const char *status, const char *name)
 
 bool process_read(const char *path, struct process *process)
 {
-	/* Up to NGROUPS_MAX groups stand before the number of threads. */
+	/* The line before the number of threads has up to NGROUPS_MAX groups. */
 	static char text[512 << 10];
 	int fd = open(path, O_RDONLY | O_CLOEXEC);
 	ssize_t size = fd < 0 ? -1 : read(fd, text, sizeof(text) - 1);
@@ -30,12 +30,14 @@ bool process_read(const char *path, struct process *process)
 	if (size <= 0)
 		return false;
 	text[size] = 0;
-	/* The name stands before everything, but the kernel escapes newlines in it. */
+	/* The first line is the name, in which the kernel escapes newlines. */
 	state = strstr(text, "\nState:\t");
 	*process = (struct process){
 		.state = state ? state[8] : '?',
-		.pid = field(text, "\nPid:\t"), .parent = field(text, "\nPPid:\t"),
-		.tracer = field(text, "\nTracerPid:\t"), .threads = field(text, "\nThreads:\t"),
+		.pid = field(text, "\nPid:\t"),
+		.parent = field(text, "\nPPid:\t"),
+		.tracer = field(text, "\nTracerPid:\t"),
+		.threads = field(text, "\nThreads:\t"),
 	};
 	return process->pid > 0;
 }
@@ -45,7 +47,7 @@ bool process_dead(const struct process *process)
 	return process->state == 'Z' || process->state == 'X';
 }
 
-/* Its /proc/PID/stat from the state on; NULL if it is gone. */
+/* The process's /proc/PID/stat from the state on; NULL if it is gone. */
 const char *process_stat(pid_t pid, char text[512])
 {
 	char path[64], *name_end;
@@ -58,15 +60,15 @@ const char *process_stat(pid_t pid, char text[512])
 	if (fd >= 0)
 		close(fd);
 	text[size > 0 ? size : 0] = 0;
-	/* The name may hold anything, but the last parenthesis ends it. */
+	/* The name may contain any character, but the last parenthesis ends it. */
 	name_end = strrchr(text, ')');
 	return name_end ? name_end + 1 : NULL;
 }
 
 /*
- * Will it never run again? The init of a pid namespace that dies waits until
- * all others there are reaped; those that CRIU traces, which is stopped, are
- * not before CRIU dies.
+ * Whether the task is exiting and will not return to user mode. A dying init of
+ * a pid namespace waits until all others in it are reaped, and those traced by
+ * the stopped CRIU are not reaped before CRIU dies.
  */
 static bool exiting(pid_t pid)
 {
@@ -80,8 +82,8 @@ static bool exiting(pid_t pid)
 }
 
 /*
- * A dead leader is a zombie while other threads still live; and dead threads
- * are still counted until their tracer, who is stopped, has waited for them.
+ * A dead leader is a zombie while other threads live; dead threads are counted
+ * until their tracer, which is stopped, has waited for them.
  */
 bool process_alive(const struct process *process)
 {
@@ -98,9 +100,10 @@ bool process_alive(const struct process *process)
 	snprintf(path, sizeof(path), "/proc/%d/task", process->pid);
 	tasks = opendir(path);
 	while (tasks && !found && (entry = readdir(tasks))) {
-		snprintf(path, sizeof(path), "/proc/%d/task/%s/status", process->pid, entry->d_name);
-		found = entry->d_name[0] != '.' && process_read(path, &thread) && !process_dead(&thread) &&
-			!exiting(thread.pid);
+		snprintf(path, sizeof(path), "/proc/%d/task/%s/status", process->pid,
+			 entry->d_name);
+		found = entry->d_name[0] != '.' && process_read(path, &thread) &&
+			!process_dead(&thread) && !exiting(thread.pid);
 	}
 	if (tasks)
 		closedir(tasks);
@@ -129,7 +132,7 @@ static int by_pid(const void *a, const void *b)
 	return (left->pid > right->pid) - (left->pid < right->pid);
 }
 
-/* False when the picture is not whole: no memory, no /proc. */
+/* False if the table is incomplete: no memory, no /proc. */
 bool table_read(struct table *table)
 {
 	DIR *proc = opendir("/proc");

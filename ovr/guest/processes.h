@@ -16,17 +16,17 @@ struct table {
 	size_t count, room;
 };
 
-/* /proc/PID/status, whose path is given. */
+/* Read a /proc/PID/status. */
 bool process_read(const char *path, struct process *process);
-/* Its /proc/PID/stat from the state on; NULL if it is gone. */
+/* The process's /proc/PID/stat from the state on; NULL if it is gone. */
 const char *process_stat(pid_t pid, char text[512]);
 bool process_dead(const struct process *process);
 bool process_alive(const struct process *process);
 
-/* False when the picture is not whole: no memory, no /proc. Free `processes` in the end. */
+/* False if the table is incomplete: no memory, no /proc. Free `processes` in either case. */
 bool table_read(struct table *table);
 struct process *table_find(const struct table *table, pid_t pid);
-/* Set `member` of those that belong to the tree. */
+/* Set `member` of all members of the tree. */
 void table_mark(struct table *table, const struct tree *tree);
 
 #endif

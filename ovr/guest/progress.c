@@ -1,10 +1,10 @@
 /*
- * Whether the program that builds the tree makes progress.
+ * Detect that the program that builds the tree has stalled.
  *
- * How long CRIU takes depends on the tree and on the guest's load, so no fixed
- * deadline fits. A restore is given up when for a whole period nothing changes
- * in the processes that take part in it: neither their number, nor that of
- * their threads, nor their page faults, nor the CPU time they have used.
+ * CRIU's run time depends on the tree and on the guest's load, so no fixed
+ * deadline fits. A restore is aborted if for a whole period nothing changes in
+ * the processes that take part in it: neither their number, nor that of their
+ * threads, nor their page faults, nor their CPU time.
  */
 #include <stdio.h>
 #include <stdlib.h>
@@ -12,7 +12,7 @@
 #include "processes.h"
 #include "restore.h"
 
-#define LOOKS 8			/* per period */
+#define LOOKS 8 /* per period */
 
 static struct {
 	int64_t period_ms, look_at, stalled_at;
@@ -28,8 +28,10 @@ static uint64_t activity(pid_t pid)
 	uint64_t sum = 1;
 
 	if (stat)
-		sscanf(stat, " %*c %*d %*d %*d %*d %*d %*u %lu %lu %lu %lu %lu %lu %lu %lu"
-		       " %*d %*d %lu", n, n + 1, n + 2, n + 3, n + 4, n + 5, n + 6, n + 7, n + 8);
+		sscanf(stat,
+		       " %*c %*d %*d %*d %*d %*d %*u %lu %lu %lu %lu %lu %lu %lu %lu"
+		       " %*d %*d %lu",
+		       n, n + 1, n + 2, n + 3, n + 4, n + 5, n + 6, n + 7, n + 8);
 	for (size_t i = 0; i < ARRAY_SIZE(n); i++)
 		sum += n[i];
 	return sum;

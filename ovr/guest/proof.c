@@ -1,18 +1,17 @@
 /*
- * The agent and the host prove to each other who they are.
+ * Mutual authentication of agent and host.
  *
- * AF_VSOCK asks nobody's leave: any user of the host can connect to us, and a
- * restore makes processes of any kind. So the host must know what lies in a
- * page of ours. Who can read that has the VM's RAM, and with it all that we
- * could give away.
+ * Any user of the host can connect to the agent by AF_VSOCK, and a restore
+ * creates processes with any privilege. So the host must know a secret in a
+ * page of the agent. A host process that can read the page has the VM's RAM,
+ * and gains nothing from a restore that it does not have already.
  *
- * The other way round, any user of the guest can serve a port that we do not
- * serve, and would be sent images. So we must know the same secret; and the
- * host takes it from a page only that no user of the guest can have made:
- * see ovr/guest/client/secret_page.py, which checks what is set here.
+ * Conversely, any user of the guest can serve a port that the agent does not
+ * serve, and would be sent images. So the agent must know the secret too, and
+ * the host accepts it only from a page that no user of the guest can create:
+ * ovr/guest/client/secret_page.py checks the attributes that are set here.
  *
- * The secret itself is never sent: each side shows, by an HMAC over both
- * nonces, that it has it.
+ * The secret itself is never sent: each side sends an HMAC over both nonces.
  */
 #include <fcntl.h>
 #include <stdio.h>
@@ -26,16 +25,16 @@
 
 #define PAGE 4096
 
-/* ovr/guest/client/secret_page.py reads it. */
+/* Layout known to ovr/guest/client/secret_page.py. */
 struct secret_page {
 	char magic[SECRET_MAGIC_SIZE];
-	uint64_t address, pid, start;	/* where it is, and in which process */
+	uint64_t address, pid, start; /* the page's own address, and its process */
 	uint8_t secret[SECRET_SIZE];
 };
 
 static struct secret_page *page;
 
-/* When this process was started, in ticks since the boot: no other one of its pid has that. */
+/* Start time of this process in ticks since boot: unique for its pid. */
 static uint64_t start_time(void)
 {
 	unsigned long long ticks = 0;
@@ -46,10 +45,12 @@ static uint64_t start_time(void)
 	if (fd >= 0)
 		close(fd);
 	text[size > 0 ? size : 0] = 0;
-	/* The name may hold anything, but the last parenthesis ends it. Field 22: proc_pid_stat(5). */
+	/* The last parenthesis ends the name. The start time is field 22: proc_pid_stat(5). */
 	at = strrchr(text, ')');
-	if (!at || sscanf(at + 1, " %*c %*d %*d %*d %*d %*d %*u %*u %*u %*u %*u %*u %*u %*d %*d %*d"
-			  " %*d %*d %*d %llu", &ticks) != 1)
+	if (!at || sscanf(at + 1,
+			  " %*c %*d %*d %*d %*d %*d %*u %*u %*u %*u %*u %*u %*u %*d %*d %*d"
+			  " %*d %*d %*d %llu",
+			  &ticks) != 1)
 		return 0;
 	return ticks;
 }
@@ -60,10 +61,10 @@ bool proof_make(void)
 	if (page == MAP_FAILED)
 		return false;
 	/*
-	 * In RAM for good, in no other process, and in no dump. No allocator and
-	 * no library asks for all of this together, so that nothing which others
-	 * have put into a process of root's lies in such memory. The system call
-	 * itself, since AddressSanitizer makes mlock() do nothing.
+	 * Locked in RAM, not inherited by children, not in core dumps. No allocator
+	 * and no library combines all of these, so no data that other users passed
+	 * to a process of root is in such memory. The raw system call, since
+	 * AddressSanitizer turns mlock() into a no-op.
 	 */
 	if (syscall(SYS_mlock, page, PAGE) < 0 || madvise(page, PAGE, MADV_DONTFORK) < 0 ||
 	    madvise(page, PAGE, MADV_WIPEONFORK) < 0 || madvise(page, PAGE, MADV_DONTDUMP) < 0 ||
@@ -107,7 +108,7 @@ bool proof_of_host(const struct nonces *nonces, const struct mp_value *guess)
 	if (guess->size != SHA256_SIZE)
 		return false;
 	prove(PROOF_OF_HOST, nonces, right);
-	/* As long for a wrong first byte as for a wrong last one. */
+	/* In constant time. */
 	for (int i = 0; i < SHA256_SIZE; i++)
 		difference |= guess->data[i] ^ right[i];
 	return !difference;

@@ -1,4 +1,4 @@
-/* One restore at a time: what its host says, and what happens if nobody says anything. */
+/* One restore at a time: messages of its session, and deadlines. */
 #include <errno.h>
 #include <limits.h>
 #include <string.h>
@@ -7,10 +7,10 @@
 #include "restore.h"
 
 #define MAX_DEADLINE_MS (24ll * 3600 * 1000)
-#define UPLOAD_SILENCE_MS 60000	/* until "begin" says how long a host may be silent */
+#define UPLOAD_SILENCE_MS 60000 /* until Begin sets silence_ms */
 
-#define NO_RESTORE { .listener = -1, .hook = -1, .directory.images = -1, \
-		     .theirs = {.end = -1, .log = -1} }
+#define NO_RESTORE                                                                                 \
+	{.listener = -1, .hook = -1, .directory.images = -1, .theirs = {.end = -1, .log = -1}}
 
 struct restore restore = NO_RESTORE;
 
@@ -26,20 +26,20 @@ void restore_forget(void)
 	restore = (struct restore)NO_RESTORE;
 }
 
-/* ------------------------------------------------------------------------ the host's words */
+/* ------------------------------------------------------------------------ messages */
 
-/* Refuse what comes at the wrong time; the host may have sent more behind it, so hang up. */
+/* Refuse messages in the wrong phase. End the session: the host may have sent more of them. */
 static bool in_phase(struct session *session, enum phase phase)
 {
 	if (restore.phase != IDLE && restore.owner != session)
 		session_break(session, CODE_BUSY, "busy: another session has a restore under way");
 	else if (restore.phase == ENDING && phase == HELD)
-		return false;	/* our word that it was aborted will be the answer */
+		return false; /* Aborted is the answer, and follows */
 	else if (restore.phase == IDLE && phase == HELD)
-		/* Our word that it was aborted is still on its way: that is the answer. */
+		/* The host has not read Aborted yet, and will take it for the answer. */
 		session_refuse(session, CODE_IDLE, "no restore is under way");
 	else if (restore.phase != phase)
-		session_break(session, CODE_PROTOCOL, "not now: out of order");
+		session_break(session, CODE_PROTOCOL, "message out of order");
 	else
 		return true;
 	return false;
@@ -63,12 +63,12 @@ static void add_files(struct session *session, const struct message *message)
 	if (!in_phase(session, UPLOADING))
 		return;
 	if (names_left != data_left)
-		problem = (struct problem){CODE_PROTOCOL, "as many names as contents are needed"};
+		problem =
+			(struct problem){CODE_PROTOCOL, "the numbers of names and contents differ"};
 	while (!problem.text && names_left-- && mp_read(&names, &name) && mp_read(&data, &content))
 		problem = directory_append(&restore.directory, &name, &content);
 	if (problem.text)
-		session_break(session, problem.code, "image files cannot be taken: %s",
-			      problem.text);
+		session_break(session, problem.code, "cannot store image files: %s", problem.text);
 }
 
 static int64_t deadline_ms(const struct message *message, enum key key)
@@ -88,7 +88,7 @@ static bool known_engine(const struct message *message)
 	return engine_known(name);
 }
 
-/* CRIU's pid, or -1 and errno. */
+/* Returns CRIU's pid, or -1 and errno. */
 static pid_t start_criu(const struct message *begin)
 {
 	static struct criu_command command;
@@ -113,8 +113,10 @@ static void refuse_start(struct session *session, int error)
 	enum code code = code_of_errno(error);
 
 	if (error == ESTALE)
-		session_break(session, CODE_REPLACED, "%s cannot be started: the agent's own program"
-			      " file was replaced", what);
+		session_break(session, CODE_REPLACED,
+			      "%s cannot be started: the agent's own program"
+			      " file was replaced",
+			      what);
 	else
 		session_break(session, code == CODE_SYSTEM ? CODE_START : code,
 			      "%s cannot be started: %s", what, strerror(error));
@@ -125,19 +127,19 @@ static void begin(struct session *session, const struct message *message)
 	if (!in_phase(session, UPLOADING))
 		return;
 	if (!known_engine(message)) {
-		session_break(session, CODE_ENGINE, "no container engine that the agent knows");
+		session_break(session, CODE_ENGINE, "unknown container engine");
 		return;
 	}
 	if (!hook_listen()) {
-		session_break(session, code_of_errno(errno), "no socket for the hook: %s",
+		session_break(session, code_of_errno(errno), "cannot create the hook's socket: %s",
 			      strerror(errno));
 		return;
 	}
 	restore.engine = message_has(message, KEY_ENGINE);
-	/* Whatever outlives CRIU must not get away from us. What outlives an engine is its own. */
+	/* Adopt tasks that outlive CRIU, so that they can be killed. An engine's are its own. */
 	prctl(PR_SET_CHILD_SUBREAPER, !restore.engine);
-	restore.child = restore.engine ? engine_start(&restore.directory, message) :
-					 start_criu(message);
+	restore.child =
+		restore.engine ? engine_start(&restore.directory, message) : start_criu(message);
 	if (restore.child < 0) {
 		refuse_start(session, errno);
 		return;
@@ -149,7 +151,8 @@ static void begin(struct session *session, const struct message *message)
 	restore.silence_ms = deadline_ms(message, KEY_SILENCE_MS);
 	restore.silent_at = now_ms() + restore.silence_ms;
 	restore.late_at = message_has(message, KEY_TIMEOUT_MS) ?
-		now_ms() + deadline_ms(message, KEY_TIMEOUT_MS) : LLONG_MAX;
+				  now_ms() + deadline_ms(message, KEY_TIMEOUT_MS) :
+				  LLONG_MAX;
 	progress_begin(deadline_ms(message, KEY_STALL_MS));
 }
 
@@ -157,7 +160,7 @@ static void go(struct session *session)
 {
 	if (!in_phase(session, HELD))
 		return;
-	/* The restored root becomes init's child, as after any criu restore -d. */
+	/* The restored root becomes a child of init, as after any `criu restore -d`. */
 	prctl(PR_SET_CHILD_SUBREAPER, 0);
 	populate_end();
 	if (!restore.engine)
@@ -170,7 +173,7 @@ static void go(struct session *session)
 	}
 }
 
-/* Of the tree that is held, or one of our own that map its memory. */
+/* A task of the held tree, or a worker that maps its memory. */
 static bool belongs(uint64_t pid)
 {
 	return pid > 1 && pid <= INT_MAX &&
@@ -225,9 +228,9 @@ void restore_message(struct session *session, const struct message *message)
 		break;
 	default:
 		if (restore.owner == session && restore.phase == ENDING)
-			break;	/* the answer will come */
+			break; /* the answer follows */
 		if (restore.owner == session && restore.phase != IDLE && restore.phase != RELEASED)
-			restore_abort(CODE_HOST, "the host said so");
+			restore_abort(CODE_HOST, "aborted by the host");
 		else
 			session_refuse(session, CODE_IDLE, "no restore is under way");
 	}
@@ -238,7 +241,7 @@ void restore_session_ended(struct session *session)
 	if (restore.phase == IDLE || restore.owner != session)
 		return;
 	restore.owner = NULL;
-	/* After "go" the tree is the guest's, whoever listens. */
+	/* After Go the tree belongs to the guest, with or without a session. */
 	if (restore.phase != RELEASED && restore.phase != ENDING)
 		restore_abort(CODE_LINK, "the link to the host broke");
 }
@@ -283,7 +286,7 @@ void restore_work(void)
 		restore_abort(CODE_SILENT, "the host was silent for too long");
 }
 
-/* Nothing to do but to look again. */
+/* Wakes the loop: restore_work() checks for CRIU's exit. */
 static void on_criu_end(int fd, short events, void *context)
 {
 	(void)fd, (void)events, (void)context;
@@ -311,5 +314,5 @@ void restore_watch(struct loop *loop)
 void restore_shutdown(void)
 {
 	if (restore.phase == UPLOADING || restore.phase == BUILDING || restore.phase == HELD)
-		restore_abort(CODE_AGENT, "the agent was told to end");
+		restore_abort(CODE_AGENT, "the agent is shutting down");
 }

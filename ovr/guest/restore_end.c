@@ -1,6 +1,6 @@
 /*
- * Every end of a restore: its tree is killed, or it is the guest's; what an
- * engine has left is removed; the host hears of it.
+ * Every end of a restore: kill the tree or leave it to the guest, have an engine
+ * remove its container, and report to the host.
  */
 #include <signal.h>
 #include <stdio.h>
@@ -12,9 +12,9 @@
 #define CRIU_DEATH_MS 5000
 #define ENGINE_END_MS 60000
 
-/* What the host is to hear of a restore that has come to nothing. */
+/* The report of a failed or aborted restore. */
 static struct outcome {
-	bool failed;		/* by CRIU or an engine, not by us or the host */
+	bool failed; /* by CRIU or an engine, not by the agent or the host */
 	bool gone;
 	int status, count;
 	enum code code;
@@ -35,7 +35,7 @@ bool restore_criu_ended(void)
 
 struct tree restore_tree(void)
 {
-	/* Of a CRIU that ended the pids may be anybody's. */
+	/* After CRIU's exit its pids may be reused. */
 	bool ended = restore_criu_ended();
 
 	return (struct tree){
@@ -58,7 +58,7 @@ static void kill_criu(void)
 	}
 }
 
-/* True when nothing of it is left: neither its tasks, nor CRIU. */
+/* True if all tasks and CRIU are gone. */
 static bool kill_everything(void)
 {
 	struct tree tree = restore_tree();
@@ -66,11 +66,11 @@ static bool kill_everything(void)
 
 	if (tree.criu > 1)
 		tree_stop_criu(tree.criu);
-	/* The hook too: it is CRIU's child, and stopped as it is CRIU learns nothing. */
+	/* Including the hook, a child of CRIU, which is stopped and does not notice. */
 	if (tree.criu > 1 || tree.root > 1 || tree.orphans)
 		gone = tree_kill(tree);
 	kill_criu();
-	/* CRIU's zombies are ours now (we are their subreaper): their pids must become free. */
+	/* Reap CRIU's zombies as their subreaper: their pids must become free. */
 	reap_children();
 	return gone && restore_criu_ended();
 }
@@ -82,7 +82,7 @@ static void report_end(void)
 	struct writer writer;
 
 	complain("restore %s: %s%s", end.failed ? "failed" : "aborted", end.reason,
-		 end.gone ? "" : "; tasks are still there");
+		 end.gone ? "" : "; some of its tasks are still alive");
 	restore_forget();
 	if (!owner)
 		return;
@@ -100,7 +100,7 @@ static void report_end(void)
 	session_send(owner, &writer);
 }
 
-/* The engine has ended, or one of those that remove what it has left. */
+/* The engine or a cleanup step has exited: start the next step. */
 static void clean_up(void)
 {
 	pid_t pid = 0;
@@ -116,7 +116,7 @@ static void clean_up(void)
 	restore.late_at = now_ms() + ENGINE_END_MS;
 }
 
-/* The tree is dead. What an engine has made besides is to go, too. */
+/* The tree is dead. Let the engine end, then remove its container. */
 static void end_restore(void)
 {
 	if (!restore.engine || restore.phase == UPLOADING) {
@@ -124,8 +124,8 @@ static void end_restore(void)
 		return;
 	}
 	/*
-	 * The engine sees that its CRIU failed; if it has not come to CRIU yet,
-	 * the hook that gets no answer makes CRIU give up.
+	 * The engine notices that its CRIU failed. If it has not started CRIU
+	 * yet, the hook will get no answer and make CRIU give up.
 	 */
 	close_fd(&restore.hook);
 	populate_end();
@@ -138,7 +138,8 @@ static void end_restore(void)
 void restore_abort(enum code code, const char *reason)
 {
 	outcome = (struct outcome){
-		.gone = restore.phase == UPLOADING || kill_everything(), .code = code,
+		.gone = restore.phase == UPLOADING || kill_everything(),
+		.code = code,
 	};
 	snprintf(outcome.reason, sizeof(outcome.reason), "%s", reason);
 	end_restore();
@@ -151,7 +152,7 @@ void restore_engine_too_late(void)
 		report_end();
 		return;
 	}
-	complain("the container engine does not end; it is killed");
+	complain("the container engine does not exit; killing it");
 	kill(restore.child, SIGKILL);
 	restore.engine_killed = true;
 	restore.late_at = now_ms() + ENGINE_END_MS;
@@ -159,17 +160,18 @@ void restore_engine_too_late(void)
 
 static void report_failure(void)
 {
-	/* After "go" the tree is the engine's, and so is cleaning up. */
+	/* After Go tree and cleanup are the engine's. */
 	bool released = restore.engine && restore.phase == RELEASED;
 	const char *note;
 
 	outcome = (struct outcome){
-		.failed = true, .gone = released || kill_everything(),
+		.failed = true,
+		.gone = released || kill_everything(),
 		.status = exit_code(restore.child_status),
 	};
-	outcome.count = restore.engine ?
-		engine_log_errors(&restore.directory, &restore.theirs, outcome.lines) :
-		criu_log_errors(&restore.directory, outcome.lines);
+	outcome.count = restore.engine ? engine_log_errors(&restore.directory, &restore.theirs,
+							   outcome.lines) :
+					 criu_log_errors(&restore.directory, outcome.lines);
 	warm_served(&note);
 	if (!outcome.count && restore.warm && *note)
 		snprintf(outcome.lines[outcome.count++], LOG_WIDTH, "%s", note);
@@ -207,10 +209,10 @@ void restore_child_ended(void)
 	else if (restore.phase == RELEASED && exit_code(restore.child_status) == 0)
 		report_success();
 	else if (restore.phase == HELD)
-		restore_abort(restore.engine ? CODE_ENGINE : CODE_CRIU, restore.engine ?
-			      "the container engine ended before the restore" :
-			      "criu died while it held the tree");
+		restore_abort(restore.engine ? CODE_ENGINE : CODE_CRIU,
+			      restore.engine ? "the container engine ended before the restore" :
+					       "criu died while it held the tree");
 	else
-		/* In BUILDING even status 0: a tree that did not pass our hook. */
+		/* In BUILDING even with status 0: the tree did not pass the hook. */
 		report_failure();
 }

@@ -1,4 +1,4 @@
-/* The agent's side of the hook (hook.c): CRIU says where it is, and waits with its tree. */
+/* The agent's side of the hook (hook.c): accept its reports, and answer them. */
 #include <errno.h>
 #include <signal.h>
 #include <stdio.h>
@@ -7,7 +7,7 @@
 
 #include "restore.h"
 
-/* The threads that are held, since the hook has come. */
+/* The threads that CRIU holds. */
 static uint32_t tasks[MAX_TREE];
 static int count;
 
@@ -44,8 +44,8 @@ static void tree_stands(pid_t root)
 	}
 	count = tree_traced(restore.criu, tasks);
 	if (!holds(root)) {
-		restore_abort(CODE_TREE, count < 0 ? "the tree has too many threads" :
-						     "criu holds no tree");
+		restore_abort(CODE_TREE,
+			      count < 0 ? "the tree has too many threads" : "criu holds no tree");
 		return;
 	}
 	restore.silent_at = now_ms() + restore.silence_ms;
@@ -55,14 +55,14 @@ static void tree_stands(pid_t root)
 void hook_reset_priorities(void)
 {
 	priority_reset(restore.criu);
-	/* CRIU gives each task its nice value, but zombies none: they have CRIU's own. */
+	/* CRIU sets the nice value of tasks, but not of zombies, which keep CRIU's. */
 	tree_renice_zombies((struct tree){.root = restore.root}, priority_before());
-	/* By the library in its CRIU each session of the tree has been first. */
+	/* The pool's library has raised the priority of each session of the tree. */
 	for (int i = 0; restore.warm && i < count; i++)
 		priority_reset((pid_t)tasks[i]);
 }
 
-/* The first word of an engine's CRIU, before it has made a task. */
+/* The first report of an engine's CRIU, before it has created a task. */
 static bool adopt(pid_t criu)
 {
 	if (!restore.engine || restore.criu > 1)
@@ -97,20 +97,20 @@ static void on_hook(int fd, short events, void *context)
 		if (restore.phase == HELD)
 			restore_abort(CODE_HOOK, "the hook died");
 		else if (restore.phase == RELEASED && !restore_criu_ended())
-			/* It may have died before it could: go is go. */
+			/* Even if it died before that: Go was received. */
 			kill(restore.criu, SIGCONT);
 	} else if (restore.phase == ENDING) {
 		close_fd(&restore.hook);
 	} else if (restore.phase != BUILDING || size != (ssize_t)sizeof(report)) {
-		restore_abort(CODE_HOOK, "the hook makes no sense");
+		restore_abort(CODE_HOOK, "invalid report from the hook");
 	} else if (report.root == 0 && !adopt(report.criu)) {
-		restore_abort(CODE_CRIU, "another criu than the engine's runs our hook");
+		restore_abort(CODE_CRIU, "the hook was run by another criu than the engine's");
 	} else if (report.root == 0) {
-		/* pre-restore, post-restore: only asks whether we are there */
+		/* pre-restore or post-restore: the agent's presence is enough */
 		hook_say_go();
 		close_fd(&restore.hook);
 	} else if (report.criu != restore.criu) {
-		restore_abort(CODE_CRIU, "another criu than ours holds the tree");
+		restore_abort(CODE_CRIU, "the tree is held by another criu than the agent's");
 	} else {
 		tree_stands(report.root);
 	}
@@ -137,9 +137,9 @@ bool hook_listen(void)
 	int size = snprintf(address.sun_path, sizeof(address.sun_path), "%s/hook",
 			    restore.directory.path);
 
-	if (fd >= 0 && (size >= (int)sizeof(address.sun_path) ||
-			bind(fd, (struct sockaddr *)&address, sizeof(address)) < 0 ||
-			listen(fd, 4) < 0))
+	if (fd >= 0 &&
+	    (size >= (int)sizeof(address.sun_path) ||
+	     bind(fd, (struct sockaddr *)&address, sizeof(address)) < 0 || listen(fd, 4) < 0))
 		close_fd(&fd);
 	restore.listener = fd;
 	return fd >= 0;

@@ -1,4 +1,4 @@
-/* What a session says and understands: its hello and proof, dispatch, errors, its end. */
+/* Sessions: hello, authentication, dispatch of messages, errors, end. */
 #include <errno.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -25,9 +25,12 @@ bool session_start(int fd, enum link link)
 		if (session->used)
 			continue;
 		*session = (struct session){
-			.used = true, .fd = fd, .link = link,
+			.used = true,
+			.fd = fd,
+			.link = link,
 			.state = link == LINK_STREAM ? STATE_FRAMES : STATE_LOST,
-			.in = malloc(IN_SIZE), .out = malloc(OUT_SIZE),
+			.in = malloc(IN_SIZE),
+			.out = malloc(OUT_SIZE),
 		};
 		if (session->in && session->out)
 			return true;
@@ -98,7 +101,7 @@ void session_break(struct session *session, enum code code, const char *format, 
 	va_end(args);
 	session->greeted = session->proved = false;
 	session->in_size = 0;
-	/* A stream lingers, so that the error is not overtaken by a reset. */
+	/* A stream lingers, so that no reset discards the error. */
 	session->state = session->link == LINK_STREAM ? STATE_LINGER : STATE_LOST;
 	session->linger_until = now_ms() + LINGER_MS;
 }
@@ -123,7 +126,7 @@ static void welcome(struct session *session, const struct mp_value *token)
 	char boot[64];
 
 	if (session->link != LINK_STREAM) {
-		/* Everything that was on its way out belongs to somebody else. */
+		/* Pending output belongs to an earlier session. */
 		session->out_start = 0;
 		session->out_size = MAGIC_SIZE + TOKEN_SIZE;
 		memcpy(session->out, MAGIC, MAGIC_SIZE);
@@ -155,17 +158,17 @@ static void hello(struct session *session, const struct message *message)
 {
 	const struct mp_value *token = &message->field[KEY_TOKEN];
 
-	if (session->greeted || token->size != TOKEN_SIZE)
-		session_break(session, CODE_PROTOCOL, "broke the protocol: a bad hello");
-	else if (message_uint(message, KEY_VERSION) != PROTOCOL_VERSION)
+	if (session->greeted || token->size != TOKEN_SIZE) {
+		session_break(session, CODE_PROTOCOL, "protocol error: invalid hello");
+	} else if (message_uint(message, KEY_VERSION) != PROTOCOL_VERSION) {
 		session_break(session, CODE_VERSION,
 			      "the agent speaks version %d of the protocol, not %llu",
 			      PROTOCOL_VERSION,
 			      (unsigned long long)message_uint(message, KEY_VERSION));
-	else if (!proof_make_nonce(session->nonces.agent))
-		session_break(session, code_of_errno(errno), "no random numbers: %s",
+	} else if (!proof_make_nonce(session->nonces.agent)) {
+		session_break(session, code_of_errno(errno), "cannot get random numbers: %s",
 			      strerror(errno));
-	else {
+	} else {
 		session->greeted = true;
 		memcpy(session->nonces.host, token->data, TOKEN_SIZE);
 		welcome(session, token);
@@ -186,8 +189,9 @@ static void prove(struct session *session, const struct message *message)
 	struct writer writer;
 
 	if (!proof_of_host(&session->nonces, &message->field[KEY_PROOF])) {
-		session_break(session, CODE_PROOF, "this host does not know what lies in the memory"
-			      " of this VM");
+		session_break(session, CODE_PROOF,
+			      "authentication failed: the host does not know the secret in"
+			      " this VM's memory");
 		return;
 	}
 	session->proved = true;
@@ -203,11 +207,11 @@ void session_dispatch(struct session *session, const uint8_t *body, size_t size)
 	const char *error = message_parse(&message, body, size);
 
 	if (error) {
-		session_break(session, CODE_PROTOCOL, "broke the protocol: %s", error);
+		session_break(session, CODE_PROTOCOL, "protocol error: %s", error);
 		return;
 	}
 	if (!session->greeted && message.op != OP_HELLO) {
-		session_break(session, CODE_PROTOCOL, "broke the protocol: no hello");
+		session_break(session, CODE_PROTOCOL, "protocol error: no hello");
 		return;
 	}
 	restore_session_heard(session);
@@ -226,8 +230,14 @@ void session_dispatch(struct session *session, const uint8_t *body, size_t size)
 	case OP_POOL:
 		warm_message(session, &message);
 		break;
-	case OP_WARM: case OP_CONFIG:
-	case OP_FILES: case OP_BEGIN: case OP_TOUCH: case OP_MAP: case OP_GO: case OP_ABORT:
+	case OP_WARM:
+	case OP_CONFIG:
+	case OP_FILES:
+	case OP_BEGIN:
+	case OP_TOUCH:
+	case OP_MAP:
+	case OP_GO:
+	case OP_ABORT:
 		if (session->proved && message.op == OP_WARM)
 			warm_message(session, &message);
 		else if (session->proved && message.op == OP_CONFIG)
@@ -235,11 +245,11 @@ void session_dispatch(struct session *session, const uint8_t *body, size_t size)
 		else if (session->proved)
 			restore_message(session, &message);
 		else
-			session_break(session, CODE_UNPROVEN,
-				      "prove first that you can read this VM's memory");
+			session_break(session, CODE_UNPROVEN, "the session is not authenticated");
 		break;
 	default:
 		if (!lab_message(session, &message))
-			session_break(session, CODE_PROTOCOL, "this agent does not do that");
+			session_break(session, CODE_PROTOCOL,
+				      "message not supported by this agent");
 	}
 }

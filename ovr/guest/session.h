@@ -1,22 +1,22 @@
 /*
- * Sessions: what the files that see to them share.
+ * Sessions: shared declarations.
  *
- *   session.c		what a session says and understands, from its start to its end
- *   session_io.c	its bytes: buffers, frames, the serial line's synchronisation
+ *   session.c		messages, from hello to the end of a session
+ *   session_io.c	input and output: buffers, frames, synchronization of serial lines
  */
 #ifndef OVR_SESSION_H
 #define OVR_SESSION_H
 
 #include "agent.h"
 
-#define IN_SIZE (4 + MAX_FRAME)
-#define OUT_SIZE (4 * MAX_FRAME)
+#define IN_SIZE (4ul + MAX_FRAME)
+#define OUT_SIZE (4ul * MAX_FRAME)
 
 enum state {
 	STATE_FRAMES,
-	STATE_LOST,	/* serial: nothing counts until the next sync */
-	STATE_MAGIC,	/* serial: the zeros were seen */
-	STATE_LINGER,	/* stream: an error is on its way out, input is discarded */
+	STATE_LOST,   /* serial: discard input until the next sync */
+	STATE_MAGIC,  /* serial: zeros received, magic expected */
+	STATE_LINGER, /* stream: discard input while an error is sent */
 };
 
 struct session {
@@ -26,9 +26,9 @@ struct session {
 	enum state state;
 	bool greeted, proved;
 	struct nonces nonces;
-	bool ended;		/* to be closed at the loop's next turn */
-	bool unplugged;		/* port: the host is not connected */
-	int64_t forget_at;	/* and then it is not awaited any longer */
+	bool ended;        /* close it in the next turn of the loop */
+	bool unplugged;    /* port: the host is not connected */
+	int64_t forget_at; /* port: when to give up waiting for the host */
 	int64_t linger_until;
 	unsigned zeros, matched;
 	size_t in_size, out_start, out_size;
@@ -37,10 +37,10 @@ struct session {
 
 /* session.c */
 extern struct session sessions[MAX_SESSIONS];
-/* The host that spoke so far is no more. */
+/* Forget the host of a serial session; the session waits for the next sync. */
 void session_forget(struct session *session);
 void session_close(struct session *session);
-/* Do what a frame says. */
+/* Parse and handle one frame. */
 void session_dispatch(struct session *session, const uint8_t *body, size_t size);
 
 #endif

@@ -1,20 +1,20 @@
-/* The bytes of sessions: buffers, frames, the serial line's synchronisation. */
+/* Input and output of sessions: buffers, frames, synchronization of serial lines. */
 #include <errno.h>
 #include <string.h>
 #include <unistd.h>
 
 #include "session.h"
 
-/* No sequence of frames holds so many zeros in a row: a payload's, and a length's high bytes. */
+/* More zeros in a row than any sequence of frames has: a payload, and a length's high bytes. */
 #define SYNC_MIN (MAX_FRAME + 8)
 
-/* For how long a port without a host keeps the session. */
+/* How long a port without a host keeps the session. */
 #define UNPLUGGED_MS 2000
 
 /*
- * Most bytes a write. Since "vsock/virtio: Allocate nonlinear SKBs for handling large transmit
+ * Maximum bytes per write. Since "vsock/virtio: Allocate nonlinear SKBs for handling large transmit
  * buffers" (6693731487a8) larger packets leave the guest in more than one piece, and
- * vhost-device-vsock (0.3) drops a packet with more than one piece of data.
+ * vhost-device-vsock (0.3) drops packets with more than one piece of data.
  */
 #define WRITE_SIZE (16 << 10)
 
@@ -25,10 +25,10 @@ bool session_has_room(const struct session *session)
 	return session->out_size < MAX_FRAME && session->state == STATE_FRAMES && !session->ended;
 }
 
-/* Requests wait while their answers might not fit; two frames more stay free for news. */
+/* Requests wait until their answers fit; two more frames stay free for unsolicited messages. */
 static bool can_answer(const struct session *session)
 {
-	return session->out_size <= OUT_SIZE - 3 * (4 + MAX_FRAME);
+	return session->out_size <= OUT_SIZE - 3 * (4ul + MAX_FRAME);
 }
 
 struct writer session_writer(struct session *session, enum op op)
@@ -74,7 +74,7 @@ static void flush(struct session *session)
 
 /* ------------------------------------------------------------------------ input */
 
-/* The frame at `at`, with its head: 0 when there is not yet a whole one. */
+/* Size of the frame at `at`, including its head; 0 if it is incomplete. */
 static size_t frame_at(const struct session *session, size_t at)
 {
 	size_t left = session->in_size - at, size;
@@ -82,8 +82,10 @@ static size_t frame_at(const struct session *session, size_t at)
 	if (left < 4)
 		return 0;
 	size = get_be32(session->in + at);
-	/* One that cannot be is whole already. */
-	return !size || size > MAX_FRAME ? 4 : left - 4 < size ? 0 : 4 + size;
+	/* An invalid frame counts as complete. */
+	if (!size || size > MAX_FRAME)
+		return 4;
+	return left - 4 < size ? 0 : 4 + size;
 }
 
 static void process_frames(struct session *session)
@@ -95,8 +97,7 @@ static void process_frames(struct session *session)
 		if (!size)
 			break;
 		if (size == 4) {
-			session_break(session, CODE_PROTOCOL,
-				      "broke the protocol: a frame of %u bytes",
+			session_break(session, CODE_PROTOCOL, "protocol error: frame of %u bytes",
 				      get_be32(session->in + at));
 			return;
 		}
@@ -116,7 +117,10 @@ static void feed_serial_byte(struct session *session, uint8_t byte)
 		session->state = STATE_MAGIC;
 		session->matched = 0;
 	}
-	session->zeros = byte ? 0 : session->zeros < SYNC_MIN ? session->zeros + 1 : SYNC_MIN;
+	if (byte)
+		session->zeros = 0;
+	else if (session->zeros < SYNC_MIN)
+		session->zeros++;
 	if (session->state == STATE_MAGIC) {
 		if (byte != (uint8_t)MAGIC[session->matched])
 			session->state = STATE_LOST;
@@ -153,11 +157,12 @@ static void host_left(struct session *session)
 		return;
 	}
 	/*
-	 * A port's bytes and the news of its host come by different queues (in
-	 * drivers/char/virtio_console.c a worker's), so this may be of a host
-	 * whose successor we have greeted already, and who is to be heard of
-	 * next. Who is new says so in any case (feed_serial_byte). A proof is
-	 * for whoever gave it alone: if that one is still there, it is told.
+	 * Data of a port and its connection state arrive by different queues (in
+	 * drivers/char/virtio_console.c, by a worker), so the host that left may
+	 * be the predecessor of the one greeted already, and the news of the
+	 * successor follows. A new host synchronizes in any case
+	 * (feed_serial_byte). An authenticated session ends at once; if its host
+	 * is still connected, it is sent the error.
 	 */
 	if (session->proved)
 		session_break(session, CODE_LINK, "the link to the host broke");
@@ -165,7 +170,7 @@ static void host_left(struct session *session)
 	session->forget_at = now_ms() + UNPLUGGED_MS;
 }
 
-/* Whether the host that spoke may still turn out to be there. */
+/* Whether the session's host may still be connected. */
 static bool awaited(const struct session *session)
 {
 	return session->unplugged && session->state != STATE_LOST;
@@ -222,7 +227,7 @@ static void watch_one(struct loop *loop, struct session *session)
 	}
 	events = session->state == STATE_FRAMES && !can_answer(session) ? 0 : POLLIN;
 	if (events && session->state == STATE_FRAMES && frame_at(session, 0)) {
-		/* Since then there is room for its answer; and none to read any more. */
+		/* There is room for the answer by now, and no room for more input. */
 		loop_wake_at(loop, now_ms());
 		events = 0;
 	}
@@ -249,7 +254,7 @@ void session_work(void)
 			continue;
 		if (awaited(session) && now_ms() >= session->forget_at)
 			session_forget(session);
-		/* What waited for room may go on now. */
+		/* Handle frames that waited for room. */
 		if (session->in_size && !session->ended)
 			process_frames(session);
 		flush(session);

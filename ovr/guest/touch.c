@@ -1,9 +1,8 @@
 /*
- * Touching pages of held tasks, so that the kernel allocates them.
+ * Touch pages of held tasks, so that the kernel allocates them.
  *
- * What takes long is that the kernel zeroes them. So as many threads as there are CPUs do it, before
- * anybody else gets a CPU: with real-time priority, which ends with them.
- * Runs in a child of the agent's.
+ * Most of the time goes into zeroing pages in the kernel. So one thread for each CPU touches them,
+ * with real-time priority, in a child of the agent.
  */
 #include <errno.h>
 #include <fcntl.h>
@@ -18,21 +17,21 @@
 #define HUGE_PAGE (2ull << 20)
 #define HUGE_PAGES (HUGE_PAGE / PAGE)
 #define MAX_THREADS 16
-/* Present, and mapped by nobody else: Documentation/admin-guide/mm/pagemap.rst */
+/* Present and exclusively mapped: Documentation/admin-guide/mm/pagemap.rst */
 #define PAGEMAP_OWN (1ull << 63 | 1ull << 56)
 
 static struct {
-	pthread_mutex_t lock;		/* of what follows up to `error` */
+	pthread_mutex_t lock; /* protects the fields up to `error` */
 	struct mp_reader ranges;
-	uint64_t left;			/* how many of them belong to this task */
-	uint64_t at, end;		/* what is left of the range that was read last */
+	uint64_t left;    /* ranges of this task that are not read yet */
+	uint64_t at, end; /* rest of the current range */
 	int error;
 	pid_t pid;
 	int mem, pagemap;
 	bool keep;
 } job = {.lock = PTHREAD_MUTEX_INITIALIZER, .mem = -1, .pagemap = -1};
 
-/* The next pages that are nobody's work yet; they lie in one huge page. */
+/* Take the next pages; they are within one huge page. */
 static bool take(uint64_t *at, uint64_t *pages)
 {
 	struct mp_value start, size;
@@ -64,7 +63,7 @@ static void give_up(int error)
 	pthread_mutex_unlock(&job.lock);
 }
 
-/* How many pages from `at` on could be written to, the way the task itself may. */
+/* Touch pages with the task's own permissions. Returns the number of pages touched. */
 static uint64_t touch_writable(uint64_t at, uint64_t pages)
 {
 	static const char zeros[HUGE_PAGES];
@@ -86,7 +85,7 @@ bool touch_forced(int mem, uint64_t at, bool keep)
 	       pwrite(mem, &byte, 1, (off_t)at) == 1;
 }
 
-/* A byte of a huge page gets all of it, where the kernel has one to give. */
+/* Touch one byte of a huge page, which allocates all of it if the kernel has one. */
 static bool touch_huge(uint64_t at, uint64_t pages, uint64_t entries[HUGE_PAGES])
 {
 	ssize_t size = HUGE_PAGES * sizeof(*entries);
@@ -155,7 +154,7 @@ static bool open_task(pid_t pid)
 	return job.mem >= 0;
 }
 
-/* The next so many ranges, which are all of one task. */
+/* Touch the next `count` ranges, all of one task. */
 static int touch_portion(uint64_t count)
 {
 	struct mp_reader all = job.ranges;

@@ -1,4 +1,4 @@
-/* How the host reaches us: AF_VSOCK connections and a virtio-serial port. */
+/* Connections from the host: AF_VSOCK and a virtio-serial port. */
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
@@ -22,10 +22,10 @@ static bool vsock_complained, port_complained;
 
 static bool accept_host(int fd)
 {
-	struct sockaddr_vm peer;
+	struct sockaddr_vm peer = {0};
 	socklen_t size = sizeof(peer);
 
-	/* Only the host: neither other VMs nor processes of this guest. */
+	/* Accept the host only: neither other VMs nor processes of this guest. */
 	return getpeername(fd, (struct sockaddr *)&peer, &size) == 0 &&
 	       peer.svm_family == AF_VSOCK && peer.svm_cid == VMADDR_CID_HOST;
 }
@@ -50,7 +50,9 @@ static bool listen_at(int fd, const struct sockaddr *address, socklen_t size)
 static void open_vsock(void)
 {
 	struct sockaddr_vm address = {
-		.svm_family = AF_VSOCK, .svm_cid = VMADDR_CID_ANY, .svm_port = options.vsock_port,
+		.svm_family = AF_VSOCK,
+		.svm_cid = VMADDR_CID_ANY,
+		.svm_port = options.vsock_port,
 	};
 	int fd = socket(AF_VSOCK, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
 
@@ -59,7 +61,8 @@ static void open_vsock(void)
 		return;
 	}
 	if (!vsock_complained)
-		complain("no vsock yet, port %u: %s", options.vsock_port, strerror(errno));
+		complain("cannot listen on vsock port %u yet: %s", options.vsock_port,
+			 strerror(errno));
 	vsock_complained = true;
 	if (fd >= 0)
 		close(fd);
@@ -101,8 +104,8 @@ static bool find_port(char path[320])
 }
 
 /*
- * A port without a host is POLLHUP all the time. An edge-triggered epoll
- * instance reports it once, and then only news.
+ * A port without a host reports POLLHUP all the time. An edge-triggered epoll
+ * instance reports it once, and then only changes.
  */
 static int make_waiter(int fd)
 {
@@ -125,7 +128,7 @@ static void open_port(void)
 		fd = open(path, O_RDWR | O_NONBLOCK | O_CLOEXEC);
 	if (fd < 0) {
 		if (!port_complained)
-			complain("no serial port %s yet", options.serial);
+			complain("cannot open serial port %s yet", options.serial);
 		port_complained = true;
 		return;
 	}
@@ -202,7 +205,7 @@ void transport_watch(struct loop *loop)
 		if (want_port)
 			open_port();
 		if (want_port && port >= 0)
-			/* Sessions were collected before: this one is watched from the next turn on. */
+			/* Sessions are collected first: this one is watched in the next turn. */
 			loop_wake_at(loop, now_ms());
 		retry_at = now_ms() + RETRY_MS;
 	}

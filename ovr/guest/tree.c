@@ -1,13 +1,13 @@
 /*
- * Finding and killing the tree that CRIU makes.
+ * Find and kill the tree that CRIU builds.
  *
- * Why nothing escapes. CRIU is stopped first (SIGSTOP, and seen stopped), so
- * it can neither make tasks, nor detach from them, nor take the end of its
- * script for leave to go on; nor die, which would release what it traces.
- * Then every member gets SIGSTOP until two looks in a row find nobody new:
- * what is still being built cannot fork past us. Then SIGKILL, which ptrace
- * does not hold up, until every member is gone or a zombie. CRIU, whose death
- * now releases nobody, is killed last, by the caller.
+ * No task escapes. CRIU is stopped first (SIGSTOP, and confirmed stopped), so
+ * it can neither create tasks, nor detach from them, nor continue when its
+ * script ends; nor exit, which would release its tracees. Then all members get
+ * SIGSTOP until two consecutive scans find the same ones, so that tasks under
+ * construction cannot fork unnoticed. Then SIGKILL, which ptrace does not
+ * delay, until every member is gone or a zombie. CRIU, whose death now releases
+ * no task, is killed last, by the caller.
  */
 #include <dirent.h>
 #include <errno.h>
@@ -26,8 +26,8 @@
 #define MAX_LOOKS 100
 
 /*
- * How many live members got the signal (SIZE_MAX when that is not known).
- * Together with their `sum` it tells two looks apart.
+ * Signal all live members. Returns their number, SIZE_MAX if it is not known.
+ * Number and `sum` together identify the set of members.
  */
 static size_t signal_members(struct table *table, struct tree *tree, int signal_number,
 			     uint64_t *sum)
@@ -39,7 +39,7 @@ static size_t signal_members(struct table *table, struct tree *tree, int signal_
 	if (!table_read(table))
 		return SIZE_MAX;
 	root = table_find(table, tree->root);
-	/* Once reaped, its pid may be anybody's. */
+	/* Once the root is reaped, its pid may be reused. */
 	if (!root || !process_alive(root))
 		tree->root = 0;
 	table_mark(table, tree);
@@ -80,7 +80,7 @@ bool tree_kill(struct tree tree)
 
 	stop_members(&table, &tree);
 	while ((left = signal_members(&table, &tree, SIGKILL, &sum)) && now_ms() < deadline) {
-		/* However many there are: only when they stop going away is it too long. */
+		/* Any number of tasks may take its time, as long as the number decreases. */
 		if (left < least) {
 			least = left;
 			deadline = now_ms() + KILL_MS;

@@ -1,9 +1,10 @@
 /*
  * The pool: a CRIU started in advance, with memory that is allocated already.
  *
- * It is our child, waits in the constructor of a library of ours (warm/), and
- * becomes the CRIU of the next restore that wants it. It is good for one. The
- * OOM killer takes it before anything else; it ends when we do.
+ * It is a child of the agent, waits in the constructor of a preloaded library
+ * (warm/), and becomes the CRIU of the next restore that uses the pool. It
+ * serves one restore. The OOM killer chooses it before any other process, and
+ * it dies with the agent.
  */
 #include <errno.h>
 #include <fcntl.h>
@@ -20,7 +21,7 @@
 #include "warm_library.h"
 
 #define DEATH_MS 10000
-#define SPARE (64ull << 20)	/* bytes that the guest keeps for itself */
+#define SPARE (64ull << 20) /* bytes left to the guest */
 
 struct warm_pool pool = {.socket = -1, .note = "none was made"};
 
@@ -39,9 +40,9 @@ void pool_forget(void)
 	pool.pid = 0;
 }
 
-/* ------------------------------------------------------------------------ making it */
+/* ------------------------------------------------------------------------ creation */
 
-/* The library, with a page behind it that we share with who has it loaded. */
+/* A memfd with the library and, behind it, a page shared with the process that loads it. */
 static int make_library(struct pool_state **state)
 {
 	size_t size = (sizeof(warm_library) + POOL_PAGE - 1) & ~(size_t)(POOL_PAGE - 1);
@@ -78,7 +79,7 @@ static enum pool_huge huge_pages(void)
 static pid_t start(struct child_io io)
 {
 	char *argv[POOL_ARGUMENTS + 1] = {(char *)(uintptr_t)options.criu, "restore"};
-	/* The library knows itself by the first one. */
+	/* The library looks for the first variable to know that it is in the pool's CRIU. */
 	char *env[] = {"LD_PRELOAD=/proc/self/fd/0", AGENT_PATH, NULL};
 
 	for (int i = 2; i < POOL_ARGUMENTS; i++)
@@ -113,7 +114,7 @@ static int make(uint64_t size, uint64_t place)
 	return 0;
 }
 
-/* ------------------------------------------------------------------------ ending it */
+/* ------------------------------------------------------------------------ end */
 
 static void lost(enum code code, const char *why)
 {
@@ -170,12 +171,12 @@ bool warm_reaped(pid_t pid, int status)
 
 void warm_shutdown(void)
 {
-	pool_end("the agent ends");
+	pool_end("the agent is shutting down");
 }
 
-/* ------------------------------------------------------------------------ the host's words */
+/* ------------------------------------------------------------------------ messages */
 
-/* How much of it is in huge pages, by the kernel's own count. */
+/* Bytes of the pool in huge pages, as counted by the kernel. */
 static uint64_t huge_bytes(void)
 {
 	unsigned long long kib = 0;
@@ -201,8 +202,10 @@ static void report(struct session *session)
 	message_add_uint(&writer, KEY_HUGE, ready ? huge_bytes() : 0);
 	message_add_uint(&writer, KEY_PID, ready ? (uint64_t)pool.pid : 0);
 	message_add_uint(&writer, KEY_ADDRESS, ready ? pool.state->base : 0);
-	message_add_str(&writer, KEY_NOTE, pool.stage == FILLING ? "it is being filled" :
-			ready ? "" : pool.note);
+	if (pool.stage == FILLING)
+		message_add_str(&writer, KEY_NOTE, "it is being filled");
+	else
+		message_add_str(&writer, KEY_NOTE, ready ? "" : pool.note);
 	session_send(session, &writer);
 }
 
@@ -230,7 +233,8 @@ static void warm(struct session *session, uint64_t size, uint64_t place)
 		return;
 	}
 	if (place >= POOL_SPAN || place % POOL_UNIT) {
-		session_refuse(session, CODE_PROTOCOL, "a pool begins at whole huge pages");
+		session_refuse(session, CODE_PROTOCOL,
+			       "the pool's place is not a multiple of the huge page size");
 		return;
 	}
 	available = available_bytes() + warm_size();
@@ -238,11 +242,11 @@ static void warm(struct session *session, uint64_t size, uint64_t place)
 	if (size > POOL_MAX || size + SPARE > available) {
 		session_refuse(session, CODE_NO_MEMORY,
 			       "the guest has %llu MiB of memory available, too little for "
-			       "a pool of %llu MiB", (unsigned long long)available >> 20,
-			       (unsigned long long)size >> 20);
+			       "a pool of %llu MiB",
+			       (unsigned long long)available >> 20, (unsigned long long)size >> 20);
 		return;
 	}
-	pool_end("it was given up for another");
+	pool_end("it was replaced by another pool");
 	error = make(size, place);
 	if (error)
 		session_refuse(session, code_of_errno(error), "no pool: %s", strerror(error));
@@ -260,9 +264,9 @@ void warm_message(struct session *session, const struct message *message)
 	}
 	if (message->op == OP_WARM) {
 		if (pool.waiting)
-			session_refuse(pool.waiting, CODE_POOL, "the pool was given up");
+			session_refuse(pool.waiting, CODE_POOL, "the pool was discarded");
 		pool.waiting = NULL;
-		pool_end("it was given up");
+		pool_end("it was discarded");
 	}
 	report(session);
 }
@@ -282,7 +286,7 @@ static void on_news(int fd, short events, void *context)
 	if (fd != pool.socket)
 		return;
 	if (pool.stage != FILLING || recv(fd, &word, 1, MSG_DONTWAIT) <= 0) {
-		/* It ends; why, we learn from its exit. */
+		/* The process is exiting; its status gives the reason. */
 		shutdown(fd, SHUT_RDWR);
 		close_fd(&pool.socket);
 		return;

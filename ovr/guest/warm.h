@@ -1,8 +1,8 @@
 /*
- * The pool: what the files that see to it share.
+ * The pool: shared declarations.
  *
- *   warm.c	making and ending it
- *   warm_use.c	a restore that takes it
+ *   warm.c	creation and end
+ *   warm_use.c	restores that use it
  */
 #ifndef OVR_WARM_H
 #define OVR_WARM_H
@@ -17,14 +17,14 @@ struct warm_pool {
 	pid_t pid;
 	int socket;
 	struct pool_state *state;
-	struct session *waiting;	/* who asked for it and has no answer yet */
-	char note[160];			/* why the last one is no more */
+	struct session *waiting; /* the session whose Warm is not answered yet */
+	char note[160];          /* why there is no pool */
 };
 
 extern struct warm_pool pool;
 
 void pool_unmap(struct pool_state **state);
-/* There is none any more, whatever becomes of its process. */
+/* Forget the pool, without waiting for its process. */
 void pool_forget(void);
 void pool_end(const char *why);
 

@@ -1,4 +1,4 @@
-/* A restore takes the pool (warm.c): its CRIU gets the arguments of the restore, and its table. */
+/* Use the pool (warm.c) for a restore: send its CRIU the arguments and the table of areas. */
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -6,7 +6,7 @@
 
 #include "warm.h"
 
-/* That of the restore under way, which has used the pool up. */
+/* The state of the pool that the current restore uses. */
 static struct pool_state *used;
 
 struct request {
@@ -62,8 +62,8 @@ static bool ask(const struct criu_command *command)
 }
 
 /*
- * CRIU maps areas in functions of libc, where our library can see it, if the
- * images have a parent; the parent's pagemaps are never looked into.
+ * If the images have a parent, CRIU maps areas with mmap() of libc, which the
+ * library interposes. The parent's pagemaps are not read.
  */
 static bool hand_over(const struct directory *directory, const struct message *begin,
 		      const struct criu_command *command)
@@ -84,17 +84,17 @@ pid_t warm_take(const struct directory *directory, const struct message *begin,
 
 	if (pool.stage != READY)
 		return -1;
-	/* It may have died a moment ago. */
+	/* The process may have just died. */
 	reap_children();
 	if (pool.stage != READY)
 		return -1;
 	if (!hand_over(directory, begin, command)) {
-		pool_end("it does not take the request");
+		pool_end("it did not accept the request");
 		return -1;
 	}
 	used = pool.state;
 	pool.state = NULL;
-	snprintf(pool.note, sizeof(pool.note), "a restore has used it up");
+	snprintf(pool.note, sizeof(pool.note), "it was used by a restore");
 	pool_forget();
 	return pid;
 }

@@ -1,12 +1,12 @@
 // PID 1 of a lab guest, in two halves.
 //
-// As /init of the initramfs: load the modules that the kernel needs to reach its disk and its vsock
-// device, mount the disk, put the agent on it, move in; mount the kernel's modules, if they are not
-// on that disk ("module_disk" on the kernel's command line). Then: mount what a Debian
-// system has mounted, bring up the loopback, keep the agent running and reap every child (CRIU
-// cannot give a process the pid of a zombie). SIGTERM powers the machine off.
+// As /init of the initramfs: load the modules for the disk and the vsock device, mount the disk,
+// copy the agent to it, make it the root; mount a separate disk of kernel modules, if the kernel's
+// command line has "module_disk". Then, as the guest's init: mount the file systems of a Debian
+// system, bring up the loopback device, keep the agent running, and reap every child (CRIU cannot
+// create a process with the pid of a zombie). SIGTERM powers the machine off.
 //
-// The lab reads READY on the console.
+// The lab waits for READY on the console.
 
 #define _GNU_SOURCE
 #include <errno.h>
@@ -39,7 +39,7 @@ static void report(const char *what, const char *which)
 	fprintf(stderr, "ovr-init: %s %s: %s\n", what, which, strerror(errno));
 }
 
-// The kernel panics when PID 1 exits, and the lab sees QEMU end.
+// The kernel panics when PID 1 exits, and QEMU exits with it.
 static void need(bool done, const char *what, const char *which)
 {
 	if (done)
@@ -112,7 +112,7 @@ static void enter_disk(void)
 	need(chroot(".") == 0 && chdir("/") == 0, "enter", "/");
 }
 
-// Of another kernel than the disk's own. The kernel hands on what it does not know itself.
+// Modules for a kernel other than the disk's. Unknown kernel parameters become init's environment.
 static void mount_modules(void)
 {
 	const char *disk = getenv("module_disk");
@@ -146,7 +146,7 @@ static void mount_all(void)
 	}
 }
 
-// A directory of the host, when the VM was given one: the device's tag is "share".
+// Mount the host's directory, if the VM has one: a virtiofs device with the tag "share".
 static void mount_share(void)
 {
 	mkdir("/mnt/share", 0755);
@@ -164,10 +164,10 @@ static void loopback_up(void)
 	close(fd);
 }
 
-// CRIU sets hardware breakpoints; with the first and the last one of a system, the kernel patches
-// its scheduler (the static key perf_sched_events). QEMU's TCG may then run a half-patched
-// instruction on another vCPU: the guest dies of an int3, after some hundreds of restores. One
-// event that is held for good keeps the key on.
+// CRIU sets hardware breakpoints. With the first and the last one in the system the kernel patches
+// its scheduler (the static key perf_sched_events), and QEMU's TCG may run a half-patched
+// instruction on another vCPU: the guest dies of an int3, after some hundreds of restores. An open
+// event keeps the key enabled.
 static void hold_perf_event(void)
 {
 	struct perf_event_attr event = {
@@ -215,7 +215,7 @@ static pid_t start_agent(void)
 	_exit(127);
 }
 
-// Returns whether the agent was among the dead.
+// Reap all children; returns whether the agent was one of them.
 static bool reap(pid_t agent)
 {
 	bool ended = false;
@@ -244,7 +244,7 @@ int main(void)
 	sigset_t signals;
 
 	if (getpid() != 1) {
-		fprintf(stderr, "ovr-init: I am PID 1 of a lab guest or nothing\n");
+		fprintf(stderr, "ovr-init: must be PID 1 of a lab guest\n");
 		return 2;
 	}
 	sigemptyset(&signals);

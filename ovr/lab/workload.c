@@ -9,8 +9,7 @@
  *
  *     {"pid": 123, "words": 134217728, "wrong": 0, "first_wrong": -1, "umask": "0137"}
  *
- * What it checks against is recomputed, never remembered, so that a restore that leaves any page
- * behind cannot pass.
+ * The expected words are recomputed, not stored, so that a restore that misses a page cannot pass.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -40,7 +39,7 @@ static uint64_t word_at(uint64_t index)
 	return z ^ (z >> 31);
 }
 
-/* Write a file in one step for whoever polls for it: no reader ever sees half of it. */
+/* Write a file atomically: a process that polls for it never reads a part of it. */
 static void publish(const char *dir, const char *name, const char *text)
 {
 	char path[4096], partial[4096];
@@ -53,7 +52,7 @@ static void publish(const char *dir, const char *name, const char *text)
 		die(partial);
 	if (write(fd, text, strlen(text)) != (ssize_t)strlen(text) || close(fd))
 		die(partial);
-	/* The umask is what we are here to show: the file's mode must not depend on it. */
+	/* The umask is under test: the file's mode must not depend on it. */
 	if (chmod(partial, 0644) || rename(partial, path))
 		die(path);
 }

@@ -1,12 +1,12 @@
 /*
- * Touching mapped files that somebody may cut off.
+ * Access mapped files that may be truncated meanwhile.
  *
- * Guest RAM and pages images are mapped files. Where one was truncated, or its
- * disk gives an error, the kernel sends SIGBUS to who touches the page, which
- * would end us, with the VM held perhaps. ovr_guarded() runs a piece of work,
- * and returns the address of such a page if the work met one. The handler
- * leaves the work by a jump: the work must hold nothing but memory that its
- * caller knows of. No system call, and some nanoseconds, for each call.
+ * Guest RAM and pages images are mapped files. If one is truncated, or its disk
+ * has an error, an access to the page raises SIGBUS, which would kill ovr,
+ * possibly with the VM held. ovr_guarded() runs a function, and returns the
+ * address of such a page if the function met one. The handler leaves the
+ * function by siglongjmp(): it must hold no locks, and no memory that its caller
+ * does not know. A call takes some nanoseconds and no system call.
  */
 #ifndef OVR_GUARD_H
 #define OVR_GUARD_H
@@ -22,7 +22,7 @@ struct ovr_guard {
 	struct ovr_guard *outer;
 };
 
-/* initial-exec: the handler must not be the first to touch it in a thread. */
+/* initial-exec: a first access in the handler must not allocate. */
 static __thread struct ovr_guard *ovr_guard_here __attribute__((tls_model("initial-exec")));
 static struct sigaction ovr_guard_before;
 static volatile sig_atomic_t ovr_guard_passed_on;
@@ -38,14 +38,15 @@ static void ovr_guard_caught(int number, siginfo_t *info, void *context)
 		siglongjmp(guard->back, 1);
 	}
 	/*
-	 * Not of our work. Who was here before gets it when the instruction is
-	 * tried again; if that one leads back to us, it is the end.
+	 * Outside of guarded work. Install the previous handler, which gets the
+	 * signal when the instruction is retried; if that one passes it back,
+	 * install the default action.
 	 */
 	sigaction(number, ovr_guard_passed_on ? &standard : &ovr_guard_before, NULL);
 	ovr_guard_passed_on = 1;
 }
 
-/* Before guarded work; cheap where nobody has put another handler in the place of ours. */
+/* Call before guarded work. Cheap unless another handler has been installed meanwhile. */
 static void ovr_guard_install(void)
 {
 	struct sigaction now, ours = {.sa_flags = SA_SIGINFO | SA_NODEFER | SA_ONSTACK};
@@ -60,7 +61,7 @@ static void ovr_guard_install(void)
 	sigaction(SIGBUS, &ours, NULL);
 }
 
-/* NULL when all of the work is done, else the address that could not be touched. */
+/* NULL if the work completed, else the address of the failed access. */
 __attribute__((noinline)) static void *ovr_guarded(void (*work)(void *), void *job)
 {
 	struct ovr_guard guard = {.outer = ovr_guard_here};
@@ -68,7 +69,7 @@ __attribute__((noinline)) static void *ovr_guarded(void (*work)(void *), void *j
 	/* SA_NODEFER leaves the signal unblocked: no mask to save. */
 	if (!sigsetjmp(guard.back, 0)) {
 		ovr_guard_here = &guard;
-		/* The compiler must not move the work out of what is between these. */
+		/* Keep the compiler from moving the work out of the guarded section. */
 		__atomic_signal_fence(__ATOMIC_SEQ_CST);
 		work(job);
 		__atomic_signal_fence(__ATOMIC_SEQ_CST);

@@ -1,4 +1,4 @@
-/* Holding a VM still: ovr's end. The tracer is forked here. */
+/* Hold a VM: ovr's side, which forks the tracer. */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
@@ -14,7 +14,7 @@
 
 #include "hold.h"
 
-#define ANSWER_NS 3000000000	/* for the tracer, beside what it waits for itself */
+#define ANSWER_NS 3000000000 /* for the tracer's answer, on top of its own timeouts */
 
 static pid_t fork_tracer(struct hold *hold)
 {
@@ -22,8 +22,9 @@ static pid_t fork_tracer(struct hold *hold)
 	pid_t pid;
 
 	/*
-	 * Neither fork handlers, which libraries have, nor a signal when it ends, which
-	 * somebody may wait for. Signal handlers of ours must not run in it.
+	 * The raw system call: no fork handlers of libraries, and no signal on exit,
+	 * which a SIGCHLD handler might see. Signals are blocked, so that no handler
+	 * of ovr runs in the tracer.
 	 */
 	sigfillset(&all);
 	pthread_sigmask(SIG_BLOCK, &all, &before);
@@ -50,7 +51,7 @@ static int open_tasks(pid_t pid)
 static void close_all(struct hold *hold)
 {
 	int *fds[] = {&hold->qemu, &hold->self, &hold->child, &hold->tasks,
-		      &hold->own,  &hold->ask,	&hold->told};
+		      &hold->own,  &hold->ask,  &hold->told};
 
 	for (size_t i = 0; i < sizeof(fds) / sizeof(*fds); i++) {
 		if (*fds[i] >= 0)
@@ -74,11 +75,9 @@ int hold_start(struct hold *hold)
 	}
 	if ((hold->qemu = (int)syscall(SYS_pidfd_open, hold->pid, 0)) >= 0 &&
 	    (hold->self = (int)syscall(SYS_pidfd_open, getpid(), 0)) >= 0 &&
-	    (hold->tasks = open_tasks(hold->pid)) >= 0 &&
-	    (hold->own = open_tasks(getpid())) >= 0 &&
+	    (hold->tasks = open_tasks(hold->pid)) >= 0 && (hold->own = open_tasks(getpid())) >= 0 &&
 	    (hold->ask = eventfd(0, EFD_CLOEXEC)) >= 0 &&
-	    (hold->told = eventfd(0, EFD_CLOEXEC)) >= 0 &&
-	    (hold->tracer = fork_tracer(hold)) > 0)
+	    (hold->told = eventfd(0, EFD_CLOEXEC)) >= 0 && (hold->tracer = fork_tracer(hold)) > 0)
 		return 0;
 	error = errno;
 	hold->tracer = 0;
@@ -86,7 +85,7 @@ int hold_start(struct hold *hold)
 	return error;
 }
 
-/* HOLD_DONE if there is an answer by then. */
+/* Wait for the tracer's answer; HOLD_DONE if it arrived in time. */
 static enum hold_result await_answer(struct hold *hold, int64_t until)
 {
 	struct pollfd fds[] = {
@@ -101,7 +100,7 @@ static enum hold_result await_answer(struct hold *hold, int64_t until)
 		if (left < 0)
 			return HOLD_SILENT;
 		if (poll(fds, 2, (int)left + 1) <= 0)
-			continue;	/* a signal is for when this is over */
+			continue; /* signals are handled after the hold */
 		if (fds[0].revents & POLLIN) {
 			(void)!read(hold->told, &count, sizeof(count));
 			return HOLD_DONE;
@@ -110,7 +109,7 @@ static enum hold_result await_answer(struct hold *hold, int64_t until)
 	}
 }
 
-/* The tracer is dead, or does not answer: after this VM and gate are as without it. */
+/* Kill a tracer that is dead or does not answer; the VM runs, and the gate is broken. */
 static void bury(struct hold *hold)
 {
 	if (!hold->tracer)
@@ -155,7 +154,7 @@ enum hold_result hold_let_go(struct hold *hold)
 	if (!(gate & FUTEX_OWNER_DIED))
 		__atomic_compare_exchange_n(&hold->page->gate, &gate, GATE_SHUT, false,
 					    __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);
-	/* If it was broken meanwhile the tracer's answer says so. */
+	/* The tracer's answer tells if the hold was broken meanwhile. */
 	return request(hold, HOLD_WISH_RUNNING, 0);
 }
 
@@ -185,7 +184,7 @@ void hold_end(struct hold *hold)
 	close_all(hold);
 }
 
-/* Not before the last writer has left the gate. */
+/* Call it only after the last writer has left the gate. */
 void hold_free(struct hold *hold)
 {
 	hold_end(hold);

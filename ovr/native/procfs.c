@@ -1,4 +1,4 @@
-/* What /proc says of QEMU's threads. */
+/* Read the state of QEMU's threads from /proc. */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
@@ -9,7 +9,7 @@
 
 #include "tracer.h"
 
-#define PF_IO_WORKER 0x00000010u	/* include/linux/sched.h */
+#define PF_IO_WORKER 0x00000010u /* include/linux/sched.h */
 #define PF_USER_WORKER 0x00004000u
 #define PF_KTHREAD 0x00200000u
 
@@ -39,7 +39,7 @@ static int64_t number_at(const char **text)
 
 int proc_threads(int tasks, pid_t *tids, int room)
 {
-	/* One call gives a thousand threads: between two, one that ends shifts the others. */
+	/* A call returns about a thousand threads; one that exits between calls shifts the rest. */
 	static char buffer[64 << 10] __attribute__((aligned(8)));
 	int count = 0;
 	long got;
@@ -62,7 +62,7 @@ int proc_threads(int tasks, pid_t *tids, int room)
 	return got < 0 ? -1 : count;
 }
 
-/* Read a file of a thread; returns how much, or -1. The text ends with a NUL. */
+/* Read a file of a thread. Returns its size, or -1. The text is NUL-terminated. */
 static ssize_t read_file(int tasks, pid_t tid, const char *file, char *text, size_t room)
 {
 	char path[32], digits[12];
@@ -93,14 +93,14 @@ bool proc_stat(int tasks, pid_t tid, struct proc_stat *stat)
 
 	if (read_file(tasks, tid, "stat", text, sizeof(text)) < 0)
 		return false;
-	at = strrchr(text, ')');	/* a thread's name may have anything in it */
+	at = strrchr(text, ')'); /* a thread's name may contain any character */
 	if (!at || !at[1])
 		return false;
 	at += 2;
 	stat->state = *at++;
 	for (size_t i = 0; i < 18; i++)
 		fields[i] = number_at(&at);
-	/* ppid, pgrp, session, tty_nr, tpgid, flags, ... num_threads is field 20 of all. */
+	/* ppid, pgrp, session, tty_nr, tpgid, flags, ... num_threads is field 20 of the line. */
 	stat->tty = (int)fields[3];
 	stat->flags = (unsigned int)fields[5];
 	stat->threads = (int)fields[16];

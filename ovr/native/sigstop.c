@@ -1,10 +1,10 @@
 /*
- * A hold by SIGSTOP, where ptrace is not permitted.
+ * Hold a VM by SIGSTOP, where ptrace is not permitted.
  *
- * A parent may see it and answer with SIGCONT, as shells, tmux and screen do for a
- * child that has their terminal: such a QEMU is refused. For all others, the hold
- * counts only if at its end each thread is stopped still and was taken off its CPU
- * as often as at the begin: it cannot have run in between.
+ * A parent may react with SIGCONT, as shells, tmux and screen do for a child on
+ * their terminal: a QEMU with a terminal is refused. A hold is valid only if at
+ * its end every thread is still stopped and has the same number of context
+ * switches as at its start, so that it cannot have run in between.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -28,7 +28,7 @@ static uint64_t switches_of(int tasks, pid_t tid)
 	       (uint64_t)proc_status(tasks, tid, "nonvoluntary_ctxt_switches:");
 }
 
-/* Look at all threads: HOLD_DONE if they are stopped, and noted; HOLD_STUCK if some run. */
+/* Record all threads: HOLD_DONE if all are stopped, HOLD_STUCK if some run. */
 static enum hold_result look(struct tracer *tracer)
 {
 	static pid_t tids[MAX_THREADS];
@@ -47,7 +47,7 @@ static enum hold_result look(struct tracer *tracer)
 		if (!proc_stat(tasks, tids[i], &stat) || proc_dead(&stat) || proc_worker(&stat))
 			continue;
 		tracer->page->who = tids[i];
-		if (stat.state == 't') {	/* its tracer may let it run at any moment */
+		if (stat.state == 't') { /* its tracer may let it run at any moment */
 			tracer->page->who = (int32_t)proc_status(tasks, tids[i], "TracerPid:");
 			return HOLD_TRACED;
 		}
@@ -58,7 +58,7 @@ static enum hold_result look(struct tracer *tracer)
 		thread->switches = switches_of(tasks, tids[i]);
 		tracer->count++;
 	}
-	/* As in tracees.c: the list may have ended early. */
+	/* As in tracees.c: the list may be incomplete. */
 	if (!proc_stat(tasks, tracer->hold->pid, &stat) || (stat.state == 'Z' && stat.threads == 1))
 		return HOLD_GONE;
 	return stat.threads == count ? HOLD_DONE : HOLD_STUCK;
@@ -96,7 +96,7 @@ enum hold_result sigstop_stop(struct tracer *tracer, int64_t deadline)
 		return HOLD_GONE;
 	while ((result = look(tracer)) == HOLD_STUCK && hold_now() < deadline)
 		tracer_nap(POLL_NS);
-	/* A thread says that it is stopped a moment before it leaves its CPU. */
+	/* A thread's state is T a moment before the thread leaves its CPU. */
 	while (result == HOLD_DONE && has_run(tracer)) {
 		tracer_nap(POLL_NS);
 		if (hold_now() > deadline)

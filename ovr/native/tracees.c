@@ -1,16 +1,16 @@
 /*
- * A hold by ptrace: every thread of QEMU in a ptrace stop, seized anew for each hold.
+ * Hold a VM by ptrace: every thread of QEMU in a ptrace stop, seized anew for each hold.
  *
- * A thread that PTRACE_INTERRUPT meets in user mode or in a system call stops before
- * it goes back to user mode. One that is in KVM_RUN is kicked out of the guest: the
- * request sets TIF_SIGPENDING and sends an IPI (signal_wake_up(), kick_process()),
+ * After PTRACE_INTERRUPT a thread in user mode or in a system call stops before it
+ * returns to user mode. A thread in KVM_RUN is kicked out of the guest: the request
+ * sets TIF_SIGPENDING and sends an IPI (signal_wake_up(), kick_process()),
  * and vcpu_enter_guest()/vcpu_run() leave with -EINTR when a signal is pending
  * (xfer_to_guest_mode_handle_work() in virt/, arch/x86/kvm/x86.c); on its way to user
  * mode the thread traps (get_signal(), do_jobctl_trap()). QEMU enters KVM_RUN again
  * when it runs on, as after any signal.
  *
- * waitid() leaves each stop unconsumed (WNOWAIT): a tracee that was about to get a
- * signal keeps it in exit_code, and gets it when we detach, or die.
+ * waitid() leaves each stop unconsumed (WNOWAIT): a tracee about to receive a signal
+ * keeps it in exit_code, and receives it when the tracer detaches or dies.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -41,7 +41,7 @@ static enum hold_result refused(struct tracer *tracer, pid_t tid)
 	int64_t other;
 
 	if (!proc_stat(tasks, tid, &stat) || proc_dead(&stat))
-		return HOLD_DONE;	/* it has just ended */
+		return HOLD_DONE; /* it has just exited */
 	other = proc_status(tasks, tid, "TracerPid:");
 	tracer->page->who = (int32_t)other;
 	return other > 0 ? HOLD_TRACED : HOLD_FORBIDDEN;
@@ -66,7 +66,7 @@ static enum hold_result seize(struct tracer *tracer, pid_t tid)
 	return HOLD_DONE;
 }
 
-/* True if the thread has stopped, or has ended. */
+/* True if the thread has stopped or exited. */
 static bool settled(struct thread *thread)
 {
 	siginfo_t info = {0};
@@ -86,12 +86,12 @@ static bool settled(struct thread *thread)
 		return true;
 	}
 	thread->stopped = true;
-	/* With an event it is our interrupt or a group stop, without one a signal on its way. */
+	/* With an event: the interrupt or a group stop. Without one: a signal to be delivered. */
 	thread->signal = info.si_status >> 8 ? 0 : info.si_status;
 	return true;
 }
 
-/* Look at all: a leader's end is reported only when we have seen that of every other thread. */
+/* Check all: a leader's exit is reported only after that of every other thread. */
 static struct thread *unsettled(struct tracer *tracer)
 {
 	struct thread *first = NULL;
@@ -119,14 +119,14 @@ static bool await_all(struct tracer *tracer, int64_t deadline)
 			tracer->page->who = first->tid;
 			return false;
 		}
-		/* Each stop sends us SIGCHLD, which is blocked: it comes here. */
+		/* Each stop sends SIGCHLD, which is blocked and taken here. */
 		wait.tv_sec = left / 1000000000;
 		wait.tv_nsec = left % 1000000000;
 		sigtimedwait(&set, NULL, &wait);
 	}
 }
 
-/* Seize what is new; `all` is set if a look found nothing new, and no thread was missed. */
+/* Seize new threads; set `all` if none was new and none was missed. */
 static enum hold_result look(struct tracer *tracer, bool *all)
 {
 	static pid_t tids[MAX_THREADS];
@@ -150,7 +150,7 @@ static enum hold_result look(struct tracer *tracer, bool *all)
 		if (result != HOLD_DONE)
 			return result;
 	}
-	/* The list ends early if a thread ends while it is read (next_tid() in fs/proc/base.c). */
+	/* The list ends early if a thread exits while it is read (next_tid() in fs/proc/base.c). */
 	if (!proc_stat(tracer->hold->tasks, tracer->hold->pid, &stat))
 		return HOLD_GONE;
 	if (stat.state == 'Z' && stat.threads == 1)
@@ -159,7 +159,7 @@ static enum hold_result look(struct tracer *tracer, bool *all)
 	return HOLD_DONE;
 }
 
-/* Every thread that was seized is let go, once it has stopped: a running one cannot be. */
+/* Detach every seized thread once it has stopped: a running one cannot be detached. */
 static void detach_all(struct tracer *tracer, int64_t deadline)
 {
 	bool left = false;
@@ -175,10 +175,10 @@ static void detach_all(struct tracer *tracer, int64_t deadline)
 			thread->seized = false;
 			continue;
 		}
-		thread->stopped = false;	/* it was killed: its end is to be waited for */
+		thread->stopped = false; /* it was killed: wait for its exit */
 		left = true;
 	}
-	/* If not even this: our end sets it free. */
+	/* Otherwise the tracer exits, which detaches it. */
 	if (left && !await_all(tracer, hold_now() + 1000000000))
 		tracer->spent = true;
 	tracer->count = 0;

@@ -1,9 +1,9 @@
 /*
- * The tracer: holds QEMU when ovr asks for it, and lets it go whatever becomes of ovr.
+ * The tracer: holds QEMU at ovr's request, and releases it even if ovr dies or hangs.
  *
- * It is forked from a process with threads, so it makes system calls and touches
- * memory, nothing else. It knows ovr by a pidfd, which says that ovr has ended when
- * its last thread has: none of them can be copying any more when the VM runs on.
+ * It is forked from a process with threads, so it only makes system calls and uses
+ * memory. It watches ovr by a pidfd, which becomes readable when ovr's last thread
+ * has exited: no thread of ovr can be copying when the VM resumes.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -19,9 +19,9 @@
 
 #include "tracer.h"
 
-#define GRACE_NS 1000000000	/* for a writer to leave the gate */
+#define GRACE_NS 1000000000 /* time for a writer to leave the gate */
 #define NAP_NS 50000
-#define STARVED_BOUNDS 4	/* how much longer a hold may last for want of CPU time */
+#define STARVED_BOUNDS 4 /* extension of a hold whose writers get no CPU time, in bounds */
 
 int64_t hold_now(void)
 {
@@ -46,7 +46,7 @@ static _Noreturn void leave(void)
 
 enum event { EVENT_ASKED, EVENT_ENDED, EVENT_TIME };
 
-/* Wait for a request, ovr's end, or, unless it is -1, the moment `until`. */
+/* Wait for a request, for ovr's exit, or, unless it is -1, until `until`. */
 static enum event await(const struct hold *hold, int64_t until)
 {
 	struct pollfd fds[] = {
@@ -105,12 +105,12 @@ static void complain(const char *text)
 {
 	struct pollfd fd = {.fd = STDERR_FILENO, .events = POLLOUT};
 
-	/* A terminal may be stopped by Ctrl-S. */
+	/* A terminal stopped by Ctrl-S would block. */
 	if (poll(&fd, 1, 1000) > 0 && fd.revents & POLLOUT)
 		(void)!write(STDERR_FILENO, text, strlen(text));
 }
 
-/* The gate is shut: wait for those inside. Whoever stays is killed, and true returned. */
+/* Wait for writers to leave the shut gate. Kills ovr and returns true if one stays inside. */
 static bool drain(struct tracer *tracer)
 {
 	int64_t deadline = hold_now() + GRACE_NS;
@@ -118,7 +118,7 @@ static bool drain(struct tracer *tracer)
 
 	while (__atomic_load_n(&tracer->page->writers, __ATOMIC_SEQ_CST)) {
 		if (poll(&ended, 1, 0) > 0)
-			return false;	/* a thread that is gone is counted for ever */
+			return false; /* a writer that died inside stays counted */
 		if (hold_now() > deadline) {
 			syscall(SYS_pidfd_send_signal, tracer->hold->self, SIGKILL, NULL, 0);
 			while (poll(&ended, 1, -1) <= 0)
@@ -138,7 +138,7 @@ static bool shut(struct tracer *tracer, uint32_t as)
 					   __ATOMIC_SEQ_CST);
 }
 
-/* Whether a thread of ovr could work on if it had a CPU: the host is busy, and the hold is honest. */
+/* Whether a thread of ovr is runnable: the host is busy, and the hold may be extended. */
 static bool starved(const struct hold *hold)
 {
 	static pid_t tids[MAX_THREADS];
@@ -151,7 +151,7 @@ static bool starved(const struct hold *hold)
 	return false;
 }
 
-/* Until ovr asks for the end, or has ended, or has had its time. */
+/* Wait until ovr ends the hold, exits, or exceeds the bound. */
 static enum event await_end(const struct hold *hold)
 {
 	int64_t until = hold_now() + hold->bound_ns;
@@ -165,7 +165,7 @@ static enum event await_end(const struct hold *hold)
 	return event;
 }
 
-/* From the answer "held" until the VM runs and ovr knows. */
+/* Answer that the VM is held, wait for the end of the hold, and let the VM run. */
 static void keep_held(struct tracer *tracer)
 {
 	const struct hold *hold = tracer->hold;
@@ -178,13 +178,14 @@ static void keep_held(struct tracer *tracer)
 	__atomic_store_n(&tracer->page->gate, (uint32_t)hold->tracer, __ATOMIC_SEQ_CST);
 	answer(tracer, HOLD_DONE);
 	event = await_end(hold);
-	/* ovr shuts the gate before it asks: then there is nothing to break. */
+	/* ovr shuts the gate before it asks for the end: then the hold is not broken. */
 	broken = shut(tracer, event == EVENT_TIME ? GATE_BROKEN : GATE_SHUT) && event == EVENT_TIME;
 	killed = drain(tracer);
 	result = let_go(tracer);
 	if (killed)
-		complain("ovr: it did not end a hold of the VM in time, and was killed; the VM runs "
-			 "on, and the agent in the guest kills what was half-restored\n");
+		complain("ovr: this process did not end a hold of the VM in time, and was killed; "
+			 "the VM runs on, and the agent in the guest kills the half-restored "
+			 "tree\n");
 	if (killed || event == EVENT_ENDED)
 		leave();
 	if (event == EVENT_TIME && await(hold, -1) == EVENT_ENDED)
@@ -195,7 +196,7 @@ static void keep_held(struct tracer *tracer)
 static void close_others(const struct hold *hold)
 {
 	int kept[] = {STDERR_FILENO, hold->qemu, hold->self, hold->tasks,
-		      hold->own,     hold->ask,	 hold->told};
+		      hold->own,     hold->ask,  hold->told};
 	unsigned int from = 0;
 	const size_t count = sizeof(kept) / sizeof(*kept);
 
@@ -218,13 +219,13 @@ static void own_gate(struct hold_page *page)
 {
 	page->robust.list.next = &page->futex;
 	page->futex.next = &page->robust.list;
-	page->robust.futex_offset = (long)offsetof(struct hold_page, gate) -
-				    (long)offsetof(struct hold_page, futex);
+	page->robust.futex_offset =
+		(long)offsetof(struct hold_page, gate) - (long)offsetof(struct hold_page, futex);
 	page->robust.list_op_pending = NULL;
 	syscall(SYS_set_robust_list, &page->robust, sizeof(page->robust));
 }
 
-/* While we wait for a CPU the VM waits. We run for microseconds at a time. */
+/* The VM is stopped while the tracer waits for a CPU, and the tracer runs only for microseconds. */
 static void hurry(void)
 {
 	struct sched_param first = {.sched_priority = 1};
@@ -238,7 +239,7 @@ _Noreturn void tracer_main(struct hold *hold)
 	static struct tracer tracer;
 	struct sigaction standard = {.sa_handler = SIG_DFL};
 
-	/* All signals are blocked, which ovr did before the fork. */
+	/* ovr has blocked all signals before the fork. */
 	sigaction(SIGCHLD, &standard, NULL);
 	setsid();
 	(void)!chdir("/");
@@ -262,7 +263,8 @@ _Noreturn void tracer_main(struct hold *hold)
 			keep_held(&tracer);
 		else
 			answer(&tracer, result);
-		if (tracer.spent || __atomic_load_n(&tracer.page->wish, __ATOMIC_SEQ_CST) == HOLD_WISH_END)
+		if (tracer.spent ||
+		    __atomic_load_n(&tracer.page->wish, __ATOMIC_SEQ_CST) == HOLD_WISH_END)
 			leave();
 	}
 }

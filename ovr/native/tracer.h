@@ -1,4 +1,4 @@
-/* The tracer's parts. They run after a fork of a process with threads: system calls and memory. */
+/* Parts of the tracer. They run after a fork of a process with threads: system calls only. */
 #ifndef OVR_TRACER_H
 #define OVR_TRACER_H
 
@@ -8,10 +8,10 @@
 
 struct thread {
 	pid_t tid;
-	int signal;		/* to be delivered when it runs on */
-	bool seized;		/* else a thread that is not ours to stop */
+	int signal;  /* to deliver when it is detached */
+	bool seized; /* false: a thread of the kernel */
 	bool stopped;
-	uint64_t switches;	/* how often it was taken off its CPU */
+	uint64_t switches; /* number of context switches */
 };
 
 struct tracer {
@@ -19,7 +19,7 @@ struct tracer {
 	struct hold_page *page;
 	struct thread threads[MAX_THREADS];
 	int count;
-	bool spent;		/* a thread is left seized that cannot be let go: end */
+	bool spent; /* a seized thread could not be detached: the tracer must exit */
 };
 
 /* A line of /proc/PID/task/TID/stat. */
@@ -30,13 +30,13 @@ struct proc_stat {
 	int threads;
 };
 
-/* Fill in the ids of all threads; returns their number, or -1. */
+/* Fill in the ids of all threads. Returns their number, or -1. */
 int proc_threads(int tasks, pid_t *tids, int room);
 bool proc_stat(int tasks, pid_t tid, struct proc_stat *stat);
-/* A number of /proc/PID/task/TID/status, by what is before it ("TracerPid:"); -1 without one. */
+/* The number after a name ("TracerPid:") in /proc/PID/task/TID/status, or -1. */
 int64_t proc_status(int tasks, pid_t tid, const char *name);
 bool proc_dead(const struct proc_stat *stat);
-/* A thread of the kernel in QEMU's thread group: vhost, io_uring. */
+/* A kernel thread in QEMU's thread group: vhost, io_uring. */
 bool proc_worker(const struct proc_stat *stat);
 
 enum hold_result ptrace_stop(struct tracer *tracer, int64_t deadline);

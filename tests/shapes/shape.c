@@ -18,7 +18,7 @@
 
 #define THREADS 10000
 #define FAMILIES 10
-#define CHILDREN_EACH 59	/* 600 processes, and the root */
+#define CHILDREN_EACH 59 /* 600 processes, and the root */
 #define AREAS 60000
 #define DESCRIPTORS 20000
 #define RESERVED (400UL << 30)
@@ -28,8 +28,12 @@ static struct pages pages;
 
 static size_t many(size_t count)
 {
-	size_t part = has_argument("few") ? 100 : has_argument("some") ? 5 : 1;
+	size_t part = 1;
 
+	if (has_argument("few"))
+		part = 100;
+	else if (has_argument("some"))
+		part = 5;
 	return (count + part - 1) / part;
 }
 
@@ -146,7 +150,8 @@ static void check_descriptors(void)
 		uint64_t count = 0;
 
 		if (i % 2 == 0) {
-			expect(lseek(fd, 0, SEEK_CUR) == (off_t)i, "descriptor %d is elsewhere", fd);
+			expect(lseek(fd, 0, SEEK_CUR) == (off_t)i, "descriptor %d is elsewhere",
+			       fd);
 			continue;
 		}
 		expect(read(fd, &count, sizeof(count)) == sizeof(count) && count == i,
@@ -176,7 +181,8 @@ static void check_reservation(void)
 {
 	size_t size = many(RESERVED) / PAGE * PAGE;
 
-	expect(reserved[0] == 'a' && reserved[size - 1] == 'z', "an end of the reservation is lost");
+	expect(reserved[0] == 'a' && reserved[size - 1] == 'z',
+	       "an end of the reservation is lost");
 	expect(reserved[size / 4] == 0, "there is something in the reservation");
 }
 

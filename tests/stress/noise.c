@@ -250,7 +250,8 @@ static void move(pid_t pid)
 		advise(pid, MADV_COLLAPSE, &moved.collapsed);
 		break;
 	default:
-		moved.migrated += syscall(SYS_migrate_pages, pid, 8 * sizeof(from), &from, &to) >= 0;
+		moved.migrated +=
+			syscall(SYS_migrate_pages, pid, 8 * sizeof(from), &from, &to) >= 0;
 	}
 	moved.rounds++;
 }
@@ -273,7 +274,8 @@ static __attribute__((noreturn)) void mover(void)
 				nap(30);
 			}
 		}
-		closedir(proc);
+		if (proc)
+			closedir(proc);
 		snprintf(text, sizeof(text), "%lu %lu %lu\n", moved.migrated, moved.paged_out,
 			 moved.collapsed);
 		say(NOISE "/moved", text);

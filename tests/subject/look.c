@@ -65,7 +65,8 @@ static void read_table(void)
 		program[size > 0 ? size : 0] = 0;
 		table[count++].subject = !strcmp(program, SUBJECT);
 	}
-	closedir(proc);
+	if (proc)
+		closedir(proc);
 }
 
 static bool is(const struct process *process, const char *name)
@@ -145,8 +146,7 @@ static int entries(const char *path, const char *prefix)
 	int found = 0;
 
 	while (directory && (entry = readdir(directory)))
-		found += entry->d_name[0] != '.' &&
-			 !strncmp(entry->d_name, prefix, strlen(prefix));
+		found += entry->d_name[0] != '.' && !strncmp(entry->d_name, prefix, strlen(prefix));
 	if (directory)
 		closedir(directory);
 	return found;
@@ -197,8 +197,8 @@ static void look(void)
 	printf("KiB of the agent %ld\n", field_of(path, "VmRSS:"));
 	printf("KiB available %ld\n", field_of("/proc/meminfo", "MemAvailable:"));
 	printf("KiB of slabs %ld\n", field_of("/proc/meminfo", "Slab:"));
-	for (const char *const *mark = (const char *const[]){"main", "thread", "child", NULL}; *mark;
-	     mark++) {
+	for (const char *const *mark = (const char *const[]){"main", "thread", "child", NULL};
+	     *mark; mark++) {
 		snprintf(path, sizeof(path), DIRECTORY "/%s", *mark);
 		printf("mark-%s %d\n", *mark, access(path, F_OK) == 0);
 	}
@@ -231,8 +231,8 @@ static const struct process *victim(const char *name)
 static int end(void)
 {
 	static const char *const files[] = {
-		"pid", "main", "thread", "child", "ask-main", "ask-child", "answer-main",
-		"answer-child", ".answer-main", ".answer-child",
+		"pid",       "main",        "thread",       "child",        "ask-main",
+		"ask-child", "answer-main", "answer-child", ".answer-main", ".answer-child",
 	};
 	char path[64];
 	int tries = 0;

@@ -105,7 +105,9 @@ static inline __attribute__((always_inline)) long call(long number, long a, long
 {
 	long result;
 
-	__asm__ volatile("syscall" : "=a"(result) : "a"(number), "D"(a), "S"(b), "d"(c)
+	__asm__ volatile("syscall"
+			 : "=a"(result)
+			 : "a"(number), "D"(a), "S"(b), "d"(c)
 			 : "rcx", "r11", "memory");
 	return result;
 }
@@ -118,8 +120,8 @@ static inline __attribute__((always_inline)) void mark(const char *path)
 
 static const struct timespec nap = {0, 20000000};
 
-static inline __attribute__((always_inline, noreturn)) void
-serve(const char *mark_path, const char *ask_path, bool child)
+static inline __attribute__((always_inline, noreturn)) void serve(const char *mark_path,
+								  const char *ask_path, bool child)
 {
 	for (;;) {
 		mark(mark_path);
@@ -171,6 +173,8 @@ int main(int argc, char **argv)
 		make_area(OF_CHILD, "of the child", part, MAP_PRIVATE);
 		*ready = true;
 		serve(DIRECTORY "/child", DIRECTORY "/ask-child", true);
+	default:
+		break;
 	}
 	make_area(PRIVATE, "private", bytes - 3 * part, MAP_PRIVATE);
 	if (pthread_create(&other, NULL, thread, NULL))

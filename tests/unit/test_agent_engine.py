@@ -97,8 +97,9 @@ def test_nobody_else_while_the_engine_cleans_up(host: AgentHost, agent: Agent) -
     agent._send(protocol.Abort())
     for message in (protocol.Abort(), protocol.Go(), protocol.Alive()):
         agent._send(message)  # one answer is enough
-    with pytest.raises(RestoreFailed, match="the host said so"):
+    with pytest.raises(RestoreFailed, match="killed the tree") as caught:
         agent.go()
+    assert caught.value.code == Code.HOST
     assert_gone(host, skeleton)
 
 
@@ -180,5 +181,5 @@ def test_no_such_engine(host: AgentHost, agent: Agent) -> None:
     with pytest.raises(RestoreFailed, match="container engine cannot be started: No such file"):
         begin(host, agent)
     wait_for(lambda: not host.restores)
-    with host.connect() as other, pytest.raises(RestoreFailed, match="no container engine"):
+    with host.connect() as other, pytest.raises(RestoreFailed, match="unknown container engine"):
         other.begin(ARCHIVE, engine="/bin/sh")

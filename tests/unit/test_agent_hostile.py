@@ -257,18 +257,18 @@ def test_who_cannot_read_its_memory_gets_no_restore(host: AgentHost) -> None:
                 }[what]  # fmt: skip
                 connection.sendall(encode(protocol.Prove(guess)) + RESTORE)
                 answer = receive_until(connection, b"error")
-                assert b"does not know what lies" in answer + connection.recv(4096), what
+                assert b"authentication failed" in answer + connection.recv(4096), what
     touch = protocol.Touch((1, 1, 1), (0, 4096))
     for message in (*UPLOAD, protocol.Go(), protocol.Abort(), touch, protocol.Config()):
         for serial in (False, True):
             start = SYNC if serial else b""
             answer = send(host, start + HELLO + encode(message), serial=serial)
-            assert b"prove first" in answer, message
+            assert b"unproven" in answer, message
     # The next session on the same line begins anew.
     with host.socket(serial=True) as connection:
         prove(host, connection, serial=True)
         connection.sendall(SYNC + HELLO + RESTORE)
-        receive_until(connection, b"prove first")
+        receive_until(connection, b"unproven")
     assert not host.restores
 
 
@@ -287,9 +287,9 @@ def test_an_upload_that_has_no_end(tmp_path: Path) -> None:
     with small_agent(tmp_path, MAX_IMAGE_BYTES=1 << 20, MAX_FILES=20) as host:
         piece = encode(protocol.Files(("a.img",), (bytes(100_000),)))
         answer = send(host, 50 * piece, proven=True)
-        assert b"cannot be taken: more than 1048576 bytes in all" in answer
+        assert b"cannot store image files: more than 1048576 bytes in all" in answer
         many = [encode(protocol.Files((f"{n}.img",), (b"",))) for n in range(21)]
-        assert b"more than 20 of them" in send(host, b"".join(many), proven=True)
+        assert b"more than 20 files" in send(host, b"".join(many), proven=True)
         wait_for(lambda: not host.restores)
         with host.connect() as agent:
             agent.begin(dict.fromkeys(map(str, range(20)), b"x"), criu_options=host.criu_options())
@@ -336,7 +336,7 @@ def test_links_in_the_way(host: AgentHost, name: str) -> None:
         (directory,) = host.restores
         (directory / "images" / "core-1.img").symlink_to(victim)
         (directory / "images" / "dangling.img").symlink_to(host.directory / "made")
-        with pytest.raises(RestoreFailed, match=r"cannot be taken: .*symbolic links"):
+        with pytest.raises(RestoreFailed, match=r"cannot store image files: .*symbolic links"):
             agent.begin({name: b"overwritten"}, criu_options=host.criu_options())
     wait_for(lambda: not host.restores)
     assert victim.read_bytes() == b"untouched"

@@ -125,7 +125,7 @@ def test_proc_files_have_no_size(agent: LabAgent, tmp_path: Path) -> None:
 def test_production_build_has_none_of_it() -> None:
     binary = build()
     content = binary.read_bytes()
-    assert b"cannot run it" not in content
+    assert b"cannot run the program" not in content
     assert b"--vsock-port" in content
     refused = subprocess.run([binary, "--unix", "/x"], capture_output=True, check=False)
     assert refused.returncode == 2

@@ -50,7 +50,7 @@ def test_a_pool(agent: Agent) -> None:
     assert Path(f"/proc/{pool.pid}/oom_score_adj").read_text() == "1000\n"
     assert agent.pool() == pool
     left = agent.warm(0)
-    assert (left.size, left.pid, left.note) == (0, 0, "it was given up")
+    assert (left.size, left.pid, left.note) == (0, 0, "it was discarded")
     assert not alive(pool.pid)
 
 
@@ -59,7 +59,7 @@ def test_a_pool_in_its_place(agent: Agent) -> None:
         assert agent.warm(4 * MIB, place).address % (1 << 30) == place
     pool = agent.pool()
     for place in (1 << 30, 4096, 1, (1 << 64) - 2 * MIB):
-        with pytest.raises(RestoreFailed, match="a pool begins at whole huge pages"):
+        with pytest.raises(RestoreFailed, match="not a multiple of the huge page size"):
             agent.warm(4 * MIB, place)
     assert agent.pool() == pool
 
@@ -144,18 +144,18 @@ def test_names_that_are_no_images(host: AgentHost, agent: Agent, names: tuple[st
     (host.directory / "run" / "escape").write_text("x")
     pool = agent.warm(2 * MIB)
     skeleton = agent.begin(IMAGES, criu_options=host.criu_options(), warm_images=names)
-    assert (skeleton.warm, skeleton.note) == (0, "it does not take the request")
+    assert (skeleton.warm, skeleton.note) == (0, "it did not accept the request")
     [restore] = host.restores
     assert not (restore / "images" / "parent").exists()
     agent.abort()
     assert not alive(pool.pid)
 
 
-def test_a_table_that_cannot_be_believed(host: AgentHost, agent: Agent) -> None:
+def test_an_invalid_table(host: AgentHost, agent: Agent) -> None:
     """CRIU that was started in advance ends, and says why; nothing is left of the restore."""
     agent.warm(2 * MIB)
     images = {**IMAGES, "pagemap-1.img": b"x", "ovr-warm.tab": b"nonsense" * 5}
-    with pytest.raises(RestoreFailed, match="it could not believe the table"):
+    with pytest.raises(RestoreFailed, match="it could not accept the table"):
         agent.begin(images, criu_options=host.criu_options(), warm_images=("pagemap-1.img",))
-    assert agent.pool().note == "a restore has used it up"
+    assert agent.pool().note == "it was used by a restore"
     wait_for(lambda: not host.restores)

@@ -75,8 +75,9 @@ def test_a_proof_ends_with_its_host(vm):
 
 
 def test_who_cannot_read_the_ram_restores_nothing(vm, dump):
-    with vm.connect() as agent, pytest.raises(RestoreFailed, match="prove first"):
+    with vm.connect() as agent, pytest.raises(RestoreFailed, match="not authenticated") as early:
         agent.begin({"inventory.img": b"x"})
+    assert early.value.code == "unproven"
     with (
         vm.connect() as agent,
         pytest.raises(AgentUntrusted, match="does not know what lies") as no,

@@ -1,8 +1,7 @@
 /*
- * What CRIU calls of libc, and gets from us: it makes tasks by syscall() and
- * their areas by mmap(). A task gets its part of the pool, and its areas are
- * moved from there. In a session of its own it is first until the agent
- * lets it go.
+ * Interposed libc functions: CRIU creates tasks by syscall() and their areas by
+ * mmap(). A task gets its part of the pool, and its areas are moved from there.
+ * A task that starts a session has a raised priority until the agent resets it.
  */
 #include <linux/sched.h>
 
@@ -16,9 +15,9 @@ EXPORT int setsid(void);
 EXPORT void *mmap(void *at, size_t size, int prot, int flags, int fd, long offset);
 EXPORT void *mmap64(void *at, size_t size, int prot, int flags, int fd, long offset);
 
-static bool in_tree;			/* we are in a restored task, not in CRIU */
-static struct pool_task *current;	/* which one, if it gets anything */
-static char *window;			/* CRIU's reservation */
+static bool in_tree;              /* this process is a restored task, not CRIU */
+static struct pool_task *current; /* this task's entry, NULL if it gets no memory */
+static char *window;              /* CRIU's reservation */
 
 static long with_errno(long result)
 {
@@ -38,8 +37,8 @@ static struct pool_task *find_task(uint64_t pid)
 }
 
 /*
- * A restored task is born. It gets its part of the pool and its descendants';
- * whoever made it keeps none of that, so that the task is the only owner.
+ * Create a restored task. It gets its and its descendants' part of the pool;
+ * the parent unmaps that part, so that the task is its only owner.
  */
 static long fork_task(struct clone_args *args, size_t size)
 {
@@ -76,7 +75,7 @@ long syscall(long number, long a, long b, long c, long d, long e, long f)
 {
 	struct clone_args *args = (struct clone_args *)a;
 
-	/* Whether there is set_tid at all CRIU finds out with bad arguments. */
+	/* Pass on calls with invalid arguments, with which CRIU probes for set_tid. */
 	if (number == __NR_clone3 && table && (size_t)b >= CLONE_ARGS_SIZE_VER1 &&
 	    args->set_tid_size && args->set_tid && args->set_tid + 4096 > 4096)
 		return with_errno(fork_task(args, (size_t)b));
@@ -84,14 +83,14 @@ long syscall(long number, long a, long b, long c, long d, long e, long f)
 }
 
 /*
- * A nice value counts within its session where the kernel groups by session
- * (kernel/sched/autogroup.c), and a new session begins with none.
+ * Where the kernel groups tasks by session (kernel/sched/autogroup.c), a nice
+ * value is relative to the session, and a new session's own starts at 0.
  */
 int setsid(void)
 {
 	long result = call1(__NR_setsid, 0);
 
-	/* Where there is no such file, or it is forbidden, it only takes longer. */
+	/* Without the file, or without permission, a restore only takes longer. */
 	if (!FAILED(result) && in_tree)
 		write_file("/proc/self/autogroup", "-20", 3);
 	return (int)with_errno(result);
@@ -99,11 +98,10 @@ int setsid(void)
 
 static bool is_in_place(const struct pool_row *row)
 {
-	return row->how == POOL_SERVE &&
-	       current->base + row->at == (uint64_t)seat + row->from;
+	return row->how == POOL_SERVE && current->base + row->at == (uint64_t)seat + row->from;
 }
 
-/* The part of the pool that is where the reservation wants it: none if `from` is not below `to`. */
+/* The part of the pool whose addresses match the reservation; empty unless `from` < `to`. */
 static void find_in_place(uint64_t *from, uint64_t *to)
 {
 	*from = current->to;
@@ -120,24 +118,27 @@ static void find_in_place(uint64_t *from, uint64_t *to)
 
 static void move_part(uint64_t from, uint64_t to)
 {
-	long at = from < to ? raw(__NR_mremap, (long)(seat + from), (long)(to - from),
-				  (long)(to - from), MREMAP_MAYMOVE | MREMAP_FIXED,
-				  (long)(pool + from), 0) : 0;
+	long at = 0;
 
+	if (from < to)
+		at = raw(__NR_mremap, (long)(seat + from), (long)(to - from), (long)(to - from),
+			 MREMAP_MAYMOVE | MREMAP_FIXED, (long)(pool + from), 0);
 	if (FAILED(at))
 		fail(at, "move a part of the pool");
 }
 
 static void reserve_part(char *from, char *to, int flags, int fd)
 {
-	long at = from < to ? map(from, (uint64_t)(to - from), PROT_NONE,
-				  flags | MAP_FIXED_NOREPLACE, fd, 0) : (long)from;
+	long at = (long)from;
 
+	if (from < to)
+		at = map(from, (uint64_t)(to - from), PROT_NONE, flags | MAP_FIXED_NOREPLACE, fd,
+			 0);
 	if (at != (long)from)
-		fail(FAILED(at) ? at : -EINVAL_NUMBER, "reserve what is around the pool");
+		fail(FAILED(at) ? at : -EINVAL_NUMBER, "reserve the area around the pool");
 }
 
-/* The reservation around what is in its place; the rest of the pool is moved away. */
+/* Reserve the addresses around the part that is in place; move the rest of the pool away. */
 static long reserve_around(uint64_t from, uint64_t to, uint64_t size, int flags, int fd)
 {
 	char *low = (char *)current->base, *high = low + size;
@@ -154,7 +155,7 @@ static long reserve_around(uint64_t from, uint64_t to, uint64_t size, int flags,
 	return (long)window;
 }
 
-/* CRIU moves areas from here to where they belong: best if huge pages stay whole. */
+/* CRIU moves areas from here to their addresses; at `base` huge pages need not be split. */
 static long reserve(uint64_t size, int flags, int fd)
 {
 	uint64_t from, to;
@@ -232,13 +233,12 @@ static long place(char *at, uint64_t size, int prot, int flags, int fd, long off
 
 void *mmap(void *at, size_t size, int prot, int flags, int fd, long offset)
 {
+	bool served = current && current->count;
 	long result;
 
-	if (!current || !current->count)
-		result = map(at, size, prot, flags, fd, offset);
-	else if (!window && !at && size == current->window && prot == PROT_NONE)
+	if (served && !window && !at && size == current->window && prot == PROT_NONE)
 		result = reserve(size, flags, fd);
-	else if (window && (flags & MAP_FIXED) && (char *)at >= window &&
+	else if (served && window && (flags & MAP_FIXED) && (char *)at >= window &&
 		 (char *)at + size <= window + current->window)
 		result = place(at, size, prot, flags, fd, offset);
 	else

@@ -1,13 +1,13 @@
 /*
- * Loaded before all else into a `criu restore` that is started in advance.
+ * Preloaded into a `criu restore` that is started in advance.
  *
- * Its constructor allocates a pool of memory and waits for the agent. Then
- * CRIU's main gets the arguments of the real restore, and maps areas of the
- * restored tasks from the pool, since some functions of libc are ours: page
- * tables move, nothing is zeroed or copied.
+ * The constructor allocates the pool and waits for the agent. Then CRIU's
+ * main() runs with the arguments of the actual restore and, through interposed
+ * functions of libc, maps areas of the restored tasks from the pool: page
+ * tables are moved, nothing is zeroed or copied.
  *
- * The pool goes to nobody but the tasks that it is for (MADV_DONTFORK), and
- * CRIU unmaps it, like this library, with all else that is not the task's.
+ * Only tasks with a part of the pool inherit it (MADV_DONTFORK), and CRIU
+ * unmaps it with everything else that is not the task's, like this library.
  */
 #include <linux/prctl.h>
 
@@ -70,8 +70,9 @@ __attribute__((constructor)) static void start(int argc, char **argv, char **env
 	if (!is_ours(envp))
 		return;
 	size = call3(__NR_lseek, 0, 0, 2);
-	at = FAILED(size) ? size : map(NULL, POOL_PAGE, PROT_READ | PROT_WRITE, MAP_SHARED, 0,
-				       size - (long)POOL_PAGE);
+	at = FAILED(size) ? size :
+			    map(NULL, POOL_PAGE, PROT_READ | PROT_WRITE, MAP_SHARED, 0,
+				size - (long)POOL_PAGE);
 	if (FAILED(at))
 		give_up();
 	state = (struct pool_state *)at;

@@ -1,13 +1,13 @@
 /*
- * The library that is loaded before all else into a `criu restore` started in
- * advance: what its parts share.
+ * The library preloaded into a `criu restore` started in advance: shared
+ * declarations.
  *
- *   library.c	where it begins
+ *   library.c	the constructor, errors
  *   pool.c	the memory
- *   request.c	what the agent asks for
- *   interpose.c	what CRIU calls then
+ *   request.c	the agent's request for a restore
+ *   interpose.c	functions of libc that CRIU calls
  *
- * No libc: whatever CRIU was linked with is not known here.
+ * No libc: the one that CRIU is linked with is not known here.
  */
 #ifndef OVR_LIBRARY_H
 #define OVR_LIBRARY_H
@@ -25,7 +25,7 @@
 #define EAGAIN_NUMBER 11
 #define EINVAL_NUMBER 22
 
-/* Nothing of this is for CRIU, or can be taken for something of CRIU's. */
+/* Symbols of this library must not interpose on symbols of CRIU. */
 #pragma GCC visibility push(hidden)
 
 /* ------------------------------------------------------------------------ system calls */
@@ -37,7 +37,8 @@ static inline long raw(long number, long a, long b, long c, long d, long e, long
 	register long r9 __asm__("r9") = f;
 	long result;
 
-	__asm__ volatile("syscall" : "=a"(result)
+	__asm__ volatile("syscall"
+			 : "=a"(result)
 			 : "a"(number), "D"(a), "S"(b), "d"(c), "r"(r10), "r"(r8), "r"(r9)
 			 : "rcx", "r11", "memory");
 	return result;
@@ -54,29 +55,29 @@ static inline long map(void *at, uint64_t size, int prot, int flags, int fd, lon
 
 /* library.c */
 extern struct pool_state *state;
-/* Tell the agent of the first error. */
+/* Report the first error to the agent. */
 void note(long error, const char *step);
 void fail(long error, const char *step);
 void give_up(void) __attribute__((noreturn));
-/* Into a file that is there, if it is and takes it. */
+/* Write to an existing file; errors are ignored. */
 void write_file(const char *path, const char *value, size_t size);
 
 /* pool.c */
-extern char *pool;		/* where the pool is */
-extern char *seat;		/* where it was made */
+extern char *pool; /* where the pool is */
+extern char *seat; /* where it was made */
 void pool_make(void);
-/* Of a part of the pool, if it is not empty. */
+/* madvise() a part of the pool, unless it is empty. */
 long pool_advise(uint64_t from, uint64_t to, int advice);
-/* The OOM killer shall have us first; restored tasks shall not inherit that. */
+/* Be the OOM killer's first choice, until restored tasks would inherit that. */
 void oom_take_us_first(void);
 void oom_as_before(void);
 
 /* request.c */
-extern struct pool_table *table;	/* NULL until a request has come */
+extern struct pool_table *table; /* NULL until a request is received */
 extern struct pool_task *tasks;
 extern struct pool_drop *drops;
 extern struct pool_row *rows;
-/* Wait for it, and be the CRIU that it asks for. */
+/* Wait for a request, and set arguments and environment of CRIU accordingly. */
 void request_wait(int argc, char **argv, char **envp);
 void real_time(bool on);
 

@@ -1,4 +1,4 @@
-/* The pool: memory that is allocated before anybody asks for it. */
+/* The pool's memory, allocated in advance. */
 #include "library.h"
 
 #define MADV_POPULATE 23
@@ -7,7 +7,7 @@
 
 char *pool;
 char *seat;
-static char score[16];			/* /proc/self/oom_score_adj */
+static char score[16]; /* /proc/self/oom_score_adj */
 
 long pool_advise(uint64_t from, uint64_t to, int advice)
 {
@@ -43,14 +43,15 @@ static void populate(uint64_t from, uint64_t to)
 }
 
 /*
- * MADV_HUGEPAGE would stay behind in the flags of the areas. To collapse a
- * unit leaves no trace, and zeroes it once if all but a page of it is absent.
+ * MADV_HUGEPAGE would leave a flag in the areas, MADV_COLLAPSE leaves none. It
+ * zeroes a unit only once if a single page of it is present.
  */
 static void fill(uint64_t size)
 {
 	for (uint64_t at = 0, end; at < size; at = end) {
 		end = at + CHUNK < size ? at + CHUNK : size;
-		for (uint64_t unit = at; state->huge == POOL_HUGE_ASKED && unit < end; unit += POOL_UNIT) {
+		for (uint64_t unit = at; state->huge == POOL_HUGE_ASKED && unit < end;
+		     unit += POOL_UNIT) {
 			*(volatile char *)(pool + unit) = 0;
 			pool_advise(unit, unit + POOL_UNIT, MADV_COLLAPSE_NOW);
 		}
@@ -67,18 +68,18 @@ void pool_make(void)
 
 	if (!size || size % POOL_UNIT || size > POOL_MAX || state->place % POOL_UNIT ||
 	    state->place >= POOL_SPAN)
-		fail(-EINVAL_NUMBER, "believe the pool's size");
+		fail(-EINVAL_NUMBER, "accept the pool's size");
 	at = map((void *)(POOL_SEAT + state->place), size + POOL_UNIT, PROT_NONE,
 		 MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 	if (FAILED(at))
 		fail(at, "reserve the pool");
 	seat = pool = (char *)((at + (long)POOL_UNIT - 1) & -(long)POOL_UNIT);
-	/* What is around it stays free for reservations. */
+	/* Unmap the surroundings, for CRIU's reservations. */
 	if (pool > (char *)at)
 		call2(__NR_munmap, at, pool - (char *)at);
 	call2(__NR_munmap, pool + size, (char *)at + POOL_UNIT - pool);
-	at = map(pool, size, PROT_READ | PROT_WRITE,
-		 MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0);
+	at = map(pool, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1,
+		 0);
 	if (!FAILED(at))
 		at = pool_advise(0, size, MADV_DONTFORK);
 	if (FAILED(at))

@@ -1,4 +1,4 @@
-/* The request for a restore: arguments and environment for CRIU, and the table of its areas. */
+/* Receive the request for a restore: CRIU's arguments and environment, and the table of areas. */
 #include <linux/prctl.h>
 #include <linux/sched.h>
 
@@ -17,7 +17,7 @@ static void receive(void *to, size_t size)
 
 		if (result == -EINTR_NUMBER)
 			continue;
-		/* The agent wants no pool any more, or is gone. */
+		/* The agent has closed the pool, or is gone. */
 		if (result <= 0)
 			give_up();
 		done += (size_t)result;
@@ -47,8 +47,8 @@ static bool table_is_good(uint64_t size)
 
 	if (size < sizeof(*table) || table->magic != POOL_MAGIC || table->bytes > state->wanted ||
 	    table->tasks > most || table->drops > most || table->rows > most ||
-	    size != sizeof(*table) + table->tasks * sizeof(*tasks) +
-		    table->drops * sizeof(*drops) + table->rows * sizeof(*rows))
+	    size != sizeof(*table) + table->tasks * sizeof(*tasks) + table->drops * sizeof(*drops) +
+			    table->rows * sizeof(*rows))
 		return false;
 	tasks = (struct pool_task *)(table + 1);
 	drops = (struct pool_drop *)(tasks + table->tasks);
@@ -61,8 +61,9 @@ static bool table_is_good(uint64_t size)
 		if (!within(drops[i].from, drops[i].to, table->bytes))
 			return false;
 	for (uint64_t i = 0; i < table->rows; i++)
-		if (rows[i].how == POOL_SERVE && (rows[i].from > table->bytes ||
-		    !within(rows[i].from, rows[i].from + rows[i].size, table->bytes)))
+		if (rows[i].how == POOL_SERVE &&
+		    (rows[i].from > table->bytes ||
+		     !within(rows[i].from, rows[i].from + rows[i].size, table->bytes)))
 			return false;
 	return true;
 }
@@ -75,10 +76,10 @@ static void read_table(const char *path)
 
 	if (FAILED(size))
 		fail(size, "open the table");
-	at = map(NULL, (uint64_t)size + 1, PROT_READ | PROT_WRITE,
-		 MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	at = map(NULL, (uint64_t)size + 1, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1,
+		 0);
 	if (FAILED(at))
-		fail(at, "get memory for the table");
+		fail(at, "allocate memory for the table");
 	table = (struct pool_table *)at;
 	for (long done = 0, got; done < size; done += got) {
 		got = raw(__NR_pread64, fd, at + done, size - done, done, 0, 0);
@@ -87,7 +88,7 @@ static void read_table(const char *path)
 	}
 	call1(__NR_close, fd);
 	if (!table_is_good((uint64_t)size))
-		fail(-EINVAL_NUMBER, "believe the table");
+		fail(-EINVAL_NUMBER, "accept the table");
 }
 
 static void redirect(const char *output)
@@ -106,15 +107,17 @@ static void redirect(const char *output)
 
 void real_time(bool on)
 {
-	struct { int priority; } parameter = {on};
+	struct {
+		int priority;
+	} parameter = {on};
 
 	call3(__NR_sched_setscheduler, 0, on ? SCHED_FIFO : SCHED_NORMAL, &parameter);
 }
 
 /*
- * In a busy guest. CRIU gives the restored threads a policy and a nice value of
- * their own, but not a timer slack; real-time tasks have none, and it is
- * inherited. So tasks are made by, and are themselves, no real-time tasks.
+ * Raise CRIU's priority. CRIU sets policy and nice value of restored threads,
+ * but not their timer slack, which is 0 in children of real-time tasks. So CRIU
+ * is not a real-time task while it creates tasks.
  */
 static void hurry(void)
 {
@@ -124,7 +127,7 @@ static void hurry(void)
 
 void request_wait(int argc, char **argv, char **envp)
 {
-	struct pool_request request;
+	struct pool_request request = {0};
 	char *at = text, *output, *path;
 	uint32_t slots = 0;
 
@@ -133,7 +136,7 @@ void request_wait(int argc, char **argv, char **envp)
 	receive(&request, sizeof(request));
 	if (request.size > sizeof(text) || request.arguments > (uint32_t)argc ||
 	    request.variables > slots)
-		fail(-EINVAL_NUMBER, "believe the request");
+		fail(-EINVAL_NUMBER, "accept the request");
 	receive(text, request.size);
 	output = next(&at);
 	path = next(&at);

@@ -8,13 +8,13 @@
 
 #include "agent.h"
 
-#define CHECK(condition)								\
-	do {										\
-		if (!(condition)) {							\
-			fprintf(stderr, "%s:%d: %s does not hold\n", __FILE__, __LINE__,	\
-				#condition);						\
-			abort();							\
-		}									\
+#define CHECK(condition)                                                                           \
+	do {                                                                                       \
+		if (!(condition)) {                                                                \
+			fprintf(stderr, "%s:%d: %s does not hold\n", __FILE__, __LINE__,           \
+				#condition);                                                       \
+			abort();                                                                   \
+		}                                                                                  \
 	} while (0)
 
 /* The input, taken piece by piece; zeros when it is used up. */
@@ -22,10 +22,7 @@ struct input {
 	const uint8_t *at, *end;
 };
 
-static inline bool input_left(const struct input *input)
-{
-	return input->at < input->end;
-}
+static inline bool input_left(const struct input *input) { return input->at < input->end; }
 
 static inline uint8_t input_byte(struct input *input)
 {

@@ -52,7 +52,7 @@ static unsigned entries(const char *path, bool directories, const char *besides)
 	struct dirent *entry;
 	unsigned count = 0;
 
-	CHECK(dir);
+	CHECK(dir && dirfd(dir) >= 0);
 	while ((entry = readdir(dir))) {
 		struct stat stat;
 
@@ -78,7 +78,7 @@ static void remember(const struct mp_value *name, size_t size)
 	while (i < MOST && wanted[i].name[0] && strcmp(wanted[i].name, text))
 		i++;
 	CHECK(i < MOST);
-	strcpy(wanted[i].name, text);
+	memcpy(wanted[i].name, text, sizeof(text));
 	wanted[i].size += size;
 }
 

@@ -35,18 +35,13 @@ static size_t damage(uint8_t *data, size_t size)
 		at = draw(size);
 		count = 1 + draw(size - at < 16 ? size - at : 16);
 		switch (draw(4)) {
-		case 0:
-			data[at] = (uint8_t)draw(256);
-			break;
+		case 0: data[at] = (uint8_t)draw(256); break;
 		case 1:
 			memmove(data + at, data + at + count, size - at - count);
 			size -= count;
 			break;
-		case 2:
-			memset(data + at, draw(2) ? 0xff : 0, count);
-			break;
-		default:
-			memmove(data + at, data + draw(size - count + 1), count);
+		case 2: memset(data + at, draw(2) ? 0xff : 0, count); break;
+		default: memmove(data + at, data + draw(size - count + 1), count);
 		}
 	}
 	return size;

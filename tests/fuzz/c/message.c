@@ -16,7 +16,7 @@ static bool write_list(struct writer *writer, const struct message *message,
 		return true;
 	}
 	if (field->kind != KIND_STRS)
-		return false;	/* the agent sends none */
+		return false; /* the agent sends none */
 	strings = message_strings(message, field->key);
 	for (uint32_t i = 0; i < count; i++)
 		message_item_str(writer, strings[i]);
@@ -31,21 +31,14 @@ static bool write_field(struct writer *writer, const struct message *message,
 	char text[MAX_STRING];
 
 	switch (field->kind) {
-	case KIND_UINT:
-		message_add_uint(writer, field->key, value->number);
-		return true;
-	case KIND_BOOL:
-		message_add_bool(writer, field->key, value->number);
-		return true;
+	case KIND_UINT: message_add_uint(writer, field->key, value->number); return true;
+	case KIND_BOOL: message_add_bool(writer, field->key, value->number); return true;
 	case KIND_STR:
 		message_str(message, field->key, text);
 		message_add_str(writer, field->key, text);
 		return true;
-	case KIND_BIN:
-		message_add_bin(writer, field->key, value->data, value->size);
-		return true;
-	default:
-		return write_list(writer, message, field);
+	case KIND_BIN: message_add_bin(writer, field->key, value->data, value->size); return true;
+	default: return write_list(writer, message, field);
 	}
 }
 

@@ -52,7 +52,8 @@ static void check_portions(const struct message *message, uint64_t ranges)
 
 static void check_ranges(const struct message *message)
 {
-	unsigned __int128 limit = message->op == OP_MAP ? message_uint(message, KEY_SIZE) : 1ull << 57;
+	unsigned __int128 limit =
+		message->op == OP_MAP ? message_uint(message, KEY_SIZE) : 1ull << 57;
 	struct mp_value start, size;
 	struct mp_reader ranges;
 	uint32_t count;

@@ -10,9 +10,7 @@ static void end_criu(int status)
 	CHECK(restore_reaped(CRIU, status) == (restore.phase >= BUILDING));
 }
 
-void reap_children(void)
-{
-}
+void reap_children(void) {}
 
 static int fuzz_kill(pid_t pid, int number)
 {
@@ -100,12 +98,24 @@ void warm_forget(void) {}
 void priority_raise(pid_t pid) { (void)pid; }
 void priority_reset(pid_t pid) { (void)pid; }
 void priority_real_time(pid_t pid) { (void)pid; }
-const char *exitkill_set(pid_t criu) { CHECK(criu == CRIU); return NULL; }
+const char *exitkill_set(pid_t criu)
+{
+	CHECK(criu == CRIU);
+	return NULL;
+}
 pid_t tree_parent(pid_t pid) { return pid == ROOT ? CRIU : 0; }
 
 /* No engine is known here. */
-bool engine_known(const char *name) { (void)name; return false; }
-bool engine_criu_ended(const struct engine_criu *criu) { (void)criu; return false; }
+bool engine_known(const char *name)
+{
+	(void)name;
+	return false;
+}
+bool engine_criu_ended(const struct engine_criu *criu)
+{
+	(void)criu;
+	return false;
+}
 void engine_forget(struct engine_criu *criu) { (void)criu; }
 
 pid_t engine_start(const struct directory *directory, const struct message *begin)

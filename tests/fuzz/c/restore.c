@@ -38,7 +38,7 @@ struct options options;
 
 static struct session hosts[2];
 static int64_t now;
-static int hook = -1;			/* CRIU's action script: our end of its connection */
+static int hook = -1; /* CRIU's action script: our end of its connection */
 static bool criu_lives, subreaper, directory_there, said_go, tree_lives, tree_runs, traced;
 static int mappers;
 
@@ -56,7 +56,8 @@ static void turn(void)
 	if (poll(loop.fds, (nfds_t)loop.count, 0) > 0)
 		for (int i = 0; i < loop.count; i++)
 			if (loop.fds[i].revents)
-				loop.calls[i](loop.fds[i].fd, loop.fds[i].revents, loop.contexts[i]);
+				loop.calls[i](loop.fds[i].fd, loop.fds[i].revents,
+					      loop.contexts[i]);
 }
 
 /* CRIU goes on when its script has ended, by the word that it was given or without. */
@@ -73,18 +74,25 @@ static void hook_ends(void)
 	hook = -1;
 }
 
+static pid_t some_root(uint8_t value)
+{
+	if (value & 1)
+		return ROOT;
+	return value & 2 ? ROOT + 1 : 0;
+}
+
 static void hook_comes(struct input *input)
 {
 	struct sockaddr_un address = {.sun_family = AF_UNIX};
 	uint8_t what = input_byte(input);
-	struct hook_report report = {what & 1 ? ROOT : what & 2 ? ROOT + 1 : 0,
-				     what & 4 ? CRIU + 1 : CRIU};
+	struct hook_report report = {some_root(what), what & 4 ? CRIU + 1 : CRIU};
 	size_t size = what & 8 ? input_byte(input) % (sizeof(report) + 1) : sizeof(report);
 	const char *temporary = getenv("TMPDIR");
 
 	if (hook >= 0 || !criu_lives)
 		return;
-	snprintf(address.sun_path, sizeof(address.sun_path), "%s/hook", temporary ? temporary : "/tmp");
+	snprintf(address.sun_path, sizeof(address.sun_path), "%s/hook",
+		 temporary ? temporary : "/tmp");
 	hook = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_NONBLOCK, 0);
 	CHECK(hook >= 0);
 	if (connect(hook, (struct sockaddr *)&address, sizeof(address)) < 0) {
@@ -121,7 +129,9 @@ static void add_rest(struct writer *writer, enum op op, uint64_t given)
 
 static uint64_t some_pid(uint8_t value)
 {
-	return value & 1 ? ROOT : value & 2 ? 6000 : 1;
+	if (value & 1)
+		return ROOT;
+	return value & 2 ? 6000 : 1;
 }
 
 static void host_speaks(struct input *input, struct session *host)
@@ -170,7 +180,8 @@ static void step(struct input *input)
 	struct session *host = &hosts[what >> 7];
 
 	switch (what & 7) {
-	case 0: case 1: host_speaks(input, host); break;
+	case 0:
+	case 1: host_speaks(input, host); break;
 	case 2: hook_comes(input); break;
 	case 3: hook_ends(); break;
 	case 4:
@@ -182,7 +193,7 @@ static void step(struct input *input)
 		break;
 	case 5: now += 100 * (int64_t)input_byte(input); break;
 	case 6: restore_session_ended(host); break;
-	case 7: restore_session_heard(host); break;
+	default: restore_session_heard(host); break;
 	}
 	/* A connection, what came on it, and what follows of that. */
 	for (int i = 0; i < 3; i++)

@@ -87,20 +87,15 @@ void restore_message(struct session *session, const struct message *message)
 
 	use_message(message);
 	switch (message->op) {
-	case OP_BEGIN:
-		session_refuse(session, CODE_START, "no \x7f criu %d", 1);
-		break;
+	case OP_BEGIN: session_refuse(session, CODE_START, "no \x7f criu %d", 1); break;
 	case OP_TOUCH:
 		if (session_has_room(session)) {
 			writer = session_writer(session, OP_TOUCHED);
 			session_send(session, &writer);
 		}
 		break;
-	case OP_ABORT:
-		session_break(session, CODE_HOST, "%s", "aborted");
-		break;
-	default:
-		break;
+	case OP_ABORT: session_break(session, CODE_HOST, "%s", "aborted"); break;
+	default: break;
 	}
 }
 
@@ -157,7 +152,8 @@ static void turn(void)
 	if (poll(loop.fds, (nfds_t)loop.count, 0) > 0)
 		for (int i = 0; i < loop.count; i++)
 			if (loop.fds[i].revents)
-				loop.calls[i](loop.fds[i].fd, loop.fds[i].revents, loop.contexts[i]);
+				loop.calls[i](loop.fds[i].fd, loop.fds[i].revents,
+					      loop.contexts[i]);
 	for (int i = 0; i < MAX_SESSIONS; i++) {
 		in_bounds = sessions[i].in_size <= IN_SIZE &&
 			    sessions[i].out_start + sessions[i].out_size <= OUT_SIZE;
@@ -220,8 +216,11 @@ static void step(struct input *input, bool stream)
 	case 3: transmit((const uint8_t *)MAGIC, MAGIC_SIZE); break;
 	case 4: greet(what); break;
 	case 5: drain(stream); break;
-	case 6: now += 100 * (int64_t)input_byte(input); turn(); break;
-	case 7:
+	case 6:
+		now += 100 * (int64_t)input_byte(input);
+		turn();
+		break;
+	default:
 		hung_up = true;
 		shutdown(host, what & 8 ? SHUT_WR : SHUT_RD);
 		turn();
@@ -273,8 +272,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 	int pair[2];
 
 	if (waiter < 0) {
-		waiter = eventfd(1, 0);		/* readable for ever */
-		signal(SIGPIPE, SIG_IGN);	/* as the loop has it */
+		waiter = eventfd(1, 0);   /* readable for ever */
+		signal(SIGPIPE, SIG_IGN); /* as the loop has it */
 	}
 	received.size = 0;
 	port_lost = hung_up = false;

@@ -46,12 +46,8 @@ static void use_field(const struct message *message, const struct field *field)
 	char *text;
 
 	switch (field->kind) {
-	case KIND_UINT:
-		sink += message_uint(message, field->key);
-		break;
-	case KIND_BOOL:
-		CHECK(message_uint(message, field->key) <= 1);
-		break;
+	case KIND_UINT: sink += message_uint(message, field->key); break;
+	case KIND_BOOL: CHECK(message_uint(message, field->key) <= 1); break;
 	case KIND_STR:
 		text = malloc(MAX_STRING);
 		message_str(message, field->key, text);
@@ -61,11 +57,8 @@ static void use_field(const struct message *message, const struct field *field)
 	case KIND_BIN:
 		use_bytes(message->field[field->key].data, message->field[field->key].size);
 		break;
-	case KIND_STRS:
-		use_strings(message, field);
-		break;
-	default:
-		use_list(message, field);
+	case KIND_STRS: use_strings(message, field); break;
+	default: use_list(message, field);
 	}
 }
 

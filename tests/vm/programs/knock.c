@@ -21,11 +21,15 @@
 static int vsock(unsigned cid, unsigned port, bool serve)
 {
 	struct sockaddr_vm address = {
-		.svm_family = AF_VSOCK, .svm_cid = cid, .svm_port = port,
+		.svm_family = AF_VSOCK,
+		.svm_cid = cid,
+		.svm_port = port,
 	};
 	struct timeval patience = {.tv_sec = 10};
 	int fd = socket(AF_VSOCK, SOCK_STREAM, 0);
 
+	if (fd < 0)
+		return -1;
 	setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &patience, sizeof(patience));
 	if (serve ? bind(fd, (struct sockaddr *)&address, sizeof(address)) || listen(fd, 4) :
 		    connect(fd, (struct sockaddr *)&address, sizeof(address)))

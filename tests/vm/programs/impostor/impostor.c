@@ -61,7 +61,8 @@ static void check(bool good, const char *what)
 static void become_user(void)
 {
 	check(setgroups(0, NULL) == 0 && setresgid(USER, USER, USER) == 0 &&
-	      setresuid(USER, USER, USER) == 0, "become a user");
+		      setresuid(USER, USER, USER) == 0,
+	      "become a user");
 }
 
 /* ------------------------------------------------------------------------ where the secret is */
@@ -202,11 +203,11 @@ static void set_up(const char *kind, const char *self)
 	else if (!strcmp(kind, "container"))
 		as_container();
 	own_page();
-	if (!strcmp(kind, "environment"))
+	if (!strcmp(kind, "environment")) {
 		in_environment(self);
-	else if (!strcmp(kind, "heap") || !strcmp(kind, "locked"))
+	} else if (!strcmp(kind, "heap") || !strcmp(kind, "locked")) {
 		in_heap(!strcmp(kind, "locked"));
-	else if (!strncmp(kind, "agent:", 6)) {
+	} else if (!strncmp(kind, "agent:", 6)) {
 		named.pid = strtoull(kind + 6, &rest, 10);
 		named.address = strtoull(rest + 1, NULL, 10);
 	}
@@ -301,7 +302,9 @@ static void serve(int host)
 static int listen_at(unsigned port)
 {
 	struct sockaddr_vm address = {
-		.svm_family = AF_VSOCK, .svm_cid = VMADDR_CID_ANY, .svm_port = port,
+		.svm_family = AF_VSOCK,
+		.svm_cid = VMADDR_CID_ANY,
+		.svm_port = port,
 	};
 	int fd = socket(AF_VSOCK, SOCK_STREAM, 0);
 

@@ -13,8 +13,10 @@ uint64_t start_of(pid_t pid)
 
 	snprintf(path, sizeof(path), "/proc/%d/stat", pid);
 	file = fopen(path, "r");
-	if (!file || !fgets(text, sizeof(text), file))
+	if (!file)
 		return 0;
+	if (!fgets(text, sizeof(text), file))
+		text[0] = 0;
 	fclose(file);
 	at = strrchr(text, ')');
 	/* The state is field 3; field 22 is meant. */

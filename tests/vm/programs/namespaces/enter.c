@@ -33,14 +33,14 @@
 
 #define NEW_ROOT "/var/lib/ovr-pool/root"
 #define MAPPED "100000"
-#define SECONDS "86400"	/* that the clocks of a time namespace are ahead */
+#define SECONDS "86400" /* that the clocks of a time namespace are ahead */
 
 static const struct {
 	const char *name;
 	int flag;
 } words[] = {
-	{"cgroup", CLONE_NEWCGROUP}, {"ipc", CLONE_NEWIPC},   {"mount", CLONE_NEWNS},
-	{"net", CLONE_NEWNET},	     {"pid", CLONE_NEWPID},   {"time", CLONE_NEWTIME},
+	{"cgroup", CLONE_NEWCGROUP}, {"ipc", CLONE_NEWIPC}, {"mount", CLONE_NEWNS},
+	{"net", CLONE_NEWNET},       {"pid", CLONE_NEWPID}, {"time", CLONE_NEWTIME},
 	{"user", CLONE_NEWUSER},     {"uts", CLONE_NEWUTS},
 };
 
@@ -105,10 +105,12 @@ static void change_root(bool own_proc)
 	check(mount(NEW_ROOT, NEW_ROOT, NULL, MS_BIND, NULL), "bind the new root");
 	check(chdir(NEW_ROOT), NEW_ROOT);
 	if (own_proc)
-		check(mount("proc", "proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC, NULL), "mount proc");
+		check(mount("proc", "proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC, NULL),
+		      "mount proc");
 	check(mount("tmpfs", "tmp", "tmpfs", MS_NOSUID | MS_NODEV, "mode=1777,size=1m"),
 	      "mount a tmpfs");
-	check(mount("devpts", "dev/pts", "devpts", MS_NOSUID | MS_NOEXEC, "ptmxmode=0666,mode=0620"),
+	check(mount("devpts", "dev/pts", "devpts", MS_NOSUID | MS_NOEXEC,
+		    "ptmxmode=0666,mode=0620"),
 	      "mount devpts");
 	check(syscall(SYS_pivot_root, ".", "."), "pivot_root");
 	check(umount2(".", MNT_DETACH), "leave the old root");
@@ -154,7 +156,8 @@ static void make_namespaces(int flags, char **program, int go)
 	}
 	check(unshare(flags & ~CLONE_NEWUSER), "unshare");
 	if (flags & CLONE_NEWTIME)
-		write_text("/proc/self/timens_offsets", "monotonic " SECONDS " 0\nboottime " SECONDS " 0\n");
+		write_text("/proc/self/timens_offsets",
+			   "monotonic " SECONDS " 0\nboottime " SECONDS " 0\n");
 	if (!check(fork(), "fork"))
 		become(flags, program);
 }
@@ -183,7 +186,7 @@ int main(int argc, char **argv)
 		check(read(pair[0], &word, 1) - 1, "the user namespace");
 		map_ids(pid);
 		check(write(pair[0], "", 1), "write");
-		check(read(pair[0], &word, 1), "wait");	/* until it has ended */
+		check(read(pair[0], &word, 1), "wait"); /* until it has ended */
 	}
 	return 0;
 }

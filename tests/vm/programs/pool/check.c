@@ -36,9 +36,7 @@ static struct findings found, theirs;
 static bool remembering;
 static char **words;
 
-void __attribute__((weak)) prepare(void)
-{
-}
+void __attribute__((weak)) prepare(void) {}
 
 bool has_argument(const char *word)
 {
@@ -251,7 +249,7 @@ void ask_child(int index, unsigned round, unsigned phase)
 
 void ask_children(unsigned round, unsigned phase)
 {
-	bool asked[CHILDREN];
+	bool asked[CHILDREN] = {false};
 
 	for (int i = 0; i < child_count; i++)
 		asked[i] = request(&children[i], round, phase);
@@ -358,7 +356,8 @@ int main(int argc, char **argv)
 		return 0;
 	}
 	if (argc < 2 || argv[1][0] == '-') {
-		dprintf(2, "usage: %s DIR [WORD...] | --prepare DIR | --poke PID ADDRESS\n", argv[0]);
+		dprintf(2, "usage: %s DIR [WORD...] | --prepare DIR | --poke PID ADDRESS\n",
+			argv[0]);
 		return 2;
 	}
 	directory = argv[1];

@@ -30,8 +30,8 @@
 
 extern const char *directory;
 
-void prepare(void);	    /* files that are mapped; a program that maps none has no such function */
-void set_up(void);	    /* in the root */
+void prepare(void); /* files that are mapped; a program that maps none has no such function */
+void set_up(void);  /* in the root */
 void answer(unsigned round); /* in the root: check all, work, check again; rounds count from 1 */
 
 bool has_argument(const char *word);

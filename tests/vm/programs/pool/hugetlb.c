@@ -83,8 +83,8 @@ void set_up(void)
 	pages_write(&alone, 0, HUGE / PAGE, 1, FIRST);
 	pages_write(&alone, 2 * HUGE / PAGE, HUGE / PAGE, 1, FIRST);
 	pages_write_every(&alone, 3 * HUGE / PAGE + 9, 50, 1, FIRST);
-	pages_at(&read_only, "private, read-only",
-		 map_huge(HUGE, MAP_PRIVATE | MAP_ANONYMOUS, -1), HUGE);
+	pages_at(&read_only, "private, read-only", map_huge(HUGE, MAP_PRIVATE | MAP_ANONYMOUS, -1),
+		 HUGE);
 	pages_write_every(&read_only, 0, 3, 1, FIRST);
 	check(mprotect(read_only.start, HUGE, PROT_READ), "mprotect");
 	pages_at(&shared, "shared", map_huge(2 * HUGE, MAP_SHARED | MAP_ANONYMOUS, -1), 2 * HUGE);

@@ -122,7 +122,8 @@ static void check_object(struct object *object)
 		pages_check(pages);
 	} else if (object->fd >= 0) {
 		for (size_t page = 0; page < pages->count; page++)
-			expect(pread(object->fd, pages->start + page * PAGE, PAGE, page * PAGE) == PAGE,
+			expect(pread(object->fd, pages->start + page * PAGE, PAGE, page * PAGE) ==
+				       PAGE,
 			       "%s: page %zu cannot be read", pages->name, page);
 		pages_check(pages);
 		check(madvise(pages->start, size, MADV_DONTNEED), "MADV_DONTNEED");

@@ -223,7 +223,8 @@ bool pages_check_closed(const struct pages *pages, int prot)
 
 void pages_target(const struct pages *pages)
 {
-	size_t first = pages->count, middle = pages->count, last = pages->count, zero = pages->count;
+	size_t first = pages->count, middle = pages->count, last = pages->count,
+	       zero = pages->count;
 
 	for (size_t page = 0; page < pages->count; page++) {
 		unsigned generation = pages->book[page].generation;

@@ -12,8 +12,8 @@
 #define FILE_PAGES 1024UL
 #define HUGE (2 * MIB)
 
-static uint64_t data_words[MIB / 8] __attribute__((aligned(4096))) = {
-	[0 ... MIB / 8 - 1] = 0x0123456789abcdef};
+static uint64_t data_words[MIB / 8]
+	__attribute__((aligned(4096))) = {[0 ... MIB / 8 - 1] = 0x0123456789abcdef};
 static char relro_bytes[MIB / 4] __attribute__((aligned(4096))) = {1};
 static char bss_bytes[2 * MIB] __attribute__((aligned(4096)));
 

@@ -44,28 +44,27 @@ static inline int rseq_add(uint64_t *first, size_t stride, unsigned cpus)
 
 	if (cpu >= cpus)
 		return 0;
-	__asm__ goto(
-		".pushsection .data.rseq_cs, \"aw\"\n\t"
-		".balign 32\n"
-		"3:\t.long 0, 0\n\t"
-		".quad 1f, 2f - 1f, 4f\n\t"
-		".popsection\n\t"
-		"leaq 3b(%%rip), %%rax\n\t"
-		"movq %%rax, %[rseq_cs]\n"
-		"1:\tcmpl %[cpu], %[cpu_id]\n\t"
-		"jne 4f\n\t"
-		"addq $1, %[count]\n" /* the commit */
-		"2:\n\t"
-		".pushsection .text.rseq_abort, \"ax\"\n\t"
-		".byte 0x0f, 0xb9, 0x3d\n\t"
-		".long %c[signature]\n"
-		"4:\tjmp %l[aborted]\n\t"
-		".popsection\n\t"
-		:
-		: [rseq_cs] "m"(area->rseq_cs), [cpu_id] "m"(area->cpu_id), [cpu] "r"(cpu),
-		  [count] "m"(*count), [signature] "i"(RSEQ_SIG)
-		: "rax", "memory", "cc"
-		: aborted);
+	__asm__ goto(".pushsection .data.rseq_cs, \"aw\"\n\t"
+		     ".balign 32\n"
+		     "3:\t.long 0, 0\n\t"
+		     ".quad 1f, 2f - 1f, 4f\n\t"
+		     ".popsection\n\t"
+		     "leaq 3b(%%rip), %%rax\n\t"
+		     "movq %%rax, %[rseq_cs]\n"
+		     "1:\tcmpl %[cpu], %[cpu_id]\n\t"
+		     "jne 4f\n\t"
+		     "addq $1, %[count]\n" /* the commit */
+		     "2:\n\t"
+		     ".pushsection .text.rseq_abort, \"ax\"\n\t"
+		     ".byte 0x0f, 0xb9, 0x3d\n\t"
+		     ".long %c[signature]\n"
+		     "4:\tjmp %l[aborted]\n\t"
+		     ".popsection\n\t"
+		     :
+		     : [rseq_cs] "m"(area->rseq_cs), [cpu_id] "m"(area->cpu_id), [cpu] "r"(cpu),
+		       [count] "m"(*count), [signature] "i"(RSEQ_SIG)
+		     : "rax", "memory", "cc"
+		     : aborted);
 	return 1;
 aborted:
 	return 0;

@@ -122,7 +122,8 @@ static void check_same(const char *what, const struct pages *pages, size_t first
 {
 	for (size_t page = 0; page < count; page++)
 		if (pages->book[first + page].generation != GONE)
-			expect(!memcmp(pages->start + (first + page) * PAGE, other + page * PAGE, PAGE),
+			expect(!memcmp(pages->start + (first + page) * PAGE, other + page * PAGE,
+				       PAGE),
 			       "%s: page %zu is not the same in both mappings (pid %d)", what, page,
 			       getpid());
 }

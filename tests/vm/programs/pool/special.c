@@ -18,7 +18,7 @@
 
 static struct pages map_locked, half_locked, locked_read_only, on_fault, not_forked, not_dumped,
 	mergeable, wiped, guarded, droppable, plain;
-static char *same; /* mergeable, too */
+static char *same;    /* mergeable, too */
 static size_t guards; /* installed in `guarded`, every GUARD_STEP pages */
 
 #define GUARD_STEP 8
@@ -80,8 +80,8 @@ static void make_droppable(void)
 void set_up(void)
 {
 	struct pages *const all[] = {&map_locked, &half_locked, &locked_read_only, &on_fault,
-				     &not_forked, &not_dumped,	&mergeable,	   &wiped,
-				     &guarded,	  &plain};
+				     &not_forked, &not_dumped,  &mergeable,        &wiped,
+				     &guarded,    &plain};
 
 	make_locked();
 	advise(&not_forked, "DONTFORK", 2 * MIB, MADV_DONTFORK);
@@ -110,7 +110,8 @@ static void check_same(void)
 
 	fill(page, 4711);
 	for (size_t i = 0; i < SAME; i++)
-		expect(!memcmp(same + i * PAGE, page, PAGE), "mergeable: page %zu is not as all", i);
+		expect(!memcmp(same + i * PAGE, page, PAGE), "mergeable: page %zu is not as all",
+		       i);
 }
 
 static void check_guards(void)
@@ -149,10 +150,11 @@ static void check_child(unsigned round)
 	(void)round;
 	check_common();
 	for (size_t page = 0; page < not_forked.count; page += 50)
-		expect(!readable(not_forked.start + page * PAGE), "DONTFORK: the child has page %zu",
-		       page);
+		expect(!readable(not_forked.start + page * PAGE),
+		       "DONTFORK: the child has page %zu", page);
 	for (size_t page = 0; page < wiped.count; page++)
-		expect(is_zero(wiped.start + page * PAGE), "WIPEONFORK: the child has page %zu", page);
+		expect(is_zero(wiped.start + page * PAGE), "WIPEONFORK: the child has page %zu",
+		       page);
 	for (size_t page = 0; page < droppable.count; page++)
 		expect(is_zero(droppable.start + page * PAGE), "droppable: the child has page %zu",
 		       page);
@@ -178,8 +180,9 @@ static void move_guard(unsigned round)
 
 void answer(unsigned round)
 {
-	struct pages *const renewed[] = {&map_locked, &half_locked, &on_fault, &not_forked, &not_dumped,
-					 &mergeable,  &wiped,	    &guarded,  &plain};
+	struct pages *const renewed[] = {&map_locked, &half_locked, &on_fault,
+					 &not_forked, &not_dumped,  &mergeable,
+					 &wiped,      &guarded,     &plain};
 
 	check_all();
 	if (!all_right())

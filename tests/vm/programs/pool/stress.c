@@ -176,7 +176,8 @@ static void handle_alarm(int signal_number, siginfo_t *info, void *context)
 
 static void begin(int which)
 {
-	struct sigaction action = {.sa_sigaction = handle_alarm, .sa_flags = SA_SIGINFO | SA_RESTART};
+	struct sigaction action = {.sa_sigaction = handle_alarm,
+				   .sa_flags = SA_SIGINFO | SA_RESTART};
 	struct itimerval every = {{0, 20000}, {0, 20000}};
 	sigset_t alarm_only, old;
 	pthread_t id;
@@ -222,8 +223,8 @@ static void check_turns(void)
 			all_on &= turns[role] >= before[role] + 2;
 	}
 	for (int role = 0; role < ROLES; role++)
-		expect(turns[role] >= before[role] + 2, "process %d: role %d does not get on", number,
-		       role);
+		expect(turns[role] >= before[role] + 2, "process %d: role %d does not get on",
+		       number, role);
 	expect(alarms >= alarms_before + 2, "process %d: the timer is silent", number);
 	expect(!alarm_wrong, "process %d: a signal handler went wrong (%d)", number, alarm_wrong);
 }

@@ -53,7 +53,8 @@ static void add_file(char *text, const char *path)
 
 static void add_credentials(char *text)
 {
-	static const char *const fields[] = {"Uid:", "Gid:", "Groups:", "Cap", "NoNewPrivs:", "Umask:"};
+	static const char *const fields[] = {
+		"Uid:", "Gid:", "Groups:", "Cap", "NoNewPrivs:", "Umask:"};
 	char content[4096], *rest = content, *line;
 
 	read_text("/proc/self/status", content, sizeof(content));
@@ -108,7 +109,8 @@ static void add_mounts(char *text)
 	while ((line = strsep(&rest, "\n")) && count < LINES) {
 		char *fields = strstr(line, " - ");
 
-		if (fields && sscanf(line, "%*d %*d %*s %255s %255s %255s", root, place, how) == 3 &&
+		if (fields &&
+		    sscanf(line, "%*d %*d %*s %255s %255s %255s", root, place, how) == 3 &&
 		    sscanf(fields, " - %63s", type) == 1 &&
 		    asprintf(&lines[count], "%s %s %s %s", place, root, how, type) > 0)
 			count++;
@@ -123,7 +125,7 @@ static void add_mounts(char *text)
 static void look(char *text)
 {
 	static const char *const files[] = {
-		"/proc/self/uid_map", "/proc/self/gid_map",	  "/proc/self/setgroups",
+		"/proc/self/uid_map", "/proc/self/gid_map",       "/proc/self/setgroups",
 		"/proc/self/limits",  "/proc/self/oom_score_adj",
 	};
 
@@ -160,7 +162,8 @@ static void check_text(void)
 		size_t our_size = strcspn(ours, "\n"), their_size = strcspn(theirs, "\n");
 		bool same = our_size == their_size && !memcmp(ours, theirs, our_size);
 
-		if (!expect(same, "was %.*s, is %.*s", (int)our_size, ours, (int)their_size, theirs) ||
+		if (!expect(same, "was %.*s, is %.*s", (int)our_size, ours, (int)their_size,
+			    theirs) ||
 		    !ours[our_size])
 			return;
 		ours += our_size + 1;

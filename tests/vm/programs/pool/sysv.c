@@ -39,8 +39,9 @@ static void *attach(const struct segment *segment, int flags)
 
 static void make_segment(struct segment *segment, const char *name)
 {
-	segment->id = check(shmget(segment->key, segment->size, IPC_CREAT | IPC_EXCL | segment->mode),
-			    "shmget");
+	segment->id =
+		check(shmget(segment->key, segment->size, IPC_CREAT | IPC_EXCL | segment->mode),
+		      "shmget");
 	pages_at(&segment->pages, name, attach(segment, 0), segment->size);
 	for (size_t page = 0; page < segment->pages.count; page += 10)
 		pages_write(&segment->pages, page, 7, 1, FIRST);

@@ -87,13 +87,15 @@ static void forget_own(struct own *own)
 
 static void check_own(struct own *own, int number, unsigned round)
 {
-	bool zero = true;
+	bool zero = true, stack, tls;
 
 	for (size_t i = 0; i < sizeof(tls_zero) / sizeof(tls_zero[0]); i++)
 		zero &= tls_zero[i] == 0;
 	expect(zero, "tls of thread %d is not zero", number);
 	check_rseq(number);
-	if (!(pages_check(&own->stack) & pages_check(&own->tls)))
+	stack = pages_check(&own->stack);
+	tls = pages_check(&own->tls);
+	if (!stack || !tls)
 		return;
 	pages_renew(&own->stack, 1000 + number, round);
 	pages_renew(&own->tls, 1000 + number, round);
@@ -103,8 +105,7 @@ static void check_own(struct own *own, int number, unsigned round)
 /* --- spinning in registers --- */
 
 #define GENERAL(n, reg) "mov 8*" #n "(%[r]), %%" #reg "\n\t"
-#define GENERAL_CHECK(n, reg)                                                                      \
-	"inc %%eax\n\tcmp 8*" #n "(%[r]), %%" #reg "\n\tjne 3f\n\t"
+#define GENERAL_CHECK(n, reg) "inc %%eax\n\tcmp 8*" #n "(%[r]), %%" #reg "\n\tjne 3f\n\t"
 #define RED(n) "mov 80+8*" #n "(%[r]), %%rcx\n\tmov %%rcx, -8-8*" #n "(%%rsp)\n\t"
 #define RED_CHECK(n)                                                                               \
 	"inc %%eax\n\tmov -8-8*" #n "(%%rsp), %%rcx\n\tcmp 80+8*" #n "(%[r]), %%rcx\n\tjne 3f\n\t"
@@ -129,9 +130,11 @@ static __attribute__((noinline, target("no-avx"))) void spin(struct registers *r
 
 	__asm__ volatile(
 		"lea -512(%%rsp), %%rsp\n\t" /* away from what the compiler has in its red zone */
+		/* clang-format off */
 		ALL_GENERAL(GENERAL) SIXTEEN(RED) FIFTEEN(XMM)
 		"2:\n\txor %%eax, %%eax\n\t"
 		ALL_GENERAL(GENERAL_CHECK) SIXTEEN(RED_CHECK) FIFTEEN(XMM_CHECK)
+		/* clang-format on */
 		"incq %c[turns](%[r])\n\t"
 		"cmpq $0, %c[stop](%[r])\n\t"
 		"je 2b\n\t"
@@ -165,8 +168,7 @@ static void run_counter(struct thread *self)
 {
 	for (;;) {
 		for (int i = 0; i < 1000 && !pause_counters; i++)
-			self->increments +=
-				rseq_add(&counters[0].count, sizeof(counters[0]), CPUS);
+			self->increments += rseq_add(&counters[0].count, sizeof(counters[0]), CPUS);
 		self->turns++;
 		if (pause_counters)
 			return;

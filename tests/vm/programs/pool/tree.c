@@ -23,7 +23,7 @@
 
 /* What this process is, and what it knows of its place. */
 static struct {
-	int number;	/* 0: root, 1 … DEEP: in the chain, 100 …: in the row */
+	int number; /* 0: root, 1 … DEEP: in the chain, 100 …: in the row */
 	pid_t pid, parent, group, session;
 	mode_t mask;
 	bool old_zombies; /* not yet reaped */

@@ -110,12 +110,14 @@ void ask_thread(struct thread *self)
 	at = add(self->text, at, size, ", \"robust_list\": %lu", (unsigned long)robust);
 	prctl(PR_GET_TID_ADDRESS, &word);
 	at = add(self->text, at, size, ", \"clear_child_tid\": %lu", (unsigned long)word);
-	at = add(self->text, at, size, ", \"no_new_privs\": %d", prctl(PR_GET_NO_NEW_PRIVS, 0, 0, 0, 0));
+	at = add(self->text, at, size, ", \"no_new_privs\": %d",
+		 prctl(PR_GET_NO_NEW_PRIVS, 0, 0, 0, 0));
 	at = add(self->text, at, size, ", \"securebits\": %d", prctl(PR_GET_SECUREBITS));
 	syscall(SYS_capget, &header, caps);
 	for (int i = 0; i <= CAP_LAST_CAP; i++) {
 		bset |= (uint64_t)(prctl(PR_CAPBSET_READ, i) == 1) << i;
-		ambient |= (uint64_t)(prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_IS_SET, i, 0, 0) == 1) << i;
+		ambient |= (uint64_t)(prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_IS_SET, i, 0, 0) == 1)
+			   << i;
 	}
 	at = add(self->text, at, size, ", \"capabilities\": [");
 	for (int i = 0; i < 2; i++)
@@ -127,7 +129,9 @@ void ask_thread(struct thread *self)
 
 static void ask_signals(void)
 {
-	struct { uint64_t handler, flags, restorer, mask; } action;
+	struct {
+		uint64_t handler, flags, restorer, mask;
+	} action;
 
 	ADD("\"signal_actions\": [");
 	for (int n = 1; n <= SIGNALS; n++) {
@@ -201,9 +205,18 @@ static void ask_limits(void)
 static void ask_container(void)
 {
 	static const char *const names[] = {
-		"kernel/sem", "kernel/msgmax", "kernel/msgmnb", "kernel/msgmni", "kernel/shmmax",
-		"kernel/shmall", "kernel/shmmni", "kernel/shm_rmid_forced", "fs/mqueue/queues_max",
-		"fs/mqueue/msg_max", "fs/mqueue/msgsize_max", "fs/mqueue/msg_default",
+		"kernel/sem",
+		"kernel/msgmax",
+		"kernel/msgmnb",
+		"kernel/msgmni",
+		"kernel/shmmax",
+		"kernel/shmall",
+		"kernel/shmmni",
+		"kernel/shm_rmid_forced",
+		"fs/mqueue/queues_max",
+		"fs/mqueue/msg_max",
+		"fs/mqueue/msgsize_max",
+		"fs/mqueue/msg_default",
 		"fs/mqueue/msgsize_default",
 	};
 	char path[64];

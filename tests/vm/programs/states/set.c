@@ -69,8 +69,7 @@ void set_thread(struct thread *self)
 	caps[0].inheritable = 1 << CAP_CHOWN | 1 << CAP_KILL;
 	check(syscall(SYS_capset, &header, caps), "capset");
 	check(prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_RAISE, CAP_KILL, 0, 0), "ambient");
-	check(prctl(PR_SET_SECUREBITS,
-		    SECBIT_NO_SETUID_FIXUP | (odd % 2 ? SECBIT_NOROOT : 0)),
+	check(prctl(PR_SET_SECUREBITS, SECBIT_NO_SETUID_FIXUP | (odd % 2 ? SECBIT_NOROOT : 0)),
 	      "PR_SET_SECUREBITS");
 	caps[1].permitted &= ~(1 << (number % 4)); /* MAC_OVERRIDE … SYSLOG */
 	caps[0].effective &= ~(1u << CAP_SYS_BOOT | 1u << (CAP_SYS_NICE + self->number));
@@ -167,7 +166,8 @@ static void set_files(void)
 void set_process(void)
 {
 	umask(0111 + number);
-	check(personality(STICKY_TIMEOUTS | (number % 2 ? SHORT_INODE : WHOLE_SECONDS)), "personality");
+	check(personality(STICKY_TIMEOUTS | (number % 2 ? SHORT_INODE : WHOLE_SECONDS)),
+	      "personality");
 	check(prctl(PR_SET_CHILD_SUBREAPER, number % 2 == 0), "PR_SET_CHILD_SUBREAPER");
 	write_text("/proc/self/oom_score_adj", "%d", 123 + number);
 	write_text("/proc/self/loginuid", "%d", 1234 + number);
