@@ -342,12 +342,12 @@ def _attach(cls: type[Kernel], ram: GuestRam, info: VmcoreInfo, vmlinux: Vmlinux
     _check(space, info)
     symbols = vmlinux.symbols(vmlinux.slide(space, info)) if vmlinux else None
     symbols = symbols or read_kallsyms(space, info)
-    data = (vmlinux and vmlinux.btf) or _read_btf(space, symbols) or (vmlinux and vmlinux.types())
+    data = (vmlinux and vmlinux.btf) or _read_btf(space, symbols)
     if not data:
         raise KernelNotFound(
             "the guest's kernel does not describe its types",
             "it must have CONFIG_DEBUG_INFO_BTF and CONFIG_KALLSYMS_ALL; or give its --vmlinux "
-            "with a section .BTF or DWARF",
+            "with a section .BTF (pahole -J makes one from debug information)",
         )
     return cls(ram, space, info, symbols, Types(Btf(data, info.build_id)))
 
