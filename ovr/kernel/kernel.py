@@ -39,14 +39,11 @@ __all__ = ["GLOBALS", "Kernel"]
 
 GLOBALS: Final[Mapping[str, str]] = MappingProxyType(
     {
-        "__cpu_possible_mask": "struct cpumask",
-        "__per_cpu_offset": "unsigned long",
         "init_nsproxy": "struct nsproxy",
         "init_pid_ns": "struct pid_namespace",
         "init_task": "struct task_struct",
         "init_uts_ns": "struct uts_namespace",
         "page_offset_base": "unsigned long",
-        "transparent_hugepage_flags": "unsigned long",
         "vmemmap_base": "unsigned long",
     }
 )
@@ -249,14 +246,6 @@ class Kernel:
             offset = 8  # after the sequence count, in a struct without a name
         seconds: int = self.pointer("struct timekeeper", Gva(base + offset)).xtime_sec
         return seconds
-
-    def still_same(self) -> bool:
-        """Tell whether the kernel that was found still runs: not another one, nor another boot."""
-        try:
-            _check(self.space, self.info)
-        except (KernelNotFound, GuestFault):
-            return False
-        return self.same_boot()
 
     def same_boot(self) -> bool:
         """Tell the same from what takes microseconds to read: no other boot has this mark."""

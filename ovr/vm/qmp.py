@@ -105,14 +105,6 @@ class Monitor(ABC):
             raise self._unreachable("sent an answer that is not QMP")
         return str(answer.get("status"))
 
-    def stop(self) -> None:
-        """Stop all vCPUs; returns once they stand."""
-        self.execute("stop")
-
-    def cont(self) -> None:
-        """Let the vCPUs run."""
-        self.execute("cont")
-
     @abstractmethod
     def _unreachable(self, what: str) -> VmUnreachable:
         """Return the error that says `what` this VM does."""

@@ -60,7 +60,7 @@ def test_a_kernel_without_symbols_and_types(toy, tmp_path):
     }
     assert kernel.symbols.get("cpu_counter") == 0x10  # a per-cpu offset: KASLR does not move it
     assert kernel.symbols.get("file.c") is None
-    assert kernel.still_same()
+    assert kernel.same_boot()
 
 
 def test_each_part_is_taken_from_where_it_is(tmp_path):
