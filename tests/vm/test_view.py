@@ -9,6 +9,7 @@ import pytest
 from drgn import TypeKind
 from drgn.helpers.linux.list import list_for_each_entry
 
+from ovr._fastcopy import PROTNONE
 from ovr.errors import KernelNotFound, UsageError
 from ovr.kernel import (
     Kernel,
@@ -22,7 +23,7 @@ from ovr.kernel import (
 )
 from ovr.kernel.types.view import Array, Pointer, Struct
 from ovr.lab.workload import build_workload
-from ovr.memory.paging import PROTNONE, pieces
+from ovr.memory.paging import pieces
 from ovr.vm.attach import AttachedVm
 from ovr.vm.hold import Holder
 from tests.unit.kernel.writers import elf
