@@ -11,9 +11,6 @@ CFLAGS += ["-Wno-unused-parameter", "-Wno-missing-field-initializers", "-Wno-cas
 # The tracer: C alone, since it runs after a fork.
 HOLD = [f"ovr/native/{name}.c" for name in ("hold", "tracer", "tracees", "sigstop", "procfs")]
 LDFLAGS: list[str] = ["-pthread"]
-# With OVR_ABI3=1, one wheel for Python 3.11 and all later ones: the limited API of 3.11, the first
-# that has the buffer protocol. Not the default, because single reads and writes take twice as long.
-ABI3 = os.environ.get("OVR_ABI3", "0") != "0"
 if os.environ.get("OVR_SANITIZE"):
     CFLAGS += ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
     CFLAGS += ["-fno-omit-frame-pointer", "-O1"]
@@ -29,11 +26,8 @@ setup(
                 include_dirs=["ovr/native"],
                 extra_compile_args=CFLAGS,
                 extra_link_args=LDFLAGS,
-                define_macros=[("Py_LIMITED_API", "0x030B0000")] if ABI3 else [],
-                py_limited_api=ABI3,
             )
         ],
         compiler_directives={"language_level": "3", "freethreading_compatible": False},
     ),
-    options={"bdist_wheel": {"py_limited_api": "cp311"}} if ABI3 else {},
 )

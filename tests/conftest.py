@@ -1,6 +1,5 @@
 """Fixtures: the sdist, the wheel that is built of it, an empty environment that has the wheel."""
 
-import os
 import subprocess
 import sys
 import tarfile
@@ -12,11 +11,10 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
-def pip(*words, **environment):
+def pip(*words):
     """Run this environment's pip, which has what a build needs."""
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q", *map(str, words)]
-    env = {**os.environ, **environment}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 
@@ -38,15 +36,6 @@ def sdist(tmp_path_factory):
     return path
 
 
-def wheel_of(sdist, directory, **environment):
-    """Build a wheel of the sdist: nothing of the tree gets in, nothing can be missing."""
-    source = unpacked(sdist, directory / "source")
-    options = ("--no-deps", "--no-build-isolation", "--wheel-dir", directory)
-    pip("wheel", *options, source, **environment)
-    [wheel] = directory.glob("*.whl")
-    return wheel
-
-
 def unpacked(sdist, directory):
     with tarfile.open(sdist) as tar:
         tar.extractall(directory, filter="data")
@@ -56,7 +45,12 @@ def unpacked(sdist, directory):
 
 @pytest.fixture(scope="session")
 def wheel(sdist, tmp_path_factory):
-    return wheel_of(sdist, tmp_path_factory.mktemp("wheel"))
+    """A wheel of the sdist: nothing of the tree gets in, nothing can be missing."""
+    directory = tmp_path_factory.mktemp("wheel")
+    options = ("--no-deps", "--no-build-isolation", "--wheel-dir", directory)
+    pip("wheel", *options, unpacked(sdist, directory / "source"))
+    [built] = directory.glob("*.whl")
+    return built
 
 
 @pytest.fixture(scope="session")

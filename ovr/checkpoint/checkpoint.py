@@ -4,15 +4,16 @@ Each kind says which images there are, what is sent into the guest, and who runs
 """
 
 import re
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Final, Self
+from typing import Final
 
 from ovr.checkpoint.archive import Archive
 from ovr.errors import CheckFailed, ImagesUnsupported, UsageError
 from ovr.guest.client.session import Hello
 from ovr.guest.protocol import ENGINE_ARCHIVE, HOOK_HELD
+from ovr.host.closing import Closing
 from ovr.images import ImageSet, Slices, image_chunks
 from ovr.images.terminals import refuse_outside_terminals
 
@@ -35,7 +36,7 @@ _SCRIPTS_FOR_ENGINES: Final = (3, 19)  # "action-scripts: allow shell scripts in
 _DESCRIPTORS: Final = "descriptors.json"  # runc and crun put it beside CRIU's images
 
 
-class Checkpoint(ABC):
+class Checkpoint(Closing):
     """A checkpoint; a context manager.
 
     Attributes:
@@ -75,12 +76,6 @@ class Checkpoint(ABC):
     def close(self) -> None:
         """Close what is open."""
         self.images.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 class ImagesCheckpoint(Checkpoint):

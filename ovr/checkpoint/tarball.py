@@ -4,10 +4,11 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Final, Self
+from typing import Any, Final
 
 from ovr.checkpoint.unpack import open_tar
 from ovr.errors import ImagesDamaged, ImagesUnsupported
+from ovr.host.closing import Closing
 from ovr.images.directory import read_exactly
 from ovr.images.framing import DUMP_AGAIN
 
@@ -17,7 +18,7 @@ _MAX_JSON: Final = 4 << 20  # bytes; podman's config.dump has some 20 KiB
 _CHUNK: Final = 1 << 20
 
 
-class Tarball:
+class Tarball(Closing):
     """An open tar, read-only, unpacked if it was packed. Use as a context manager, or `close` it.
 
     Args:
@@ -41,12 +42,6 @@ class Tarball:
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def has_below(self, prefix: str) -> bool:
         """Whether it has members whose names begin with `prefix`."""

@@ -13,7 +13,7 @@ from typing import Any, Final, NamedTuple
 
 from ovr.cli import logs
 
-__all__ = ["TABLE", "Fate", "Option", "Verbosity", "add_criu_options", "markdown"]
+__all__ = ["TABLE", "Fate", "Option", "Verbosity", "add_criu_options"]
 
 
 class Fate(enum.Enum):
@@ -180,20 +180,6 @@ def add_criu_options(parser: argparse.ArgumentParser) -> None:
         action = {Fate.PASSED: _Pass, Fate.IGNORED: _Ignore, Fate.REFUSED: _Refuse}[option.fate]
         nargs: int | str | None = {None: 0, "?": "?", "1": None}[option.value]
         group.add_argument(*names, action=action, nargs=nargs, help=_HIDDEN)
-
-
-def markdown() -> str:
-    """Return the table of docs/criu-scripts.md."""
-    rows = ["| option | effect in `ovr restore` |", "|---|---|"]
-    groups: dict[tuple[Fate, str], list[str]] = {}
-    for option in TABLE:
-        groups.setdefault((option.fate, option.why), []).append(
-            "`" + "`, `".join(option.names) + "`"
-        )
-    for (fate, why), names in groups.items():
-        what = why if fate is Fate.OURS else f"{fate.value}: {why}"
-        rows.append(f"| {', '.join(names)} | {what} |")
-    return "\n".join(rows) + "\n"
 
 
 class Verbosity(argparse.Action):

@@ -10,13 +10,11 @@ from typing import Any
 from ovr.checkpoint import Archive
 from ovr.cli.output import common, document, size, table
 from ovr.cli.terminal import fitted
-from ovr.cli.vm_options import add_vm_options
 from ovr.errors import UsageError
 from ovr.images import ImageSet
 from ovr.plan import NOT_DUMPED, Plan, make_plan
 from ovr.plan.areas import MemoryPlan
 from ovr.plan.pages import Reason
-from ovr.vm.attach import AttachedVm
 
 __all__ = ["add", "add_outside", "show"]
 
@@ -45,7 +43,6 @@ def add(commands: Any) -> None:
         "--import-previous", type=Path, dest="previous", metavar="FILE",
         help="the pre-checkpoint on which the archive builds (podman's --with-previous)",
     )  # fmt: skip
-    add_vm_options(parser, required=False)
     add_outside(parser)
     common(parser)
     parser.set_defaults(run=run)
@@ -62,9 +59,6 @@ def add_outside(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Show the plan."""
-    if options.vm:
-        with AttachedVm(options.vm, vmlinux=options.vmlinux):
-            pass
     if options.archive is not None:
         with Archive.open(options.archive, options.previous) as archive:
             show(make_plan(archive.images, options.outside), options)

@@ -7,16 +7,13 @@ from pathlib import Path
 __all__ = ["add_agent_option", "add_vm_options"]
 
 
-def add_vm_options(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
-    """Add ``--vm`` and ``--vmlinux``; without `required` the first is only checked, if given."""
-    if required:
-        named = os.environ.get("OVR_VM")
-        parser.add_argument(
-            "--vm", required=not named, default=named, metavar="VM",
-            help="which VM: see below (default: what OVR_VM in the environment says)",
-        )  # fmt: skip
-    else:
-        parser.add_argument("--vm", metavar="VM", help="also check that this VM can be reached")
+def add_vm_options(parser: argparse.ArgumentParser) -> None:
+    """Add ``--vm`` and ``--vmlinux``."""
+    named = os.environ.get("OVR_VM")
+    parser.add_argument(
+        "--vm", required=not named, default=named, metavar="VM",
+        help="which VM: see below (default: what OVR_VM in the environment says)",
+    )  # fmt: skip
     parser.add_argument(
         "--vmlinux", metavar="FILE", type=Path,
         help="the guest's kernel with symbol table or .BTF, if the guest keeps none in its memory",

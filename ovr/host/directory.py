@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 from os import PathLike
 from typing import IO, Final, Self
 
+from ovr.host.closing import Closing
 from ovr.host.trust import (
     UntrustedPath,
     Walk,
@@ -29,7 +30,7 @@ _SHARED: Final = (Writers.TRUSTED, Writers.STICKY, Writers.GROUP)
 _OTHERS_WRITE: Final = stat.S_IWGRP | stat.S_IWOTH
 
 
-class Directory:
+class Directory(Closing):
     """An open directory, of this user or root.
 
     Attributes:
@@ -195,12 +196,6 @@ class Directory:
         fd, self._fd = self._fd, -1
         if fd >= 0:
             os.close(fd)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def _check_entry(self, name: str, status: os.stat_result) -> None:
         # Where only this user and root can have put it, it is what they want to be written to.

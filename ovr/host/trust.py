@@ -6,7 +6,9 @@ is sticky. Imports little: each restore waits for it.
 """
 
 import errno
+import grp
 import os
+import pwd
 import stat
 from collections.abc import Container
 from contextlib import suppress
@@ -201,9 +203,6 @@ def _trusted_users() -> tuple[int, int]:
 
 def _is_private_group(status: os.stat_result) -> bool:
     # A user's own group, as USERGROUPS_ENAB of login.defs(5) makes them; the umask is 002 then.
-    import grp  # noqa: PLC0415 - seldom needed
-    import pwd  # noqa: PLC0415 - seldom needed
-
     try:
         user, group = pwd.getpwuid(status.st_uid), grp.getgrgid(status.st_gid)
     except KeyError:
@@ -225,8 +224,6 @@ def is_descriptor(directory: int, name: str) -> bool:
 
 def user_name(uid: int) -> str:
     """Return ``user NAME``, for messages."""
-    import pwd  # noqa: PLC0415 - seldom needed
-
     try:
         return f"user {pwd.getpwuid(uid).pw_name}"
     except KeyError:

@@ -12,9 +12,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Final, Self
+from typing import Final
 
 from ovr.errors import ImagesDamaged, ImagesUnsupported, OvrError, UsageError
+from ovr.host.closing import Closing
 from ovr.images.framing import DUMP_AGAIN
 from ovr.images.packed import HEAD_SIZE, packing
 from ovr.images.unreadable import unreadable
@@ -27,7 +28,7 @@ PARENT: Final = "parent"
 """Name of the link to the dump that this one builds on: CRIU's CR_PARENT_LINK."""
 
 
-class ImageDirectory:
+class ImageDirectory(Closing):
     """An open directory of image files.
 
     Attributes:
@@ -136,12 +137,6 @@ class ImageDirectory:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 def _not_a_directory(path: Path) -> OvrError:

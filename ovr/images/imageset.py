@@ -9,6 +9,7 @@ from typing import Final, Self, TypeVar, cast
 from google.protobuf.message import Message
 
 from ovr.errors import ImagesDamaged, ImagesUnsupported, UsageError
+from ovr.host.closing import Closing
 from ovr.images.chain import resolve
 from ovr.images.directory import ImageDirectory, ImageFile
 from ovr.images.framing import DUMP_AGAIN, check_header, decode, frames, is_raw
@@ -45,7 +46,7 @@ _MAX_PAGEMAP: Final = 256 << 20  # bytes: about 16 million runs
 M = TypeVar("M", bound=Message)
 
 
-class ImageSet:
+class ImageSet(Closing):
     """What ``criu dump`` wrote, read-only. Use as a context manager, or `close` it.
 
     The inventory and the header of every image are checked on opening; tasks and memory are decoded
@@ -85,12 +86,6 @@ class ImageSet:
         """Close the directories."""
         for directory in self._levels:
             directory.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     @property
     def levels(self) -> tuple[ImageDirectory, ...]:

@@ -28,7 +28,6 @@ __all__ = [
     "PipeEntry",
     "RegFileEntry",
     "SignalfdEntry",
-    "SkPacketEntry",
     "TermiosEntry",
     "TimensEntry",
     "TimerfdEntry",
@@ -187,14 +186,6 @@ class PipeDataEntry(Message):
     pipe_id: int = required(1, UINT32)
     bytes: int = required(2, UINT32)
     size: int = optional(3, UINT32)
-
-
-@entry
-class SkPacketEntry(Message):
-    """A packet in a socket's queue: `length` raw bytes follow the entry."""
-
-    id_for: int = required(1, UINT32)
-    length: int = required(2, UINT32)
 
 
 @entry

@@ -3,14 +3,13 @@
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Final
 
 import numpy as np
 
 from ovr.errors import ImagesUnsupported
 from ovr.images.directory import ImageFile, read_exactly
-from ovr.images.framing import encode, image_bytes, is_raw, write_image
+from ovr.images.framing import encode, image_bytes, is_raw
 from ovr.images.imageset import ImageSet
 from ovr.images.pagemap import PAGEMAP_DTYPE, PE_LAZY, PE_PRESENT, Pagemap, encode_pagemap
 from ovr.images.task import Memory
@@ -76,7 +75,7 @@ def image_chunks(image: bytes | Slices) -> Iterator[bytes]:
 class InsideImages:
     """Builds the image set that CRIU restores inside the guest.
 
-    Starts as the given image set; `replace`, `omit` and `keep_pages` change it. The same calls give
+    Starts as the given image set; `replace` and `keep_pages` change it. The same calls give
     the same bytes. A pages image is always written whole, because CRIU reads one that is too short
     for ever, and no pagemap of a task loses all its entries, because CRIU crashes on that.
     """
@@ -84,7 +83,6 @@ class InsideImages:
     def __init__(self, images: ImageSet) -> None:
         self._images = images
         self._changed: dict[str, bytes | Slices] = {}
-        self._omitted: set[str] = set()
 
     def replace(self, name: str, *entries: Message) -> None:
         """Let the image `name` consist of these entries.
@@ -96,13 +94,7 @@ class InsideImages:
         """
         if is_raw(name) or name.startswith("pagemap-"):
             raise ValueError(f"{name} is not made of messages alone")
-        self._omitted.discard(name)
         self._changed[name] = image_bytes(name, map(encode, entries))
-
-    def omit(self, name: str) -> None:
-        """Leave the image `name` out: for readers in CRIU most missing images are empty ones."""
-        self._changed.pop(name, None)
-        self._omitted.add(name)
 
     def keep_pages(self, memory: Memory, kept: Extents, had_pages: Sequence[int] = ()) -> None:
         """Keep only some pages of a task or of shared memory.
@@ -145,13 +137,8 @@ class InsideImages:
                     "dump again: every process has at least its vDSO",
                 )
         self._flatten()
-        names = {*self._images.names, *self._changed} - self._omitted - self._stale()
+        names = {*self._images.names, *self._changed} - self._stale()
         return {name: self._changed.get(name) or self._original(name) for name in sorted(names)}
-
-    def write_to(self, directory: Path) -> None:
-        """Write the inside image set to an existing directory, each file whole or not at all."""
-        for name, image in self.build().items():
-            write_image(directory, name, image_chunks(image))
 
     def _flatten(self) -> None:
         """Give images that build on a parent all their pages: the guest gets no parent images."""

@@ -13,33 +13,17 @@ containers and objects under the kernel's own names.
 """
 
 from ovr.kernel.kernel import Kernel
-from ovr.kernel.linux.cgroup import (
-    cgroup_path,
-    mem_cgroup,
-    pids_cgroup,
-    task_css,
-    task_dfl_cgroup,
-)
 from ovr.kernel.linux.creds import capabilities, in_own_user_ns, why_not_root
-from ovr.kernel.linux.list import hlist_for_each_entry, list_for_each_entry
+from ovr.kernel.linux.list import list_for_each_entry
 from ovr.kernel.linux.mm import (
     Vma,
     anon_vma_users,
     find_vma,
     for_each_vma,
     mm_space,
-    pfn_to_page,
-    transparent_hugepages,
     vmas,
 )
-from ovr.kernel.linux.percpu import for_each_possible_cpu, per_cpu, per_cpu_ptr
-from ovr.kernel.linux.pid import (
-    find_pid_ns,
-    find_task_by_pid_ns,
-    pid_nr_ns,
-    task_active_pid_ns,
-    task_pid_nr_ns,
-)
+from ovr.kernel.linux.pid import find_pid_ns, find_task_by_pid_ns, task_active_pid_ns
 from ovr.kernel.linux.rbtree import rbtree_for_each_entry
 from ovr.kernel.linux.tasks import (
     Process,
@@ -48,7 +32,6 @@ from ovr.kernel.linux.tasks import (
     for_each_thread,
     is_kernel_thread,
     is_traced,
-    is_zombie,
     processes,
     task_comm,
     task_state,
@@ -82,40 +65,26 @@ __all__ = [
     "address_of",
     "anon_vma_users",
     "capabilities",
-    "cgroup_path",
     "container_of",
     "find_pid_ns",
     "find_task",
     "find_task_by_pid_ns",
     "find_vma",
-    "for_each_possible_cpu",
     "for_each_process",
     "for_each_thread",
     "for_each_vma",
-    "hlist_for_each_entry",
     "idr_find",
     "in_own_user_ns",
     "is_kernel_thread",
     "is_traced",
-    "is_zombie",
     "list_for_each_entry",
-    "mem_cgroup",
     "mm_space",
-    "per_cpu",
-    "per_cpu_ptr",
-    "pfn_to_page",
-    "pid_nr_ns",
-    "pids_cgroup",
     "processes",
     "rbtree_for_each_entry",
     "settled",
     "task_active_pid_ns",
     "task_comm",
-    "task_css",
-    "task_dfl_cgroup",
-    "task_pid_nr_ns",
     "task_state",
-    "transparent_hugepages",
     "types_that_fit",
     "vmas",
     "why_not_root",

@@ -39,14 +39,11 @@ __all__ = ["GLOBALS", "Kernel"]
 
 GLOBALS: Final[Mapping[str, str]] = MappingProxyType(
     {
-        "__cpu_possible_mask": "struct cpumask",
-        "__per_cpu_offset": "unsigned long",
         "init_nsproxy": "struct nsproxy",
         "init_pid_ns": "struct pid_namespace",
         "init_task": "struct task_struct",
         "init_uts_ns": "struct uts_namespace",
         "page_offset_base": "unsigned long",
-        "transparent_hugepage_flags": "unsigned long",
         "vmemmap_base": "unsigned long",
     }
 )
@@ -250,14 +247,6 @@ class Kernel:
         seconds: int = self.pointer("struct timekeeper", Gva(base + offset)).xtime_sec
         return seconds
 
-    def still_same(self) -> bool:
-        """Tell whether the kernel that was found still runs: not another one, nor another boot."""
-        try:
-            _check(self.space, self.info)
-        except (KernelNotFound, GuestFault):
-            return False
-        return self.same_boot()
-
     def same_boot(self) -> bool:
         """Tell the same from what takes microseconds to read: no other boot has this mark."""
         try:
@@ -342,12 +331,12 @@ def _attach(cls: type[Kernel], ram: GuestRam, info: VmcoreInfo, vmlinux: Vmlinux
     _check(space, info)
     symbols = vmlinux.symbols(vmlinux.slide(space, info)) if vmlinux else None
     symbols = symbols or read_kallsyms(space, info)
-    data = (vmlinux and vmlinux.btf) or _read_btf(space, symbols) or (vmlinux and vmlinux.types())
+    data = (vmlinux and vmlinux.btf) or _read_btf(space, symbols)
     if not data:
         raise KernelNotFound(
             "the guest's kernel does not describe its types",
             "it must have CONFIG_DEBUG_INFO_BTF and CONFIG_KALLSYMS_ALL; or give its --vmlinux "
-            "with a section .BTF or DWARF",
+            "with a section .BTF (pahole -J makes one from debug information)",
         )
     return cls(ram, space, info, symbols, Types(Btf(data, info.build_id)))
 

@@ -13,13 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from ovr._fastcopy import Hold, RamMap
 from ovr.errors import RamNotShared
+from ovr.host.closing import Closing
 from ovr.memory.addresses import PAGE_SIZE, Gpa, Gva, Offset
 from ovr.memory.extents import Extents
 
 if TYPE_CHECKING:
-    from types import TracebackType
-    from typing import Self
-
     from typing_extensions import Buffer
 
 __all__ = ["GuestRam", "RamFile", "Slot"]
@@ -83,7 +81,7 @@ class Slot:
         return Gpa(self.gpa + self.size)
 
 
-class GuestRam:
+class GuestRam(Closing):
     """All of a guest's RAM, mapped into this process; a context manager.
 
     Args:
@@ -110,17 +108,6 @@ class GuestRam:
                 f"guest RAM cannot be mapped: {error}",
                 "is the VM's RAM file still the one that QEMU uses?",
             ) from error
-
-    def __enter__(self) -> "Self":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: "TracebackType | None",
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Unmap the files; later accesses raise `GuestFault`."""

@@ -5,6 +5,7 @@ for it.
 """
 
 import os
+import resource
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import Final
@@ -44,8 +45,6 @@ def circumstances(pid: int) -> Mapping[str, object]:
     Raises:
         OSError: there is no such process, or it must not be looked at.
     """
-    import resource  # noqa: PLC0415 - not for clients
-
     status = status_of(pid)
     found: dict[str, object] = {name: status.get(name) for name in _CIRCUMSTANCES}
     for name in (name for name in dir(resource) if name.startswith("RLIMIT_")):

@@ -2,9 +2,10 @@
 
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Final, Self
+from typing import Final
 
 from ovr.errors import RestoreFailed
+from ovr.host.closing import Closing
 from ovr.kernel import Kernel
 from ovr.memory.ram import GuestRam
 from ovr.vm.blockers import balloon_size
@@ -16,7 +17,7 @@ __all__ = ["AttachedVm"]
 _BOOT_FIRST: Final = "wait until it has booted, and restore again"
 
 
-class AttachedVm:
+class AttachedVm(Closing):
     """QMP, guest RAM and the guest's kernel; a context manager.
 
     Args:
@@ -49,12 +50,6 @@ class AttachedVm:
             self.kernel = Kernel.find(self.ram, vmlinux)
             stack.callback(self.kernel.close)
             self._stack = stack.pop_all()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def check_same_boot(self) -> None:
         """Make sure that the kernel that was found when we attached is the one that runs.

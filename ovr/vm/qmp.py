@@ -8,13 +8,14 @@ import json
 import select
 import socket
 import time
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Mapping
 from itertools import count
 from pathlib import Path
 from typing import Any, Self
 
 from ovr.errors import OvrError, VmUnreachable
+from ovr.host.closing import Closing
 from ovr.host.credentials import peer_of
 from ovr.vm.lock import refuse_locked
 
@@ -38,14 +39,8 @@ class ExecuteError(OvrError):
         self.desc = desc
 
 
-class Monitor(ABC):
+class Monitor(Closing):
     """A way to give QEMU its QMP commands, one at a time; a context manager."""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     @abstractmethod
     def close(self) -> None:
@@ -104,14 +99,6 @@ class Monitor(ABC):
         if not isinstance(answer, dict):
             raise self._unreachable("sent an answer that is not QMP")
         return str(answer.get("status"))
-
-    def stop(self) -> None:
-        """Stop all vCPUs; returns once they stand."""
-        self.execute("stop")
-
-    def cont(self) -> None:
-        """Let the vCPUs run."""
-        self.execute("cont")
 
     @abstractmethod
     def _unreachable(self, what: str) -> VmUnreachable:

@@ -5,9 +5,8 @@ from functools import cache
 from itertools import islice
 
 from ovr.kernel import Kernel, find_task, find_vma, processes, vmas
-from ovr.kernel.linux.list import hlist_for_each_entry, list_for_each_entry
+from ovr.kernel.linux.list import list_for_each_entry
 from ovr.kernel.linux.maple import mt_for_each
-from ovr.kernel.linux.percpu import for_each_possible_cpu, per_cpu
 from ovr.kernel.linux.rbtree import rbtree_for_each_entry
 from ovr.kernel.linux.xarray import idr_find, xa_load
 from ovr.memory.addresses import Gpa, Gva
@@ -30,7 +29,6 @@ WORDS = 512
 
 WALKS: tuple[Callable[[Memory], object], ...] = (
     lambda m: list(list_for_each_entry("struct item", view("list_head", m), "link")),
-    lambda m: list(hlist_for_each_entry("struct item", view("hlist_head", m), "hlink")),
     lambda m: list(rbtree_for_each_entry("struct item", view("rb_root", m), "rb")),
     lambda m: list(islice(mt_for_each(view("maple_tree", m)), 1 << 16)),
     lambda m: [xa_load(view("xarray", m), index) for index in (0, 63, 64, 1 << 20, (1 << 64) - 1)],
@@ -121,11 +119,9 @@ def whole(data: bytes) -> None:
 
 
 def use(kernel: Kernel) -> None:
-    kernel.still_same()
+    kernel.same_boot()
     kernel.wall_clock()
     kernel.private_frames  # noqa: B018 - may it be asked for?
-    for cpu in list(for_each_possible_cpu(kernel))[:4]:
-        per_cpu(kernel, "cpu_counter", cpu)
     for process in processes(kernel):
         task = find_task(kernel, process.pid)
         if task and task.mm:

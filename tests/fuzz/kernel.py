@@ -2,7 +2,6 @@
 
 import atexit
 import shutil
-import subprocess
 import tempfile
 from collections.abc import Iterator
 from functools import cache
@@ -12,7 +11,6 @@ from ovr.kernel.find.kallsyms import read_kallsyms
 from ovr.kernel.find.vmcoreinfo import START_KERNEL_MAP, parse
 from ovr.kernel.find.vmlinux import Vmlinux
 from ovr.kernel.types.btf import Btf
-from ovr.kernel.types.dwarf import dwarf_to_btf
 from ovr.kernel.types.types import Types
 from ovr.memory.addresses import Gpa, Gva
 from tests.fuzz.patches import patched, sample_patches
@@ -32,16 +30,6 @@ REQUIRED = {
     "init_uts_ns": BASE + 0x1000,
     "swapper_pg_dir": START_KERNEL_MAP + 0x1000,
 }
-PROGRAM = """
-struct list_head { struct list_head *next, *prev; };
-enum pid_type { PIDTYPE_PID, PIDTYPE_TGID = -2 };
-union both { int a; char b[3][4]; };
-struct task_struct { struct list_head tasks; unsigned one : 1; long long two : 33; union both u;
-    const volatile char *const comm; enum pid_type type; void (*call)(int); double d; };
-struct task_struct task; struct pid { struct task_struct *t; } pid;
-union both both; enum pid_type type;
-"""
-ROOTS = ("struct task_struct", "struct pid", "enum pid_type", "union both")
 
 
 @cache
@@ -130,7 +118,7 @@ def vmcoreinfo_seeds() -> Iterator[bytes]:
         yield text
 
 
-# ---- vmlinux and DWARF -------------------------------------------------------------------
+# ---- vmlinux -----------------------------------------------------------------------------
 
 
 class Image:
@@ -166,39 +154,9 @@ def files() -> list[bytes]:
     ]
 
 
-@cache
-def compiled() -> list[bytes]:
-    source = scratch() / "types.c"
-    source.write_text(PROGRAM)
-    made = []
-    for flags in ("-gdwarf-4", "-gdwarf-5"):
-        target = scratch() / "types.so"
-        subprocess.run(
-            ["gcc", flags, "-shared", "-nostdlib", source, "-o", target],
-            check=True,
-        )
-        made.append(target.read_bytes())
-    return made
-
-
-def dwarf(data: bytes) -> None:
-    source = Input(data)
-    [damaged] = patched([compiled()[source.number() % 2]], source)
-    path = scratch() / "dwarf.o"
-    path.write_bytes(damaged)
-    use_types(dwarf_to_btf(path, "", ROOTS))
-
-
-def dwarf_seeds() -> Iterator[bytes]:
-    for number, file in enumerate(compiled()):
-        for at in range(0, len(file), 29):
-            yield bytes([number, 0, at % 8]) + at.to_bytes(2, "little") + b"\2\xff\7"
-
-
 TARGETS = (
     Target("btf", btf_seeds, use_types, longest=1 << 14),
     Target("kallsyms", kallsyms_seeds, kallsyms),
     Target("vmcoreinfo", vmcoreinfo_seeds, vmcoreinfo),
     Target("vmlinux", lambda: iter(files()), vmlinux, longest=1 << 14),
-    Target("dwarf", dwarf_seeds, dwarf),
 )

@@ -12,9 +12,10 @@ import numpy as np
 from ovr._fastcopy import OWNED, PAIR, RUN, RamMap, equal_pages
 from ovr.errors import GuestFault
 from ovr.memory.addresses import PAGE_SIZE, Gpa, Gva
-from ovr.memory.paging import PTE_ADDRESS, Frames, Leaf, pieces, reference_walk
+from ovr.memory.paging import Frames, pieces
 from tests.fuzz.target import Input, Target
 from tests.sources import as_file
+from tests.unit.reference_walk import PTE_ADDRESS, Leaf, reference_walk
 
 __all__ = ["TARGETS"]
 

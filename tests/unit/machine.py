@@ -6,8 +6,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ovr.memory.addresses import PAGE_SIZE, Gpa, Gva, Offset
-from ovr.memory.paging import PTE_ADDRESS, PTE_PRESENT, PTE_PROTNONE, PTE_PSE, PTE_RW, PTE_USER
 from ovr.memory.ram import GuestRam, RamFile, Slot
+from tests.unit.reference_walk import (
+    PTE_ADDRESS,
+    PTE_PRESENT,
+    PTE_PROTNONE,
+    PTE_PSE,
+    PTE_RW,
+    PTE_USER,
+)
 
 
 def ram_file(path: Path, mode: int = os.O_RDWR) -> RamFile:

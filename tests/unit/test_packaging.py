@@ -8,7 +8,7 @@ import sys
 import tomllib
 import zipfile
 
-from tests.conftest import ROOT, pip, unpacked, wheel_of
+from tests.conftest import ROOT, unpacked
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 VERSION = PROJECT["version"]
@@ -89,21 +89,6 @@ def test_types_come_with_it(installed, tmp_path):
     assert 'Revealed type is "int"' in done.stdout.replace("builtins.", "")
     assert "def (self: ovr._fastcopy.RamMap" in done.stdout
     assert "error" not in done.stdout
-
-
-def test_one_wheel_for_all_pythons(sdist, installed, tmp_path):
-    wheel = wheel_of(sdist, tmp_path, OVR_ABI3="1")
-    assert wheel.name == f"ovr-{VERSION}-cp311-abi3-linux_x86_64.whl"
-    target = tmp_path / "target"
-    pip("install", "--no-deps", "--target", target, wheel)
-    program = (
-        f"import sys; sys.path.insert(0, {str(target)!r})\n"
-        "import ovr._fastcopy as m; print(m.__file__)\n"
-        "from ovr.cli import main; main(['states'])"
-    )
-    first, *states = run(installed / "python", "-c", program).splitlines()
-    assert first == f"{target}/ovr/_fastcopy.abi3.so"
-    assert len(states) > 20
 
 
 def test_versions_agree():

@@ -12,18 +12,9 @@ from hypothesis import strategies as st
 from ovr._fastcopy import OWNED, PROTNONE, USER, WRITE
 from ovr.errors import GuestFault
 from ovr.memory.addresses import PAGE_SIZE, Gpa, Gva
-from ovr.memory.paging import (
-    PTE_PRESENT,
-    PTE_PSE,
-    PTE_RW,
-    PTE_USER,
-    AddressSpace,
-    Frames,
-    Leaf,
-    pieces,
-    reference_walk,
-)
+from ovr.memory.paging import AddressSpace, Frames, pieces
 from tests.unit.machine import Machine, canonical
+from tests.unit.reference_walk import PTE_PRESENT, PTE_PSE, PTE_RW, PTE_USER, Leaf, reference_walk
 
 GIB = 1 << 30
 MIB2 = 1 << 21

@@ -9,6 +9,7 @@ import pytest
 from drgn import TypeKind
 from drgn.helpers.linux.list import list_for_each_entry
 
+from ovr._fastcopy import PROTNONE
 from ovr.errors import KernelNotFound, UsageError
 from ovr.kernel import (
     Kernel,
@@ -17,14 +18,12 @@ from ovr.kernel import (
     for_each_thread,
     kernel,
     mm_space,
-    per_cpu,
     processes,
     vmas,
 )
-from ovr.kernel.linux.cgroup import cgroup_path, mem_cgroup, pids_cgroup, task_dfl_cgroup
 from ovr.kernel.types.view import Array, Pointer, Struct
 from ovr.lab.workload import build_workload
-from ovr.memory.paging import PROTNONE, pieces
+from ovr.memory.paging import pieces
 from ovr.vm.attach import AttachedVm
 from ovr.vm.hold import Holder
 from tests.unit.kernel.writers import elf
@@ -149,16 +148,6 @@ def test_every_symbol_agrees_with_drgn(attached):
     assert len(ours) > 50_000
 
 
-def test_per_cpu_data_agrees_with_drgn(busy):
-    program = drgn_program(busy)
-    runqueues = busy.kernel.symbol("runqueues")
-    for cpu in (0, 1):
-        offset = program.read_u64(program.symbol("__per_cpu_offset").address + 8 * cpu)
-        rq = drgn.Object(program, "struct rq", address=(runqueues + offset) % (1 << 64))
-        assert per_cpu(busy.kernel, "runqueues", cpu).curr.address_ == rq.curr.value_()
-        assert per_cpu(busy.kernel, "runqueues", cpu).nr_running == rq.nr_running.value_()
-
-
 def pages_by_proc(vm, pid, areas):
     """What /proc/PID/pagemap says of each area: the frame of each page that is there."""
     wanted = " ".join(f"{start >> 9}:{(end - start) >> 9}" for start, end in areas)
@@ -225,24 +214,6 @@ def started_by_the_system(kernel, but):
         if not process.kernel and process.pid not in (1, but) and process.comm != "ovr-agent"
         and process.state == "S"
     ][:3]  # fmt: skip
-
-
-def test_cgroups(vm, attached):
-    vm.sh(
-        "cd /sys/fs/cgroup; echo '+memory +pids' > cgroup.subtree_control; mkdir -p 'a b/c';"
-        "echo '+memory +pids' > 'a b/cgroup.subtree_control'; cd 'a b/c';"
-        "echo 123456K > memory.max; echo 77 > pids.max; sleep 1000 & echo $! > cgroup.procs"
-    )
-    try:
-        found = [task for task in for_each_process(attached.kernel) if task.comm == "sleep"]
-        [task] = found
-        assert cgroup_path(task_dfl_cgroup(task)) == "/a b/c"
-        assert mem_cgroup(task).memory.max == 123456 // 4
-        limit = pids_cgroup(task).limit
-        assert getattr(limit, "counter", limit) == 77
-        assert cgroup_path(task_dfl_cgroup(find_task(attached.kernel, 1))) == "/"
-    finally:
-        vm.sh("pkill -9 -x sleep; sleep 0.5; cd /sys/fs/cgroup; rmdir 'a b/c' 'a b'")
 
 
 def test_a_kernel_that_keeps_nothing_in_memory(vm, attached, tmp_path, monkeypatch):

@@ -16,10 +16,11 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Self
+from typing import Literal
 
 from ovr.errors import AgentUnreachable, UsageError
 from ovr.guest.protocol import VSOCK_PORT
+from ovr.host.closing import Closing
 
 __all__ = ["DEFAULT_PORT", "Address", "Link", "open_link", "parse_address"]
 
@@ -88,7 +89,7 @@ def _number(text: str, what: str) -> int:
     return int(text)
 
 
-class Link:
+class Link(Closing):
     """A connected stream; a context manager.
 
     Reading belongs to one thread; the caller sees to it that writes do not overlap.
@@ -103,12 +104,6 @@ class Link:
         self.serial = address.kind == "serial"
         self._socket = connection
         self._socket.setblocking(False)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
 
     def close(self) -> None:
         """End the connection: to the agent this is the link breaking."""

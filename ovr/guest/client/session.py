@@ -13,6 +13,7 @@ from ovr.guest import protocol
 from ovr.guest.client.link import Link, open_link
 from ovr.guest.message import Message
 from ovr.guest.wire import ProtocolError, decode, encode
+from ovr.host.closing import Closing
 from ovr.memory.addresses import Gva
 
 __all__ = ["Hello", "Session", "one_line"]
@@ -64,7 +65,7 @@ class Hello:
     engines: tuple[str, ...] = ()
 
 
-class Session:
+class Session(Closing):
     """One session with an agent: frames and the heartbeat.
 
     One thread reads; `keep_alive` adds one that only writes.
@@ -98,12 +99,6 @@ class Session:
         except BaseException:
             link.close()
             raise
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
 
     @property
     def address(self) -> str:

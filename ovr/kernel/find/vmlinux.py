@@ -1,10 +1,12 @@
 """A vmlinux file: symbols and types of a kernel that keeps none, or not all, in its memory.
 
-Taken from the file is what it has: the ELF symbol table, section .BTF. The rest comes from guest
-RAM as ever. If neither has BTF, it is made of the file's DWARF. The file must be that of the
-running kernel: the guest must hold the file's build id at the place that the file says.
+The ELF symbol table and section .BTF are taken from the file if it has them, the rest comes from
+guest RAM as usual. The file must be that of the running kernel: the guest must hold the file's
+build id at the address given by the file.
 """
 
+import struct
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -13,10 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ovr.errors import GuestFault, KernelNotFound, UsageError
-from ovr.kernel.find.elf_errors import elf_errors
 from ovr.kernel.find.vmcoreinfo import START_KERNEL_MAP, VmcoreInfo
 from ovr.kernel.symbols import SymbolTable
-from ovr.kernel.types.dwarf import dwarf_to_btf
 from ovr.memory.addresses import Gva
 
 if TYPE_CHECKING:
@@ -39,21 +39,19 @@ STT_FILE: Final = 4
 
 @dataclass(frozen=True)
 class Vmlinux:
-    """What a vmlinux file says; `open` reads one. Addresses are those of linking, without KASLR.
+    """The content of a vmlinux file; `open` reads one. Addresses are link-time, without KASLR.
 
     Attributes:
         path: the file.
         build_id: in hexadecimal.
-        build_id_at: where the kernel has it in its memory.
+        build_id_at: its link-time address in the kernel's memory.
         btf: section .BTF, or None.
-        has_dwarf: whether `types` can make BTF.
     """
 
     path: Path
     build_id: str
     build_id_at: Gva
     btf: bytes | None
-    has_dwarf: bool
     _symbols: NDArray[np.void] | None
     _names: bytes
 
@@ -62,7 +60,7 @@ class Vmlinux:
         """Read a file.
 
         Raises:
-            UsageError: it cannot be read, is no vmlinux, or has nothing that helps.
+            UsageError: it cannot be read, is no vmlinux, or has neither symbols nor types.
         """
         # not at the top of the module: it takes longer to import than an attach
         from elftools.elf.elffile import ELFFile  # noqa: PLC0415
@@ -73,7 +71,7 @@ class Vmlinux:
                 return cls._read(path, ELFFile(file))
         except OSError as error:
             raise UsageError(f"{path} cannot be read: {error.strerror}") from error
-        except elf_errors() as error:
+        except _elf_errors() as error:
             raise _unusable(
                 path, f"no usable ELF file ({error or type(error).__name__})"
             ) from error
@@ -85,21 +83,10 @@ class Vmlinux:
         symbols = _content(elf.get_section_by_name(".symtab"))
         names = _content(elf.get_section_by_name(".strtab")) if symbols else None
         btf = _content(elf.get_section_by_name(".BTF"))
-        has_dwarf = bool(elf.has_dwarf_info(strict=True))
-        if btf is None and not names and not has_dwarf:
-            raise _unusable(path, "without .symtab, .BTF and DWARF")
+        if btf is None and not names:
+            raise _unusable(path, "without .symtab and .BTF")
         table = np.frombuffer(symbols, SYMBOL) if symbols and names else None
-        return cls(path, *_build_id(path, elf), btf, has_dwarf, table, names or b"")
-
-    def types(self) -> bytes | None:
-        """Return the kernel's types as BTF, made of DWARF if need be; None if the file has none.
-
-        Raises:
-            UsageError: the DWARF is damaged, or not that of a kernel.
-        """
-        if self.btf is None and self.has_dwarf:
-            return dwarf_to_btf(self.path, self.build_id)
-        return self.btf
+        return cls(path, *_build_id(path, elf), btf, table, names or b"")
 
     def slide(self, space: "AddressSpace", info: VmcoreInfo) -> int:
         """Return how far KASLR moved the kernel, in bytes.
@@ -136,6 +123,18 @@ class Vmlinux:
         return SymbolTable(names, found["name"].astype(np.int64), addresses, b"\0")
 
 
+def _elf_errors() -> tuple[type[Exception], ...]:
+    # Beside its own errors, pyelftools raises many others on damaged files.
+    from elftools.common.exceptions import ELFError  # noqa: PLC0415
+    from elftools.construct import ConstructError  # noqa: PLC0415
+
+    return (
+        *(ELFError, ConstructError, struct.error, zlib.error),
+        *(ValueError, LookupError, TypeError, AttributeError, AssertionError),
+        *(ArithmeticError, NotImplementedError, EOFError, RecursionError),
+    )
+
+
 def _build_id(path: Path, elf: Any) -> tuple[str, Gva]:
     for section in elf.iter_sections("SHT_NOTE"):
         for note in section.iter_notes():
@@ -146,7 +145,7 @@ def _build_id(path: Path, elf: Any) -> tuple[str, Gva]:
 
 
 def _content(section: Any) -> bytes | None:
-    # Of separate debug files some sections are only the headers.
+    # In separate debug files, some sections are headers without content.
     if section is None or section["sh_type"] == "SHT_NOBITS":
         return None
     if section.data_size > MAX_SECTION:
@@ -158,6 +157,6 @@ def _content(section: Any) -> bytes | None:
 def _unusable(path: Path, why: str) -> UsageError:
     return UsageError(
         f"{path} is {why}",
-        "--vmlinux takes the uncompressed kernel, with its symbol table, .BTF or DWARF; of a "
-        "bzImage make one with extract-vmlinux",
+        "--vmlinux takes the uncompressed kernel with its symbol table or .BTF; extract-vmlinux "
+        "makes one from a bzImage, and pahole -J makes .BTF from debug information",
     )

@@ -1,4 +1,4 @@
-"""The kernel's linked lists: ``struct list_head`` and ``struct hlist_head``.
+"""The kernel's linked lists: ``struct list_head``.
 
 A running guest changes its lists while we read them: every walk ends, with `GuestFault` if the
 list does not lead back to its head, or takes too long.
@@ -13,7 +13,7 @@ from ovr.errors import GuestFault
 from ovr.kernel.types.live import Deadline
 from ovr.kernel.types.view import Struct, container_of
 
-__all__ = ["hlist_for_each_entry", "list_for_each_entry"]
+__all__ = ["list_for_each_entry"]
 
 MAX_ENTRIES: Final = 1 << 22
 """No list that we walk is longer: it is also the largest number of tasks (PID_MAX_LIMIT)."""
@@ -30,25 +30,15 @@ def list_for_each_entry(type_name: str, head: Struct, member: str) -> Iterator[A
     Raises:
         GuestFault: the list does not lead back to `head`.
     """
-    for node in _follow(head.next, head):
+    for node in _nodes(head):
         yield container_of(node, type_name, member)
 
 
-def hlist_for_each_entry(type_name: str, head: Struct, member: str) -> Iterator[Any]:
-    """Yield the entries of a hash list; `head` is a ``struct hlist_head``.
-
-    Raises:
-        GuestFault: the list does not end.
-    """
-    for node in _follow(head.first, None):
-        yield container_of(node, type_name, member)
-
-
-def _follow(node: Struct, head: Struct | None) -> Iterator[Struct]:
-    end = head.address_ if head is not None else 0
+def _nodes(head: Struct) -> Iterator[Struct]:
+    node = head.next
     seen: set[int] = set()
     deadline = Deadline("a list")
-    while node.address_ != end:
+    while node.address_ != head.address_:
         deadline.check(node.address_)
         if node.address_ in seen or len(seen) >= MAX_ENTRIES:
             raise GuestFault(f"a list has no end: at {node.address_:#x}", node.address_)

@@ -1,6 +1,6 @@
-"""Memory: a process's page table and VMAs, and the kernel's array of page frames.
+"""Memory: a process's page table and VMAs.
 
-Source: include/linux/mm_types.h, include/linux/mm.h, include/linux/page-flags.h.
+Source: include/linux/mm_types.h, include/linux/mm.h.
 """
 
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from ovr.errors import GuestFault
 from ovr.kernel.kernel import Kernel
 from ovr.kernel.linux.maple import MAX_INDEX, mt_for_each
 from ovr.kernel.linux.rbtree import rbtree_for_each_entry
-from ovr.kernel.types.live import settled, types_that_fit
+from ovr.kernel.types.live import settled
 from ovr.kernel.types.view import Struct
 from ovr.memory.addresses import PAGE_SIZE, Gva
 from ovr.memory.paging import AddressSpace
@@ -26,8 +26,6 @@ __all__ = [
     "find_vma",
     "for_each_vma",
     "mm_space",
-    "pfn_to_page",
-    "transparent_hugepages",
     "vmas",
 ]
 
@@ -47,7 +45,6 @@ class Vma:
         offset: where in the file it starts, in bytes; means nothing without a file.
         file: whether a file is mapped.
         anonymous: whether its pages are anonymous from the start (``vma_is_anonymous()``).
-        protection: ``vm_page_prot``: the bits that its page table entries get.
     """
 
     start: Gva
@@ -56,7 +53,6 @@ class Vma:
     offset: int
     file: bool
     anonymous: bool
-    protection: int
 
     @property
     def shared(self) -> bool:
@@ -139,26 +135,4 @@ def _describe(vma: Struct) -> Vma:
         offset=vma.vm_pgoff * PAGE_SIZE,
         file=bool(vma.vm_file),
         anonymous=not vma.vm_ops,
-        protection=vma.vm_page_prot.pgprot,
     )
-
-
-def pfn_to_page(kernel: Kernel, pfn: int) -> Any:
-    """Return the ``struct page`` of a frame number (``pfn_to_page()``)."""
-    return kernel.pointer("struct page", kernel.private_frames.vmemmap)[pfn]
-
-
-@types_that_fit()
-def transparent_hugepages(kernel: Kernel) -> str:
-    """Return what ``/sys/kernel/mm/transparent_hugepage/enabled`` says: when THP is used.
-
-    Returns:
-        ``always``, ``madvise`` or ``never``.
-    """
-    flags = kernel["transparent_hugepage_flags"]
-    bits = kernel.types.enum("enum transparent_hugepage_flag")
-    if flags >> bits["TRANSPARENT_HUGEPAGE_FLAG"] & 1:
-        return "always"
-    if flags >> bits["TRANSPARENT_HUGEPAGE_REQ_MADV_FLAG"] & 1:
-        return "madvise"
-    return "never"

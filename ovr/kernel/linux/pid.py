@@ -9,15 +9,7 @@ from ovr.kernel.linux.xarray import idr_find
 from ovr.kernel.types.view import Struct, container_of
 from ovr.memory.addresses import Gva
 
-__all__ = [
-    "find_pid_ns",
-    "find_task_by_pid_ns",
-    "ns_of_pid",
-    "pid_nr_ns",
-    "pid_task",
-    "task_active_pid_ns",
-    "task_pid_nr_ns",
-]
+__all__ = ["find_pid_ns", "find_task_by_pid_ns", "ns_of_pid", "pid_task", "task_active_pid_ns"]
 
 
 def find_pid_ns(number: int, ns: Struct) -> Any:
@@ -44,20 +36,6 @@ def ns_of_pid(pid: Struct) -> Any:
     return pid.numbers.resized(pid.level + 1)[pid.level].ns
 
 
-def pid_nr_ns(pid: Struct, ns: Struct) -> int:
-    """Return the number of a ``struct pid`` in a ``struct pid_namespace``; 0 if it has none."""
-    if not pid or ns.level > pid.level:
-        return 0
-    upid = pid.numbers.resized(pid.level + 1)[ns.level]
-    number: int = upid.nr
-    return number if upid.ns == ns else 0
-
-
 def task_active_pid_ns(task: Struct) -> Any:
     """Return the pid namespace that a task runs in."""
     return ns_of_pid(task.thread_pid)
-
-
-def task_pid_nr_ns(task: Struct, ns: Struct) -> int:
-    """Return the number of a task (thread) in a pid namespace; 0 if it has none."""
-    return pid_nr_ns(task.thread_pid, ns)

@@ -21,7 +21,6 @@ __all__ = [
     "for_each_thread",
     "is_kernel_thread",
     "is_traced",
-    "is_zombie",
     "processes",
     "task_comm",
     "task_state",
@@ -138,11 +137,6 @@ def is_kernel_thread(task: Struct) -> bool:
 def is_traced(task: Struct) -> bool:
     """Tell whether a tracer holds a task stopped."""
     return bool(task.__state & TASK_TRACED)
-
-
-def is_zombie(task: Struct) -> bool:
-    """Tell whether a task has exited and waits for its parent."""
-    return bool(task.exit_state & EXIT_ZOMBIE)
 
 
 def task_state(task: Struct) -> str:

@@ -18,6 +18,11 @@ def content(built):
     return {name: b"".join(image_chunks(image)) for name, image in built.items()}
 
 
+def write(inside, directory):
+    for name, image in content(inside.build()).items():
+        (directory / name).write_bytes(image)
+
+
 def page_bytes(memory):
     """Page address -> its bytes."""
     return {
@@ -37,7 +42,7 @@ def test_unchanged_images_are_passed_on_byte_for_byte(dumps):
 def test_parent_images_are_flattened(dumps, tmp_path):
     with ImageSet.open(dumps / "parent") as images:
         wanted = page_bytes(images.tasks[0].memory)
-        InsideImages(images).write_to(tmp_path)
+        write(InsideImages(images), tmp_path)
     assert not (tmp_path / "parent").exists()
     with ImageSet.open(tmp_path) as images:
         assert page_bytes(images.tasks[0].memory) == wanted
@@ -57,7 +62,7 @@ def test_kept_pages(dumps, tmp_path_factory, data):
         inside = InsideImages(images)
         inside.keep_pages(memory, cut_to(memory.entries, low, low + np.uint64(4096)))
         wanted = {page: page_bytes(memory)[page] for page in chosen}
-        inside.write_to(out)
+        write(inside, out)
         assert content(inside.build()) == content(inside.build())
     with ImageSet.open(out) as images:
         again = images.tasks[0].memory
@@ -106,14 +111,13 @@ def test_split_areas_and_neutral_umask(one, tmp_path):
         inside = InsideImages(images)
         inside.replace("mm-1001.img", mm)
         inside.replace("fs-1001.img", fs)
-        inside.omit("seccomp.img")
-        inside.write_to(tmp_path / "out")
+        write(inside, tmp_path / "out")
         assert task.umask == 0o137  # the original is untouched
     with ImageSet.open(tmp_path / "out") as images:
         (again,) = images.tasks
     assert len(again.vmas) == len(task.vmas) + 15
     assert total(again.memory.entries) == total(task.memory.entries)
-    assert again.umask is None and "seccomp.img" not in images.names
+    assert again.umask is None
     assert np.count_nonzero(again.vmas["madv"] & (1 << MADV_POPULATE_WRITE)) == 8
 
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ovr.errors import GuestFault, KernelNotFound
-from ovr.kernel.linux.list import hlist_for_each_entry, list_for_each_entry
+from ovr.kernel.linux.list import list_for_each_entry
 from ovr.kernel.linux.maple import mt_for_each
 from ovr.kernel.linux.rbtree import rbtree_for_each_entry
 from ovr.kernel.linux.xarray import idr_find, xa_load
@@ -79,17 +79,6 @@ def test_a_list_that_is_longer_than_any(memory, monkeypatch):
     link(memory, ITEMS)
     with pytest.raises(GuestFault, match="a list has no end"):
         list_keys(memory)
-
-
-def test_hash_lists(memory):
-    head = TYPES.object("struct hlist_head", memory, HEAD)
-    assert keys(hlist_for_each_entry("struct item", head, "hlink")) == []
-    for one, two in ((HEAD, ITEMS[2] + 24), (ITEMS[2] + 24, ITEMS[1] + 24), (ITEMS[1] + 24, 0)):
-        memory.poke(one, "Q", two)
-    assert keys(hlist_for_each_entry("struct item", head, "hlink")) == [2, 1]
-    memory.poke(ITEMS[1] + 24, "Q", ITEMS[2] + 24)
-    with pytest.raises(GuestFault, match="a list has no end"):
-        keys(hlist_for_each_entry("struct item", head, "hlink"))
 
 
 def plant(memory, low, high):

@@ -60,7 +60,7 @@ def test_a_kernel_without_symbols_and_types(toy, tmp_path):
     }
     assert kernel.symbols.get("cpu_counter") == 0x10  # a per-cpu offset: KASLR does not move it
     assert kernel.symbols.get("file.c") is None
-    assert kernel.still_same()
+    assert kernel.same_boot()
 
 
 def test_each_part_is_taken_from_where_it_is(tmp_path):
@@ -79,31 +79,7 @@ def test_types_that_neither_has(toy, tmp_path):
     with pytest.raises(KernelNotFound, match="does not describe its types") as caught:
         Kernel.find(toy.machine.ram, vmlinux(tmp_path / "vmlinux", toy, btf=False))
     assert "--vmlinux" in caught.value.hint
-
-
-def test_types_of_dwarf_if_there_is_no_other(toy, tmp_path, monkeypatch):
-    """How DWARF is read: see test_dwarf.py."""
-    asked = []
-    monkeypatch.setattr(
-        "ovr.kernel.find.vmlinux.dwarf_to_btf", lambda *what: asked.append(what) or toy_btf()
-    )
-    path = tmp_path / "vmlinux"
-    sections = {".text": (LINKED, b"\x90" * 64), ".debug_info": (0, b"\0" * 64)}
-    path.write_bytes(elf(sections, linked(toy), (LINKED + ID_AT, ID)))
-    kernel = Kernel.find(toy.machine.ram, path)
-    assert [process.comm for process in processes(kernel)] == ["init"]
-    assert asked == [(path, ID.hex())]
-    path.write_bytes(elf(sections | {".BTF": (0, toy_btf())}, linked(toy), (LINKED + ID_AT, ID)))
-    Kernel.find(toy.machine.ram, path)
-    assert len(asked) == 1
-
-
-def test_dwarf_that_is_none(toy, tmp_path):
-    path = tmp_path / "vmlinux"
-    sections = {".text": (LINKED, b"\x90" * 64), ".debug_info": (0, b"\xff" * 64)}
-    path.write_bytes(elf(sections, linked(toy), (LINKED + ID_AT, ID)))
-    with pytest.raises(UsageError, match="no usable DWARF"):
-        Kernel.find(toy.machine.ram, path)
+    assert "pahole -J" in caught.value.hint
 
 
 @pytest.mark.parametrize(
@@ -137,7 +113,7 @@ def test_files_that_are_no_vmlinux(toy, tmp_path):
         (vmlinux(path, toy, build_id=None).read_bytes(), "without a build id"),
         (
             vmlinux(path, toy, symbols=False, btf=False).read_bytes(),
-            r"without \.symtab, \.BTF and DWARF",
+            r"without \.symtab and \.BTF",
         ),
     ):
         path.write_bytes(content)

@@ -75,11 +75,9 @@ def toy_btf(*, tk_data: bool = False) -> bytes:  # one statement a type
         ("user_ns", w.pointer(w.struct("user_namespace", 8, ("level", s32, 0))), 16),
         ("cap_effective", w.struct("", 8, ("val", u64, 0)), 24),
     )  # fmt: skip
-    prot = w.struct("pgprot", 8, ("pgprot", u64, 0))
     w.struct(
         "vm_area_struct", 64, ("vm_start", u64, 0), ("vm_end", u64, 8), ("vm_flags", u64, 16),
         ("vm_pgoff", u64, 24), ("vm_file", void, 32), ("vm_ops", void, 40),
-        ("vm_page_prot", prot, 48),
     )  # fmt: skip
     task = w.struct(
         "task_struct", 256, ("__state", u32, 0), ("exit_state", s32, 4), ("flags", u32, 8),
@@ -103,15 +101,9 @@ def toy_btf(*, tk_data: bool = False) -> bytes:  # one statement a type
         "pageflags", PG_locked=0, PG_dirty=4, PG_swapcache=10, PG_anon_exclusive=11,
         PG_writeback=15, PG_swapbacked=18,
     )  # fmt: skip
-    w.enum(
-        "transparent_hugepage_flag",
-        TRANSPARENT_HUGEPAGE_FLAG=1,
-        TRANSPARENT_HUGEPAGE_REQ_MADV_FLAG=2,
-    )
     keeper = w.struct("timekeeper", 64, ("xtime_sec", u64, 16))
     if tk_data:
         w.struct("tk_data", 96, ("timekeeper", keeper, 24))
-    w.struct("cpumask", 16, ("bits", w.array(u64, 2), 0))
     w.add(VAR, "cpu_counter", u32, struct.pack("<I", 1))
     w.add(VAR, "per_cpu_item", w.struct("per_cpu_thing", 8, ("a", u32, 4)), struct.pack("<I", 1))
     return w.build()
@@ -120,7 +112,6 @@ def toy_btf(*, tk_data: bool = False) -> bytes:  # one statement a type
 TYPES = Types(Btf(toy_btf()))
 
 UTS, TASK, NS, GLOBALS, KALLSYMS, BTF = 0x1000, 0x2000, 0x3000, 0x4000, 0x1_0000, 0x8_0000
-PER_CPU = 0x5000
 
 
 @dataclass
@@ -154,9 +145,6 @@ class ToyKernel:
             "init_pid_ns": self.base + NS,
             "page_offset_base": self.base + GLOBALS,
             "vmemmap_base": self.base + GLOBALS + 8,
-            "transparent_hugepage_flags": self.base + GLOBALS + 16,
-            "__cpu_possible_mask": self.base + GLOBALS + 32,
-            "__per_cpu_offset": self.base + GLOBALS + 64,
             "timekeeper_data" if self.tk_data else "tk_core": self.base + GLOBALS + 256,
             "cpu_counter": 0x10,
             "per_cpu_item": 0x20,
@@ -166,10 +154,7 @@ class ToyKernel:
         self.symbols["__stop_BTF"] = self.base + BTF + len(blob)
         self.poke(self.base + BTF, f"{len(blob)}s", blob)
         self.poke(self.base + UTS + 130, "65s", self.release.encode())
-        self.poke(self.base + GLOBALS, "QQQ", DIRECT_MAP, DIRECT_MAP + (1 << 40), 1 << 1)
-        self.poke(self.base + GLOBALS + 32, "QQ", 0b101, 1)
-        offset = (self.base + PER_CPU) % (1 << 64)
-        self.poke(self.base + GLOBALS + 64, "65Q", offset, 0, offset + 64, *[0] * 61, offset + 128)
+        self.poke(self.base + GLOBALS, "QQ", DIRECT_MAP, DIRECT_MAP + (1 << 40))
         self.poke(self.base + GLOBALS + 256 + (24 if self.tk_data else 8) + 16, "Q", self.clock)
         self._tasks()
         listed = [(n, a) for n, a in self.symbols.items() if n not in self.without]
