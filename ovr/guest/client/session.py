@@ -15,7 +15,7 @@ from ovr.guest.message import Message
 from ovr.guest.wire import ProtocolError, decode, encode
 from ovr.memory.addresses import Gva
 
-__all__ = ["Hello", "Session", "one_line"]
+__all__ = ["AgentInfo", "Session", "one_line"]
 
 MessageT = TypeVar("MessageT", bound=Message)
 
@@ -28,7 +28,7 @@ _DEAD_AFTER: Final = 6
 
 
 @dataclass(frozen=True)
-class Hello:
+class AgentInfo:
     """The agent's description of itself, not trusted before `ovr.attempt.authentication`.
 
     Attributes:
@@ -156,7 +156,7 @@ class Session:
 
     # Greeting ------------------------------------------------------------------------------
 
-    def _greet(self, deadline: float) -> Hello:
+    def _greet(self, deadline: float) -> AgentInfo:
         hello = encode(protocol.Hello(protocol.VERSION, self._token))
         if self._link.serial:
             self._synchronise(hello, self._token, deadline)
@@ -167,7 +167,7 @@ class Session:
             raise self._broken("an answer to somebody else's hello")
         if len(answer.nonce) != protocol.NONCE_SIZE:
             raise self._broken(f"a nonce of {len(answer.nonce)} bytes")
-        return Hello(
+        return AgentInfo(
             protocol=answer.version,
             agent=one_line(answer.agent),
             lab=answer.lab_build,
