@@ -11,7 +11,7 @@ from typing import Final
 
 from ovr.errors import AgentUnreachable, AgentUntrusted, GuestFault, KernelNotFound, OvrError
 from ovr.guest.client.agent import Agent
-from ovr.guest.client.secret_page import AgentProcess, NotTheAgents, read_secret
+from ovr.guest.client.secret_page import AgentProcess, NotTheAgent, read_secret
 from ovr.kernel import Kernel
 from ovr.memory.ram import Slot
 from ovr.vm.hold import Holder
@@ -44,7 +44,7 @@ def authenticate(kernel: Kernel, agent: Agent, holder: Holder) -> AgentProcess:
     """
     try:
         process = _process(kernel, agent, holder)
-    except NotTheAgents as wrong:
+    except NotTheAgent as wrong:
         raise AgentUntrusted(
             f"the agent at {agent.address} is not root's: {wrong}", _HINT, wrong.code
         ) from wrong
@@ -95,7 +95,7 @@ def check_same_guest(kernel: Kernel, agent: Agent) -> None:
 
 def _process(kernel: Kernel, agent: Agent, holder: Holder) -> AgentProcess:
     pid, address = agent.hello.pid, agent.hello.secret_at
-    with suppress(OvrError, NotTheAgents):
+    with suppress(OvrError, NotTheAgent):
         # The kernel's types are parsed when first asked for: not in a hold.
         read_secret(kernel, pid, address)
     fault: GuestFault | None = None
@@ -106,4 +106,4 @@ def _process(kernel: Kernel, agent: Agent, holder: Holder) -> AgentProcess:
         except GuestFault as error:
             fault = error
             time.sleep(_PAUSE)
-    raise NotTheAgents("secret", str(fault)) from fault
+    raise NotTheAgent("secret", str(fault)) from fault

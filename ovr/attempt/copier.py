@@ -66,10 +66,10 @@ OF_ANYBODY: Final = 0
 
 
 class _Unlike(NamedTuple):
-    """Pieces of an heir that are not on the frames that the first of its family has there."""
+    """Pieces of a descendant that are not on the frames that the first of its family has there."""
 
     first: Target
-    heir: Target
+    descendant: Target
     pieces: Extents
 
 
@@ -191,21 +191,21 @@ class Copier:
         self, family: Family, unlike: list[_Unlike], target: Target, runs: Extents
     ) -> None:
         # All of a hold's pages at once: there may be a hundred tasks to walk.
-        for space, ranges in family.strangers:
+        for space, ranges in family.excluded:
             near = cut_to(runs, ranges["start"], ranges["end"])
             if len(on_same_frames(space.walk(as_pieces(near)), near)):
                 raise RestoreFailed(
                     f"{target.name}: a descendant has inherited pages that it should not have",
                     "report it, with the images",
                 )
-        for heir in family.heirs:
-            pieces = cut_to(heir.pieces, runs["gva"], ends_of(runs))
-            same = on_same_frames(heir.space.walk(pieces), runs)
+        for descendant in family.descendants:
+            pieces = cut_to(descendant.pieces, runs["gva"], ends_of(runs))
+            same = on_same_frames(descendant.space.walk(pieces), runs)
             if len(rest := left_of(pieces, same)):
-                unlike.append(_Unlike(target, heir, rest))
+                unlike.append(_Unlike(target, descendant, rest))
 
     def _not_shared(self, unlike: Sequence[_Unlike]) -> list[Part]:
-        # Of pages that an heir had not where the first had them, those that stay so. While the
+        # Of pages that a descendant had not where the first had them, those that stay so. While the
         # guest moves a shared page it is in one page table after the other, and what has been
         # written goes with it; an own page would be right, but no longer shared.
         left: list[Part] = []
@@ -215,18 +215,20 @@ class Copier:
             time.sleep(_TRY_AGAIN_AFTER)
             absent: list[_Unlike] = []
             with self.holder.held():
-                for check in {one.check for pair in unlike for one in (pair.first, pair.heir)}:
+                for check in {
+                    one.check for pair in unlike for one in (pair.first, pair.descendant)
+                }:
                     check()
-                for first, heir, pieces in unlike:
+                for first, descendant, pieces in unlike:
                     theirs = first.space.walk(pieces)
-                    there = cut_to(heir.space.walk(pieces), theirs["gva"], ends_of(theirs))
+                    there = cut_to(descendant.space.walk(pieces), theirs["gva"], ends_of(theirs))
                     same = on_same_frames(there, theirs)
                     if len(other := left_of(as_pieces(there), same)):
-                        left.append((heir, other))
+                        left.append((descendant, other))
                     if len(gone := left_of(pieces, there)):
-                        absent.append(_Unlike(first, heir, gone))
+                        absent.append(_Unlike(first, descendant, gone))
             unlike = absent
-        return left + [(heir, pieces) for _, heir, pieces in unlike]
+        return left + [(descendant, pieces) for _, descendant, pieces in unlike]
 
     def verify(self, targets: Sequence[Target], mode: str) -> int:
         """Compare pieces with their source; return the bytes compared.

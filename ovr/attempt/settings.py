@@ -51,7 +51,7 @@ def write(
             while left:
                 setting = left.popleft()
                 kind, target = setting.kind, _target(setting, guest)
-                with recording.of(kind, setting.place, target), types_that_fit():
+                with recording.of(kind, setting.binding, target), types_that_fit():
                     kind.write(target, setting.value)
                 if time.perf_counter() >= until:
                     break
@@ -72,7 +72,7 @@ def _read(setting: Setting, guest: GuestTree) -> Any:
 
 @types_that_fit()
 def _target(setting: Setting, guest: GuestTree) -> Any:
-    return setting.place.find(guest)
+    return setting.binding.find(guest)
 
 
 def verify(settings: Iterable[Setting], guest: GuestTree) -> None:
@@ -85,7 +85,7 @@ def verify(settings: Iterable[Setting], guest: GuestTree) -> None:
         found = _read(setting, guest)
         if found != setting.value:
             raise VerifyMismatch(
-                f"{setting.place.label}: {setting.kind.name} is {short(found)} instead of"
+                f"{setting.binding.label}: {setting.kind.name} is {short(found)} instead of"
                 f" {short(setting.value)}",
                 "restore again; if it happens again, report it",
             )

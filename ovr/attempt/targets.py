@@ -47,11 +47,11 @@ class Family:
 
     Attributes:
         first: the task that had them first; its `frames` are those that only the tree can have.
-        heirs: the tasks that inherited them, each with the pieces that it has in common with
+        descendants: the tasks that inherited them, each with the pieces that it has in common with
             `first`. Where one turns out to have another frame it gets content of its own.
-        strangers: address spaces, with ranges of GVAs in which they must not see the pages.
+        excluded: address spaces, with ranges of GVAs in which they must not see the pages.
     """
 
     first: Target
-    heirs: Sequence[Target]
-    strangers: Sequence[tuple[AddressSpace, Ranges]]
+    descendants: Sequence[Target]
+    excluded: Sequence[tuple[AddressSpace, Ranges]]

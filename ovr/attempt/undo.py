@@ -18,7 +18,7 @@ from ovr.kernel import Kernel, Struct, settled, types_that_fit
 from ovr.memory.addresses import Gva
 from ovr.state.guest import GuestTree
 from ovr.state.kind import Kind
-from ovr.state.scope import Place, Users
+from ovr.state.scope import Binding, Users
 from ovr.vm.hold import Holder
 
 __all__ = ["Recording"]
@@ -29,7 +29,7 @@ log = logging.getLogger("ovr.journal")
 @dataclass
 class _Lasting:
     # An object that may outlive the tree, how to find it again, and what was written to it.
-    place: Place
+    binding: Binding
     users: Users
     target: Struct
     writes: list[FieldWrite] = field(default_factory=list)
@@ -56,22 +56,22 @@ class Recording:
         self._logged = 0
 
     @contextmanager
-    def of(self, kind: Kind, place: Place, target: Any) -> Iterator[None]:
+    def of(self, kind: Kind, binding: Binding, target: Any) -> Iterator[None]:
         """Record what is written in the body of the ``with``.
 
         Args:
             kind: what is written.
-            place: where it belongs.
-            target: the kernel object that `place` was found to be.
+            binding: where it belongs.
+            target: the kernel object that `binding` was found to be.
         """
         raw: list[FieldWrite] = []
         if kind.scope.users is not None:
             # Before the first write, so that whatever interrupts us finds it here.
-            self._lasting.append(_Lasting(place, kind.scope.users, target, raw))
+            self._lasting.append(_Lasting(binding, kind.scope.users, target, raw))
 
         def record(path: str, gva: Gva, old: bytes, new: bytes) -> None:
             gpa = space.translate(gva)
-            write = FieldWrite(place.label, kind.name, path, gva, gpa, old, new)
+            write = FieldWrite(binding.label, kind.name, path, gva, gpa, old, new)
             raw.append(write)
             self.journal.add_field(write)
 
@@ -154,7 +154,7 @@ def _found_again(lasting: _Lasting, tree: Callable[[], GuestTree], kernel: Kerne
     try:
         guest = tree()
         with types_that_fit():
-            found: Struct = lasting.place.find(guest)
+            found: Struct = lasting.binding.find(guest)
     except (RestoreFailed, GuestFault):
         pass  # the tree is gone, or about to go
     else:

@@ -11,7 +11,7 @@ from typing import Final
 
 from ovr.checkpoint.archive import Archive
 from ovr.errors import CheckFailed, ImagesUnsupported, UsageError
-from ovr.guest.client.session import Hello
+from ovr.guest.client.session import AgentInfo
 from ovr.guest.protocol import ENGINE_ARCHIVE, HOOK_HELD
 from ovr.host.closing import Closing
 from ovr.images import ImageSet, Slices, image_chunks
@@ -57,7 +57,7 @@ class Checkpoint(Closing):
     def files(self, inside: Inside) -> dict[str, Iterable[bytes]]:
         """Return what the agent gets, by file name, made of the inside image set."""
 
-    def check(self, hello: Hello) -> None:
+    def check(self, hello: AgentInfo) -> None:
         """Raise `CheckFailed` if the guest cannot restore it."""
         if hello.criu is None:
             raise CheckFailed("the guest has no CRIU", "apt-get install criu, in the guest")
@@ -209,7 +209,7 @@ class RuntimeCheckpoint(Checkpoint):
             self._archive.close()
 
 
-def runs_scripts_for_engines(hello: Hello) -> bool:
+def runs_scripts_for_engines(hello: AgentInfo) -> bool:
     """Whether the guest's CRIU runs action scripts of its configuration for container engines."""
     numbers = (int(number) for number in re.findall(r"\d{1,9}", hello.criu or ""))
     return tuple(numbers) >= _SCRIPTS_FOR_ENGINES

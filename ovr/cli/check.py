@@ -16,7 +16,7 @@ from ovr.cli.output import common, document, one_line, size
 from ovr.cli.terminal import painted
 from ovr.cli.vm_options import add_agent_option, add_vm_options
 from ovr.errors import AgentUntrusted, OvrError, UsageError
-from ovr.guest.client.agent import Agent, Hello
+from ovr.guest.client.agent import Agent, AgentInfo
 from ovr.kernel import Kernel
 from ovr.memory.ram import GuestRam
 from ovr.vm.blockers import balloon_size, blockers
@@ -140,7 +140,7 @@ def _kernel(kernel: Kernel) -> Iterator[Item]:
     yield Item("struct page", True, f"{frames.stride} bytes, {mask}")
 
 
-def _containers(hello: Hello) -> str:
+def _containers(hello: AgentInfo) -> str:
     names = ", ".join(hello.engines)
     return names if runs_scripts_for_engines(hello) else f"{names}, but they need CRIU 3.19"
 
@@ -176,7 +176,7 @@ def _agent(look: _Look, address: str | None) -> Iterator[Item]:
         yield Item("CRIU's options", True, unread.fact, unread.cure)
 
 
-def _found(hello: Hello, address: str, *, proven: bool) -> Item:
+def _found(hello: AgentInfo, address: str, *, proven: bool) -> Item:
     if hello.criu is None:
         return Item("agent", False, "the guest has no CRIU", "apt-get install criu, in the guest")
     text = f"version {hello.agent}, CRIU {hello.criu}, at {address}"

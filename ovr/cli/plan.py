@@ -91,7 +91,7 @@ def show(plan: Plan, options: argparse.Namespace) -> None:
         _show_memory(shared, options)
     if options.verbose and plan.settings:
         print()
-        values = [(s.place.label, s.kind.name, short(s.value)) for s in plan.settings]
+        values = [(s.binding.label, s.kind.name, short(s.value)) for s in plan.settings]
         table(("OF", "STATE", "VALUE"), values)
 
 
@@ -124,7 +124,7 @@ def _fields(plan: Plan) -> dict[str, Any]:
             {"shmid": shared.shared.shmid, "runs": list(_runs(shared))} for shared in plan.shared
         ],
         "settings": [
-            {"of": setting.place.label, "state": setting.kind.name, "value": setting.value}
+            {"of": setting.binding.label, "state": setting.kind.name, "value": setting.value}
             for setting in plan.settings
         ],
     }

@@ -4,7 +4,7 @@ import argparse
 from typing import Any, Final
 
 from ovr.cli.output import common, document, table
-from ovr.state import KINDS, REFUSED
+from ovr.state import INSIDE_KINDS, KINDS
 
 __all__ = ["MEMORY", "add", "run", "states"]
 
@@ -63,12 +63,12 @@ def states() -> list[dict[str, Any]]:
     ]
     no = [
         {
-            "name": refused.name,
+            "name": kind.name,
             "outside": False,
-            "groups": list(refused.groups),
-            "summary": refused.summary,
-            "reason": refused.reason,
+            "groups": list(kind.groups),
+            "summary": kind.summary,
+            "reason": kind.reason,
         }
-        for refused in REFUSED
+        for kind in INSIDE_KINDS
     ]
     return [MEMORY, *yes, *no]

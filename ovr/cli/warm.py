@@ -12,7 +12,7 @@ from ovr.cli.output import common, document, size
 from ovr.cli.vm_options import add_agent_option, add_vm_options
 from ovr.errors import AgentUnreachable, ImagesUnsupported
 from ovr.guest.client.agent import Agent
-from ovr.guest.client.session import Hello
+from ovr.guest.client.session import AgentInfo
 from ovr.host.size import parse_size
 from ovr.images import ImageSet
 from ovr.memory.addresses import PAGE_SIZE
@@ -117,7 +117,7 @@ def _stand_by(qemu_pid: int, wanted: bool) -> None:
         log.warning("no process stands by on this host, so a restore has to load ovr: %s", error)
 
 
-def _fitting(directory: Path, guest: Hello) -> tuple[int, int]:
+def _fitting(directory: Path, guest: AgentInfo) -> tuple[int, int]:
     # What `Agent.warm` wants: the size of the pool, and its place.
     with ImageSet.open(directory) as images:
         fitting = pool_for(make_plan(images, force_write=guest.force_write))

@@ -32,7 +32,7 @@ class Draft:
         assert isinstance(found, kind)
         return found
 
-    def put(self, inside: InsideImages) -> None:
+    def apply_to(self, inside: InsideImages) -> None:
         """Hand in what has changed; what has not is passed on byte for byte."""
         for name, entries in self._copies.items():
             if tuple(entries) != self._original[name]:

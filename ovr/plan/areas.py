@@ -134,7 +134,7 @@ class TaskPlan(MemoryPlan):
         return _joined(outside[outside["allocation"] == Allocation.CRIU])
 
     @cached_property
-    def bequeathed(self) -> dict[int, Extents]:
+    def before_fork(self) -> dict[int, Extents]:
         """The pages that descendants inherit, written here for all of them, as `pieces_of`."""
         outside = self.outside
         return pieces_of(outside[outside["allocation"] == Allocation.BEFORE_FORK])
@@ -238,7 +238,9 @@ def cuts_of(plans: Sequence[TaskPlan], cow: CowPlan) -> dict[int, Cuts]:
             families[root].append(common(plan.pieces_of_criu, areas))
     for plan in plans:
         if plan.task.pid in families:
-            families[plan.task.pid].append(common(plan.pieces_of_criu, cow.heirs(plan.task.pid)))
+            families[plan.task.pid].append(
+                common(plan.pieces_of_criu, cow.inherited_from(plan.task.pid))
+            )
     points = {root: _points(*sets) for root, sets in families.items()}
     found = {}
     for plan in plans:
@@ -246,7 +248,7 @@ def cuts_of(plans: Sequence[TaskPlan], cow: CowPlan) -> dict[int, Cuts]:
         own = [_points(plan.pieces_of_criu)]
         own += [_within(points[root], areas) for root, areas in cow.rooted[pid].items()]
         if pid in points:
-            own.append(_within(points[pid], cow.heirs(pid)))
+            own.append(_within(points[pid], cow.inherited_from(pid)))
         found[pid] = _cuts(plan.task, np.unique(np.concatenate(own)))
     return found
 

@@ -92,7 +92,7 @@ class _Builder:
         for shared in self._plan.shared:
             self._drop(shared)
         neutralise(self._plan.settings, self._draft)
-        self._draft.put(self._inside)
+        self._draft.apply_to(self._inside)
         return self._inside.build()
 
     def _drop(self, memory: MemoryPlan) -> None:
@@ -122,7 +122,7 @@ def mark_piece(piece: VmaEntry, task: TaskPlan, *, large_by_criu: bool) -> None:
             piece.flags |= MAP_POPULATE  # while CRIU still has it writable
     if _contains(task.sharing.dropped, piece):
         piece.madv |= 1 << MADV_DONTNEED_LOCKED
-    if _contains(task.sharing.cow.bequeathed, piece):
+    if _contains(task.sharing.cow.before_fork, piece):
         piece.flags |= MAP_POPULATE
 
 

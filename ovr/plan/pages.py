@@ -109,14 +109,14 @@ class Cow:
 
     Attributes:
         inherited: with an ancestor that has it written.
-        bequeathed: with descendants that inherit it.
+        before_fork: with descendants that inherit it.
         inside: with its parent or its children by way of CRIU's own images.
         populated: where it or an ancestor has pages before children are made, whoever has them in
             the end; the task has pages elsewhere, too, if it has any.
     """
 
     inherited: Ranges = field(default_factory=no_ranges)
-    bequeathed: Ranges = field(default_factory=no_ranges)
+    before_fork: Ranges = field(default_factory=no_ranges)
     inside: Ranges = field(default_factory=no_ranges)
     populated: Ranges = field(default_factory=no_ranges)
 
@@ -131,7 +131,7 @@ def place(pagemap: Extents, areas: Sequence[Area], cow: Cow) -> Extents:
     """
     starts = np.array([area.start for area in areas], dtype="<u8")
     ends = np.array([area.end for area in areas], dtype="<u8")
-    shared = [cow.inherited, cow.bequeathed, cow.inside]
+    shared = [cow.inherited, cow.before_fork, cow.inside]
     edges = [ranges[side] for ranges in shared for side in ("start", "end")]
     borders = np.unique(np.concatenate([starts, ends, *edges]))
     runs = cut_at(placed(pagemap), borders)
@@ -139,7 +139,7 @@ def place(pagemap: Extents, areas: Sequence[Area], cow: Cow) -> Extents:
     runs["reason"] = np.array([area.reason for area in areas], dtype="<u1")[owner]
     runs["reason"][_inside(runs, cow.inside)] = Reason.COW
     runs["reason"][_inside(runs, cow.inherited)] = Reason.INHERITED
-    runs["allocation"][_inside(runs, cow.bequeathed)] = Allocation.BEFORE_FORK
+    runs["allocation"][_inside(runs, cow.before_fork)] = Allocation.BEFORE_FORK
     runs = _anchor(_join(runs, owner), cow.populated)
     _allocate(runs, np.searchsorted(starts, runs["gva"], side="right") - 1, areas)
     return runs

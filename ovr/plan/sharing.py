@@ -62,7 +62,7 @@ class CowPlan:
     edges: Mapping[int, Sequence[Ranges]]
     rooted: Mapping[int, Mapping[int, Ranges]]
 
-    def heirs(self, pid: int) -> Ranges:
+    def inherited_from(self, pid: int) -> Ranges:
         """Return the areas that others inherit from a task that has them first."""
         return join(*(roots[pid] for roots in self.rooted.values() if pid in roots))
 
@@ -115,7 +115,7 @@ def _lineage(tasks: Sequence[Task], inherited: Mapping[int, Inheritance]) -> _Li
 
 
 Family = list[tuple[Task, Ranges]]
-"""The first ancestor, and the heirs with the areas that they have of it."""
+"""The first ancestor, and the descendants with the areas that they have of it."""
 
 
 def _families(lineage: _Lineage) -> dict[int, Family]:
@@ -123,7 +123,10 @@ def _families(lineage: _Lineage) -> dict[int, Family]:
     for pid, task in lineage.tasks.items():
         for root, areas in lineage.rooted[pid].items():
             found.setdefault(root, []).append((task, areas))
-    return {root: [(lineage.tasks[root], no_ranges()), *heirs] for root, heirs in found.items()}
+    return {
+        root: [(lineage.tasks[root], no_ranges()), *descendants]
+        for root, descendants in found.items()
+    }
 
 
 def _rooted(

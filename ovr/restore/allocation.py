@@ -62,7 +62,9 @@ class Outside:
     @property
     def all(self) -> Sequence[Target]:
         """Every target, once."""
-        shared = [target for family in self.families for target in (family.first, *family.heirs)]
+        shared = [
+            target for family in self.families for target in (family.first, *family.descendants)
+        ]
         return [*{id(target): target for target in (*shared, *self.targets)}.values()]
 
 
@@ -91,7 +93,7 @@ def allocate_outside(
     for restoree in restorees.values():
         targets += restoree.targets(restoree.plan.pieces)
     for restoree in restorees.values():
-        if restoree.plan.bequeathed:
+        if restoree.plan.before_fork:
             families += _families(restoree, restorees, guest)
     for shared in plan.shared:
         targets += _of_shared(shared, guest, agent, sources)
@@ -168,28 +170,28 @@ def _families(
 ) -> Iterator[Family]:
     pid = first.plan.task.pid
     sharing = {r: r.plan.sharing for r in restorees.values() if r is not first}
-    heirs = [
+    descendants = [
         target
-        for heir, with_whom in sharing.items()
+        for descendant, with_whom in sharing.items()
         if pid in with_whom.from_root
-        for target in heir.targets(heir.plan.inherited(pid))
+        for target in descendant.targets(descendant.plan.inherited(pid))
     ]
-    strangers = [(r.space, s.dropped) for r, s in sharing.items() if len(s.dropped)]
+    excluded = [(r.space, s.dropped) for r, s in sharing.items() if len(s.dropped)]
     ours = {restoree.mm.address_ for restoree in restorees.values()}
     for anon_vma, ranges in _anon_vmas(first).items():
         frames = _frames_of_the_tree(guest.kernel, anon_vma, ours, pid)
         pieces = {
             level: cut_to(part, ranges["start"], ranges["end"])
-            for level, part in first.plan.bequeathed.items()
+            for level, part in first.plan.before_fork.items()
         }
         for target in first.targets(pieces, frames):
-            yield Family(target, heirs, strangers)
+            yield Family(target, descendants, excluded)
 
 
 def _anon_vmas(restoree: _Restoree) -> dict[Gva, Ranges]:
-    # Where the task's bequeathed pages are, by the anon_vma of their area.
+    # Where the task's pages that were allocated before the fork are, by the anon_vma of their area.
     found: dict[Gva, list[tuple[int, int]]] = {}
-    seed = restoree.plan.sharing.cow.bequeathed
+    seed = restoree.plan.sharing.cow.before_fork
     for start, end, anon_vma in settled(lambda: _areas(restoree.mm)):
         at = int(np.searchsorted(seed["end"], np.uint64(start), side="right"))
         if at < len(seed) and int(seed["start"][at]) < end:

@@ -9,7 +9,7 @@ from ovr.attempt.attempt import Attempt
 from ovr.checkpoint import Checkpoint
 from ovr.errors import CriuFailed, ImagesUnsupported, OvrError
 from ovr.guest.client.agent import Skeleton
-from ovr.guest.client.session import Hello
+from ovr.guest.client.session import AgentInfo
 from ovr.guest.protocol import MAX_IMAGE_BYTES
 from ovr.images import image_size
 from ovr.images.regular import regular_file
@@ -34,7 +34,7 @@ class Built:
     unread_config: Mapping[str, str]
 
 
-def inside_of(plan: Plan, checkpoint: Checkpoint, guest: Hello) -> Inside:
+def inside_of(plan: Plan, checkpoint: Checkpoint, guest: AgentInfo) -> Inside:
     """Build the inside image set for a guest, with its pool where that can be used.
 
     Raises:
@@ -51,7 +51,7 @@ def inside_of(plan: Plan, checkpoint: Checkpoint, guest: Hello) -> Inside:
     return inside
 
 
-def _pool(plan: Plan, checkpoint: Checkpoint, guest: Hello) -> Pool | Cold:
+def _pool(plan: Plan, checkpoint: Checkpoint, guest: AgentInfo) -> Pool | Cold:
     if not guest.warm:
         return NO_POOL
     if checkpoint.engine is not None:

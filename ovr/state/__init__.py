@@ -8,7 +8,7 @@ are not there and why.
 from ovr.state.guest import GuestTree
 from ovr.state.kind import Kind
 from ovr.state.kinds import KINDS
-from ovr.state.refused import REFUSED, Refused
+from ovr.state.refused import INSIDE_KINDS, InsideKind
 from ovr.state.settings import Setting
 
-__all__ = ["KINDS", "REFUSED", "GuestTree", "Kind", "Refused", "Setting"]
+__all__ = ["INSIDE_KINDS", "KINDS", "GuestTree", "InsideKind", "Kind", "Setting"]

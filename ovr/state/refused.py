@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 from typing import Final
 
-__all__ = ["REFUSED", "Refused"]
+__all__ = ["INSIDE_KINDS", "InsideKind"]
 
 
 @dataclass(frozen=True)
-class Refused:
+class InsideKind:
     """A kind of state that is left to CRIU.
 
     Attributes:
@@ -23,81 +23,81 @@ class Refused:
     reason: str
 
 
-REFUSED: Final = (
-    Refused(
+INSIDE_KINDS: Final = (
+    InsideKind(
         "rlimit_cpu", ("process",), "limit of CPU time (signal_struct.rlim[RLIMIT_CPU])",
         "update_rlimit_cpu() also arms a CPU timer (posix_cputimers.bases), which the tick reads",
     ),
-    Refused(
+    InsideKind(
         "scheduling", ("thread",), "nice value, policy and priority (task_struct.static_prio …)",
         "the weight is also in the sums of the run queue, where a stopped task may still be"
         " (delayed dequeue) and where its load average stays; sched_class needs a queue change",
     ),
-    Refused(
+    InsideKind(
         "thp_disabled", ("mm",), "PR_SET_THP_DISABLE (a bit of mm_struct.flags)",
         "must hold before the skeleton's memory is allocated, or that comes as huge pages; and no"
         " type of the kernel tells the bit's number",
     ),
-    Refused(
+    InsideKind(
         "identity", ("thread", "credentials"), "user and group ids (cred.uid … group_info)",
         "user_struct, ucounts and group_info are counted references; processes are counted by user",
     ),
-    Refused(
+    InsideKind(
         "registers", ("thread",), "general registers, FS and GS base (pt_regs, thread_struct)",
         "CRIU runs code on the leader's registers after the sigreturn that sets them; where pt_regs"
         " lies on the kernel stack (padding, FRED) is in no type of the kernel",
     ),
-    Refused(
+    InsideKind(
         "fpu", ("thread",), "FPU, SSE and AVX state (fpu.fpstate)",
         "a compacted XSAVE area whose layout the CPU defines; a CPU may hold the registers still"
         " and not load them again (fpu_fpregs_owner_ctx, per CPU)",
     ),
-    Refused(
+    InsideKind(
         "rseq", ("thread",), "restartable sequences (task_struct.rseq)",
         "the kernel keeps the CPU number and mm_cid that it has told the thread beside it",
     ),
-    Refused(
+    InsideKind(
         "membarrier", ("mm",), "membarrier registrations (mm_struct.membarrier_state)",
         "registering waits until every CPU has seen the new state, which run queues copy",
     ),
-    Refused(
+    InsideKind(
         "pending_signals", ("thread", "signals"), "queued signals (task_struct.pending)",
         "each is an allocated sigqueue, charged to its user",
     ),
-    Refused(
+    InsideKind(
         "itimers", ("process",), "interval timers (signal_struct.real_timer, it)",
         "armed hrtimers live in a per-CPU red-black tree and in the clock hardware",
     ),
-    Refused(
+    InsideKind(
         "posix_timers", ("process",), "timers of timer_create() (signal_struct.posix_timers)",
         "allocated objects in a hash table, with hrtimers of their own",
     ),
-    Refused(
+    InsideKind(
         "file_flags", ("files",), "O_APPEND, O_NONBLOCK … (file.f_flags)",
         "the file systems derive f_mode and f_iocb_flags from them and may refuse a change",
     ),
-    Refused(
+    InsideKind(
         "file_owner", ("files",), "F_SETOWN, F_SETSIG (file.f_owner)",
         "a counted reference to a struct pid; newer kernels allocate the owner",
     ),
-    Refused(
+    InsideKind(
         "pipe_contents", ("files",), "data in pipes (pipe_inode_info.bufs)",
         "each buffer is a page with a reference count",
     ),
-    Refused(
+    InsideKind(
         "termios", ("files",), "terminal settings (tty_struct.termios)",
         "line discipline and driver derive state of their own in set_termios()",
     ),
-    Refused(
+    InsideKind(
         "cgroup_limits", ("container",), "memory.max and pids.max (page_counter.max, limit)",
         "a cgroup outlives the tree and may hold others: killing the tree undoes nothing; lowering"
         " memory.max must also reclaim",
     ),
-    Refused(
+    InsideKind(
         "time_offsets", ("container",), "offsets of a time namespace (time_namespace.offsets)",
         "timers that are armed and the namespace's vvar page hold the same offsets",
     ),
-    Refused(
+    InsideKind(
         "seccomp", ("thread",), "seccomp filters (task_struct.seccomp)",
         "reference-counted programs, compiled by the kernel",
     ),

@@ -1,6 +1,6 @@
 """What state belongs to: tasks, threads, memory descriptors, open files, namespaces.
 
-A `Scope` finds the objects of its kind twice: in the images as a `Place`, and from there in the
+A `Scope` finds the objects of its kind twice: in the images as a `Binding`, and from there in the
 guest. Kinds of state see the message on one side and the kernel object on the other.
 """
 
@@ -31,8 +31,8 @@ __all__ = [
     "TIMERFD",
     "TTY",
     "UTS",
+    "Binding",
     "Descriptor",
-    "Place",
     "Scope",
     "Users",
 ]
@@ -47,7 +47,7 @@ Users = Callable[[Kernel], Iterator[Any]]
 
 
 @dataclass(frozen=True)
-class Place:
+class Binding:
     """One object, in the images.
 
     Attributes:
@@ -70,13 +70,13 @@ class Scope:
 
     Attributes:
         name: in one word or two.
-        places: yields those of an image set.
+        bindings: yields those of an image set.
         users: yields the objects of this sort that tasks of the guest use, whoever they are; for
             objects that may outlive the tree. None where killing the tree ends the object.
     """
 
     name: str
-    places: Callable[[ImageSet], Iterator[Place]]
+    bindings: Callable[[ImageSet], Iterator[Binding]]
     users: Users | None = None
 
 
@@ -91,45 +91,45 @@ def _alive(images: ImageSet) -> list[Task]:
     return [task for task in images.tasks if task.alive]
 
 
-def _processes(images: ImageSet) -> Iterator[Place]:
+def _processes(images: ImageSet) -> Iterator[Binding]:
     for task in _alive(images):
         yield _of_task(task, f"core-{task.pid}.img", task.core, lambda leader: leader)
 
 
-def _processes_of_the_vm(images: ImageSet) -> Iterator[Place]:
+def _processes_of_the_vm(images: ImageSet) -> Iterator[Binding]:
     # Dumped with a user namespace of its own, a tree has the ids of that (userns_uid()).
     if not any(name.startswith("userns-") for name in images.names):
         yield from _processes(images)
 
 
-def _fs(images: ImageSet) -> Iterator[Place]:
+def _fs(images: ImageSet) -> Iterator[Binding]:
     for task in _alive(images):
         if task.fs is not None:
             yield _of_task(task, f"fs-{task.pid}.img", task.fs, lambda leader: leader.fs)
 
 
-def _mms(images: ImageSet) -> Iterator[Place]:
+def _mms(images: ImageSet) -> Iterator[Binding]:
     for task in _alive(images):
         assert task.mm is not None
         yield _of_task(task, f"mm-{task.pid}.img", task.mm, lambda leader: leader.mm)
 
 
-def _mm_owners(images: ImageSet) -> Iterator[Place]:
+def _mm_owners(images: ImageSet) -> Iterator[Binding]:
     for task in _alive(images):
         assert task.mm is not None
         yield _of_task(task, f"mm-{task.pid}.img", task.mm, lambda leader: leader)
 
 
-def _of_task(task: Task, image: str, message: Message, part: Callable[[Any], Any]) -> Place:
+def _of_task(task: Task, image: str, message: Message, part: Callable[[Any], Any]) -> Binding:
     label = f"pid {task.pid}"
-    return Place(label, image, 0, message, lambda guest: part(guest.task(task.pid)))
+    return Binding(label, image, 0, message, lambda guest: part(guest.task(task.pid)))
 
 
-def _threads(images: ImageSet) -> Iterator[Place]:
+def _threads(images: ImageSet) -> Iterator[Binding]:
     for task in _alive(images):
         for tid in task.threads:
             image, message = f"core-{tid}.img", task.cores[tid]
-            yield Place(f"tid {tid}", image, 0, message, methodcaller("task", tid))
+            yield Binding(f"tid {tid}", image, 0, message, methodcaller("task", tid))
 
 
 def _fdinfos(images: ImageSet) -> Iterator[tuple[Task, str, int, FdinfoEntry]]:
@@ -143,10 +143,10 @@ def _fdinfos(images: ImageSet) -> Iterator[tuple[Task, str, int, FdinfoEntry]]:
                 yield task, image, index, entry
 
 
-def _descriptors(images: ImageSet) -> Iterator[Place]:
+def _descriptors(images: ImageSet) -> Iterator[Binding]:
     for task, image, index, entry in _fdinfos(images):
         label = f"fd {entry.fd} of pid {task.pid}"
-        yield Place(label, image, index, entry, _descriptor_finder(task.pid, entry.fd))
+        yield Binding(label, image, index, entry, _descriptor_finder(task.pid, entry.fd))
 
 
 def _descriptor_finder(pid: int, fd: int) -> Callable[[GuestTree], Descriptor]:
@@ -173,11 +173,11 @@ def _files(images: ImageSet, field: str) -> Iterator[tuple[int, FileEntry, int, 
             yield index, entry, *openings[entry.id]
 
 
-def _regular_files(images: ImageSet) -> Iterator[Place]:
+def _regular_files(images: ImageSet) -> Iterator[Binding]:
     for index, entry, pid, fd in _files(images, "reg"):
         if entry.reg.mode & _S_IFMT == _S_IFREG and not entry.reg.ext:
             label = f"file {entry.id} (fd {fd} of pid {pid})"
-            yield Place(label, "files.img", index, entry, _regular_finder(pid, fd))
+            yield Binding(label, "files.img", index, entry, _regular_finder(pid, fd))
 
 
 def _regular_finder(pid: int, fd: int) -> Callable[[GuestTree], Any]:
@@ -200,20 +200,20 @@ def _context_files(field: str, operations: str, context: str) -> Scope:
     outside does not do.
     """
 
-    def places(images: ImageSet) -> Iterator[Place]:
+    def bindings(images: ImageSet) -> Iterator[Binding]:
         if any(entry.type == _EVENTPOLL for entry in images.entries("files.img", FileEntry)):
             return
         for index, entry, pid, fd in _files(images, field):
             label = f"file {entry.id} (fd {fd} of pid {pid})"
-            yield Place(label, "files.img", index, entry, finder(pid, fd))
+            yield Binding(label, "files.img", index, entry, finder(pid, fd))
 
     def finder(pid: int, fd: int) -> Callable[[GuestTree], Any]:
         return lambda guest: guest.file(pid, fd, operations).private_data.cast_(context)
 
-    return Scope(context.removeprefix("struct ").removesuffix("_ctx"), places)
+    return Scope(context.removeprefix("struct ").removesuffix("_ctx"), bindings)
 
 
-def _ttys(images: ImageSet) -> Iterator[Place]:
+def _ttys(images: ImageSet) -> Iterator[Binding]:
     # Pseudo terminals whose master is in the images, too: nobody outside of the tree has those.
     openings = {
         entry.tty.tty_info_id: (pid, fd) for _, entry, pid, fd in _files(images, "tty")
@@ -224,7 +224,7 @@ def _ttys(images: ImageSet) -> Iterator[Place]:
         if info.HasField("pty") and info.pty.index in own and info.id in openings:
             pid, fd = openings[info.id]
             label = f"terminal {info.id} (fd {fd} of pid {pid})"
-            yield Place(label, "tty-info.img", index, info, _tty_finder(pid, fd))
+            yield Binding(label, "tty-info.img", index, info, _tty_finder(pid, fd))
 
 
 def _tty_finder(pid: int, fd: int) -> Callable[[GuestTree], Any]:
@@ -274,18 +274,18 @@ def _namespaces_in_use(field: str) -> Users:
     return users
 
 
-def _uts(images: ImageSet) -> Iterator[Place]:
+def _uts(images: ImageSet) -> Iterator[Binding]:
     for image, entry, number, pid in _namespaces(images, "uts_ns", "utsns", UtsnsEntry):
-        yield Place(f"UTS namespace {number}", image, 0, entry, _namespace_finder(pid, "uts_ns"))
+        yield Binding(f"UTS namespace {number}", image, 0, entry, _namespace_finder(pid, "uts_ns"))
 
 
-def _ipc(images: ImageSet) -> Iterator[Place]:
+def _ipc(images: ImageSet) -> Iterator[Binding]:
     # CRIU makes the namespace's objects under its limits: only if it has none are they ours.
     for image, entry, number, pid in _namespaces(images, "ipc_ns", "ipcns-var", IpcVarEntry):
         objects = {f"ipcns-{sort}-{number}.img" for sort in ("msg", "sem", "shm")}
         if not objects & {*images.names}:
             find = _namespace_finder(pid, "ipc_ns")
-            yield Place(f"IPC namespace {number}", image, 0, entry, find)
+            yield Binding(f"IPC namespace {number}", image, 0, entry, find)
 
 
 PROCESS: Final = Scope("process", _processes)

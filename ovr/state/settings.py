@@ -6,17 +6,17 @@ from typing import Any
 
 from ovr.images import Draft, ImageSet
 from ovr.state.kind import Kind
-from ovr.state.scope import Place
+from ovr.state.scope import Binding
 
 __all__ = ["Setting", "neutralise", "take"]
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A value, its kind and the place that it belongs to."""
+    """A value, its kind and the binding that it belongs to."""
 
     kind: Kind
-    place: Place
+    binding: Binding
     value: Any
 
 
@@ -26,21 +26,21 @@ def take(images: ImageSet, kinds: Iterable[Kind]) -> tuple[Setting, ...]:
     Raises:
         ImagesDamaged: they say what cannot be.
     """
-    places: dict[str, tuple[Place, ...]] = {}
+    bindings: dict[str, tuple[Binding, ...]] = {}
     found = []
     for kind in kinds:
         scope = kind.scope
-        if scope.name not in places:
-            places[scope.name] = tuple(scope.places(images))
-        for place in places[scope.name]:
-            value = kind.take(place.message)
+        if scope.name not in bindings:
+            bindings[scope.name] = tuple(scope.bindings(images))
+        for binding in bindings[scope.name]:
+            value = kind.take(binding.message)
             if value is not None:
-                found.append(Setting(kind, place, value))
+                found.append(Setting(kind, binding, value))
     return tuple(found)
 
 
 def neutralise(settings: Iterable[Setting], draft: Draft) -> None:
     """Leave the neutral values in the inside images."""
     for setting in settings:
-        place = setting.place
-        setting.kind.neutralise(draft.message(place.image, place.index, type(place.message)))
+        binding = setting.binding
+        setting.kind.neutralise(draft.message(binding.image, binding.index, type(binding.message)))

@@ -10,7 +10,7 @@ import pytest
 
 from ovr.errors import RestoreFailed
 from ovr.guest import build, protocol
-from ovr.guest.client.agent import Agent, Warm
+from ovr.guest.client.agent import Agent, PoolInfo
 from tests.unit.agent_host import IMAGES, AgentHost, agent_host, alive, kill, wait_for
 
 MIB = 1 << 20
@@ -22,7 +22,7 @@ def agent(host: AgentHost) -> Iterator[Agent]:
         yield agent
 
 
-def areas(pool: Warm) -> list[tuple[int, str]]:
+def areas(pool: PoolInfo) -> list[tuple[int, str]]:
     """Resident KiB and flags of the areas of the pool in its process."""
     text = Path(f"/proc/{pool.pid}/smaps").read_text()
     found = []

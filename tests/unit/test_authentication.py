@@ -9,7 +9,7 @@ import pytest
 from ovr.attempt.authentication import authenticate
 from ovr.errors import AgentUntrusted, GuestFault
 from ovr.guest import protocol
-from ovr.guest.client.secret_page import NotTheAgents, read_secret
+from ovr.guest.client.secret_page import NotTheAgent, read_secret
 from ovr.guest.client.tracer import find_tracer
 from ovr.kernel import Kernel
 from ovr.memory.addresses import Gpa
@@ -120,7 +120,7 @@ def test_the_agents_own_page(tmp_path):
 )  # fmt: skip
 def test_pages_that_are_not(tmp_path, wrong, code, words):
     guest = Guest(tmp_path, **wrong)
-    with pytest.raises(NotTheAgents, match=words) as caught:
+    with pytest.raises(NotTheAgent, match=words) as caught:
         read_secret(guest.kernel, PID, PAGE)
     assert caught.value.code == code
 
@@ -143,7 +143,7 @@ def test_a_page_that_may_be_somebody_elses_at_this_moment(tmp_path, wrong):
 )  # fmt: skip
 def test_whatever_is_named(tmp_path, pid, address, code):
     guest = Guest(tmp_path)
-    with pytest.raises(NotTheAgents) as caught:
+    with pytest.raises(NotTheAgent) as caught:
         read_secret(guest.kernel, pid, address)
     assert caught.value.code == code
 
@@ -153,7 +153,7 @@ def test_a_thread_is_no_process(tmp_path):
     thread = guest.toy.fork(OTHER, "thread", leader=guest.agent)
     guest.toy.poke(thread + 192, "Q", guest.toy.cred())
     guest.toy.poke(thread + 160, "Q", guest.toy.peek(guest.agent + 160))
-    with pytest.raises(NotTheAgents, match=f"no process {OTHER}"):
+    with pytest.raises(NotTheAgent, match=f"no process {OTHER}"):
         read_secret(guest.kernel, OTHER, PAGE)
 
 

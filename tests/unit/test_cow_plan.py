@@ -118,7 +118,7 @@ def write(guest, plans):
         for page in pages_of(plan.to_touch()):
             guest.write_fault(plan.task.pid, page)
     for plan in plans:
-        for page in pages_of(plan.sharing.cow.bequeathed):
+        for page in pages_of(plan.sharing.cow.before_fork):
             frame = guest.maps[plan.task.pid][page]
             assert frame not in written
             written.add(frame)
@@ -222,7 +222,7 @@ def test_a_server_and_its_workers(tmp_path):
         one.rseq_areas = no_ranges()
     plans, _ = plan_tasks(tasks, asked=True, force=True)
     first, *workers = plans
-    assert pages_of(first.sharing.cow.bequeathed) == {*range(100)}
+    assert pages_of(first.sharing.cow.before_fork) == {*range(100)}
     for worker in workers:
         assert pages_of(worker.sharing.from_root[1]) == {*range(100)} - {worker.task.pid}
         assert pages_of(worker.to_touch()) == {worker.task.pid}

@@ -82,7 +82,7 @@ def test_what_an_ancestor_has_written():
 
 def test_what_descendants_inherit_is_allocated_before_they_are_made():
     table = pagemap((0, 40), VDSO[0])
-    runs = place(table, [area(0, 40, **ANON), VDSO[1]], Cow(bequeathed=ranges((0, 20))))
+    runs = place(table, [area(0, 40, **ANON), VDSO[1]], Cow(before_fork=ranges((0, 20))))
     assert summary(runs) == [(20, Reason.OUTSIDE), (20, Reason.OUTSIDE), (1, Reason.VDSO)]
     assert allocations(runs)[:2] == [Allocation.BEFORE_FORK, Allocation.CRIU]
 

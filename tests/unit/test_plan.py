@@ -100,7 +100,9 @@ def test_areas_are_cut_and_populated_where_pages_go_outside(inside):
 
 def test_agent_and_criu_allocate_all_that_goes_outside(images):
     for task in make_plan(images).tasks:
-        ranges = np.concatenate([task.to_touch(), task.pieces_of_criu, task.sharing.cow.bequeathed])
+        ranges = np.concatenate(
+            [task.to_touch(), task.pieces_of_criu, task.sharing.cow.before_fork]
+        )
         assert pages_of(ranges["start"], ranges["end"] - ranges["start"]) == pages_of(
             task.outside["gva"], task.outside["size"]
         )
@@ -155,8 +157,8 @@ def test_parent_and_child_keep_what_is_equal(dumps):
         }
         kept = {Reason.COW, Reason.INHERITED}
         for task, reasons in ((parent, {Reason.COW}), (child, kept)):
-            bequeathed = task.sharing.cow.bequeathed
-            here = pages_of(bequeathed["start"], bequeathed["end"] - bequeathed["start"])
+            before_fork = task.sharing.cow.before_fork
+            here = pages_of(before_fork["start"], before_fork["end"] - before_fork["start"])
             runs = task.runs[np.isin(task.runs["reason"], [*reasons])]
             assert pages_of(runs["gva"], runs["size"]) | here == common
         assert 0 < len(common) < len(contents[1])

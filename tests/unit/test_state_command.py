@@ -3,7 +3,7 @@
 import json
 
 from ovr.cli import main
-from ovr.state import KINDS, REFUSED
+from ovr.state import INSIDE_KINDS, KINDS
 
 
 def test_states_as_json(capsys):
@@ -13,7 +13,7 @@ def test_states_as_json(capsys):
     yes = [state["name"] for state in document["states"] if state["outside"]]
     no = [state["name"] for state in document["states"] if not state["outside"]]
     assert yes == ["memory", *(kind.name for kind in KINDS)]
-    assert no == [refused.name for refused in REFUSED]
+    assert no == [kind.name for kind in INSIDE_KINDS]
     assert all(state["summary"] for state in document["states"])
     assert all(state["outside"] or state["reason"] for state in document["states"])
 
@@ -22,7 +22,7 @@ def test_states_as_a_table(capsys):
     assert main(["states"]) == 0
     head, *rows = capsys.readouterr().out.splitlines()
     assert head.split()[:3] == ["STATE", "OUTSIDE", "GROUPS"]
-    assert len(rows) == 1 + len(KINDS) + len(REFUSED)
+    assert len(rows) == 1 + len(KINDS) + len(INSIDE_KINDS)
     assert {row.split()[1] for row in rows} == {"yes", "no"}
 
 

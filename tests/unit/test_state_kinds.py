@@ -10,7 +10,7 @@ from ovr.errors import ImagesDamaged, KernelNotFound, RestoreFailed
 from ovr.images import CoreEntry, FsEntry, ImageSet, MmEntry, copy_of
 from ovr.images.objects import FileEntry, IpcVarEntry, TtyInfoEntry, UtsnsEntry
 from ovr.kernel import DoesNotFit, address_of, for_each_thread
-from ovr.state import KINDS, REFUSED
+from ovr.state import INSIDE_KINDS, KINDS
 from ovr.state.kinds.signals import NEVER_BLOCKED
 from ovr.state.scope import Descriptor
 from tests.unit.state_kernel import MiniKernel
@@ -109,14 +109,14 @@ def test_the_safety_of_every_kind_is_documented():
 
 
 def test_every_kind_is_explained():
-    names = [kind.name for kind in KINDS] + [refused.name for refused in REFUSED]
+    names = [kind.name for kind in KINDS] + [kind.name for kind in INSIDE_KINDS]
     assert len({*names}) == len(names)
     for kind in KINDS:
         assert kind.summary
         assert kind.source
         assert kind.groups
         assert not {*kind.groups} & {*names, "all"}
-    assert all(refused.reason for refused in REFUSED)
+    assert all(kind.reason for kind in INSIDE_KINDS)
 
 
 # What real images say.
@@ -129,7 +129,7 @@ def images(dumps):
 
 
 def messages(images: ImageSet, name: str):
-    return [place.message for place in BY_NAME[name].scope.places(images)]
+    return [binding.message for binding in BY_NAME[name].scope.bindings(images)]
 
 
 @pytest.mark.parametrize("name", sorted(VALUES))
@@ -329,20 +329,20 @@ def test_values_that_do_not_fit(kernel):
 
 def test_types_of_the_guest_that_make_no_sense():
     """What must be a struct is a number: an error of the guest's, not a TypeError of ours."""
-    place = SimpleNamespace(find=lambda guest: guest, label="task 1")
+    binding = SimpleNamespace(find=lambda guest: guest, label="task 1")
     kind = SimpleNamespace(read=lambda task: task.fs.umask, name="umask")
-    setting = SimpleNamespace(kind=kind, place=place, value=0)
+    setting = SimpleNamespace(kind=kind, binding=binding, value=0)
     with pytest.raises(KernelNotFound, match="types make no sense"):
         verify([setting], SimpleNamespace(fs=7))
 
 
 def test_a_mistake_of_ours_is_none_of_the_guest():
     """It must not end as an unsupported kernel, exit code 4."""
-    place = SimpleNamespace(find=lambda guest: guest, label="task 1")
+    binding = SimpleNamespace(find=lambda guest: guest, label="task 1")
     kind = SimpleNamespace(read=lambda task: task.nonexistent, name="umask")
-    setting = SimpleNamespace(kind=kind, place=place, value=0)
+    setting = SimpleNamespace(kind=kind, binding=binding, value=0)
     with pytest.raises(AttributeError, match="nonexistent"):
         verify([setting], SimpleNamespace())
-    unlike = SimpleNamespace(kind=SimpleNamespace(read=lambda task: 1), place=place, value=0)
+    unlike = SimpleNamespace(kind=SimpleNamespace(read=lambda task: 1), binding=binding, value=0)
     with pytest.raises(AttributeError, match="name"):  # in what reports the difference
         verify([unlike], SimpleNamespace())

@@ -1,4 +1,4 @@
-"""Which pages of an heir are the very ones of its ancestor; how work is divided among threads."""
+"""Pages of a descendant that are still its ancestor's; how work is divided among threads."""
 
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -41,12 +41,12 @@ def pages_of(runs):
     }
 
 
-@given(heir=FRAMES, first=FRAMES)
-def test_same_frames(heir, first):
-    same = on_same_frames(runs_of(heir), runs_of(first))
+@given(descendant=FRAMES, first=FRAMES)
+def test_same_frames(descendant, first):
+    same = on_same_frames(runs_of(descendant), runs_of(first))
     expected = {
         page * PAGE_SIZE
-        for page, (one, other) in enumerate(zip(heir, first, strict=False))
+        for page, (one, other) in enumerate(zip(descendant, first, strict=False))
         if one is not None and one == other
     }
     assert pages_of(same) == expected
@@ -94,9 +94,9 @@ class Task:
 
 
 @pytest.mark.parametrize(
-    ("first", "heir", "own"),
+    ("first", "descendant", "own"),
     [
-        pytest.param([[4, 5]], [[4, None], [4, 5]], [], id="moved in the heir"),
+        pytest.param([[4, 5]], [[4, None], [4, 5]], [], id="moved in the descendant"),
         pytest.param([[4, None], [4, 5]], [[4, 5]], [], id="moved in the first"),
         pytest.param([[4, None], [4, 6]], [[4, None], [4, 6]], [], id="moved in both"),
         pytest.param([[4, 5]], [[4, 6]], [1], id="another page"),
@@ -105,10 +105,10 @@ class Task:
         pytest.param([[4, 5]], [[None, 6]], [0, 1], id="one of each"),
     ],
 )
-def test_a_page_that_moves_is_shared_still(first, heir, own, monkeypatch):
+def test_a_page_that_moves_is_shared_still(first, descendant, own, monkeypatch):
     """Neither is it given a content of its own because it was absent for a moment."""
     monkeypatch.setattr(copying, "_TRY_AGAIN_AFTER", 0)
-    one, other = Task(first), Task(heir)
+    one, other = Task(first), Task(descendant)
     copier = Copier(SimpleNamespace(held=nullcontext), None, 1, Journal())
     whole = np.array([(0, 2 * PAGE_SIZE, 0)], dtype=PIECE)
     left = copier._not_shared([_Unlike(one, other, whole)])

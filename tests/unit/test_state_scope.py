@@ -1,4 +1,4 @@
-"""Where state belongs: places in real images, their kernel objects, and the holds of a write."""
+"""Where state belongs: bindings in real images, their kernel objects, and the holds of a write."""
 
 import itertools
 import shutil
@@ -34,7 +34,7 @@ def images(dumps):
 
 
 def labels(images, scope):
-    return [place.label for place in scope.places(images)]
+    return [binding.label for binding in scope.bindings(images)]
 
 
 def test_places_of_a_tree(images):
@@ -128,8 +128,8 @@ def test_terminals_of_others_stay_inside(one, master):
 
 def test_namespaces(dumps, tmp_path):
     with ImageSet.open(dumps / "uts") as images:
-        (uts,) = scope.UTS.places(images)
-        (ipc,) = scope.IPC.places(images)
+        (uts,) = scope.UTS.bindings(images)
+        (ipc,) = scope.IPC.bindings(images)
         assert (uts.image, ipc.image) == ("utsns-10.img", "ipcns-var-9.img")
         namespace = SimpleNamespace()
         kernel = {"init_task": SimpleNamespace(nsproxy=SimpleNamespace(uts_ns=namespace))}
@@ -147,13 +147,15 @@ def test_many_kinds_change_one_message(images):
     settings = take(images, kinds)
     draft, inside = Draft(images), InsideImages(images)
     neutralise(settings, draft)
-    draft.put(inside)
+    draft.apply_to(inside)
     changed = {name for name, data in inside.build().items() if data != original(images, name)}
     tids = {tid for task in images.tasks if task.alive for tid in task.threads}
     assert changed == {f"core-{tid}.img" for tid in tids}
     for setting in settings:
-        left = setting.kind.take(draft.message(setting.place.image, 0, type(setting.place.message)))
-        neutral = copy_of(setting.place.message)
+        left = setting.kind.take(
+            draft.message(setting.binding.image, 0, type(setting.binding.message))
+        )
+        neutral = copy_of(setting.binding.message)
         setting.kind.neutralise(neutral)
         assert left == setting.kind.take(neutral)
 
@@ -196,9 +198,11 @@ def test_everything_is_found_and_written_in_short_holds(images, monkeypatch):
     clock = itertools.count()
     monkeypatch.setattr("ovr.attempt.settings.time.perf_counter", lambda: next(clock) / 2048)
     fs = images.tasks[0].fs
-    places = [scope.Place(f"{n}", "", 0, fs, lambda tree, n=n: (tree, n)[1]) for n in range(100)]
+    bindings = [
+        scope.Binding(f"{n}", "", 0, fs, lambda tree, n=n: (tree, n)[1]) for n in range(100)
+    ]
     kind = Noted(recorder)
-    kind.__class__.scope = scope.Scope("many", lambda images: iter(places))
+    kind.__class__.scope = scope.Scope("many", lambda images: iter(bindings))
     settings = take(images, [kind])
     trees = []
 

@@ -48,7 +48,7 @@ def kernel(mini):
     return SimpleNamespace(space=mini.memory)
 
 
-def place_of(target, label="it"):
+def binding_of(target, label="it"):
     return SimpleNamespace(label=label, find=lambda guest: guest(target))
 
 
@@ -59,7 +59,7 @@ def lasting(kind, users):
 
 
 def tree():
-    """A tree that is there: what a place finds in it is what it found before."""
+    """A tree that is there: what a binding finds in it is what it found before."""
     return lambda target: target
 
 
@@ -78,7 +78,9 @@ def test_every_write_is_recorded(mini, kernel, name):
     for value in values:
         journal, before = Journal(), bytes(mini.memory.data)
         mini.memory.writes.clear()
-        with Recording(journal, kernel, tree, Holder()).of(BY_NAME[name], place_of(target), target):
+        with Recording(journal, kernel, tree, Holder()).of(
+            BY_NAME[name], binding_of(target), target
+        ):
             BY_NAME[name].write(target, value)
         after = bytearray(before)
         for write in journal.fields:
@@ -98,7 +100,7 @@ def test_fields_have_the_kernels_names(mini, kernel):
     recording = Recording(journal, kernel, tree, Holder())
     uts, ipc = mini.make("struct uts_namespace"), mini.make("struct ipc_namespace")
     for name, target, value in (("nodename", uts, "host"), ("ipc_limits", ipc, LIMITS)):
-        with recording.of(BY_NAME[name], place_of(target), target):
+        with recording.of(BY_NAME[name], binding_of(target), target):
             BY_NAME[name].write(target, value)
     named = {write.field: write.as_json() for write in journal.fields}
     assert named["new_utsname.nodename"]["new"] == "host"
@@ -127,9 +129,9 @@ def target(mini):
     return target
 
 
-def write(recording, target, users=nobody, place=None):
+def write(recording, target, users=nobody, binding=None):
     kind = lasting(BY_NAME["ipc_limits"], users)
-    with recording.of(kind, place or place_of(target), target):
+    with recording.of(kind, binding or binding_of(target), target):
         kind.write(target, LIMITS)
 
 

@@ -26,13 +26,13 @@ from ovr.images.vma import (
 )
 from ovr.memory.addresses import PAGE_SIZE
 from ovr.memory.ranges import RANGE, common, join, no_ranges, without
-from ovr.plan.pool.layout import SEAT, TABLE_SPAN, UNIT, Pool, fitting_pool
+from ovr.plan.pool.layout import POOL_ADDRESS, TABLE_SPAN, UNIT, Pool, fitting_pool
 from ovr.plan.pool.table import Cold, Warm, foreign_cgroup, plan_warm
 
 MIB = 1 << 20
 RW = PROT_READ | PROT_WRITE
 GIB = 1 << 30
-PLENTY = Pool(1 << 40, "4.1.1", SEAT)
+PLENTY = Pool(1 << 40, "4.1.1", POOL_ADDRESS)
 PLAIN, WITHOUT_WRITE, SERVE = range(3)
 
 
@@ -68,11 +68,11 @@ class Cow:
     def rooted(self):
         return self.inherited
 
-    def heirs(self, pid):
+    def inherited_from(self, pid):
         return join(*(roots[pid] for roots in self.inherited.values() if pid in roots))
 
 
-def strangers(plans):
+def unrelated(plans):
     return Cow({plan.task.pid: {} for plan in plans})
 
 
@@ -169,7 +169,7 @@ def check(plans, pieces, warm):
 
 def planned(plans, cow=None, pool=PLENTY):
     pieces = {p.task.pid: cut(p.areas, p.pieces_of_criu) for p in plans}
-    return pieces, plan_warm(plans, cow or strangers(plans), pieces, pool)
+    return pieces, plan_warm(plans, cow or unrelated(plans), pieces, pool)
 
 
 def task_of(pid, areas, populated, **more):
@@ -201,9 +201,11 @@ def test_the_largest_area_is_where_the_pool_has_it():
     pieces, warm = planned([plan])
     check([plan], pieces, warm)
     [task] = parsed(warm.table)[1]
-    at_seat = [task.base + at == SEAT + start for at, _, start, how in task.rows if how == SERVE]
+    at_address = [
+        task.base + at == POOL_ADDRESS + start for at, _, start, how in task.rows if how == SERVE
+    ]
     sizes = [size for _, size, _, how in task.rows if how == SERVE]
-    assert sum(size for size, there in zip(sizes, at_seat, strict=True) if there) >= 60 * MIB
+    assert sum(size for size, there in zip(sizes, at_address, strict=True) if there) >= 60 * MIB
 
 
 def large_and_small(start):
@@ -226,7 +228,7 @@ def apart(warm, pieces, pool):
 @pytest.mark.parametrize("place", [0, 14 * MIB, GIB - UNIT])
 def test_with_room_the_largest_area_lies_as_in_the_end(start, place):
     plan = large_and_small(start)
-    pool = Pool(5 * GIB, "4.1.1", SEAT + place)
+    pool = Pool(5 * GIB, "4.1.1", POOL_ADDRESS + place)
     pieces, warm = planned([plan], pool=pool)
     check([plan], pieces, warm)
     assert apart(warm, pieces, pool) == 0
@@ -234,7 +236,7 @@ def test_with_room_the_largest_area_lies_as_in_the_end(start, place):
 
 def test_without_room_it_lies_as_it_comes():
     plan = large_and_small(BASE + 800 * MIB)
-    pool = Pool(3 * GIB + 12 * MIB, "4.1.1", SEAT)
+    pool = Pool(3 * GIB + 12 * MIB, "4.1.1", POOL_ADDRESS)
     pieces, warm = planned([plan], pool=pool)
     check([plan], pieces, warm)
     assert apart(warm, pieces, pool) % UNIT == 0 < apart(warm, pieces, pool)
@@ -244,11 +246,11 @@ def test_without_room_it_lies_as_it_comes():
 def test_a_pool_that_fits(start):
     """No larger than it must be, and where the largest area needs it."""
     plan = large_and_small(start)
-    cow = strangers([plan])
+    cow = unrelated([plan])
     size, place = fitting_pool([plan], cow, {1: cut(plan.areas, plan.pieces_of_criu)})
-    pool = Pool(size, "4.1.1", SEAT + place)
+    pool = Pool(size, "4.1.1", POOL_ADDRESS + place)
     assert 3 * GIB < pool.size <= 3 * GIB + 12 * MIB
-    assert 0 <= pool.at - SEAT < TABLE_SPAN
+    assert 0 <= pool.at - POOL_ADDRESS < TABLE_SPAN
     pieces, warm = planned([plan], pool=pool)
     check([plan], pieces, warm)
     assert parsed(warm.table)[0] == pool.size
@@ -259,10 +261,10 @@ def test_a_pool_that_fits(start):
 
 def test_no_pool_fits_who_can_use_none():
     plan = task_of(1, [area(BASE, BASE + MIB)], ranges((BASE, BASE + MIB)))
-    assert fitting_pool([plan], strangers([plan]), {1: plan.areas}) is None
+    assert fitting_pool([plan], unrelated([plan]), {1: plan.areas}) is None
 
 
-@pytest.mark.parametrize("at", [0, 1, SEAT + PAGE_SIZE, 1 << 47, (1 << 64) - 1])
+@pytest.mark.parametrize("at", [0, 1, POOL_ADDRESS + PAGE_SIZE, 1 << 47, (1 << 64) - 1])
 def test_a_pool_that_claims_to_be_anywhere(at):
     plan = large_and_small(BASE + 800 * MIB)
     pieces, warm = planned([plan], pool=Pool(5 * GIB, "4.1.1", at))
@@ -270,8 +272,8 @@ def test_a_pool_that_claims_to_be_anywhere(at):
 
 
 def test_the_pool_stays_aside_where_the_task_has_areas():
-    areas = [area(SEAT, SEAT + 8 * MIB)]
-    plan = task_of(1, areas, ranges((SEAT, SEAT + 8 * MIB)))
+    areas = [area(POOL_ADDRESS, POOL_ADDRESS + 8 * MIB)]
+    plan = task_of(1, areas, ranges((POOL_ADDRESS, POOL_ADDRESS + 8 * MIB)))
     pieces, warm = planned([plan])
     check([plan], pieces, warm)
     assert warm.bytes == 8 * MIB
@@ -330,7 +332,7 @@ def test_what_a_child_inherits_is_left_alone():
 
 def test_a_pool_that_is_too_small():
     plan = task_of(1, [area(BASE, BASE + 8 * MIB)], ranges((BASE, BASE + 8 * MIB)))
-    _, warm = planned([plan], pool=Pool(6 * MIB, "4.1.1", SEAT))
+    _, warm = planned([plan], pool=Pool(6 * MIB, "4.1.1", POOL_ADDRESS))
     assert warm == Cold("the pool has 6 MiB, and the tasks need 8 MiB")
 
 
@@ -347,7 +349,7 @@ def test_areas_without_pages_are_mapped_as_criu_maps_them(criu, without):
     held = ranges((BASE, BASE + 4 * MIB))
     pages = [(0x22000, 0x23000), (BASE, BASE + 4 * MIB)]
     plan = task_of(1, areas, held, pages=pages)
-    _, warm = planned([plan], pool=Pool(1 << 40, criu, SEAT))
+    _, warm = planned([plan], pool=Pool(1 << 40, criu, POOL_ADDRESS))
     rows = parsed(warm.table)[1][0].rows
     assert [n for n, row in enumerate(rows) if row[3] == WITHOUT_WRITE] == without
 

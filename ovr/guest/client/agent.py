@@ -11,13 +11,13 @@ from typing import Final, NamedTuple, TypeVar
 from ovr.errors import AgentUnreachable, AgentUntrusted, ImagesUnsupported
 from ovr.guest import protocol
 from ovr.guest.client.failures import aborted, failure, refused, still_there
-from ovr.guest.client.session import Hello, Session, one_line
+from ovr.guest.client.session import AgentInfo, Session, one_line
 from ovr.guest.codes import Code
 from ovr.guest.message import Message
 from ovr.guest.wire import ProtocolError
 from ovr.memory.addresses import Gva
 
-__all__ = ["Agent", "Hello", "Mapping", "Portion", "Restored", "Skeleton", "Warm"]
+__all__ = ["Agent", "AgentInfo", "MappedObject", "PoolInfo", "Portion", "Restored", "Skeleton"]
 
 MessageT = TypeVar("MessageT", bound=Message)
 
@@ -63,7 +63,8 @@ class Portion(NamedTuple):
     """Pages to be allocated.
 
     Attributes:
-        pid: of a held task, or of the process of a `Mapping`; in the guest's initial pid namespace.
+        pid: of a held task, or of the process of a `MappedObject`; in the guest's initial pid
+            namespace.
         keep: the pages may have content that must stay.
         ranges: GVA and size in bytes, whole pages.
     """
@@ -74,7 +75,7 @@ class Portion(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Mapping:
+class MappedObject:
     """A shared object in the memory of a process of the agent's; `pid` as for `Skeleton`."""
 
     pid: int
@@ -82,7 +83,7 @@ class Mapping:
 
 
 @dataclass(frozen=True)
-class Warm:
+class PoolInfo:
     """The pool.
 
     Attributes:
@@ -233,7 +234,7 @@ class Agent(Session):
         file: str,
         size: int,
         ranges: Sequence[tuple[int, int]],
-    ) -> "Mapping":
+    ) -> "MappedObject":
         """Have a shared object of a held task mapped by a process of the agent's, up to `go`.
 
         Args:
@@ -252,9 +253,9 @@ class Agent(Session):
         mapped = self._outcome(protocol.Mapped, self._deadline(_STEP_SECONDS))
         here = [(mapped.address + at, length) for at, length in more]
         self.touch([Portion(mapped.pid, True, here)])
-        return Mapping(mapped.pid, Gva(mapped.address))
+        return MappedObject(mapped.pid, Gva(mapped.address))
 
-    def warm(self, size: int, place: int = 0) -> "Warm":
+    def warm(self, size: int, place: int = 0) -> "PoolInfo":
         """Have a CRIU started in advance, with so many bytes of memory; 0: end the one there is.
 
         Args:
@@ -268,7 +269,7 @@ class Agent(Session):
         self._send(protocol.Warm(size, place))
         return self._warmed()
 
-    def pool(self) -> "Warm":
+    def pool(self) -> "PoolInfo":
         """Ask what there is.
 
         Raises:
@@ -292,9 +293,9 @@ class Agent(Session):
             raise self._broken(f"{len(found.names)} files with {len(found.data)} contents")
         return dict(zip(map(one_line, found.names), map(_whole_lines, found.data), strict=True))
 
-    def _warmed(self) -> "Warm":
+    def _warmed(self) -> "PoolInfo":
         found = self._outcome(protocol.Warmed)
-        return Warm(found.size, found.huge, found.pid, Gva(found.address), one_line(found.note))
+        return PoolInfo(found.size, found.huge, found.pid, Gva(found.address), one_line(found.note))
 
     def go(self) -> Restored:
         """Let the tree run; returns when CRIU has detached and ended.

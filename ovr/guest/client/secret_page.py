@@ -36,7 +36,7 @@ from ovr.kernel import (
 from ovr.memory.addresses import PAGE_SIZE, Gpa, Gva
 from ovr.memory.paging import pieces
 
-__all__ = ["AgentProcess", "NotTheAgents", "read_secret"]
+__all__ = ["AgentProcess", "NotTheAgent", "read_secret"]
 
 _PAGE: Final = struct.Struct("<16sQQQ32s")
 _AT_SECURE: Final = 23  # include/uapi/linux/auxvec.h
@@ -69,7 +69,7 @@ class AgentProcess:
     secret: bytes = field(repr=False)
 
 
-class NotTheAgents(Exception):
+class NotTheAgent(Exception):
     """The process or the page is not the agent's.
 
     Attributes:
@@ -91,28 +91,28 @@ def read_secret(kernel: Kernel, pid: int, address: int) -> AgentProcess:
         address: the GVA in it that is said to be the page's.
 
     Raises:
-        NotTheAgents: it is not the agent's, or could be somebody else's.
+        NotTheAgent: it is not the agent's, or could be somebody else's.
         GuestFault: kernel objects make no sense; or the page is being moved, and is there again in
             a later hold.
         KernelNotFound: the kernel's types make no sense.
     """
     task = find_task(kernel, pid)
     if task is None or task.tgid != task.pid or not task.mm:
-        raise NotTheAgents("process", f"the guest has no process {pid}")
+        raise NotTheAgent("process", f"the guest has no process {pid}")
     reason = why_not_root(kernel, task)
     if not reason and _is_secure(task.mm):
         reason = "it was started by a program that gives privileges"
     if reason:
-        raise NotTheAgents("credentials", f"pid {pid}: {reason}")
+        raise NotTheAgent("credentials", f"pid {pid}: {reason}")
     where = f"pid {pid} has no page of the agent's at {address:#x}"
     if address % PAGE_SIZE or not 0 < address < 1 << 56 or not _is_by_itself(task.mm, Gva(address)):
-        raise NotTheAgents("secret", where)
+        raise NotTheAgent("secret", where)
     magic, own_address, own_pid, start, secret = _PAGE.unpack(
         _content(kernel, task.mm, Gva(address))
     )
     name = (protocol.SECRET_MAGIC, address, pid, task.start_boottime // _TICK)
     if (magic, own_address, own_pid, start) != name:
-        raise NotTheAgents("secret", where)
+        raise NotTheAgent("secret", where)
     program = Gva(task.mm.exe_file.f_inode.address_)
     return AgentProcess(pid, Gva(task.address_), program, secret)
 

@@ -16,7 +16,7 @@ from ovr.guest.wire import ProtocolError, decode, encode
 from ovr.host.closing import Closing
 from ovr.memory.addresses import Gva
 
-__all__ = ["Hello", "Session", "one_line"]
+__all__ = ["AgentInfo", "Session", "one_line"]
 
 MessageT = TypeVar("MessageT", bound=Message)
 
@@ -29,7 +29,7 @@ _DEAD_AFTER: Final = 6
 
 
 @dataclass(frozen=True)
-class Hello:
+class AgentInfo:
     """The agent's description of itself, not trusted before `ovr.attempt.authentication`.
 
     Attributes:
@@ -151,7 +151,7 @@ class Session(Closing):
 
     # Greeting ------------------------------------------------------------------------------
 
-    def _greet(self, deadline: float) -> Hello:
+    def _greet(self, deadline: float) -> AgentInfo:
         hello = encode(protocol.Hello(protocol.VERSION, self._token))
         if self._link.serial:
             self._synchronise(hello, self._token, deadline)
@@ -162,7 +162,7 @@ class Session(Closing):
             raise self._broken("an answer to somebody else's hello")
         if len(answer.nonce) != protocol.NONCE_SIZE:
             raise self._broken(f"a nonce of {len(answer.nonce)} bytes")
-        return Hello(
+        return AgentInfo(
             protocol=answer.version,
             agent=one_line(answer.agent),
             lab=answer.lab_build,

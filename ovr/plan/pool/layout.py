@@ -32,24 +32,24 @@ from ovr.plan.sharing import CowPlan
 
 __all__ = [
     "NOTHING",
-    "SEAT",
+    "POOL_ADDRESS",
     "TABLE_SPAN",
     "UNIT",
     "Pool",
-    "Served",
+    "PoolArea",
     "alone",
+    "assign_ranges",
     "family",
     "fitting_pool",
-    "give_out",
     "one_range",
-    "room_of",
-    "served_areas",
+    "pool_areas",
+    "pool_size_of",
     "total_of",
 ]
 
 UNIT: Final = 2 << 20
 """What comes from the pool comes in whole huge pages, in bytes."""
-SEAT: Final = 0x4000_0000_0000
+POOL_ADDRESS: Final = 0x4000_0000_0000
 """Near where the guest's pool is, as far as nothing else was there: POOL_SEAT in guest/warm/pool.h.
 """
 TABLE_SPAN: Final = 1 << 30
@@ -78,7 +78,7 @@ class Pool:
 
 
 @dataclass
-class Served:
+class PoolArea:
     """An area of a task, and its part of the pool.
 
     Attributes:
@@ -118,18 +118,18 @@ def fitting_pool(
         cow: what they share.
         areas: the areas of each task as the inside image set has them, by pid.
     """
-    served = served_areas(plans, cow, areas)
-    size = room_of(served)
+    served = pool_areas(plans, cow, areas)
+    size = pool_size_of(served)
     if not size:
         return None
-    give_out(served, Pool(size, "", SEAT))
+    assign_ranges(served, Pool(size, "", POOL_ADDRESS))
     aligned = _to_align(served)
     return size, (aligned.start - aligned.at) % TABLE_SPAN if aligned else 0
 
 
-def served_areas(
+def pool_areas(
     plans: Sequence[TaskPlan], cow: CowPlan, areas: Mapping[int, Sequence[VmaEntry]]
-) -> dict[int, list[Served]]:
+) -> dict[int, list[PoolArea]]:
     """Return what a pool can give to each task, by pid, descendants behind their ancestors.
 
     The arguments are those of `fitting_pool`.
@@ -139,27 +139,29 @@ def served_areas(
     return {pid: [*_served(by_pid[pid], cow, taken[pid])] for pid in _family_order(plans)}
 
 
-def room_of(served: Mapping[int, Sequence[Served]]) -> int:
+def pool_size_of(served: Mapping[int, Sequence[PoolArea]]) -> int:
     """Return how much of a pool all of that takes, in bytes."""
     return sum(area.room for each in served.values() for area in each)
 
 
-def alone(served: Mapping[int, Sequence[Served]]) -> bool:
+def alone(served: Mapping[int, Sequence[PoolArea]]) -> bool:
     """Tell whether one task has it all."""
     return sum(map(bool, served.values())) == 1
 
 
-def _to_align(served: Mapping[int, Sequence[Served]]) -> Served | None:
+def _to_align(served: Mapping[int, Sequence[PoolArea]]) -> PoolArea | None:
     # The area that shall lie as in the end modulo `TABLE_SPAN`: the largest, if one task has it
     # all, so that the reservation can be put where it is.
     largest = max((area for each in served.values() for area in each), key=lambda area: area.room)
     return largest if alone(served) and largest.room >= TABLE_SPAN else None
 
 
-def give_out(served: Mapping[int, Sequence[Served]], pool: Pool) -> dict[int, tuple[int, int]]:
+def assign_ranges(
+    served: Mapping[int, Sequence[PoolArea]], pool: Pool
+) -> dict[int, tuple[int, int]]:
     """Place the areas in the pool, one after the other; return the part of each task, by pid."""
     aligned = _to_align(served)
-    left = pool.size - room_of(served)
+    left = pool.size - pool_size_of(served)
     at = 0
     parts = {}
     for pid, each in served.items():
@@ -190,8 +192,8 @@ def _family_order(plans: Sequence[TaskPlan]) -> list[int]:
 def _inherited(
     plans: Sequence[TaskPlan], areas: Mapping[int, Sequence[VmaEntry]]
 ) -> dict[int, Ranges]:
-    # What CRIU has a task inherit, or bequeath: pieces that parent and child have at the same
-    # place, even if the areas that they are of are not the same.
+    # The areas that CRIU lets a task inherit or pass on to children: pieces that parent and child
+    # have at the same address, even if they belong to different areas.
     bounds = {pid: {(area.start, area.end) for area in each} for pid, each in areas.items()}
     same: dict[int, set[tuple[int, int]]] = {pid: set() for pid in bounds}
     for plan in plans:
@@ -203,7 +205,7 @@ def _inherited(
     return {pid: join(np.array([*each], dtype=RANGE)) for pid, each in same.items()}
 
 
-def _served(plan: TaskPlan, cow: CowPlan, inherited: Ranges) -> Iterator[Served]:
+def _served(plan: TaskPlan, cow: CowPlan, inherited: Ranges) -> Iterator[PoolArea]:
     # The areas of a task that are worth it.
     vmas, mm, pid = plan.task.vmas, plan.task.mm, plan.task.pid
     assert vmas is not None and mm is not None
@@ -221,14 +223,14 @@ def _served(plan: TaskPlan, cow: CowPlan, inherited: Ranges) -> Iterator[Served]
         area = one_range(start, end)
         if len(common(area, others)):
             continue
-        served = Served(start, end, _units(common(plan.pieces_of_criu, area)))
+        served = PoolArea(start, end, _units(common(plan.pieces_of_criu, area)))
         if 2 * total_of(served.kept) >= served.room:
             yield served
 
 
 def family(cow: CowPlan, pid: int) -> Ranges:
     """Return the areas of a task that others inherit, or that it inherits."""
-    return join(cow.heirs(pid), *cow.rooted[pid].values())
+    return join(cow.inherited_from(pid), *cow.rooted[pid].values())
 
 
 def one_range(start: int, end: int) -> Ranges:

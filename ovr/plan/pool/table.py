@@ -23,13 +23,13 @@ from ovr.plan.pool.layout import (
     NOTHING,
     UNIT,
     Pool,
-    Served,
+    PoolArea,
     alone,
+    assign_ranges,
     family,
-    give_out,
     one_range,
-    room_of,
-    served_areas,
+    pool_areas,
+    pool_size_of,
     total_of,
 )
 from ovr.plan.sharing import CowPlan
@@ -108,14 +108,14 @@ def plan_warm(
         pool: what there is.
     """
     by_pid = {plan.task.pid: plan for plan in plans}
-    served = served_areas(plans, cow, areas)
-    size = room_of(served)
+    served = pool_areas(plans, cow, areas)
+    size = pool_size_of(served)
     if not size:
         return Cold(NOTHING)
     if size > pool.size:
         needed = f"the tasks need {size >> 20} MiB"
         return Cold(f"the pool has {pool.size >> 20} MiB, and {needed}")
-    parts = give_out(served, pool)
+    parts = assign_ranges(served, pool)
     users = [by_pid[pid].memory for pid, each in served.items() if each]
     names = (name for memory in users for name in (memory.name, memory.pages_name))
     all_served = [area for each in served.values() for area in each]
@@ -144,7 +144,7 @@ class _Table:
         self._end = 0
 
     def add(
-        self, plan: TaskPlan, part: tuple[int, int], served: Sequence[Served],
+        self, plan: TaskPlan, part: tuple[int, int], served: Sequence[PoolArea],
         areas: Sequence[VmaEntry],
     ) -> None:  # fmt: skip
         rows, extent, base = [], 0, 0
@@ -154,7 +154,7 @@ class _Table:
             read_only = without(_mapped_without_write(plan, self._pool.criu), others)
             rows = [*_rows(window, served, read_only)]
             extent = window.size
-            base = _seated(plan, window, served, self._pool.at) if self._alone else 0
+            base = _aligned_base(plan, window, served, self._pool.at) if self._alone else 0
             base = base or _base(plan, window, served, self._lowest)
             # A child is made while its parent still has its own.
             self._lowest = base + extent if base + extent < _HIGHEST else _LOWEST
@@ -184,7 +184,7 @@ def _subtrees(
     return {pid: part for pid, part in found.items() if part[0] < part[1]}
 
 
-def _drops(served: Served) -> Iterator[tuple[int, int]]:
+def _drops(served: PoolArea) -> Iterator[tuple[int, int]]:
     # The pages of its part of the pool that it does not need.
     whole = one_range(served.low, served.low + served.room)
     shift = served.at - served.start
@@ -201,7 +201,7 @@ def _window(areas: Sequence[VmaEntry], pid: int) -> _Window:
     return _Window(vmas, np.concatenate([np.zeros(1, "<u8"), np.cumsum(sizes)]))
 
 
-def _rows(window: _Window, served: Sequence[Served], read_only: Ranges) -> Iterator[bytes]:
+def _rows(window: _Window, served: Sequence[PoolArea], read_only: Ranges) -> Iterator[bytes]:
     starts = np.array([one.start for one in served], "<u8")
     for start, end, at, write in zip(
         window.areas["start"].tolist(), window.areas["end"].tolist(), window.at.tolist(),
@@ -236,7 +236,7 @@ def _excludes_the_end(criu: str) -> bool:
     return version is not None and int(version[0]) >= 4
 
 
-def _base(plan: TaskPlan, window: _Window, served: Sequence[Served], base: int) -> int:
+def _base(plan: TaskPlan, window: _Window, served: Sequence[PoolArea], base: int) -> int:
     # Where CRIU's reservation is best: away from all areas of the task, and so that most of what
     # comes from the pool lies there as in the end, modulo huge pages.
     shifts: dict[int, int] = {}
@@ -253,7 +253,7 @@ def _base(plan: TaskPlan, window: _Window, served: Sequence[Served], base: int) 
     return base + shift
 
 
-def _seated(plan: TaskPlan, window: _Window, served: Sequence[Served], pool: int) -> int:
+def _aligned_base(plan: TaskPlan, window: _Window, served: Sequence[PoolArea], pool: int) -> int:
     # Where CRIU's reservation has the largest area where the pool has it, so that one move is
     # enough; 0 if an area of the task is in the way. What else is in the pool is moved once more.
     largest = max(served, key=lambda one: one.room)
@@ -266,7 +266,7 @@ def _seated(plan: TaskPlan, window: _Window, served: Sequence[Served], pool: int
     return base if apart.all() else 0
 
 
-def _mark(areas: Sequence[VmaEntry], served: Sequence[Served]) -> None:
+def _mark(areas: Sequence[VmaEntry], served: Sequence[PoolArea]) -> None:
     # The pool is nobody's but its task's (MADV_DONTFORK) while CRIU makes children and helpers.
     starts = [one.start for one in served]
     for area in areas:

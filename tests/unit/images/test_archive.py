@@ -18,7 +18,7 @@ from ovr.checkpoint import (
     open_checkpoint,
 )
 from ovr.errors import CheckFailed, ImagesDamaged, ImagesUnsupported, UsageError
-from ovr.guest.client.session import Hello
+from ovr.guest.client.session import AgentInfo
 from ovr.guest.protocol import ENGINE_ARCHIVE, HOOK_HELD
 from ovr.images import ImageSet
 from ovr.images.source import Sources
@@ -138,7 +138,7 @@ def test_a_runtime_gets_its_images(archive, tmp_path, content):
 
 
 def test_what_the_guest_must_have(archive):
-    hello = Hello(
+    hello = AgentInfo(
         protocol=3, agent="0", lab=False, kernel="6.12", criu="4.1.1", pid=1, page_size=4096,
         boot_id="", nonce=b"", force_write=True, secret_at=0, warm=0, warm_at=0,
         engines=("podman", "crun"),
