@@ -17,8 +17,7 @@
 #include <sys/types.h>
 #include <unistd.h>
 
-#include "msgpack.h"
-#include "protocol.h"
+#include "message.h"
 
 #define AGENT_VERSION "0.1.0"
 #define ARRAY_SIZE(array) (sizeof(array) / sizeof((array)[0]))
@@ -61,40 +60,6 @@ void loop_run(struct loop *loop);
 void complain(const char *format, ...) __attribute__((format(printf, 1, 2)));
 void reap_children(void);
 void sleep_ms(int ms);
-
-/* message.c: the schema of protocol.py and lab_protocol.py, decoded and encoded */
-struct message {
-	enum op op;
-	uint64_t present; /* bit KEY_x: the field is present */
-	struct mp_value field[KEY_COUNT];
-};
-
-const char *message_parse(struct message *message, const uint8_t *body, size_t size);
-bool message_has(const struct message *message, enum key key);
-uint64_t message_uint(const struct message *message, enum key key);
-void message_str(const struct message *message, enum key key, char text[MAX_STRING]);
-/* An array of strings, NULL-terminated like argv; free() it once. NULL if memory is short. */
-char **message_strings(const struct message *message, enum key key);
-/* A reader of an array field's elements. */
-struct mp_reader message_list(const struct message *message, enum key key, uint32_t *count);
-
-struct writer {
-	uint8_t *start, *at, *end;
-	unsigned fields;
-	bool overflow;
-};
-
-void message_open(struct writer *writer, uint8_t *buffer, size_t size, enum op op);
-void message_add_uint(struct writer *writer, enum key key, uint64_t number);
-void message_add_bool(struct writer *writer, enum key key, bool value);
-void message_add_str(struct writer *writer, enum key key, const char *text);
-void message_add_bin(struct writer *writer, enum key key, const void *data, size_t size);
-void message_add_list(struct writer *writer, enum key key, uint32_t count);
-void message_item_uint(struct writer *writer, uint64_t number);
-void message_item_str(struct writer *writer, const char *text);
-void message_item_bin(struct writer *writer, const void *data, size_t size);
-/* Complete the frame. Returns its size, or 0 if it did not fit. */
-size_t message_close(struct writer *writer);
 
 /* The reason for a failure; success if `text` is NULL. */
 struct problem {
@@ -212,8 +177,6 @@ struct engine_criu {
 bool engine_known(const char *name);
 void engine_add_installed(struct writer *writer);
 
-/* config.c: CRIU's default configuration files */
-void config_message(struct session *session);
 /* The engine's pid, or -1 and errno. */
 pid_t engine_start(const struct directory *directory, const struct message *begin);
 struct engine_criu engine_adopt(pid_t criu);
@@ -228,6 +191,9 @@ void engine_forget_names(void);
 void engine_result(const struct directory *directory, char line[LOG_WIDTH]);
 int engine_log_errors(const struct directory *directory, const struct engine_criu *criu,
 		      char lines[LOG_LINES][LOG_WIDTH]);
+
+/* config.c: CRIU's default configuration files */
+void config_message(struct session *session);
 
 /* hook.c */
 #define HOOK_SOCKET "OVR_HOOK_SOCKET"
