@@ -207,9 +207,7 @@ def test_more_than_its_file_has(place, way, claimed):
     with (
         false_qemu(place / "qmp", play),
         Qmp.connect(place / "qmp") as qmp,
-        pytest.raises(
-            RamNotShared, match=f"has {SIZE} bytes, and QEMU says that it uses {claimed}"
-        ),
+        pytest.raises(RamNotShared, match=f"has {SIZE} bytes, but QEMU uses {claimed}"),
     ):
         guest_slots(qmp)
 
