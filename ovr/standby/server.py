@@ -194,7 +194,7 @@ class Server:
         job = _Job(child, os.pidfd_open(child), visit.keep())
         self._jobs[child] = job
         self._selector.register(job.ended, selectors.EVENT_READ, lambda: self._end(job))
-        self._selector.modify(job.client, selectors.EVENT_READ, lambda: self._hear(job))
+        self._selector.modify(job.client, selectors.EVENT_READ, lambda: self._forward(job))
 
     def _work(self, visit: Visit, request: Request, server: int) -> NoReturn:
         try:
@@ -220,7 +220,7 @@ class Server:
                 visit.end()
         own.release()
 
-    def _hear(self, job: _Job) -> None:
+    def _forward(self, job: _Job) -> None:
         # Each byte is a signal that the client received; end of file means that it has ended.
         try:
             numbers = job.client.recv(64)
