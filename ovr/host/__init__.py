@@ -1,9 +1,9 @@
-"""Files that `ovr` writes: opened so that no other user decides which file that is.
+"""Files that `ovr` writes, opened so that no other user decides which file is written.
 
-`locate` finds the directory of a path that the user has named, `Directory.private` opens one of
-this user's own (a cache, a runtime directory). In both a file is made, overwritten or replaced by
-descriptor, and never through a link that another user has made (`trust`). `cure_of` says what to do
-where none can be made.
+`locate` finds the directory of a path given by the user, `Directory.private` opens a directory of
+this user's own (a cache, a runtime directory). In both, files are made, overwritten or replaced by
+descriptor, and never through a link made by another user (`trust`). `cure_of` returns the hint for
+files that cannot be made.
 """
 
 from ovr.host.cures import cure_of

@@ -1,4 +1,4 @@
-"""What to do when a file cannot be made or written."""
+"""Hints for files that cannot be made or written."""
 
 import errno
 from typing import Final
@@ -15,8 +15,8 @@ def cure_of(error: OSError, elsewhere: str) -> str:
     """Return the hint for a file that could not be made or written.
 
     Args:
-        error: what the system call failed with.
-        elsewhere: how to have the file somewhere else, as an instruction.
+        error: the error of the system call.
+        elsewhere: an instruction that puts the file somewhere else.
     """
     if isinstance(error, UntrustedPath):
         return error.hint

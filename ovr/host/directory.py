@@ -1,7 +1,7 @@
 """Files made, overwritten and replaced by directory descriptor, where no other user can interfere.
 
-A file is opened only in a directory of this user or root. Where others can make entries, too
-(sticky, as in /tmp, or by group), it must be new or this user's own, without other names.
+A file is opened only in a directory of this user or root. If others can make entries there too
+(sticky, as in /tmp, or by group), it must be new, or this user's own without other hard links.
 Imports little: each restore waits for it.
 """
 
@@ -48,15 +48,15 @@ class Directory(Closing):
         """Open a directory of this user's own that no one else can write to or take away.
 
         All directories on the way are this user's or root's, and others cannot write to them or
-        they are sticky; so the path leads there as long as this user and root leave it.
+        they are sticky; so only this user and root can change where the path leads.
 
         Args:
             path: of the directory.
             create: make it, and those on the way, with mode 0700 if they do not exist.
 
         Raises:
-            UntrustedPath: another user has power over it.
-            OSError: it is not there, or cannot be opened or made.
+            UntrustedPath: another user can change it.
+            OSError: it does not exist, or cannot be opened or made.
         """
         whole = os.fspath(path)
         if not whole.startswith("/"):
@@ -79,20 +79,20 @@ class Directory(Closing):
         """Return a descriptor of a new file, to write to.
 
         Raises:
-            FileExistsError: there is something of this name.
+            FileExistsError: the name exists.
             OSError: it cannot be made.
         """
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | _FILE
         return os.open(name, flags, mode, dir_fd=self._fd)
 
     def overwrite(self, name: str, mode: int = 0o666) -> int:
-        """Return a descriptor of an empty file, to write to: a new one, or the one that is there.
+        """Return a descriptor of an empty file, to write to: a new one, or the existing one.
 
         A device or a pipe is opened as well. One of this process's descriptors (``/dev/stdout``,
         ``/proc/self/fd/3``) is duplicated: it is neither opened again nor truncated.
 
         Raises:
-            UntrustedPath: what is there may be somewhere else, too, or is another user's.
+            UntrustedPath: the existing file has other hard links, or is another user's.
             OSError: it cannot be opened.
         """
         if is_descriptor(self._fd, name):
@@ -101,7 +101,7 @@ class Directory(Closing):
         if before is None:
             return self.create(name, mode)
         self._check_entry(name, before)
-        # A regular file cannot block; should another take its place now, neither does that.
+        # Opening a regular file does not block; O_NONBLOCK covers a file that takes its place now.
         blocking = 0 if not stat.S_ISREG(before.st_mode) else os.O_NONBLOCK
         fd = os.open(name, os.O_WRONLY | blocking | _FILE, dir_fd=self._fd)
         try:
@@ -120,18 +120,17 @@ class Directory(Closing):
     def replacement(
         self, name: str, mode: int = 0o666, *, in_place: bool = False
     ) -> Iterator["Replacement"]:
-        """Give a new file for the body of the ``with``, which can take the place of `name`.
+        """Yield a new file that can take the place of `name`.
 
         Without `Replacement.put` it is removed.
 
         Args:
-            name: of what it may replace; that is not opened.
+            name: the entry to replace; it is not opened.
             mode: of the file, if it is new, less the umask.
-            in_place: write to what is there by `overwrite` if it is no regular file
-                (``/dev/stdout``).
+            in_place: use `overwrite` if the entry is no regular file (``/dev/stdout``).
 
         Raises:
-            UntrustedPath: what is there is another user's.
+            UntrustedPath: the entry is another user's.
             OSError: no file can be made here.
         """
         before = self._status(name)
@@ -179,7 +178,7 @@ class Directory(Closing):
         os.rename(old, new, src_dir_fd=self._fd, dst_dir_fd=self._fd)
 
     def remove(self, name: str) -> None:
-        """Remove an entry that is no directory; nothing happens if it is not there."""
+        """Remove an entry that is no directory, if it exists."""
         with suppress(FileNotFoundError):
             os.unlink(name, dir_fd=self._fd)
 
@@ -198,7 +197,7 @@ class Directory(Closing):
             os.close(fd)
 
     def _check_entry(self, name: str, status: os.stat_result) -> None:
-        # Where only this user and root can have put it, it is what they want to be written to.
+        # Only this user and root can have made it: any file will do.
         if self._writers is Writers.TRUSTED:
             return
         if status.st_uid != os.geteuid():
@@ -217,7 +216,7 @@ class Directory(Closing):
 
 
 class Replacement:
-    """A file that takes the place of another one whole, or not at all.
+    """A file that replaces another one completely or not at all.
 
     Attributes:
         file: to write to.
@@ -225,15 +224,15 @@ class Replacement:
 
     def __init__(self, directory: Directory, fresh: str, name: str, file: IO[bytes]) -> None:
         self._directory = directory
-        self._fresh = fresh  # its own name; empty if it has that of the other one already
+        self._fresh = fresh  # its temporary name; empty if it is written in place
         self._name = name
         self.file = file
 
     def put(self) -> None:
-        """Let the file take its place: all has been written.
+        """Replace the other file by this one, which is complete.
 
         Raises:
-            OSError: the disk is full, or the place cannot be taken.
+            OSError: the disk is full, or the entry cannot be replaced.
         """
         self.file.close()
         if self._fresh:
@@ -241,8 +240,8 @@ class Replacement:
             self._fresh = ""
 
     def close(self) -> None:
-        """Close the file; remove it unless it has taken its place."""
-        with suppress(OSError):  # of what could not be written
+        """Close the file; remove it unless it has replaced the other one."""
+        with suppress(OSError):  # its buffer could not be written
             self.file.close()
         if self._fresh:
             self._directory.remove(self._fresh)
@@ -251,12 +250,12 @@ class Replacement:
 def locate(path: str | PathLike[str]) -> tuple[Directory, str]:
     """Return the directory in which a file of this path is, or would be, and its name there.
 
-    The caller closes the directory. Links that this user or root has made are followed, the last
-    component's too.
+    The caller closes the directory. Links made by this user or root are followed, also as the last
+    component.
 
     Raises:
-        UntrustedPath: another user has made a link on the way, or decides what is in the directory.
-        OSError: a directory on the way is not there, or cannot be entered.
+        UntrustedPath: another user made a link on the way, or can change the directory.
+        OSError: a directory on the way does not exist, or cannot be entered.
     """
     walk = Walk(os.fspath(path), strict=False)
     try:

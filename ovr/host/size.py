@@ -11,11 +11,11 @@ _UNITS: Final = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
 
 
 def parse_size(text: str, grain: int) -> int:
-    """Return the bytes that ``4G``, ``1536M`` or a plain number of bytes stands for.
+    """Return the number of bytes in ``4G``, ``1536M`` or a plain number.
 
     Args:
         text: the size; units are powers of 1024.
-        grain: bytes that the size must be a multiple of.
+        grain: the size must be a multiple of this, in bytes.
 
     Raises:
         UsageError: not a size, zero, or no multiple of `grain`.

@@ -1,7 +1,7 @@
-"""Who has power over a path: the walk along it, by directory descriptors.
+"""Paths that other users can change: a walk along a path, by directory descriptors.
 
-A symbolic link is followed only where this user or root has put it, as with the kernel's
-``fs.protected_symlinks``: the link is theirs, and others cannot put links there, or the directory
+A symbolic link is followed only if this user or root made it, as with the kernel's
+``fs.protected_symlinks``: the link is theirs, and others cannot make links there, or the directory
 is sticky. Imports little: each restore waits for it.
 """
 
@@ -28,7 +28,7 @@ class UntrustedPath(PermissionError):
     """Another user decides, or could decide, which file this path names.
 
     Args:
-        message: the component, and who has power over it.
+        message: the component, and the user who can change it.
     """
 
     hint = "name a place that no other user can write to"
@@ -38,7 +38,7 @@ class UntrustedPath(PermissionError):
 
 
 class Writers(Enum):
-    """Who can make, rename and remove the entries of a directory."""
+    """The users that can make, rename and remove the entries of a directory."""
 
     TRUSTED = "this user and root"
     STICKY = "anyone makes entries, and renames and removes their own (as in /tmp)"
@@ -56,8 +56,8 @@ class Walk:
         create: make directories that do not exist, with mode 0700.
 
     Attributes:
-        fd: the directory where the walk is, opened with O_PATH; -1 if none.
-        path: where that is.
+        fd: the directory reached so far, opened with O_PATH; -1 if none.
+        path: its path.
 
     The methods that walk raise `UntrustedPath`, or OSError if the way ends.
     """
@@ -65,12 +65,12 @@ class Walk:
     def __init__(self, path: str, *, strict: bool, create: bool = False) -> None:
         self._strict, self._create = strict, create
         self._links = 0
-        self._rest: list[str] = []  # of the path, backwards
+        self._rest: list[str] = []  # components still to walk, last one first
         self.fd, self.path = -1, ""
         self._path = path
 
     def take(self) -> int:
-        """Return the descriptor, which is the caller's from now on."""
+        """Return the descriptor; the caller closes it."""
         fd, self.fd = self.fd, -1
         return fd
 
@@ -86,7 +86,7 @@ class Walk:
             self._step(self._rest.pop())
 
     def to_the_last(self) -> str:
-        """Walk to the directory of the last component, which is no link to follow; return that.
+        """Walk to the directory of the last component, without following it; return that component.
 
         Raises:
             IsADirectoryError: it is not a name (``/``, ``..``, or ends with a slash).
@@ -164,9 +164,9 @@ class Walk:
 
 
 def writers_of(directory: os.stat_result) -> Writers:
-    """Tell who can make, rename and remove entries, by owner and mode.
+    """Return the users that can make, rename and remove entries, by owner and mode.
 
-    An access list (acl(5)) that lets others write shows in the bits of the group.
+    An access list (acl(5)) that permits others to write sets the write bit of the group.
     """
     if directory.st_uid not in _trusted_users():
         return Writers.OTHERS
@@ -185,11 +185,11 @@ def check_directory(
     Args:
         status: of the directory.
         path: of it, for messages.
-        allowed: who may make, rename and remove its entries.
-        owners: whose it may be; by default this user's or root's.
+        allowed: the users that may make, rename and remove its entries.
+        owners: permitted owners; by default this user and root.
 
     Raises:
-        UntrustedPath: it is another one's, or others can write to it.
+        UntrustedPath: it has another owner, or others can write to it.
     """
     if status.st_uid not in (owners or _trusted_users()):
         raise UntrustedPath(f"the directory {path} belongs to {user_name(status.st_uid)}")
@@ -211,7 +211,7 @@ def _is_private_group(status: os.stat_result) -> bool:
 
 
 def is_descriptor(directory: int, name: str) -> bool:
-    """Tell whether the directory is ``/proc/self/fd``: its links do not lead by path (proc(5))."""
+    """Tell whether the directory is ``/proc/self/fd``, whose links have no path (proc(5))."""
     if not name.isdecimal():
         return False
     try:

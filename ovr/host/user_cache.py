@@ -1,4 +1,4 @@
-"""Where this user's cached files are; each room has a directory of its own in there."""
+"""The directory of this user's cached files, with a subdirectory for each room."""
 
 import os
 from pathlib import Path
@@ -10,19 +10,18 @@ __all__ = ["own_cache", "user_cache"]
 
 
 def user_cache() -> Path:
-    """Return ``$XDG_CACHE_HOME/ovr`` or ``~/.cache/ovr``; it need not exist, nor be trusted."""
+    """Return ``$XDG_CACHE_HOME/ovr`` or ``~/.cache/ovr``; it may be missing or untrusted."""
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "ovr"
 
 
 def own_cache(room: str = "") -> Path:
-    """Return the directory `room` of the cache, made if new: nobody else can write to it.
+    """Return the directory `room` of the cache, made if new: no other user can write to it.
 
-    Nor can another user put anything in the place of a component of its path, so files in there
-    may be used by path.
+    Nor can another user replace a component of its path, so its files may be used by path.
 
     Raises:
-        LabError: another user has power over it, or it cannot be made.
+        LabError: another user can change it, or it cannot be made.
     """
     path = user_cache() / room
     try:

@@ -1,4 +1,4 @@
-"""The kernel view: a guest's Linux kernel, read and written from outside with nothing but its RAM.
+"""The kernel view: a guest's Linux kernel, read and written from outside through its RAM alone.
 
 ::
 
@@ -6,10 +6,9 @@
     task = find_task(kernel, 4242)
     task.fs.umask = 0o137
 
-`kernel` finds it; `vmcoreinfo`, `kallsyms` and `btf` are the three sources it knows itself from
-(`vmlinux` stands in for the latter two), `cache` remembers what was parsed of them;
-`view`, `codec` and `types` make C objects of guest memory; the rest are the kernel's own
-containers and objects under the kernel's own names.
+`kernel` finds it from three sources in RAM: `vmcoreinfo`, `kallsyms` and `btf` (`vmlinux` replaces
+the latter two). `cache` stores the parsed tables. `view`, `codec` and `types` present guest memory
+as C objects; `linux` has the kernel's own containers and objects, under the kernel's names.
 """
 
 from ovr.kernel.kernel import Kernel

@@ -1,14 +1,14 @@
-"""What is parsed once a kernel build and then remembered, in the user's cache directory.
+"""Tables that are parsed once for each kernel build, cached in the user's cache directory.
 
-Remembered are pure functions of bytes that the guest holds: the symbol names written out, the
-place of each type in BTF. A file is named by the kernel's BUILD-ID and good only for exactly the
-bytes it was made from: it carries their SHA-256. So a guest that claims the BUILD-ID of another
-kernel can neither use that kernel's file nor spoil it for others. Addresses are not remembered:
-each guest's own tables give them, wherever KASLR put it.
+The tables are pure functions of bytes in guest memory: the expanded symbol names, the position of
+each type in BTF. A file is named by the kernel's build id and carries the SHA-256 of the bytes
+that it was made from, and is valid for exactly those. So a guest that shows the build id of another
+kernel can neither use that kernel's file nor spoil it for others. Addresses are not cached: they
+come from each guest's own tables, wherever KASLR put the kernel.
 
-A file that is missing, damaged, of another version or another user is made again. A guest's lies
-cannot fill the disk: what is too large is not kept, and only so many files are. Where another user
-has power over the directory, there is no cache: nothing is read, written or deleted there.
+A file that is missing, damaged, of another version or of another user is made again. A hostile
+guest cannot fill the disk: large tables are not stored, and the number of files is limited. If
+another user can change the directory, the cache is off: nothing in it is read, written or deleted.
 """
 
 import hashlib
@@ -44,20 +44,20 @@ log = logging.getLogger("ovr.kernel.cache")
 
 
 def cache_directory() -> Path:
-    """Return where the files are: ``$XDG_CACHE_HOME/ovr/kernel`` or ``~/.cache/ovr/kernel``."""
+    """Return the directory: ``$XDG_CACHE_HOME/ovr/kernel`` or ``~/.cache/ovr/kernel``."""
     return user_cache() / "kernel"
 
 
 def remembered(
     build_id: str, what: str, source: Sequence[bytes], make: Callable[[], tuple[Table, ...]]
 ) -> tuple[Table, ...]:
-    """Return what `make` returns, from the cache where it is known.
+    """Return the result of `make`, from the cache if it is there.
 
     Args:
-        build_id: the kernel's; without one (or with one that makes no sense) nothing is kept.
+        build_id: the kernel's; without a well-formed one, nothing is cached.
         what: names the kind of tables, and so their number and element types.
-        source: all that the tables are made from, in pieces.
-        make: makes the tables; one-dimensional, of numbers.
+        source: all bytes that the tables are made from, in pieces.
+        make: makes the tables: one-dimensional arrays of numbers.
     """
     if not BUILD_ID.fullmatch(build_id):
         return make()
@@ -77,7 +77,7 @@ def remembered(
 
 
 def opened(*, create: bool) -> Directory | None:
-    """Open the directory of the cache, or return None: there is none, or none to be trusted.
+    """Open the directory of the cache, or return None if there is none that can be trusted.
 
     Args:
         create: make it if it does not exist.
@@ -86,14 +86,14 @@ def opened(*, create: bool) -> Directory | None:
         return Directory.private(cache_directory(), create=create)
     except UntrustedPath as error:
         _warn(f"{error.strerror}: nothing is cached (set XDG_CACHE_HOME to a directory of yours)")
-    except (OSError, RuntimeError):  # a read-only home, or this user has none
+    except (OSError, RuntimeError):  # a read-only home, or no home at all
         pass
     return None
 
 
 @cache
 def _warn(text: str) -> None:
-    # Once: each attach asks several times.
+    # Cached, to warn once: each attach opens the directory several times.
     log.warning("%s", text)
 
 
@@ -142,7 +142,7 @@ def _packed(table: Table) -> bytes:
 
 
 def _tables(body: memoryview) -> list[Table]:
-    # What the checksum covers was written by `_store`.
+    # The checksum matched: `_store` wrote these bytes.
     tables = []
     at = 0
     while at < len(body):

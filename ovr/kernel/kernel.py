@@ -1,8 +1,7 @@
-"""Finding the Linux kernel in guest RAM, with nothing but the RAM.
+"""Finding the Linux kernel in guest RAM, from the RAM alone.
 
-VMCOREINFO says where the kernel's page table and symbol table are; the symbol table says where
-its BTF is; BTF says what its memory looks like. Everything VMCOREINFO claims is checked against
-the kernel itself first.
+VMCOREINFO gives the addresses of the kernel's page table and symbol table, the symbol table that of
+its BTF, and BTF the layout of its memory. VMCOREINFO is checked against the kernel itself first.
 """
 
 from collections.abc import Mapping
@@ -47,7 +46,7 @@ GLOBALS: Final[Mapping[str, str]] = MappingProxyType(
         "vmemmap_base": "unsigned long",
     }
 )
-"""BTF has no types for global variables: these are the ones that we use."""
+"""Types of the global variables that we use: BTF has none."""
 
 MAX_BTF: Final = 1 << 26
 _MAPPING_FLAGS: Final = 3  # of page->mapping; both mean a page of KSM
@@ -57,7 +56,7 @@ RELEASE_OFFSET: Final = 2 * 65
 
 
 class _Stale(KernelNotFound):
-    # VMCOREINFO without a kernel: the least helpful of several reasons.
+    # VMCOREINFO without a kernel: reported only if there is no better reason.
     pass
 
 
@@ -67,7 +66,7 @@ class Kernel:
     Attributes:
         ram: the guest's RAM.
         space: the kernel's address space.
-        info: the VMCOREINFO that it was found by.
+        info: its VMCOREINFO.
         symbols: its symbol table.
         types: its types.
     """
@@ -93,10 +92,10 @@ class Kernel:
 
         Args:
             ram: the guest's RAM.
-            vmlinux: the kernel's file; what it has of symbols and types need not be in RAM.
+            vmlinux: the kernel's file, for symbols and types that are not in RAM.
 
         Raises:
-            KernelNotFound: there is none, or it cannot be used; the hint says what it lacks.
+            KernelNotFound: there is none, or it cannot be used; the hint gives the reason.
             UsageError: `vmlinux` cannot be used.
         """
         file = Vmlinux.open(vmlinux) if vmlinux else None
@@ -108,12 +107,12 @@ class Kernel:
         return kernel
 
     def close(self) -> None:
-        """Let go of the kernel's types: no object of it can be looked at any more."""
+        """Release the kernel's types; its objects cannot be used afterwards."""
         self.types.close()
 
     @property
     def release(self) -> str:
-        """What ``uname -r`` prints in the guest."""
+        """The output of ``uname -r`` in the guest."""
         return self.info.release
 
     @property
@@ -150,12 +149,12 @@ class Kernel:
     @cached_property
     @types_that_fit()
     def private_frames(self) -> Frames:
-        """Frames that are one process's alone, and that keep what is written to them.
+        """Frames owned by a single process, whose content reclaim keeps after a write.
 
         ``PageAnon(page) && !PageKsm(page) && PageAnonExclusive(page)``, include/linux/page-flags.h,
-        and not under writeback. A folio that is not dirty is written to swap all the same where it
-        has no copy there yet (``shrink_folio_list`` dirties it); where it has one, and where its
-        content was given up (``MADV_FREE``), it is dropped.
+        and not under writeback. A clean folio without a copy in swap is written there before it is
+        reclaimed (``shrink_folio_list`` dirties it); with a copy, or after ``MADV_FREE``, it is
+        dropped.
         """
         types = self.types
         try:
@@ -183,7 +182,7 @@ class Kernel:
         )
         if not frames.usable:
             raise KernelNotFound(
-                "the guest kernel's struct page makes no sense",
+                "the guest kernel's struct page is invalid",
                 "is the guest's kernel supported? see the support matrix",
             )
         return frames
@@ -199,8 +198,8 @@ class Kernel:
     def anon_frames(self, anon_vma: Gva) -> Frames:
         """Frames of anonymous pages that only users of the ``struct anon_vma`` can have mapped.
 
-        Nobody has locked them, as who moves, splits, merges or reclaims them does first; KSM's have
-        another ``mapping``.
+        They are not locked: the kernel locks a folio before it moves, splits, merges or reclaims
+        it. Pages of KSM have another ``mapping``.
         """
         return replace(
             self.private_frames,
@@ -213,11 +212,11 @@ class Kernel:
 
     @types_that_fit()
     def shared_frames(self, mapping: Gva) -> Frames:
-        """Frames that hold what a shared object has at their place in the page cache.
+        """Frames in the page cache of a shared object.
 
-        Their folio belongs to the ``struct address_space`` at `mapping`, has all of its content,
-        and nobody has locked it, as who moves, splits, truncates or reclaims it does first. It is
-        dirty: a clean one has a hole's content, and reclaim makes it a hole again.
+        Their folio belongs to the ``struct address_space`` at `mapping`, is up to date and not
+        locked: the kernel locks a folio before it moves, splits, truncates or reclaims it. It is
+        dirty: a clean one has the content of a hole, and reclaim turns it into a hole again.
         """
         uptodate = self._flag("PG_uptodate")
         return replace(
@@ -233,7 +232,7 @@ class Kernel:
 
     @types_that_fit()
     def wall_clock(self) -> int:
-        """Return the time of day that this kernel has, in seconds since 1970.
+        """Return the kernel's time of day, in seconds since 1970.
 
         Source: struct timekeeper, kernel/time/timekeeping.c.
         """
@@ -248,7 +247,7 @@ class Kernel:
         return seconds
 
     def same_boot(self) -> bool:
-        """Tell the same from what takes microseconds to read: no other boot has this mark."""
+        """Tell whether the kernel that was found still runs, in microseconds, by its boot mark."""
         try:
             return self._boot == self._boot_mark()
         except (KernelNotFound, GuestFault):
@@ -257,10 +256,10 @@ class Kernel:
     @property
     @types_that_fit()
     def boot_id(self) -> str:
-        """The UUID in ``/proc/sys/kernel/random/boot_id``; all zero before anybody asked for it.
+        """The UUID in ``/proc/sys/kernel/random/boot_id``; all zero before it was first read.
 
         Raises:
-            KernelNotFound: the kernel has it elsewhere.
+            KernelNotFound: the kernel has no such symbol.
 
         Source: sysctl_bootid in drivers/char/random.c.
         """
@@ -268,7 +267,7 @@ class Kernel:
 
     @types_that_fit()
     def _boot_mark(self) -> tuple[bytes, int, int, int]:
-        # What no two boots have in common: when, to the nanosecond, pid 1 started; and where.
+        # Differs between any two boots: the start time of pid 1 in nanoseconds, and its address.
         text = self.ram.read(self.info.gpa, len(self.info.text))
         reaper: Struct = self["init_pid_ns"].child_reaper
         if not reaper:
@@ -279,7 +278,7 @@ class Kernel:
 
 
 def _known(cls: type[Kernel], ram: GuestRam, vmlinux: Vmlinux | None) -> Kernel | None:
-    # A kernel that runs at a place where one was found before.
+    # A running kernel at a place where one was found before.
     for place in places.recall():
         info = candidate_at(ram, place.gpa)
         with suppress(KernelNotFound, GuestFault):
@@ -301,12 +300,12 @@ def _searched(cls: type[Kernel], ram: GuestRam, vmlinux: Vmlinux | None) -> Kern
         except GuestFault as fault:
             reasons.append(
                 KernelNotFound(
-                    f"the guest's kernel makes no sense: {fault}", "has it booted? try again"
+                    f"the guest's kernel is invalid: {fault}", "has it booted? try again"
                 )
             )
     if found:
-        reasons.clear()  # their tracebacks have this function's variables, and so each other
-        # A kernel that was left by a reboot or kexec may still be whole in RAM.
+        reasons.clear()  # their tracebacks hold this function's variables: a cycle
+        # After a reboot or kexec, the previous kernel may still be complete in RAM.
         return found[0] if len(found) == 1 else max(found, key=cls.wall_clock)
     if reasons:
         raise min(reasons, key=lambda reason: isinstance(reason, _Stale))
@@ -342,7 +341,7 @@ def _attach(cls: type[Kernel], ram: GuestRam, info: VmcoreInfo, vmlinux: Vmlinux
 
 
 def _check(space: AddressSpace, info: VmcoreInfo) -> None:
-    # A page of text proves nothing: it must describe what its own page table leads to.
+    # A page of text alone is no kernel: the kernel's memory must agree with it.
     uts = Gva(info.symbols["init_uts_ns"] + info.offsets["uts_namespace.name"])
     try:
         release = space.read(Gva(uts + RELEASE_OFFSET), 65).partition(b"\0")[0]
@@ -351,14 +350,14 @@ def _check(space: AddressSpace, info: VmcoreInfo) -> None:
         there = False
     if not there:
         raise _Stale(
-            f"the VMCOREINFO at GPA {info.gpa:#x} describes no kernel that is there",
+            f"the VMCOREINFO at GPA {info.gpa:#x} describes no kernel in RAM",
             "was the guest rebooted? wait until it has booted",
         )
 
 
 def _in_one_piece(space: AddressSpace, info: VmcoreInfo) -> bool:
-    # x86-64 maps nothing but the kernel image here, physically contiguous. After a reboot the page
-    # tables of the kernel that is gone may serve the next one, and lead from one to the other.
+    # x86-64 maps only the kernel image here, physically contiguous. After a reboot, the next kernel
+    # may reuse the page tables of the previous one, which then mix both.
     runs = space.walk(pieces([(START_KERNEL_MAP, info.numbers["KERNEL_IMAGE_SIZE"], 0)]))
     stext = info.symbols["_stext"]
     starts = {(gva - gpa) % (1 << 64) for gva, gpa in runs[["gva", "gpa"]].tolist()}

@@ -1,4 +1,4 @@
-"""The lab: Debian guests in QEMU, made and booted by this repository to try things on."""
+"""The lab: Debian guests in QEMU, made and booted by this repository for trials and tests."""
 
 from ovr.lab.boot import GuestDied, up
 from ovr.lab.machine import LabVm, get, ls

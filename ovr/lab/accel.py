@@ -1,7 +1,7 @@
 """KVM or TCG: a ``/dev/kvm`` that opens is not enough.
 
-On some nested hosts a stock kernel hangs in early boot under KVM. So ``auto`` takes KVM only
-after a guest has really booted with it, and remembers the verdict for this host kernel and QEMU.
+On some nested hosts a stock kernel hangs in early boot under KVM. So ``auto`` uses KVM only
+after a guest has booted with it, and stores the result for this host kernel and QEMU.
 """
 
 import json
@@ -24,14 +24,14 @@ ACCELS: Final[tuple[Accel, ...]] = ("auto", "kvm", "tcg")
 
 
 def choose(accel: Accel, boots: Callable[[], bool]) -> Engine:
-    """Decide what a VM runs on.
+    """Choose the accelerator of a VM.
 
     Args:
-        accel: what the user wants.
-        boots: tries whether a guest boots under KVM; called at most once a host kernel and QEMU.
+        accel: the user's choice.
+        boots: tests whether a guest boots under KVM; called once for each host kernel and QEMU.
 
     Raises:
-        LabError: KVM is wanted by name and the host has none.
+        LabError: KVM is requested by name, and the host has none.
     """
     if accel == "tcg":
         return "tcg"
@@ -45,10 +45,10 @@ def choose(accel: Accel, boots: Callable[[], bool]) -> Engine:
 
 
 def cpu_model(engine: Engine, la57: bool | None) -> str:
-    """Return QEMU's ``-cpu`` value; `la57` asks for or forbids 5-level paging, None leaves it.
+    """Return QEMU's ``-cpu`` value; `la57` enables or disables 5-level paging, None leaves it.
 
     Raises:
-        LabError: 5-level paging is wanted of a host CPU that has none.
+        LabError: 5-level paging is requested, and the host CPU has none.
     """
     if engine == "kvm":
         if la57 and " la57 " not in Path("/proc/cpuinfo").read_text().replace("\n", " \n"):

@@ -20,12 +20,12 @@ __all__ = ["Completed", "LabAgent"]
 
 @dataclass(frozen=True)
 class Completed:
-    """A command has ended.
+    """The result of a command.
 
     Attributes:
         status: its exit status, or 128 plus the signal that killed it.
-        stdout: what it wrote to standard output.
-        stderr: what it wrote to standard error.
+        stdout: its standard output.
+        stderr: its standard error.
     """
 
     status: int
@@ -82,8 +82,8 @@ class LabAgent(Agent):
     ) -> int:
         """Start a detached process in the guest and return its pid.
 
-        It has a session of its own, nothing to read, and writes to the guest's file `output`
-        or nowhere.
+        It has a session of its own and no input; its output goes to the guest's file `output`, or
+        is discarded.
 
         Raises:
             LabError: it cannot be started.
@@ -96,7 +96,7 @@ class LabAgent(Agent):
         return message.pid
 
     def put(self, local: Path, remote: str, mode: int = 0o644) -> None:
-        """Copy a file into the guest; an old one of that name is replaced.
+        """Copy a file into the guest; an existing one is replaced.
 
         Raises:
             LabError: the guest cannot store it, or it cannot be read here.
@@ -111,7 +111,7 @@ class LabAgent(Agent):
                 self._send(lab_protocol.Data(piece))
                 size += len(piece)
             self._send(lab_protocol.Data(b""))
-        # What was sent last may still be on its way to a slow disk.
+        # The last data may still be on its way to a slow disk.
         message = self._answer(self._deadline(self._timeout + 60))
         if not isinstance(message, lab_protocol.Stored) or message.size != size or refused:
             raise self._broken(f"{message.op} instead of {lab_protocol.Stored.op}")
@@ -139,7 +139,7 @@ class LabAgent(Agent):
         if not self.hello.lab:
             raise LabError(
                 "the agent in this guest does not run commands",
-                "that is for lab VMs: python -m ovr lab up",
+                "only those of lab VMs do: python -m ovr lab up",
             )
         try:
             self._send(message)
@@ -157,7 +157,7 @@ class LabAgent(Agent):
 
 
 def _pieces(data: bytes) -> Iterator[bytes]:
-    """The input in pieces, and then ends of file."""
+    """The input in pieces, and then end of file, repeatedly."""
     for start in range(0, len(data), protocol.CHUNK):
         yield data[start : start + protocol.CHUNK]
     while True:

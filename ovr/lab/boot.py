@@ -61,20 +61,20 @@ def up(
         suite: Debian suite, one of `ovr.lab.image.SUITES`.
         memory: bytes of RAM, or a text like ``4G``.
         cpus: number of virtual CPUs.
-        accel: what runs them; ``auto`` takes KVM where a guest boots with it.
-        la57: with or without 5-level paging; None takes what the CPU model has.
+        accel: the accelerator; ``auto`` uses KVM if a guest boots with it.
+        la57: with or without 5-level paging; None is the CPU model's default.
         numa: number of NUMA nodes, each with an equal part of the RAM in its own file.
-        share: directory of the host that the guest sees at `ovr.lab.share.SHARE`.
-        packages: Debian packages that the guest has besides the usual.
+        share: directory of the host that is mounted in the guest at `ovr.lab.share.SHARE`.
+        packages: additional Debian packages for the guest.
         kernel: package with the kernel, of the suite or ``PACKAGE/RELEASE``; default: the suite's
             cloud kernel.
         append: words for the kernel's command line, such as ``nokaslr``.
-        backend: what the RAM is, one of `ovr.lab.qemu.BACKENDS`.
+        backend: the kind of RAM, one of `ovr.lab.qemu.BACKENDS`.
         patience: seconds that the guest may take to boot.
 
     Raises:
         LabError: the name is taken, memory is short, a tool of the host is missing, a download
-            failed, or the guest does not come up.
+            failed, or the guest does not boot.
     """
     size = memory_size(memory, numa, backend)
     image = guest_image(suite, packages, kernel)
@@ -86,7 +86,7 @@ def up(
             return _boot(name, image, program, hardware, share, patience=patience)
         except GuestDied as error:
             # Under load, TCG may run code that the guest's kernel has just patched on another
-            # vCPU (static keys): int3 in the middle of nowhere. Seen about once in a hundred boots.
+            # vCPU (static keys): an unexpected int3. Seen about once in a hundred boots.
             _log.warning("%s; trying again", error)
     return _boot(name, image, program, hardware, share, patience=patience)
 
@@ -124,7 +124,7 @@ def _down_on_failure(vm: LabVm) -> Iterator[None]:
 
 
 def _start(vm: LabVm, image: GuestImage, share: Path | None) -> None:
-    # The state is saved after each process, so that whatever happens, `down` finds it.
+    # The state is saved after each process, so that `down` finds it after any failure.
     directory = vm.console.parent
     devices: list[str] = []
     vm.save()
@@ -151,7 +151,7 @@ def _start(vm: LabVm, image: GuestImage, share: Path | None) -> None:
 
 
 def _launch(command: Sequence[str], directory: Path) -> Process:
-    # With -daemonize QEMU returns when the machine stands, and reports errors until then.
+    # With -daemonize, QEMU returns when the machine is ready, and reports errors until then.
     pidfile = directory / "qemu.pid"
     done = subprocess.run(
         [*command, "-daemonize", "-pidfile", str(pidfile)],

@@ -1,7 +1,7 @@
-"""The lab's cache: things that are slow to make, made once, whole or not at all.
+"""The lab's cache of images, kernels and programs, each built once, completely or not at all.
 
-An entry is a directory or file whose name says what went into it. It is built beside its place
-and renamed into it under a lock, so that builders may race and die.
+The name of an entry, a directory or file, has a digest of its ingredients. It is built beside its
+place and renamed under a lock, so that builders may race and die.
 """
 
 import fcntl
@@ -21,7 +21,7 @@ def cache_directory() -> Path:
     """Return the lab's cache directory (``$XDG_CACHE_HOME/ovr``, ``~/.cache/ovr``), made if new.
 
     Raises:
-        LabError: another user has power over it.
+        LabError: another user can change it.
     """
     return own_cache()
 
@@ -43,7 +43,7 @@ def cached(name: str, build: Callable[[Path], None]) -> Path:
         build: called with an empty directory of its own; its content becomes the entry.
 
     Raises:
-        LabError: whatever `build` raises.
+        LabError: the errors of `build`.
     """
     entry = cache_directory() / name
     if entry.exists():

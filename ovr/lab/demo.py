@@ -1,7 +1,7 @@
-"""The main job on lab VMs, end to end: dump in VM A, restore into VM B from outside, ask it.
+"""The main job on lab VMs, end to end: dump in VM A, restore from outside into VM B, self-check.
 
 The process checks itself: it recomputes every word of its memory and reads its umask from within
-(`lab/workload.c`). Nothing here looks into it.
+(`lab/workload.c`). This module does not inspect it.
 """
 
 import json
@@ -32,7 +32,7 @@ _PID: Final = 20_000
 
 @dataclass(frozen=True)
 class Answer:
-    """What the workload says of itself: words checked, words that are wrong, its umask."""
+    """Result of the workload's self-check: checked words, wrong words, its umask."""
 
     pid: int
     words: int
@@ -43,7 +43,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Demo:
-    """The outcome: the restore's report and the process's own word."""
+    """The outcome: the restore's report, and the process's self-check."""
 
     report: Report
     answer: Answer
@@ -52,7 +52,7 @@ class Demo:
 
     @property
     def verified(self) -> bool:
-        """Whether the process found all of its memory and its umask right."""
+        """Whether the process found all of its memory and its umask correct."""
         right = self.answer.wrong == 0 and self.answer.words == self.size // 8
         return right and int(self.answer.umask, 8) == self.umask
 
@@ -79,7 +79,7 @@ def run(
 ) -> Demo:
     """Run the demo and return its outcome; the VMs are gone afterwards.
 
-    `say` is called with one line before each step.
+    `say` is called with a line of text before each step.
 
     Raises:
         OvrError: a step failed.
@@ -102,7 +102,7 @@ def run(
             say("VM B: the process checks itself")
             demo = Demo(report, answer_of(target, pid), size, umask)
     if not demo.verified:
-        raise VerifyMismatch(f"the restored process says: {demo.answer}")
+        raise VerifyMismatch(f"the restored process reports: {demo.answer}")
     return demo
 
 
@@ -117,7 +117,7 @@ def lab_vm(name: str, **hardware: Any) -> Iterator[lab.LabVm]:
 
 
 def prepare(vm: lab.LabVm) -> None:
-    """Put the workload's program into the guest, where CRIU will look for it."""
+    """Copy the workload's program into the guest, at the path where CRIU opens it."""
     vm.sh(f"mkdir -p {_DIRECTORY}")
     vm.put(build_workload(), _PROGRAM, 0o755)
 
@@ -125,8 +125,8 @@ def prepare(vm: lab.LabVm) -> None:
 def start_workload(vm: lab.LabVm, size: int, umask: int) -> int:
     """Start the workload and return its pid once its memory is filled."""
     prepare(vm)
-    # Whoever wrote the file before had the same pid. That is one that no freshly booted guest has
-    # given to somebody else.
+    # An earlier writer of the file had the same pid, which no process of a freshly booted guest
+    # has.
     vm.sh(f"rm -f {_DIRECTORY}/pid; echo {_PID - 1} > /proc/sys/kernel/ns_last_pid")
     with vm.connect() as agent:
         agent.spawn([_PROGRAM, _DIRECTORY, str(size), f"{umask:o}"])
@@ -143,7 +143,7 @@ def dump_workload(vm: lab.LabVm, pid: int, directory: str = SHARE) -> None:
 
 
 def answer_of(vm: lab.LabVm, pid: int) -> Answer:
-    """Ask the workload to check itself, and return what it says."""
+    """Let the workload check itself, and return its result."""
     vm.sh(f"rm -f {_DIRECTORY}/answer && kill -USR1 {pid}")
     return Answer(**json.loads(_await(vm, f"{_DIRECTORY}/answer")))
 

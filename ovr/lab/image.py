@@ -1,8 +1,8 @@
 """Guest images: a Debian suite with its stock kernel and stock CRIU, built once and cached.
 
 The disk holds the suite alone; our init and agent come with the initramfs, so that a new agent
-does not need a new disk. Two VMs of one suite boot from the very same disk file, each with a
-throw-away overlay: CRIU compares the files that a process had open.
+does not need a new disk. Two VMs of a suite boot from the same disk file, each with a temporary
+overlay, since CRIU compares the files that a process had open.
 """
 
 import os
@@ -23,17 +23,17 @@ __all__ = ["SUITES", "GuestImage", "guest_image"]
 SUITES = ("trixie", "bookworm", "forky")
 _PACKAGES = ("linux-image-cloud-amd64", "criu", "iproute2", "kmod", "procps")
 _DISK_SIZE = "16G"  # sparse
-_RECIPE = "2"  # to be raised when the way of building changes what is built
+_RECIPE = "2"  # to be raised when a change of the build changes the result
 
 
 @dataclass(frozen=True)
 class GuestImage:
-    """What lab VMs boot from. The files are shared: nobody may write to them.
+    """The files from which lab VMs boot. They are shared and must not be written to.
 
     Attributes:
         suite: the Debian suite.
         disk: raw ext4 file system.
-        kernel: the suite's, or another.
+        kernel: the suite's or another one.
     """
 
     suite: str
@@ -47,11 +47,11 @@ class GuestImage:
 
 
 def guest_image(suite: str, packages: Sequence[str] = (), kernel: str = "") -> GuestImage:
-    """Return the image of a suite with further Debian packages; build what is not cached.
+    """Return the image of a suite with further Debian packages; build missing parts.
 
     Args:
         suite: one of `SUITES`.
-        packages: what the guest has besides the usual.
+        packages: additional packages for the guest.
         kernel: ``PACKAGE`` of the suite or ``PACKAGE/RELEASE``; "" is the suite's cloud kernel.
 
     Raises:
@@ -97,7 +97,7 @@ def _take_kernel(system: Path, work: Path) -> None:
 
 
 def _make_disk(system: Path, disk: Path) -> None:
-    # mke2fs copies a directory, owners and all: who is not root makes one in a user namespace.
+    # mke2fs copies a directory with its owners: other users than root use a user namespace.
     # No journal and few inodes: the disk is thrown away after each boot.
     mke2fs = need_tool("mke2fs", "e2fsprogs")
     with tempfile.TemporaryDirectory(prefix="root-", dir=disk.parent) as root:

@@ -17,12 +17,12 @@ __all__ = ["Modules", "cpio", "initramfs", "unpacked_module"]
 
 @dataclass(frozen=True)
 class Modules:
-    """What a kernel says of its modules, in depmod's files; see modules.dep(5).
+    """A kernel's description of its modules: depmod's files, see modules.dep(5).
 
     Attributes:
         dep: the text of ``modules.dep``; its dependencies come in reverse load order.
-        builtin: the text of ``modules.builtin``: modules that this kernel has without loading.
-        softdep: the text of ``modules.softdep``: what a module asks for without a symbol of it.
+        builtin: the text of ``modules.builtin``: modules that are built into the kernel.
+        softdep: the text of ``modules.softdep``: dependencies without a shared symbol.
         alias: the text of ``modules.alias``.
     """
 
@@ -32,7 +32,7 @@ class Modules:
     alias: str = ""
 
     def plan(self, wanted: Sequence[str]) -> list[str]:
-        """Return the module files to load, in order, each once: what each one needs, then it.
+        """Return the module files to load, in order, each once and after its dependencies.
 
         Args:
             wanted: module names as in their file names, such as ``virtio_blk``.
@@ -66,8 +66,8 @@ class Modules:
         return list(order)
 
     def _soft(self, known: Container[str]) -> dict[str, list[str]]:
-        # By module: those to load first, which no symbol shows. ext4 of Linux 6.1 has its checksums
-        # from whatever provides "crc32c": without a modprobe the kernel does not find it.
+        # By module: those to load first, without a shared symbol. ext4 of Linux 6.1 takes its
+        # checksums from a provider of "crc32c", which the kernel does not find without a modprobe.
         aliases: dict[str, list[str]] = {}
         for line in self.alias.splitlines():
             match line.split():
@@ -86,10 +86,10 @@ class Modules:
 
 
 def unpacked_module(path: str, data: bytes) -> bytes:
-    """Return a module's ELF file, whatever it is packed with.
+    """Return a module's ELF file, unpacked.
 
     Raises:
-        LabError: packed in a way that we do not know.
+        LabError: it is packed in an unknown format.
     """
     if path.endswith(".ko"):
         return data

@@ -1,7 +1,7 @@
-"""Kernel packages for lab guests: any that Debian has, whatever suite the rest of the guest is.
+"""Kernel packages for lab guests: any kernel of Debian, with any suite.
 
-A package is unpacked, not installed, so that the kernel of one release boots below the programs
-of another. Its modules are a file system of their own: the guest's disk stays the suite's.
+A package is unpacked, not installed, so that the kernel of one release boots with the programs
+of another. Its modules are on a file system of their own: the guest's disk stays the suite's.
 """
 
 import re
@@ -24,7 +24,7 @@ _FIRST: Final = ("virtio_pci", "virtio_blk", "ext4", "virtio_rng", "virtio_conso
 _FOLDER: Final = re.compile(r"(?:\./)?(?:usr/)?lib/modules/([^/]+)/(.+)")
 _IMAGE: Final = re.compile(r"(?:\./)?boot/vmlinuz-(.+)")
 _DISK_SIZE: Final = "2G"  # sparse
-_RECIPE: Final = "1"  # to be raised when the way of building changes what is built
+_RECIPE: Final = "1"  # to be raised when a change of the build changes the result
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class KernelPackage:
 
     @classmethod
     def parse(cls, text: str, suite: str) -> "KernelPackage":
-        """Return what ``PACKAGE`` or ``PACKAGE/RELEASE`` stands for; without one, of `suite`.
+        """Parse ``PACKAGE`` or ``PACKAGE/RELEASE``; without a release, it is `suite`.
 
         Raises:
             LabError: not a package's name, or not a release's.
@@ -71,14 +71,14 @@ class KernelPackage:
 
     @property
     def base(self) -> str:
-        """The release that has all packages which this one's release builds upon."""
+        """The release on which this one is based, which has the packages that it needs."""
         if self.release in ("experimental", "rc-buggy"):
             return "sid"
         return self.release.partition("-")[0]
 
 
 def guest_kernel(package: KernelPackage) -> GuestKernel:
-    """Return the kernel of a package; fetch what is not cached.
+    """Return the kernel of a package; fetch missing parts.
 
     Raises:
         LabError: a tool of the host is missing, there is no such package, or it has no kernel.
@@ -90,7 +90,7 @@ def guest_kernel(package: KernelPackage) -> GuestKernel:
 
 
 def write_kernel(work: Path, vmlinuz: bytes, read: Callable[[str], bytes]) -> None:
-    """Write into `work` what `GuestKernel` has, but for the disk.
+    """Write the files of a `GuestKernel`, except the disk, into `work`.
 
     Args:
         work: an empty directory, or one with the disk.
@@ -123,7 +123,7 @@ def _build(work: Path, package: KernelPackage) -> None:
         )  # fmt: skip
     except LabError as error:
         raise LabError(
-            f"{package.name} cannot be had from Debian {package.release}: {error}",
+            f"{package.name} cannot be fetched from Debian {package.release}: {error}",
             "name the release that has it: --kernel PACKAGE/RELEASE, such as"
             " linux-image-amd64/trixie-backports",
         ) from error
@@ -144,8 +144,8 @@ def _build(work: Path, package: KernelPackage) -> None:
 
 
 def _download(package: KernelPackage) -> str:
-    # The package and those of its dependencies that are parts of the kernel, unpacked. Not what it
-    # would take to install them, which old backports miss, and which takes longer.
+    # The package and those of its dependencies that are parts of the kernel, unpacked. They are not
+    # installed: that takes longer, and old backports lack dependencies.
     apt = f"-t {package.release}" if package.release != package.base else ""
     parts = f"apt-cache {apt} depends --recurse --important {package.name} | sort -u"
     return f"""set -e

@@ -1,7 +1,7 @@
-"""Lab VMs: find one again, talk to it, end it without a trace. `ovr.lab.boot` starts them.
+"""Lab VMs: find, use, and end them with all that belongs to them. `ovr.lab.boot` starts them.
 
-A VM outlives the command that started it. All that belongs to it is in one directory: state
-file, sockets, console log, the mount with its RAM; its processes are in the state file.
+A VM outlives the command that started it. Its files are in a single directory: state file, sockets,
+console log, the mount with its RAM; its processes are listed in the state file.
 """
 
 import fcntl
@@ -31,13 +31,13 @@ class LabVm:
     Attributes:
         name: its name, unique among this user's lab VMs.
         suite: the Debian suite it runs.
-        hardware: what it is made of.
+        hardware: its CPUs, RAM and devices.
         qmp: path of its QMP socket.
         agent: address of its agent over vsock.
         serial: address of its agent over virtio-serial.
         console: the log of its serial console.
-        ram: its RAM files, one a NUMA node; memfds have no path.
-        processes: what runs for it on the host; ``qemu`` is the VM itself.
+        ram: its RAM files, one for each NUMA node; memfds have no path.
+        processes: its processes on the host; ``qemu`` is the VM itself.
     """
 
     name: str
@@ -80,7 +80,7 @@ class LabVm:
             agent.get(remote, local)
 
     def down(self) -> None:
-        """End the VM and remove all that belongs to it. Nothing is asked of the guest."""
+        """End the VM, without a shutdown of the guest, and remove all that belongs to it."""
         for process in reversed(self.processes.values()):  # QEMU was started last
             process.end()
         _clear(lab_directory(self.name))
@@ -94,7 +94,7 @@ class LabVm:
 
 
 def get(name: str) -> LabVm:
-    """Return a VM that runs, or ran until it crashed.
+    """Return a VM that runs, or has crashed.
 
     Raises:
         LabError: there is no such VM.
@@ -112,7 +112,7 @@ def ls() -> list[LabVm]:
 
 @contextmanager
 def claimed(name: str) -> Iterator[Path]:
-    """Give a new VM its empty directory, held against other commands; remove it on an error.
+    """Make the empty directory of a new VM, locked against other commands; remove it on an error.
 
     A dead VM of that name is cleaned up.
 

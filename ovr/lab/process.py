@@ -1,4 +1,8 @@
-"""Processes that outlive the command that started them, known by more than their pid."""
+"""Processes that outlive the command that started them, identified by pid and start time.
+
+psutil has a start time too, but in seconds since 1970, computed from the host's clock: it changes
+when that is set, and the state file of a VM keeps it for days.
+"""
 
 import contextlib
 import os
@@ -16,7 +20,7 @@ __all__ = ["Process", "await_socket", "last_line", "spawn"]
 
 @dataclass(frozen=True)
 class Process:
-    """A process, identified for good: pids are reused, start times are not.
+    """A process, identified by its pid and its start time, since pids are reused.
 
     Attributes:
         pid: its pid.
@@ -28,13 +32,13 @@ class Process:
 
     @classmethod
     def find(cls, pid: int) -> "Process":
-        """Return the process that has this pid now.
+        """Return the process that has this pid at present.
 
         Raises:
             ProcessLookupError: there is none, or it is a zombie.
         """
         try:
-            # The name may hold anything, but the last ")" of the line ends it.
+            # The name may contain any character; the last ")" of the line ends it.
             fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         except FileNotFoundError as error:
             raise ProcessLookupError(f"no process {pid}") from error
@@ -51,9 +55,9 @@ class Process:
             return False
 
     def end(self, patience: float = 5.0) -> None:
-        """Make sure that it does not run: SIGTERM, `patience` seconds later SIGKILL."""
+        """End it, if it runs: SIGTERM, and SIGKILL `patience` seconds later."""
         with contextlib.suppress(ProcessLookupError), _handle(self.pid) as handle:
-            # Asked while the handle is held, so that it cannot become another process.
+            # Checked while the handle is held, so that it is the same process.
             signals = (signal.SIGTERM, signal.SIGKILL) if self.alive else ()
             for number in signals:
                 signal.pidfd_send_signal(handle, number)
@@ -94,7 +98,7 @@ def spawn(command: Sequence[str], log: Path) -> Process:
 
 
 def await_socket(path: Path, process: Process, log: Path, patience: float = 10.0) -> None:
-    """Wait until the unix socket `path` exists; end the process if it does not make it.
+    """Wait until the unix socket `path` exists; end the process if it does not appear.
 
     Raises:
         LabError: the process died, or did not make the socket in time.

@@ -20,21 +20,21 @@ __all__ = [
 
 Backend = Literal["file", "memfd", "hugetlbfs"]
 BACKENDS: Final[tuple[Backend, ...]] = ("file", "memfd", "hugetlbfs")
-"""What the RAM may be: files in a tmpfs, memfds, files in a hugetlbfs."""
+"""Kinds of RAM: files in a tmpfs, memfds, files in a hugetlbfs."""
 
 READY = b"ovr-init: ready"
-"""What our init writes to the console when the guest is up."""
+"""The line that our init writes to the console when the guest is up."""
 
 
 @dataclass(frozen=True)
 class Hardware:
-    """What a VM is made of.
+    """CPUs, RAM and kernel options of a VM.
 
     Attributes:
         memory: bytes of RAM.
         cpus: number of virtual CPUs.
-        engine: what runs them.
-        la57: with or without 5-level paging; None takes what the CPU model has.
+        engine: the accelerator.
+        la57: with or without 5-level paging; None is the CPU model's default.
         numa: number of NUMA nodes; each gets an equal part of the RAM, in a file of its own.
         backend: one of `BACKENDS`.
         append: words for the kernel's command line.
@@ -52,7 +52,7 @@ class Hardware:
 def boot_arguments(
     image: GuestImage, initramfs: Path, hostname: str, console: str, append: str = ""
 ) -> list[str]:
-    """Return what boots the image: kernel, disk with a throw-away overlay, console.
+    """Return the options that boot the image: kernel, disk with a temporary overlay, console.
 
     Args:
         image: the guest image; not written to.
@@ -61,9 +61,9 @@ def boot_arguments(
         console: a QEMU chardev specification without its id, such as ``stdio``.
         append: further words for the kernel's command line.
     """
-    # A guest that crashes ends QEMU, so that nobody waits for it. No clocksource watchdog: in Linux
-    # 7.2 it waits for another CPU with interrupts off (`watchdog_check_skew`), for ever if that one
-    # is in `stop_machine`, which a slow vCPU makes likely; and QEMU's TSCs need no watching.
+    # QEMU ends when the guest crashes, so that no command waits for it. No clocksource watchdog: in
+    # Linux 7.2 it waits for another CPU with interrupts off (`watchdog_check_skew`), for ever if
+    # that one is in `stop_machine`, which a slow vCPU makes likely; QEMU's TSCs are stable.
     options = f"console=ttyS0 oops=panic panic=-1 tsc=nowatchdog hostname={hostname}"
     more: list[str] = []
     if image.kernel.disk:
@@ -82,11 +82,11 @@ def boot_arguments(
 
 
 def machine_arguments(hardware: Hardware, ram: Sequence[Path]) -> list[str]:
-    """Return QEMU's path and what makes the machine: CPUs, and RAM in shared files.
+    """Return QEMU's path and the options of the machine: CPUs, and RAM in shared files.
 
     Args:
-        hardware: what to make.
-        ram: one file a NUMA node; memfds have none.
+        hardware: the machine.
+        ram: a file for each NUMA node; none for memfds.
     """
     return [
         qemu_program(),
@@ -98,7 +98,7 @@ def machine_arguments(hardware: Hardware, ram: Sequence[Path]) -> list[str]:
 
 
 def service_arguments(directory: Path) -> list[str]:
-    """Return what the host reaches the VM by: QMP, the agent's serial port, QEMU's own log."""
+    """Return the options for the host's access: QMP, the agent's serial port, QEMU's log."""
     return [
         "-qmp", f"unix:{directory / 'qmp'},server=on,wait=off",
         "-device", "virtio-serial-pci",

@@ -1,7 +1,7 @@
-"""The RAM of a lab VM: files in memory, of huge pages where root can have them.
+"""The RAM of a lab VM: files in memory, of huge pages if run as root.
 
 First touch of fresh host memory costs far more than the copy; QEMU allocates all of it
-(``prealloc=on``), and a tmpfs mounted with ``huge=always`` needs no faults page by page.
+(``prealloc=on``), and a tmpfs mounted with ``huge=always`` avoids faults for single pages.
 """
 
 import os
@@ -18,18 +18,18 @@ from ovr.lab.qemu import Backend
 
 __all__ = ["drop_ram", "make_ram", "memory_size"]
 
-_GRAIN = 8 << 10  # QEMU takes no odd number of pages
+_GRAIN = 8 << 10  # QEMU rejects an odd number of pages
 _HUGE_PAGE = 2 << 20
 _POOL = Path("/sys/kernel/mm/hugepages/hugepages-2048kB")
 _RESERVE = 512 << 20  # QEMU itself (256 MiB of translated code), and room for the host
 
 
 def memory_size(text: str | int, nodes: int = 1, backend: Backend = "file") -> int:
-    """Return the bytes that ``4G``, ``1536M`` or a plain number of bytes stands for.
+    """Return the number of bytes in ``4G``, ``1536M`` or a plain number.
 
     Raises:
-        LabError: not a size, or one that QEMU cannot make of the backend's pages, with an equal
-            part for each NUMA node.
+        LabError: not a size, or not a multiple of the backend's pages with an equal part for each
+            NUMA node.
     """
     grain = (_HUGE_PAGE if backend == "hugetlbfs" else _GRAIN) * nodes
     try:
@@ -45,10 +45,10 @@ def make_ram(directory: Path, size: int, nodes: int, backend: Backend = "file") 
         directory: of the VM.
         size: bytes of RAM in all files together.
         nodes: number of files.
-        backend: what the files are; memfds have no paths, and there are none then.
+        backend: the kind of files; none are returned for memfds, which have no paths.
 
     Raises:
-        LabError: the host does not have so much memory free.
+        LabError: the host has too little free memory.
     """
     if backend == "hugetlbfs":
         return _huge_files(_places(directory)[0], size, nodes)
@@ -72,17 +72,17 @@ def make_ram(directory: Path, size: int, nodes: int, backend: Backend = "file") 
 
 
 def drop_ram(directory: Path) -> None:
-    """Remove what `make_ram` and QEMU made for the VM of this directory, if anything."""
+    """Remove the files of `make_ram` and QEMU for the VM of this directory, if any."""
     for place in _places(directory):
         mounted = place.is_mount()
-        shutil.rmtree(place, ignore_errors=True)  # the files go, though somebody may map them
+        shutil.rmtree(place, ignore_errors=True)  # removed even while mapped
         if mounted:
             subprocess.run(["umount", "--lazy", str(place)], capture_output=True, check=False)
             shutil.rmtree(place, ignore_errors=True)
 
 
 def _places(directory: Path) -> tuple[Path, Path]:
-    # Where root mounts a tmpfs of huge pages, and what others have.
+    # The mount point of root's tmpfs of huge pages, and the directory of other users.
     return directory / "ram", Path("/dev/shm") / f"ovr-{digest(str(directory))}"
 
 
@@ -120,5 +120,5 @@ def _mount(place: Path, kind: str, options: str) -> bool:
     command = ["mount", "-t", kind, "-o", f"{options},mode=0700", "ovr-lab", str(place)]
     if subprocess.run(command, capture_output=True, check=False).returncode == 0:
         return True
-    place.rmdir()  # root of a container, who may not mount
+    place.rmdir()  # root of a container, without the right to mount
     return False

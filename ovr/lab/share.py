@@ -12,9 +12,9 @@ from ovr.lab.tools import need_tool
 __all__ = ["SHARE", "add_share", "share_device"]
 
 SHARE = "/mnt/share"
-"""Where the guest has it."""
+"""Its mount point in the guest."""
 
-# The other one, namespaces, needs pivot_root, which fails in a chroot and in many containers.
+# The alternative, namespaces, needs pivot_root, which fails in chroots and many containers.
 _SANDBOX = "chroot" if os.geteuid() == 0 else "namespace"
 _PLACES = ("/usr/libexec/virtiofsd", "/usr/lib/qemu/virtiofsd")
 

@@ -1,4 +1,4 @@
-"""Programs of the host that the lab runs, with an error that says what to install."""
+"""Programs of the host that the lab runs, with errors that name the package to install."""
 
 import os
 import shutil
@@ -15,7 +15,7 @@ def need_tool(program: str, package: str) -> str:
     """Return the path of a program of the host.
 
     Raises:
-        LabError: it is not installed; the hint is the line to type.
+        LabError: it is not installed; the hint is the command that installs it.
     """
     path = shutil.which(program) or shutil.which(program, path="/usr/sbin:/sbin:/usr/libexec")
     if path is None:
@@ -49,12 +49,12 @@ def mmdebstrap(
     release: str = "",
     script: str = "",
 ) -> None:
-    """Write a tar archive `target` of a Debian suite; mmdebstrap itself knows mirrors and keys.
+    """Write a tar archive `target` of a Debian suite; mmdebstrap has mirrors and keys.
 
     Args:
         suite: such as ``trixie``.
         variant: mmdebstrap's: ``minbase`` installs, ``extract`` only unpacks.
-        packages: what to have, with all that it depends on.
+        packages: packages to install, with their dependencies.
         target: the archive to write.
         release: another one on top of the suite that packages may come from, such as
             ``trixie-backports``; its name is a plain word.
@@ -62,7 +62,7 @@ def mmdebstrap(
             the new system, and apt asks its sources.
 
     Raises:
-        LabError: a tool is missing, or packages cannot be had.
+        LabError: a tool is missing, or packages cannot be fetched.
     """
     program = need_tool("mmdebstrap", "mmdebstrap")
     if os.geteuid() != 0:
@@ -81,10 +81,10 @@ def mmdebstrap(
         options.append(f'--extract-hook=export APT_CONFIG="$MMDEBSTRAP_APT_CONFIG"; {script}')
     run_tool(
         [program, *options,
-         # Mirrors that are snapshots have Release files older than they say they are good for.
+         # Snapshot mirrors have Release files that have expired.
          '--aptopt=Acquire::Check-Valid-Until "false"',
          "--dpkgopt=path-exclude=/usr/share/doc/*", "--dpkgopt=path-exclude=/usr/share/man/*",
-         # Some packages link their man pages when they are set up, pages or not.
+         # Some packages link their man pages when configured, even if the pages are missing.
          "--dpkgopt=path-include=/usr/share/man/man?",
          "--dpkgopt=path-exclude=/usr/share/locale/*", suite, str(target)]
     )  # fmt: skip

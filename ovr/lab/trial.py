@@ -1,4 +1,4 @@
-"""Whether a lab guest really boots under KVM on this host."""
+"""A test whether a lab guest boots under KVM on this host."""
 
 import subprocess
 import tempfile
@@ -15,7 +15,7 @@ _PATIENCE = 30.0  # seconds; TCG needs a third of that
 
 
 def boots_under_kvm(image: GuestImage, initramfs: bytes) -> bool:
-    """Boot the guest under KVM with little memory and see whether it gets to our init's end."""
+    """Boot the guest under KVM with little memory; tell whether our init completes."""
     with tempfile.TemporaryDirectory(prefix="ovr-kvm-", dir="/dev/shm") as name:
         directory = Path(name)
         archive, console = directory / "initramfs", directory / "console.log"

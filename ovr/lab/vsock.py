@@ -1,6 +1,6 @@
-"""The virtio-vsock device: the kernel's own where the host has it, else vhost-device-vsock.
+"""The virtio-vsock device: the kernel's own if the host has it, else vhost-device-vsock.
 
-To the guest both are the same. With ``/dev/vhost-vsock`` the host talks AF_VSOCK to a CID; with
+The guest sees no difference. With ``/dev/vhost-vsock`` the host talks AF_VSOCK to a CID; with
 vhost-device-vsock (a vhost-user daemon of the rust-vmm project) it connects to a unix socket and
 writes ``CONNECT port``.
 """
@@ -27,11 +27,11 @@ _SUITE = "sid"  # no Debian release has the package yet
 
 @dataclass(frozen=True)
 class Vsock:
-    """A vsock device that QEMU can be started with.
+    """A vsock device for QEMU.
 
     Attributes:
         arguments: for QEMU's command line.
-        address: of the agent behind it, as ``--agent`` takes it.
+        address: of the agent behind it, in the form of ``--agent``.
         daemon: the process behind the device, or None if it is the host's kernel.
     """
 
@@ -44,7 +44,7 @@ def add_vsock(directory: Path) -> Vsock:
     """Make a vsock device ready; its sockets and log go to `directory`.
 
     Raises:
-        LabError: the daemon cannot be had or does not start.
+        LabError: the daemon cannot be fetched, or does not start.
     """
     cid = random.randrange(3, 1 << 31)
     if _host_has_vsock():

@@ -1,12 +1,12 @@
-"""A process that stands by on the host: all of `ovr` is loaded there before a restore wants it.
+"""The standby process on the host, which has all of `ovr` loaded before the next restore.
 
-To load Python and `ovr` takes longer than all else of a warm restore that is not copying. So
-``ovr warm`` leaves a process that has done so (`server`), and ``ovr restore`` (`client`), which
-loads a fraction, has it fork and do the work with the command's arguments, environment, directory
-and open files (`child`). Where nobody stands by, or where the work could not be done there exactly
-as here (`peer`), the command does it itself.
+In a warm restore, loading Python and `ovr` takes longer than everything else but copying. So
+``ovr warm`` leaves a process that has loaded them (`server`). ``ovr restore`` (`client`) loads only
+a fraction, and asks it to fork a child that does the work with the command's arguments,
+environment, directory and open files (`child`). Without a standby process, or if the child could
+not do the work exactly as the command would (`peer`), the command does it itself.
 
-They meet at a socket in a directory of the user's own (`place`). Before either says more than
-random bytes, both make sure which process the other is (`proof`), and that it has the same rights
-(`peer`). What they say is in `messages`; the server's side of it is a `visit`.
+They connect at a socket in a directory of the user's own (`place`). Before sending more than random
+bytes, each identifies the process at the other end (`proof`) and checks that it has the same rights
+(`peer`). `messages` has the protocol, `visit` the server's side of a connection.
 """

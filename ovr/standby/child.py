@@ -1,4 +1,4 @@
-"""How a forked child becomes the command that it does the work for."""
+"""Turning a forked child into the command whose work it does."""
 
 import ctypes
 import io
@@ -23,19 +23,19 @@ _UNCHANGEABLE: Final = {signal.SIGKILL, signal.SIGSTOP}
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A command to run, as the process that asks would have run it.
+    """A command to run, exactly as the client would have run it.
 
     Attributes:
         arguments: of the command.
-        numbers: which file descriptors these are there.
-        files: the same, here.
+        numbers: the client's file descriptors.
+        files: their duplicates in this process.
         streams: encoding and error handler of the three standard streams, as ``utf-8:strict``;
             empty for one that is closed.
-        environment: of that process.
-        directory: its current directory, a file descriptor here.
+        environment: of the client.
+        directory: a file descriptor of its current directory.
         umask: its file mode creation mask.
         ignored: the signals that it ignores, a bit for each, from 1 on.
-        blocked: those that it blocks.
+        blocked: the signals that it blocks, likewise.
     """
 
     arguments: Sequence[str]
@@ -50,13 +50,13 @@ class Request:
 
     @classmethod
     def read(cls, pid: int, fields: Sequence[bytes], files: Sequence[int]) -> Self:
-        """Read what the client `pid` has sent, and what its /proc says.
+        """Read the request of the client `pid`, and its /proc.
 
         The caller closes `files` and `directory`.
 
         Raises:
-            StandbyError: it is not what a client sends.
-            OSError: the client has gone, or must not be looked at.
+            StandbyError: the request is invalid.
+            OSError: the client has ended, or its /proc may not be read.
         """
         try:
             numbers = [int(number) for number in fields[0].split(b",") if number]
@@ -91,10 +91,10 @@ def die_with(parent: int) -> None:
 
 
 def become(request: Request) -> None:
-    """Take over what can be taken over. No other file descriptors than those may be in use.
+    """Take over the client's state. No file descriptors but those of the request may be in use.
 
     Raises:
-        OSError: the client's directory may not be entered.
+        OSError: the client's directory cannot be entered.
     """
     os.fchdir(request.directory)
     os.close(request.directory)
@@ -108,11 +108,11 @@ def become(request: Request) -> None:
         setattr(sys, name, stream)
         setattr(sys, f"__{name}__", stream)
     sys.argv[1:] = request.arguments
-    notes.append("a process that stood by does this")
+    notes.append("done by the standby process")
 
 
 def _take_signals(ignored: int, blocked: int) -> None:
-    # What Python itself ignores, the client ignores, too.
+    # Signals that Python ignores are ignored by the client, too.
     numbers = signal.valid_signals() - _UNCHANGEABLE
     for number in numbers:
         if ignored >> number - 1 & 1:
@@ -125,7 +125,7 @@ def _take_signals(ignored: int, blocked: int) -> None:
 
 
 def _place(files: Sequence[int], numbers: Sequence[int]) -> None:
-    # By way of numbers above all of these: each may be one that another has.
+    # Through numbers above all of these, since a wanted number may be in use for another one.
     above = max((*files, *numbers, 2)) + 1
     high = [fcntl(fd, F_DUPFD_CLOEXEC, above) for fd in files]
     for fd in {*files, 0, 1, 2}:

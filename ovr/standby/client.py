@@ -1,6 +1,6 @@
-"""The side of ``ovr restore``: have the process that stands by do it, if there is one.
+"""The client: ``ovr restore``, which passes its work to the standby process, if there is one.
 
-Imports little: this is what a restore waits for in place of all of `ovr`.
+Imports little: a restore waits for this instead of all of `ovr`.
 """
 
 import os
@@ -20,25 +20,25 @@ __all__ = ["notes", "restore_there"]
 _FORWARDED: Final = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM)
 
 notes: list[str] = []
-"""For the log: that a process that stood by does this, or why not; empty if there is none."""
+"""For the log: that a standby process does the work, or why not; empty if there is none."""
 
 
 def restore_there(arguments: Sequence[str]) -> int | None:
-    """Have the process that stands by run ``ovr`` with these arguments, as if this one did.
+    """Have the standby process run ``ovr`` with these arguments, as if this process did.
 
-    It gets this process's open files, directory and environment, and the signals that end it; but
-    nothing before it is clear that it has this process's rights, no more and no fewer. If this
-    process dies, that one is killed.
+    It gets this process's open files, directory and environment, and the signals that end it, but
+    only after a check that it has exactly this process's rights. If this process dies, the child
+    that does the work is killed.
 
     Returns:
-        The exit code, or None: nobody stands by, or not for this; nothing has been done.
+        The exit code, or None if no standby process took the work and nothing has been done.
     """
     try:
         server = connect()
-    except (FileNotFoundError, ConnectionRefusedError):  # nobody stands by
+    except (FileNotFoundError, ConnectionRefusedError):  # there is no standby process
         return None
     except OSError as error:
-        notes.append(f"no process that stands by is asked: {error.strerror or error}")
+        notes.append(f"no standby process: {error.strerror or error}")
         return None
     with server:
         try:
@@ -49,13 +49,13 @@ def restore_there(arguments: Sequence[str]) -> int | None:
             if answer != [b"ready"]:
                 raise StandbyError(b" ".join(answer[1:]).decode(errors="replace"))
         except (OSError, StandbyError) as error:
-            notes.append(f"the process that stands by does not do this: {error}")
+            notes.append(f"not done by the standby process: {error}")
             return None
         return _run(server, inbox)
 
 
 def _request(arguments: Sequence[str], files: Sequence[int]) -> list[bytes]:
-    # What cannot be seen from outside of this process; `child.Request.read` reads it.
+    # State that other processes cannot read; `child.Request.read` parses it.
     streams = (_encoding(stream) for stream in (sys.stdin, sys.stdout, sys.stderr))
     numbers = ",".join(map(str, files))
     environment = (b"=".join(entry) for entry in os.environb.items())
@@ -69,10 +69,10 @@ def _encoding(stream: TextIO | None) -> bytes:
 
 
 def _inherited() -> list[int]:
-    # The files that whoever started us has given us; Python's own are closed on exec.
+    # The files inherited from the parent; Python closes its own on exec.
     found = []
     for name in os.listdir("/proc/self/fd"):  # noqa: PTH208
-        with suppress(OSError):  # that of the listing
+        with suppress(OSError):  # the listing's own
             if os.get_inheritable(int(name)):
                 found.append(int(name))
     if len(found) > FILES:
@@ -90,12 +90,12 @@ def _run(server: socket.socket, inbox: Inbox) -> int:
         status = int(inbox.wait().argument(b"ended"))
     except (OSError, StandbyError, ValueError):
         print(
-            "ovr: the process that stood by for this restore has died, and the restore with it"
+            "ovr: the standby process has died, and the restore with it"
             " (`ovr ps` shows whether the tree runs; `ovr warm` starts another)",
             file=sys.stderr,
         )
         return 1
-    if status < 0:  # killed by this signal; whoever waits for us is to see that
+    if status < 0:  # killed by this signal, which our parent must see
         with suppress(OSError):  # SIGKILL cannot be set
             signal.signal(-status, signal.SIG_DFL)
         os.kill(os.getpid(), -status)

@@ -1,4 +1,4 @@
-"""The side of ``ovr warm``: have a process stand by for a VM, or no longer."""
+"""The side of ``ovr warm``: starting and ending the standby process of a VM."""
 
 import subprocess
 import sys
@@ -11,14 +11,14 @@ from ovr.standby.proof import meet
 __all__ = ["stand_by", "stand_down"]
 
 _MODULE: Final = "ovr.cli.standby"
-_PATIENCE: Final = 30.0  # seconds; to load it takes less than one
+_PATIENCE: Final = 30.0  # seconds; loading takes less than one
 
 
 def stand_by(qemu_pid: int) -> None:
-    """Have a process stand by as long as this VM lives: the one that does already, or a new one.
+    """Keep a process standing by as long as this VM lives: the present one, or a new one.
 
     Raises:
-        StandbyError: none does; the message says why.
+        StandbyError: none could be started; the message has the reason.
     """
     if _order(b"keep", qemu_pid):
         return
@@ -30,14 +30,14 @@ def stand_by(qemu_pid: int) -> None:
         )  # fmt: skip
     except (OSError, subprocess.TimeoutExpired) as error:
         raise StandbyError(str(error)) from error
-    # Another may have been the first to start one.
+    # Another command may have started one first.
     if started.returncode and not _order(b"keep", qemu_pid):
         said = started.stderr.strip().splitlines() or [f"it ended with {started.returncode}"]
         raise StandbyError(said[-1])
 
 
 def stand_down(qemu_pid: int) -> None:
-    """Have nobody stand by for this VM any longer."""
+    """End the standby of this VM."""
     _order(b"drop", qemu_pid)
 
 

@@ -1,8 +1,8 @@
 """Messages on a Unix socket. Imports little: each restore waits for it.
 
-A message is the length of its text (u32, little-endian), then its fields, joined by NUL bytes, of
-which they have none, as those of a command line. File descriptors come with the length. With
-each piece goes who sends it (SCM_CREDENTIALS, unix(7)), which the kernel has checked.
+A message is the length of its text (u32, little-endian), then its fields, joined by NUL bytes,
+which no field contains. File descriptors come with the length. Each piece carries the sender's
+credentials (SCM_CREDENTIALS, unix(7)), checked by the kernel.
 
 =======================  ===========================  ==========================================
 client                   server
@@ -14,8 +14,8 @@ client                   server
 ``go``                   ``ended STATUS``             as `os.waitstatus_to_exitcode` has it
 =======================  ===========================  ==========================================
 
-In place of an answer there may be ``no REASON``. After ``go`` the client sends a byte for each
-signal that it gets.
+An answer may also be ``no REASON``. After ``go`` the client sends a byte for each
+signal that it receives.
 """
 
 import os
@@ -38,16 +38,16 @@ _MOST: Final = 8 << 20  # the kernel takes 6 MiB of arguments and environment at
 
 
 class StandbyError(Exception):
-    """The other side sends what it should not, or is another process than it should be."""
+    """The other side breaks the protocol, refuses, or is not the expected process."""
 
 
 class Message(NamedTuple):
-    """A message that has come.
+    """A received message.
 
     Attributes:
         fields: its text.
         files: descriptors that are closed on exec; the receiver closes them.
-        sender: the pid and effective user id of who sent it, as they were then.
+        sender: the pid and effective user id of the sender, at the time of sending.
     """
 
     fields: Sequence[bytes]
@@ -58,7 +58,7 @@ class Message(NamedTuple):
         """Return the second of two fields of which the first is `word`.
 
         Raises:
-            StandbyError: it is another message; what it says is the reason if it is a refusal.
+            StandbyError: it is another message; a refusal's text is the reason.
         """
         if self.fields[0] == b"no":
             raise StandbyError(b" ".join(self.fields[1:]).decode(errors="replace"))
@@ -68,7 +68,7 @@ class Message(NamedTuple):
 
 
 def version() -> bytes:
-    """Return what both sides have in common: this Python, this `ovr`, how names are encoded."""
+    """Return the version that both sides must share: Python, `ovr`, and the encoding of names."""
     encoding = sys.getfilesystemencoding(), sys.getfilesystemencodeerrors()
     # The prefix is the virtual environment's: its Python goes by several names.
     parts = (sys.prefix, sys.version, os.path.dirname(__file__), *encoding)  # noqa: PTH120
@@ -80,7 +80,7 @@ def send(to: socket.socket, fields: Sequence[bytes], files: Sequence[int] = ()) 
 
     Raises:
         StandbyError: a field has a NUL byte.
-        OSError: it cannot be sent; the socket's timeout counts.
+        OSError: it cannot be sent, or not within the socket's timeout.
     """
     text = b"\0".join(fields)
     if text.count(b"\0") != len(fields) - 1:
@@ -96,10 +96,10 @@ def send(to: socket.socket, fields: Sequence[bytes], files: Sequence[int] = ()) 
 
 
 class Inbox:
-    """What comes on a connection, message by message, and all from one process.
+    """The messages received on a connection, all from one process.
 
     Args:
-        source: the connection; with a timeout, or one that does not block.
+        source: the connection; with a timeout, or non-blocking.
     """
 
     def __init__(self, source: socket.socket) -> None:
@@ -112,15 +112,15 @@ class Inbox:
         self._files: list[int] = []
 
     def trust(self) -> None:
-        """Take long messages from now on, and file descriptors."""
+        """Accept long messages and file descriptors from now on."""
         self._most = _MOST
 
     def wait(self) -> Message:
-        """Return the next message; for a connection that blocks.
+        """Return the next message, on a blocking connection.
 
         Raises:
-            StandbyError: the other side has gone, or it is no message.
-            OSError: it cannot be received; the socket's timeout counts.
+            StandbyError: the connection has ended, or it is no message.
+            OSError: it cannot be received, or not within the socket's timeout.
         """
         while True:
             if message := self.receive():
@@ -130,8 +130,8 @@ class Inbox:
         """Receive once; return the message if it is complete.
 
         Raises:
-            StandbyError: the other side has gone, or it is no message.
-            BlockingIOError: nothing has come.
+            StandbyError: the connection has ended, or it is no message.
+            BlockingIOError: no data is there.
             OSError: it cannot be received.
         """
         data = self._receive(self._missing)
@@ -150,7 +150,7 @@ class Inbox:
         return message
 
     def close(self) -> None:
-        """Close the descriptors that have come with a message that is not complete."""
+        """Close the descriptors of an incomplete message."""
         close_all(self._files)
         self._files = []
 
@@ -159,7 +159,7 @@ class Inbox:
         return _LENGTH.size + self._length - len(self._data)
 
     def _receive(self, size: int) -> bytes:
-        # The kernel gives the bytes of one sender at a time to who asks for credentials.
+        # With SO_PASSCRED, a read returns bytes of one sender only.
         room = socket.CMSG_SPACE(_SENDER.size) + socket.CMSG_SPACE(FILES * 4)
         data, controls, flags, _ = self._source.recvmsg(size, room, socket.MSG_CMSG_CLOEXEC)
         sender: tuple[int, int] | None = None

@@ -1,7 +1,7 @@
-"""What two processes must have in common, for one to do what the other would do.
+"""Traits that client and standby process must share, for the one to do the work of the other.
 
-What a forked child can take over (`child.become`) may differ. Imports little: each restore waits
-for it.
+State that a forked child can take over (`child.become`) may differ. Imports little: each restore
+waits for it.
 """
 
 import os
@@ -20,10 +20,10 @@ _CIRCUMSTANCES: Final = ("Cpus_allowed", "Mems_allowed")
 
 
 def rights(pid: int) -> Mapping[str, object]:
-    """Return who the process `pid` is, what it may do, and what its paths and pids mean, by name.
+    """Return identity, rights, root directory and namespaces of the process `pid`, by name.
 
     Raises:
-        OSError: there is no such process, or it must not be looked at.
+        OSError: there is no such process, or it may not be read.
     """
     process = f"/proc/{pid}"
     status = status_of(pid)
@@ -40,7 +40,7 @@ def rights(pid: int) -> Mapping[str, object]:
 def circumstances(pid: int) -> Mapping[str, object]:
     """Return the limits of the process `pid`, and its share of the CPUs, by name.
 
-    Its cgroup and its session are not in it: what is done is charged to those of ``ovr warm``.
+    Without its cgroup and its session: the work is charged to those of ``ovr warm``.
 
     Raises:
         OSError: there is no such process, or it must not be looked at.

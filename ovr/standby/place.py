@@ -1,8 +1,8 @@
-"""Where clients and the process that stands by meet: a socket in a directory of this user's own.
+"""The socket of the standby process, in a directory of this user's own.
 
-The directory has mode 0700, and no other user has power over any component of its path
-(`ovr.host`), so none can connect, or listen in its place. A container can still share the
-directory; `proof` is about that. Imports little: each restore waits for it.
+The directory has mode 0700, and no other user can change any component of its path (`ovr.host`),
+so none can connect, or listen in its place. A container may still share the directory; `proof`
+covers that. Imports little: each restore waits for it.
 """
 
 import errno
@@ -24,20 +24,20 @@ _PATIENCE: Final = 1.0  # seconds, to connect and for each answer until a restor
 
 
 def connect() -> socket.socket:
-    """Return a connection to whatever listens at the place, with a timeout.
+    """Return a connection to the listening process, with a timeout.
 
     Raises:
-        OSError: nothing does, or the directory is not to be trusted.
+        OSError: none listens, or the directory is not trusted.
     """
     with _directory(create=False) as directory:
         return _connect(directory)
 
 
 class Place:
-    """The socket, bound, and nobody else's.
+    """The bound socket, locked for this process.
 
     Raises:
-        OSError: another process stands by already, or the directory is not to be trusted.
+        OSError: another process stands by already, or the directory is not trusted.
     """
 
     def __init__(self) -> None:
@@ -46,7 +46,7 @@ class Place:
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         try:
             self._lock = os.open(".", os.O_RDONLY | os.O_CLOEXEC, dir_fd=self._directory.fileno())
-            flock(self._lock, LOCK_EX)  # until the socket listens, others would take it for dead
+            flock(self._lock, LOCK_EX)  # until it listens, the socket looks dead to others
             self._remove_dead()
             self.socket.bind(_path(self._directory))
             self._inode = self._directory.status(_name()).st_ino
@@ -55,13 +55,13 @@ class Place:
             raise
 
     def listen(self) -> None:
-        """Listen; clients see the process that calls this at the other end (SO_PEERCRED)."""
+        """Listen; the calling process becomes the peer that clients see (SO_PEERCRED)."""
         self.socket.listen()
         self._unlock()
 
     def remove(self) -> None:
         """Remove the socket, so that another process can stand by, and `leave`."""
-        with suppress(OSError):  # somebody else has removed it
+        with suppress(OSError):  # another process has removed it
             if self._directory.status(_name()).st_ino == self._inode:
                 self._directory.remove(_name())
         self.leave()
@@ -84,7 +84,7 @@ class Place:
             os.close(lock)
 
     def _remove_dead(self) -> None:
-        # Of a process that was killed: nobody listens there.
+        # The socket of a killed process: connections are refused.
         try:
             _connect(self._directory).close()
         except FileNotFoundError:

@@ -1,15 +1,14 @@
 """Which process is at the other end of a connection, and whether it has this one's rights.
 
-The kernel names the process that called connect(2) or listen(2) by its pid (SO_PEERCRED), which
-may be another process's by now. So a pidfd of that pid is opened first, and then random bytes are
-sent, a challenge. They must come back in a message that a process of the same pid has sent, by the
-kernel's word (SCM_CREDENTIALS). If the pidfd's process is still alive after that, it has had the
-pid all the time: it has sent the proof, and all that was read in its /proc directory is about it.
+The kernel returns the pid of the process that called connect(2) or listen(2) (SO_PEERCRED); another
+process may have that pid by now. So a pidfd of the pid is opened first, and then random bytes are
+sent, a challenge. They must come back in a message whose sender has the same pid (SCM_CREDENTIALS).
+If the pidfd's process is still alive after that, it has had the pid all the time: it sent the
+proof, and everything read from its /proc directory is about it.
 
-That holds where the pid is reused, where the connection was inherited, and for messages sent in
-advance. It is as strong as SO_PEERPIDFD, which came in Linux 6.5, and says of the sender what that
-does not. Only a process with CAP_SYS_ADMIN over the pid namespace can name a pid that is not its
-own.
+That also covers reused pids, inherited connections, and messages sent in advance. It is as strong
+as SO_PEERPIDFD of Linux 6.5, and identifies the sender, too. Only a process with CAP_SYS_ADMIN over
+the pid namespace can pass a pid that is not its own.
 
 Imports little: each restore waits for it.
 """
@@ -37,7 +36,7 @@ class Peer:
 
     Attributes:
         pid: its pid, for as long as it lives (`require_alive`).
-        challenge: what it must send back.
+        challenge: the bytes that it must send back.
 
     Raises:
         StandbyError: it is another user's, or cannot be seen from this pid namespace.
@@ -54,10 +53,10 @@ class Peer:
         self.challenge = os.urandom(_CHALLENGE).hex().encode()
 
     def check(self, message: Message, word: bytes) -> None:
-        """Check the message `word` in which the challenge comes back.
+        """Check the message `word`, which returns the challenge.
 
         Raises:
-            StandbyError: the process has ended, or has not sent this, or has not been challenged.
+            StandbyError: the process has ended, is not the sender, or the answer is wrong.
         """
         if message.argument(word) != self.challenge:
             raise StandbyError("wrong answer to the challenge")
@@ -68,10 +67,10 @@ class Peer:
     def require_same(
         self, mine: Mapping[str, object], of: Callable[[int], Mapping[str, object]]
     ) -> None:
-        """Compare what `of` tells of its pid with what it tells of this process.
+        """Compare the traits (`of`) of its pid with those of this process.
 
         Raises:
-            StandbyError: something differs, or it must not be looked at.
+            StandbyError: a trait differs, or cannot be read.
         """
         try:
             theirs = of(self.pid)
@@ -82,7 +81,7 @@ class Peer:
             raise StandbyError(f"its {differs} is not this process's")
 
     def require_alive(self) -> None:
-        """Make sure that all that was learnt of its pid was about it.
+        """Make sure that everything read for its pid was about this process.
 
         Raises:
             StandbyError: it has ended.
@@ -100,17 +99,17 @@ class Peer:
 
 
 def meet(server: socket.socket) -> Inbox:
-    """Make sure of the process that stands by, as it does of this one; only random bytes are sent.
+    """Identify the standby process, and this process to it; only random bytes are sent.
 
     Args:
         server: a connection to it, with a timeout.
 
     Returns:
-        What it will say.
+        Its messages from here on.
 
     Raises:
-        StandbyError: its rights are not this process's, or it is not who listens; or it says so.
-        OSError: it has gone, or says nothing.
+        StandbyError: its rights differ, it is not the listening process, or it refuses.
+        OSError: it has ended, or does not answer.
     """
     peer = Peer(server)
     try:

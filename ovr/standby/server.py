@@ -1,7 +1,7 @@
-"""The process that stands by: a loop that waits for clients, and forks a child for each.
+"""The standby process: a loop that waits for clients, and forks a child for each.
 
-It ends with the last of the VMs for which it stands by. It has one thread, or it could not fork; so
-everything in its loop is short, and it waits for no client: each has its conversation (`visit`).
+It ends with the last of the VMs for which it stands by. It has a single thread, so that it can
+fork; so each step of its loop is short, and none waits for a client (`visit`).
 """
 
 import gc
@@ -26,23 +26,23 @@ __all__ = ["Server"]
 
 _ENDING: Final = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
 _VISITS: Final = 64
-"""The most clients that may be silent at a time; the first of them has to go when another comes."""
+"""The most clients that may be waited for at a time; a further one replaces the first of them."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    # A child at work, its pidfd, and the connection to whom it works for.
+    # A child at work, its pidfd, and the connection to its client.
     pid: int
     ended: int
     client: socket.socket
 
 
 class Server:
-    """Stands by.
+    """The server of the standby process.
 
     Args:
-        place: where it listens; the server removes it.
-        run: what a child does once it has become the client; it ends the process.
+        place: its socket; the server removes it.
+        run: called in a child that has taken over the client's state; it ends the process.
     """
 
     def __init__(self, place: Place, run: Callable[[], NoReturn]) -> None:
@@ -53,7 +53,7 @@ class Server:
         self._code = _code()
         self._vms: dict[int, int] = {}  # pidfds by pid
         self._jobs: dict[int, _Job] = {}
-        self._visits: dict[int, Visit] = {}  # by descriptor, the first comes first
+        self._visits: dict[int, Visit] = {}  # by descriptor, the oldest first
         self._selector = selectors.DefaultSelector()
         self._selector.register(place.socket, selectors.EVENT_READ, self._accept)
 
@@ -90,7 +90,7 @@ class Server:
         deadline = min((visit.deadline for visit in self._visits.values()), default=None)
         timeout = None if deadline is None else max(deadline - time.monotonic(), 0.0)
         for key, _ in self._selector.select(timeout):
-            # One of them may have done away with another, and opened a new one in its place.
+            # An earlier event may have closed it, and opened another with the same number.
             if self._selector.get_map().get(key.fd) is key:
                 key.data()
         now = time.monotonic()
@@ -101,7 +101,7 @@ class Server:
     def _accept(self) -> None:
         try:
             client, _ = self._place.socket.accept()
-        except OSError:  # it has gone
+        except OSError:  # it has ended
             return
         try:
             visit = Visit(client, self._talk)
@@ -116,7 +116,7 @@ class Server:
             self._end_visit(next(iter(self._visits.values())))
         self._visits[client.fileno()] = visit
         self._selector.register(
-            client, selectors.EVENT_READ, lambda: self._go_on(visit, visit.hear)
+            client, selectors.EVENT_READ, lambda: self._go_on(visit, visit.receive)
         )
         self._go_on(visit, visit.begin)
 
@@ -126,7 +126,7 @@ class Server:
             ended = bool(step())
         except StandbyError as error:
             visit.refuse(error)
-        except OSError:  # the client has gone, or does not read
+        except OSError:  # the client has ended, or does not read
             pass
         if ended:
             self._end_visit(visit)
@@ -154,7 +154,7 @@ class Server:
             close_all(message.files)
 
     def _check_code(self) -> None:
-        # What is loaded here must be what lies there, or the command does not what its files say.
+        # The loaded code must be that of the files, as in a command that loads it now.
         if _code() != self._code:
             for pid in [*self._vms]:
                 self.drop(pid)
@@ -179,7 +179,7 @@ class Server:
         try:
             visit.peer.require_alive()
             visit.say(b"ready")
-            # Until it says so the client may give up, and do the work itself.
+            # Until its 'go', the client may give up and do the work itself.
             if (yield).fields != [b"go"]:
                 raise StandbyError("the client has given up")
             self._start(visit, request)
@@ -194,7 +194,7 @@ class Server:
         job = _Job(child, os.pidfd_open(child), visit.keep())
         self._jobs[child] = job
         self._selector.register(job.ended, selectors.EVENT_READ, lambda: self._end(job))
-        self._selector.modify(job.client, selectors.EVENT_READ, lambda: self._hear(job))
+        self._selector.modify(job.client, selectors.EVENT_READ, lambda: self._forward(job))
 
     def _work(self, visit: Visit, request: Request, server: int) -> NoReturn:
         try:
@@ -203,12 +203,12 @@ class Server:
             become(request)
             self._run()
         except BaseException:
-            sys.excepthook(*sys.exc_info())  # as Python does with what nobody catches
+            sys.excepthook(*sys.exc_info())  # as Python does with uncaught exceptions
         finally:
             os._exit(1)
 
     def _let_go(self, own: Visit) -> None:
-        # In the child, which takes the client's numbers: no object may think that it owns one.
+        # In the child, whose descriptors become the client's: no object may close them later.
         for job in self._jobs.values():
             os.close(job.ended)
             job.client.close()
@@ -220,8 +220,8 @@ class Server:
                 visit.end()
         own.release()
 
-    def _hear(self, job: _Job) -> None:
-        # Each byte is a signal that the client got; there is none when it has gone.
+    def _forward(self, job: _Job) -> None:
+        # Each byte is a signal that the client received; end of file means that it has ended.
         try:
             numbers = job.client.recv(64)
         except BlockingIOError:
@@ -239,7 +239,7 @@ class Server:
         os.close(job.ended)
         del self._jobs[job.pid]
         _, status = os.waitpid(job.pid, 0)
-        with suppress(KeyError):  # it had gone before
+        with suppress(KeyError):  # it had ended before
             self._selector.unregister(job.client)
         with suppress(OSError):
             send(job.client, [b"ended", b"%d" % os.waitstatus_to_exitcode(status)])
@@ -247,12 +247,12 @@ class Server:
 
 
 def _end(number: int, _: object) -> NoReturn:
-    # By way of every ``with``: no socket is left. Children are killed when their parent ends.
+    # Through every ``with``, so that no socket stays. Children die with their parent.
     sys.exit(128 + number)
 
 
 def _code() -> Mapping[str, tuple[int, int]]:
-    # When the files of all that is loaded were changed; those of `ovr`, Python's and others'.
+    # Modification times of the files of all loaded modules: those of `ovr`, Python and others.
     found = {}
     for module in [*sys.modules.values()]:
         path = getattr(module, "__file__", None)

@@ -1,4 +1,4 @@
-"""A client of the process that stands by, until it has its answer or a child works for it."""
+"""A client of the standby process, until it has its answer or a child works for it."""
 
 import socket
 import time
@@ -13,22 +13,22 @@ from ovr.standby.proof import Peer
 __all__ = ["Talk", "Visit", "welcome"]
 
 Talk = Generator[None, Message, None]
-"""A conversation: it is resumed with each message that comes."""
+"""A conversation, resumed with each received message."""
 
-_PATIENCE: Final = 5.0  # seconds, for all of it; nobody else waits meanwhile
+_PATIENCE: Final = 5.0  # seconds, for all of it; other clients do not wait for it
 
 
 class Visit:
-    """A connection on which nothing is waited for.
+    """A non-blocking connection.
 
     Args:
         connection: just accepted; the visit closes it.
-        talk: what to say.
+        talk: the conversation to have.
 
     Attributes:
-        peer: who is at the other end.
+        peer: the process at the other end.
         connection: to it; None once a child works for it.
-        deadline: of time.monotonic, by which all must be said.
+        deadline: of time.monotonic, by which the conversation must end.
 
     Raises:
         StandbyError: it is another user's, or of another pid namespace.
@@ -48,24 +48,24 @@ class Visit:
         """Send a message.
 
         Raises:
-            OSError: the client has gone, or does not read.
+            OSError: the client has ended, or does not read.
         """
         send(self._connection, fields)
 
     def trust(self) -> None:
-        """Take long messages and file descriptors from now on."""
+        """Accept long messages and file descriptors from now on."""
         self._inbox.trust()
 
     def begin(self) -> None:
-        """Begin to talk. Raises as `hear`."""
+        """Begin the conversation. Raises as `receive`."""
         next(self._talk)
 
-    def hear(self) -> bool:
-        """Receive what has come and go on; return whether all has been said.
+    def receive(self) -> bool:
+        """Receive the available data and go on; return whether the conversation has ended.
 
         Raises:
-            StandbyError: what was said makes no sense, or is refused.
-            OSError: the client has gone, or cannot be answered.
+            StandbyError: the messages are invalid, or refused.
+            OSError: the client has ended, or cannot be answered.
         """
         try:
             message = self._inbox.receive()
@@ -79,17 +79,17 @@ class Visit:
         return False
 
     def keep(self) -> socket.socket:
-        """Return the connection, which is the caller's from now on."""
+        """Return the connection; the caller closes it."""
         self.connection = None
         return self._connection
 
     def refuse(self, reason: StandbyError) -> None:
-        """Say why not, if the client reads it."""
+        """Send the reason of a refusal, if the client reads it."""
         with suppress(OSError):
             self.say(b"no", str(reason).encode())
 
     def end(self) -> None:
-        """Close all that this visit has open, but a connection that was kept."""
+        """Close everything but a connection that was handed over."""
         self._talk.close()
         self._inbox.close()
         self.peer.close()
@@ -97,21 +97,21 @@ class Visit:
             self.connection.close()
 
     def release(self) -> None:
-        """Close the same in a child that the talk has forked, which goes on in there."""
+        """Close the same in a child that the conversation has forked, in which it goes on."""
         self._inbox.close()
         self.peer.close()
         self._connection.close()
 
 
 def welcome(visit: Visit, mine: Mapping[str, object]) -> Talk:
-    """Make sure of a client, and let it make sure of this process (`proof`).
+    """Identify a client, and this process to it (`proof`).
 
     Args:
         visit: the client.
         mine: this process's rights.
 
     Raises:
-        StandbyError: it is not who connected, or its rights are others.
+        StandbyError: it is not the process that connected, or its rights differ.
     """
     visit.say(b"hello", visit.peer.challenge)
     challenge = (yield).argument(b"hello")

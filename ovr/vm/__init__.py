@@ -1,1 +1,1 @@
-"""A VM from outside: finding it, its memory map, holding it, the agent in it."""
+"""The VM from outside: finding it, its memory map, holds, the lock, blockers."""

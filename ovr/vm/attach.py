@@ -1,4 +1,4 @@
-"""A running VM with everything that is needed to look at it and to write to it from outside."""
+"""A running VM, attached to for reading and writing from outside."""
 
 from contextlib import ExitStack
 from pathlib import Path
@@ -23,18 +23,18 @@ class AttachedVm(Closing):
     Args:
         spec: ``libvirt:DOMAIN``, ``name:NAME``, ``qmp:PATH``, ``pid:N`` or ``lab:NAME``.
         writable: map guest RAM for writing.
-        vmlinux: the guest kernel's file, where its memory does not say enough.
+        vmlinux: the guest kernel's file, for symbols and types that are not in RAM.
 
     Attributes:
-        address: where it is.
+        address: its QMP socket and agent.
         qmp: a connection to QEMU.
         ram: its RAM.
-        kernel: the kernel that ran when we attached.
-        balloon: what the balloon left it then, in bytes; None without one, or not `writable`.
+        kernel: the kernel that ran at that time.
+        balloon: bytes that the balloon left it then; None without one, or if not `writable`.
 
     Raises:
         UsageError: `spec` names no VM, or `vmlinux` is no such file.
-        VmUnreachable: no VM there.
+        VmUnreachable: there is no such VM.
         CheckFailed: its RAM cannot be reached, or no known kernel runs in it.
     """
 
@@ -52,21 +52,20 @@ class AttachedVm(Closing):
             self._stack = stack.pop_all()
 
     def check_same_boot(self) -> None:
-        """Make sure that the kernel that was found when we attached is the one that runs.
+        """Make sure that the kernel found at attach time still runs.
 
-        Asked in every hold that writes, in tens of microseconds. QEMU announces a reset before any
-        vCPU runs on: after it, the dead kernel lies in RAM as it was, for as long as nothing has
-        overwritten it. Where no such announcement reaches us (libvirt), and for what comes without
-        one (kexec, a snapshot that is loaded), the kernel's own mark of its boot tells, once that
-        has changed.
+        Called in every hold that writes, and takes tens of microseconds. After a reset, the dead
+        kernel stays in RAM until it is overwritten, but QEMU reports the reset before any vCPU
+        runs on. Without such an event (under libvirt, after kexec or a loaded snapshot), a change
+        of the kernel's boot mark shows it.
 
         Raises:
-            RestoreFailed: it is not.
+            RestoreFailed: it does not.
             VmUnreachable: QEMU has ended.
         """
         if self.qmp.resets() != self._resets or not self.kernel.same_boot():
             raise RestoreFailed("the guest was rebooted since ovr attached to it", _BOOT_FIRST)
 
     def close(self) -> None:
-        """Let go of the VM; it runs on."""
+        """Release the VM; it runs on."""
         self._stack.close()

@@ -1,7 +1,7 @@
-"""Why a VM must not be written to now: what QEMU says of its state.
+"""Blockers: states of a VM, as reported by QEMU, in which it must not be written to.
 
-A write from outside is seen by nobody in QEMU or in KVM: no dirty log, no write protection, no
-recording has it. And it goes to the memory map and the host pages of now.
+QEMU and KVM do not see a write from outside: it is in no dirty log, write protection or recording.
+And it goes to the present memory map and host pages.
 """
 
 import re
@@ -15,7 +15,7 @@ __all__ = ["balloon_size", "blockers", "refuse_migration"]
 
 _MIGRATION_RESTS: Final = {None, "none", "cancelled", "completed", "failed"}
 _CONFIDENTIAL: Final = re.compile(r"child<(?:sev|sev-snp|tdx)-guest>")
-_EJECTION: Final = (0x3, 0x103)  # ACPI 6.5, 6.3.5 _OST: an ejection that was asked for
+_EJECTION: Final = (0x3, 0x103)  # ACPI 6.5, 6.3.5 _OST: a requested ejection
 _IN_PROGRESS: Final = 0x84
 
 _QUERIES: Final[Mapping[str, dict[str, str]]] = {
@@ -31,35 +31,34 @@ _QUERIES: Final[Mapping[str, dict[str, str]]] = {
     "qom-list": {"path": "/objects"},
     "qom-get": {"path": "/machine", "property": "confidential-guest-support"},  # since 6.0
 }
-"""A QEMU that does not know one of these has not what it asks for."""
+"""A QEMU without one of these queries lacks the feature, too."""
 
 
 def blockers(qmp: Monitor, balloon: int | None = None) -> tuple[CheckFailed, ...]:
-    """Return why this VM must not be written to now, apart from its RAM; empty if it may.
+    """Return the blockers of this VM that are not about its RAM; empty if it may be written to.
 
     Args:
         qmp: a connection to the VM.
-        balloon: what `balloon_size` said a little earlier: if it says something else now, the
-            balloon moves.
+        balloon: an earlier result of `balloon_size`; if it has changed, the balloon is moving.
 
     Raises:
         VmUnreachable: QMP broke.
     """
-    said = qmp.ask(_QUERIES)
+    answers = qmp.ask(_QUERIES)
     reasons = (
-        _state(_fields(said["query-status"])),
-        _migration(_fields(said["query-migrate"])),
-        *_tracking(said),
-        _replay(_fields(said["query-replay"])),
-        *_confidential(said),
-        _balloon(_fields(said["query-balloon"]), balloon),
-        *_memory_devices(said),
+        _state(_fields(answers["query-status"])),
+        _migration(_fields(answers["query-migrate"])),
+        *_tracking(answers),
+        _replay(_fields(answers["query-replay"])),
+        *_confidential(answers),
+        _balloon(_fields(answers["query-balloon"]), balloon),
+        *_memory_devices(answers),
     )
     return tuple(CheckFailed(*reason) for reason in reasons if reason)
 
 
 def refuse_migration(qmp: Monitor) -> None:
-    """Ask again, before the tree may run, whether somebody has begun to move the VM.
+    """Check again, before the tree runs, that no migration of the VM has begun.
 
     Raises:
         CheckFailed: it migrates.
@@ -79,7 +78,7 @@ def balloon_size(qmp: Monitor) -> int | None:
 
 
 Reason = tuple[str, str] | None
-"""What is wrong and what to do."""
+"""Message and hint."""
 
 
 def _state(status: Mapping[str, Any]) -> Reason:
@@ -90,27 +89,27 @@ def _state(status: Mapping[str, Any]) -> Reason:
 
 
 def _migration(migration: Mapping[str, Any]) -> Reason:
-    # The target of the migration would miss our writes, a background snapshot would have them.
+    # A migration would miss our writes; a background snapshot would contain them.
     status = migration.get("status")
     if status in _MIGRATION_RESTS:
         return None
     return (
         f"the VM migrates, or is being saved (state {status})",
-        "wait until that is over, and restore where the VM runs then",
+        "wait until that has ended, and restore where the VM runs then",
     )
 
 
-def _tracking(said: Mapping[str, Any]) -> Iterator[Reason]:
-    rate = _fields(said["query-dirty-rate"])
+def _tracking(answers: Mapping[str, Any]) -> Iterator[Reason]:
+    rate = _fields(answers["query-dirty-rate"])
     # Pages are sampled without any tracking; before 6.2 there is no other mode.
     if rate.get("status") == "measuring" and rate.get("mode", "page-sampling") != "page-sampling":
         yield (
-            f"somebody tracks the VM's dirty pages (calc-dirty-rate, {rate['mode']})",
-            f"wait until that is over: it takes {rate.get('calc-time')} s",
+            f"the VM's dirty pages are tracked (calc-dirty-rate, {rate['mode']})",
+            f"wait until that has ended: it takes {rate.get('calc-time')} s",
         )
-    if _items(said["query-vcpu-dirty-limit"]):
+    if _items(answers["query-vcpu-dirty-limit"]):
         yield (
-            "somebody tracks the VM's dirty pages (set-vcpu-dirty-limit)",
+            "the VM's dirty pages are tracked (set-vcpu-dirty-limit)",
             "end that with cancel-vcpu-dirty-limit",
         )
 
@@ -120,20 +119,20 @@ def _replay(replay: Mapping[str, Any]) -> Reason:
     if mode == "none":
         return None
     return (
-        f"QEMU records or replays what the VM does (mode {mode}): a write from outside breaks that",
+        f"QEMU records or replays the VM (mode {mode}), which a write from outside would break",
         "start the VM without -icount rr=",
     )
 
 
-def _confidential(said: Mapping[str, Any]) -> Iterator[Reason]:
+def _confidential(answers: Mapping[str, Any]) -> Iterator[Reason]:
     names = [
         str(item.get("name"))
-        for item in _items(said["qom-list"])
+        for item in _items(answers["qom-list"])
         if _CONFIDENTIAL.fullmatch(str(item.get("type")))
     ]
-    if _fields(said["query-sev"]).get("enabled") is True and not names:
+    if _fields(answers["query-sev"]).get("enabled") is True and not names:
         names.append("SEV")
-    support = said["qom-get"]
+    support = answers["qom-get"]
     if isinstance(support, str) and support and not names:
         names.append(support)
     for name in names:
@@ -155,26 +154,26 @@ def _balloon(balloon: Mapping[str, Any], before: int | None) -> Reason:
     return (
         f"the VM's balloon is {'inflating' if now < before else 'deflating'}: the guest had"
         f" {before >> 20} MiB and has {now >> 20} MiB",
-        "wait until it has the size that was asked for, then restore again",
+        "wait until it has the requested size, then restore again",
     )
 
 
-def _memory_devices(said: Mapping[str, Any]) -> Iterator[Reason]:
-    for device in _items(said["query-memory-devices"]):
+def _memory_devices(answers: Mapping[str, Any]) -> Iterator[Reason]:
+    for device in _items(answers["query-memory-devices"]):
         data = _fields(device.get("data"))
         if device.get("type") == "virtio-mem" and data.get("size") != data.get("requested-size"):
             yield (
                 f"memory of the VM is being plugged or unplugged: {data.get('id') or 'virtio-mem'}"
-                f" has {data.get('size')} bytes, and {data.get('requested-size')} are asked for",
-                "wait, or set its requested-size to the size that it has",
+                f" has {data.get('size')} bytes, {data.get('requested-size')} are requested",
+                "wait, or set its requested-size to its present size",
             )
-    for slot in _items(said["query-acpi-ospm-status"]):
+    for slot in _items(answers["query-acpi-ospm-status"]):
         ejecting = slot.get("source") in _EJECTION and slot.get("status") == _IN_PROGRESS
         if slot.get("slot-type") == "DIMM" and ejecting:
             yield (
                 "memory of the VM is being unplugged: DIMM"
                 f" {slot.get('device') or slot.get('slot')}",
-                "wait until the guest has let go of it (event DEVICE_DELETED)",
+                "wait until the guest has released it (event DEVICE_DELETED)",
             )
 
 

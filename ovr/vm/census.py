@@ -1,4 +1,4 @@
-"""All VMs of this host: how each can be named, and whether it can be restored into."""
+"""All VMs of this host: their names for ``--vm``, and whether they can be restored into."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -13,7 +13,7 @@ from ovr.vm.processes import QemuProcess, qemu_processes
 
 __all__ = ["FoundVm", "found_vms"]
 
-_PATIENCE = 3.0  # seconds for each answer: one that is stuck must not hide the others
+_PATIENCE = 3.0  # seconds for each answer: a stuck VM must not hide the others
 
 
 @dataclass(frozen=True)
@@ -22,13 +22,13 @@ class FoundVm:
 
     Attributes:
         pid: QEMU's pid.
-        name: what QEMU or libvirt calls it, where it has a name.
-        names: what ``--vm`` takes for it, the best first.
-        agent: where its agent would be, where that is known; nobody was asked.
-        state: QEMU's word (``running``, ``paused``, …), None if it did not answer.
-        memory: bytes of RAM that can be reached from outside, None if it cannot be.
-        problem: why it cannot be restored into; None if it can, as far as can be seen without
-            looking into the guest.
+        name: its name in QEMU or libvirt, if it has one.
+        names: its names for ``--vm``, the best first.
+        agent: the address that its agent would have, if known; it is not contacted.
+        state: QEMU's run state (``running``, ``paused``, …), None if it did not answer.
+        memory: bytes of RAM that can be reached from outside; None if none can.
+        problem: the reason why it cannot be restored into, as far as it shows without a look into
+            the guest; else None.
     """
 
     pid: int
@@ -41,7 +41,7 @@ class FoundVm:
 
 
 def found_vms() -> list[FoundVm]:
-    """Look at every QEMU of this host, those of other users too, by pid."""
+    """Return every VM of this host, also those of other users, by pid."""
     labs = lab_addresses()
     processes = qemu_processes()
     return [_look(process, labs, processes) for process in processes]
@@ -72,9 +72,9 @@ def _names(
 ) -> Iterator[str]:
     if process.libvirt and process.name:
         yield f"libvirt:{process.name}"
-        return  # only libvirt has a monitor for us
+        return  # its only monitor is libvirt's
     sockets = process.qmp
-    if process.uid == os.geteuid():  # names are the owner's word: another user's are not believed
+    if process.uid == os.geteuid():  # the owner sets the name: another user's proves nothing
         yield from (lab.spec for lab in labs if lab.qmp in sockets)
         own = [other.name for other in processes if other.uid == process.uid]
         if process.name and own.count(process.name) == 1:

@@ -1,8 +1,8 @@
-"""Signals that arrive while the VM is held are handled when it is not held any more.
+"""Signals that arrive while the VM is held are handled after the hold.
 
 Python runs its signal handlers between any two bytecodes of the main thread, and they may raise:
 ``KeyboardInterrupt`` just before a ``try`` would leave the VM held, just after a ``finally`` has
-begun would skip what lets it go. And Ctrl-Z stops a process wherever it is.
+begun would skip the release. And Ctrl-Z stops a process at any point.
 """
 
 import signal
@@ -16,11 +16,11 @@ _UNCHANGEABLE: Final = {signal.SIGKILL, signal.SIGSTOP}
 
 
 class DeferredSignals:
-    """Stands in for every signal handler of Python's; a context manager.
+    """Replaces every Python signal handler; a context manager.
 
-    Between `begin` and `end` signals are noted, else they do what they did before. So does SIGTSTP
-    where it has no handler. In other threads than the main one there is nothing to do: handlers do
-    not run there, and do not raise.
+    Between `begin` and `end`, signals are recorded; otherwise they reach their handlers. The same
+    holds for SIGTSTP without a handler. Does nothing in other threads than the main one, where no
+    handlers run.
     """
 
     def __init__(self) -> None:
@@ -50,11 +50,11 @@ class DeferredSignals:
         self.end()
 
     def begin(self) -> None:
-        """Note signals from here on."""
+        """Record signals from here on."""
         self._deferring = True
 
     def end(self) -> None:
-        """Handle what was noted. Raises what the handlers raise; the others wait for the next."""
+        """Handle the recorded signals. If a handler raises, the rest waits for the next `end`."""
         self._deferring = False
         while self._noted:
             self._handle(self._noted.pop(0), None)
@@ -70,7 +70,7 @@ class DeferredSignals:
         if _is_ours(handler):
             handler(number, frame)
             return
-        # SIGTSTP: stop here, and go on from here when somebody sends SIGCONT.
+        # SIGTSTP: stop here, and continue here on SIGCONT.
         ours = signal.signal(number, signal.SIG_DFL)
         try:
             signal.raise_signal(number)
@@ -84,5 +84,5 @@ class DeferredSignals:
 
 
 def _is_ours(handler: object) -> bool:
-    # A function of Python's: not SIG_DFL or SIG_IGN, which are called handlers, too, and not None.
+    # A Python function: not SIG_DFL or SIG_IGN, which getsignal() returns, too, and not None.
     return callable(handler) and not isinstance(handler, signal.Handlers)

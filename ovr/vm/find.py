@@ -1,16 +1,16 @@
-"""From what the user types to where the VM listens.
+"""Resolving the user's name of a VM to its QMP socket.
 
 ==================  ===============================================================
 ``libvirt:DOMAIN``  a libvirt domain, by name, UUID or id
-``name:NAME``       a QEMU of the caller's that was started with ``-name NAME``
+``name:NAME``       a QEMU of the caller, started with ``-name NAME``
 ``qmp:PATH``        a QMP socket
 ``pid:N``           a QEMU process
 ``lab:NAME``        a VM of this repository's lab
 ==================  ===============================================================
 
-The lab writes one state file a VM, in the directory that `lab_directory` names. This module
-reads two of its keys (``qmp`` and ``agent``); that is all that is known of the lab here, and
-`ovr.lab` takes the place of the files from here.
+The lab writes a state file for each VM, in the directory `lab_directory`. This module reads two of
+its keys (``qmp`` and ``agent``) and knows nothing else of the lab; `ovr.lab` imports the location
+of the files from here.
 """
 
 import json
@@ -40,7 +40,7 @@ LAB_STATE = "vm.json"
 """The name of the state file in a lab VM's directory."""
 
 VM_FORMS: Final = "libvirt:DOMAIN, name:NAME, qmp:PATH, pid:N or lab:NAME"
-"""What `find_vm` takes, for messages."""
+"""The forms that `find_vm` accepts, for messages."""
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,31}")
 _OWN_MONITOR = "give it one more monitor: -qmp unix:PATH,server=on,wait=off"
@@ -48,13 +48,13 @@ _OWN_MONITOR = "give it one more monitor: -qmp unix:PATH,server=on,wait=off"
 
 @dataclass(frozen=True)
 class VmAddress:
-    """Where a VM can be reached.
+    """The addresses of a VM.
 
     Attributes:
-        spec: what the user typed.
+        spec: the name given by the user.
         qmp: path of the QMP socket, or the libvirt domain that has the monitor.
-        agent: address of the guest's agent as ``--agent`` takes it, where it is known.
-        pid: QEMU's, where the VM was named by its process; None otherwise.
+        agent: address of the guest's agent, in the form of ``--agent``, if known.
+        pid: QEMU's, if the VM was named by its process; else None.
     """
 
     spec: str
@@ -66,7 +66,7 @@ class VmAddress:
         """Connect to the VM's monitor; `timeout` is for each answer, in seconds.
 
         Raises:
-            VmUnreachable: it does not answer, or is another process's.
+            VmUnreachable: it does not answer, or belongs to another process.
         """
         monitor: Monitor
         if isinstance(self.qmp, Domain):
@@ -74,17 +74,17 @@ class VmAddress:
         else:
             monitor = Qmp.connect(self.qmp, timeout)
         if self.pid not in (None, monitor.qemu_pid):
-            with monitor:  # any user can put any path on his command line
+            with monitor:  # any user can put any path on a command line
                 raise VmUnreachable(
                     f"the monitor of {self.spec} is not that of process {self.pid}, but of"
                     f" {monitor.qemu_pid or 'one that cannot be seen from here'}",
-                    "name the VM by its socket, if it is the one that you mean: --vm qmp:PATH",
+                    "if it is the right VM, name it by its socket: --vm qmp:PATH",
                 )
         return monitor
 
 
 def find_vm(spec: str) -> VmAddress:
-    """Resolve what the user typed, one of `VM_FORMS`.
+    """Resolve a name of one of the `VM_FORMS`.
 
     Raises:
         UsageError: the text is none of these.
@@ -107,7 +107,7 @@ def find_vm(spec: str) -> VmAddress:
 
 
 def address_of_process(spec: str, process: QemuProcess) -> VmAddress:
-    """Return where a QEMU process listens, as its command line has it.
+    """Return the addresses on the command line of a QEMU process.
 
     Raises:
         VmUnreachable: it has no QMP socket that we can use.
@@ -128,7 +128,7 @@ def lab_addresses() -> list[VmAddress]:
     for path in sorted(lab_directory().glob(f"*/{LAB_STATE}")):
         try:
             found.append(find_vm(f"lab:{path.parent.name}"))
-        except VmUnreachable:  # gone meanwhile, or not ours to read
+        except VmUnreachable:  # removed meanwhile, or not readable for us
             continue
     return found
 
@@ -139,8 +139,8 @@ def lab_directory(name: str = "") -> Path:
     It is below ``$XDG_RUNTIME_DIR/ovr``, for root without one ``/run/ovr``, else ``/tmp/ovr-UID``.
 
     Raises:
-        UsageError: not a name that a VM can have.
-        LabError: another user has power over it.
+        UsageError: not a valid name of a VM.
+        LabError: another user can change the directory.
     """
     if name and not _NAME.fullmatch(name):
         raise UsageError(
@@ -151,7 +151,7 @@ def lab_directory(name: str = "") -> Path:
 
 
 def _named(name: str) -> QemuProcess:
-    # Any user can give his QEMU any name: only the caller's own are found by it.
+    # Any user can give any name to a QEMU: only the caller's own are found by name.
     every = [process for process in qemu_processes() if process.name == name]
     found = [process for process in every if process.uid == os.geteuid()]
     if not every:
@@ -160,7 +160,7 @@ def _named(name: str) -> QemuProcess:
         whose = ", ".join(f"pid:{process.pid} of {_user(process.uid)}" for process in every)
         raise VmUnreachable(
             f"the name {name} is that of another user's QEMU: {whose}",
-            "if it is the one that you mean, name it by its pid",
+            "if it is the right VM, name it by its pid",
         )
     if len(found) > 1:
         pids = ", ".join(f"pid:{process.pid}" for process in found)
@@ -191,14 +191,14 @@ def _runtime_directory() -> Path:
     else:
         path = Path(f"/tmp/ovr-{os.geteuid()}")
     try:
-        # In /tmp it is made at once, or another user could do so.
+        # In /tmp it is made at once, before another user makes it.
         with Directory.private(path, create=path.parent == Path("/tmp")):
             pass
     except FileNotFoundError:
         pass
     except OSError as error:
         raise LabError(
-            f"{path} is no place for lab VMs: {error.strerror}",
+            f"{path} cannot be used for lab VMs: {error.strerror}",
             "set XDG_RUNTIME_DIR to a directory of your own",
         ) from error
     return path

@@ -1,19 +1,19 @@
-"""Holding the VM still for a bounded moment, and letting it go whatever happens to us.
+"""Holding the VM for a bounded time, and releasing it whatever happens to ovr.
 
 A hold puts all threads of QEMU into a ptrace stop, the vCPUs among them: no page table entry and no
-`struct page` changes, so what was checked stays true until the hold ends. The guest sees a moment
-without CPU time, as from a busy host. No parent of QEMU hears of it, no SIGCONT ends it, and its
-terminal is not touched. Threads are seized anew for each hold: nobody traces QEMU in between.
+`struct page` changes, so every check stays valid until the hold ends. The guest sees a moment
+without CPU time, as from a busy host. No parent of QEMU is notified, no SIGCONT ends it, and its
+terminal is not touched. Threads are seized anew for each hold; QEMU is not traced in between.
 
-A process of its own does it, the tracer (``native/tracer.c``), which lets the VM run on when the
-last of our threads is gone. If the tracer is killed, the kernel lets the VM run on. A hold that
-lasts too long is broken off by the tracer, whatever keeps us: it shuts the gate through which all
-writes to guest RAM go, waits for whoever is inside, and lets the VM run.
+A separate process does it, the tracer (``native/tracer.c``), which resumes the VM when the last of
+our threads has ended. If the tracer is killed, the kernel resumes the VM. The tracer breaks off a
+hold that lasts too long, whatever delays ovr: it shuts the gate that all writes to guest RAM pass,
+waits for writes in progress, and resumes the VM.
 
-Where QEMU may not be traced (Yama, or another security module) it is stopped by SIGSTOP. Then a
-hold counts only if no thread has run in it, and a QEMU whose terminal has a shell is refused.
+If QEMU may not be traced (Yama, or another security module), it is stopped by SIGSTOP. Then a hold
+is valid only if no thread has run in it, and a QEMU whose terminal has a shell is refused.
 
-QMP's ``stop`` would do too, but takes five times as long, tells every management tool, and stops
+QMP's ``stop`` would do too, but takes five times as long, notifies all management tools, and stops
 and restarts the guest's vhost-user devices, over which vhost-device-vsock loses its queues (seen:
 dead within 100 holds under traffic).
 """
@@ -33,7 +33,7 @@ from ovr.vm.qmp import Monitor
 __all__ = ["BOUND_SECONDS", "Holder"]
 
 BOUND_SECONDS: Final = 0.2
-"""After which a hold is broken off, from when all threads stand. Copying ends at half of it."""
+"""Seconds until a hold is broken off, once all threads stand. Copying ends at half of it."""
 
 _PATIENCE: Final = 2.0  # seconds for all threads to stop; one may wait for a disk
 
@@ -47,15 +47,15 @@ class Holder:
 
     Args:
         qmp: a connection to the VM.
-        check: called at the begin of every hold; raises if the VM must not be written to.
-        ram: the VM's RAM: from here on it can be written only while the VM is held by us.
+        check: called at the beginning of every hold; raises if the VM must not be written to.
+        ram: the VM's RAM, which from here on can be written only during holds.
         bound: seconds after which a hold is broken off.
 
     Attributes:
-        seconds: for how long the VM was held, in all.
-        longest: the longest single hold, in seconds.
-        count: how often.
-        spans: begin and end of each hold, as time.perf_counter() has them.
+        seconds: total time of all holds.
+        longest: the longest hold, in seconds.
+        count: the number of holds.
+        spans: begin and end of each hold, in time of time.perf_counter().
 
     Raises:
         CheckFailed: the VM does not run, or its QEMU cannot be held from here.
@@ -101,22 +101,22 @@ class Holder:
 
     @property
     def way(self) -> str:
-        """How the VM is held: ``ptrace`` or ``sigstop``."""
+        """The way in which the VM is held: ``ptrace`` or ``sigstop``."""
         return _WAYS.get(self._native.way, "") if self._native else ""
 
     @contextmanager
     def held(self) -> Iterator[None]:
         """Stop all vCPUs for the body of the ``with``; keep it short (tens of milliseconds).
 
-        Signals to us are handled at its end: it is not left by ``KeyboardInterrupt``.
+        Signals to ovr are handled at its end: ``KeyboardInterrupt`` does not leave it.
 
         Raises:
-            HoldBroken: the VM ran before the end of the body, or may have: nothing that was found
-                or written in it counts.
+            HoldBroken: the VM ran before the end of the body, or may have: nothing found or
+                written in it is valid.
             RestoreFailed: QEMU does not stop.
             CheckFailed: QEMU may not be held: a debugger traces it.
             VmUnreachable: QEMU has ended.
-            OvrError: what the holder's `check` raises.
+            OvrError: the errors of `check`.
         """
         self._signals.begin()
         try:
@@ -134,13 +134,13 @@ class Holder:
             self._signals.end()
 
     def as_json(self) -> dict[str, float | str]:
-        """Return what a report says about the holds."""
+        """Return the section of a report about the holds."""
         return {
             "by": self.way, "count": self.count, "seconds": self.seconds, "longest": self.longest
         }  # fmt: skip
 
     def _try_out(self) -> None:
-        # Whether it can be held is better known before anything is built in the guest.
+        # Fail now if it cannot be held, before anything is built in the guest.
         self._signals.begin()
         try:
             native = self._take()
@@ -153,11 +153,11 @@ class Holder:
     def _take(self) -> Hold:
         native = self._native
         if native is None or not native.tracer:
-            # The first, or the last one was killed: there may be something to be taken back.
+            # The first tracer, or a new one for a killed one: writes may have to be undone.
             native = self._native = self._start()
         result = native.take()
         if result == Result.LOST:
-            # It was killed a moment ago: nothing was held by it.
+            # It was killed a moment ago, outside of a hold.
             native = self._native = self._start()
             result = native.take()
         if result:

@@ -1,4 +1,4 @@
-"""Why the VM cannot be held, or was not held until the end."""
+"""Errors of holds: the VM cannot be held, or was not held until the end."""
 
 from collections.abc import Mapping
 from enum import IntEnum
@@ -41,10 +41,10 @@ _ERRORS: Final[Mapping[Result, tuple[type[OvrError], str, str]]] = {
     ),
     Result.TERMINAL: (
         CheckFailed,
-        "{qemu} may not be traced, and has a terminal, whose shell may let it run inside of a hold",
+        "{qemu} may not be traced, and has a terminal, whose shell may resume it inside of a hold",
         "run as root (CAP_SYS_PTRACE), or start QEMU without a terminal (setsid)",
     ),
-    Result.RAN: (HoldBroken, "{qemu} was let run by another process while it was held", _AGAIN),
+    Result.RAN: (HoldBroken, "{qemu} was resumed by another process while it was held", _AGAIN),
     Result.BROKEN: (HoldBroken, "the VM was held for longer than {bound:g} s; broken off", _AGAIN),
     Result.LOST: (HoldBroken, "the process that holds the VM was killed", _AGAIN),
     Result.SILENT: (HoldBroken, "the process that holds the VM did not answer", _AGAIN),
@@ -53,12 +53,12 @@ _ERRORS: Final[Mapping[Result, tuple[type[OvrError], str, str]]] = {
 
 
 def hold_error(result: int, pid: int, who: int, *, bound: float, patience: float) -> OvrError:
-    """Return the error that a result means.
+    """Return the error for a result.
 
     Args:
-        result: a `Result`, but `Result.DONE`.
+        result: a `Result`, not `Result.DONE`.
         pid: of QEMU.
-        who: whom it is about: QEMU's tracer, or one of its threads.
+        who: the process or thread in question: QEMU's tracer, or one of its threads.
         bound: seconds that a hold may last.
         patience: seconds that a thread may take to stop.
     """

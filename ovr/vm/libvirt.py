@@ -1,14 +1,14 @@
-"""A VM under libvirt, by the name that ``virsh list`` shows.
+"""A VM under libvirt, named as in ``virsh list``.
 
-libvirt owns the QMP monitor of its domains and must go on owning it, so QMP commands are passed
-through it (``virsh qemu-monitor-command``), one process a command. Only queries are sent; libvirt
-marks the domain as tainted (``custom-monitor``) all the same, which changes nothing but its log.
+libvirt owns the QMP monitor of its domains, so QMP commands are passed through it (``virsh
+qemu-monitor-command``), with one process for each command. Only queries are sent; libvirt marks the
+domain as tainted (``custom-monitor``) all the same, which changes nothing but its log.
 
-Which libvirtd is asked is virsh's own choice: ``LIBVIRT_DEFAULT_URI``, else the system's for root
-and the session's for others.
+virsh selects the libvirtd: ``LIBVIRT_DEFAULT_URI``, else the system's for root and the session's
+for others.
 
-libvirt does not tell the pid of a domain's QEMU. It is the process that has the domain's UUID on
-its command line, and, since any user can have that, runs as the user that libvirt runs it as.
+libvirt has no query for the pid of a domain's QEMU. It is the process with the domain's UUID on its
+command line that runs as the domain's user; any other user can show the UUID, too.
 """
 
 import json
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 __all__ = ["Domain", "LibvirtMonitor", "find_domain"]
 
 _INSTALL: Final = "apt-get install libvirt-clients"
-_OTHER_URI: Final = "is libvirtd up? LIBVIRT_DEFAULT_URI says which one is asked"
+_OTHER_URI: Final = "is libvirtd up? LIBVIRT_DEFAULT_URI selects it"
 
 
 @dataclass(frozen=True)
@@ -40,9 +40,9 @@ class Domain:
     Attributes:
         name: its name.
         uuid: its UUID, which stays when it is renamed.
-        agent: where the guest's agent would be, as ``--agent`` takes it, as far as the domain's
-            XML tells: its vsock CID, or the socket of a channel named ``org.ovr.0``.
-        uid: the user that its QEMU runs as; None if libvirt does not say, and so did not change it.
+        agent: the address that the guest's agent would have, in the form of ``--agent``, from the
+            domain's XML: its vsock CID, or the socket of a channel named ``org.ovr.0``.
+        uid: the user of its QEMU; None if it is not in the XML, and libvirt did not change it.
     """
 
     name: str
@@ -55,19 +55,19 @@ def find_domain(name: str, timeout: float = 10.0) -> Domain:
     """Return the domain with this name, UUID or id.
 
     Args:
-        name: as virsh takes it.
+        name: in any form that virsh accepts.
         timeout: seconds that libvirt may take.
 
     Raises:
         VmUnreachable: there is none, it does not run, or libvirt cannot be asked.
     """
-    from xml.etree import ElementTree  # noqa: PLC0415 - others than libvirt:… need it not
+    from xml.etree import ElementTree  # noqa: PLC0415 - for libvirt: only
 
     text = _virsh(name, "dumpxml", "--domain", name, timeout=timeout)
     try:
         root = ElementTree.fromstring(text)
     except ElementTree.ParseError as error:
-        raise VmUnreachable(f"libvirt's XML of {name} makes no sense: {error}") from error
+        raise VmUnreachable(f"libvirt's XML of {name} is invalid: {error}") from error
     found = Domain(root.findtext("name", name), root.findtext("uuid", ""), _agent(root), _uid(root))
     if root.get("type") not in ("qemu", "kvm"):
         raise VmUnreachable(f"the libvirt domain {found.name} is no QEMU: {root.get('type')}")
@@ -82,7 +82,7 @@ class LibvirtMonitor(Monitor):
     """The QMP monitor of a domain, through libvirt.
 
     Args:
-        domain: which one.
+        domain: the domain.
         timeout: seconds to wait for each answer.
 
     Raises:
@@ -115,7 +115,7 @@ class LibvirtMonitor(Monitor):
         return self._pid
 
     def ask(self, queries: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-        """Run queries; see `Monitor.ask`. All at once: what takes time is to start virsh."""
+        """Run queries; see `Monitor.ask`. In parallel: each has to start virsh."""
         with ThreadPoolExecutor(max(len(queries), 1)) as pool:
             return dict(zip(queries, pool.map(self._asked, queries, queries.values()), strict=True))
 

@@ -1,8 +1,8 @@
-"""One `ovr` at a time restores into a VM: a lock on the VM's own RAM file.
+"""The lock of a VM, on its RAM file: a single `ovr` at a time restores into it.
 
-All who restore into a VM open that file, whatever their user, container or mount namespace, and
-the kernel keeps the lock (``flock``) with the file itself. It ends with the process that has it,
-however that ends, and nothing is left behind. QEMU and its helpers lock no RAM files.
+Every `ovr` that restores into a VM opens that file, in any container or mount namespace and as any
+user, and the kernel keeps the lock (``flock``) with the file itself. It ends with its process and
+leaves nothing behind. QEMU and its helpers lock no RAM files.
 """
 
 import fcntl
@@ -25,11 +25,11 @@ def locked(slots: Sequence[Slot]) -> Iterator[None]:
         slots: the VM's RAM.
 
     Raises:
-        CheckFailed: another one is at it, or the file's file system knows no locks.
+        CheckFailed: another one has the lock, or the file system has no locks.
         RamNotShared: we may not read the RAM file.
     """
     file = min(slots, key=lambda slot: slot.gpa).file
-    # A lock belongs to the open file description, and the one that we map may be QEMU's.
+    # A lock belongs to the open file description, and the mapped one may be QEMU's.
     fd = file.reopened()
     try:
         try:
@@ -47,13 +47,13 @@ def locked(slots: Sequence[Slot]) -> Iterator[None]:
 
 
 def refuse_locked(qemu_pid: int) -> None:
-    """Say so if another `ovr` has the VM; for when QEMU's monitor, which serves one, is silent.
+    """Report another `ovr` that uses the VM, when QEMU's monitor, with its one client, is silent.
 
     Args:
-        qemu_pid: QEMU, one of whose open files is its RAM. Nothing happens if we may not look.
+        qemu_pid: QEMU, whose open files include its RAM. Does nothing if they cannot be read.
 
     Raises:
-        CheckFailed: another one is at it.
+        CheckFailed: another one has the lock.
     """
     locks = _locks()
     with suppress(OSError):
@@ -74,7 +74,7 @@ def _taken(owner: int) -> CheckFailed:
 
 
 def _locks() -> dict[str, int]:
-    # Who has which file locked, 0 for a pid that has no number here. A line of /proc/locks is
+    # Locked files and the pids of the owners; 0 outside of our pid namespace. /proc/locks has lines
     # "1: FLOCK  ADVISORY  WRITE 4242 00:19:1234 0 EOF"; the device is in hexadecimal (fs/locks.c).
     try:
         lines = [line.split() for line in Path("/proc/locks").read_text().splitlines()]

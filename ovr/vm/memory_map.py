@@ -1,11 +1,11 @@
-"""Which part of guest-physical memory lies in which file on the host, asked of QEMU itself.
+"""The memory map: the files on the host that back guest-physical memory, as QEMU reports them.
 
-Three answers are joined, so that nothing depends on how files are named: the flat view of the
-guest's address space says what is RAM, ``gpa2hva`` where QEMU has it mapped, and
-``/proc/PID/maps`` which file that mapping is of, and whether QEMU shares it and writes to it. So
+It joins three answers, so that nothing depends on names of files: the flat view of the guest's
+address space lists RAM, ``gpa2hva`` gives the address at which QEMU has it mapped, and
+``/proc/PID/maps`` the file of that mapping, and whether QEMU shares it and writes to it. So
 memfds, deleted files, NUMA nodes, DIMMs and the hole below 4 GiB need no special cases.
 
-Expected of ``info mtree -f`` (QEMU 7.2.22, q35 with 4 GiB in two NUMA nodes; I/O left out)::
+Expected output of ``info mtree -f`` (QEMU 7.2.22, q35 with 4 GiB in two NUMA nodes; I/O left out)::
 
     FlatView #3
      AS "memory", root: system
@@ -42,7 +42,7 @@ __all__ = ["RamRange", "guest_slots", "ram_ranges"]
 _RANGE = re.compile(r" *([0-9a-f]{16})-([0-9a-f]{16}) \(prio -?\d+, ([\w/-]+)\): (\S+)")
 _HVA = re.compile(r"Host virtual address for 0x[0-9a-f]+ \(.*\) is 0x([0-9a-f]{1,16})\s*")
 _RANGES_LIMIT = 4096
-_PATIENCE: Final = 60.0  # seconds for all questions together: each could be answered late
+_PATIENCE: Final = 60.0  # seconds for all queries together: each could be answered late
 _BECOME = "run as root, or as the user that runs QEMU, on its host"
 
 
@@ -57,7 +57,7 @@ class RamRange:
 
 @dataclass(frozen=True)
 class _Piece:
-    """A part of a `RamRange` as QEMU has it mapped; `mapping` is the first that leads there."""
+    """A part of a `RamRange` in QEMU's address space; `mapping` is its first mapping."""
 
     gpa: Gpa
     size: int
@@ -66,22 +66,22 @@ class _Piece:
 
     @property
     def file(self) -> tuple[int, int, str]:
-        """What tells its file from others, for as long as the file is mapped."""
+        """Identity of its file, for as long as the file is mapped."""
         return self.mapping.device, self.mapping.inode, self.mapping.path
 
     @property
     def place(self) -> tuple[object, ...]:
-        """Which bytes of which file it is."""
+        """Its file, and the bytes of it."""
         return self.gpa, self.size, self.offset, self.file
 
 
 def guest_slots(qmp: Monitor) -> tuple[Slot, ...]:
-    """Return what backs the guest's RAM, ascending.
+    """Return the slots of the guest's RAM, ascending.
 
-    RAM that the firmware made read-only (below 1 MiB) is left out: no page of it is a task's.
+    RAM that the firmware made read-only (below 1 MiB) is left out: no task has pages there.
 
-    Which file that is, is QEMU's word, and so is where it lies in it. A process that plays QEMU
-    gets us to map what it has mapped for writing itself, and nothing else (`ProcessFiles`).
+    File and offset come from QEMU. A process that poses as QEMU can make ovr map only files that it
+    has itself mapped for writing (`ProcessFiles`).
 
     Raises:
         RamNotShared: some RAM is not a mapping of a regular file that QEMU shares and writes to,
@@ -102,7 +102,7 @@ def guest_slots(qmp: Monitor) -> tuple[Slot, ...]:
         addresses = [_address(qmp, found.gpa, until) for found in ranges]
         pieces = _all_pieces(ranges, addresses, process.mappings())
         files = {piece.file: process.open_mapped(piece.mapping) for piece in _one_a_file(pieces)}
-        # What we have open cannot get another file's number now: what is mapped still is this.
+        # Our open files keep their inode numbers: an equal number now means the same file.
         again = _all_pieces(ranges, addresses, process.mappings())
         if [piece.place for piece in again] != [piece.place for piece in pieces]:
             raise CheckFailed("QEMU's memory map changed while it was read", "try again")
@@ -129,7 +129,7 @@ def ram_ranges(mtree: str) -> list[RamRange]:
         start = -(-int(match[1], 16) // PAGE_SIZE) * PAGE_SIZE
         end = (int(match[2], 16) + 1) // PAGE_SIZE * PAGE_SIZE
         if start < last or len(ranges) == _RANGES_LIMIT:
-            raise CheckFailed("QEMU's memory map (info mtree -f) makes no sense", "is this QEMU?")
+            raise CheckFailed("QEMU's memory map (info mtree -f) is invalid", "is this QEMU?")
         if start < end:
             ranges.append(RamRange(Gpa(start), end - start, match[4]))
             last = end
@@ -142,12 +142,12 @@ def _system_view(mtree: str) -> list[str]:
         if any(line.strip().startswith('AS "memory",') for line in lines):
             return lines
     raise CheckFailed(
-        "QEMU's memory map (info mtree -f) was not understood", "QEMU 5.0 or later is needed"
+        "QEMU's memory map (info mtree -f) cannot be parsed", "QEMU 5.0 or later is needed"
     )
 
 
 def _backends(qmp: Monitor) -> dict[str, bool]:
-    # Names that memory regions of the backends have, and whether the backend is shared.
+    # Names of the backends' memory regions, and whether the backend is shared.
     shared = {}
     for backend in _list(qmp.execute("query-memdev")):
         name = str(backend.get("id"))
@@ -167,11 +167,11 @@ def _qemu_pid(qmp: Monitor) -> int:
 
 def _address(qmp: Monitor, gpa: Gpa, until: float) -> int:
     if time.monotonic() > until:
-        raise VmUnreachable(f"QEMU does not say within {_PATIENCE:g} s where its RAM is")
+        raise VmUnreachable(f"QEMU did not report its RAM within {_PATIENCE:g} s")
     answer = qmp.human(f"gpa2hva {gpa:#x}")
     if match := _HVA.fullmatch(answer):
         return int(match[1], 16)
-    raise CheckFailed(f"QEMU does not say where it has GPA {gpa:#x}: {answer.strip()[:100]}")
+    raise CheckFailed(f"QEMU does not report the address of GPA {gpa:#x}: {answer.strip()[:100]}")
 
 
 def _all_pieces(
@@ -186,7 +186,7 @@ def _all_pieces(
 
 
 def _pieces(found: RamRange, address: int, mappings: Iterable[Mapping]) -> Iterator[_Piece]:
-    # The range as QEMU has it mapped; madvise may have split the mapping into several.
+    # The range in QEMU's address space; madvise may have split the mapping into several.
     at, end = address, address + found.size
     for mapping in mappings:
         if not mapping.start <= at < min(mapping.end, end):
@@ -226,7 +226,7 @@ def _check_size(slot: Slot) -> None:
     size = os.fstat(slot.file.fileno()).st_size
     if size < slot.offset + slot.size:
         raise RamNotShared(
-            f"the VM's RAM file {slot.file.name} has {size} bytes, and QEMU says that it uses"
+            f"the VM's RAM file {slot.file.name} has {size} bytes, but QEMU uses"
             f" {slot.offset + slot.size}",
-            "is this QEMU? If it is, restart the VM: its RAM file was cut off",
+            "is this QEMU? If it is, restart the VM: its RAM file was truncated",
         )

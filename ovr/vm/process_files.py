@@ -1,13 +1,13 @@
-"""What a process has mapped, and its open files, taken over as they are.
+"""The mappings of a process, and its open files, with the rights that it has to them.
 
-A process that merely plays QEMU must not get us to write to a file that it cannot write to itself.
-So a file that it has mapped is never opened by its name: its own open file description is
-duplicated (``pidfd_getfd``), which allows what the process is allowed, whatever our rights are.
+A process that poses as QEMU must not make ovr write to a file that it cannot write to itself. So a
+mapped file is never opened by its name: the process's own open file description is duplicated
+(``pidfd_getfd``), which permits the same as to the process, whatever rights ovr has.
 
-``pidfd_getfd`` needs the right to trace the process. Where we may only look at it (the same user,
-under Yama's ``ptrace_scope`` 1 or in a container), ``/proc/PID/fd/N`` is opened instead, with our
-own rights. Then the mapping tells: it must be of the file that was opened, shared and writable,
-before and after, and no process can map a file so that it may not write to.
+``pidfd_getfd`` needs the right to trace the process. If ovr may only read its /proc (as the same
+user, under Yama's ``ptrace_scope`` 1 or in a container), ``/proc/PID/fd/N`` is opened instead, with
+ovr's rights. Then the mapping is the proof: before and after, it must be a shared and writable
+mapping of that file, which a process without the right to write cannot make.
 """
 
 import ctypes
@@ -31,10 +31,10 @@ SHARE_IT: Final = (
     "-machine memory-backend=ram (libvirt: <memoryBacking><source type='memfd'/>"
     "<access mode='shared'/></memoryBacking>)"
 )
-"""How a VM gets RAM that can be written from outside, for hints."""
+"""The options that give a VM shared RAM, for hints."""
 
 _SYS_PIDFD_GETFD: Final = 438  # in v5.6
-_MAPS_LIMIT: Final = 32 << 20  # bytes: ten times what 65,530 mappings (vm.max_map_count) take
+_MAPS_LIMIT: Final = 32 << 20  # bytes: ten times the text of 65,530 mappings (vm.max_map_count)
 _FILES_LIMIT: Final = 1 << 16
 _MAPPING = re.compile(
     r"([0-9a-f]{1,16})-([0-9a-f]{1,16}) .(.).([sp]) ([0-9a-f]{1,16})"
@@ -51,10 +51,10 @@ class Mapping:
     Attributes:
         shared: ``MAP_SHARED``.
         writable: the process may write to it now.
-        offset: where in the file it begins.
-        device: of the file system, as ``os.makedev`` has it.
-        inode: the number that the file has there.
-        path: what the file was called when it was opened.
+        offset: its start in the file, in bytes.
+        device: of the file system, in the form of ``os.makedev``.
+        inode: the file's inode number.
+        path: the file's name when it was opened.
     """
 
     start: int
@@ -88,14 +88,14 @@ def parse_maps(text: str) -> list[Mapping]:
 class ProcessFiles:
     """The mappings and open files of one process; a context manager.
 
-    Its directory in ``/proc`` is kept open, so that it is the same process from first to last: once
-    that has ended, whoever has its pid then is not looked at (``ESRCH``).
+    Its directory in ``/proc`` is kept open, and so stays that of the same process: once this has
+    ended, reads fail (``ESRCH``), even if another process has its pid.
 
     Args:
         pid: the process.
 
     Raises:
-        CheckFailed: there is none, or we may not look at it.
+        CheckFailed: there is none, or it may not be read.
     """
 
     def __init__(self, pid: int) -> None:
@@ -119,15 +119,14 @@ class ProcessFiles:
         os.close(self._directory)
 
     def check_owner(self, owner: int | None) -> None:
-        """Make sure that the process belongs to whom it belonged to when it called listen(2).
+        """Make sure that the process still has the owner that it had when it called listen(2).
 
-        The kernel names the pid of then. By now it may be another user's: the process has run a
-        set-uid program, or has ended and its pid was given away, while a child of its answers at
-        the socket. A process that was root's then may have become any user's since (``-run-with
-        user=…``).
+        The kernel reports the pid of that time. Since then, the process may have run a set-uid
+        program, or ended and left its pid to another process, while its child answers at the
+        socket. A process of root may have changed to any user since (``-run-with user=…``).
 
         Args:
-            owner: the uid of then; None where another program vouches for the pid.
+            owner: the uid of that time; None if another program vouches for the pid.
 
         Raises:
             CheckFailed: it is another user's.
@@ -142,10 +141,10 @@ class ProcessFiles:
         )
 
     def mappings(self) -> list[Mapping]:
-        """Return what files it has mapped now.
+        """Return its present mappings of files.
 
         Raises:
-            CheckFailed: it has ended, or we may not look.
+            CheckFailed: it has ended, or may not be read.
         """
         text = self._text("maps", _MAPS_LIMIT)
         if self._mappings is None or self._mappings[0] != text:
@@ -156,13 +155,13 @@ class ProcessFiles:
         """Take over the descriptor by which the process can write to the file of a mapping.
 
         Args:
-            mapping: shared and writable. It must be there still after this has returned, or else
-                the file may be another one: see the module.
+            mapping: shared and writable. The caller must check that it still exists afterwards;
+                otherwise the file may be another one (see the module).
 
         Raises:
-            RamNotShared: it has the file not open any more, or not for writing; or it is no
-                regular file.
-            CheckFailed: its open files cannot be looked at.
+            RamNotShared: the process has closed the file, or has it open for reading only; or it
+                is no regular file.
+            CheckFailed: its open files cannot be read.
         """
         wanted, read_only = self._identity(mapping), False
         for number in self._numbers():
@@ -188,8 +187,8 @@ class ProcessFiles:
         )
 
     def _identity(self, mapping: Mapping) -> tuple[int, int]:
-        # As fstat() has it. On btrfs `maps` has another device, the same for all subvolumes; what
-        # map_files leads to is the mapped file itself, but needs CAP_CHECKPOINT_RESTORE.
+        # As fstat() has it. On btrfs `maps` has another device, the same for all subvolumes;
+        # map_files leads to the mapped file itself, but needs CAP_CHECKPOINT_RESTORE.
         name = f"map_files/{mapping.start:x}-{mapping.end:x}"
         try:
             return _identity(os.stat(name, dir_fd=self._directory))
@@ -224,7 +223,7 @@ class ProcessFiles:
         return None
 
     def _reopened(self, number: str) -> int | None:
-        # Only as the process has it open; the device is not opened but of a regular file's kind.
+        # With the process's own access mode. O_NONBLOCK: a device in its place must not block us.
         try:
             flags = re.search(r"^flags:\s*([0-7]+)$", self._text(f"fdinfo/{number}", 4096), re.M)
             if flags is None or int(flags[1], 8) & os.O_ACCMODE != os.O_RDWR:

@@ -1,8 +1,8 @@
-"""QEMU processes of this host, and what their command lines say about how to reach the VM.
+"""QEMU processes of this host, and the addresses of VMs on their command lines.
 
-A command line is its user's word. Any user can start a process, or the real QEMU, with any name,
-UUID and socket on it: the program proves nothing, the user does. So names are looked up among the
-processes of one user (`QemuProcess.uid`), and a monitor must be that process's (`ovr.vm.find`).
+A command line is set by its user. Any user can start a process, or the real QEMU, with any name,
+UUID and socket on it: only the owner identifies it. So names are looked up among the processes of
+one user (`QemuProcess.uid`), and a monitor must belong to the process (`ovr.vm.find`).
 """
 
 import json
@@ -30,7 +30,7 @@ AGENT_CHANNEL: Final = "org.ovr.0"
 """The name of the virtio-serial port that the agent serves."""
 
 _LIBVIRT_MONITOR: Final = "charmonitor"
-"""What libvirt calls the chardev of its own monitor (qemuBuildMonitorCommandLine)."""
+"""The id of the chardev of libvirt's own monitor (qemuBuildMonitorCommandLine)."""
 
 
 @dataclass(frozen=True)
@@ -40,9 +40,9 @@ class QemuProcess:
     Attributes:
         pid: its pid.
         command_line: its arguments, the program first.
-        directory: where relative paths of its command line begin.
-        uid: whose it is: its real, effective and saved user id; None if these differ, as of a
-            set-uid program, whose command line is another user's word.
+        directory: its current directory, the base of relative paths on its command line.
+        uid: its owner: its real, effective and saved user id; None if these differ, as in a
+            set-uid program, whose command line another user has set.
     """
 
     pid: int
@@ -75,7 +75,7 @@ class QemuProcess:
 
     @property
     def agent(self) -> str | None:
-        """Where the guest's agent would be, as ``--agent`` takes it, as far as one can tell."""
+        """The address that the guest's agent would have, in the form of ``--agent``, if known."""
         devices = [option_fields(value, "driver") for value in self._values("-device")]
         for device in devices:
             if device.get("driver", "").startswith("vhost-vsock") and "guest-cid" in device:
@@ -100,9 +100,9 @@ def qemu_process(pid: int) -> QemuProcess:
     """Return the QEMU that has this pid.
 
     Raises:
-        VmUnreachable: there is no such process, it is not QEMU, or we may not look at it.
+        VmUnreachable: there is no such process, it is not QEMU, or it may not be read.
     """
-    import psutil  # noqa: PLC0415 - as long to load as all of this package; lab VMs need it not
+    import psutil  # noqa: PLC0415 - slow to load, and not used for lab VMs
 
     try:
         process = psutil.Process(pid)
@@ -114,7 +114,7 @@ def qemu_process(pid: int) -> QemuProcess:
         raise VmUnreachable(f"there is no process {pid}") from error
     except psutil.AccessDenied as error:
         raise VmUnreachable(
-            f"process {pid} may not be looked at", "run as root or as the user that runs QEMU"
+            f"process {pid} may not be read", "run as root or as the user that runs QEMU"
         ) from error
 
 
@@ -131,7 +131,7 @@ def qemu_processes() -> list[QemuProcess]:
             uid = _uid(process)
             directory = Path(process.cwd())
         except psutil.AccessDenied:
-            directory = Path("/")  # another user's: its relative paths are of no use to us
+            directory = Path("/")  # another user's: its relative paths cannot be resolved
         except psutil.NoSuchProcess:
             continue
         found.append(QemuProcess(process.pid, tuple(command_line), directory, uid))
@@ -162,7 +162,7 @@ def option_fields(value: str, first: str = "") -> dict[str, str]:
 
     Args:
         value: in the first form, a comma inside of a value is written twice.
-        first: the key whose name may be left out at the beginning.
+        first: the key of a first field that has no ``key=``.
     """
     if value.startswith("{"):
         return _json_fields(value)
@@ -179,7 +179,10 @@ def _json_fields(value: str) -> dict[str, str]:
     try:
         fields: dict[str, Any] = json.loads(value)
         return {key: str(fields[key]) for key in fields}
-    except (ValueError, RecursionError):  # str() of what is nested may run deeper than the parser
+    except (
+        ValueError,
+        RecursionError,
+    ):  # str() may recurse deeper than the parser
         return {}
 
 
@@ -198,7 +201,7 @@ def _is_qemu(command_line: Sequence[str]) -> bool:
 
 
 def _runs_nothing(command_line: Sequence[str]) -> bool:
-    # What libvirt starts to ask a QEMU what it can do.
+    # Started by libvirt to query QEMU's capabilities.
     return any(
         _option(option) in ("-machine", "-M") and option_fields(value, "type").get("type") == "none"
         for option, value in pairwise(command_line)

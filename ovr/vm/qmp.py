@@ -1,7 +1,7 @@
 """QMP, QEMU's machine protocol: one command at a time, over a unix socket.
 
-What comes back is checked as far as it is used: a peer that is not QEMU, talks nonsense, hangs
-up or falls silent is `VmUnreachable`. Protocol: QEMU's docs/interop/qmp-spec.rst.
+Answers are checked as far as they are used: a peer that is not QEMU, sends invalid messages, closes
+the connection or does not answer is `VmUnreachable`. Protocol: QEMU's docs/interop/qmp-spec.rst.
 """
 
 import json
@@ -22,7 +22,7 @@ from ovr.vm.lock import refuse_locked
 __all__ = ["ExecuteError", "Monitor", "Qmp"]
 
 _MESSAGE_LIMIT = 4 << 20  # bytes; QEMU's largest answers (query-qmp-schema) have 200 KiB
-_HINT = "is this the QMP socket of a running QEMU, and is nobody else connected to it?"
+_HINT = "is this the QMP socket of a running QEMU, and is no other client connected to it?"
 
 
 class ExecuteError(OvrError):
@@ -30,7 +30,7 @@ class ExecuteError(OvrError):
 
     Attributes:
         error_class: QMP's error class, such as ``GenericError`` or ``CommandNotFound``.
-        desc: QEMU's own words.
+        desc: QEMU's message.
     """
 
     def __init__(self, command: str, error_class: str, desc: str) -> None:
@@ -40,11 +40,11 @@ class ExecuteError(OvrError):
 
 
 class Monitor(Closing):
-    """A way to give QEMU its QMP commands, one at a time; a context manager."""
+    """A channel for QMP commands, one at a time; a context manager."""
 
     @abstractmethod
     def close(self) -> None:
-        """Hang up; the VM runs on."""
+        """Disconnect; the VM runs on."""
 
     @property
     @abstractmethod
@@ -53,7 +53,7 @@ class Monitor(Closing):
 
     @property
     def owner(self) -> int | None:
-        """The uid of who said that he is QEMU; None if another program vouches for `qemu_pid`."""
+        """The uid of the QMP server; None if another program vouches for `qemu_pid`."""
         return None
 
     @abstractmethod
@@ -68,7 +68,7 @@ class Monitor(Closing):
         """
 
     def ask(self, queries: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-        """Run queries, each with its arguments; what QEMU refuses or does not know is None.
+        """Run queries, each with its arguments; None if QEMU refuses one or does not know it.
 
         Raises:
             VmUnreachable: the connection broke, or no answer came in time.
@@ -82,15 +82,15 @@ class Monitor(Closing):
             return None
 
     def resets(self) -> int:
-        """Return how often the machine was reset since we connected, as far as we are told.
+        """Return the number of resets of the machine reported since we connected.
 
-        Never waits, so that it can be asked while QEMU is stopped. QEMU announces a reset before
-        any vCPU runs on. Monitors without events say 0.
+        Never waits, so it may be called while QEMU is stopped. QEMU reports a reset before any vCPU
+        runs on. Monitors without events return 0.
         """
         return 0
 
     def human(self, command_line: str) -> str:
-        """Run a command of the human monitor and return what it prints."""
+        """Run a command of the human monitor and return its output."""
         return str(self.execute("human-monitor-command", command_line=command_line))
 
     def status(self) -> str:
@@ -102,7 +102,7 @@ class Monitor(Closing):
 
     @abstractmethod
     def _unreachable(self, what: str) -> VmUnreachable:
-        """Return the error that says `what` this VM does."""
+        """Return the error for this VM; `what` completes its sentence."""
 
     def _returned(self, command: str, answer: dict[str, Any]) -> Any:
         if "return" in answer:
@@ -126,7 +126,7 @@ class Qmp(Monitor):
     Args:
         connection: a connected unix stream socket.
         timeout: seconds to wait for the greeting and for each answer.
-        name: what error messages call the VM.
+        name: the VM's name in error messages.
 
     Raises:
         VmUnreachable: the peer does not greet as QMP.
@@ -149,7 +149,7 @@ class Qmp(Monitor):
         """Connect to the QMP socket at `path`.
 
         Raises:
-            VmUnreachable: nobody listens there, or it is not QMP.
+            VmUnreachable: no process listens there, or it is not QMP.
             CheckFailed: another `ovr` uses it for a restore.
         """
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -188,7 +188,7 @@ class Qmp(Monitor):
 
     @property
     def owner(self) -> int | None:
-        """The uid of the process that listens at the socket, as it was then (``SO_PEERCRED``)."""
+        """The uid of the process that listens at the socket, when it began to (``SO_PEERCRED``)."""
         _, uid = peer_of(self._socket)
         return uid
 
@@ -200,7 +200,7 @@ class Qmp(Monitor):
         return self._returned(command, self._answer(identity))
 
     def _answer(self, identity: int) -> dict[str, Any]:
-        # Answers to earlier commands that timed out here may still come: their ids tell.
+        # Answers to earlier commands that timed out may still arrive; their ids differ.
         deadline = time.monotonic() + self._timeout
         while True:
             message = self._receive(deadline)
@@ -212,7 +212,7 @@ class Qmp(Monitor):
                 raise self._unreachable("did not understand our QMP")
 
     def resets(self) -> int:
-        """Return how often the machine was reset since we connected; see `Monitor.resets`."""
+        """Return the number of resets since we connected; see `Monitor.resets`."""
         self._note_buffered()
         read = 0
         while select.select([self._socket], [], [], 0)[0]:
@@ -247,7 +247,7 @@ class Qmp(Monitor):
         return message
 
     def _buffered(self) -> dict[str, Any] | None:
-        # The next message, if all of it is there: QEMU ends each with a newline, has none inside.
+        # The next complete message: QEMU ends each with a newline, and none contains one.
         if (end := self._buffer.find(b"\n")) < 0:
             return None
         line = bytes(self._buffer[:end])
@@ -263,7 +263,7 @@ class Qmp(Monitor):
     def _some_bytes(self, deadline: float) -> bytes:
         try:
             left = deadline - time.monotonic()
-            if left <= 0:  # a peer that sends a byte now and then must not hold us
+            if left <= 0:  # a peer that sends a byte now and then must not delay us longer
                 raise TimeoutError
             self._socket.settimeout(left)
             data = self._socket.recv(1 << 16)

@@ -229,7 +229,7 @@ class Liar:
             f"it hung or crashed: {code}": code not in EXIT_CODES,
             "an error that is none of ours": "Traceback" in said,
             "an error without a word": code and not said,
-            "it met no lie: QMP was taken": "nobody else connected" in said,
+            "it met no lie: QMP was taken": "no other client connected" in said,
             f"open for writing: {sorted(watch.seen)}": watch.seen,
             f"it wrote to {changed}": changed,
             "the images have changed": _sums(subject.images) != self._sums[subject],

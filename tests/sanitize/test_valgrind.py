@@ -4,7 +4,6 @@ Run by ``python -m tests.sanitize valgrind``.
 """
 
 import os
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,11 +12,12 @@ import pytest
 import ovr
 from ovr import lab
 from ovr.attempt import settings
-from ovr.errors import AgentUnreachable, RestoreFailed
+from ovr.errors import RestoreFailed
 from ovr.guest import build
 from ovr.lab import demo
 from ovr.lab.share import SHARE
 from tests.vm import pool
+from tests.vm.test_failures import restart_agent
 
 AGENT = "/usr/local/sbin/ovr-agent"
 PROGRAMS = ("private", "memfd", "cow")
@@ -50,26 +50,9 @@ def vm(tmp_path_factory) -> Iterator[lab.LabVm]:
     with demo.lab_vm(name, memory="2G", packages=("valgrind",)) as vm:
         vm.put(build(lab=True, flags=("-O1",)), f"{AGENT}.real", 0o755)
         vm.put(script, AGENT, 0o755)  # another file: the agent that runs is not touched
-        restart(vm)
+        restart_agent(vm, patience=120.0)
         assert vm.sh("readlink /proc/$PPID/exe").stdout.strip().endswith(b"memcheck-amd64-linux")
         yield vm
-
-
-def restart(vm: lab.LabVm) -> None:
-    """End the agent as its service would; init starts it again."""
-    with vm.connect() as agent:
-        old = agent.hello.pid
-        agent.spawn(["/bin/sh", "-c", f"sleep 0.3; kill -TERM {old}"])
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        time.sleep(1)
-        try:
-            with vm.connect() as agent:
-                if agent.hello.pid != old:
-                    return
-        except AgentUnreachable:
-            continue
-    pytest.fail("the agent does not come back")
 
 
 def test_restores(vm, images, monkeypatch):
@@ -92,7 +75,7 @@ def test_restores(vm, images, monkeypatch):
         ):
             attached.restore(images / program.name)
         assert vm.sh(f"pgrep -x pool-{program.name}").status == 1
-    restart(vm)  # what is lost is reported at the end
+    restart_agent(vm, patience=120.0)  # what is lost is reported at the end
     said = vm.sh(f"ls {LOGS} | wc -l; cat {LOGS}/*").stdout.decode()
     count, _, errors = said.partition("\n")
     assert int(count) > 5  # the agent twice, and each of its children that ran no other program

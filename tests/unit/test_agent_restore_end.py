@@ -143,18 +143,19 @@ def test_agent_dies_before_the_hook(host: AgentHost, agent: Agent) -> None:
     assert not host.marks
 
 
-def test_criu_takes_too_long(host: AgentHost, agent: Agent) -> None:
-    with pytest.raises(RestoreFailed, match="longer than the given timeout") as caught:
-        agent.begin(IMAGES, criu_options=host.criu_options("slow"), timeout=1.0)
-    assert caught.value.code == Code.TIMEOUT
-    assert not host.marks
-    assert not host.restores
-
-
-def test_criu_makes_no_progress(host: AgentHost, agent: Agent) -> None:
-    with pytest.raises(RestoreFailed, match="makes no progress") as caught:
-        agent.begin(IMAGES, criu_options=host.criu_options("stalled"), stall=2.0)
-    assert caught.value.code == Code.STALLED
+@pytest.mark.parametrize(
+    ("mode", "limit", "message", "code"),
+    [
+        ("slow", {"timeout": 1.0}, "longer than the given timeout", Code.TIMEOUT),
+        ("stalled", {"stall": 2.0}, "makes no progress", Code.STALLED),
+    ],
+)
+def test_criu_takes_too_long(
+    host: AgentHost, agent: Agent, *, mode: str, limit: dict[str, float], message: str, code: str
+) -> None:
+    with pytest.raises(RestoreFailed, match=message) as caught:
+        agent.begin(IMAGES, criu_options=host.criu_options(mode), **limit)
+    assert caught.value.code == code
     assert not host.marks
     assert not host.restores
 

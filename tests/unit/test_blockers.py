@@ -127,7 +127,7 @@ def test_each_refusal_is_in_the_documentation():
     said = (Path(__file__).parents[2] / "docs" / "troubleshooting.md").read_text()
     for words in (
         "### the VM is not up: …", "### the VM migrates, or is being saved (state …)",
-        "### somebody tracks the VM's dirty pages (…)", "### QEMU records or replays …",
+        "### the VM's dirty pages are tracked (…)", "### QEMU records or replays …",
         "### the VM is confidential (…): its RAM is encrypted", "### the VM's balloon is …",
         "### memory of the VM is being …", "### another ovr restores into this VM: …",
         "### the guest was rebooted since …",

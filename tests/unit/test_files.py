@@ -172,15 +172,21 @@ def test_a_directory_that_anyone_can_write_to_is_refused(write, tmp_path):
     assert list(work.iterdir()) == []
 
 
+def open_to_others(tmp_path, mode):
+    """A directory of root's in which others can make files."""
+    work = tmp_path / "work"
+    work.mkdir()
+    os.chown(work, 0, OTHER)
+    work.chmod(mode)
+    return work
+
+
 @root_only
 @pytest.mark.parametrize("write", [log, picture, stats, agent])
 @pytest.mark.parametrize("mode", [0o1777, 0o775])
 def test_where_others_may_make_files(write, mode, tmp_path):
     """As in /tmp, and in a directory of a group: a new file, or one of ours."""
-    work = tmp_path / "work"
-    work.mkdir()
-    os.chown(work, 0, OTHER)
-    work.chmod(mode)
+    work = open_to_others(tmp_path, mode)
     for _ in range(2):
         write(work, "new")
         assert (work / "new").stat().st_uid == os.geteuid()
@@ -195,10 +201,7 @@ def test_where_others_may_make_files(write, mode, tmp_path):
 @pytest.mark.parametrize("mode", [0o1777, 0o775])
 def test_another_name_of_our_file_is_not_written_to(mode, victim, tmp_path):
     """fs.protected_hardlinks may be off."""
-    work = tmp_path / "work"
-    work.mkdir()
-    os.chown(work, 0, OTHER)
-    work.chmod(mode)
+    work = open_to_others(tmp_path, mode)
     os.link(victim, work / "file")
     with pytest.raises(UsageError, match="has other names"):
         log(work, "file")

@@ -79,7 +79,7 @@ def test_sigcont_of_another_process(machine, then):
     assert len(lines) == 5
     assert all(
         line.startswith("HoldBroken: ")
-        and "was let run by another process while it was held" in line
+        and "was resumed by another process while it was held" in line
         for line in lines
     ), lines
     assert machine.runs

@@ -84,7 +84,7 @@ def test_a_domain_and_its_agent(virsh, vsock, agent):
             "cannot be reached: no socket",
         ),
         ({"code": 3}, "exits with 3"),
-        ({"out": "<domain"}, "makes no sense"),
+        ({"out": "<domain"}, "is invalid"),
         ({"out": XML.format(vsock="").replace(" id='7'", "")}, "does not run"),
         ({"out": XML.format(vsock="").replace("'kvm'", "'lxc'")}, "is no QEMU"),
     ],
@@ -117,7 +117,7 @@ def test_xml_that_is_nested_deeply(virsh):
     virsh("<domain type='kvm' id='7'>" + "<a>" * 100_000 + "</a>" * 100_000 + "</domain>")
     assert find_vm("libvirt:web").agent is None
     virsh("<domain>" + "<a>" * 100_000)
-    with pytest.raises(VmUnreachable, match="makes no sense"):
+    with pytest.raises(VmUnreachable, match="is invalid"):
         find_vm("libvirt:web")
 
 

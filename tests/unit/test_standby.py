@@ -301,7 +301,7 @@ def one_cpu() -> None:
 def test_what_a_child_cannot_take_over(name, server, before, why):
     if before is one_cpu and len(os.sched_getaffinity(0)) == 1:
         pytest.skip("one CPU")
-    note = f"the process that stands by does not do this: its {why} is not this process's"
+    note = f"not done by the standby process: its {why} is not this process's"
     assert said(name, "exit", "5", preexec_fn=before) == (99, f"{note}\n")
     assert said(name, "exit", "5") == (5, "")
 
@@ -438,5 +438,5 @@ def test_the_whole_command(name, vm, monkeypatch):
     helped, wrong, unknown = outcomes()
     assert [helped, wrong] == alone[:2]
     assert (helped[0], wrong[0], unknown[0]) == (0, 2, 2)
-    assert "restore: a process that stood by does this" in unknown[2]
+    assert "restore: done by the standby process" in unknown[2]
     assert alone[2][2] in unknown[2]

@@ -72,7 +72,7 @@ def test_a_server_elsewhere_is_told_nothing(name, elsewhere, tmp_path):  # noqa:
         told, files = json.loads(process.stdout.readline())
     os.close(fd)
     assert (code, files) == (99, 0)
-    assert "the process that stands by does not do this: " in note
+    assert "not done by the standby process: " in note
     assert [words[0] for words in told][:1] == ["hello"]
     assert {words[0] for words in told} <= {"hello", "proof"}
     assert "hunter2" not in json.dumps(told)
@@ -145,7 +145,7 @@ def test_a_server_whose_pid_is_reused(name):  # noqa: F811
             assert line, lines
             lines.append(line)
     assert "restore" not in lines
-    note = "the process that stands by does not do this: a message comes from another process"
+    note = "not done by the standby process: a message comes from another process"
     assert lines[-1] == f"done 99 {note}"
 
 

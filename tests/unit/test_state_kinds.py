@@ -332,7 +332,7 @@ def test_types_of_the_guest_that_make_no_sense():
     binding = SimpleNamespace(find=lambda guest: guest, label="task 1")
     kind = SimpleNamespace(read=lambda task: task.fs.umask, name="umask")
     setting = SimpleNamespace(kind=kind, binding=binding, value=0)
-    with pytest.raises(KernelNotFound, match="types make no sense"):
+    with pytest.raises(KernelNotFound, match="types are invalid"):
         verify([setting], SimpleNamespace(fs=7))
 
 

@@ -252,7 +252,7 @@ def test_one_that_fails_does_not_keep_the_others(mini, kernel):
     assert limits(first) == OLD
     assert limits(second) == LIMITS
     assert outcomes(recording) == {"failed", "undone"}
-    assert "types make no sense" in recording.journal.undone[0].reason
+    assert "types are invalid" in recording.journal.undone[0].reason
 
 
 def test_memory_is_kept_in_sums():

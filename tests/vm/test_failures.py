@@ -219,12 +219,15 @@ def test_criu_options_in_the_guests_configuration(vm, dump):
         vm.sh(f"rm {file}")
 
 
-def restart_agent(vm, first):
-    """Kill the agent, which init starts again; it asks for CRIU's version when it starts."""
+def restart_agent(vm, first="true", patience=20.0):
+    """End the agent as its service would, after the command `first`; init starts it again.
+
+    It asks for CRIU's version when it starts.
+    """
     with vm.connect() as agent:
         old = agent.hello.pid
-        agent.spawn(["/bin/sh", "-c", f"{first}; sleep 0.3; pkill -x ovr-agent"])
-    deadline = time.monotonic() + 20
+        agent.spawn(["/bin/sh", "-c", f"{first}; sleep 0.3; kill -TERM {old}"])
+    deadline = time.monotonic() + patience
     while time.monotonic() < deadline:
         time.sleep(0.5)
         try:

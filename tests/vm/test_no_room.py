@@ -130,6 +130,14 @@ def restore_into(vm, dump, work: Path) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
+def refused_for_memory(vm, dump):
+    try:
+        done = ovr_command("restore", "-D", dump.path, "--vm", f"lab:{vm.name}")
+        assert "memory" in refused_somehow(done)
+    finally:
+        answering(vm)
+
+
 def test_guest_is_out_of_memory(vm, dump):
     """Less is free than the process takes: somebody is killed, and what is left is cleaned up."""
     available = int(in_guest(vm, "awk '/MemAvailable/ {print $2}' /proc/meminfo")) << 10
@@ -137,11 +145,8 @@ def test_guest_is_out_of_memory(vm, dump):
     # Memory that cannot be given back, and belongs to nobody whom one could kill.
     in_guest(vm, f"mount -o remount,size=90% /dev/shm; fallocate -l {hog}M /dev/shm/hog")
     try:
-        done = ovr_command("restore", "-D", dump.path, "--vm", f"lab:{vm.name}")
-        line = refused_somehow(done)
-        assert "memory" in line
+        refused_for_memory(vm, dump)
     finally:
-        answering(vm)
         in_guest(vm, "rm -f /dev/shm/hog; mount -o remount,size=50% /dev/shm")
     gone(vm, dump)
     unharmed(vm, dump)
@@ -157,11 +162,8 @@ def test_a_cgroup_is_out_of_memory(vm, dump):
         f" echo {half} > {SMALL}/memory.max && echo {pid} > {SMALL}/cgroup.procs"
     )  # fmt: skip
     try:
-        done = ovr_command("restore", "-D", dump.path, "--vm", f"lab:{vm.name}")
-        line = refused_somehow(done)
-        assert "memory" in line
+        refused_for_memory(vm, dump)
     finally:
-        answering(vm)
         back = "while read p; do echo $p > /sys/fs/cgroup/cgroup.procs; done"
         in_guest(vm, f'procs=$(cat {SMALL}/cgroup.procs); echo "$procs" | {back}; true')
     gone(vm, dump)

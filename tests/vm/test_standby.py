@@ -18,7 +18,7 @@ from ovr.lab import demo
 from ovr.standby.place import _directory_path
 from tests.vm.conftest import PREFIX, alive, end_workload, whole
 
-NOTE = "restore: a process that stood by does this\n"
+NOTE = "restore: done by the standby process\n"
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ def test_nobody_is_to_stand_by(host, vm, dump):
     assert host.ended()
     output, errors = host.run("restore", "-D", dump.path, "-v", "--json")
     assert json.loads(output)["skeleton"] == "warm"
-    assert "stood by" not in errors
+    assert "standby process" not in errors
     whole(vm, dump)
 
 

@@ -2,8 +2,8 @@
 
 Names are stored compressed, one after the other, each with its length in front; a byte of a name
 stands for a token of one or more characters. Addresses are stored in one of four ways, which
-depend on the kernel's configuration and age; which one it is follows from the address of `_stext`,
-known from VMCOREINFO.
+depend on the kernel's configuration and age; the address of `_stext`, known from VMCOREINFO, shows
+which of them is used.
 
 A restore needs a handful of the 150 000 symbols. All names are expanded at once into one text
 (`remembered` for each kernel build), in which a name is then searched.
@@ -31,13 +31,13 @@ MAX_EXPANDED: Final = 1 << 28
 MAX_TOKEN: Final = 512
 TOKENS: Final = 256
 NAME_BEGINS, NOTHING = TOKENS, TOKENS + 1  # codes of our own, for the bytes of a length
-CHUNK: Final = 1 << 15  # codes expanded at once: what that takes stays in the CPU's cache
+CHUNK: Final = 1 << 15  # codes expanded at once: few enough to stay in the CPU's cache
 
 Places = NDArray[np.intp]
 
 
 class Readable(Protocol):
-    """What this module needs of an address space."""
+    """The part of an address space that this module uses."""
 
     def read(self, gva: Gva, size: int) -> bytes:
         """Read guest virtual memory."""
@@ -47,7 +47,7 @@ def read_kallsyms(space: Readable, info: VmcoreInfo) -> SymbolTable:
     """Read the symbol table of a kernel.
 
     Raises:
-        KernelNotFound: VMCOREINFO does not say where it is, or it makes no sense.
+        KernelNotFound: VMCOREINFO has no address of it, or its content is invalid.
         GuestFault: it is not mapped.
     """
     where = {
@@ -60,7 +60,7 @@ def read_kallsyms(space: Readable, info: VmcoreInfo) -> SymbolTable:
         # Linux kernel commit f09bddbd8661 ("vmcoreinfo: add kallsyms_num_syms symbol") (in v6.0)
         # and its neighbours put these into VMCOREINFO.
         raise KernelNotFound(
-            "the guest kernel does not say where its symbol table is",
+            "the guest kernel's symbol table cannot be found",
             "it must have CONFIG_KALLSYMS and be Linux 6.0 or newer; or give its --vmlinux",
         )
     count = int.from_bytes(space.read(where["num_syms"], 4), "little")
@@ -101,7 +101,7 @@ def _tokens(space: Readable, table: Gva, index: Gva) -> list[bytes]:
 def _expand(
     data: bytes, count: int, tokens: list[bytes]
 ) -> tuple[NDArray[np.uint8], NDArray[np.int32]]:
-    # All names, each with a newline after it, and where each starts (after its type letter).
+    # All names, each followed by a newline, and the start of each (after its type letter).
     heads, seconds, end = _lengths(data, count)
     codes = np.frombuffer(data, np.uint8, end).astype(np.uint16)
     codes[heads], codes[seconds] = NAME_BEGINS, NOTHING
@@ -133,7 +133,7 @@ def _written_out(
 
 
 def _lengths(data: bytes, count: int) -> tuple[Places, Places, int]:
-    # Where the length of each name is, where long ones have a second byte, where all ends.
+    # Offsets of each name's length, whether it has a second byte, and the end of the last name.
     heads: list[int] = []
     seconds: list[int] = []
     append = heads.append
@@ -182,6 +182,6 @@ def _decodings(offsets: NDArray[np.int64], table: Gva, base: int) -> Iterator[Ad
     yield np.where(offsets < 0, before_base - unsigned, unsigned)
     # CONFIG_KALLSYMS_BASE_RELATIVE without it
     yield np.uint64(base) + (unsigned & np.uint64(0xFFFF_FFFF))
-    # since Linux 7.0 there is no base: each offset counts from where it is stored itself
+    # since Linux 7.0 there is no base: each offset is relative to its own address
     places = np.arange(len(offsets), dtype=np.uint64) * np.uint64(4)
     yield np.uint64(table) + places + unsigned

@@ -1,9 +1,9 @@
-"""Where kernels were found lately: a hint that saves the search through all of a guest's RAM.
+"""Places where kernels were found before: a hint that saves the search through a guest's RAM.
 
-The search must see all RAM, as a reboot leaves the dead kernel behind, often whole. What tells the
-two apart is that a dead kernel's clock stands still. So with each place goes how far the guest's
-clock was from the host's: a kernel at a known place whose clock has gone on with the host's since
-runs. With any doubt (a guest that was paused, a clock that was set) all RAM is searched again.
+A search has to see all RAM, since a reboot leaves the dead kernel behind, often complete. The two
+differ in their clocks: a dead kernel's stands still. So each place is stored with the offset of the
+guest's clock to the host's. A kernel at a known place runs if its clock has kept that offset. In
+doubt (the guest was paused, its clock was set) all RAM is searched again.
 """
 
 import logging
@@ -29,23 +29,23 @@ log = logging.getLogger("ovr.kernel.find.places")
 
 @dataclass(frozen=True)
 class Place:
-    """Where a VMCOREINFO was, and how far the clock of its kernel was ahead of ours, in seconds."""
+    """The place of a VMCOREINFO; `ahead`: seconds by which its kernel's clock was ahead of ours."""
 
     gpa: Gpa
     ahead: float
 
     @classmethod
     def now(cls, gpa: Gpa, wall_clock: int) -> "Place":
-        """Return the place with what the kernel's clock says now."""
+        """Return the place with the present offset of the kernel's clock."""
         return cls(gpa, wall_clock - time.time())
 
     def runs(self, wall_clock: int) -> bool:
-        """Tell whether a kernel whose clock says this has been running since."""
+        """Tell whether a kernel whose clock shows this time has been running since."""
         return abs(wall_clock - time.time() - self.ahead) <= TOLERANCE
 
 
 def recall() -> list[Place]:
-    """Return the places of late, the last one first."""
+    """Return the stored places, the latest first."""
     directory = opened(create=False)
     if directory is None:
         return []
@@ -61,7 +61,7 @@ def recall() -> list[Place]:
 
 
 def note(place: Place) -> None:
-    """Remember a place, before all others."""
+    """Store a place, as the latest one."""
     others = [old for old in recall() if old.gpa != place.gpa]
     text = "".join(f"{one.gpa:x} {one.ahead:.3f}\n" for one in [place, *others][:KEPT])
     if (directory := opened(create=True)) is None:

@@ -1,8 +1,7 @@
-"""VMCOREINFO: the page of text in which a kernel says where its things are.
+"""VMCOREINFO: the page of text in which a kernel describes its layout to crash dump tools.
 
-The kernel writes it once, early in boot, for crash dump tools. Its page stays recognisable when
-the kernel is gone (reboot, kexec), so what `candidates` yields is a claim that the caller must
-check.
+The kernel writes it once, early in boot. The page stays recognisable after the kernel is gone
+(reboot, kexec), so callers must check each of the `candidates`.
 
 Source: kernel/vmcore_info.c (kernel/crash_core.c before it), arch/x86/kernel/vmcore_info_64.c.
 """
@@ -29,7 +28,7 @@ START_KERNEL_MAP: Final = 0xFFFF_FFFF_8000_0000
 """``__START_KERNEL_map``: where x86-64 maps the kernel image."""
 
 IMAGE_SIZES: Final = range(1 << 29, (1 << 30) + 1, PAGE_SIZE)
-"""How much the kernel image and what it leaves free take there, in bytes."""
+"""The largest size of that mapping, in bytes."""
 
 FIRST_KEY: Final = b"OSRELEASE="
 MAX_SIZE: Final = 4 * PAGE_SIZE
@@ -45,10 +44,10 @@ REQUIRED_NUMBERS: Final = ("phys_base", "pgtable_l5_enabled", "KERNEL_IMAGE_SIZE
 
 @dataclass(frozen=True)
 class VmcoreInfo:
-    """What one VMCOREINFO text says.
+    """The content of one VMCOREINFO text.
 
     Attributes:
-        gpa: where it lies.
+        gpa: its address.
         text: the text itself.
         values: the plain ``KEY=value`` lines.
         symbols: ``SYMBOL(name)`` lines: addresses.
@@ -65,7 +64,7 @@ class VmcoreInfo:
 
     @property
     def release(self) -> str:
-        """What ``uname -r`` prints in the guest."""
+        """The output of ``uname -r`` in the guest."""
         return self.values["OSRELEASE"]
 
     @property
@@ -75,16 +74,16 @@ class VmcoreInfo:
 
     @property
     def levels(self) -> int:
-        """How many levels the page tables have: 4 or 5."""
+        """The number of levels of the page tables: 4 or 5."""
         return 5 if self.numbers["pgtable_l5_enabled"] else 4
 
     @property
     def page_table(self) -> Gpa:
-        """Where the kernel's top page table lies."""
+        """The GPA of the kernel's top page table."""
         return self.image_gpa(self.symbols["swapper_pg_dir"])
 
     def image_gpa(self, address: Gva) -> Gpa:
-        """Return where an address within the kernel image lies (``__phys_addr_symbol``)."""
+        """Return the GPA of an address within the kernel image (``__phys_addr_symbol``)."""
         return Gpa(address - START_KERNEL_MAP + self.numbers["phys_base"])
 
 
@@ -103,9 +102,9 @@ def candidate_at(ram: GuestRam, gpa: Gpa) -> VmcoreInfo | None:
 
 
 def incomplete_release(ram: GuestRam) -> str | None:
-    """Return the release of a kernel whose VMCOREINFO lacks what `candidates` needs, or None.
+    """Return the release of a kernel whose VMCOREINFO is too short for `candidates`, or None.
 
-    Old ones have none of the offset of ``uts_namespace.name``, which came with v5.11.
+    Before v5.11 it had no offset of ``uts_namespace.name``.
     """
     for gpa in ram.find(FIRST_KEY, step=PAGE_SIZE):
         text = _text(ram, gpa)
@@ -116,7 +115,7 @@ def incomplete_release(ram: GuestRam) -> str | None:
 
 
 def parse(gpa: Gpa, text: bytes) -> VmcoreInfo | None:
-    """Return what `text` says, or None if it is not a complete VMCOREINFO of an x86-64 kernel."""
+    """Parse `text`; None if it is not a complete VMCOREINFO of an x86-64 kernel."""
     values: dict[str, str] = {}
     groups: dict[str, dict[str, int]] = {"SYMBOL": {}, "NUMBER": {}, "OFFSET": {}}
     try:
@@ -148,7 +147,7 @@ def _complete(info: VmcoreInfo) -> bool:
 
 
 def _text(ram: GuestRam, gpa: Gpa) -> bytes:
-    # Up to the first NUL; pages are read one by one, as RAM may end after any of them.
+    # Up to the first NUL; one page at a time, since RAM may end after any of them.
     text = b""
     try:
         while b"\0" not in text and len(text) < MAX_SIZE:

@@ -92,7 +92,7 @@ class Vmlinux:
         """Return how far KASLR moved the kernel, in bytes.
 
         Raises:
-            KernelNotFound: the running kernel is another one than the file's.
+            KernelNotFound: the guest runs another kernel.
         """
         try:
             slide = int(info.values.get("KERNELOFFSET", ""), 16)

@@ -1,4 +1,4 @@
-"""Credentials: who a task is to the kernel itself, whatever its own namespaces say.
+"""Credentials: the rights of a task in the whole guest, independent of its own namespaces.
 
 Source: include/linux/cred.h, kernel/cred.c; credentials(7), user_namespaces(7).
 """
@@ -27,7 +27,7 @@ def capabilities(cred: Struct, name: str) -> Any:
 
 
 def in_own_user_ns(task: Struct) -> bool:
-    """Tell whether a task is in another user namespace than the one that the kernel started with.
+    """Tell whether a task is in another user namespace than the initial one.
 
     Whatever its capabilities there, ``capable()`` is false for it.
     """
@@ -37,15 +37,15 @@ def in_own_user_ns(task: Struct) -> bool:
 def why_not_root(kernel: Kernel, task: Struct) -> str:
     """Return why a task is not root of the whole guest; empty if it is.
 
-    Root of the whole guest has user id 0 and the capabilities of the guest's init, in the user and
-    the pid namespace that the kernel has started with. Good for as long as the VM is held.
+    Root of the whole guest has user id 0 and the capabilities of the guest's init, in the initial
+    user and pid namespaces. The answer holds as long as the VM is held.
 
     Args:
         kernel: the guest's kernel.
         task: a task of any of its processes.
     """
-    # Not `cred`: the kernel may lend a task somebody else's for a moment (override_creds(), as
-    # overlayfs does with those of who has mounted it).
+    # Not `cred`: the kernel may override it for a moment (override_creds(); overlayfs uses those of
+    # the task that mounted it).
     cred, init_ns = task.real_cred, kernel["init_pid_ns"]
     # The idle task's credentials are init_cred, whose namespace is init_user_ns.
     if cred.user_ns != kernel["init_task"].real_cred.user_ns:

@@ -28,9 +28,9 @@ def close_on_exec(files: Struct, fd: int) -> bool:
 
 
 def set_close_on_exec(files: Struct, fd: int, value: bool) -> None:
-    """Let exec close a descriptor that is open, or not (``__set_close_on_exec()``).
+    """Set or clear close-on-exec of an open descriptor (``__set_close_on_exec()``).
 
-    Reads a word of the bitmap, changes it and writes it back: the table must rest.
+    Reads, changes and writes a word of the bitmap: nothing else may change the table meanwhile.
     """
     bitmap = files.fdt.close_on_exec
     others = bitmap[fd // _BITS] & ~(1 << fd % _BITS)

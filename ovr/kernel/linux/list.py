@@ -1,7 +1,7 @@
 """The kernel's linked lists: ``struct list_head``.
 
 A running guest changes its lists while we read them: every walk ends, with `GuestFault` if the
-list does not lead back to its head, or takes too long.
+list does not lead back to its head or the walk takes too long.
 
 Source: include/linux/list.h, include/linux/rculist.h.
 """

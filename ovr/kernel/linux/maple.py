@@ -17,8 +17,8 @@ __all__ = ["Range", "mt_for_each"]
 MAX_INDEX: Final = (1 << 64) - 1
 MAX_NODES: Final = 1 << 17
 MAX_DEPTH: Final = 31  # MAPLE_HEIGHT_MAX
-MAX_PIVOTS: Final = 64  # twice what any kernel has in a node
-NODE_MASK: Final = ~0xFF  # MAPLE_NODE_MASK: nodes are aligned, the low bits say what they are
+MAX_PIVOTS: Final = 64  # twice the largest number in any kernel
+NODE_MASK: Final = ~0xFF  # MAPLE_NODE_MASK: nodes are aligned, the low bits hold their type
 TYPE_SHIFT: Final = 3  # MAPLE_NODE_TYPE_SHIFT
 TYPE_MASK: Final = 0xF
 
@@ -36,11 +36,11 @@ def mt_for_each(tree: Struct, first: int = 0, last: int = MAX_INDEX) -> Iterator
 
     Args:
         tree: the tree.
-        first: the first index that is of interest.
+        first: the first index to look at.
         last: the last one; nodes without an index between these are not read.
 
     Raises:
-        GuestFault: the tree makes no sense, or changed while it was read.
+        GuestFault: the tree is invalid, or changed while it was read.
     """
     root = tree.ma_root.address_
     if is_node(root):
@@ -79,7 +79,8 @@ class _Walk:
                 yield Range(low, high, below)
 
     def _layout(self, node: Struct, kind: int) -> tuple[list[int], Array, bool]:
-        # A node's pivots (the last index of each slot but the last), its slots, are they entries?
+        # A node's pivots (the last index of each slot but the last), its slots, and whether
+        # these are entries.
         if kind == self._kinds["maple_arange_64"]:
             return _pivots(node.ma64.pivot), node.ma64.slot, False
         if kind in (self._kinds["maple_range_64"], self._kinds["maple_leaf_64"]):

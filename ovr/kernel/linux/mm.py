@@ -42,7 +42,7 @@ class Vma:
     Attributes:
         start: its first address; `end`: the first address after it.
         flags: ``vm_flags``.
-        offset: where in the file it starts, in bytes; means nothing without a file.
+        offset: its start in the file, in bytes; undefined without a file.
         file: whether a file is mapped.
         anonymous: whether its pages are anonymous from the start (``vma_is_anonymous()``).
     """
@@ -56,15 +56,15 @@ class Vma:
 
     @property
     def shared(self) -> bool:
-        """Whether writes are meant to be seen by others."""
+        """Whether other processes see its writes (``VM_SHARED``)."""
         return bool(self.flags & VM_SHARED)
 
 
 def mm_space(kernel: Kernel, mm: Struct) -> AddressSpace:
     """Return guest memory as the tasks of a ``struct mm_struct`` see it.
 
-    With page table isolation ``mm->pgd`` is the kernel's half of a pair of tables; it maps all
-    that the user's half maps.
+    With page table isolation ``mm->pgd`` is the kernel's half of a pair of tables, which also
+    maps everything in the user's half.
     """
     root = kernel.space.translate(mm.pgd.address_)
     if root % PAGE_SIZE:
@@ -77,11 +77,11 @@ def for_each_vma(mm: Struct, first: int = 0, last: int = MAX_INDEX) -> Iterator[
 
     Args:
         mm: the process's memory.
-        first: the first address that is of interest.
+        first: the first address to look at.
         last: the last one.
 
     Raises:
-        GuestFault: the tree makes no sense, or changed while it was read.
+        GuestFault: the tree is invalid, or changed while it was read.
     """
     # Linux kernel commit d4af56c5c7c6 ("mm: start tracking VMAs with maple tree") (in v6.1)
     for low, high, entry in mt_for_each(mm.mm_mt, first, last):
@@ -95,7 +95,7 @@ def find_vma(mm: Struct, address: Gva) -> Any:
     """Return the ``struct vm_area_struct`` that holds an address, or None.
 
     Raises:
-        GuestFault: the tree makes no sense, however often it is read.
+        GuestFault: the tree is invalid each time it is read.
     """
 
     def find() -> Any:
@@ -108,7 +108,7 @@ def anon_vma_users(anon_vma: Struct) -> set[Gva]:
     """Return the address of every ``struct mm_struct`` that may map pages of an ``anon_vma``.
 
     Raises:
-        GuestFault: its tree makes no sense, however often it is read.
+        GuestFault: its tree is invalid each time it is read.
     """
 
     def find() -> set[Gva]:
@@ -122,7 +122,7 @@ def vmas(mm: Struct) -> list[Vma]:
     """Return all mappings of a process, ascending.
 
     Raises:
-        GuestFault: they make no sense, however often they are read.
+        GuestFault: they are invalid each time they are read.
     """
     return settled(lambda: [_describe(vma) for vma in for_each_vma(mm)])
 

@@ -18,7 +18,7 @@ def find_pid_ns(number: int, ns: Struct) -> Any:
 
 
 def pid_task(pid: Struct, kind: str = "PIDTYPE_PID") -> Any:
-    """Return the task that a ``struct pid`` stands for, or NULL."""
+    """Return the task of a ``struct pid``, or NULL (``pid_task()``)."""
     number = pid.types_.enum("enum pid_type")[kind]
     node = pid.tasks[number].first if pid else None
     if not node:
@@ -32,10 +32,10 @@ def find_task_by_pid_ns(number: int, ns: Struct) -> Any:
 
 
 def ns_of_pid(pid: Struct) -> Any:
-    """Return the ``struct pid_namespace`` that a ``struct pid`` was made in."""
+    """Return the ``struct pid_namespace`` of a ``struct pid`` (``ns_of_pid()``)."""
     return pid.numbers.resized(pid.level + 1)[pid.level].ns
 
 
 def task_active_pid_ns(task: Struct) -> Any:
-    """Return the pid namespace that a task runs in."""
+    """Return the pid namespace of a task (``task_active_pid_ns()``)."""
     return ns_of_pid(task.thread_pid)

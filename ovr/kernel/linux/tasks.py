@@ -1,4 +1,4 @@
-"""Tasks: which there are, and what /proc says of them.
+"""Tasks: their list, and their fields in /proc.
 
 Source: include/linux/sched/signal.h, fs/proc/array.c, include/linux/sched.h.
 """
@@ -46,7 +46,7 @@ MAX_TASKS: Final = 1 << 22
 
 @dataclass(frozen=True)
 class Process:
-    """What ``ps`` shows of a process.
+    """A process, as ``ps`` shows it.
 
     Attributes:
         pid: its number in the initial pid namespace.
@@ -54,7 +54,7 @@ class Process:
         comm: its name, as in ``/proc/PID/comm``.
         state: the letter in ``/proc/PID/stat``.
         tids: the numbers of its threads, itself included.
-        kernel: whether it is one of the kernel's own.
+        kernel: whether it is a kernel thread.
     """
 
     pid: int
@@ -66,7 +66,7 @@ class Process:
 
     @property
     def threads(self) -> int:
-        """How many threads it has."""
+        """The number of its threads."""
         return len(self.tids)
 
 
@@ -101,14 +101,14 @@ def processes(kernel: Kernel) -> list[Process]:
     """Return all processes, by pid.
 
     Raises:
-        GuestFault: the task list makes no sense, however often it is read.
+        GuestFault: the task list is invalid each time it is read.
     """
     found = settled(lambda: _described(for_each_process(kernel)))
     return sorted(found, key=lambda process: process.pid)
 
 
 def _described(leaders: Iterator[Struct]) -> list[Process]:
-    # Each list is as long as all tasks at most; so are all of them together.
+    # Bounds all lists together, not only each of them.
     found, threads = [], 0
     for task in leaders:
         found.append(_describe(task))
@@ -130,7 +130,7 @@ def _describe(task: Struct) -> Process:
 
 
 def is_kernel_thread(task: Struct) -> bool:
-    """Tell whether a task belongs to the kernel."""
+    """Tell whether a task is a kernel thread (``PF_KTHREAD``)."""
     return bool(task.flags & PF_KTHREAD)
 
 
@@ -151,9 +151,9 @@ def task_state(task: Struct) -> str:
 
 
 def task_comm(task: Struct) -> str:
-    """Return what ``/proc/PID/comm`` says (``proc_task_name()``).
+    """Return the name in ``/proc/PID/comm`` (``proc_task_name()``).
 
-    The kernel's own threads have names that are longer than ``task->comm``.
+    Names of kernel threads may be longer than ``task->comm``.
     """
     comm: str = task.comm
     if is_kernel_thread(task):
@@ -176,8 +176,8 @@ def _to_kthread(task: Struct) -> Any:
 
 def _worker_comm(comm: str, kthread: Struct) -> str:
     # wq_worker_comm(). Linux kernel commit 2a1b02bcba78 ("workqueue: Refactor worker ID formatting
-    # and make wq_worker_comm() use full ID string") (in v6.11): rescuers, too, are kworkers
-    # before it, and then their names are never too long for task->comm.
+    # and make wq_worker_comm() use full ID string") (in v6.11): before it, rescuers
+    # are kworkers too, with names that fit into task->comm.
     if comm.startswith("kworker/") and kthread.full_name:
         comm = _full_name(kthread)
     worker = kthread.data.cast_("struct worker")

@@ -17,7 +17,7 @@ MAX_INTERNAL: Final = 4096
 
 
 def is_internal(entry: int) -> bool:
-    """Tell whether an entry means something to the array itself (``xa_is_internal()``)."""
+    """Tell whether an entry is internal to the array (``xa_is_internal()``)."""
     return entry & 3 == INTERNAL
 
 
@@ -30,7 +30,7 @@ def xa_load(array: Struct, index: int) -> Gva:
     """Return the entry at `index` of a ``struct xarray``; 0 if there is none.
 
     Raises:
-        GuestFault: the nodes make no sense.
+        GuestFault: the nodes are invalid.
     """
     entry = array.xa_head.address_
     if not is_node(entry):
@@ -47,7 +47,7 @@ def xa_load(array: Struct, index: int) -> Gva:
         elif offset >= len(slots):
             return Gva(0)
         entry = slots[offset].address_
-        if is_internal(entry) and entry >> 2 < len(slots):  # a sibling: the entry is over there
+        if is_internal(entry) and entry >> 2 < len(slots):  # a sibling: the entry is in that slot
             entry = slots[entry >> 2].address_
         above = shift
     return Gva(0 if is_internal(entry) else entry)

@@ -1,8 +1,7 @@
 """BPF Type Format: the guest kernel's own description of its types, read from its memory.
 
-Types are parsed when they are asked for; what is done up front is only what makes that possible:
-one pass that finds where each type begins. BTF comes from the guest, so every count and offset
-is checked, and types that contain themselves are noticed.
+Types are parsed on demand, after a single pass that finds the beginning of each type. BTF comes
+from the guest, so every count and offset is checked, and types that contain themselves are errors.
 
 Source: include/uapi/linux/btf.h; Documentation/bpf/btf.rst.
 """
@@ -41,7 +40,7 @@ VOID: Final = 0
 
 
 class Kind(IntEnum):
-    """What a type is: the BTF_KIND_* numbers."""
+    """Kinds of types: the BTF_KIND_* numbers."""
 
     INT = 1
     PTR = 2
@@ -64,8 +63,8 @@ class Kind(IntEnum):
     ENUM64 = 19
 
 
-# What follows the three words of a type, in words: once, and for each of its `vlen` elements.
-# Kinds that are not named are followed by nothing.
+# Words after the three of a type: once, and for each of its `vlen` elements. No words follow the
+# kinds that are not listed.
 FOLLOWS: Final = dict.fromkeys(map(int, Kind), (0, 0)) | {
     Kind.INT: (1, 0),
     Kind.ARRAY: (3, 0),
@@ -114,7 +113,7 @@ class Array:
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """A member of a struct or union, at `bit_offset`; a bitfield is `bits` wide, others say 0."""
+    """A member of a struct or union, at `bit_offset`; `bits` is the width of a bitfield, else 0."""
 
     name: str
     type: int
@@ -124,7 +123,7 @@ class Member:
 
 @dataclass(frozen=True, slots=True)
 class Composite:
-    """A struct or union; `keyword` says which; `size` in bytes."""
+    """A struct or union; `keyword` is the C keyword, `size` in bytes."""
 
     keyword: str
     name: str
@@ -168,7 +167,7 @@ class Variable:
 
 @dataclass(frozen=True, slots=True)
 class Opaque:
-    """What has no value that could be read: void, functions, sections, floats."""
+    """Types without a readable value: void, functions, sections, floats."""
 
     name: str
 
@@ -181,10 +180,10 @@ class Btf:
 
     Args:
         data: the content of section .BTF.
-        build_id: of the kernel: what was found out about the data is remembered under it.
+        build_id: the key under which the result of the pass over the data is cached.
 
     Raises:
-        KernelNotFound: the data is damaged or of a kind that we do not know.
+        KernelNotFound: the data is damaged or of an unknown kind.
     """
 
     def __init__(self, data: bytes, build_id: str = "") -> None:
@@ -224,7 +223,7 @@ class Btf:
         return found
 
     def resolve(self, type_id: int) -> tuple[int, Type]:
-        """Return the type, and its id, that is behind all typedefs, qualifiers and tags."""
+        """Return the type, and its id, without typedefs, qualifiers and tags."""
         for _ in range(MAX_NESTING):
             found = self.type(type_id)
             if not isinstance(found, Alias):
@@ -233,7 +232,7 @@ class Btf:
         raise _damaged(f"type {type_id} is an alias of itself")
 
     def sizeof(self, type_id: int) -> int:
-        """Return the size of a type in bytes; 0 for what has none (void, functions)."""
+        """Return the size of a type in bytes; 0 for void and functions."""
         count = 1
         for _ in range(MAX_NESTING):
             match self.resolve(type_id)[1]:
@@ -307,7 +306,7 @@ def _damaged(what: str) -> KernelNotFound:
 
 
 def _sections(data: bytes) -> tuple[bytes, bytes, dict[int, tuple[int, int]]]:
-    # The type and string sections, and what the layout section says of kinds.
+    # The type and string sections, and the sizes of kinds in the layout section.
     try:
         magic, version, _, header = struct.unpack_from("<HBBI", data)
         type_offset, type_size, string_offset, string_size = struct.unpack_from("<IIII", data, 8)
@@ -316,7 +315,7 @@ def _sections(data: bytes) -> tuple[bytes, bytes, dict[int, tuple[int, int]]]:
     if magic != MAGIC or version != 1:
         raise _damaged(f"magic {magic:#x} and version {version} are not BTF version 1")
     if header < 24 or header > len(data) or (header + type_offset) % 4 or type_size % 4:
-        raise _damaged("its header makes no sense")
+        raise _damaged("its header is invalid")
     types = _section(data, header + type_offset, type_size)
     strings = _section(data, header + string_offset, string_size)
     layout: dict[int, tuple[int, int]] = {}
@@ -333,17 +332,17 @@ def _section(data: bytes, start: int, size: int) -> bytes:
 
 
 def _layout(section: bytes) -> dict[int, tuple[int, int]]:
-    # struct btf_layout { __u8 info_sz, elem_sz; __u16 flags; }[kind]: lets a reader step over
-    # kinds that it does not know. Newer kernels have it.
+    # struct btf_layout { __u8 info_sz, elem_sz; __u16 flags; }[kind]: lets a reader skip
+    # unknown kinds. Newer kernels have it.
     usable = section[: len(section) // 4 * 4]
     sizes = list(struct.iter_unpack("<BBH", usable))
     if any(once % 4 or each % 4 for once, each, _ in sizes):
-        raise _damaged("its layout section makes no sense")
+        raise _damaged("its layout section is invalid")
     return {kind: (once // 4, each // 4) for kind, (once, each, _) in enumerate(sizes) if kind}
 
 
 def _starts(types: bytes, follows: dict[int, tuple[int, int]]) -> NDArray[np.int32]:
-    # Where each type begins, in words. The one loop over all types: keep it tight.
+    # The offset of each type, in words. The only loop over all types: keep it tight.
     words = memoryview(types).cast("I")
     once = [3 + follows[kind][0] if kind in follows else 0 for kind in range(KIND_MASK + 1)]
     each = [follows[kind][1] if kind in follows else 0 for kind in range(KIND_MASK + 1)]
@@ -365,7 +364,7 @@ def _starts(types: bytes, follows: dict[int, tuple[int, int]]) -> NDArray[np.int
 def _integer(name: str, size: int, encoding: int) -> Int:
     flags, offset, bits = encoding >> 24 & 0xF, encoding >> 16 & 0xFF, encoding & 0xFF
     if offset or bits != 8 * _scalar(size):
-        # pahole describes bitfields at the member (kind_flag), never at the type
+        # pahole describes bitfields at the member (kind_flag), not at the type
         raise _damaged(f"integer type {name} is {bits} bits wide in {size} bytes")
     return Int(name, size, bool(flags & INT_SIGNED), bool(flags & INT_BOOL))
 

@@ -85,7 +85,7 @@ class Bits:
 
     @property
     def size(self) -> int:
-        """The bytes that it touches."""
+        """The number of bytes that it touches."""
         return (self.first + self.count + 7) // 8
 
     def load(self, space: Space, address: Gva, via: str) -> int:
@@ -94,7 +94,7 @@ class Bits:
         return value - (self._mask + 1) if self.signed and value >> (self.count - 1) else value
 
     def store(self, space: Space, address: Gva, value: int) -> None:
-        """Write it: its bytes are read, changed and written back, so its neighbours must rest."""
+        """Write it: a read, change and write of its bytes, which nothing else may change."""
         low = -(1 << (self.count - 1)) if self.signed else 0
         if not low <= index(value) <= low + self._mask:
             raise OverflowError(f"not in {low} .. {low + self._mask}")
@@ -162,11 +162,11 @@ class Reference:
 
     @cached_property
     def view(self) -> type[Struct]:
-        """The view class of what it points to: made when first used."""
+        """The view class of its target, made when first used."""
         return self.types.classes[self.type_id]
 
     def load(self, space: Space, address: Gva, via: str) -> Struct:
-        """Read the pointer and return the view of what it points to."""
+        """Read the pointer and return the view of its target."""
         return self.view(space, POINTER(space.read(address, POINTER_SIZE))[0], via)
 
     def store(self, space: Space, address: Gva, value: Struct | Pointer | int | None) -> None:
@@ -211,7 +211,7 @@ class Elements:
         return Array(space, address, self.element, self.count, via)
 
     def store(self, space: Space, address: Gva, value: Sequence[object]) -> None:
-        """Write every element; as many as there are, no more and no less."""
+        """Write all elements; `value` must have exactly as many."""
         if len(value) != self.count:
             raise ValueError(f"{len(value)} values for {self.count} elements")
         for number, item in enumerate(value):
@@ -221,7 +221,7 @@ class Elements:
 
 @dataclass(frozen=True)
 class Unreadable:
-    """What has no value: void, functions, types that are declared but not defined."""
+    """Types without a value: void, functions, declared but undefined types."""
 
     name: str
     size: int = 0

@@ -1,4 +1,4 @@
-"""Reading what a running guest may change meanwhile, and whose types may be anything."""
+"""Reading memory that a running guest changes meanwhile, with types that may be wrong."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -12,23 +12,22 @@ __all__ = ["Deadline", "settled", "types_that_fit"]
 
 ATTEMPTS: Final = 8
 PATIENCE: Final = 5.0
-"""Seconds after which nothing is tried again: a guest that makes us read in vain for so long lies,
-or is busier than we can be."""
+"""Seconds after which a read is not tried again: the guest is hostile, or changes too fast."""
 
 WALK_SECONDS: Final = 120.0
-"""What one walk along a list or a tree may take, with all that is done at its entries."""
+"""Limit in seconds for a walk along a list or a tree, including the work at its entries."""
 
 _GUEST_VALUES: Final = (int, str, bytes, Array, Pointer)
-"""What a member is loaded as that is not a struct, which has an error of its own."""
+"""Values of members that are no structs: these lack attributes that the caller uses."""
 
 Value = TypeVar("Value")
 
 
 class Deadline:
-    """When a walk must have ended: what a guest claims to have may be longer than we can read.
+    """The time limit of a walk: a hostile guest's list may be too long to be read.
 
     Args:
-        what: what is walked, for the message.
+        what: the name of the list or tree, for the message.
     """
 
     def __init__(self, what: str) -> None:
@@ -36,7 +35,7 @@ class Deadline:
         self._until = time.monotonic() + WALK_SECONDS
 
     def check(self, address: int) -> None:
-        """Go on, at the entry at `address`.
+        """Check the time, at the entry at `address`.
 
         Raises:
             GuestFault: the time is over.
@@ -44,18 +43,18 @@ class Deadline:
         if time.monotonic() > self._until:
             raise GuestFault(
                 f"{self._what} has no end within {WALK_SECONDS:g} s: at {address:#x}", address,
-                "does the guest lie? if the host is only busy, try again when it is not",
+                "is the guest hostile? if the host is only busy, try again later",
             )  # fmt: skip
 
 
 def settled(read: Callable[[], Value]) -> Value:
-    """Return what `read` returns; try again if the guest frees what is being read.
+    """Return the result of `read`; call it again if the guest frees objects that it reads.
 
     Args:
         read: walks guest structures and has no side effects.
 
     Raises:
-        GuestFault: they make no sense, however often they are read.
+        GuestFault: they are invalid each time they are read.
         KernelNotFound: the guest's types are not those of such structures.
     """
     until = time.monotonic() + PATIENCE
@@ -74,12 +73,12 @@ def settled(read: Callable[[], Value]) -> Value:
 def types_that_fit() -> Iterator[None]:
     """Report a guest value of an unexpected type as an error of the guest's kernel.
 
-    Members have the types that the guest's BTF says. Where one that must be a pointer is a number,
-    Python notices it. The body must do nothing but read and write guest objects, or a mistake of
-    ours is reported as one of the guest's.
+    Members have the types in the guest's BTF. Python raises an error if a number takes the place
+    of a pointer. The body must only read and write guest objects, or a bug in ovr is reported
+    as an unsupported kernel.
 
     Raises:
-        KernelNotFound: some type is not what all kernels have there.
+        KernelNotFound: a type differs from that in all supported kernels.
     """
     try:
         yield
@@ -95,6 +94,6 @@ def types_that_fit() -> Iterator[None]:
 
 def _misfit(error: Exception) -> KernelNotFound:
     return KernelNotFound(
-        f"the guest kernel's types make no sense: {type(error).__name__}: {error}",
+        f"the guest kernel's types are invalid: {type(error).__name__}: {error}",
         "is the guest's kernel supported? see the support matrix",
     )

@@ -28,9 +28,9 @@ __all__ = ["NoSuchType", "Types"]
 MAX_DEPTH: Final = 32
 MAX_MEMBERS: Final = 1 << 16
 NAME: Final = re.compile(r"\s*(?:(struct|union|enum)\s+)?(\w[\w ]*?)\s*(\**)\s*")
-OURS: Final = frozenset(dir(Struct))  # no member name of the guest's may hide these
+OURS: Final = frozenset(dir(Struct))  # a member of a guest type must not hide these
 STEP: Final = re.compile(r"\.?(\w+)|\[(\d+)\]")
-SPELLINGS: Final = {  # what compilers call the types that people write
+SPELLINGS: Final = {  # compilers' names of the types that people write
     "short": "short int",
     "unsigned short": "short unsigned int",
     "unsigned": "unsigned int",
@@ -62,7 +62,7 @@ class Field:
 
 
 class _Classes(dict[int, type[Struct]]):
-    # The view class of each struct type, made when first asked for.
+    # The view class of each struct type, made when first used.
 
     def __init__(self, types: "Types") -> None:
         self._types = types
@@ -73,10 +73,10 @@ class _Classes(dict[int, type[Struct]]):
 
 
 class Types:
-    """What the guest's BTF says, as view classes and numbers.
+    """The guest's BTF, as view classes and numbers.
 
     Type names are written as in C: ``"struct task_struct"``, ``"unsigned long"``, ``"pid_t"``,
-    ``"struct file **"``. Without a keyword a struct or union is looked for first.
+    ``"struct file **"``. Without a keyword, structs and unions come first.
 
     Args:
         types: the parsed BTF.
@@ -94,10 +94,10 @@ class Types:
         self._ids: dict[str, tuple[int, int]] = {}
 
     def close(self) -> None:
-        """Let go of the BTF, and of all that was made of it: no view can be used any more.
+        """Release the BTF and all views; they cannot be used afterwards.
 
-        View classes, what reads their members, and we refer to each other. So the BTF, which is
-        some megabytes, would stay until Python looks for cycles.
+        View classes, codecs and this object form reference cycles, which would keep some megabytes
+        of BTF until the next garbage collection.
         """
         vars(self).clear()
 
@@ -135,7 +135,7 @@ class Types:
         return self.classes[type_id]
 
     def codec(self, name: str) -> Codec:
-        """Return how values of a type are read and written."""
+        """Return the codec that reads and writes values of a type."""
         type_id, stars = self._lookup(name)
         codec = self._codec(type_id)
         for _ in range(stars):
@@ -149,12 +149,12 @@ class Types:
     def pointer(self, name: str, space: Space, address: Gva, via: str = "") -> Any:
         """Return a pointer to type `name`: a `Struct` if it is one, else a `Pointer`.
 
-        Messages say `via` where they say by which member it was reached.
+        Messages name `via` as the member that the pointer was read from.
         """
         return self._point(self.codec(name), space, address, via or name)
 
     def variable(self, name: str) -> Codec | None:
-        """Return the type of a per-cpu variable, or None: BTF knows no other variables."""
+        """Return the type of a per-cpu variable, or None: BTF has no other variables."""
         for type_id in self.btf.find(name, Kind.VAR):
             found = self.btf.type(type_id)
             if isinstance(found, btf.Variable):
@@ -168,7 +168,7 @@ class Types:
         return self._point(self._codec(type_id), view.space_, at, f"{view.type_}.{path}")
 
     def make_class(self, type_id: int) -> type[Struct]:
-        """Make the view class of a struct type; `classes` calls this once a type."""
+        """Make the view class of a struct type; `classes` calls this once for each type."""
         found = self.btf.type(type_id)
         if not isinstance(found, btf.Composite):
             raise NoSuchType(f"type {type_id} is no struct in this guest's kernel")
@@ -199,7 +199,7 @@ class Types:
     def _members(
         self, type_id: int, base: int, depth: int, budget: Iterator[int]
     ) -> Iterator[tuple[str, Field]]:
-        # `budget` is one for all: few structs that have each other often would be many members.
+        # `budget` is shared by all levels: few nested structs can have very many members.
         composite = self.btf.type(type_id)
         if depth > MAX_DEPTH or not isinstance(composite, btf.Composite):
             raise KernelNotFound(f"the guest kernel's BTF is damaged: struct type {type_id}")
@@ -273,7 +273,7 @@ class Types:
         return Pointer(self, space, address, target, via)
 
     def _lookup(self, name: str) -> tuple[int, int]:
-        # The type's id and how many stars follow it.
+        # The type's id, and the number of stars after it.
         found = self._ids.get(name)
         if found is None:
             found = self._ids[name] = self._search(name)

@@ -1,6 +1,6 @@
 """Kernel objects in guest memory that read and write like C.
 
-A `Struct` is an object in guest memory, or what a pointer to it points to: C's ``task.fs`` and
+A `Struct` is an object in guest memory, reached directly or through a pointer: C's ``task.fs`` and
 ``task->fs`` are both ``task.fs`` here. Each attribute is a read or a write of guest memory at the
 offset that the guest's own BTF gives, checked against the size and the range of the type::
 
@@ -10,13 +10,14 @@ offset that the guest's own BTF gives, checked against the size and the range of
 
 Members come back as Python values: integers, enums and bitfields as `int`, ``char`` arrays as
 `str` up to their NUL, structs and pointers to structs as `Struct`, other arrays as `Array`, other
-pointers as `Pointer`. What is ours and not the kernel's ends in an underscore. Members of
-anonymous structs and unions are members of what contains them.
+pointers as `Pointer`. Attributes that are not the kernel's end in an underscore. Members
+of anonymous structs and unions are members of the type that contains these.
 
 In the body of a class Python rewrites names like ``task.__state``; there, write
 ``getattr(task, "__state")``.
 
-The kernel may run meanwhile: two reads are two moments. Who writes states why nobody else does.
+The kernel may run meanwhile: two reads may see two states. A comment at each write states why
+nothing else writes there at the same time.
 """
 
 from collections.abc import Callable, Iterator
@@ -46,11 +47,11 @@ __all__ = [
 
 
 class NoSuchMember(KernelNotFound, AttributeError):
-    """The guest kernel's type has no such member: try the other layout, or give up."""
+    """The guest kernel's type has no such member; callers may try another layout."""
 
 
 class DoesNotFit(OvrError, ValueError):
-    """A value is not one that the member's type can hold; nothing was written."""
+    """The member's type cannot hold the value; nothing was written."""
 
 
 class OutOfBounds(GuestFault, IndexError):
@@ -62,11 +63,11 @@ Recorder = Callable[[str, Gva, bytes, bytes], None]
 
 
 class Space(Protocol):
-    """Guest memory by virtual address: what views need of `ovr.memory.paging.AddressSpace`."""
+    """Guest memory by GVA: the part of `ovr.memory.paging.AddressSpace` that views use."""
 
     @property
     def recorder(self) -> Recorder | None:
-        """Who is told of every value before it is written, if anybody."""
+        """Called with every value before it is written, if set."""
 
     def read(self, gva: Gva, size: int) -> bytes:
         """Read `size` bytes; `GuestFault` if they are not mapped."""
@@ -83,22 +84,22 @@ class Codec(Protocol):
         """The size of the type in bytes."""
 
     def load(self, space: Space, address: Gva, via: str) -> Any:
-        """Return the value at `address`; `via` is the name of the member that it is."""
+        """Return the value at `address`; `via` is the name of its member."""
 
     def store(self, space: Space, address: Gva, value: Any) -> None:
         """Write `value`. Raises `ValueError` or `OverflowError` if it does not fit."""
 
 
 class Struct:
-    """A struct or union in guest memory; false if it is what a NULL pointer points to.
+    """A struct or union in guest memory; false if its address is NULL.
 
     Every type has its own subclass, made by `Types`, with a property for each member.
 
     Attributes:
-        address_: where it lies.
-        space_: the address space that it lies in.
+        address_: its GVA.
+        space_: its address space.
         via_: the member through which it was reached, for messages.
-        id_: its type in BTF; `type_` the same by name, `size_` its size in bytes.
+        id_: its type's id in BTF; `type_` its name, `size_` its size in bytes.
         types_: all types of its kernel.
     """
 
@@ -128,7 +129,7 @@ class Struct:
         return f"<{self.type_} at {self.address_:#x}>"
 
     def __getattr__(self, name: str) -> Any:
-        # Only called for what no property answers to.
+        # Only called for names without a property.
         raise NoSuchMember(
             f"{self.type_} has no member {name} in this guest's kernel",
             "is the guest's kernel supported? see the support matrix",
@@ -145,7 +146,7 @@ class Struct:
     __iter__ = None  # indexing makes no sequence of it
 
     def cast_(self, type_name: str) -> Any:
-        """Return what lies at the same address, seen as another type."""
+        """Return an object of another type at the same address."""
         return self.types_.pointer(type_name, self.space_, self.address_, self.via_)
 
     def bytes_(self) -> bytes:
@@ -184,7 +185,7 @@ class Array:
         return f"<{self._count} elements of {self._via} at {self.address_:#x}>"
 
     def resized(self, count: int) -> "Array":
-        """Return the array with the length that it really has.
+        """Return the array with another length.
 
         The length of a trailing array is often kept elsewhere: ``pid->numbers`` has
         ``pid->level + 1`` elements.
@@ -231,7 +232,7 @@ class Pointer:
         return f"<pointer {self._via} to {self.address_:#x}>"
 
     def __getitem__(self, index: int) -> Any:
-        """Return element `index` of what is pointed to (C: ``p[index]``, ``*p`` is ``p[0]``)."""
+        """Return element `index` of the target (C: ``p[index]``, ``*p`` is ``p[0]``)."""
         codec = self._target()
         return codec.load(self.space_, Gva(self.address_ + index * codec.size), self._via)
 
@@ -280,8 +281,8 @@ def member_property(path: str, offset: int, codec: Codec) -> property:
 
     Args:
         path: the member's name, for messages: ``task_struct.fs``.
-        offset: where it is, in bytes.
-        codec: how it is read and written.
+        offset: its offset in bytes.
+        codec: reads and writes its values.
     """
     load: Any = codec.load
 
@@ -306,7 +307,7 @@ def member_property(path: str, offset: int, codec: Codec) -> property:
 
 
 def store(codec: Codec, space: Space, address: Gva, value: Any, path: str) -> None:
-    """Write a value and name the member if that cannot be.
+    """Write a value; errors name the member.
 
     Raises:
         DoesNotFit: the type cannot hold the value; nothing was written.
@@ -319,7 +320,7 @@ def store(codec: Codec, space: Space, address: Gva, value: Any, path: str) -> No
 
 
 class _Recorded:
-    # A space that tells its recorder what it is about to write.
+    # An address space that reports each write to its recorder first.
     def __init__(self, space: Space, path: str) -> None:
         self.recorder = space.recorder
         self.read = space.read

@@ -159,12 +159,17 @@ def test_memory_images_of_an_earlier_dump_stay_behind(one):
     assert memory.name in built and memory.pages_name in built
 
 
+def all_kept(images):
+    """The first task's memory, and its pages image if all of its pages are kept."""
+    memory = images.tasks[0].memory
+    inside = InsideImages(images)
+    inside.keep_pages(memory, memory.entries)
+    return memory, inside.build()[memory.pages_name]
+
+
 def test_images_that_shrink_while_they_are_sent(one):
     with ImageSet.open(one) as images:
-        memory = images.tasks[0].memory
-        inside = InsideImages(images)
-        inside.keep_pages(memory, memory.entries)
-        pages = inside.build()[memory.pages_name]
+        memory, pages = all_kept(images)
         os.truncate(one / memory.pages_name, 4096)
         with pytest.raises(ImagesDamaged, match="shrank while it was read"):
             list(image_chunks(pages))
@@ -172,10 +177,7 @@ def test_images_that_shrink_while_they_are_sent(one):
 
 def test_neighbouring_runs_are_read_in_one_piece(one):
     with ImageSet.open(one) as images:
-        memory = images.tasks[0].memory
-        inside = InsideImages(images)
-        inside.keep_pages(memory, memory.entries)
-        pages = inside.build()[memory.pages_name]
+        memory, pages = all_kept(images)
     assert [(at, size) for _, at, size in pages.pieces] == [
         (0, (one / memory.pages_name).stat().st_size)
     ]
