@@ -153,8 +153,8 @@ def test_pages_that_the_pre_checkpoint_has_not(archives, before, tmp_path):
         ("../pre-checkpoint/../../x", ImagesUnsupported, "out of the archive"),
         ("..", ImagesUnsupported, "out of the archive"),
         ("", ImagesUnsupported, "out of the archive"),
-        (".", ImagesUnsupported, "more than 128 levels, or a circle"),
-        ("../checkpoint", ImagesUnsupported, "more than 128 levels, or a circle"),
+        (".", ImagesUnsupported, "more than 128 levels, or a cycle"),
+        ("../checkpoint", ImagesUnsupported, "more than 128 levels, or a cycle"),
         ("../pre-checkpoint2", UsageError, "builds on pre-checkpoint2, which is not in it"),
         ("inventory.img", UsageError, "builds on checkpoint/inventory.img, which is not in it"),
     ],
@@ -166,7 +166,7 @@ def test_links_of_an_enemy(tmp_path, both, target, kind, words):
 def test_a_circle_of_two(tmp_path, both):
     links = [*LINKS, ("pre-checkpoint/parent", "../checkpoint")]
     path = pack(tmp_path / "x.tar", both, links=links)
-    refused(ImagesUnsupported, "or a circle", path)
+    refused(ImagesUnsupported, "or a cycle", path)
 
 
 def test_the_other_archive_cannot_lead_back(archives, before, tmp_path):

@@ -224,7 +224,7 @@ def test_missing_images(one, name):
 
 
 def test_no_images(tmp_path):
-    with pytest.raises(UsageError, match="no CRIU images in there"):
+    with pytest.raises(UsageError, match="no CRIU images in this directory"):
         ImageSet.open(tmp_path)
     with pytest.raises(UsageError, match="no such directory"):
         ImageSet.open(tmp_path / "nowhere")
