@@ -120,7 +120,7 @@ def test_nobody_there(tmp_path: Path, kind: str) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(AgentUnreachable) as caught:
         open_link(f"{kind}:{tmp_path}/file", 1)
-    assert "is no socket" in caught.value.hint
+    assert "is not a socket" in caught.value.hint
     with socket.socket(socket.AF_UNIX) as dead:
         dead.bind(f"{tmp_path}/dead")
     with pytest.raises(AgentUnreachable, match="refused") as caught:

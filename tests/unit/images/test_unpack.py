@@ -102,7 +102,7 @@ def test_more_than_this_host_has_memory_for(tmp_path):
     size = psutil.virtual_memory().total + psutil.swap_memory().total + 2 * G
     field = b"\x80" + size.to_bytes(11, "big")
     path = pack(tmp_path / "x", head("checkpoint/pages-1.img", field=field), 1 << 20)
-    with pytest.raises(ImagesUnsupported, match="fit into this host.s memory") as caught:
+    with pytest.raises(ImagesUnsupported, match="fit into this host's memory") as caught:
         Archive.open(path)
     assert "a plain archive" in caught.value.hint
 
