@@ -71,7 +71,7 @@ def test_somebody_elses_welcome() -> None:
     answer = frame({**WELCOME, "token": b"not the one given"[:16]})
     with (
         peer(replying(answer), greet=False) as link,
-        pytest.raises(AgentUnreachable, match="somebody else"),
+        pytest.raises(AgentUnreachable, match="another session"),
     ):
         Agent(link, 2.0)
 

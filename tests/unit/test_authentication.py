@@ -128,7 +128,7 @@ def test_pages_that_are_not(tmp_path, wrong, code, words):
 @pytest.mark.parametrize("wrong", [{"present": False}, {"page": 0}, {"mapping": 0}, {"mapping": 3}])
 def test_a_page_that_may_be_somebody_elses_at_this_moment(tmp_path, wrong):
     guest = Guest(tmp_path, **wrong)
-    with pytest.raises(GuestFault, match="not there, or shared"):
+    with pytest.raises(GuestFault, match="not mapped, or shared"):
         read_secret(guest.kernel, PID, PAGE)
 
 
