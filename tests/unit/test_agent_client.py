@@ -142,7 +142,7 @@ def test_who_does_not_know_the_secret_is_not_the_agent(what: str) -> None:
         return frame({"op": "proved", "proof": PROOFS[what](prove, token)})
 
     with asked_to_prove(answer) as (agent, heard):
-        with pytest.raises(AgentUntrusted, match="failed to authenticate") as caught:
+        with pytest.raises(AgentUntrusted) as caught:
             agent.authenticate(SECRET)
         with pytest.raises(AgentUnreachable):
             agent.begin({"inventory.img": b"x"})  # it has hung up

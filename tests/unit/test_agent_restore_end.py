@@ -50,7 +50,7 @@ def test_host_is_silent(host: AgentHost, agent: Agent) -> None:
     assert alive(*skeleton.tasks)
     time.sleep(0.8)
     assert not alive(*skeleton.tasks)
-    with pytest.raises(RestoreFailed, match="silent"):
+    with pytest.raises(RestoreFailed, check=lambda error: error.code == Code.SILENT):
         agent.go()
     agent.ping()
     assert_gone(host, skeleton)
@@ -144,7 +144,7 @@ def test_agent_dies_before_the_hook(host: AgentHost, agent: Agent) -> None:
 
 
 def test_criu_takes_too_long(host: AgentHost, agent: Agent) -> None:
-    with pytest.raises(RestoreFailed, match="longer than the given timeout") as caught:
+    with pytest.raises(RestoreFailed) as caught:
         agent.begin(IMAGES, criu_options=host.criu_options("slow"), timeout=1.0)
     assert caught.value.code == Code.TIMEOUT
     assert not host.marks
@@ -152,7 +152,7 @@ def test_criu_takes_too_long(host: AgentHost, agent: Agent) -> None:
 
 
 def test_criu_makes_no_progress(host: AgentHost, agent: Agent) -> None:
-    with pytest.raises(RestoreFailed, match="makes no progress") as caught:
+    with pytest.raises(RestoreFailed) as caught:
         agent.begin(IMAGES, criu_options=host.criu_options("stalled"), stall=2.0)
     assert caught.value.code == Code.STALLED
     assert not host.marks
@@ -224,7 +224,7 @@ def test_agent_whose_program_was_replaced(tmp_path: Path) -> None:
     with agent_host(tmp_path, program) as host, host.connect() as agent:
         shutil.copy(program, new)
         new.rename(program)
-        with pytest.raises(RestoreFailed, match="program file was replaced") as caught:
+        with pytest.raises(RestoreFailed) as caught:
             begin(host, agent)
         assert caught.value.code == Code.REPLACED
         wait_for(lambda: not host.restores)

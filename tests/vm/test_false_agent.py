@@ -119,7 +119,7 @@ def test_who_names_the_agents_own_secret_does_not_know_it(vm, dump, program):
         hello = agent.hello
     kind = f"agent:{hello.pid}:{hello.secret_at}"
     with impostor(vm, program, kind) as false, ovr.attach(f"lab:{vm.name}") as attached:
-        with pytest.raises(AgentUntrusted, match="failed to authenticate") as caught:
+        with pytest.raises(AgentUntrusted) as caught:
             attached.restore(dump.path, agent=false.address)
         assert caught.value.code == "proof"
         assert false.sent == ["hello", "prove"]
