@@ -45,7 +45,7 @@ def run(options: argparse.Namespace) -> int:
             )
             for state in found
         ]
-        table(("STATE", "OUTSIDE", "GROUPS", "WHAT IT IS, OR WHY NOT"), rows)
+        table(("STATE", "OUTSIDE", "GROUPS", "DESCRIPTION OR REASON"), rows)
     return 0
 
 

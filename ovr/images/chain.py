@@ -54,7 +54,7 @@ def resolve(levels: Sequence[Extents], name: str) -> Extents:
         raise ImagesDamaged(
             f"{name}: pages at {wanted['gva'][0]:#x} or above should be in the parent images,"
             " but are not",
-            "put the images of all earlier dumps of the chain where the `parent` links say",
+            "put the images of all earlier dumps of the chain where the `parent` links point",
         )
     whole = np.concatenate(found)
     whole = whole[np.argsort(whole["gva"])]

@@ -123,7 +123,7 @@ class ImageDirectory(Closing):
         if not target.is_dir():
             raise ImagesDamaged(
                 f"{self.label}parent: leads to {target}, which is no directory",
-                "put the images of the earlier dumps where the link says",
+                "put the images of the earlier dumps where the link points",
             )
         if not target.is_relative_to(home.parent):
             raise ImagesUnsupported(

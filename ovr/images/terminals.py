@@ -24,7 +24,7 @@ _SLAVE_MAJOR: Final = 136  # UNIX98_PTY_SLAVE_MAJOR in linux/major.h
 _SHOWN: Final = 4  # descriptors in a message
 
 _WAY_OUT: Final = (
-    "dump the program with what owns the terminal (sshd, tmux, script), or started without one"
+    "dump the program with the terminal's owner (sshd, tmux, script), or started without one"
     " (setsid PROGRAM </dev/null >LOG 2>&1); on a terminal of the guest, `criu restore --shell-job`"
     " restores these images"
 )

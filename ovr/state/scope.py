@@ -197,8 +197,8 @@ def _regular_finder(pid: int, fd: int) -> Callable[[GuestTree], Any]:
 def _context_files(field: str, operations: str, context: str) -> Scope:
     """Return the scope of files of one sort, as the context in ``file->private_data``.
 
-    It is empty if the tree has an epoll instance, which learns of events only by wake-ups; a write
-    from outside causes none.
+    It is empty if the tree has an epoll instance, which gets events only by wake-ups; a write from
+    outside causes none.
     """
 
     def bindings(images: ImageSet) -> Iterator[Binding]:

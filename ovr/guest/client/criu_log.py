@@ -127,7 +127,7 @@ CAUSES: Final = (
     Cause(
         "CPU (?:instruction )?capabilities do not match|CPU xfeatures|CPU xsave|FPU feature",
         "give the VM the CPU model of the dump; --cpu-cap=none leaves out the comparison, and the"
-        " tree dies when it uses what is not there",
+        " tree dies when it uses a missing feature",
     ),
     # criu/net.c, criu/netfilter.c, criu/libnetlink.c
     Cause(
