@@ -1,9 +1,9 @@
-"""Checkpoint archives: what ``podman container checkpoint --export`` and CRI-O write.
+"""Read the checkpoint archives that ``podman container checkpoint --export`` and CRI-O write.
 
-A tar of the container's configuration, what has changed in its root file system and volumes, and
-CRIU's images in ``checkpoint/``. Images are read in place; `Archive.with_images` makes the same
-archive with other images. An archive made with ``--with-previous`` builds on the archive of a
-pre-checkpoint (`ovr.checkpoint.archived`).
+An archive is a tar of the container's configuration, the changes in its root file system and
+volumes, and CRIU's images in ``checkpoint/``. Images are read in place; `Archive.with_images` makes
+the same archive with other images. An archive made with ``--with-previous`` builds on the archive
+of a pre-checkpoint (`ovr.checkpoint.archived`).
 """
 
 import re
@@ -36,15 +36,15 @@ _LEAVE_OUT: Final = "leave out --import-previous"
 
 @dataclass(frozen=True)
 class Container:
-    """What an archive says of its container.
+    """The container of an archive.
 
     Attributes:
-        maker: who wrote the archive: ``podman`` or ``CRI-O``.
-        id: its id, 64 hexadecimal digits.
+        maker: the program that wrote the archive: ``podman`` or ``CRI-O``.
+        id: the container's id, 64 hexadecimal digits.
         name: its name.
         runtime: the program that ran it: ``crun``, ``runc``, …
-        image: the image it was made from, as people call it.
-        volumes: the names of its named volumes, which podman makes, and refuses if they exist.
+        image: the name of the image it was made from.
+        volumes: the names of its named volumes, which podman creates; it fails if one exists.
     """
 
     maker: str
@@ -60,12 +60,12 @@ class Archive:
 
     Args:
         path: the file.
-        previous: the archive of the pre-checkpoint that it builds on, if it does.
+        previous: the archive of the pre-checkpoint that it builds on, if any.
 
     Attributes:
         path: the file.
-        container: what it says of its container.
-        images: CRIU's images in it.
+        container: the archived container.
+        images: CRIU's images in the archive.
     """
 
     def __init__(self, path: Path, previous: Path | None = None) -> None:
@@ -82,7 +82,7 @@ class Archive:
             ]
             if previous is not None and self._levels[-1].tarball is self._own:
                 self.images.close()
-                raise UsageError(f"{path}: does not build on what is in {previous}", _LEAVE_OUT)
+                raise UsageError(f"{path}: does not build on {previous}", _LEAVE_OUT)
         except BaseException:
             self.close()
             raise
@@ -92,15 +92,15 @@ class Archive:
         """Open the archive in the file `path`.
 
         Raises:
-            UsageError: no such file, no archive, no program or room to unpack it; or the
-                pre-checkpoint that it builds on is missing, or is another container's.
-            ImagesDamaged: it is cut off or contradicts itself.
+            UsageError: no such file, not an archive, no program or space to unpack it; or the
+                pre-checkpoint that it builds on is missing or of another container.
+            ImagesDamaged: it is truncated or contradicts itself.
             ImagesUnsupported: an archive of something else.
         """
         return cls(path, previous)
 
     def close(self) -> None:
-        """Close the files; what was unpacked is gone with it."""
+        """Close the files, and delete the unpacked copies."""
         for tarball in self._tarballs:
             tarball.close()
 
@@ -116,13 +116,13 @@ class Archive:
         return self._tarballs[0]
 
     def with_images(self, images: Mapping[str, bytes | Slices]) -> Iterator[bytes]:
-        """The archive in pieces, uncompressed, with `images` instead of CRIU's images.
+        """Yield the archive in pieces, uncompressed, with `images` instead of CRIU's images.
 
-        All other members are byte for byte what they were, files beside the images too. The images
-        that it builds on and the link to them are left out: `images` are whole.
+        All other members are copied byte for byte, including files beside the images. Parent images
+        and the link to them are left out, because `images` are complete.
 
         Raises:
-            ImagesDamaged: the file has become shorter.
+            ImagesDamaged: the file became shorter.
         """
         ours = {_IMAGES + name for name in (*self.images.names, PARENT)}
         parents = {level.prefix for level in self._levels[1:] if level.tarball is self._own}
@@ -140,7 +140,7 @@ class Archive:
         found = _text(self._tarballs[1].json(_CONFIG), "id")
         if found != self.container.id:
             raise UsageError(
-                f"{previous}: of container {found[:12]}, and {self.path} of"
+                f"{previous}: of container {found[:12]}, but {self.path} is of"
                 f" {self.container.id[:12]}",
                 "give the archive of the last pre-checkpoint before the checkpoint",
             )
@@ -150,7 +150,7 @@ class Archive:
             raise self._something_else()
         if _CONFIG not in self._own.members or _SPEC not in self._own.members:
             raise ImagesUnsupported(
-                f"{self.path}: images, but no container's configuration ({_CONFIG}, {_SPEC})",
+                f"{self.path}: images without a container's configuration ({_CONFIG}, {_SPEC})",
                 f"unpack it: mkdir DIR && tar -C DIR -xf {self.path} && ovr restore -D DIR/…",
             )
         config = self._own.json(_CONFIG)
@@ -172,14 +172,14 @@ class Archive:
         for name in names:
             if not isinstance(name, str) or not _VOLUME.fullmatch(name):
                 raise ImagesDamaged(
-                    f"{self.path}: {str(name)[:40]} is no name of a volume", DUMP_AGAIN
+                    f"{self.path}: {str(name)[:40]} is not a volume name", DUMP_AGAIN
                 )
         return tuple(map(str, names))
 
     def _something_else(self) -> ImagesUnsupported:
         names = self._own.members
         if self._own.has_below(_PRE_DUMP):
-            what = "a pre-checkpoint: the container ran on"
+            what = "a pre-checkpoint, after which the container ran on"
             cure = "give the checkpoint after it with --archive, this one with --import-previous"
         elif "manifest.json" in names or "index.json" in names or "oci-layout" in names:
             what, cure = "a container image", "give the checkpoint archive that it was made from"
@@ -188,12 +188,12 @@ class Archive:
         elif "inventory.img" in names:
             what, cure = "bare CRIU images", "unpack it, and give the directory with -D"
         else:
-            what, cure = "no checkpoint/ directory in it", "is it a checkpoint of podman or CRI-O?"
+            what, cure = "no checkpoint/ directory", "is it a checkpoint of podman or CRI-O?"
         return ImagesUnsupported(f"{self.path}: {what}", cure)
 
 
-# As CRIU makes its own images (CR_FD_PERM): where the container has a user namespace
-# it opens some of them from inside, as another user.
+# The mode of CRIU's own images (CR_FD_PERM): CRIU opens some of them from inside the container's
+# user namespace, as another user.
 _MODE: Final = 0o644
 
 
@@ -207,7 +207,7 @@ def _member(name: str, image: bytes | Slices) -> Iterable[bytes]:
 
 
 def _text(config: Mapping[str, Any], name: str) -> str:
-    # Only shown, and compared with what we know.
+    # Untrusted text: used only in messages and comparisons.
     found = config.get(name)
     return found if isinstance(found, str) else ""
 

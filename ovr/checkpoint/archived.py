@@ -1,8 +1,8 @@
-"""Directories of images within archives, and the links from one to its parent.
+"""Read directories of images within archives, and follow the links to their parents.
 
-podman exports a checkpoint that builds on a pre-checkpoint as an archive of its own: in it
-``checkpoint/parent`` leads to ``../pre-checkpoint``, which is in the archive of the pre-checkpoint.
-Links are followed by name, within the archives: nothing of the host is looked at for them.
+podman exports a checkpoint that builds on a pre-checkpoint as a separate archive, in which
+``checkpoint/parent`` links to ``../pre-checkpoint`` in the archive of the pre-checkpoint. Links are
+resolved by name within the archives, never in the host's file system.
 """
 
 import os
@@ -18,8 +18,8 @@ from ovr.images.framing import DUMP_AGAIN
 __all__ = ["OF_PRE_CHECKPOINT", "ArchivedDirectory"]
 
 OF_PRE_CHECKPOINT: Final = (
-    "give with --import-previous what `podman container checkpoint --pre-checkpoint --export FILE`"
-    " wrote last before it"
+    "give with --import-previous the last archive before it that `podman container checkpoint"
+    " --pre-checkpoint --export FILE` wrote"
 )
 
 
@@ -27,12 +27,12 @@ class ArchivedDirectory(ImageDirectory):
     """The members of an archive that lie directly below `prefix`, as a directory of images.
 
     Args:
-        tarballs: where it lies, then where else its parent may lie.
+        tarballs: the archive that contains it, then others that may contain its parent.
         prefix: its name and a slash.
-        label: as of `ImageDirectory`.
+        label: as in `ImageDirectory`.
 
     Attributes:
-        tarball: where it lies.
+        tarball: the archive that contains it.
         prefix: its name there, and a slash.
     """
 
@@ -53,22 +53,22 @@ class ArchivedDirectory(ImageDirectory):
                 self.others.add(name)
 
     def open(self, name: str) -> int:
-        """A new descriptor of the archive; the content of `name` begins at its base."""
+        """Return a new descriptor of the archive; the content of `name` begins at its base."""
         return os.dup(self._fd)
 
     def parent(self) -> "ArchivedDirectory | None":
-        """The directory of the dump that this one builds on, if it is incremental.
+        """Return the directory of the previous dump, or None for a full dump.
 
         Raises:
             UsageError: it is in another archive, which was not given.
-            ImagesDamaged: ``parent`` is no link.
-            ImagesUnsupported: it leads out of the archive, or to no directory in any of them.
+            ImagesDamaged: ``parent`` is not a link.
+            ImagesUnsupported: it leads out of the archive, or no archive has that directory.
         """
         link = self.tarball.members.get(self.prefix + PARENT)
         if link is None:
             return None
         if not link.is_symlink:
-            raise ImagesDamaged(f"{self.path}: {link.name} is no symbolic link", DUMP_AGAIN)
+            raise ImagesDamaged(f"{self.path}: {link.name} is not a symbolic link", DUMP_AGAIN)
         target = posixpath.normpath(posixpath.join(self.prefix, link.link))
         if not link.link or target in (".", "..") or target.startswith(("/", "../")):
             raise ImagesUnsupported(
@@ -87,6 +87,6 @@ class ArchivedDirectory(ImageDirectory):
                 f"{self.path}: builds on {target}, which is not in it", OF_PRE_CHECKPOINT
             )
         return ImagesUnsupported(
-            f"{self._others[0].path}: no {target} in it, on which {self.path} builds",
+            f"{self._others[0].path}: does not contain {target}, on which {self.path} builds",
             OF_PRE_CHECKPOINT,
         )

@@ -1,6 +1,7 @@
-"""What is restored: images that CRIU alone is to restore, or a container that is its engine's.
+"""Open checkpoints: images that CRIU restores alone, or a container that its engine restores.
 
-Each kind says which images there are, what is sent into the guest, and who runs CRIU there.
+Each class provides the images, the files that are sent into the guest, and the program that runs
+CRIU there.
 """
 
 import re
@@ -30,7 +31,7 @@ __all__ = [
 RUNTIMES: Final = ("runc", "crun")
 """The engines that restore images into a bundle."""
 
-Inside = Mapping[str, bytes | Slices]
+Images = Mapping[str, bytes | Slices]
 
 _SCRIPTS_FOR_ENGINES: Final = (3, 19)  # "action-scripts: allow shell scripts in rpc mode"
 _DESCRIPTORS: Final = "descriptors.json"  # runc and crun put it beside CRIU's images
@@ -41,10 +42,10 @@ class Checkpoint(Closing):
 
     Attributes:
         images: CRIU's images, as they were dumped.
-        engine: what runs CRIU in the guest; None: the agent.
-        container: its name, where the engine does not tell an id.
-        options: put at the end of its command line.
-        volumes: the named volumes that it makes in the guest.
+        engine: the container engine that runs CRIU in the guest; None: the agent runs it.
+        container: the container's name, for engines that report no id.
+        options: put at the end of the command line of CRIU or the engine.
+        volumes: the named volumes that the engine creates in the guest.
     """
 
     images: ImageSet
@@ -54,11 +55,11 @@ class Checkpoint(Closing):
     volumes: tuple[str, ...] = ()
 
     @abstractmethod
-    def files(self, inside: Inside) -> dict[str, Iterable[bytes]]:
-        """Return what the agent gets, by file name, made of the inside image set."""
+    def files(self, inside: Images) -> dict[str, Iterable[bytes]]:
+        """Return the files for the agent by name, made from the inside image set."""
 
     def check(self, hello: AgentInfo) -> None:
-        """Raise `CheckFailed` if the guest cannot restore it."""
+        """Raise `CheckFailed` if the guest cannot restore this checkpoint."""
         if hello.criu is None:
             raise CheckFailed("the guest has no CRIU", "apt-get install criu, in the guest")
         if self.engine is None:
@@ -74,7 +75,7 @@ class Checkpoint(Closing):
             )
 
     def close(self) -> None:
-        """Close what is open."""
+        """Close the images."""
         self.images.close()
 
 
@@ -101,7 +102,7 @@ class ImagesCheckpoint(Checkpoint):
             raise
         self.options = tuple(options)
 
-    def files(self, inside: Inside) -> dict[str, Iterable[bytes]]:
+    def files(self, inside: Images) -> dict[str, Iterable[bytes]]:
         """Return the inside image set."""
         return {name: image_chunks(image) for name, image in inside.items()}
 
@@ -111,7 +112,7 @@ class PodmanCheckpoint(Checkpoint):
 
     Args:
         path: the archive, packed or not.
-        previous: the archive of the pre-checkpoint that it builds on, if it does.
+        previous: the archive of the pre-checkpoint that it builds on, if any.
         name: the container's new name; None keeps the old one.
         options: further options for the guest's ``podman container restore``.
 
@@ -133,7 +134,7 @@ class PodmanCheckpoint(Checkpoint):
         _check_podman_options(options)
         self._archive = Archive.open(path, previous)
         self.images = self._archive.images
-        # podman refuses volumes that are there already; with that option it makes none.
+        # podman fails if a volume exists; with that option it creates none.
         if not any(option.startswith("--ignore-volumes") for option in options):
             self.volumes = self._archive.container.volumes
         self.options = (*(("--name", name) if name is not None else ()), *options)
@@ -144,30 +145,31 @@ class PodmanCheckpoint(Checkpoint):
                 "podman cannot restore it: give --runtime and --bundle, see docs/podman.md",
             )
 
-    def files(self, inside: Inside) -> dict[str, Iterable[bytes]]:
-        """Return the archive, with the inside image set in it."""
+    def files(self, inside: Images) -> dict[str, Iterable[bytes]]:
+        """Return the archive with the inside image set."""
         return {ENGINE_ARCHIVE: self._archive.with_images(_held(self.images, inside))}
 
     def close(self) -> None:
-        """Close the archive."""
+        """Close images and archive."""
         super().close()
         self._archive.close()
 
 
 class RuntimeCheckpoint(Checkpoint):
-    """Images of a container that runc or crun restores, into a bundle that is in the guest.
+    """Images of a container that runc or crun restores into a bundle in the guest.
 
     Args:
-        source: where ``runc checkpoint --image-path`` has written, or an archive with such images.
-        archive: whether it is an archive.
-        previous: as of `PodmanCheckpoint`.
+        source: the directory that ``runc checkpoint --image-path`` wrote, or an archive with such
+            images.
+        archive: whether `source` is an archive.
+        previous: as in `PodmanCheckpoint`.
         runtime: ``runc`` or ``crun``.
         bundle: the guest's directory with ``config.json`` and the root file system.
-        name: what the runtime shall call the container.
+        name: the name of the new container.
         options: further options for the guest's ``runc restore``.
 
     Raises:
-        UsageError: a runtime that nobody knows.
+        UsageError: an unknown runtime.
         OvrError: as `ImageSet.open` and `Archive.open`.
     """
 
@@ -192,8 +194,8 @@ class RuntimeCheckpoint(Checkpoint):
         self._archive = Archive.open(source, previous) if archive else None
         self.images = self._archive.images if self._archive else ImageSet.open(source)
 
-    def files(self, inside: Inside) -> dict[str, Iterable[bytes]]:
-        """Return the inside image set, and what the runtime has noted of standard descriptors."""
+    def files(self, inside: Images) -> dict[str, Iterable[bytes]]:
+        """Return the inside image set and the runtime's file on the standard descriptors."""
         held = _held(self.images, inside)
         files: dict[str, Iterable[bytes]] = {
             name: image_chunks(image) for name, image in held.items()
@@ -210,18 +212,19 @@ class RuntimeCheckpoint(Checkpoint):
 
 
 def runs_scripts_for_engines(hello: AgentInfo) -> bool:
-    """Whether the guest's CRIU runs action scripts of its configuration for container engines."""
+    """Return whether the guest's CRIU runs configured action scripts for container engines."""
     numbers = (int(number) for number in re.findall(r"\d{1,9}", hello.criu or ""))
     return tuple(numbers) >= _SCRIPTS_FOR_ENGINES
 
 
-def _held(images: ImageSet, inside: Inside) -> Inside:
-    # Were our hook not run, an empty tree would be let go: CRIU must not find all that it needs.
+def _held(images: ImageSet, inside: Images) -> Images:
+    # Without our hook CRIU would let an empty tree run. So one image that CRIU needs gets another
+    # name, which the hook changes back.
     needed = f"pagemap-{images.tasks[0].pid}.img"
     return {HOOK_HELD + name if name == needed else name: image for name, image in inside.items()}
 
 
-# podman's own, which would name another checkpoint or hide the result.
+# Options of podman that would select another checkpoint or hide the result.
 _REFUSED: Final = {
     "-i": "the archive is what --archive names",
     "--import": "the archive is what --archive names",
@@ -241,7 +244,7 @@ def _check_podman_options(options: Sequence[str]) -> None:
         word = option.partition("=")[0]
         if word in _REFUSED or not word.startswith("-"):
             cure = _REFUSED.get(word, "write values as --option=value")
-            raise UsageError(f"podman's option {option} cannot be handed on", cure)
+            raise UsageError(f"podman's option {option} cannot be passed on", cure)
 
 
 def open_checkpoint(
@@ -255,20 +258,22 @@ def open_checkpoint(
     criu_options: Sequence[str] = (),
     engine_options: Sequence[str] = (),
 ) -> Checkpoint:
-    """Open a directory of images or a container's archive; arguments as of `ovr.Vm.restore`.
+    """Open a directory of images or a container's archive; arguments as for `ovr.Vm.restore`.
 
     Raises:
-        UsageError: not exactly one of both, or options that do not belong together.
+        UsageError: not exactly one of both, or options that exclude each other.
         OvrError: as the classes above.
     """
     source = archive if images is None else images
     if source is None or (images is not None and archive is not None):
-        raise UsageError("images, or the archive of a container?", "give one of them")
+        raise UsageError(
+            "either images or the archive of a container can be restored", "give one of them"
+        )
     before = None if previous is None else Path(previous)
     if before is not None and archive is None:
         raise UsageError(
-            "--import-previous is of an archive",
-            "images in directories are found by their `parent` links; else give --archive",
+            "--import-previous needs --archive",
+            "earlier images in directories are found by their `parent` links",
         )
     if (runtime is None) != (bundle is None) or (runtime is not None and name is None):
         raise UsageError(
@@ -277,8 +282,8 @@ def open_checkpoint(
         )
     if criu_options and (runtime or archive is not None):
         raise UsageError(
-            f"{runtime or 'podman'} runs CRIU itself: {criu_options[0]} cannot be handed on",
-            "it has options of its own for it; they go behind --",
+            f"{runtime or 'podman'} runs CRIU itself: {criu_options[0]} cannot be passed on",
+            f"give options of {runtime or 'podman'} after --",
         )
     if runtime is not None and bundle is not None and name is not None:
         return RuntimeCheckpoint(
@@ -289,5 +294,5 @@ def open_checkpoint(
         return PodmanCheckpoint(Path(archive), previous=before, name=name, options=engine_options)
     if name is not None or engine_options:
         stray = engine_options[0] if engine_options else "--name"
-        raise UsageError(f"{stray} is of a container", "which? give --archive, or --runtime")
+        raise UsageError(f"{stray} needs a container", "give --archive or --runtime")
     return ImagesCheckpoint(Path(source), criu_options)

@@ -1,9 +1,9 @@
-"""The members of a tar, with bounds on all that a hostile one could make large, long or deep.
+"""Read the members of an untrusted tar, with limits on sizes, counts, name lengths and nesting.
 
-`read_members` is the one place where tars are read, packed or not: it takes one header after the
-other from a `TarSource`, which for a packed archive is what its unpacker gives, so that a size is
-looked at before the bytes that it announces are. Python's tarfile decodes single headers; it calls
-itself for each extension header, takes negative sizes, and ends silently at a damaged header.
+All tars, packed or not, are read by `read_members`. It takes one header after the other from a
+`TarSource`, for a packed archive the output of its unpacker, so that a size is checked before the
+bytes that it announces are read. Python's tarfile is used only to decode single headers: its reader
+recurses for each extension header, accepts negative sizes, and stops silently at a damaged header.
 
 Formats: POSIX.1-2001 (pax), and GNU's long names and base-256 numbers.
 """
@@ -20,14 +20,14 @@ from ovr.images.framing import DUMP_AGAIN
 __all__ = ["BLOCK", "Member", "TarSource", "padded", "read_members"]
 
 BLOCK: Final = tarfile.BLOCKSIZE
-"""Bytes of a header, and what content is padded to a multiple of."""
+"""Size of a header in bytes; content is padded to a multiple of it."""
 
 _MAX_MEMBERS: Final = 1 << 16  # as many images as the agent takes
 _MAX_EXTENSION: Final = 1 << 20  # bytes of one extension header; as in Go's archive/tar
 _MAX_EXTENSIONS: Final = 64 << 20  # bytes of all of them
 _MAX_NAME: Final = 4096  # PATH_MAX
 
-# Each may be there once before a member's own header: two could contradict each other.
+# Each may occur once before a member's own header: two could contradict each other.
 _PAX: Final = (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE)
 _LINKS: Final = (tarfile.SYMTYPE, tarfile.LNKTYPE)
 _EXTENSIONS: Final = {
@@ -42,12 +42,12 @@ class Member(NamedTuple):
     """A member of a tar. Sizes and positions in bytes of the unpacked archive.
 
     Attributes:
-        name: without ``./`` in front.
+        name: without a leading ``./``.
         kind: the type flag of its header.
-        size: of its content.
-        offset: where its headers begin, extensions first.
-        offset_data: where its content begins.
-        link: the target of a symbolic or hard link, as it is in the archive; else empty.
+        size: size of its content.
+        offset: position of its headers, extensions first.
+        offset_data: position of its content.
+        link: the target of a symbolic or hard link, as archived; else empty.
     """
 
     name: str
@@ -74,18 +74,18 @@ class Member(NamedTuple):
 
     @property
     def end(self) -> int:
-        """Where the next member's headers begin."""
+        """Position of the next member's headers."""
         return self.offset_data + padded(self.size)
 
 
 class TarSource(Protocol):
-    """A tar, from its beginning to its end."""
+    """A tar as a stream."""
 
     def read(self, size: int) -> bytes:
-        """Take the next `size` bytes; fewer at the end of the file."""
+        """Return the next `size` bytes, fewer at the end of the file."""
 
     def skip(self, size: int) -> int:
-        """Pass over the next `size` bytes; returns how many of them are there."""
+        """Skip the next `size` bytes; return how many of them exist."""
 
 
 def padded(size: int) -> int:
@@ -94,14 +94,14 @@ def padded(size: int) -> int:
 
 
 def read_members(source: TarSource, path: Path) -> dict[str, Member]:
-    """Return the members of a tar by name, in their order.
+    """Return the members of a tar by name, in archive order.
 
     Args:
-        source: at the tar's beginning; left after the first block of its end.
-        path: what messages call it.
+        source: at the tar's beginning; left after the first of the blocks that end it.
+        path: its name in messages.
 
     Raises:
-        ImagesDamaged: it is cut off, contradicts itself, or goes beyond a bound.
+        ImagesDamaged: it is truncated, contradicts itself, or exceeds a limit.
         ImagesUnsupported: it has sparse files.
     """
     reader = _Reader(source, path)
@@ -117,7 +117,7 @@ def read_members(source: TarSource, path: Path) -> dict[str, Member]:
 
 @dataclass
 class _Extensions:
-    # What the extension headers of one member say.
+    # Contents of the extension headers of one member.
     seen: set[str] = field(default_factory=set)
     name: str | None = None
     link: str | None = None
@@ -149,7 +149,7 @@ class _Reader:
         return None
 
     def _header(self) -> tarfile.TarInfo | None:
-        # The next header; None at the block of zeros that ends the archive.
+        # Returns None at the block of zeros that ends the archive.
         block = self._source.read(BLOCK)
         try:
             header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
@@ -185,7 +185,7 @@ class _Reader:
             raise self.damaged("a global header gives all members one name, link or size")
 
     def _records(self, data: bytes) -> dict[bytes, bytes]:
-        # Those of pax records "LENGTH KEY=VALUE\n" that change what a member is.
+        # The pax records "LENGTH KEY=VALUE\n" that change a member's name, link or size.
         found: dict[bytes, bytes] = {}
         at = 0
         while at < len(data):
@@ -230,7 +230,7 @@ class _Reader:
             raise self._sparse(name.encode("utf-8", "surrogateescape"))
         size = header.size if found.size is None else found.size
         if header.type in tarfile.SUPPORTED_TYPES and not header.isreg():
-            size = 0  # links and the like have no content, whatever they say
+            size = 0  # links and special files have no content, whatever size their header has
         link = header.linkname if found.link is None else found.link
         if header.type not in _LINKS:
             link = ""
@@ -247,7 +247,7 @@ class _Reader:
         if len(plain) > _MAX_NAME or "\0" in plain:
             raise self.damaged(f"a name of {len(plain)} characters: {plain[:40]}…")
         if plain != "." and any(part in ("", ".", "..") for part in parts):
-            raise self.damaged(f"{plain} is no name of a file below one directory")
+            raise self.damaged(f"{plain} is not a name below the archive's root")
         return plain
 
     def _sparse(self, name: bytes) -> ImagesUnsupported:

@@ -1,4 +1,4 @@
-"""A tar of a container's checkpoint: its members by name, and their content."""
+"""Access the members of a container's checkpoint archive by name."""
 
 import json
 import os
@@ -26,8 +26,8 @@ class Tarball(Closing):
 
     Attributes:
         path: the file.
-        fd: of the uncompressed tar.
-        members: by name.
+        fd: descriptor of the uncompressed tar.
+        members: its members by name.
 
     Raises:
         OvrError: as `open_tar`.
@@ -38,51 +38,51 @@ class Tarball(Closing):
         self.fd, self.members = open_tar(path)
 
     def close(self) -> None:
-        """Close the file; what was unpacked is gone with it."""
+        """Close the file, and delete the unpacked copy."""
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
 
     def has_below(self, prefix: str) -> bool:
-        """Whether it has members whose names begin with `prefix`."""
+        """Return whether it has members whose names begin with `prefix`."""
         return any(name.startswith(prefix) for name in self.members)
 
     def read(self, name: str, limit: int = _MAX_JSON) -> bytes:
         """Return the whole content of the member `name`.
 
         Raises:
-            ImagesDamaged: it is not there, or no file.
+            ImagesDamaged: it is missing, or not a file.
             ImagesUnsupported: it is larger than `limit` bytes.
         """
         member = self.members.get(name)
         if member is None or not member.is_file:
-            raise ImagesDamaged(f"{self.path}: no file {name} in it", DUMP_AGAIN)
+            raise ImagesDamaged(f"{self.path}: does not contain a file {name}", DUMP_AGAIN)
         if member.size > limit:
             raise ImagesUnsupported(f"{self.path}: {name} has {member.size} bytes", DUMP_AGAIN)
         return read_exactly(self.fd, member.offset_data, member.size, name)
 
     def json(self, name: str) -> dict[str, Any]:
-        """Return the object that the member `name` is in JSON.
+        """Return the JSON object in the member `name`.
 
         Raises:
-            ImagesDamaged: it is not there, or is none.
-            ImagesUnsupported: it is too large for one.
+            ImagesDamaged: it is missing, or not a JSON object.
+            ImagesUnsupported: it is too large.
         """
         try:
             found = json.loads(self.read(name))
         except RecursionError as error:
             raise ImagesDamaged(f"{self.path}: {name} is nested too deeply", DUMP_AGAIN) from error
         except ValueError as error:
-            raise ImagesDamaged(f"{self.path}: {name} is no JSON: {error}", DUMP_AGAIN) from error
+            raise ImagesDamaged(f"{self.path}: {name} is not JSON: {error}", DUMP_AGAIN) from error
         if not isinstance(found, dict):
-            raise ImagesDamaged(f"{self.path}: {name} is no JSON object", DUMP_AGAIN)
+            raise ImagesDamaged(f"{self.path}: {name} is not a JSON object", DUMP_AGAIN)
         return found
 
     def copy(self, name: str) -> Iterator[bytes]:
         """Yield the member `name` with its headers, byte for byte.
 
         Raises:
-            ImagesDamaged: the file has become shorter.
+            ImagesDamaged: the file became shorter.
         """
         member = self.members[name]
         for at in range(member.offset, member.end, _CHUNK):

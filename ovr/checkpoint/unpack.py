@@ -1,8 +1,8 @@
-"""An archive as an uncompressed tar: the file itself, or what its unpacker gives.
+"""Open an archive as an uncompressed tar: the file itself, or the output of its unpacker.
 
-What is packed is unpacked by the program that everybody has for it, which runs beside us, into a
-file without a name: it is gone when nobody has it open any more, however we end. Its output goes
-through us, so that no more is written than headers have announced and there is room for.
+A packed archive is unpacked by its usual program, as a child process, into a file without a name,
+which the kernel deletes when its last descriptor is closed, even if ``ovr`` is killed. The output
+passes through ``ovr``, so that no more is written than headers announce and the disk has room for.
 """
 
 import errno
@@ -24,12 +24,12 @@ __all__ = ["open_tar"]
 
 _PACKAGES: Final = {"zstd": "zstd", "gzip": "gzip", "xz": "xz-utils", "lz4": "lz4",
                     "bzip2": "bzip2"}  # fmt: skip
-# A window of up to 4 GiB is a matter of a few bytes; zstd has a limit of its own (128 MiB).
+# A few bytes of input can request a window of 4 GiB; zstd has a limit of its own (128 MiB).
 _OPTIONS: Final = {"xz": ("--memlimit-decompress=512MiB",)}
 _CHUNK: Final = 1 << 20
 _AFTER_END: Final = 1 << 20  # bytes of padding that may follow the end of a tar
-_SPARE: Final = 1 << 30  # bytes to leave free where we unpack, or a tenth of what it has
-_OTHERS: Final = 1 << 30  # bytes besides memory: the agent takes no more (`guest/images.c`)
+_SPARE: Final = 1 << 30  # bytes to leave free on the file system, or a tenth of its size if less
+_OTHERS: Final = 1 << 30  # bytes besides memory: the agent accepts no more (`guest/images.c`)
 _OF_PODMAN: Final = "give the file that `podman container checkpoint --export` wrote"
 
 
@@ -37,9 +37,9 @@ def open_tar(path: Path) -> tuple[int, dict[str, Member]]:
     """Return a descriptor of the uncompressed tar, which the caller closes, and its members.
 
     Raises:
-        UsageError: no such file, no archive, or no program or room to unpack it.
-        ImagesDamaged: it cannot be unpacked to its end, or as `read_members`.
-        ImagesUnsupported: as `read_members`, or it is larger than what this host can restore.
+        UsageError: no such file, not an archive, or no program or space to unpack it.
+        ImagesDamaged: it cannot be unpacked completely, or as `read_members`.
+        ImagesUnsupported: as `read_members`, or it is larger than this host can restore.
     """
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # it may be a FIFO
@@ -58,15 +58,15 @@ def open_tar(path: Path) -> tuple[int, dict[str, Member]]:
 def _packing(fd: int, path: Path) -> str:
     mode = os.fstat(fd).st_mode
     if stat.S_ISDIR(mode):
-        raise UsageError(f"{path}: a directory, no archive", f"ovr restore -D {path}")
+        raise UsageError(f"{path}: a directory, not an archive", f"ovr restore -D {path}")
     found = packing(os.pread(fd, HEAD_SIZE, 0)) if stat.S_ISREG(mode) else None
     if found is None:
-        raise UsageError(f"{path}: no tar archive, packed or not", _OF_PODMAN)
+        raise UsageError(f"{path}: not a tar archive, packed or not", _OF_PODMAN)
     return found[0]
 
 
 class _Plain:
-    """A tar that is not packed, read in place."""
+    """A plain tar, read in place."""
 
     def __init__(self, fd: int) -> None:
         self._fd, self._at, self._end = fd, 0, os.fstat(fd).st_size
@@ -91,17 +91,17 @@ def _unpacked(fd: int, path: Path, packed_with: str) -> tuple[int, dict[str, Mem
         )
     command = [program, "-dc", *_OPTIONS.get(packed_with, ())]
     directory = os.environ.get("TMPDIR", "/var/tmp")
-    # /tmp is often memory, and an archive may be as large as the memory of its container.
+    # Not /tmp, which is often in memory: an archive may be as large as its container's memory.
     with (
         _scratch(directory, path) as target,
-        _scratch(directory, path) as words,
-        subprocess.Popen(command, stdin=fd, stdout=subprocess.PIPE, stderr=words) as process,
+        _scratch(directory, path) as messages,
+        subprocess.Popen(command, stdin=fd, stdout=subprocess.PIPE, stderr=messages) as process,
     ):
         try:
-            source = _Unpacking(process, target.fileno(), words, path)
+            source = _Unpacking(process, target.fileno(), messages, path)
             members = source.members(packed_with)
         finally:
-            process.kill()  # does nothing if it has ended
+            process.kill()  # no effect if it has ended
         return os.dup(target.fileno()), members
 
 
@@ -111,19 +111,19 @@ def _scratch(directory: str, path: Path) -> IO[bytes]:
     except OSError as error:
         raise UsageError(
             f"{path}: cannot be unpacked to {directory}: {error.strerror}",
-            cure_of(error, "set TMPDIR to a directory with room for all of it"),
+            cure_of(error, "set TMPDIR to a directory with space for all of it"),
         ) from error
 
 
 class _Unpacking:
-    """A tar as its unpacker gives it, which is kept in a file as far as it was taken."""
+    """The output of an unpacker as a tar; the part read so far is kept in a file."""
 
     def __init__(
-        self, process: subprocess.Popen[bytes], target: int, words: IO[bytes], path: Path
+        self, process: subprocess.Popen[bytes], target: int, messages: IO[bytes], path: Path
     ) -> None:
         assert process.stdout is not None
         self._process, self._pipe = process, process.stdout.fileno()
-        self._target, self._words, self._path = target, words, path
+        self._target, self._messages, self._path = target, messages, path
         self._written = 0
         self._most = _memory_of_this_host() + _OTHERS
         self._head = b""
@@ -139,7 +139,7 @@ class _Unpacking:
         return members
 
     def read(self, size: int) -> bytes:
-        if self._head:  # was looked at before; it is the first header
+        if self._head:  # the first header, read in `members`
             head, self._head = self._head, b""
             return head
         parts: list[bytes] = []
@@ -155,7 +155,7 @@ class _Unpacking:
         while taken < size:
             if self._written % _CHUNK == 0:
                 self._check_room(0)
-            # To whole chunks of the file, so that the line above is met.
+            # Up to a multiple of `_CHUNK`, so that the space is checked after each chunk.
             data = os.read(self._pipe, min(size - taken, _CHUNK - self._written % _CHUNK))
             if not data:
                 self._ended()
@@ -180,9 +180,9 @@ class _Unpacking:
     def _check_room(self, size: int) -> None:
         if self._written + size > self._most:
             raise ImagesUnsupported(
-                f"{self._path}: {self._written + size} bytes or more when it is unpacked, and this"
-                f" host has memory for {self._most}",
-                "if it is sound, unpack it first: an archive that is not packed is read in place",
+                f"{self._path}: at least {self._written + size} bytes when unpacked, more than the"
+                f" {self._most} that fit into this host's memory",
+                "if it is intact, unpack it first: a plain archive is read in place",
             )
         where = os.fstatvfs(self._target)
         free = where.f_bavail * where.f_frsize
@@ -191,30 +191,30 @@ class _Unpacking:
 
     def _no_room(self) -> OvrError:
         return UsageError(
-            f"{self._path}: no room to unpack it",
-            "set TMPDIR to a directory with room for all of it, and 1 GiB to spare",
+            f"{self._path}: no space to unpack it",
+            "set TMPDIR to a directory with space for all of it, and 1 GiB to spare",
         )
 
     def _ended(self) -> None:
-        # Where its output ends early, why the unpacker ended comes first.
+        # At an early end of the output, the unpacker's own error is reported first.
         if self._process.wait():
-            self._words.seek(0)
-            lines = self._words.read(1 << 16).decode(errors="replace").strip().splitlines()
+            self._messages.seek(0)
+            lines = self._messages.read(1 << 16).decode(errors="replace").strip().splitlines()
             last = lines[-1] if lines else "no message"
             raise ImagesDamaged(f"{self._path}: cannot be unpacked: {last}", DUMP_AGAIN)
 
     def _finish(self) -> None:
-        # What follows the end is padding; the unpacker says at its end whether all was sound.
+        # Only padding may follow. The unpacker verifies its checksum at the end of its input.
         left = _AFTER_END
         while data := os.read(self._pipe, _CHUNK):
             left -= len(data)
             if left < 0:
-                raise ImagesDamaged(f"{self._path}: goes on after its end", DUMP_AGAIN)
+                raise ImagesDamaged(f"{self._path}: more data after the end of the tar", DUMP_AGAIN)
         self._ended()
 
 
 def _memory_of_this_host() -> int:
-    # What is restored goes into the RAM of a VM of this host.
-    import psutil  # noqa: PLC0415 - others than packed archives need it not
+    # The limit of a restore: its pages go into the RAM of a VM on this host.
+    import psutil  # noqa: PLC0415 - needed for packed archives only
 
     return int(psutil.virtual_memory().total + psutil.swap_memory().total)

@@ -18,8 +18,7 @@ from ovr.errors import OvrError
 
 __all__ = ["main", "make_parser"]
 
-# Modules of this package. Of those that are not asked for nothing is loaded: a restore is to begin
-# at once.
+# Modules of this package. Only the module of the command is imported, to start fast.
 _COMMANDS: Final = (
     "restore", "warm", "plan", "states", "ps", "list", "check", "agent", "lab", "demo",
 )  # fmt: skip
@@ -27,13 +26,12 @@ _COMMANDS: Final = (
 _WIDTH: Final = 92
 _EPILOG: Final = """\
 VM is libvirt:DOMAIN, name:NAME (QEMU's -name), qmp:PATH (a QMP socket), pid:N (a QEMU process)
-or lab:NAME; `ovr list` shows what there is.
-ADDR is vsock:CID[:PORT], unix:PATH[:PORT] or serial:PATH; lab VMs know their own.
+or lab:NAME; `ovr list` shows the VMs of this host.
+ADDR is vsock:CID[:PORT], unix:PATH[:PORT] or serial:PATH; not needed for lab VMs.
 
 exit codes:
   0 done   1 failed, tree killed, VM unharmed   2 usage   3 VM or agent not reachable
-  4 check says no   5 images hold what cannot be restored   6 images damaged
-  7 verify mismatch
+  4 check failed   5 images cannot be restored   6 images damaged   7 verify mismatch
 """
 
 
@@ -74,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 class _Command(argparse.ArgumentParser):
-    # Every command's help ends with examples, then what is the same for all of them.
+    # Every command's help ends with examples and the common epilogue.
     def __init__(self, *, examples: str = "", **options: Any) -> None:
         raw = argparse.RawDescriptionHelpFormatter
         lines = textwrap.indent(textwrap.dedent(examples), "  ").rstrip()
@@ -84,7 +82,7 @@ class _Command(argparse.ArgumentParser):
 
 
 class _Version(argparse.Action):
-    # Asked only when it is wanted: to read the package's metadata takes milliseconds.
+    # Reads the package's metadata, which takes milliseconds, only when used.
     def __call__(
         self,
         parser: argparse.ArgumentParser,
@@ -92,7 +90,7 @@ class _Version(argparse.Action):
         values: object,
         option_string: str | None = None,
     ) -> None:
-        from importlib.metadata import version  # noqa: PLC0415 - no command should wait for it
+        from importlib.metadata import version  # noqa: PLC0415 - slow, and not needed by commands
 
         print(f"ovr {version('ovr')}")
         parser.exit()
@@ -101,7 +99,7 @@ class _Version(argparse.Action):
 def make_parser(only: str | None = None) -> argparse.ArgumentParser:
     """Return the parser of the whole command line, or, faster, of the command `only`.
 
-    What is no command gets the whole parser, which says so.
+    An unknown command gets the whole parser, which reports it.
     """
     parser = _Command(
         prog="ovr",

@@ -1,4 +1,4 @@
-"""``ovr agent build|unit|cloud-init|deb``: getting the agent into guests."""
+"""``ovr agent build|unit|cloud-init|deb``: build and package the agent for guests."""
 
 import argparse
 import sys
@@ -41,7 +41,7 @@ def add(commands: Any) -> None:
     )  # fmt: skip
     verb.add_argument(
         "--maintainer", default=_MAINTAINER, metavar="NAME <ADDRESS>",
-        help="whom the package names as its maintainer",
+        help="the maintainer of the package",
     )  # fmt: skip
 
 

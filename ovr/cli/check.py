@@ -1,4 +1,4 @@
-"""``ovr check``: can this VM be restored into? What is missing, and how to get it."""
+"""``ovr check``: check whether a VM can be restored into, and print a fix for each problem."""
 
 import argparse
 import platform
@@ -33,13 +33,13 @@ _NO_ADDRESS: Final = (
     " virtio-serial port org.ovr.0"
 )
 _INSTALL: Final = (
-    "is it not there yet? `ovr agent deb` here, `apt install ./ovr-agent_*.deb` in the guest"
+    "to install it: `ovr agent deb` here, `apt install ./ovr-agent_*.deb` in the guest"
 )
 
 
 @dataclass(frozen=True)
 class Item:
-    """One thing that must be so; `fix` says what to do if it is not."""
+    """One condition of a restore, the value found, and the fix if the condition fails."""
 
     what: str
     ok: bool
@@ -51,9 +51,9 @@ def add(commands: Any) -> None:
     """Add the command to the parser."""
     parser = commands.add_parser(
         "check",
-        help="say whether a VM can be restored into",
-        description="Look at VM, guest kernel and agent, and say what is missing and what to type."
-        " Changes nothing. Exits with 4 if something is missing.",
+        help="check whether a VM can be restored into",
+        description="Check VM, guest kernel and agent, and print a fix for each problem."
+        " Changes nothing. Exits with 4 if a check fails.",
         examples="""\
             ovr check --vm libvirt:web
             ovr check --vm qmp:/run/vm/qmp.sock --agent vsock:3 --json
@@ -66,7 +66,7 @@ def add(commands: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Check one thing after the other, as far as what was found carries."""
+    """Run the checks, as far as the results of previous ones permit."""
     address = find_vm(options.vm)
     with ExitStack() as stack:
         qmp = stack.enter_context(address.connect())
@@ -89,7 +89,7 @@ def _mark(ok: bool) -> str:
 
 @dataclass
 class _Look:
-    # What has been found so far; `idle`: no other ovr restores into the VM, so that we may hold it.
+    # Results so far. `idle`: no other ovr restores into the VM, so it may be held.
     qmp: Monitor
     ram: GuestRam | None = None
     kernel: Kernel | None = None
@@ -115,7 +115,7 @@ def _vm(look: _Look, stack: ExitStack, vmlinux: Path | None) -> Iterator[Item]:
             look.idle = True
             yield Item(what, True, "none under way")
             what = "holding it still"
-            if qmp.status() == "running":  # else its state is what is to be said
+            if qmp.status() == "running":  # otherwise `_state` reports it
                 with Holder(qmp) as holder:
                     yield Item(what, True, f"by {holder.way}")
     except OvrError as error:
@@ -145,8 +145,8 @@ def _containers(hello: AgentInfo) -> str:
     return names if runs_scripts_for_engines(hello) else f"{names}, but they need CRIU 3.19"
 
 
-def _prove(look: _Look, agent: Agent) -> bool:
-    # Takes a hold, which would end that of another restore; and a kernel that was found.
+def _authenticate(look: _Look, agent: Agent) -> bool:
+    # Needs the kernel, and a hold, which would end that of another restore.
     if not (look.idle and look.kernel and look.ram):
         return False
     authenticate_alone(look.kernel, agent, look.qmp, look.ram.slots)
@@ -159,9 +159,9 @@ def _agent(look: _Look, address: str | None) -> Iterator[Item]:
         return
     try:
         with Agent.connect(address) as agent:
-            proven = _prove(look, agent)
+            authentic = _authenticate(look, agent)
             hello = agent.hello
-            config = agent.criu_config() if proven else {}
+            config = agent.criu_config() if authentic else {}
     except UsageError:
         raise
     except AgentUntrusted as error:
@@ -170,18 +170,18 @@ def _agent(look: _Look, address: str | None) -> Iterator[Item]:
     except OvrError as error:
         yield Item("agent", False, str(error), f"{error.hint}; {_INSTALL}")
         return
-    yield _found(hello, address, proven=proven)
+    yield _found(hello, address, authentic=authentic)
     if config:
         unread = unread_options(config)
         yield Item("CRIU's options", True, unread.fact, unread.cure)
 
 
-def _found(hello: AgentInfo, address: str, *, proven: bool) -> Item:
+def _found(hello: AgentInfo, address: str, *, authentic: bool) -> Item:
     if hello.criu is None:
         return Item("agent", False, "the guest has no CRIU", "apt-get install criu, in the guest")
     text = f"version {hello.agent}, CRIU {hello.criu}, at {address}"
-    if not proven:
-        text += "; it was not asked to prove that it is root's"
+    if not authentic:
+        text += "; not authenticated"
     if hello.engines:
         text += f"; containers: {_containers(hello)}"
     if not hello.force_write:

@@ -1,4 +1,4 @@
-"""``ovr completion bash|zsh``: what makes a shell complete ovr's commands and options."""
+"""``ovr completion bash|zsh``: print a completion script for a shell."""
 
 import argparse
 import sys
@@ -13,10 +13,10 @@ _FILES: Final = ("FILE", "FILE|DIR")
 
 
 def add(commands: Any, make_parser: Callable[[], argparse.ArgumentParser]) -> None:
-    """Add the command to the parser; `make_parser` gives all of it."""
+    """Add the command to the parser; `make_parser` returns the whole parser."""
     parser = commands.add_parser(
         "completion",
-        help="print what makes a shell complete ovr's commands and options",
+        help="print a completion script for bash or zsh",
         description="Print the completion script of a shell.",
         examples="""\
             ovr completion bash > /usr/share/bash-completion/completions/ovr
@@ -29,7 +29,7 @@ def add(commands: Any, make_parser: Callable[[], argparse.ArgumentParser]) -> No
 
 
 def _run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
-    import shtab  # noqa: PLC0415 - no other command should wait for it
+    import shtab  # noqa: PLC0415 - slow, and not needed by other commands
 
     _complete_files(parser, files=shtab.FILE, directories=shtab.DIRECTORY)
     text = shtab.complete(parser, options.shell)

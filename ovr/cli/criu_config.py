@@ -1,8 +1,8 @@
-"""CRIU's configuration files in the guest: which of their options `ovr restore` is to be given.
+"""Find options in the guest's CRIU configuration files that the command line of a restore lacks.
 
-A restore by CRIU alone does not read them (docs/criu-scripts.md says why). So their user is told
-that they are there, and what of them to write on the command line. Files are taken apart as
-parse_statement() in criu/config.c and getopt_long() do it.
+A restore without an engine does not read these files (docs/criu-scripts.md explains why). So the
+user is told that they exist, and which of their options to give on the command line. Files are
+parsed as parse_statement() in criu/config.c and getopt_long() do.
 """
 
 import re
@@ -16,18 +16,18 @@ from ovr.cli.output import one_line
 __all__ = ["Unread", "unread_options", "words_of"]
 
 _WORD: Final = re.compile(r'"((?:\\"|[^"])*)"|([^ \t\n]+)')
-_MOST: Final = 20  # options that are shown
+_MOST: Final = 20  # options shown
 _LONGEST: Final = 256  # characters of each
 
 
 class Unread(NamedTuple):
-    """What the guest's configuration files say to a restore.
+    """The options in the guest's configuration files, which are not read.
 
     Attributes:
-        paths: of the files.
-        give: options that the command line lacks, as it takes them.
-        refused: options that `ovr restore` refuses.
-        unknown: words that are no options of `criu restore`.
+        paths: paths of the files.
+        give: options that the command line lacks, in its syntax.
+        refused: options that `ovr restore` rejects.
+        unknown: words that are not options of `criu restore`.
     """
 
     paths: tuple[str, ...]
@@ -37,19 +37,19 @@ class Unread(NamedTuple):
 
     @property
     def fact(self) -> str:
-        """That the files are not read; one line."""
+        """The statement that the files are not read; one line."""
         return f"the guest's {' and '.join(self.paths)} {self._verb} not read"
 
     @property
     def cure(self) -> str:
-        """What to do about it, if anything; one line."""
+        """The hint which options to give, may be empty; one line."""
         parts = []
         if self.give:
             parts.append(f"if they are wanted, give ovr restore: {_shown(map(_quoted, self.give))}")
         if self.refused:
             parts.append(f"ovr cannot honour {_shown(map(_quoted, self.refused))}")
         if self.unknown:
-            parts.append(f"no options of criu restore: {_shown(map(_quoted, self.unknown))}")
+            parts.append(f"not options of criu restore: {_shown(map(_quoted, self.unknown))}")
         return "; ".join(parts)
 
     @property
@@ -58,11 +58,11 @@ class Unread(NamedTuple):
 
 
 def unread_options(files: Mapping[str, str], given: Sequence[str] = ()) -> Unread:
-    """Say what the guest's configuration files would have added to a command line.
+    """Return the options that the guest's configuration files would add to a command line.
 
     Args:
-        files: their texts by path, as they come from the guest.
-        given: the options for CRIU that are on the command line.
+        files: their untrusted texts by path.
+        given: the options for CRIU on the command line.
     """
     there = {_positive(word.partition("=")[0]) for word in given}
     found: dict[Fate | None, dict[str, None]] = {fate: {} for fate in (*Fate, None)}
@@ -79,7 +79,7 @@ def unread_options(files: Mapping[str, str], given: Sequence[str] = ()) -> Unrea
 
 
 def words_of(text: str) -> Iterator[str]:
-    """Yield the words of a configuration file as CRIU has them for getopt."""
+    """Yield the words of a configuration file as CRIU passes them to getopt."""
     for line in text.split("\n"):
         first = True
         for match in _WORD.finditer(line):
@@ -92,8 +92,8 @@ def words_of(text: str) -> Iterator[str]:
 
 
 def _options(words: Iterable[str]) -> Iterator[tuple[str, Option | None]]:
-    # Each option as one word, with what the table says of it. Words that belong to none are passed
-    # over, as getopt_long() does.
+    # Yields each option as one word, with its entry in the table. Other words are skipped, as by
+    # getopt_long().
     rest = iter(words)
     for word in rest:
         if not word.startswith("-") or word in ("-", "--"):
@@ -106,7 +106,7 @@ def _options(words: Iterable[str]) -> Iterator[tuple[str, Option | None]]:
 
 
 def _find(name: str) -> tuple[Option | None, str]:
-    # By its name, or by the beginning of it if that is of no other.
+    # By its name, or by an unambiguous prefix.
     if name in _NAMES:
         return _NAMES[name], name if name.startswith("--") else _NAMES[name].long
     begun = [full for full in _NAMES if name.startswith("--") and full.startswith(name)]
@@ -117,7 +117,7 @@ def _names() -> Iterator[tuple[str, Option]]:
     for option in TABLE:
         yield from ((name, option) for name in option.names)
         if option.value is None:
-            # Where the option is refused, its opposite is what ovr does anyhow.
+            # The opposite of a rejected option is the behaviour of ovr.
             fate = Fate.IGNORED if option.fate is Fate.REFUSED else option.fate
             yield f"--no-{option.long[2:]}", option._replace(fate=fate)
 

@@ -1,7 +1,7 @@
-"""The files that ``criu restore`` leaves: log, pidfile, ``stats-restore``.
+"""Write the files that ``criu restore`` leaves: log, pidfile, ``stats-restore``.
 
-As CRIU has it, relative names are in the work directory, which is the images' without ``-W``.
-Unlike CRIU, none is written where another user decides which file that is (`ovr.host`).
+As in CRIU, relative names are in the work directory, by default the images' directory. Unlike CRIU,
+no file is written if another user controls its path (`ovr.host`).
 """
 
 import logging
@@ -23,7 +23,7 @@ __all__ = ["criu_files", "stats_text"]
 
 _ROOM: Final = b"\n" * 10
 _ELSEWHERE: Final = "name a work directory with -W DIR, or the file by a path in another one"
-_OWN_PLACE: Final = "name a work directory of your own with -W DIR, or the file by a path in one"
+_OWN_PATH: Final = "name a work directory of your own with -W DIR, or the file by a path in one"
 
 log = logging.getLogger("ovr.restore")
 
@@ -32,9 +32,9 @@ log = logging.getLogger("ovr.restore")
 def criu_files(
     work: Path, *, log_file: str | None, level: int, pidfile: str | None
 ) -> Iterator[Callable[[Report], None]]:
-    """Open log and pidfile for the body of the ``with``; call what it gives with the report.
+    """Open log and pidfile for the body of the ``with``; call the yielded function with the report.
 
-    An error in the body goes to the log, and leaves no pidfile.
+    An error in the body is logged, and removes the pidfile.
 
     Args:
         work: the work directory.
@@ -64,11 +64,11 @@ def criu_files(
 
 
 class _Pidfile:
-    # With room for a pid, since there is no way back once the tree runs.
+    # Space for the pid is allocated at once: after the tree runs, a full disk could not be handled.
     def __init__(self, path: Path) -> None:
         self._directory, self._name = locate(path)
         try:
-            # As CRIU does it: a pidfile that exists may be that of a process that lives.
+            # Must be new, as for CRIU: an existing pidfile may belong to a live process.
             self._fd = self._directory.create(self._name, 0o644)
         except BaseException:
             self._directory.close()
@@ -97,7 +97,7 @@ class _Pidfile:
 
 
 def stats_text(report: Report) -> str:
-    """Return what ``--display-stats`` shows, as CRIU shows it."""
+    """Return the output of ``--display-stats``, in CRIU's format."""
     pages = report.bytes_total // PAGE_SIZE
     lines = (
         "Displaying restore stats:",
@@ -120,7 +120,7 @@ def _finish(report: Report, work: Path, pidfile: _Pidfile | None) -> None:
     )
     try:
         write_image(work, STATS_RESTORE, [stats])
-    except OSError as error:  # the tree runs: to CRIU too this is no failure
+    except OSError as error:  # not a failure, as in CRIU: the tree runs
         hint = _cure(error)
         log.warning("no %s in %s: %s (%s)", STATS_RESTORE, work, error.strerror, hint)
     log.info("Restore finished successfully. Tasks resumed.")
@@ -146,7 +146,7 @@ def _usage(what: str, path: Path) -> Iterator[None]:
 
 def _cure(error: OSError) -> str:
     if isinstance(error, UntrustedPath):
-        return _OWN_PLACE
+        return _OWN_PATH
     if isinstance(error, FileExistsError):
         return "remove it if the process that it names has ended, or name another file"
     return cure_of(error, _ELSEWHERE)

@@ -1,8 +1,8 @@
-"""The options of ``criu restore``, so that scripts written for it need not change.
+"""Accept the options of ``criu restore``, so that scripts written for it need not change.
 
-`TABLE` has all that CRIU takes from 3.17 to 4.2 (criu/config.c, crtools.c), each with what becomes
-of it here: it is an option of ovr's own, goes to the guest's CRIU, changes nothing, or is refused
-with the reason. The parser, the help and docs/criu-scripts.md are made from it.
+`TABLE` has all options of CRIU 3.17 to 4.2 (criu/config.c, crtools.c), each with its handling: it
+is an option of ovr, is passed to the guest's CRIU, is ignored, or is refused with the reason. The
+parser, the help and docs/criu-scripts.md are made from the table.
 """
 
 import argparse
@@ -17,7 +17,7 @@ __all__ = ["TABLE", "Fate", "Option", "Verbosity", "add_criu_options"]
 
 
 class Fate(enum.Enum):
-    """What becomes of an option, as docs/criu-scripts.md says it."""
+    """The handling of an option, in the words of docs/criu-scripts.md."""
 
     OURS = "an option of `ovr restore`"
     PASSED = "goes to the guest's CRIU"
@@ -29,10 +29,10 @@ class Option(NamedTuple):
     """One option of ``criu restore``.
 
     Attributes:
-        names: short and long ones.
+        names: short and long names.
         value: None if it takes none, ``?`` if it may take one, ``1`` if it must.
-        fate: what becomes of it.
-        why: the reason, or what it does here.
+        fate: its handling.
+        why: the reason, or its effect in ovr.
     """
 
     names: tuple[str, ...]
@@ -42,7 +42,7 @@ class Option(NamedTuple):
 
     @property
     def long(self) -> str:
-        """Its last name, which is a long one."""
+        """Its long name, the last one."""
         return self.names[-1]
 
 
@@ -143,7 +143,7 @@ TABLE: Final[tuple[Option, ...]] = (
 )  # fmt: skip
 """Every option that some CRIU from 3.17 to 4.2 takes after ``criu restore``."""
 
-_HIDDEN: Final = argparse.SUPPRESS  # named in the text above them
+_HIDDEN: Final = argparse.SUPPRESS  # the description of their group lists them
 
 
 def _of(fate: Fate) -> list[Option]:
@@ -157,15 +157,15 @@ def _names(fate: Fate) -> str:
 
 
 def add_criu_options(parser: argparse.ArgumentParser) -> None:
-    """Add what ``criu restore`` takes and ``ovr restore`` has no option of its own for.
+    """Add the options of ``criu restore`` that ``ovr restore`` does not have itself.
 
-    What goes on to the guest's CRIU is collected in ``criu_options``.
+    Those for the guest's CRIU are collected in ``criu_options``.
     """
     group = parser.add_argument_group(
         "options of criu restore",
         f"These go to the guest's CRIU (see criu(8)):\n{_names(Fate.PASSED)}\n"
         f"These change nothing here, and are accepted:\n{_names(Fate.IGNORED)}\n"
-        "Others are refused, with the reason.",
+        "Other options of criu restore are refused, with the reason.",
     )
     group.set_defaults(criu_options=[])
     for option in TABLE:
@@ -183,7 +183,7 @@ def add_criu_options(parser: argparse.ArgumentParser) -> None:
 
 
 class Verbosity(argparse.Action):
-    """CRIU's ``-v``: ``-vv`` counts, ``-v4`` is a level (0 silent … 4 all)."""
+    """Parse CRIU's ``-v``: ``-vv`` counts, ``-v4`` is a level (0 silent … 4 all)."""
 
     def __call__(
         self,
@@ -192,7 +192,7 @@ class Verbosity(argparse.Action):
         values: str | Sequence[Any] | None,
         option_string: str | None = None,
     ) -> None:
-        """Set ``log_level`` in CRIU's numbers, and ``verbose`` as all commands have it."""
+        """Set ``log_level``, a level of CRIU, and ``verbose``, as in all commands."""
         now: int = namespace.log_level
         if values is None:
             level = now + 1

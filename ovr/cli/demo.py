@@ -1,4 +1,4 @@
-"""``ovr demo``: the main job on lab VMs, end to end."""
+"""``ovr demo``: dump and restore a process on lab VMs, end to end."""
 
 import argparse
 import shutil
@@ -38,7 +38,7 @@ def add(commands: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Run the demo and say what came out."""
+    """Run the demo and print the result."""
     outcome = demo.run(
         size=memory_size(options.size), memory=options.memory, umask=options.umask,
         suite=options.suite, accel=options.accel, verify=options.verify,

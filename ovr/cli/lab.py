@@ -1,4 +1,4 @@
-"""``ovr lab up|sh|put|get|down|ls``: the VMs that this repository makes for itself."""
+"""``ovr lab up|sh|put|get|down|ls``: manage lab VMs."""
 
 import argparse
 import sys
@@ -18,7 +18,7 @@ def add(commands: Any) -> None:
     """Add the command to the parser."""
     parser = commands.add_parser(
         "lab",
-        help="make and use VMs to try things on",
+        help="make and use VMs for experiments",
         description="Make Debian VMs with CRIU and the agent in them, to try ovr on.",
         examples="""\
             ovr lab up one --suite bookworm --memory 2G
@@ -39,7 +39,7 @@ def add(commands: Any) -> None:
     get = _verb(verbs, "get", _get, "copy a file out of the guest", name=True)
     get.add_argument("remote")
     get.add_argument("local", type=Path)
-    _verb(verbs, "down", _down, "end a VM and remove all that belongs to it", name=True)
+    _verb(verbs, "down", _down, "end a VM and remove its files", name=True)
     _verb(verbs, "ls", _ls, "list the lab's VMs")
 
 
@@ -60,7 +60,7 @@ def _add_up(verbs: Any) -> None:
     up.add_argument("--accel", choices=("auto", "kvm", "tcg"), default="auto")
     up.add_argument(
         "--la57", action=argparse.BooleanOptionalAction, default=None,
-        help="with or without 5-level paging; default: what the CPU model has",
+        help="with or without 5-level paging; default: that of the CPU model",
     )  # fmt: skip
     up.add_argument(
         "--numa", type=int, default=1, metavar="N", help="NUMA nodes, one RAM file each"
@@ -74,7 +74,7 @@ def _add_up(verbs: Any) -> None:
     )
     up.add_argument(
         "--backend", choices=BACKENDS, default="file",
-        help="what the RAM is: files in a tmpfs (file), memfds, or files in a hugetlbfs",
+        help="backing of the RAM: files in a tmpfs (file), memfds, or files in a hugetlbfs",
     )  # fmt: skip
     up.add_argument(
         "--share", type=Path, metavar="DIR", help="a host directory for the guest, at /mnt/share"

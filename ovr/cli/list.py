@@ -1,4 +1,4 @@
-"""``ovr list``: the VMs of this host, and whether each can be restored into."""
+"""``ovr list``: list the VMs of this host, and whether each can be restored into."""
 
 import argparse
 import sys
@@ -15,9 +15,9 @@ def add(commands: Any) -> None:
     """Add the command to the parser."""
     parser = commands.add_parser(
         "list",
-        help="show the VMs of this host, and which can be used",
-        description="Show all QEMU VMs of this host, how --vm names them, and whether each can be"
-        " restored into; if not, why, and the cure. Guests and agents are not asked.",
+        help="list the VMs of this host, and which can be used",
+        description="List all QEMU VMs of this host with their names for --vm, and whether each can"
+        " be restored into; if not, the reason and a fix. Guests and agents are not contacted.",
         examples="""\
             ovr list
             ovr list -v              # all names of each
@@ -29,7 +29,7 @@ def add(commands: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """List them; those that cannot be restored into with the reason and the cure."""
+    """List the VMs; those that cannot be restored into with the reason and a fix."""
     found = found_vms()
     if options.json:
         document("ovr.list/1", {"vms": [_fields(vm) for vm in found]})

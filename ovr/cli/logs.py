@@ -1,4 +1,4 @@
-"""Logs in the form that CRIU's have, for eyes and scripts that know those.
+"""Write logs in CRIU's format, for readers and scripts that expect it.
 
 ::
 
@@ -19,14 +19,14 @@ from ovr.host import locate
 __all__ = ["DEFAULT_LEVEL", "log_to_file", "log_to_stderr"]
 
 DEFAULT_LEVEL: Final = 2
-"""CRIU's numbers: 0 nothing, 1 errors, 2 warnings too, 3 information too, 4 all."""
+"""CRIU's levels: 0 nothing, 1 errors, 2 also warnings, 3 also information, 4 all."""
 
 _LEVELS: Final = (logging.CRITICAL + 1, logging.ERROR, logging.WARNING, logging.INFO, logging.DEBUG)
 _ROOT: Final = Path(__file__).parents[2]
 
 
 class _Formatter(logging.Formatter):
-    # Seconds since the command began to log: this process may have been loaded long before.
+    # Seconds count from here, because a standby process was started long before.
     def __init__(self) -> None:
         super().__init__()
         self._begin = time.time()
@@ -38,13 +38,13 @@ class _Formatter(logging.Formatter):
             text += "\n" + self.formatException(record.exc_info)
         seconds = max(record.created - self._begin, 0.0)
         start = f"({seconds:09.6f}) {_mark(record)}"
-        # At "\n" alone: what else a terminal takes for a new line may be a guest's.
+        # Split only at "\n": other line separators may come from a guest.
         return "\n".join(start + one_line(line) for line in text.split("\n"))
 
 
 class _File(logging.StreamHandler[TextIO]):
-    # A disk that is full is no reason to end a restore: said once, and the rest is lost.
-    complained = False
+    # A full disk does not end a restore: it is reported once, and further lines are lost.
+    reported = False
 
     def __init__(self, fd: int, path: Path) -> None:
         super().__init__(os.fdopen(fd, "w", encoding="utf-8"))
@@ -54,13 +54,13 @@ class _File(logging.StreamHandler[TextIO]):
         error = sys.exc_info()[1]
         if not isinstance(error, OSError):
             super().handleError(record)
-        elif not self.complained:
-            self.complained = True
+        elif not self.reported:
+            self.reported = True
             reason = f"{self._path} cannot be written: {error.strerror}"
             print(f"ovr: the log {reason} (free space there)", file=sys.stderr)
 
     def close(self) -> None:
-        with suppress(OSError):  # of what could not be written before
+        with suppress(OSError):  # from lines that could not be written before
             self.stream.close()
         super().close()
 
@@ -71,12 +71,12 @@ def log_to_stderr(level: int) -> None:
 
 
 def log_to_file(path: Path, level: int) -> None:
-    """Log to a file at `path` instead, up to CRIU's `level`; what is in it is lost.
+    """Log to a file at `path` instead, up to CRIU's `level`; previous content is lost.
 
-    A new one is for this user alone, as CRIU's is: the guest's CRIU tells about its processes.
+    A new file is readable for this user only, as CRIU's: it has details of the guest's processes.
 
     Raises:
-        UntrustedPath: another user decides, or could decide, which file that is.
+        UntrustedPath: another user controls the path.
         OSError: it cannot be written.
     """
     directory, name = locate(path)

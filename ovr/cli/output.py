@@ -1,4 +1,4 @@
-"""What all commands share: the common options, results on stdout, errors on stderr."""
+"""Common options of commands, results on stdout, errors on stderr."""
 
 import argparse
 import json
@@ -28,7 +28,7 @@ def common(parser: argparse.ArgumentParser) -> None:
     """Add the options that every command has."""
     json_option(parser)
     parser.add_argument(
-        "-v", dest="verbose", action="count", default=0, help="say more on stderr (-vv: all)"
+        "-v", dest="verbose", action="count", default=0, help="log more on stderr (-vv: all)"
     )
 
 
@@ -64,10 +64,10 @@ def error(problem: OvrError, *, as_json: bool) -> None:
 
 @contextmanager
 def printed(known: str) -> Iterator[None]:
-    """Print within the ``with`` what is not worth failing for; where stdout is full, say so.
+    """Print in the body of the ``with``; report a full stdout on stderr instead of failing.
 
     Args:
-        known: what stays true though it cannot be printed.
+        known: the fact to report, because the output that states it is lost.
     """
     try:
         yield
@@ -80,7 +80,7 @@ def printed(known: str) -> Iterator[None]:
 
 
 def give_up_stdout() -> None:
-    """Forget what could not be printed: Python would try again at its end, and fail then."""
+    """Discard unprinted output: at exit Python would try to print it again, and fail."""
     with open(os.devnull, "w") as nowhere:  # noqa: PTH123
         os.dup2(nowhere.fileno(), sys.stdout.fileno())
 
@@ -95,7 +95,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
 
 
 def size(count: int) -> str:
-    """Say a number of bytes the way people do: ``1.5 GiB``."""
+    """Return a number of bytes in a readable form: ``1.5 GiB``."""
     value = float(count)
     for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
         if value < 1024 or unit == "TiB":
@@ -107,6 +107,6 @@ def size(count: int) -> str:
 def one_line(text: str) -> str:
     """Return `text` as one line without control characters.
 
-    Texts may quote a guest, or another user's command line.
+    Texts may contain parts from a guest, or from another user's command line.
     """
     return "".join(char if char.isprintable() else "?" for char in text.replace("\n", " "))

@@ -1,7 +1,7 @@
-"""A restore as a picture: one HTML file, for those who would rather look than read.
+"""Draw a restore as one HTML file.
 
-When each phase was, when the VM was held, and where the bytes went. No script, nothing to load:
-the file can be mailed, and opened anywhere.
+It shows the time of each phase and hold, and where the bytes went. Without scripts and external
+resources, so it can be mailed and opened anywhere.
 """
 
 import time
@@ -22,7 +22,7 @@ __all__ = ["page", "picture_file"]
 
 _WIDTH: Final = 860
 _LABELS: Final = 90
-"""Pixels on the left for the names of rows."""
+"""Width in pixels of the column with the names of rows."""
 _ROW: Final = 26
 _TICKS: Final = 6
 _HELD: Final = "VM held"
@@ -49,10 +49,10 @@ i { display: inline-block; width: .8em; height: .8em; margin-right: .5em; }
 
 @contextmanager
 def picture_file(path: Path) -> Iterator["Writer"]:
-    """Open a new file beside `path` for the body of the ``with``; written, it takes its place.
+    """Open a file for the body of the ``with``, which replaces `path` when it is written.
 
     Raises:
-        UsageError: no file can be made there.
+        UsageError: it cannot be made.
     """
     with ExitStack() as stack:
         try:
@@ -60,23 +60,23 @@ def picture_file(path: Path) -> Iterator["Writer"]:
             stack.enter_context(directory)
             writer = Writer(stack.enter_context(directory.replacement(name, in_place=True)))
         except OSError as error:
-            hint = cure_of(error, "name another place for it")
+            hint = cure_of(error, "name another path for it")
             reason = error.strerror or str(error)
             raise UsageError(f"the report {path} cannot be made: {reason}", hint) from error
         yield writer
 
 
 class Writer:
-    """A file that appears whole, or not at all."""
+    """A file that is written atomically."""
 
     def __init__(self, file: Replacement) -> None:
         self._file = file
 
     def write(self, text: str) -> None:
-        """Let the file be `text`.
+        """Write `text` as the file's content.
 
         Raises:
-            OSError: the disk is full, or gone.
+            OSError: the disk is full, or fails.
         """
         self._file.file.write(text.encode())
         self._file.put()
@@ -86,10 +86,10 @@ def page(report: Report, facts: Mapping[str, str]) -> str:
     """Return the HTML page.
 
     Args:
-        report: what to show.
-        facts: what else to tell, by name: the images' directory, the VM.
+        report: the result of the restore.
+        facts: further facts by name: the images' directory, the VM.
     """
-    from importlib.metadata import version  # noqa: PLC0415 - slow to load, and rarely asked for
+    from importlib.metadata import version  # noqa: PLC0415 - slow to load, and rarely used
 
     total = report.seconds.get("total", 0.0)
     title = f"pid {report.pid}: {size(report.bytes_total)} restored in {_seconds(total)}"
@@ -110,7 +110,7 @@ def page(report: Report, facts: Mapping[str, str]) -> str:
 
 
 def _timeline(report: Report) -> str:
-    # One row a phase, in the order in which they began, and one for the holds.
+    # One row for each phase, in the order in which they began, and one for the holds.
     rows: dict[str, list[Span]] = {}
     for span in report.spans:
         rows.setdefault(span.name, []).append(span)
@@ -144,7 +144,7 @@ def _axis(end: float, scale: float, height: int) -> Iterator[str]:
 
 
 def _step(end: float) -> float:
-    # A round number of seconds of which about `_TICKS` go into the whole.
+    # A round number of seconds that yields about `_TICKS` ticks.
     magnitude = 1e-6
     while magnitude * 10 <= end / _TICKS:
         magnitude *= 10

@@ -1,4 +1,4 @@
-"""``ovr plan``: what would go where, and why."""
+"""``ovr plan``: show what a restore would write outside and leave inside, with reasons."""
 
 import argparse
 import sys
@@ -23,9 +23,10 @@ def add(commands: Any) -> None:
     """Add the command to the parser."""
     parser = commands.add_parser(
         "plan",
-        help="show what would be restored where, and why",
-        description="Read the images and tell for every run of pages and every kind of state"
-        " whether it is written from outside or left to the guest's CRIU, and why. Needs no VM.",
+        help="show what would be restored from outside or inside, with reasons",
+        description="Read the images and show for every run of pages and every kind of state"
+        " whether it is written from outside or left to the guest's CRIU, with the reason. Needs"
+        " no VM.",
         examples="""\
             ovr plan -D images/
             ovr plan -D images/ -v        every run of pages, every value
@@ -34,10 +35,12 @@ def add(commands: Any) -> None:
             """,
     )
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("-D", "--images-dir", type=Path, metavar="DIR", help="what criu dump wrote")
+    source.add_argument(
+        "-D", "--images-dir", type=Path, metavar="DIR", help="the directory that criu dump wrote"
+    )
     source.add_argument(
         "--archive", type=Path, metavar="FILE",
-        help="what podman container checkpoint --export or CRI-O wrote",
+        help="an archive of podman container checkpoint --export or CRI-O",
     )  # fmt: skip
     parser.add_argument(
         "--import-previous", type=Path, dest="previous", metavar="FILE",
@@ -64,7 +67,7 @@ def run(options: argparse.Namespace) -> int:
             show(make_plan(archive.images, options.outside), options)
         return 0
     if options.previous is not None:
-        raise UsageError("--import-previous is of an archive", "give --archive, too")
+        raise UsageError("--import-previous needs an archive", "give --archive, too")
     with ImageSet.open(options.images_dir) as images:
         show(make_plan(images, options.outside), options)
     return 0

@@ -1,4 +1,4 @@
-"""The process of a command: what must be set before anything large is loaded, and how it ends."""
+"""Set up the process of a command before large modules are loaded, and end it."""
 
 import gc
 import logging
@@ -12,24 +12,24 @@ __all__ = ["hurry", "keep_memory", "leave", "set_up"]
 _GARBAGE: Final = 200_000
 _FIRST: Final = -20
 _M_TRIM_THRESHOLD, _KEPT = -1, 256 << 20
-_M_MMAP_THRESHOLD, _LARGE = -3, 32 << 20  # the most that glibc takes
+_M_MMAP_THRESHOLD, _LARGE = -3, 32 << 20  # glibc's maximum
 
 
 def set_up() -> None:
-    """Have numpy start no threads, and the garbage collector run seldom: commands are short.
+    """Prevent threads of numpy, and make garbage collections rare, because commands are short.
 
-    numpy's BLAS starts a thread for each CPU, which look for work for a while; none of ours is.
+    numpy's BLAS would start a thread for each CPU, which polls for work; ovr does not use BLAS.
     """
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     gc.set_threshold(_GARBAGE)
 
 
 def keep_memory() -> None:
-    """Have malloc keep what is freed: each hold of a restore has arrays of the same sizes.
+    """Make malloc keep freed memory, because each hold of a restore has arrays of the same sizes.
 
-    What is given back to the kernel has to be faulted in again at once.
+    Memory returned to the kernel would have to be faulted in again in the next hold.
     """
-    import ctypes  # noqa: PLC0415 - numpy loads it, too; other commands may have neither
+    import ctypes  # noqa: PLC0415 - numpy loads it too; other commands may need neither
 
     with suppress(AttributeError):  # a C library without it
         mallopt = ctypes.CDLL(None).mallopt
@@ -38,9 +38,9 @@ def keep_memory() -> None:
 
 
 def hurry() -> None:
-    """Give this process the best nice value, where it may have it and the user has chosen none.
+    """Set the best nice value, if permitted and the user has not chosen one.
 
-    In the moment of a restore the vCPUs of a loaded VM want every CPU of the host.
+    During a restore the vCPUs of a loaded VM compete for every CPU of the host.
     """
     if os.getpriority(os.PRIO_PROCESS, 0) == 0:
         with suppress(PermissionError):
@@ -48,9 +48,10 @@ def hurry() -> None:
 
 
 def leave(code: int) -> NoReturn:
-    """End this process, all said and done.
+    """Flush all output and end this process at once.
 
-    Python would take every module and object apart first: a tenth of a second, for nobody.
+    A regular exit of Python destroys every module and object first, which takes a tenth of a
+    second.
     """
     logging.shutdown()
     for stream in (sys.stdout, sys.stderr):

@@ -1,7 +1,7 @@
-"""How far a restore is: a bar on a terminal, JSON lines for other programs, else nothing.
+"""Show the progress of a restore: a bar on a terminal, JSON lines for other programs, or nothing.
 
-Whoever restores tells a `Stopwatch` of each phase, and by `Stopwatch.advance` how many bytes of it
-are done. The two kinds here show that; they draw when they are told, there is no thread.
+A restore reports each phase to a `Stopwatch`, and the bytes done by `Stopwatch.advance`. The two
+subclasses here print these reports when they get them, without a thread.
 """
 
 import json
@@ -26,8 +26,7 @@ _BAR_WIDTH: Final = 30
 
 
 class _Watch(Stopwatch):
-    # A stopwatch that shows what it is told; `_show` is called at most ten times a second, but
-    # always at the begin and the end of a phase.
+    # Calls `_show` at most ten times a second, but always at the begin and the end of a phase.
     def __init__(self, stream: TextIO, now: Callable[[], float] = time.monotonic) -> None:
         super().__init__()
         self._stream = stream
@@ -39,7 +38,7 @@ class _Watch(Stopwatch):
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
-        """Measure the body of the ``with`` as `phase`, and show that it is under way."""
+        """Measure the body of the ``with`` as `phase`, and show its begin and end."""
         self._phase, self._done, self._total = phase, 0, 0
         self._show(self._now() - self._begun)
         with super().__call__(phase):
@@ -55,21 +54,21 @@ class _Watch(Stopwatch):
             self._show(now - self._begun)
 
     def end(self) -> None:
-        """Leave the stream as it was."""
+        """Remove the output from the stream, if it is a terminal."""
 
     def _show(self, seconds: float) -> None:
         raise NotImplementedError
 
 
 class BarWatch(_Watch):
-    """One line on a terminal, from half a second on, wiped off at the end."""
+    """Draw one line on a terminal, after half a second, and erase it at the end."""
 
     def __init__(self, stream: TextIO, now: Callable[[], float] = time.monotonic) -> None:
         super().__init__(stream, now)
         self._drawn = False
 
     def end(self) -> None:
-        """Wipe the line off."""
+        """Erase the line."""
         if self._drawn:
             self._write("")
 
@@ -91,7 +90,7 @@ class BarWatch(_Watch):
 
 
 class JsonWatch(_Watch):
-    """A JSON object a line: ``ovr.progress/1``."""
+    """Print a JSON object per line: ``ovr.progress/1``."""
 
     def _show(self, seconds: float) -> None:
         event = {
@@ -107,7 +106,7 @@ class JsonWatch(_Watch):
 
 @contextmanager
 def make_watch(mode: str) -> Iterator[Stopwatch]:
-    """Give the stopwatch that shows progress as one of `PROGRESS_MODES` has it, on stderr."""
+    """Yield a stopwatch that shows progress on stderr in one of `PROGRESS_MODES`."""
     if mode == "json":
         yield JsonWatch(sys.stderr)
     elif mode == "bar" or (mode == "auto" and is_lively(sys.stderr)):

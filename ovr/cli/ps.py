@@ -1,4 +1,4 @@
-"""``ovr ps``: the guest's processes, read from outside."""
+"""``ovr ps``: list the guest's processes, read from outside."""
 
 import argparse
 from typing import Any
@@ -29,7 +29,7 @@ def add(commands: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """List every process once; kernel threads are in brackets, as ps(1) has them."""
+    """List every process once; kernel threads are in brackets, as in ps(1)."""
     with AttachedVm(options.vm, vmlinux=options.vmlinux) as vm:
         release, found = vm.kernel.release, processes(vm.kernel)
     if options.json:

@@ -1,4 +1,4 @@
-"""``ovr restore``: the command this tool exists for; takes what ``criu restore`` takes."""
+"""``ovr restore``: restore a checkpoint into a VM, with the options of ``criu restore``."""
 
 import argparse
 import logging
@@ -37,8 +37,8 @@ def add(commands: Any) -> None:
     """Add the command to the parser."""
     parser = commands.add_parser(
         "restore", help="restore images into a running VM, from outside, and let them run",
-        description="Restore what `criu dump` wrote into a running VM, from outside the VM, and let"
-        " it run. Takes the options of `criu restore`.",
+        description="Restore a checkpoint of `criu dump` into a running VM, from outside the VM,"
+        " and let it run. Accepts the options of `criu restore`.",
         examples="""\
             ovr restore -D images/ --vm libvirt:web
             ovr restore -D images/ --vm qmp:/run/vm/qmp.sock --agent vsock:3 --dry-run
@@ -52,7 +52,7 @@ def add(commands: Any) -> None:
     )  # fmt: skip
     parser.add_argument(
         "-D", "--images-dir", type=Path, metavar="DIR",
-        help="what criu dump wrote (default: the current directory)",
+        help="the directory that criu dump wrote (default: the current one)",
     )  # fmt: skip
     _add_container(parser)
     add_vm_options(parser)
@@ -64,7 +64,7 @@ def add(commands: Any) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--timeout", type=_seconds, metavar="SECONDS",
-        help="how long the guest may take to build the tree (default: while it makes progress)",
+        help="limit for the guest to build the tree (default: none while it makes progress)",
     )  # fmt: skip
     parser.add_argument("--dry-run", action="store_true", help="check and show the plan only")
     _add_files(parser)
@@ -83,14 +83,14 @@ def _seconds(text: str) -> float:
     except ValueError:
         value = 0.0
     if not 0.001 <= value <= _DAY:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds up to {_DAY}, a day")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds up to {_DAY}, a day")
     return value
 
 
 def _add_container(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--archive", type=Path, metavar="FILE",
-        help="what podman container checkpoint --export wrote: the guest's podman restores it",
+        help="an archive of podman container checkpoint --export: the guest's podman restores it",
     )  # fmt: skip
     parser.add_argument(
         "--import-previous", type=Path, dest="previous", metavar="FILE",
@@ -100,7 +100,7 @@ def _add_container(parser: argparse.ArgumentParser) -> None:
         "-n",
         "--name",
         metavar="NAME",
-        help="what the container shall be called (default: as before)",
+        help="the container's new name (default: the old one)",
     )
     parser.add_argument(
         "--runtime", choices=RUNTIMES,
@@ -119,30 +119,30 @@ def _add_container(parser: argparse.ArgumentParser) -> None:
 def _add_files(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-W", "--work-dir", type=Path, metavar="DIR",
-        help="where log, pidfile and stats-restore go (default: the images' directory)",
+        help="directory for log, pidfile and stats-restore (default: the images' directory)",
     )  # fmt: skip
     parser.add_argument("-o", "--log-file", metavar="FILE", help="log there, not to stderr")
     parser.add_argument(
         "-v", "--verbosity", action=Verbosity, dest="log_level", nargs="?", metavar="NUM",
-        default=DEFAULT_LEVEL, help="say more (-vv: all), or criu's level: 0 nothing … 4 all",
+        default=DEFAULT_LEVEL, help="log more (-vv: all), or criu's level: 0 nothing … 4 all",
     )  # fmt: skip
     parser.set_defaults(verbose=0)
     parser.add_argument(
-        "--report", type=Path, metavar="FILE.html", help="draw there what took how long, and why"
+        "--report", type=Path, metavar="FILE.html", help="draw phases, holds and bytes in this file"
     )
     parser.add_argument("--pidfile", metavar="FILE", help="write the root task's pid there")
     parser.add_argument(
         "--display-stats", action=argparse.BooleanOptionalAction, default=False,
-        help="show what is in stats-restore",
+        help="show the content of stats-restore",
     )  # fmt: skip
 
 
 def run(options: argparse.Namespace) -> int:
-    """Restore, or with ``--dry-run`` go as far as is possible without touching the guest."""
-    # Not while they are parsed: the value of an unknown option would be named in its place.
+    """Restore; with ``--dry-run`` do only the steps that do not touch the guest."""
+    # Not in the parser, which would report the value of an unknown option instead of the option.
     for word in options.engine_options:
         if not word.startswith("-"):
-            raise UsageError(f"{word!r} is no option", "write values as --option=value")
+            raise UsageError(f"{word!r} is not an option", "write values as --option=value")
     for note in notes:
         log.info("%s", note)
     if options.dry_run:
@@ -162,7 +162,7 @@ def run(options: argparse.Namespace) -> int:
 def _restore(options: argparse.Namespace) -> Report:
     work = options.work_dir or _source(options).get("images") or Path()
     if options.work_dir and not work.is_dir():
-        raise UsageError(f"{work} is no directory", "create it, or name another with -W")
+        raise UsageError(f"{work} is not a directory", "create it, or name another with -W")
     files = criu_files(
         work, log_file=options.log_file, level=options.log_level, pidfile=options.pidfile
     )
@@ -188,7 +188,7 @@ def _restore(options: argparse.Namespace) -> Report:
 
 @contextmanager
 def _config_in_hints(options: argparse.Namespace) -> Iterator[None]:
-    # An option that CRIU has in the guest's configuration may be what it lacks here.
+    # CRIU may have failed because an option in the guest's configuration files was not read.
     try:
         yield
     except CriuFailed as error:
@@ -212,12 +212,12 @@ def _draw(picture: Writer, report: Report, options: argparse.Namespace) -> None:
                 {"images": str(options.archive or options.images_dir or "."), "VM": options.vm},
             )
         )
-    except OSError as error:  # the tree runs: that there is no picture of it is no failure
+    except OSError as error:  # not a failure of the restore: the tree runs
         log.warning("no report in %s: %s", options.report, error.strerror)
 
 
 def _source(options: argparse.Namespace) -> dict[str, Any]:
-    """What to restore, as `ovr.Vm.restore` wants it."""
+    """Return the arguments of `ovr.Vm.restore` that name the checkpoint."""
     names = ("archive", "previous", "name", "runtime", "bundle", "engine_options")
     found = {name: getattr(options, name) for name in names if getattr(options, name)}
     if options.archive is None or options.images_dir is not None:
@@ -226,7 +226,7 @@ def _source(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _progress(options: argparse.Namespace) -> str:
-    # A bar among log lines is no help.
+    # No bar among log lines.
     logging_here = options.verbose and options.log_file is None
     return "none" if options.progress == "auto" and logging_here else str(options.progress)
 

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGHUP end a command as Ctrl-C does: what it has begun is taken back first."""
+"""End a command in order on SIGTERM and SIGHUP, as on Ctrl-C: its changes are undone first."""
 
 import signal
 import threading
@@ -11,10 +11,9 @@ __all__ = ["ended_in_order"]
 
 @contextmanager
 def ended_in_order() -> Iterator[None]:
-    """Let the signals raise `SystemExit` in the body of the ``with``: exit code 128 plus number.
+    """Make the signals raise `SystemExit` in the body of the ``with``: exit code 128 plus number.
 
-    A signal that is ignored (``nohup``) stays ignored. Only the main thread can do this; in others
-    the signals do what they did.
+    A signal that is ignored (``nohup``) stays ignored. Has no effect in other than the main thread.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -1,6 +1,6 @@
-"""``python -m ovr.cli.standby QEMU_PID``: the process that stands by; ``ovr warm`` starts it.
+"""``python -m ovr.cli.standby QEMU_PID``: the standby process, started by ``ovr warm``.
 
-It goes into the background when it can be asked, with its standard streams closed to all.
+It goes into the background when it accepts requests, with /dev/null as its standard streams.
 """
 
 import os
@@ -16,15 +16,15 @@ from ovr.standby.server import Server
 
 __all__ = ["serve"]
 
-# What a restore loads late, if at all.
+# Modules that a restore loads late, if at all.
 _LATER: Final = ("importlib.metadata", "psutil", "xml.etree.ElementTree")
 
 
 def serve(qemu_pid: int) -> None:
-    """Stand by until that VM has ended, and all others for which this was asked meanwhile.
+    """Serve requests until this VM, and all VMs added later, have ended.
 
     Raises:
-        OSError: another process stands by already.
+        OSError: another standby process exists.
     """
     process.set_up()
     make_parser("restore")
@@ -48,7 +48,7 @@ def _run() -> NoReturn:
 
 @contextmanager
 def _into_background() -> Iterator[None]:
-    # Who started this process is let go at the end of the ``with``.
+    # The parent exits at the end of the ``with``.
     ready, tell = os.pipe()
     if os.fork():
         os.close(tell)

@@ -1,4 +1,4 @@
-"""``ovr states``: which kinds of state are written from outside, and why others are not."""
+"""``ovr states``: list the kinds of state written from outside or left inside, with reasons."""
 
 import argparse
 from typing import Any, Final
@@ -12,7 +12,7 @@ MEMORY: Final = {
     "name": "memory",
     "outside": True,
     "groups": [],
-    "summary": "private and shared memory; `ovr plan` says which, and why others stay inside",
+    "summary": "private and shared memory; `ovr plan` shows the pages and the reasons",
     "source": "CRIU's restorer preads them; do_anonymous_page()",
 }
 
@@ -21,7 +21,7 @@ def add(commands: Any) -> None:
     """Add the command to the parser."""
     parser = commands.add_parser(
         "states",
-        help="list all kinds of state: yes or no, and why",
+        help="list all kinds of state, outside or inside, with reasons",
         description="List the kinds of state that are written from outside, their groups, and those"
         " that are left to the guest's CRIU, with the reason.",
         examples="ovr states",
@@ -31,7 +31,7 @@ def add(commands: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """List them."""
+    """List the kinds of state."""
     found = states()
     if options.json:
         document("ovr.states/1", {"states": found})
@@ -45,12 +45,12 @@ def run(options: argparse.Namespace) -> int:
             )
             for state in found
         ]
-        table(("STATE", "OUTSIDE", "GROUPS", "WHAT IT IS, OR WHY NOT"), rows)
+        table(("STATE", "OUTSIDE", "GROUPS", "DESCRIPTION OR REASON"), rows)
     return 0
 
 
 def states() -> list[dict[str, Any]]:
-    """Return all kinds of state, those that are written from outside first."""
+    """Return all kinds of state, those written from outside first."""
     yes = [
         {
             "name": kind.name,

@@ -1,4 +1,4 @@
-"""Whether a stream is a terminal, how wide it is, and the colours that are used."""
+"""Detect terminals, and fit and colour text for them."""
 
 import os
 import shutil
@@ -12,14 +12,14 @@ _CODES: Final[Mapping[str, str]] = {"good": "32", "bad": "31", "dim": "2"}
 
 
 def is_lively(stream: TextIO) -> bool:
-    """Whether the stream is a terminal that can move its cursor (``TERM`` is not ``dumb``)."""
+    """Return whether the stream is a terminal with cursor control (``TERM`` is not ``dumb``)."""
     return stream.isatty() and os.environ.get("TERM", "dumb") != "dumb"
 
 
 def painted(text: str, mood: str, stream: TextIO) -> str:
-    """Return `text` in the colour of ``good``, ``bad`` or ``dim``, where the stream takes colours.
+    """Return `text` in the colour of ``good``, ``bad`` or ``dim`` if the stream supports colours.
 
-    It does not if it is no terminal, or if ``NO_COLOR`` is set to anything (https://no-color.org).
+    It does not if it is not a terminal, or if ``NO_COLOR`` is set (https://no-color.org).
     """
     if os.environ.get("NO_COLOR") or not is_lively(stream):
         return text
@@ -27,7 +27,7 @@ def painted(text: str, mood: str, stream: TextIO) -> str:
 
 
 def fitted(text: str, stream: TextIO) -> str:
-    """Return a line broken between words to the width of the terminal; elsewhere as it is."""
+    """Return a line wrapped to the width of the terminal; unchanged for other streams."""
     if not is_lively(stream):
         return text
     width = shutil.get_terminal_size().columns

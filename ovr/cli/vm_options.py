@@ -1,4 +1,4 @@
-"""The options that say which VM is meant, and what helps to understand its kernel."""
+"""Options that select a VM, its kernel file and its agent."""
 
 import argparse
 import os
@@ -12,11 +12,11 @@ def add_vm_options(parser: argparse.ArgumentParser) -> None:
     named = os.environ.get("OVR_VM")
     parser.add_argument(
         "--vm", required=not named, default=named, metavar="VM",
-        help="which VM: see below (default: what OVR_VM in the environment says)",
+        help="the VM, see below (default: OVR_VM in the environment)",
     )  # fmt: skip
     parser.add_argument(
         "--vmlinux", metavar="FILE", type=Path,
-        help="the guest's kernel with symbol table or .BTF, if the guest keeps none in its memory",
+        help="the guest's kernel with symbol table or .BTF, if they are not in the guest's memory",
     )  # fmt: skip
 
 
@@ -24,5 +24,5 @@ def add_agent_option(parser: argparse.ArgumentParser) -> None:
     """Add ``--agent``."""
     parser.add_argument(
         "--agent", metavar="ADDR", default=os.environ.get("OVR_AGENT") or None,
-        help="where the guest's agent listens (default: OVR_AGENT, or what the VM's devices say)",
+        help="address of the guest's agent (default: OVR_AGENT, or found from the VM's devices)",
     )  # fmt: skip

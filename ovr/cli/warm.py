@@ -1,4 +1,4 @@
-"""``ovr warm``: memory that is ready in the guest before a restore wants it."""
+"""``ovr warm``: manage the guest's pool and the standby process, before a restore needs them."""
 
 import argparse
 import logging
@@ -33,11 +33,11 @@ def add(commands: Any) -> None:
     """Add the command to the parser."""
     parser = commands.add_parser(
         "warm",
-        help="have memory ready in a guest before a restore wants it",
-        description="Have the guest's agent start a CRIU in advance, with a pool of memory that is"
-        " allocated already. The next restore that fits into it takes it and is done sooner."
-        " A process on this host stands by meanwhile, in which all of ovr is loaded already."
-        " Without an option, say what there is.",
+        help="allocate memory in a guest before a restore needs it",
+        description="Make the guest's agent start a CRIU in advance, with a pool of allocated"
+        " memory. The next restore that fits into it uses it and takes less time. Also start a"
+        " standby process on this host, in which ovr is already loaded. Without an option, show the"
+        " pool.",
         examples="""\
             ovr warm --vm libvirt:web -D images/
             ovr warm --vm libvirt:web --size 5G
@@ -50,30 +50,30 @@ def add(commands: Any) -> None:
     add_agent_option(parser)
     what = parser.add_mutually_exclusive_group()
     what.add_argument(
-        "--size", metavar="SIZE", help="make a pool of so much memory, as 5G, in place of the last"
+        "--size", metavar="SIZE", help="make a pool of this size, such as 5G; replaces the last one"
     )
     what.add_argument(
         "-D", "--images-dir", metavar="DIR", type=Path,
-        help="make a pool that is right for these images, in place of the last",
+        help="make a pool for these images; replaces the last one",
     )  # fmt: skip
     what.add_argument(
         "--standby", dest="only_standby", action="store_true",
-        help="make no pool; only have a process stand by on this host",
+        help="make no pool; only start the standby process on this host",
     )  # fmt: skip
     what.add_argument(
         "--off", action="store_true",
-        help="give the pool back to the guest, and let nobody stand by for this VM",
+        help="return the pool to the guest, and end the standby process for this VM",
     )  # fmt: skip
     parser.add_argument(
         "--no-standby", dest="standby", action="store_false",
-        help="have no process stand by on this host",
+        help="start no standby process on this host",
     )  # fmt: skip
     common(parser)
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Make or end the pool, or ask for it; then say what there is."""
+    """Make, end or query the pool; then show it."""
     wanted = None
     if options.off:
         wanted = (0, 0)
@@ -114,11 +114,11 @@ def _stand_by(qemu_pid: int, wanted: bool) -> None:
     try:
         stand_by(qemu_pid)
     except StandbyError as error:
-        log.warning("no process stands by on this host, so a restore has to load ovr: %s", error)
+        log.warning("no standby process on this host, so a restore has to load ovr: %s", error)
 
 
 def _fitting(directory: Path, guest: AgentInfo) -> tuple[int, int]:
-    # What `Agent.warm` wants: the size of the pool, and its place.
+    # The arguments of `Agent.warm`.
     with ImageSet.open(directory) as images:
         fitting = pool_for(make_plan(images, force_write=guest.force_write))
         if foreign_cgroup(images, ()):

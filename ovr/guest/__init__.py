@@ -1,4 +1,4 @@
-"""What runs in the guest: the agent (C), its unit file, and the protocol both sides share."""
+"""The agent (C), its packaging and its protocol, and the host's client of it (`client`)."""
 
 from ovr.guest.compiler import build
 

@@ -25,9 +25,9 @@ SANITIZED = (
     "-static-libasan",
     "-static-libubsan",
 )
-"""Linked with a C library of the guest's own, but with nothing that it may not have."""
+"""Linked with the guest's C library, and statically with the sanitizers, which it may lack."""
 _LIBRARY_SOURCES = _SOURCES / "warm"
-# Loaded into a CRIU with whatever libc that has: it needs none.
+# Loaded into the guest's CRIU, whose libc is unknown: it uses none.
 _LIBRARY_FLAGS = (
     "-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", "-nostdlib",
     "-fvisibility=hidden", "-fno-stack-protector", "-fno-tree-loop-distribute-patterns",
@@ -42,19 +42,19 @@ def build(
     """Compile the agent for guests with this machine's architecture; cached by its sources.
 
     Args:
-        lab: with the part that runs commands and moves files.
-        output: where to put the binary instead of the cache.
-        flags: what to compile and link it with besides the usual, instead of linking it statically
-            or, with ``OVR_SANITIZE`` in the environment, with sanitizers.
+        lab: include the part that runs commands and copies files.
+        output: path of the binary, instead of the cache.
+        flags: additional flags to compile and link with; default: static linking or, with
+            ``OVR_SANITIZE`` in the environment, sanitizers.
 
     Raises:
-        LabError: there is no compiler or no C library to link with, or it refuses the sources.
+        LabError: no compiler, no C library to link with, or an error in the sources.
     """
     if flags is None:
         flags = SANITIZED if os.environ.get("OVR_SANITIZE") else _STATIC
     sources = sorted(_SOURCES.glob("*.c"))
     command = ["gcc", *_CFLAGS, *(["-DOVR_LAB"] if lab else []), *flags]
-    # Whoever can put a file there has a program of theirs run by root of the guest.
+    # Root of the guest runs the file, so no other user may be able to put one there.
     target = output or own_cache("agent") / f"ovr-agent-{_digest(command)}"
     if output is None and target.exists():
         return target
@@ -71,10 +71,10 @@ def build(
 
 
 def deliver(made: Path, target: Path, mode: int) -> None:
-    """Copy a file that was made here to where the user wants it; it appears there whole.
+    """Copy a finished file to its target path atomically.
 
     Raises:
-        LabError: it cannot be written, or another user decides, or could decide, which file it is.
+        LabError: it cannot be written, or another user controls the path.
     """
     try:
         directory, name = locate(target)
@@ -86,7 +86,7 @@ def deliver(made: Path, target: Path, mode: int) -> None:
             shutil.copyfileobj(source, fresh.file)
             fresh.put()
     except OSError as error:
-        hint = cure_of(error, "name another place with -o")
+        hint = cure_of(error, "name another path with -o")
         raise LabError(f"{target} cannot be written: {error.strerror}", hint) from error
 
 

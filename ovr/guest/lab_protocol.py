@@ -1,12 +1,12 @@
-"""The part of the agent protocol that only agents built with ``OVR_LAB`` know: commands and files.
+"""Messages of agents built with ``OVR_LAB``: commands and files.
 
-One job a session: `Run`, `Stdin`… (empty: end of file; the next one after `Taken`) → `Output`…
+One job in a session: `Run`, `Stdin`… (empty: end of file; the next one after `Taken`) → `Output`…
 `Exited`; `Spawn` → `Spawned`; `Put`, `Data`… (empty: end of file) → `Stored`; `Get` → `Data`…
 `End`.
 
-The host returns `Credit` for what it has read of `Output` and `Data`; the agent stops while
-`WINDOW` bytes are under way: less than fills the Unix socket behind a vhost-device-vsock,
-which (0.3) may lose its wake-up and stall the connection when it does fill.
+The host returns `Credit` for the bytes of `Output` and `Data` that it has read; the agent pauses
+while `WINDOW` bytes are under way. That is less than fills the Unix socket of a vhost-device-vsock,
+which (0.3) may lose its wake-up and stall the connection when the socket is full.
 """
 
 from ovr.guest.message import Message
@@ -34,7 +34,7 @@ PIECE = 32 << 10
 """Most bytes of bulk data in one frame from the agent."""
 WINDOW = 96 << 10
 FRAME_COST = 1024
-"""What a frame counts besides its bytes, in `WINDOW` and in `Credit`."""
+"""Bytes added for each frame in `WINDOW` and in `Credit`."""
 
 
 # Host to agent -----------------------------------------------------------------------------
@@ -55,7 +55,7 @@ class Stdin(Message):
 
 
 class Credit(Message):
-    """So many bytes of `Output` or `Data`, and `FRAME_COST` for each frame, have been read."""
+    """Number of bytes of `Output` or `Data` that were read, plus `FRAME_COST` for each frame."""
 
     size: int
 
@@ -101,7 +101,7 @@ class Output(Message):
 
 
 class Taken(Message):
-    """The command has taken the last `Stdin`, or will take no more."""
+    """The command has read the last `Stdin`, or reads no more."""
 
 
 class Exited(Message):

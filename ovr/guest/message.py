@@ -1,4 +1,4 @@
-"""What every message of the protocol is."""
+"""The base class of the protocol's messages."""
 
 from typing import Any, ClassVar, Self, dataclass_transform
 
@@ -7,14 +7,14 @@ __all__ = ["Message"]
 
 @dataclass_transform(frozen_default=True)
 class Message:
-    """Any message; its fields are those of the class, as with a frozen dataclass.
+    """A message; its fields are declared in the class, as in a frozen dataclass.
 
-    A dataclass compiles six functions for each class, which takes a tenth of the time in which a
-    command loads.
+    Not a dataclass, because compiling six functions for each class takes a tenth of a command's
+    start-up time.
 
     Attributes:
         op: its name on the wire.
-        field_names: in their order.
+        field_names: the names of its fields, in order.
     """
 
     op: ClassVar[str] = ""
@@ -41,12 +41,12 @@ class Message:
         self.__dict__.update(given)
 
     def replace(self, **changes: Any) -> Self:
-        """Return the same message with other values in some fields."""
+        """Return a copy with other values in some fields."""
         fields = dict(zip(self.field_names, self._values(), strict=True))
         return type(self)(**fields | changes)
 
     def __setattr__(self, name: str, value: object) -> None:
-        raise AttributeError(f"{type(self).__name__}.{name} is for good")
+        raise AttributeError(f"{type(self).__name__}.{name} cannot be changed")
 
     def _values(self) -> tuple[Any, ...]:
         return tuple(getattr(self, name) for name in self.field_names)

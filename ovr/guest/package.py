@@ -1,4 +1,4 @@
-"""Getting the agent into guests: its systemd unit, a cloud-init snippet, a Debian package."""
+"""Package the agent for guests: its systemd unit, a cloud-init snippet, a Debian package."""
 
 import base64
 import gzip
@@ -17,7 +17,7 @@ from ovr.guest.compiler import build, deliver
 __all__ = ["AGENT_PATH", "cloud_init", "debian_package", "unit"]
 
 AGENT_PATH: Final = "/usr/sbin/ovr-agent"
-"""Where the agent is in a guest; the unit says so too."""
+"""Path of the agent in a guest, also in the unit."""
 
 _UNIT_NAME: Final = "ovr-agent.service"
 _UNIT_DIRECTORY: Final = "usr/lib/systemd/system"
@@ -32,7 +32,7 @@ def unit() -> str:
 def cloud_init() -> str:
     """Return a cloud-config that installs agent, unit and CRIU.
 
-    The agent is in it (some 500 KB): for NoCloud and other data sources without a small limit.
+    It contains the agent (some 500 KB): for NoCloud and other data sources without a small limit.
 
     Raises:
         LabError: the agent cannot be built.
@@ -50,11 +50,11 @@ def cloud_init() -> str:
 
 
 def debian_package(output: Path, maintainer: str) -> Path:
-    """Make ``ovr-agent_VERSION_amd64.deb``.
+    """Make ``ovr-agent_VERSION_amd64.deb``, and return its path.
 
     Args:
-        output: its path, or a directory for it under its usual name.
-        maintainer: whom the package names, as ``NAME <ADDRESS>``.
+        output: its path, or a directory in which it gets its usual name.
+        maintainer: the maintainer of the package, as ``NAME <ADDRESS>``.
 
     Raises:
         LabError: the agent cannot be built, or there is no dpkg-deb.
@@ -71,7 +71,7 @@ def debian_package(output: Path, maintainer: str) -> Path:
         except FileNotFoundError:
             raise LabError("dpkg-deb is not installed", "apt-get install dpkg") from None
         if done.returncode:
-            raise LabError(f"dpkg-deb makes no package: {done.stderr.strip()}")
+            raise LabError(f"dpkg-deb failed: {done.stderr.strip()}")
         deliver(made, path, 0o644)
     return path
 
@@ -97,14 +97,14 @@ def _place(tree: Path, name: str, content: bytes, mode: int = 0o644) -> Path:
     path = tree / name
     for parent in reversed(path.relative_to(tree).parents[:-1]):
         (tree / parent).mkdir(mode=0o755, exist_ok=True)
-        os.chmod(tree / parent, 0o755)  # noqa: PTH101 - whatever our umask is
+        os.chmod(tree / parent, 0o755)  # noqa: PTH101 - independent of the umask
     path.write_bytes(content)
     path.chmod(mode)
     return path
 
 
 def _date() -> datetime:
-    # https://reproducible-builds.org/specs/source-date-epoch; dpkg-deb obeys it too.
+    # https://reproducible-builds.org/specs/source-date-epoch; dpkg-deb uses it too.
     epoch = os.environ.get("SOURCE_DATE_EPOCH")
     return datetime.fromtimestamp(float(epoch), UTC) if epoch else datetime.now(UTC)
 

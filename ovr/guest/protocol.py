@@ -1,6 +1,6 @@
-"""The one source of the agent protocol: messages and limits.
+"""Define the agent protocol: messages and limits.
 
-`wire` encodes and decodes these classes and makes `protocol.h` for the C side from them.
+`wire` encodes and decodes these classes and generates `protocol.h` for the C side from them.
 
 Frame
     a 32-bit big-endian length (1 … `MAX_FRAME`), then that many bytes: one msgpack map.
@@ -10,29 +10,30 @@ Frame
     Unknown, repeated and missing keys are errors: both sides have the same `VERSION`.
 
 Session
-    The host speaks first, with `Hello`; the agent answers with `Welcome`, which carries the
-    same token. On vsock a session is a connection. On a serial port nothing marks the end of a
-    killed peer's bytes, so the host begins with `SYNC_ZEROS` zero bytes (longer than any frame,
-    so they end whatever a dead predecessor began and can be part of no frame), then `MAGIC`,
-    then frames; the agent answers with `MAGIC`, the token of the `Hello`, then frames, and the
-    host discards everything before that token, which no older session can have known. The news
-    that a host has left a port may come after its successor's first bytes: so a session on a
-    port ends two seconds after them, or with the next zeros; one with a proof ends at once.
+    The host starts with `Hello`; the agent answers with `Welcome`, which has the same token. On
+    vsock a session is a connection. On a serial port nothing marks the end of a killed peer's
+    bytes, so the host begins with `SYNC_ZEROS` zero bytes, then `MAGIC`, then frames. The zeros are
+    longer than any frame: they end a frame that a previous host left incomplete. The agent answers
+    with `MAGIC`, the token of the `Hello`, then frames, and the host discards everything before
+    that token, which is unknown to older sessions. The agent may be notified that a host has closed
+    the port after it gets the next host's first bytes: so a session on a port ends two seconds
+    after the notification, or with the next zeros; an authenticated one ends at once.
 
-Proof
+Authentication
     Any user of a host may open vsock connections to its guests, and any user of a guest may serve a
-    port there that the agent does not serve. So before anything else of worth is sent, both sides
-    prove that they know the secret in a page of the agent's, whose address `Welcome` has: `Prove`,
-    then `Proved`. Each sends an HMAC-SHA256, keyed with the secret, of `proof_text`: who it is and
-    both nonces, which are the `Hello`'s token and the `Welcome`'s nonce. The secret itself is never
-    sent. The host reads it from the VM's RAM, which nobody else can who does not own the guest, and
-    takes it only from a page that no user of the guest can have made (`client.secret_page`).
+    port there that the agent does not serve. So before other requests, both sides authenticate each
+    other: they prove that they know the secret in a page of the agent, whose address is in
+    `Welcome`, with `Prove`, then `Proved`. Each sends an HMAC-SHA256, keyed with the secret, of
+    `proof_text`: the side, and both nonces, which are the `Hello`'s token and the `Welcome`'s
+    nonce. The secret itself is never sent. The host reads it from the VM's RAM, which only the
+    owner of the guest can read, and only from a page that no user of the guest can have made
+    (`client.secret_page`).
 
 Restore (one at a time, owned by one session)
     `Files`… `Begin` → `Stopped` | `Failed` | `Aborted`; then any number of `Touch` → `Touched`
     and `Map` → `Mapped`, one at a time; then `Go` → `Restored` | `Failed`, or `Abort` →
-    `Aborted`. `Aborted` may come unasked. After `Begin` any frame, such as
-    `Alive`, which has no answer, holds off the silence deadline.
+    `Aborted`. `Aborted` may come unrequested. After `Begin` any frame extends the silence deadline;
+    `Alive` does only that, and has no answer.
 
 Pool (at any time, for the next restore)
     `Warm` → `Warmed` when it is filled; `Pool` → `Warmed`.
@@ -43,9 +44,8 @@ Configuration (at any time)
 Lab (agents built with ``OVR_LAB`` only)
     Commands and files: `lab_protocol`.
 
-Instead of an answer there may be `Error`. A session that broke the protocol gets one and is
-closed; its restore, if it had one, is aborted. What is the matter is a `Code` (`ovr.guest.codes`);
-the text is for people.
+Any answer may be an `Error` instead. A session that violates the protocol gets one and is closed;
+its restore, if any, is aborted. The cause is a `Code` (`ovr.guest.codes`); the text is for people.
 """
 
 from ovr.guest.message import Message
@@ -104,15 +104,15 @@ __all__ = [
 
 VERSION = 7
 VSOCK_PORT = 687
-"""Where the agent listens. Below 1024: the guest's kernel gives such a port only to who has
-CAP_NET_BIND_SERVICE in its initial user namespace (__vsock_bind_connectible in
-net/vmw_vsock/af_vsock.c). On a telephone's keys it reads OVR."""
+"""The agent's vsock port. Below 1024: to bind it needs CAP_NET_BIND_SERVICE in the initial user
+namespace (__vsock_bind_connectible in net/vmw_vsock/af_vsock.c). On a telephone's keys it reads
+OVR."""
 MAGIC = b"OVRSYNC1"
 TOKEN_SIZE = 16
 NONCE_SIZE = 16
 SECRET_SIZE = 32
 SECRET_MAGIC = b"ovr-agent secret"
-"""What the page with the secret begins with; `proof.c` has the rest of it."""
+"""First bytes of the page with the secret; `proof.c` defines the rest."""
 PROOF_SIZE = 32
 PROOF_SIDE_SIZE = 16
 PROOF_OF_HOST = b"ovr host"
@@ -120,26 +120,26 @@ PROOF_OF_AGENT = b"ovr agent"
 
 MAX_FRAME = 256 << 10
 CHUNK = MAX_FRAME - (4 << 10)
-"""Most bytes of bulk data in one frame: leaves room for the map around them."""
+"""Most bytes of bulk data in one frame, with space left for the rest of the map."""
 MAX_STRING = 4096
 MAX_LIST = 32768
 MAX_RANGES = 8192
 """Most ranges in one `Touch` or `Map`: at 18 bytes each, and 9 for a portion, they fit a frame."""
 MAX_FILES = 65536
 CONFIG_FILES = 2
-"""How many configuration files CRIU reads by default."""
+"""Number of configuration files that CRIU reads by default."""
 MAX_CONFIG = 16 << 10
-"""Most bytes of one of CRIU's configuration files that are told of."""
+"""Most bytes sent of one of CRIU's configuration files."""
 MAX_IMAGE_BYTES = 1 << 30
 SYNC_ZEROS = MAX_FRAME + 64
 ENGINE_ARCHIVE = "checkpoint.tar"
-"""The file in which podman gets everything."""
+"""Name of the archive that podman restores."""
 HOOK_HELD = "ovr-held-"
-"""What a name begins with as long as CRIU has not run the hook: without it nothing is restored."""
+"""Prefix of an image's name until CRIU runs the hook; without the hook, CRIU cannot find it."""
 
 
 def proof_text(side: bytes, token: bytes, nonce: bytes) -> bytes:
-    """Return what a side authenticates.
+    """Return the text of which a side sends the HMAC.
 
     Args:
         side: `PROOF_OF_HOST` or `PROOF_OF_AGENT`.
@@ -160,43 +160,43 @@ class Hello(Message):
 
 
 class Prove(Message):
-    """Shows that the host can read the VM's RAM: `PROOF_SIZE` bytes, as of `PROOF_OF_HOST`."""
+    """Prove that the host can read the VM's RAM: `PROOF_SIZE` bytes, for `PROOF_OF_HOST`."""
 
     proof: bytes
 
 
 class Ping(Message):
-    """Asks for a `Pong` with the same number."""
+    """Request a `Pong` with the same number."""
 
     number: int
 
 
 class Alive(Message):
-    """The host lives; no answer."""
+    """Extend the silence deadline; no answer."""
 
 
 class Files(Message):
-    """Image files: `data[i]` is appended to the file `names[i]`, made at its first mention."""
+    """Image files: `data[i]` is appended to the file `names[i]`, created on first use."""
 
     names: tuple[str, ...]
     data: tuple[bytes, ...]
 
 
 class Begin(Message):
-    """Start CRIU on the files sent so far, or have a container engine do so.
+    """Start CRIU on the files sent so far, directly or by a container engine.
 
     Attributes:
-        criu_options: put at the end of the command line of CRIU or the engine.
-        silence_ms: abort when the host says nothing for so long.
-        stall_ms: abort when CRIU makes no progress for so long (`progress.c`).
-        timeout_ms: abort when CRIU has not reached the hook after so long; none: no limit.
+        criu_options: appended to the command line of CRIU or the engine.
+        silence_ms: abort after this time without a frame from the host.
+        stall_ms: abort after this time without progress of CRIU (`progress.c`).
+        timeout_ms: abort if CRIU has not reached the hook after this time; none: no limit.
         log_level: CRIU's ``-v``.
         keep_log: leave the restore's directory (without the images) in the guest.
-        volumes: what podman makes volumes of; they are removed if the restore fails.
-        engine: ``podman``, ``runc`` or ``crun``; none: CRIU alone. podman finds all in the file
-            `ENGINE_ARCHIVE`. One image that CRIU needs comes as `HOOK_HELD` and its name.
-        warm_images: to have CRIU that waits with a pool do it: the pagemaps of the tasks that get
-            memory of it, and their pages images. None: leave the pool alone.
+        volumes: volumes that podman creates; they are removed if the restore fails.
+        engine: ``podman``, ``runc`` or ``crun``; none: CRIU without an engine. podman gets the file
+            `ENGINE_ARCHIVE`. The name of one image that CRIU needs has the prefix `HOOK_HELD`.
+        warm_images: to use the CRIU with the pool: pagemaps and pages images of the tasks that get
+            memory from it. Empty: do not use the pool.
     """
 
     criu_options: tuple[str, ...]
@@ -214,9 +214,9 @@ class Touch(Message):
     """Allocate pages of held tasks, or of processes that `Mapped` named.
 
     Attributes:
-        portions: three numbers each: the pid of a process; 1 if the pages may have content that
-            must stay, or 0, when the first byte of each page may become 0, which takes fewer
-            system calls; how many of the ranges are meant.
+        portions: three numbers each: the pid of a process; 1 if content of the pages must be kept,
+            or 0 if the first byte of each page may become 0, which takes fewer system calls; the
+            number of ranges.
         ranges: GVA and size in bytes of each range, portion after portion; whole pages.
     """
 
@@ -232,8 +232,8 @@ class Map(Message):
 
     Attributes:
         pid: the task.
-        file: where it has the object, below ``/proc/PID``: ``fd/N`` or ``map_files/START-END``.
-        size: of the object, in bytes; whole pages.
+        file: its link to the object below ``/proc/PID``: ``fd/N`` or ``map_files/START-END``.
+        size: size of the object in bytes; whole pages.
         ranges: offset in the object and size in bytes of each range; whole pages.
     """
 
@@ -244,11 +244,11 @@ class Map(Message):
 
 
 class Warm(Message):
-    """Start a CRIU with a pool, instead of the one that is there.
+    """Start a CRIU with a pool, instead of an existing one.
 
     Attributes:
-        size: of the pool, in bytes; 0: have none.
-        place: how far behind a multiple of 1 GiB it begins in memory, in bytes; whole huge pages.
+        size: size of the pool in bytes; 0: no pool.
+        place: offset of its address modulo 1 GiB, in bytes; whole huge pages.
     """
 
     size: int
@@ -256,11 +256,11 @@ class Warm(Message):
 
 
 class Pool(Message):
-    """Asks for a `Warmed` that says what there is."""
+    """Request a `Warmed` that describes the present pool."""
 
 
 class Config(Message):
-    """Asks for a `Configured`."""
+    """Request a `Configured`."""
 
 
 class Go(Message):
@@ -275,15 +275,15 @@ class Abort(Message):
 
 
 class Welcome(Message):
-    """The answer to `Hello`: who is there.
+    """The answer to `Hello`: the agent and its guest.
 
     Attributes:
         nonce: `NONCE_SIZE` random bytes.
         force_write: the kernel lets the agent write to pages that their own task cannot write to.
         secret_at: the GVA, in the agent's process, of the page with the secret.
-        warm: the size of the pool that is ready, 0 if there is none.
+        warm: the size of the pool in bytes; 0 if there is none.
         warm_at: the GVA of the pool, in its process.
-        engines: the container engines that are installed.
+        engines: the installed container engines.
     """
 
     version: int
@@ -304,7 +304,7 @@ class Welcome(Message):
 
 
 class Proved(Message):
-    """The answer to `Prove`: shows that the agent has the secret, as of `PROOF_OF_AGENT`."""
+    """The answer to `Prove`: proves that the agent has the secret, for `PROOF_OF_AGENT`."""
 
     proof: bytes
 
@@ -316,9 +316,14 @@ class Pong(Message):
 
 
 class Stopped(Message):
-    """The skeleton stands: pids as the agent sees them, `tasks` are the held threads' ids.
+    """The skeleton is complete and stopped.
 
-    `warm`: how many bytes of areas were made from the pool; `note`: why none, or not all.
+    Attributes:
+        root_pid: pid of the root task, in the agent's pid namespace as all ids here.
+        criu_pid: pid of CRIU.
+        tasks: ids of the held threads.
+        warm: bytes of areas that use memory from the pool.
+        note: reason why none or not all do.
     """
 
     root_pid: int
@@ -329,14 +334,14 @@ class Stopped(Message):
 
 
 class Warmed(Message):
-    """The pool.
+    """The present pool.
 
     Attributes:
-        size: in bytes; 0: there is none.
-        huge: how many of them are in huge pages.
+        size: its size in bytes; 0 if there is none.
+        huge: bytes of it in huge pages.
         pid: the process that has it.
-        address: where it is in that process.
-        note: why there is none.
+        address: its GVA in that process.
+        note: the reason why there is none.
     """
 
     size: int
@@ -347,9 +352,9 @@ class Warmed(Message):
 
 
 class Configured(Message):
-    """CRIU's default configuration files, as far as they are there.
+    """CRIU's default configuration files that exist.
 
-    A restore by CRIU alone does not read them; one by an engine does.
+    A restore without an engine does not read them; one by an engine does.
 
     Attributes:
         names: their paths, in the order in which CRIU reads them.
@@ -361,7 +366,7 @@ class Configured(Message):
 
 
 class Touched(Message):
-    """All pages of a `Touch` are there."""
+    """All pages of a `Touch` are allocated."""
 
 
 class Mapped(Message):
@@ -372,18 +377,18 @@ class Mapped(Message):
 
 
 class Restored(Message):
-    """CRIU has let the tree go and is gone; `container` is what the engine calls it."""
+    """CRIU has let the tree run and has ended; `container` is the engine's id of it."""
 
     pid: int
     container: str | None = None
 
 
 class Failed(Message):
-    """CRIU or the engine ended badly.
+    """CRIU or the engine failed.
 
     Attributes:
         status: its exit status, or 128 plus the signal that killed it.
-        log: the error lines of CRIU's log, oldest first, then what the engine said.
+        log: the error lines of CRIU's log, oldest first, then the engine's output.
         gone: no task of the tree is left.
     """
 
@@ -393,7 +398,7 @@ class Failed(Message):
 
 
 class Aborted(Message):
-    """The tree was killed; `code`: a `Code`; `gone`: no task of it is left."""
+    """The tree was killed; `code` is a `Code`; `gone`: no task of it is left."""
 
     code: str
     reason: str
@@ -401,7 +406,7 @@ class Aborted(Message):
 
 
 class Error(Message):
-    """The request was refused; `code`: a `Code`."""
+    """The request was rejected; `code` is a `Code`."""
 
     code: str
     text: str

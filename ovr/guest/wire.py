@@ -1,4 +1,4 @@
-"""Messages to bytes and back, and the C header with the same schema."""
+"""Encode and decode messages, and generate the C header with the same schema."""
 
 import types
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ __all__ = ["ProtocolError", "decode", "encode", "header"]
 
 
 class ProtocolError(Exception):
-    """The peer sent something that is no message of this protocol."""
+    """Not a message of this protocol, or one that cannot be sent."""
 
 
 _KINDS: dict[Any, str] = {
@@ -35,10 +35,10 @@ class _Field:
     optional: bool
 
     def check(self, value: Any) -> Any:
-        """Return the value as the message wants it."""
+        """Return the value in the type of the message's field."""
         if self.kind in ("UINTS", "STRS", "BINS"):
             if not isinstance(value, list | tuple) or len(value) > protocol.MAX_LIST:
-                raise ProtocolError(f"field {self.name} is no array")
+                raise ProtocolError(f"field {self.name} is not an array, or too long")
             return tuple(_check_scalar(self.name, self.kind[:-1], item) for item in value)
         return _check_scalar(self.name, self.kind, value)
 
@@ -49,11 +49,11 @@ def _check_scalar(name: str, kind: str, value: Any) -> Any:
     if good and kind == "UINT":
         good = 0 <= value < 1 << 64
     if good and kind == "STR":
-        # C strings at the other end: a NUL would cut them short. No lone surrogates, either.
+        # The agent has C strings, which end at a NUL. msgpack cannot encode lone surrogates.
         size = len(value.encode(errors="replace"))
         good = size < protocol.MAX_STRING and "\0" not in value and _is_utf8(value)
     if not good:
-        raise ProtocolError(f"field {name} is no {kind.lower()}, or too long")
+        raise ProtocolError(f"field {name} is not a {kind.lower()}, or too long")
     return value
 
 
@@ -81,7 +81,7 @@ def encode(message: Message) -> bytes:
     """Return the whole frame, length included.
 
     Raises:
-        ProtocolError: the message cannot be sent: a field too long, the frame too big.
+        ProtocolError: a field is too long, or the frame too big.
     """
     body: dict[str, Any] = {"op": message.op}
     for field in _SCHEMAS[message.op]:
@@ -98,17 +98,17 @@ def decode(body: bytes) -> Message:
     """Return the message in a frame's body (the bytes after the length).
 
     Raises:
-        ProtocolError: it is none.
+        ProtocolError: it is not a message of this protocol.
     """
     try:
         found = msgpack.unpackb(body, strict_map_key=True, object_pairs_hook=_without_repeats)
     except (ValueError, RecursionError, msgpack.UnpackException) as error:
         raise ProtocolError("not msgpack") from error
     if not isinstance(found, dict):
-        raise ProtocolError("no map")
+        raise ProtocolError("not a map")
     op = found.pop("op", None)
     if not isinstance(op, str) or op not in _MESSAGES:
-        raise ProtocolError("no message of this protocol")
+        raise ProtocolError("not a message of this protocol")
     values = {}
     for field in _SCHEMAS[op]:
         if field.name in found:
@@ -136,7 +136,7 @@ def header() -> str:
     """Return `protocol.h`: limits, message and field numbers, and the table of messages."""
     names = sorted({field.name for schema in _SCHEMAS.values() for field in schema})
     if len(names) > 64:
-        raise AssertionError("the C side keeps present fields in 64 bits")
+        raise AssertionError("the C side has a bit for each field in 64 bits")
     limits = {
         "PROTOCOL_VERSION": protocol.VERSION,
         "TOKEN_SIZE": protocol.TOKEN_SIZE,

@@ -1,7 +1,7 @@
-"""CRIU's image formats, read and written. Knows no guest.
+"""Read and write CRIU's image formats. Independent of any guest.
 
-`ImageSet` reads a directory that ``criu dump -D`` wrote; `InsideImages` makes another set of it.
-The messages are in `messages` and `objects`, what VMAs say in `vma`, pagemaps in `pagemap`.
+`ImageSet` reads a directory that ``criu dump -D`` wrote; `InsideImages` derives another set from
+it. The messages are in `messages` and `objects`, VMA flags in `vma`, pagemaps in `pagemap`.
 """
 
 from ovr.images.draft import Draft

@@ -1,4 +1,4 @@
-"""Page maps that build on one another."""
+"""Resolve chains of incremental pagemaps."""
 
 from collections.abc import Sequence
 
@@ -15,7 +15,7 @@ __all__ = ["covered", "resolve"]
 def covered(
     entries: Extents, start: NDArray[np.uint64], end: NDArray[np.uint64]
 ) -> NDArray[np.bool_]:
-    """Which entries lie wholly within the ascending ranges, adjacent ranges counting as one."""
+    """Return which entries lie within the ascending ranges; adjacent ranges count as one."""
     opens = np.append(True, start[1:] != end[:-1])[: len(start)]
     low, high = start[opens], end[np.append(opens[1:], True)[: len(start)]]
     if not len(low):
@@ -26,14 +26,14 @@ def covered(
 
 
 def resolve(levels: Sequence[Extents], name: str) -> Extents:
-    """Replace entries that refer to the parent by the ones that hold the data.
+    """Replace entries that refer to the parent by those that have the data.
 
     Args:
         levels: the entries of the pagemap of that name in the image set, its parent, and so on.
-        name: what messages call it.
+        name: its name in messages.
 
     Returns:
-        Extents that all have PE_PRESENT, with `level` and `offset` saying where their data lies.
+        Extents that all have PE_PRESENT; `level` and `offset` locate their data.
 
     Raises:
         ImagesDamaged: pages that no level holds.
@@ -54,7 +54,7 @@ def resolve(levels: Sequence[Extents], name: str) -> Extents:
         raise ImagesDamaged(
             f"{name}: pages at {wanted['gva'][0]:#x} or above should be in the parent images,"
             " but are not",
-            "put the images of all earlier dumps of the chain where the `parent` links say",
+            "put the images of all earlier dumps of the chain where the `parent` links point",
         )
     whole = np.concatenate(found)
     whole = whole[np.argsort(whole["gva"])]

@@ -1,9 +1,10 @@
-"""What CRIU lets parent and child share copy-on-write, found as CRIU finds it.
+"""Find the pages that CRIU leaves shared copy-on-write by parent and child.
 
-CRIU has a child inherit an area from its parent if both have it at the same place and of the same
-kind (``prepare_cow_vmas``, ``check_cow_vmas`` of criu/mem.c); of such an area it leaves shared what
-is equal in both, page by page, and gives the child pages of its own for the rest
-(``restore_priv_vma_content``). Whatever it was before the dump, that is what an area is afterwards.
+CRIU lets a child inherit an area from its parent if both have it at the same address and of the
+same kind (``prepare_cow_vmas``, ``check_cow_vmas`` of criu/mem.c). In such an area it compares page
+by page, leaves equal pages shared and gives the child pages of its own for the rest
+(``restore_priv_vma_content``), whatever was shared before the dump. This module applies the same
+rules.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,7 +26,7 @@ __all__ = ["Inheritance", "inheritance", "zero_pages"]
 
 @dataclass(frozen=True)
 class Inheritance:
-    """What a task has of its parent.
+    """Areas and pages that a task inherits from its parent.
 
     Attributes:
         areas: the areas that CRIU lets it inherit, a `RANGE` array.
@@ -37,13 +38,13 @@ class Inheritance:
 
 
 def inheritance(tasks: Sequence[Task]) -> Mapping[int, Inheritance]:
-    """Find what each task has of its parent, by pid; tasks without a parent here have no entry.
+    """Return the inheritance of each task by pid; tasks whose parent is not in `tasks` have none.
 
     Args:
-        tasks: those that are alive, of one image set.
+        tasks: the live tasks of one image set.
 
     Raises:
-        ImagesDamaged: a pages image is no longer as long as it was, or cannot be read.
+        ImagesDamaged: a pages image became shorter, or cannot be read.
     """
     by_pid = {task.pid: task for task in tasks}
     found: dict[int, Inheritance] = {}
@@ -59,10 +60,10 @@ def inheritance(tasks: Sequence[Task]) -> Mapping[int, Inheritance]:
 
 
 def zero_pages(task: Task, ranges: Ranges) -> Ranges:
-    """Return the pages of a task in `ranges` that hold nothing but zeros.
+    """Return the pages of a task in `ranges` that are filled with zeros.
 
     Raises:
-        ImagesDamaged: a pages image is no longer as long as it was, or cannot be read.
+        ImagesDamaged: a pages image became shorter, or cannot be read.
     """
     assert task.memory is not None
     runs = cut_to(task.memory.entries, ranges["start"], ranges["end"])
@@ -79,7 +80,7 @@ def zero_pages(task: Task, ranges: Ranges) -> Ranges:
 
 
 def _page_by_page(runs: Extents) -> NDArray[np.void]:
-    # Each page, and the one page that it is to be compared with.
+    # One pair a page: `other` stays 0, the offset of the single page compared with.
     counts = pages_in(runs)
     nth = np.arange(int(counts.sum())) - np.repeat(np.cumsum(counts) - counts, counts)
     pairs = np.zeros(len(nth), dtype=PAIR)

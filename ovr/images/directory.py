@@ -1,8 +1,8 @@
-"""Reading a directory of images that may have been made by an enemy.
+"""Read a directory of untrusted images.
 
 Every file is opened relative to one directory descriptor, without following symbolic links, and
-only if it is a regular file, so that nothing outside the directory can be reached. The one link
-that is followed is CRIU's own ``parent``, and only within the directory that the images lie in.
+only if it is a regular file, so that no file outside the directory can be reached. The only link
+followed is CRIU's ``parent``, and only within the directory that contains the image directory.
 """
 
 import errno
@@ -32,11 +32,11 @@ class ImageDirectory(Closing):
     """An open directory of image files.
 
     Attributes:
-        label: what messages call it: empty, or ``parent/`` once for each level.
-        path: where it is.
-        sizes: the size in bytes of each regular file that was there when it was opened.
+        label: its name in messages: empty, or ``parent/`` once for each level.
+        path: its path.
+        sizes: size in bytes of each regular file present when the directory was opened.
         others: names that are neither regular files nor directories.
-        bases: where in its file the content of a name begins, in bytes, if not at 0.
+        bases: offset in bytes at which the content of a name begins in its file, if not 0.
     """
 
     def __init__(self, path: Path, label: str = "") -> None:
@@ -71,10 +71,10 @@ class ImageDirectory(Closing):
                     self.others.add(file.name)
 
     def file(self, name: str) -> "ImageFile":
-        """The image `name`.
+        """Return the image `name`.
 
         Raises:
-            ImagesDamaged: it is not there.
+            ImagesDamaged: it is missing.
             ImagesUnsupported: it is a symbolic link or another special file.
         """
         if name in self.others:
@@ -87,12 +87,12 @@ class ImageDirectory(Closing):
         return ImageFile(self, name, self.sizes[name], self.bases.get(name, 0))
 
     def open(self, name: str) -> int:
-        """A new read-only descriptor of a regular file; the caller closes it."""
+        """Return a new read-only descriptor of a regular file; the caller closes it."""
         flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         try:
             fd = os.open(name, flags, dir_fd=self._fd)
         except OSError as error:
-            gone = (errno.ENOENT, errno.ELOOP)  # while it was read: it was there, and no link
+            gone = (errno.ENOENT, errno.ELOOP)  # replaced since the directory was listed
             raise unreadable(f"{self.label}{name}", error, damaged=gone, cure=DUMP_AGAIN) from error
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             os.close(fd)
@@ -100,7 +100,7 @@ class ImageDirectory(Closing):
         return fd
 
     def read(self, name: str, limit: int = _MAX_READ) -> bytes:
-        """The whole content of a file of at most `limit` bytes."""
+        """Return the whole content of a file of at most `limit` bytes."""
         file = self.file(name)
         if file.size > limit:
             raise ImagesUnsupported(
@@ -110,11 +110,11 @@ class ImageDirectory(Closing):
         return file.read(0, file.size)
 
     def parent(self) -> "ImageDirectory | None":
-        """The directory of the dump that this one builds on, if it is incremental.
+        """Return the directory of the previous dump, or None for a full dump.
 
         Raises:
-            ImagesDamaged: ``parent`` leads nowhere.
-            ImagesUnsupported: it leads out of the directory that the images lie in.
+            ImagesDamaged: ``parent`` is a dangling link.
+            ImagesUnsupported: it leads out of the directory that contains the image directory.
         """
         home = self.path.resolve()
         if not os.path.lexists(home / PARENT):
@@ -123,7 +123,7 @@ class ImageDirectory(Closing):
         if not target.is_dir():
             raise ImagesDamaged(
                 f"{self.label}parent: leads to {target}, which is no directory",
-                "put the images of the earlier dumps where the link says",
+                "put the images of the earlier dumps where the link points",
             )
         if not target.is_relative_to(home.parent):
             raise ImagesUnsupported(
@@ -133,7 +133,7 @@ class ImageDirectory(Closing):
         return ImageDirectory(target, f"{self.label}parent/")
 
     def close(self) -> None:
-        """Close the directory; files that are open stay open."""
+        """Close the directory; open files stay open."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
@@ -158,10 +158,10 @@ class ImageFile:
     """A file of an image directory, opened only when needed.
 
     Attributes:
-        directory: where it lies.
+        directory: the directory that contains it.
         name: its name there.
         size: its size in bytes when the directory was opened.
-        base: where its content begins in what `open` opens, in bytes.
+        base: offset in bytes of its content in the file that `open` opens.
     """
 
     directory: ImageDirectory
@@ -171,11 +171,11 @@ class ImageFile:
 
     @property
     def label(self) -> str:
-        """What messages call it."""
+        """Its name in messages."""
         return f"{self.directory.label}{self.name}"
 
     def open(self) -> int:
-        """A new read-only descriptor of where it lies, from `base` on; the caller closes it.
+        """Return a new read-only descriptor, the content at `base`; the caller closes it.
 
         Raises:
             ImagesDamaged: the file was replaced by something else, or became shorter.
@@ -198,7 +198,7 @@ class ImageFile:
             self.read(offset, 1)
 
     def read(self, offset: int, size: int) -> bytes:
-        """`size` bytes from `offset`.
+        """Return `size` bytes from `offset`.
 
         Raises:
             ImagesDamaged: the file ends before that.
@@ -212,7 +212,7 @@ class ImageFile:
 
 
 def read_exactly(fd: int, offset: int, size: int, label: str) -> bytes:
-    """`size` bytes from `offset` of an open file, however the kernel cuts them up."""
+    """Return `size` bytes from `offset` of an open file, in as many reads as it takes."""
     parts = []
     while size:
         try:

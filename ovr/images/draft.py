@@ -1,4 +1,4 @@
-"""Messages of the inside image set while they are being changed."""
+"""Edit messages of the inside image set."""
 
 from typing import TypeVar
 
@@ -12,10 +12,10 @@ M = TypeVar("M", bound=Message)
 
 
 class Draft:
-    """Copies of messages, made when first asked for, so that many may change the same one.
+    """Editable copies of messages, made on first use and shared by all callers.
 
     Args:
-        images: where they come from.
+        images: the original images.
     """
 
     def __init__(self, images: ImageSet) -> None:
@@ -24,7 +24,7 @@ class Draft:
         self._copies: dict[str, list[Message]] = {}
 
     def message(self, image: str, index: int, kind: type[M]) -> M:
-        """Return the copy of entry `index` of an image, to be changed in place."""
+        """Return the editable copy of entry `index` of an image."""
         if image not in self._copies:
             self._original[image] = self._images.entries(image, kind)
             self._copies[image] = [copy_of(entry) for entry in self._original[image]]
@@ -33,7 +33,7 @@ class Draft:
         return found
 
     def apply_to(self, inside: InsideImages) -> None:
-        """Hand in what has changed; what has not is passed on byte for byte."""
+        """Replace the images that have changed; the others stay as they are, byte for byte."""
         for name, entries in self._copies.items():
             if tuple(entries) != self._original[name]:
                 inside.replace(name, *entries)

@@ -1,7 +1,7 @@
-"""The outer format of CRIU's image files (``criu/protobuf.c``, ``criu/image.c``, ``magic.h``).
+"""Frame and unframe CRIU's image files (``criu/protobuf.c``, ``criu/image.c``, ``magic.h``).
 
 An image of version 1.1 is a common magic, the magic of its type, then entries: a little-endian
-32-bit size and that many bytes of protobuf. ``inventory.img`` has its own magic alone; service
+32-bit size and that many bytes of protobuf. ``inventory.img`` has only its own magic; service
 files (``stats-dump``) have another common magic; in a few images raw bytes follow each entry; some
 images are raw altogether.
 """
@@ -38,11 +38,11 @@ INVENTORY_MAGIC: Final = 0x58313116
 DUMP_AGAIN: Final = "copy the images again from where they were dumped, or dump again"
 
 _MAX_FRAMES: Final = 1 << 20
-_MAX_ENTRY: Final = 4 << 20  # bytes; two bytes of a nested message become a hundred here
+_MAX_ENTRY: Final = 4 << 20  # bytes; two bytes of a nested message take a hundred when decoded
 _LARGE: Final = ("MmEntry",)  # one entry for all areas of a task: bounded by their number instead
 _MAX_FIELDS: Final = 1 << 20
 _MAX_NAMED: Final = 1 << 12  # bytes of an entry whose missing fields are named
-_NAMED: Final = 12  # of them, at most
+_NAMED: Final = 12  # missing fields named at most
 _SIZE: Final = struct.Struct("<I")
 
 # Image name without number and suffix, and the magic of its type (image-desc.c, magic.h).
@@ -132,21 +132,21 @@ class Frame(NamedTuple):
 
 
 def kind_of(name: str) -> str:
-    """The type part of an image's file name: ``core`` for ``core-17.img``."""
+    """Return the type part of an image's file name: ``core`` for ``core-17.img``."""
     stem = name.removesuffix(".img").removesuffix(".tar.gz")
     return stem if stem in _TYPE_MAGIC else re.sub(r"-[0-9a-f]+$", "", stem)
 
 
 def is_raw(name: str) -> bool:
-    """Whether CRIU keeps an image of this name without magic and entries."""
+    """Return whether CRIU writes an image of this name without magic and entries."""
     return kind_of(name) in _RAW
 
 
 def header(name: str) -> bytes:
-    """The magic numbers that an image of this name begins with.
+    """Return the magic numbers that an image of this name begins with.
 
     Raises:
-        ImagesUnsupported: an image type that this tool does not know.
+        ImagesUnsupported: unknown image type.
     """
     kind = kind_of(name)
     if kind == "inventory":
@@ -157,18 +157,18 @@ def header(name: str) -> bytes:
         return _SIZE.pack(SERVICE_MAGIC) + _SIZE.pack(_SERVICE[kind])
     if kind not in _TYPE_MAGIC:
         raise ImagesUnsupported(
-            f"{name}: not a CRIU image that this version knows",
+            f"{name}: no image type of CRIU 3.17 to 4.2",
             "move the file away if it is not part of the checkpoint, or dump with CRIU 3.17 to 4.2",
         )
     return _SIZE.pack(COMMON_MAGIC) + _SIZE.pack(_TYPE_MAGIC[kind])
 
 
 def check_header(head: bytes, name: str) -> int:
-    """Check the magic numbers at the start of the image `name`; give their length in bytes.
+    """Check the magic numbers at the start of the image `name`; return their length in bytes.
 
     Raises:
         ImagesDamaged: the file is too short, or holds another type of image.
-        ImagesUnsupported: the magic is none that CRIU 3.17 to 4.2 writes.
+        ImagesUnsupported: CRIU 3.17 to 4.2 write no such magic.
     """
     wanted = header(name)
     if head[: len(wanted)] == wanted:
@@ -191,15 +191,15 @@ def check_header(head: bytes, name: str) -> int:
 
 
 def frames(data: bytes, name: str, extra: Callable[[bytes], int] | None = None) -> Iterator[Frame]:
-    """Take the image `name` apart.
+    """Yield the entries of the image `name`.
 
     Args:
         data: the whole file.
-        name: its file name, which says what magic is due.
-        extra: for images with raw bytes after each entry: from payload to their number.
+        name: its file name, which determines the expected magic.
+        extra: for images with raw bytes after each entry: returns their number for a payload.
 
     Raises:
-        ImagesDamaged: the file is cut off, or a size leads out of it.
+        ImagesDamaged: the file is truncated, or a size exceeds it.
         ImagesUnsupported: the magic is unknown.
     """
     position = check_header(data, name)
@@ -222,14 +222,14 @@ def _size_at(data: bytes, position: int, name: str) -> int:
 def _take(data: bytes, position: int, size: int, name: str) -> tuple[bytes, int]:
     if size > len(data) - position:
         raise ImagesDamaged(
-            f"{name}: {size} bytes needed at byte {position}, {len(data) - position} are there",
+            f"{name}: {size} bytes needed at byte {position}, {len(data) - position} present",
             DUMP_AGAIN,
         )
     return data[position : position + size], position + size
 
 
 def image_bytes(name: str, entries: Iterable[Frame]) -> bytes:
-    """Put an image together: the reverse of `frames`."""
+    """Return the content of an image with these entries: the reverse of `frames`."""
     parts = [header(name)]
     for payload, extra in entries:
         parts += _SIZE.pack(len(payload)), payload, extra
@@ -240,8 +240,8 @@ def decode(kind: type[M], payload: bytes, name: str) -> M:
     """Decode one entry of the image `name`.
 
     Raises:
-        ImagesDamaged: not a message of this kind, a required field is missing, or there is more in
-            it than such an entry can have.
+        ImagesDamaged: not a message of this kind, a required field is missing, or the entry is
+            larger than such an entry can be.
     """
     if len(payload) > _MAX_ENTRY and not (
         kind.__name__ in _LARGE and _fields(payload) <= _MAX_FIELDS
@@ -262,13 +262,13 @@ def decode(kind: type[M], payload: bytes, name: str) -> M:
 
 
 def _missing(message: Message, size: int) -> str:
-    if size > _MAX_NAMED:  # of nested messages they would be listed by the million
+    if size > _MAX_NAMED:  # nested messages could have millions of them
         return "a required field"
     return ", ".join(cast("Any", message).FindInitializationErrors()[:_NAMED])
 
 
 def _fields(payload: bytes) -> int:
-    # How many fields the encoded message has, nested ones not counted.
+    # Number of fields of the encoded message, without nested ones.
     count = at = 0
     try:
         while at < len(payload) and count <= _MAX_FIELDS:
@@ -288,7 +288,7 @@ def _fields(payload: bytes) -> int:
 
 
 def _varint(payload: bytes, at: int) -> tuple[int, int]:
-    # The number at `at`, and where it ends.
+    # The number at `at`, and the position after it.
     value = shift = 0
     while payload[at] & 0x80:
         value |= (payload[at] & 0x7F) << shift
@@ -299,12 +299,12 @@ def _varint(payload: bytes, at: int) -> tuple[int, int]:
 
 
 def encode(message: Message) -> Frame:
-    """One entry of an image, without raw bytes."""
+    """Return the message as an entry without raw bytes."""
     return Frame(message.SerializeToString(deterministic=True))
 
 
 def write_image(directory: Path, name: str, chunks: Iterable[bytes]) -> None:
-    """Write the file `name` so that it is either complete or not there.
+    """Write the file `name` atomically: it appears complete, or not at all.
 
     Raises:
         OSError: it cannot be written, or the directory is not this user's or root's.

@@ -1,4 +1,4 @@
-"""A directory of CRIU images, opened, decoded and checked against itself."""
+"""Open, decode and cross-check a directory of CRIU images."""
 
 from collections.abc import Mapping
 from functools import cached_property, partial
@@ -47,16 +47,16 @@ M = TypeVar("M", bound=Message)
 
 
 class ImageSet(Closing):
-    """What ``criu dump`` wrote, read-only. Use as a context manager, or `close` it.
+    """The images of one ``criu dump``, read-only. Use as a context manager, or `close` it.
 
     The inventory and the header of every image are checked on opening; tasks and memory are decoded
-    when they are first asked for. Extents that it returns belong to it: change copies only.
+    on first use. Returned entries and extents are shared and cached: change copies only.
 
     Args:
-        directory: where the images lie; it is closed with the image set.
+        directory: the directory of the images; closed with the image set.
 
     Attributes:
-        path: the directory, or the archive that they are in.
+        path: the directory, or the archive that contains it.
     """
 
     def __init__(self, directory: ImageDirectory) -> None:
@@ -77,8 +77,8 @@ class ImageSet(Closing):
 
         Raises:
             UsageError: no such directory, or no images in it.
-            ImagesDamaged: a file is missing or cut off, or has another image's header.
-            ImagesUnsupported: an image, version or place that this tool does not know.
+            ImagesDamaged: a file is missing or truncated, or has another image's header.
+            ImagesUnsupported: an unknown image type or version, or files that are not regular.
         """
         return cls(ImageDirectory(path))
 
@@ -89,7 +89,7 @@ class ImageSet(Closing):
 
     @property
     def levels(self) -> tuple[ImageDirectory, ...]:
-        """Its own directory, and those of the dumps that it builds on, last one first."""
+        """Its own directory and those of the previous dumps, latest first."""
         return tuple(self._levels)
 
     @property
@@ -98,23 +98,23 @@ class ImageSet(Closing):
         return tuple(name for name in self._levels[0].sizes if name.endswith(".img"))
 
     def file(self, name: str) -> ImageFile:
-        """The image file `name`."""
+        """Return the image file `name`."""
         return self._levels[0].file(name)
 
     def has(self, name: str) -> bool:
-        """Whether there is a file `name`, an image or not."""
+        """Return whether there is a file `name`, an image or not."""
         return name in self._levels[0].sizes
 
     def read(self, name: str) -> bytes:
-        """The whole content of the image `name`."""
+        """Return the whole content of the image `name`."""
         return self._levels[0].read(name)
 
     def entries(self, name: str, kind: type[M]) -> tuple[M, ...]:
-        """All entries of an image; none if there is no such image, as for CRIU itself.
+        """Return all entries of an image; none if there is no such image, as in CRIU.
 
-        For images without raw bytes between the entries. `kind` may come from
-        `ovr.images.messages` or `ovr.images.objects`. They are decoded once and belong to the image
-        set: who changes one changes a copy.
+        For images without raw bytes between the entries. `kind` is a message of
+        `ovr.images.messages` or `ovr.images.objects`. Entries are decoded once and shared by all
+        callers: change copies only.
 
         Raises:
             ImagesDamaged, ImagesUnsupported: as for `open`.
@@ -139,7 +139,7 @@ class ImageSet(Closing):
 
         Raises:
             ImagesDamaged: images are missing or contradict each other.
-            ImagesUnsupported: they hold something that cannot be restored.
+            ImagesUnsupported: they contain something that cannot be restored.
         """
         entries = self.entries("pstree.img", PstreeEntry)
         check_ids(entry.pid for entry in entries)
@@ -151,17 +151,17 @@ class ImageSet(Closing):
 
     @cached_property
     def shared(self) -> Mapping[int, Memory]:
-        """Shared memory with content, by `shmid`; `gva` is an offset in it, in bytes."""
+        """Shared memory with content, by `shmid`; `gva` is an offset in the object, in bytes."""
         names = {shmid: f"pagemap-shmem-{shmid}.img" for shmid in sorted(self._shmids())}
         present = {shmid: name for shmid, name in names.items() if name in self._levels[0].sizes}
         return MappingProxyType({shmid: self._memory(name) for shmid, name in present.items()})
 
     @cached_property
     def memories(self) -> tuple[Memory, ...]:
-        """All memory in the images: the tasks', then what is shared.
+        """All memory in the images: that of the tasks, then shared memory.
 
         Raises:
-            ImagesDamaged: two pagemaps claim the same pages image.
+            ImagesDamaged: two pagemaps refer to the same pages image.
         """
         own = (task.memory for task in self.tasks if task.memory is not None)
         memories = (*own, *self.shared.values())
@@ -175,15 +175,15 @@ class ImageSet(Closing):
         return memories
 
     def ids(self, task: Task) -> IdsEntry:
-        """Which kernel objects a task that is alive shares with others.
+        """Return the ids of the kernel objects that a live task may share with others.
 
         Raises:
-            ImagesDamaged: the images do not say.
+            ImagesDamaged: the image is missing.
         """
         return self._only(f"ids-{task.pid}.img", IdsEntry)
 
     def _shmids(self) -> set[int]:
-        """The shared memory that VMAs, memfds and SysV segments refer to."""
+        """Return the ids of shared memory that VMAs, memfds and SysV segments refer to."""
         found = {inode.shmid for inode in self.entries("memfd.img", MemfdInodeEntry)}
         for task in self.tasks:
             if task.vmas is not None:
@@ -201,7 +201,7 @@ class ImageSet(Closing):
                 file = self.file(name)
                 refuse_packed(file.read(0, min(file.size, HEAD_SIZE)), name)
             raise UsageError(
-                f"{self.path}: no CRIU images in there",
+                f"{self.path}: no CRIU images in this directory",
                 "give the directory that `criu dump -D` wrote; unpack archives and streams first",
             )
         for name in sorted(self._levels[0].others):
@@ -216,7 +216,7 @@ class ImageSet(Closing):
         version = self.inventory.img_version
         if not version:
             raise ImagesUnsupported(
-                "inventory.img: these images are of a pre-dump, which has memory alone",
+                "inventory.img: images of a pre-dump, which contains only memory",
                 "give the directory of the dump that was made after it; its `parent` leads here",
             )
         if version != _VERSION:
@@ -230,12 +230,12 @@ class ImageSet(Closing):
             self._levels.append(parent)
             if len(self._levels) > _MAX_LEVELS:
                 raise ImagesUnsupported(
-                    f"parent: more than {_MAX_LEVELS} levels, or a circle",
+                    f"parent: more than {_MAX_LEVELS} levels, or a cycle",
                     "check the `parent` links; dump again in full",
                 )
 
     def _only(self, name: str, kind: type[M]) -> M:
-        """The entry of an image that must be there and have exactly one."""
+        """Return the only entry of an image that must exist."""
         self.file(name)
         entries = self.entries(name, kind)
         if len(entries) != 1:
@@ -256,7 +256,7 @@ class ImageSet(Closing):
             return Task(*ids, (pid,), {pid: leader}, None, None, None, None)
         if pid not in entry.threads:
             raise ImagesDamaged(f"pstree.img: task {pid} is not among its threads", DUMP_AGAIN)
-        check_ids(entry.threads)  # a dead task's are garbage
+        check_ids(entry.threads)  # only here: those of a dead task are garbage
         threads = (pid, *(tid for tid in entry.threads if tid != pid))
         cores = {tid: self._core(tid, leader=False) for tid in threads[1:]} | {pid: leader}
         mm = self._only(f"mm-{pid}.img", MmEntry)
@@ -284,14 +284,14 @@ class ImageSet(Closing):
 
 
 def _content_size(name: str, payload: bytes) -> int:
-    """How many raw bytes follow an entry of ``ipcns-shm`` (ipc_ns.c: rounded up to 4)."""
+    """Return the number of raw bytes after an ``ipcns-shm`` entry (ipc_ns.c: rounded up to 4)."""
     segment = decode(IpcShmEntry, payload, name)
     return 0 if segment.in_pagemaps else (segment.size + 3) & ~3
 
 
 def _pages_file(directory: ImageDirectory, pagemap: Pagemap) -> ImageFile:
     file = directory.file(f"pages-{pagemap.pages_id}.img")
-    if file.size % PAGE_SIZE:  # or its content might be a page that happens to begin so
+    if file.size % PAGE_SIZE:  # else a page of the task may begin like a packed file
         refuse_packed(file.read(0, min(file.size, HEAD_SIZE)), file.label)
     check_pages_size(pagemap, file.size, file.label)
     return file

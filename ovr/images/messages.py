@@ -1,7 +1,7 @@
-"""CRIU's image messages (``images/*.proto``), as far as this tool reads or rewrites them.
+"""CRIU's image messages (``images/*.proto``) that ``ovr`` reads or rewrites.
 
-Class and field names are CRIU's, in Python's spelling for classes. Messages are what protobuf
-makes them: mutable, shared by whoever reads the image set. Change a `copy_of`, never the original.
+Class and field names are CRIU's, in Python's spelling for classes. Protobuf messages are mutable,
+and all readers of an image set share them: change a `copy_of`, never the original.
 """
 
 from ovr.images.wire import (
@@ -51,7 +51,7 @@ __all__ = [
 
 @entry
 class IdsEntry(Message):
-    """``task_kobj_ids_entry``: which kernel objects a task shares with others (``ids-PID.img``)."""
+    """``task_kobj_ids_entry``: ids of a task's kernel objects, equal if shared: ``ids-PID.img``."""
 
     vm_id: int = required(1, UINT32)
     files_id: int = required(2, UINT32)
@@ -174,7 +174,7 @@ class TaskRlimitsEntry(Message):
 
 @entry
 class TaskCoreEntry(Message):
-    """What the threads of a task share; only the leader's core image has it."""
+    """State shared by the threads of a task; only the leader's core image has it."""
 
     task_state: int = required(1, UINT32)
     exit_code: int = required(2, UINT32)
@@ -243,7 +243,7 @@ class RseqEntry(Message):
 
 @entry
 class ThreadCoreEntry(Message):
-    """What each thread has for itself."""
+    """State of a single thread."""
 
     futex_rla: int = required(1, UINT64)
     futex_rla_len: int = required(2, UINT32)

@@ -1,4 +1,4 @@
-"""Messages of what tasks have open or live in: files, terminals, namespaces."""
+"""Messages of open files, terminals and namespaces."""
 
 from ovr.images.wire import (
     BOOL,
@@ -64,7 +64,7 @@ class FownEntry(Message):
 
 @entry
 class RegFileEntry(Message):
-    """An open file with a path; `pos` of all ones means that it has no position."""
+    """An open file with a path; a file without a position has all ones in `pos`."""
 
     id: int = required(1, UINT32)
     flags: int = required(2, UINT32)
@@ -151,7 +151,7 @@ class MemfdFileEntry(Message):
 
 @entry
 class FileEntry(Message):
-    """One open file of ``files.img``; kinds without a field here survive as unknown fields."""
+    """One open file of ``files.img``; types without a field here are kept as unknown fields."""
 
     type: int = required(1, UINT32)
     id: int = required(2, UINT32)
@@ -166,7 +166,7 @@ class FileEntry(Message):
 
 @entry
 class MemfdInodeEntry(Message):
-    """What the memfds of one inode share (``memfd.img``)."""
+    """The inode of one or more memfds (``memfd.img``)."""
 
     name: bytes = required(1, BYTES)
     uid: int = required(2, UINT32)
@@ -266,7 +266,7 @@ class TimensEntry(Message):
 
 @entry
 class IpcDescEntry(Message):
-    """What all kinds of SysV IPC objects have."""
+    """Fields common to all types of SysV IPC objects."""
 
     key: int = required(1, UINT32)
     uid: int = required(2, UINT32)

@@ -1,4 +1,4 @@
-"""Telling packed images from damaged ones, so that the message names what they are."""
+"""Recognise packed files, so that they are not reported as damaged images."""
 
 from typing import Final
 
@@ -7,9 +7,9 @@ from ovr.errors import ImagesUnsupported
 __all__ = ["HEAD_SIZE", "packing", "refuse_packed"]
 
 HEAD_SIZE: Final = 512
-"""How many bytes from the start of a file `packing` wants to see."""
+"""Bytes from the start of a file that `packing` needs."""
 
-# Where it says so (RFC 8878, RFC 1952, the LZ4 frame and xz file formats), and what unpacks it.
+# Offset, magic (RFC 8878, RFC 1952, the LZ4 frame and xz file formats), name, unpacking command.
 _PACKINGS: Final = (
     (0, b"\x28\xb5\x2f\xfd", "zstd", "zstd -d"),
     (0, b"\x1f\x8b", "gzip", "gzip -d"),
@@ -21,7 +21,7 @@ _PACKINGS: Final = (
 
 
 def packing(head: bytes) -> tuple[str, str] | None:
-    """Return the name of the format that a file begins as, and what unpacks it; None if none."""
+    """Return the packing format of a file and the command that unpacks it; None if not packed."""
     for at, magic, name, command in _PACKINGS:
         if head[at : at + len(magic)] == magic:
             return name, command
@@ -32,7 +32,7 @@ def refuse_packed(head: bytes, name: str) -> None:
     """Raise if the file `name`, which begins with `head`, is packed.
 
     Raises:
-        ImagesUnsupported: it is; the message says with what.
+        ImagesUnsupported: it is packed; the message names the format.
     """
     if found := packing(head):
         raise ImagesUnsupported(

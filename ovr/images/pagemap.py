@@ -1,4 +1,4 @@
-"""Pagemap images: which pages of a task lie where in its pages image.
+"""Decode and encode pagemap images: the offset of each page of a task in its pages image.
 
 A fragmented process has more than a million entries, so they are decoded in blocks into one numpy
 array instead of one protobuf object each. The rules are those of ``criu/pagemap.c``
@@ -40,8 +40,8 @@ PE_PRESENT: Final = 4
 PAGEMAP_DTYPE: Final = np.dtype(
     [("gva", "<u8"), ("size", "<u8"), ("flags", "<u4"), ("level", "<u4"), ("offset", "<i8")]
 )
-"""An extent, in bytes; `offset` is a position in the pages image of level `level`, or -1 if the
-data is not there; level 0 is the image set itself, 1 its parent, and so on."""
+"""An extent, in bytes; `offset` is a position in the pages image of level `level`, or -1 if it does
+not contain the data; level 0 is the image set itself, 1 its parent, and so on."""
 
 USER_END: Final = 1 << 56
 """End of user addresses with 5-level paging, the most that x86-64 has."""
@@ -58,7 +58,7 @@ class Pagemap:
     Attributes:
         pages_id: N of the ``pages-N.img`` that holds the data.
         entries: the runs, in ascending order; read-only.
-        compat: written by CRIU before 4.2, which counts pages in field 2 and cannot read field 5.
+        compat: written by CRIU before 4.2, which counts pages in field 2 and does not know field 5.
     """
 
     pages_id: int
@@ -71,19 +71,19 @@ def decode_pagemap(data: bytes, name: str) -> Pagemap:
 
     Args:
         data: the file.
-        name: what to call it in messages; its base name says what magic is due.
+        name: its name in messages; the base name determines the expected magic.
 
     Raises:
-        ImagesDamaged: cut off, out of order, overlapping, unaligned, or outside user addresses.
-        ImagesUnsupported: an unknown field or flag (compressed pages), or pages that are in none of
-            the images (a lazy dump).
+        ImagesDamaged: truncated, out of order, overlapping, unaligned, or outside user addresses.
+        ImagesUnsupported: an unknown field or flag (compressed pages), or pages that no image
+            contains (a lazy dump).
     """
     begin = check_header(data, name.rpartition("/")[2])
     size = _entry_size(data, begin, name)
     head = decode(PagemapHead, data[begin + 4 : begin + 4 + size], name)
     blocks = [_decode_block(data, at, name) for at in _entry_starts(data, begin + 4 + size, name)]
     entries = np.concatenate([block for block, _ in blocks] or [np.empty(0, PAGEMAP_DTYPE)])
-    entries = entries[entries["size"] != 0]  # CRIU passes over them, too
+    entries = entries[entries["size"] != 0]  # CRIU skips them as well
     _check(entries, name)
     entries["offset"] = offsets_of(entries)
     entries.flags.writeable = False
@@ -98,10 +98,10 @@ def _entry_size(data: bytes, position: int, name: str) -> int:
 
 
 def _entry_starts(data: bytes, position: int, name: str) -> Iterator[NDArray[np.int64]]:
-    """Positions of the entries' size fields, in blocks.
+    """Yield the positions of the entries' size fields, in blocks.
 
-    Only the lowest byte of each size is looked at: no entry is as long as 256 bytes. That the
-    other three are zero is checked in bulk by `_decode_block`.
+    Only the lowest byte of each size is used: no entry is as long as 256 bytes. `_decode_block`
+    checks in bulk that the other three are zero.
     """
     last = len(data) - 4
     while position <= last:
@@ -115,7 +115,7 @@ def _entry_starts(data: bytes, position: int, name: str) -> Iterator[NDArray[np.
 
 
 def _decode_block(data: bytes, starts: NDArray[np.int64], name: str) -> tuple[Extents, bool]:
-    """Decode the entries at `starts`; also say whether any counts pages in field 5."""
+    """Return the entries at `starts`, and whether any of them counts pages in field 5."""
     raw = np.frombuffer(data, np.uint8)
     high = raw[starts + 1] | raw[starts + 2] | raw[starts + 3]
     if high.any():
@@ -202,21 +202,21 @@ def _check(entries: Extents, name: str) -> None:
     unknown = (flags > (PE_PARENT | PE_LAZY | PE_PRESENT)) | (where == PE_PARENT | PE_PRESENT)
     for bad, what, cure in (
         (unknown, "have unknown flags", "dump with CRIU 3.17 to 4.2, without --compress"),
-        (where == 0, "are in none of the images", "dump without --lazy-pages"),
+        (where == 0, "are in no image", "dump without --lazy-pages"),
     ):
         if bad.any():
             raise ImagesUnsupported(f"{name}: the pages at {start[bad.argmax()]:#x} {what}", cure)
 
 
 def offsets_of(entries: Extents) -> NDArray[np.int64]:
-    """Where in the pages image the data of each entry lies: -1 unless it has PE_PRESENT."""
+    """Return the offset of each entry's data in the pages image; -1 without PE_PRESENT."""
     present = entries["flags"] & PE_PRESENT != 0
     sizes = np.where(present, entries["size"], 0).astype(np.int64)
     return np.where(present, np.cumsum(sizes) - sizes, -1)
 
 
 def check_pages_size(pagemap: Pagemap, size: int, name: str) -> None:
-    """Check that a pages image of `size` bytes holds all that `pagemap` says.
+    """Check that a pages image of `size` bytes holds all present pages of `pagemap`.
 
     Raises:
         ImagesDamaged: it is shorter.
@@ -228,9 +228,9 @@ def check_pages_size(pagemap: Pagemap, size: int, name: str) -> None:
 
 
 def encode_pagemap(pagemap: Pagemap, name: str) -> bytes:
-    """Encode a pagemap image in the style of the CRIU generation that wrote the original.
+    """Encode a pagemap image in the format of the CRIU version that wrote the original.
 
-    The order of the entries is that of their data; `offset` and `level` are not looked at.
+    The data follow in the order of the entries; `offset` and `level` are ignored.
     """
     made = [encode(PagemapHead(pages_id=pagemap.pages_id))]
     for gva, size, flags in pagemap.entries[["gva", "size", "flags"]].tolist():

@@ -1,4 +1,4 @@
-"""Regular files that the tasks had open or mapped, as they were at the dump."""
+"""Describe regular files that tasks had open or mapped at the dump."""
 
 import stat
 
@@ -9,11 +9,11 @@ __all__ = ["regular_file"]
 
 
 def regular_file(images: ImageSet, path: str) -> str:
-    """Describe a file as the dump saw it; the empty string if the images do not have it.
+    """Describe a file at the time of the dump; empty if the images do not mention it.
 
     Args:
         images: the image set.
-        path: in the file systems of the tasks, with or without its first slash.
+        path: as the tasks see it, with or without its first slash.
 
     Raises:
         ImagesDamaged: ``files.img`` cannot be read.
@@ -22,8 +22,8 @@ def regular_file(images: ImageSet, path: str) -> str:
     for entry in images.entries("files.img", FileEntry):
         if entry.HasField("reg") and b"/" + entry.reg.name.lstrip(b"/") == name:
             file = entry.reg
-            said = [f"{file.size} bytes"] if file.HasField("size") else []
-            said += [f"mode {stat.S_IMODE(file.mode):#o}"] if file.HasField("mode") else []
-            said += ["a build id"] if len(file.build_id) else []
-            return f"at the dump it had {', '.join(said)}" if said else ""
+            facts = [f"{file.size} bytes"] if file.HasField("size") else []
+            facts += [f"mode {stat.S_IMODE(file.mode):#o}"] if file.HasField("mode") else []
+            facts += ["a build id"] if len(file.build_id) else []
+            return f"at the dump it had {', '.join(facts)}" if facts else ""
     return ""

@@ -1,4 +1,4 @@
-"""Making the inside image set: some images changed, the rest passed on byte for byte."""
+"""Build the inside image set: some images changed, the others copied byte for byte."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -19,33 +19,33 @@ from ovr.memory.extents import Extents, cut_to, ends_of, total
 __all__ = ["InsideImages", "Slices", "image_chunks", "image_size"]
 
 _CHUNK: Final = 1 << 20
-_SMALL: Final = 1 << 16  # larger files that do not change are not read into memory
+_SMALL: Final = 1 << 16  # larger unchanged files are not read into memory
 
 
 @dataclass(frozen=True)
 class Slices:
-    """An image made of pieces of the user's images, which are read when it is sent.
+    """An image made of slices of the user's images, which are read when it is sent.
 
     Attributes:
-        pieces: what it consists of: file, offset, size, in order.
+        slices: file, offset and size in bytes of each, in order.
     """
 
-    pieces: tuple[tuple[ImageFile, int, int], ...]
+    slices: tuple[tuple[ImageFile, int, int], ...]
 
     @property
     def size(self) -> int:
-        """Size in bytes."""
-        return sum(size for _, _, size in self.pieces)
+        """Its size in bytes."""
+        return sum(size for _, _, size in self.slices)
 
     def chunks(self, limit: int = _CHUNK) -> Iterator[bytes]:
-        """The content, in chunks of at most `limit` bytes.
+        """Yield the content in chunks of at most `limit` bytes.
 
         Raises:
-            ImagesDamaged: a file is no longer as long as it was.
+            ImagesDamaged: a file became shorter.
         """
         file, fd = None, -1
         try:
-            for wanted, offset, size in self.pieces:
+            for wanted, offset, size in self.slices:
                 if wanted is not file:
                     _close(fd)
                     file, fd = wanted, -1
@@ -63,21 +63,21 @@ def _close(fd: int) -> None:
 
 
 def image_size(image: bytes | Slices) -> int:
-    """The size of an image of the inside set, in bytes."""
+    """Return the size of an image of the inside image set, in bytes."""
     return len(image) if isinstance(image, bytes) else image.size
 
 
 def image_chunks(image: bytes | Slices) -> Iterator[bytes]:
-    """The content of an image of the inside set, piece by piece."""
+    """Yield the content of an image of the inside image set in chunks."""
     return iter((image,)) if isinstance(image, bytes) else image.chunks()
 
 
 class InsideImages:
-    """Builds the image set that CRIU restores inside the guest.
+    """Build the image set that CRIU restores inside the guest.
 
-    Starts as the given image set; `replace` and `keep_pages` change it. The same calls give
-    the same bytes. A pages image is always written whole, because CRIU reads one that is too short
-    for ever, and no pagemap of a task loses all its entries, because CRIU crashes on that.
+    Starts as the given image set; `replace` and `keep_pages` change it. The result is
+    deterministic. A pages image is always complete, because CRIU loops for ever on a short one, and
+    a task's pagemap keeps at least one entry, because CRIU crashes on an empty one.
     """
 
     def __init__(self, images: ImageSet) -> None:
@@ -85,36 +85,36 @@ class InsideImages:
         self._changed: dict[str, bytes | Slices] = {}
 
     def replace(self, name: str, *entries: Message) -> None:
-        """Let the image `name` consist of these entries.
+        """Replace the content of the image `name` by these entries.
 
-        For images without raw bytes between the entries; not for pagemaps.
+        Only for images without raw bytes between the entries, and not for pagemaps.
 
         Raises:
-            ValueError: `name` is such an image.
+            ValueError: `name` is another kind of image.
         """
         if is_raw(name) or name.startswith("pagemap-"):
-            raise ValueError(f"{name} is not made of messages alone")
+            raise ValueError(f"{name} contains more than messages")
         self._changed[name] = image_bytes(name, map(encode, entries))
 
     def keep_pages(self, memory: Memory, kept: Extents, had_pages: Sequence[int] = ()) -> None:
         """Keep only some pages of a task or of shared memory.
 
-        Pages of parent images that are kept move into the new pages image.
+        Kept pages of parent images move into the new pages image.
 
         Args:
-            memory: whose pages.
-            kept: ascending runs of pages, all of them in ``memory.entries``; only `gva` and
-                `size` are looked at.
-            had_pages: addresses of pages that CRIU shall find an entry for, though it is one of no
-                pages. It looks where entries lie (``premap_priv_vmas`` of criu/mem.c) to map areas
-                writable at first or not, and the kernel accounts for them (VM_ACCOUNT) after that.
+            memory: the task's memory or the shared memory.
+            kept: ascending runs of pages, all of them in ``memory.entries``; only `gva` and `size`
+                are used.
+            had_pages: addresses at which the pagemap gets an empty entry. CRIU looks at the
+                positions of entries (``premap_priv_vmas`` of criu/mem.c) to decide whether it maps
+                an area writable at first, and the kernel's accounting (VM_ACCOUNT) follows from it.
 
         Raises:
-            ValueError: pages that are not there, or none at all of a task.
+            ValueError: pages that are not present, or no pages of a task.
         """
         runs = cut_to(memory.entries, kept["gva"], ends_of(kept))
         if total(runs) != total(kept):
-            raise ValueError(f"pages to keep that are not in {memory.name}, or twice")
+            raise ValueError(f"pages to keep are not in {memory.name}, or listed twice")
         if not len(runs) and not memory.name.startswith("pagemap-shmem-"):
             raise ValueError(f"no pages kept in {memory.name}: CRIU would crash")
         runs["flags"] = runs["flags"] & PE_LAZY | PE_PRESENT
@@ -125,7 +125,7 @@ class InsideImages:
         self._changed[memory.pages_name] = _pages(memory, runs[runs["size"] > 0])
 
     def build(self) -> dict[str, bytes | Slices]:
-        """The inside image set, by file name in order. Pass values to `image_chunks`.
+        """Return the inside image set, sorted by file name. Pass the values to `image_chunks`.
 
         Raises:
             ImagesUnsupported: a task without any pages.
@@ -141,13 +141,13 @@ class InsideImages:
         return {name: self._changed.get(name) or self._original(name) for name in sorted(names)}
 
     def _flatten(self) -> None:
-        """Give images that build on a parent all their pages: the guest gets no parent images."""
+        """Copy pages of parent images into their children: the guest gets no parent images."""
         for memory in self._images.memories:
             if memory.name not in self._changed and memory.entries["level"].any():
                 self.keep_pages(memory, memory.entries)
 
     def _stale(self) -> set[str]:
-        """Memory images that nothing refers to, as an earlier dump into the directory leaves."""
+        """Return unreferenced memory images, left by an earlier dump into the same directory."""
         used = {
             name for memory in self._images.memories for name in (memory.name, memory.pages_name)
         }
@@ -161,19 +161,20 @@ class InsideImages:
 
 
 def _pages(memory: Memory, runs: Extents) -> Slices:
-    """The pages of `runs`, in order, with neighbours in the same file taken together."""
+    """Return the pages of `runs`, in order, with adjacent slices of the same file joined."""
     level, offset = runs["level"], runs["offset"]
     size = runs["size"].astype(np.int64)
     joined = (level[1:] == level[:-1]) & (offset[1:] == offset[:-1] + size[:-1])
     first = np.flatnonzero(np.append(True, ~joined)[: len(runs)])
     sizes = np.add.reduceat(size, first) if len(first) else size
-    pieces = zip(level[first].tolist(), offset[first].tolist(), sizes.tolist(), strict=True)
-    return Slices(tuple((_file(memory, lv), at, length) for lv, at, length in pieces))
+    slices = zip(level[first].tolist(), offset[first].tolist(), sizes.tolist(), strict=True)
+    return Slices(tuple((_file(memory, lv), at, length) for lv, at, length in slices))
 
 
 def _marks(addresses: Sequence[int]) -> Extents:
-    # Two each. To CRIU the first one ends at its address, before the area that starts there; yet
-    # CRIU 3.17 asks whether there is one at that address for the sake of the area that ends there.
+    # Two entries for each address. For CRIU the first ends at its address, before the area that
+    # starts there; but CRIU 3.17 also looks for an entry at that address for the area that ends
+    # there.
     marks = np.zeros(2 * len(addresses), PAGEMAP_DTYPE)
     marks["gva"][::2] = addresses
     marks["gva"][1::2] = marks["gva"][::2] + np.uint64(1)

@@ -1,7 +1,7 @@
-"""Shared memory of an image set, and where its tasks have it mapped or open.
+"""Find the shared memory of an image set, and its mappings and descriptors.
 
-Anonymous shared mappings, memfds and SysV segments: their pages are not in any task's pagemap, but
-in one of their own, ``pagemap-shmem-SHMID.img``.
+The pages of anonymous shared mappings, memfds and SysV segments are not in a task's pagemap but in
+``pagemap-shmem-SHMID.img``.
 """
 
 from collections.abc import Iterator, Mapping
@@ -19,12 +19,12 @@ _SEALED = 0x8 | 0x10  # F_SEAL_WRITE, F_SEAL_FUTURE_WRITE
 
 @dataclass(frozen=True)
 class SharedPlace:
-    """Where a task has a shared object: mapped at an address, or open as a descriptor.
+    """A mapping or a descriptor by which a task refers to a shared object.
 
     Attributes:
         pid: the task, as in the images.
-        address: the start of a mapping, a GVA; None if it is open.
-        fd: the descriptor; None if it is mapped.
+        address: the start of the mapping, a GVA; None for a descriptor.
+        fd: the descriptor; None for a mapping.
     """
 
     pid: int
@@ -34,13 +34,13 @@ class SharedPlace:
 
 @dataclass(frozen=True)
 class SharedMemory:
-    """One object with content.
+    """One shared object with content.
 
     Attributes:
         shmid: its number in the images.
         memory: its pages; ``gva`` is an offset in the object, in bytes.
-        places: where tasks have it; there may be none.
-        sealed: nobody can map it for writing any more.
+        places: its mappings and descriptors; may be empty.
+        sealed: it cannot be mapped for writing any more.
     """
 
     shmid: int
@@ -76,7 +76,7 @@ def shared_memory(images: ImageSet) -> tuple[SharedMemory, ...]:
 
 
 def _memfd_files(images: ImageSet, shmid_of: Mapping[int, int]) -> dict[int, int]:
-    # From the id of an open file to the object behind it.
+    # The shmid of each open memfd, by the id of the open file.
     return {
         entry.id: shmid_of[entry.memfd.inode_id]
         for entry in images.entries("files.img", FileEntry)
@@ -99,7 +99,7 @@ def _mapped(task: Task, files: Mapping[int, int]) -> Iterator[tuple[int, SharedP
     for vma in task.vmas[task.vmas["status"] & shared != 0]:
         shmid, status = int(vma["shmid"]), int(vma["status"])
         if status & VMA_AREA_MEMFD:
-            # Mapped privately, too: it leads to the object.
+            # Private mappings too: they refer to the object as well.
             if shmid not in files:
                 continue
             shmid = files[shmid]

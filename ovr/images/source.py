@@ -1,4 +1,4 @@
-"""Pages images: open, mapped into this process, and read ahead."""
+"""Open pages images, map them into this process and read them ahead."""
 
 import errno
 import mmap
@@ -17,7 +17,7 @@ from ovr.memory.addresses import PAGE_SIZE
 
 __all__ = ["Source", "Sources", "readable"]
 
-_ELSEWHERE: Final = "dump again, or copy the images to where nobody changes them"
+_ELSEWHERE: Final = "dump again, or copy the images to a directory that no other program writes to"
 _GRAIN: Final = 256 << 10
 _ASK_AT_ONCE: Final = 16 << 20
 
@@ -27,11 +27,11 @@ class Source:
     """A pages image.
 
     Attributes:
-        name: what messages call it.
-        pages: it, mapped; who reads it does so within `readable`: somebody may cut it off.
-        fd: of the file that it is in.
-        base: where it begins there, in bytes.
-        nowait: whether the file system can read it without waiting for a disk (``RWF_NOWAIT``).
+        name: its name in messages.
+        pages: its content, mapped; read it within `readable`, because it may be truncated.
+        fd: descriptor of the file that contains it.
+        base: its offset in that file, in bytes.
+        nowait: whether the file system supports reads that do not wait (``RWF_NOWAIT``).
     """
 
     name: str
@@ -42,11 +42,11 @@ class Source:
 
     @property
     def size(self) -> int:
-        """Bytes."""
+        """Its size in bytes."""
         return len(self.pages)
 
     def read_into(self, buffer: memoryview, start: int) -> None:
-        """Fill `buffer` with what is from `start` on.
+        """Fill `buffer` from the offset `start`.
 
         Raises:
             ImagesDamaged: it cannot be read.
@@ -60,7 +60,7 @@ class Source:
                 done += got
 
     def read_ahead(self, start: int, end: int) -> None:
-        """Have the host's page cache hold what is from `start` up to `end`.
+        """Read the range from `start` to `end` into the host's page cache.
 
         Raises:
             ImagesDamaged: it cannot be read.
@@ -77,7 +77,7 @@ class Source:
 
 
 class Sources:
-    """The pages images of an image set, each opened once, until the ``with`` ends."""
+    """The pages images of an image set, each opened once and closed when the ``with`` ends."""
 
     def __init__(self) -> None:
         self._stack = ExitStack()
@@ -95,12 +95,12 @@ class Sources:
         """Return the pages image of `memory` at `level` of the chain of dumps.
 
         Raises:
-            ImagesDamaged: it is no longer as long as it was.
+            ImagesDamaged: it became shorter.
         """
         key = memory.name, level
         if key not in self._opened:
             file = memory.file(level)
-            # Within an archive an image begins at any multiple of 512.
+            # Within an archive an image may begin at any multiple of 512.
             start = file.base // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
             size = file.base - start + file.size
             fd = file.open()
@@ -118,9 +118,9 @@ class Sources:
         return self._opened[key]
 
     def read_ahead(self, wanted: Iterable[tuple[Memory, int]]) -> None:
-        """Begin to read images that are not in the host's page cache; returns at once.
+        """Start to read images into the host's page cache; return at once.
 
-        What does not fit into half of the memory that is available is left for later.
+        At most half of the available memory is used; the rest is read when it is needed.
 
         Raises:
             ImagesDamaged: as `of`.
@@ -134,14 +134,14 @@ class Sources:
             if thread.is_alive():
                 thread.join()
 
-        self._stack.callback(end)  # before it starts: a signal may end us in `start`
+        self._stack.callback(end)  # registered before `start`, which a signal may interrupt
         thread.start()
 
     def check_unchanged(self) -> None:
-        """Make sure that nobody has written to the files since they were opened.
+        """Check that the files have not been written to since they were opened.
 
         Raises:
-            ImagesDamaged: somebody has; what was read may be of before or of after.
+            ImagesDamaged: one has changed, so the data read may be old or new.
         """
         for (_, level), (memory, mark) in self._as_opened.items():
             fd = memory.file(level).open()
@@ -156,8 +156,8 @@ class Sources:
 
 
 def _absent(fd: int, at: int, end: int) -> Iterator[tuple[int, int]]:
-    # What the page cache lacks of a range of a file, in parts of `_GRAIN` at most. Memory that is
-    # short takes some pages of an image here and there; to read all of it for them takes as long as
+    # Parts of a file range that are not in the page cache, `_GRAIN` bytes at most each. Memory
+    # pressure evicts scattered pages of an image; to read all of it for them would take as long as
     # the copy.
     if in_page_cache(fd, at, end - at):
         return
@@ -170,13 +170,13 @@ def _absent(fd: int, at: int, end: int) -> Iterator[tuple[int, int]]:
 
 
 def _without_waiting(fd: int, at: int) -> bool:
-    # Whether it could: what is not in the page cache is another matter (EAGAIN).
+    # EAGAIN only means that the byte is not in the page cache.
     try:
         os.preadv(fd, [bytearray(1)], at, os.RWF_NOWAIT)
     except BlockingIOError:
         return True
     except OSError as error:
-        # tmpfs, NFS, FUSE and overlays of some kernels. What else is wrong, reading will tell.
+        # tmpfs, NFS, FUSE and overlays of some kernels. A later read reports other errors.
         return error.errno != errno.EOPNOTSUPP
     return True
 
@@ -190,7 +190,7 @@ def _read_through(fd: int, at: int, end: int, buffer: bytearray) -> None:
 
 
 def _ask_for(sources: Sequence[Source], stop: threading.Event) -> None:
-    import psutil  # noqa: PLC0415 - here nobody waits for it to be loaded
+    import psutil  # noqa: PLC0415 - loaded in a thread, off the critical path
 
     room = psutil.virtual_memory().available // 2
     windows = (
@@ -198,7 +198,7 @@ def _ask_for(sources: Sequence[Source], stop: threading.Event) -> None:
         for source in sources
         for at in range(source.base, source.base + source.size, _ASK_AT_ONCE)
     )
-    # An error is for who reads: it does not matter here. The images may be closed by now, too.
+    # Errors are reported by the reader, not here. The images may also be closed by now.
     with suppress(OSError, ValueError):
         for source, at in windows:
             size = min(_ASK_AT_ONCE, source.base + source.size - at)
@@ -211,10 +211,10 @@ def _ask_for(sources: Sequence[Source], stop: threading.Event) -> None:
 
 @contextmanager
 def readable(name: str) -> Iterator[None]:
-    """Read a pages image in the body of the ``with``.
+    """Turn errors of reading a pages image in the body of the ``with`` into ours.
 
     Raises:
-        ImagesDamaged: the native loops found that it was cut off.
+        ImagesDamaged: the native loops found that it was truncated.
         ImagesForbidden, ImagesUnreachable: it cannot be read.
     """
     try:
@@ -225,6 +225,6 @@ def readable(name: str) -> Iterator[None]:
 
 
 def _mark(fd: int) -> tuple[int, ...]:
-    # What is another one when the file was written to, or replaced.
+    # Changes when the file is written to or replaced.
     status = os.fstat(fd)
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns

@@ -1,4 +1,4 @@
-"""``stats-restore``, which CRIU leaves in its work directory and tools around it read.
+"""Make ``stats-restore``, which CRIU leaves in its work directory for other tools.
 
 Schema: images/stats.proto. The file is a service image: two magic numbers, one entry.
 """
@@ -29,7 +29,7 @@ class RestoreStatsEntry(Message):
 
 @entry
 class StatsEntry(Message):
-    """``stats_entry``: the dump's part is not read here."""
+    """``stats_entry``, without the part of a dump."""
 
     restore: RestoreStatsEntry = optional(2, RestoreStatsEntry)
 
@@ -40,8 +40,8 @@ def stats_image(*, pages: int, forking: float, total: float) -> bytes:
     Pages compared and skipped are zero: ovr compares no pages with a parent's.
 
     Args:
-        pages: restored, from outside and inside.
-        forking: seconds until the tree stood.
+        pages: number of pages restored, outside and inside.
+        forking: seconds until the skeleton was complete.
         total: seconds of the whole restore.
     """
     stats = StatsEntry(

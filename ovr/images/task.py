@@ -1,4 +1,4 @@
-"""One task of an image set: what the images say about it, decoded and checked."""
+"""Represent one task of an image set, decoded and checked."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -37,8 +37,8 @@ class Memory:
         name: file name of the pagemap image.
         pages_id: N of its ``pages-N.img``.
         compat: written by CRIU before 4.2 (see `Pagemap`).
-        entries: where every page's data lies, parent images taken into account; ascending,
-            read-only, all present.
+        entries: location of every page's data, references to parent images resolved; ascending,
+            read-only, all with PE_PRESENT.
         files: the pages images by `level`: of the image set itself, of its parent, and so on;
             None where no data of that level is used.
     """
@@ -55,7 +55,7 @@ class Memory:
         return f"pages-{self.pages_id}.img"
 
     def check_readable(self) -> None:
-        """Make sure that the pages images can be read, each level that is used.
+        """Check that the pages images of all used levels can be read.
 
         Raises:
             ImagesDamaged, ImagesForbidden, ImagesUnreachable: one cannot.
@@ -65,7 +65,7 @@ class Memory:
                 file.check_readable()
 
     def file(self, level: int = 0) -> ImageFile:
-        """The pages image of that level."""
+        """Return the pages image of that level."""
         file = self.files[level]
         if file is None:
             raise ValueError(f"{self.name} uses no data of level {level}")
@@ -78,12 +78,12 @@ class Task:
 
     Attributes:
         pid, ppid, pgid, sid: as in its pid namespace; `ppid` is 0 for the root.
-        threads: thread ids, the leader's (`pid`) first; it alone for a dead task.
+        threads: thread ids, the leader's (`pid`) first; only the leader's for a dead task.
         cores: the core image of each thread.
         mm: memory descriptor; None for a dead task.
         vmas: its memory areas: row i is ``mm.vmas[i]``; None for a dead task.
         memory: its private pages; None for a dead task.
-        fs: working directory, root and umask; None if the images do not say.
+        fs: working directory, root and umask; None if the images lack it.
     """
 
     pid: int
@@ -109,17 +109,17 @@ class Task:
 
     @property
     def alive(self) -> bool:
-        """Whether the task has memory, files and threads: it is no zombie."""
+        """Whether the task has memory, files and threads, that is, is not a zombie."""
         return self.mm is not None
 
     @property
     def comm(self) -> str:
-        """Its name, with bytes that are not text shown as escapes."""
+        """Its name; bytes that are not UTF-8 are escaped."""
         return self.core.tc.comm.decode("utf-8", "backslashreplace")
 
     @property
     def rseq_areas(self) -> Ranges:
-        """Where its threads have registered a ``struct rseq`` each; sorted, in bytes."""
+        """GVA ranges of the ``struct rseq`` that its threads have registered, sorted."""
         areas = [
             (rseq.rseq_abi_pointer, rseq.rseq_abi_pointer + rseq.rseq_abi_size)
             for core in self.cores.values()
@@ -131,12 +131,12 @@ class Task:
 
     @property
     def umask(self) -> int | None:
-        """The file mode creation mask, or None if the images do not say."""
+        """The file mode creation mask, or None if the images lack it."""
         return self.fs.umask if self.fs is not None and self.fs.HasField("umask") else None
 
 
 def check_core(core: CoreEntry, name: str, leader: bool) -> None:
-    """Check that a core image is one of an x86-64 thread with all that CRIU needs.
+    """Check that a core image is of an x86-64 thread, with all parts that CRIU needs.
 
     Raises:
         ImagesDamaged: a part is missing.
@@ -163,7 +163,7 @@ def check_memory(pid: int, memory: Memory, vmas: Vmas) -> None:
     """Check that every page lies in a private memory area.
 
     Raises:
-        ImagesDamaged: one does not; CRIU would refuse it too ("Page entry address outside of VMA").
+        ImagesDamaged: one does not; CRIU fails on it too ("Page entry address outside of VMA").
     """
     private = vmas[is_private(vmas)]
     inside = covered(memory.entries, private["start"], private["end"])
@@ -177,10 +177,10 @@ def check_memory(pid: int, memory: Memory, vmas: Vmas) -> None:
 
 
 def check_ids(ids: Iterable[int]) -> None:
-    """Check that no id is listed twice, before what the ids stand for is read.
+    """Check that no id is listed twice, before the images of these ids are read.
 
     Raises:
-        ImagesDamaged: one is: a small file could have the same images read a million times.
+        ImagesDamaged: a small file could cause the same images to be read a million times.
     """
     seen: set[int] = set()
     for tid in ids:
@@ -200,9 +200,10 @@ def check_tree(tasks: Sequence[Task]) -> None:
     for task in tasks:
         if task.ppid not in parents:
             raise ImagesDamaged(
-                f"pstree.img: task {task.pid} has the parent {task.ppid}, which is none", DUMP_AGAIN
+                f"pstree.img: parent {task.ppid} of task {task.pid} is not listed before it",
+                DUMP_AGAIN,
             )
-        parents.discard(0)  # one root, and parents come first, as in CRIU
+        parents.discard(0)  # there is one root; as in CRIU, parents come before their children
         parents.add(task.pid)
         for tid in task.threads:
             if not 0 < tid < 1 << 22:  # PID_MAX_LIMIT

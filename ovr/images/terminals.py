@@ -1,10 +1,10 @@
-"""Terminals that a tree has open, and whose other end is outside of its images.
+"""Find the terminals of a tree whose other end is not in its images.
 
-A shell job has the slave of a pseudo terminal whose master belongs to sshd, tmux or the like. At a
-restore CRIU puts its own standard input in the place of that slave (``pty_open_unpaired_slave`` in
-criu/tty.c), which must be a terminal: one of the shell that it was started from. An agent has none.
+A shell job has the slave of a pseudo terminal whose master belongs to sshd, tmux or the like. On
+restore, CRIU replaces that slave by its own standard input (``pty_open_unpaired_slave`` in
+criu/tty.c), which must be the terminal of the shell that CRIU was started from. An agent has none.
 Consoles, virtual and serial terminals are opened by their paths; a slave whose master is in the
-images gets that one; one that was hung up gets a master that nothing reads.
+images gets that one; one that was hung up gets a master without a reader.
 """
 
 import os
@@ -24,7 +24,7 @@ _SLAVE_MAJOR: Final = 136  # UNIX98_PTY_SLAVE_MAJOR in linux/major.h
 _SHOWN: Final = 4  # descriptors in a message
 
 _WAY_OUT: Final = (
-    "dump the program with what owns the terminal (sshd, tmux, script), or started without one"
+    "dump the program with the terminal's owner (sshd, tmux, script), or started without one"
     " (setsid PROGRAM </dev/null >LOG 2>&1); on a terminal of the guest, `criu restore --shell-job`"
     " restores these images"
 )
@@ -32,10 +32,10 @@ _WAY_OUT: Final = (
 
 @dataclass(frozen=True)
 class Terminal:
-    """A terminal whose other end is outside of the images.
+    """A terminal whose other end is not in the images.
 
     Attributes:
-        name: its path, or CRIU's name of an external one.
+        name: its path, or CRIU's name for an external terminal.
         users: pid and descriptor of each opening.
     """
 
@@ -67,23 +67,23 @@ def outside_terminals(images: ImageSet) -> Iterator[Terminal]:
 
 
 def refuse_outside_terminals(images: ImageSet) -> None:
-    """Raise if the tree has a terminal whose other end is outside of the images.
+    """Raise if the tree has a terminal whose other end is not in the images.
 
     Raises:
-        ImagesUnsupported: it has.
+        ImagesUnsupported: it has one.
         ImagesDamaged: the images contradict themselves.
     """
     for terminal in outside_terminals(images):
         raise ImagesUnsupported(
             f"{_where(terminal)} the terminal {terminal.name}, whose other end is not in the"
-            " images: CRIU would take that of the shell it is run from, and the agent has none",
+            " images: CRIU would use the terminal it is run from, and the agent has none",
             _WAY_OUT,
         )
 
 
 def _outside(info: TtyInfoEntry, master: TtyInfoEntry | None) -> str:
-    # The name of such a terminal; nothing if it is none. A pair has numbers 2 * index, for the
-    # slave, and 2 * index + 1 (tty_gen_id). What has no termios was hung up.
+    # The terminal's name; empty if its other end is in the images. The slave of a pair has number
+    # 2 * index, the master 2 * index + 1 (tty_gen_id). A terminal without termios was hung up.
     if info.type == _TYPE_EXTERNAL:
         return f"tty[{info.rdev:x}:{info.dev:x}]"
     slave = info.type == _TYPE_PTY and os.major(info.rdev) == _SLAVE_MAJOR

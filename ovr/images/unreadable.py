@@ -1,4 +1,4 @@
-"""Why images cannot be read: who may not, what fails below them, or what is wrong with them."""
+"""Classify errors of reading images: permission, storage or damage."""
 
 import errno
 from collections.abc import Mapping
@@ -20,7 +20,7 @@ _CURES: Final[Mapping[int, tuple[type[OvrError], str]]] = {
     errno.ESTALE: (ImagesUnreachable, "the file server no longer has it: mount it again"),
     **dict.fromkeys(
         (errno.EMFILE, errno.ENFILE, errno.ENOMEM),
-        (ImagesUnreachable, "the host is short of it: raise the limit, or free some"),
+        (ImagesUnreachable, "the host has run out of them: raise the limit, or free some"),
     ),
 }
 _FILE_SYSTEM: Final = "look at its disk or file server, and at the host's kernel log"
@@ -29,13 +29,13 @@ _FILE_SYSTEM: Final = "look at its disk or file server, and at the host's kernel
 def unreadable(
     label: str, error: OSError, *, damaged: tuple[int, ...] = (), cure: str = ""
 ) -> OvrError:
-    """Return the error for an image that the host does not let us read.
+    """Return the error for an image that cannot be read.
 
     Args:
         label: the image, for the message.
-        error: what the system call failed with.
-        damaged: errno values that say that the image itself is wrong.
-        cure: what to do in these cases.
+        error: the error of the system call.
+        damaged: errno values that mean a damaged image.
+        cure: the hint for a damaged image.
 
     Returns:
         `ImagesForbidden` without permission, `ImagesDamaged` for `damaged`, else

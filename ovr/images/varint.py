@@ -1,4 +1,4 @@
-"""Protobuf's variable-length integers, decoded for many places of a buffer at once."""
+"""Decode protobuf's variable-length integers at many positions of a buffer at once."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,8 +17,8 @@ def read_varints(
 
     Args:
         raw: the buffer.
-        at: where each integer starts.
-        stop: the first position that each must not touch.
+        at: the position of each integer.
+        stop: the end of the bytes that each integer may use.
 
     Returns:
         The values, cut to 64 bits as protobuf does, and the positions after them.
@@ -28,7 +28,7 @@ def read_varints(
     """
     at = at.copy()
     values = np.zeros(len(at), np.uint64)
-    live: NDArray[np.int64] | slice = slice(None)  # first round: all, without copying by index
+    live: NDArray[np.int64] | slice = slice(None)  # the first round takes all, without an index
     for shift in range(0, 70, 7):
         here = at[live]
         if (here >= stop[live]).any():

@@ -1,4 +1,4 @@
-"""Memory areas as CRIU's mm image describes them, in bulk (``criu/include/image.h``, ``vma.h``)."""
+"""Handle the memory areas of CRIU's mm images in bulk (``criu/include/image.h``, ``vma.h``)."""
 
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
@@ -61,8 +61,8 @@ __all__ = [
 ]
 
 TASK_SIZE: Final = (1 << 47) - PAGE_SIZE
-"""CRIU's own on x86, with 5 levels of page tables, too (compel_task_size()): it has the areas above
-it in mm.img, and none of their pages (vma_entry_is_private())."""
+"""CRIU's limit on x86, also with 5 levels of page tables (compel_task_size()): mm.img has the areas
+above it, but their pages are not dumped (vma_entry_is_private())."""
 VMA_AREA_REGULAR: Final = 1 << 0
 VMA_AREA_STACK: Final = 1 << 1
 VMA_AREA_VSYSCALL: Final = 1 << 2
@@ -123,7 +123,7 @@ Vmas = NDArray[np.void]
 
 
 def vma_array(entries: Iterable[VmaEntry], name: str) -> Vmas:
-    """The areas of the mm image `name`, checked: row i is ``mm.vmas[i]``.
+    """Return the areas of the mm image `name`, checked: row i is ``mm.vmas[i]``.
 
     Raises:
         ImagesDamaged: an area is empty, unaligned or outside user addresses, areas overlap or are
@@ -155,7 +155,7 @@ def _check(vmas: Vmas, name: str) -> None:
 
 
 def is_private(vmas: Vmas) -> NDArray[np.bool_]:
-    """Which areas have their pages in the task's pagemap (vma_entry_is_private of CRIU)."""
+    """Return which areas have their pages in the task's pagemap (vma_entry_is_private of CRIU)."""
     status = vmas["status"]
     regular = status & VMA_AREA_REGULAR != 0
     private = status & (VMA_ANON_PRIVATE | VMA_FILE_PRIVATE) != 0
@@ -172,15 +172,15 @@ def without_content(vmas: Vmas) -> Vmas:
 
 
 def split_vma(vma: VmaEntry, cuts: Sequence[int]) -> list[VmaEntry]:
-    """Cut an area into adjacent ones, which the kernel merges again where they are alike.
+    """Cut an area into adjacent ones, which the kernel merges again if their flags are equal.
 
     Args:
-        vma: the area; it stays as it is.
+        vma: the area; not modified.
         cuts: ascending page-aligned addresses strictly inside of it.
 
     Raises:
-        ValueError: a cut is not such an address, or the area must stay whole (it grows down, or is
-            one that the kernel made).
+        ValueError: a cut is not such an address, or the area must stay whole (it grows down, or was
+            made by the kernel).
     """
     edges = [vma.start, *cuts, vma.end]
     if any(low >= high or high % PAGE_SIZE for low, high in pairwise(edges)):

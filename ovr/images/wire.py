@@ -1,12 +1,12 @@
-"""Protobuf messages declared as typed Python classes.
+"""Declare protobuf messages as typed Python classes.
 
 A class decorated with `entry` is its own schema: the field calls give number, label and wire type,
-the annotations tell the type checker what attribute access returns. At run time the decorator hands
-back the class that the protobuf library makes from it, so that there is one source for both and
-neither ``.proto`` files nor generated code. Fields that a schema does not name survive a rewrite.
+the annotations the types for the type checker. At run time the decorator returns the class that the
+protobuf library makes from it, so there is one source for both and neither ``.proto`` files nor
+generated code. Fields without a declaration survive a rewrite.
 
 Text is declared as `BYTES`, because the names that CRIU stores need not be UTF-8, and enumerations
-as `UINT32`, so that values newer than this code stay where they are. The wire format is the same.
+as `UINT32`, so that values newer than this code are kept. The wire format is the same.
 """
 
 from collections.abc import Iterator, MutableSequence
@@ -49,7 +49,7 @@ Scalars = MutableSequence
 
 
 class Composites(Protocol[M]):
-    """A repeated field of messages, as the protobuf library gives it."""
+    """A repeated field of messages, as the protobuf library returns it."""
 
     def __len__(self) -> int: ...
     def __iter__(self) -> Iterator[M]: ...
@@ -70,26 +70,26 @@ class _Field:
 
 
 def required(number: int, kind: Any) -> Any:
-    """A field without which the message is damaged."""
+    """Declare a field without which the message is damaged."""
     return _Field(number, FieldDescriptorProto.LABEL_REQUIRED, kind)
 
 
 def optional(number: int, kind: Any) -> Any:
-    """A field that may be absent: ask ``HasField``."""
+    """Declare a field that may be absent: test with ``HasField``."""
     return _Field(number, FieldDescriptorProto.LABEL_OPTIONAL, kind)
 
 
 def repeated(number: int, kind: Any) -> Any:
-    """A field that may occur any number of times."""
+    """Declare a field that may occur any number of times."""
     return _Field(number, FieldDescriptorProto.LABEL_REPEATED, kind)
 
 
 _PACKAGE = "ovr"
-_pool = DescriptorPool()  # our own: no clash with another copy of CRIU's messages in the process
+_pool = DescriptorPool()  # not the default one, where other declarations of CRIU's messages may be
 
 
 def entry(cls: type[M]) -> type[M]:
-    """Make the protobuf class that the fields of `cls` describe."""
+    """Return the protobuf class that the fields of `cls` describe."""
     file = FileDescriptorProto(name=f"{cls.__name__}.proto", package=_PACKAGE, syntax="proto2")
     message = file.message_type.add(name=cls.__name__)
     for name, field in vars(cls).items():
@@ -116,7 +116,7 @@ def _declare(file: FileDescriptorProto, proto: FieldDescriptorProto, field: _Fie
 
 
 def copy_of(message: M) -> M:
-    """A copy of `message` that can be changed, unknown fields included."""
+    """Return a copy of `message` that may be changed, unknown fields included."""
     twin = type(message)()
     twin.CopyFrom(message)
     return twin

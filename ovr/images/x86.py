@@ -66,7 +66,7 @@ class XsaveEntry(Message):
 
 @entry
 class FpregsEntry(Message):
-    """``user_x86_fpregs_entry``: the FXSAVE area and what XSAVE adds."""
+    """``user_x86_fpregs_entry``: the FXSAVE area and the XSAVE extensions."""
 
     cwd: int = required(1, UINT32)
     swd: int = required(2, UINT32)

@@ -1,7 +1,7 @@
-"""The plan: everything that is decided from the images, before anything is touched.
+"""Decide from the images what goes outside, before anything is touched.
 
-`areas` decides for each area of memory, `pages` has verdicts on pages as arrays, `sharing` the
-pages that tasks share by fork, `pool` the use of the guest's pool.
+`areas` decides for each area of memory, `pages` for runs of pages as arrays, `sharing` for the
+pages that tasks share by fork, `pool` for the use of the guest's pool.
 """
 
 from ovr.plan.inside import Inside, build_inside, pool_for

@@ -1,10 +1,9 @@
-"""The memory part of the plan: for every run of pages whether it goes outside, or why not.
+"""Plan memory: decide for every run of pages whether it goes outside, with the reason if not.
 
-Pages that go outside are dropped from the inside pagemap. The frames for them are allocated by the
-guest: by CRIU's restorer, which is asked for it through ``VmaEntry.madv`` (``MADV_POPULATE_WRITE``)
-for pieces of writable anonymous areas, cut so that only pages that existed are allocated; by CRIU
-before it makes the children that are to share them (`cow_plan`); by the agent, page by page, for
-everything else.
+Pages that go outside are dropped from the inside pagemap. The guest allocates frames for them in
+one of three ways: CRIU's restorer populates pieces of writable anonymous areas
+(``MADV_POPULATE_WRITE`` in ``VmaEntry.madv``), cut so that only dumped pages are allocated; CRIU
+populates pages that children inherit before it forks (`sharing`); the agent touches all others.
 """
 
 from collections.abc import Mapping, Sequence
@@ -47,12 +46,12 @@ __all__ = [
 ]
 
 _LARGE: Final = 64 << 20
-"""Bytes of a piece that are worth a request of its own, and threads."""
+"""Size in bytes from which the agent allocates a piece faster than CRIU does."""
 _MAP_TYPE: Final = 0x0F
 _MAP_DROPPABLE: Final = 0x08
 
 Cuts = Mapping[tuple[int, int], Sequence[int]]
-"""Where the areas of a task are cut, by their bounds."""
+"""Addresses at which the areas of a task are cut, by the areas' bounds."""
 
 
 @dataclass(frozen=True)
@@ -60,24 +59,24 @@ class MemoryPlan:
     """The plan for the pages of one pagemap.
 
     Attributes:
-        runs: all of them, a `placement.PLACED` array.
+        runs: all runs of pages, a `pages.PLACED` array.
     """
 
     runs: Extents
 
     @property
     def memory(self) -> Memory:
-        """Where their content lies."""
+        """The pages in the images."""
         raise NotImplementedError
 
     @property
     def bytes_total(self) -> int:
-        """All pages, in bytes."""
+        """Size of all pages, in bytes."""
         return total(self.runs)
 
     @property
     def bytes_outside(self) -> int:
-        """Those of them that go outside."""
+        """Size of the pages that go outside, in bytes."""
         return total(self.outside)
 
     @property
@@ -88,34 +87,34 @@ class MemoryPlan:
 
     @cached_property
     def pieces(self) -> dict[int, Extents]:
-        """The pages that go outside and have frames of their own, as `pieces_of`."""
+        """The pages that go outside and are not shared by fork, as `pieces_of`."""
         outside = self.outside
         return pieces_of(outside[outside["allocation"] != Allocation.BEFORE_FORK])
 
     def by_reason(self) -> dict[Reason, int]:
-        """Bytes by verdict."""
+        """Return the bytes of each verdict."""
         return {
             Reason(reason): total(self.runs[self.runs["reason"] == reason])
             for reason in np.unique(self.runs["reason"]).tolist()
         }
 
     def to_touch(self) -> Ranges:
-        """Return the pages that the agent is to allocate."""
+        """Return the pages that the agent has to allocate."""
         outside = self.outside
         return _joined(outside[outside["allocation"] == Allocation.AGENT])
 
     def first_pages(self) -> list[int]:
-        """Return the pages that go outside of which CRIU is to know that they were there."""
+        """Return the pages for which the inside pagemap keeps an empty entry."""
         return []
 
 
 @dataclass(frozen=True)
 class TaskPlan(MemoryPlan):
-    """The plan for the private pages of one task that is alive.
+    """The plan for the private pages of a live task.
 
     Attributes:
-        task: what the images say.
-        sharing: what it shares with its parent or its children.
+        task: the task in the images.
+        sharing: the pages that it shares with its parent or its children.
     """
 
     task: Task
@@ -129,18 +128,18 @@ class TaskPlan(MemoryPlan):
 
     @cached_property
     def pieces_of_criu(self) -> Ranges:
-        """What CRIU is to populate for this task alone."""
+        """The ranges that CRIU's restorer populates for this task."""
         outside = self.outside
         return _joined(outside[outside["allocation"] == Allocation.CRIU])
 
     @cached_property
     def before_fork(self) -> dict[int, Extents]:
-        """The pages that descendants inherit, written here for all of them, as `pieces_of`."""
+        """The pages that are allocated before the fork and inherited, as `pieces_of`."""
         outside = self.outside
         return pieces_of(outside[outside["allocation"] == Allocation.BEFORE_FORK])
 
     def inherited(self, root: int) -> dict[int, Extents]:
-        """Return the pages that the ancestor with the pid `root` has written, as `pieces_of`."""
+        """Return the pages inherited from the ancestor with the pid `root`, as `pieces_of`."""
         runs = self.runs[self.runs["reason"] == Reason.INHERITED]
         ranges = self.sharing.from_root[root]
         return {
@@ -150,16 +149,15 @@ class TaskPlan(MemoryPlan):
 
     @property
     def spared(self) -> Ranges:
-        """Bytes that are the guest kernel's: the registered ``struct rseq``.
+        """The bytes that the guest kernel writes: the registered ``struct rseq``.
 
-        CRIU registers them while it builds the skeleton. The kernel keeps the number of the CPU
-        there; newer ones remember what they have written and write it again only when it changes,
-        so that an old number over it would stay.
+        CRIU registers them while it builds the skeleton. The kernel stores the CPU number there.
+        Newer kernels store it again only when it changes, so an overwritten number would persist.
         """
         return self.task.rseq_areas
 
     def first_pages(self) -> list[int]:
-        """Return the first page of each area where it goes outside."""
+        """Return the first page of each area if it goes outside."""
         assert self.task.vmas is not None
         vmas = self.task.vmas[is_private(self.task.vmas)]
         owner = np.searchsorted(vmas["start"], self.runs["gva"], side="right") - 1
@@ -171,7 +169,7 @@ class TaskPlan(MemoryPlan):
 
     @cached_property
     def large_pieces(self) -> Ranges:
-        """Of `pieces_of_criu` those that the agent allocates faster: by many threads, at once."""
+        """The ranges of `pieces_of_criu` that the agent allocates faster, with many threads."""
         pieces = self.pieces_of_criu
         large: Ranges = pieces[pieces["end"] - pieces["start"] >= _LARGE]
         return large
@@ -179,27 +177,27 @@ class TaskPlan(MemoryPlan):
 
 @dataclass(frozen=True)
 class SharedPlan(MemoryPlan):
-    """The plan for one object of shared memory: it is written once, whoever has it.
+    """The plan for one object of shared memory, which is written once for all tasks.
 
     Attributes:
-        shared: what the images say.
+        shared: the object in the images.
     """
 
     shared: SharedMemory
 
     @property
     def memory(self) -> Memory:
-        """Its pages."""
+        """The object's pages."""
         return self.shared.memory
 
 
 def plan_tasks(
     alive: Sequence[Task], *, asked: bool, force: bool
 ) -> tuple[tuple[TaskPlan, ...], CowPlan]:
-    """Place the private pages of tasks, and say what they share.
+    """Plan the private pages of tasks, and the pages that they share by fork.
 
     Args:
-        alive: the tasks, parents first.
+        alive: the live tasks, parents first.
         asked: whether memory is to be written outside at all.
         force: whether the guest's agent can allocate pages of areas that are not writable.
     """
@@ -215,22 +213,22 @@ def plan_tasks(
 
 
 def _open(areas: Sequence[Area]) -> Ranges:
-    # What goes outside and may be cut.
+    # The areas that go outside and may be cut.
     chosen = [area for area in areas if area.reason == Reason.OUTSIDE and area.may_be_cut]
     rows = np.array([(area.start, area.end) for area in chosen], dtype="<u8").reshape(-1, 2)
     return join(ranges_of(rows[:, 0], rows[:, 1]))
 
 
 def plan_shared(objects: Sequence[SharedMemory], *, asked: bool) -> tuple[SharedPlan, ...]:
-    """Place the pages of shared memory, each object as a whole."""
+    """Plan the pages of shared memory, with one verdict for each object."""
     return tuple(SharedPlan(_placed(shared, asked), shared) for shared in objects)
 
 
 def cuts_of(plans: Sequence[TaskPlan], cow: CowPlan) -> dict[int, Cuts]:
-    """Return where the areas of each task are cut, by pid.
+    """Return the cuts of each task's areas, by pid.
 
-    Each piece that CRIU is asked something about is an area of its own: in all of a family, or CRIU
-    would not see that one piece is the other's.
+    Each piece that CRIU populates is an area of its own. A piece is cut in all tasks of a family,
+    because CRIU recognises an inherited area by its bounds.
     """
     families: dict[int, list[Ranges]] = {root: [*edges] for root, edges in cow.edges.items()}
     for plan in plans:
@@ -294,7 +292,7 @@ def _area(
         return Area(start, end, Reason.NOT_ASKED)
     writable = bool(prot & PROT_WRITE)
     if flags & MAP_HUGETLB:
-        # The kernel does not join pieces again, nor lets the agent force a write (mm/gup.c).
+        # The kernel does not merge hugetlb pieces, nor let the agent force a write (mm/gup.c).
         return Area(start, end, Reason.OUTSIDE, populates=True, touchable=writable)
     if not (writable or force):
         return Area(start, end, Reason.READ_ONLY)
@@ -318,7 +316,7 @@ def _shared_verdict(shared: SharedMemory, asked: bool) -> Reason:
 
 
 def pieces_of(runs: Extents) -> dict[int, Extents]:
-    """Return `placement.PLACED` runs as `_fastcopy.PIECE` arrays by level of the images."""
+    """Return `pages.PLACED` runs as `_fastcopy.PIECE` arrays by level of the images."""
     found = {}
     for level in np.unique(runs["level"]).tolist():
         here = runs[runs["level"] == level]

@@ -1,7 +1,7 @@
-"""The inside image set: the images from which the guest's CRIU builds the skeleton.
+"""Build the inside image set, from which the guest's CRIU builds the skeleton.
 
-Pages that go outside are left out of the page maps, areas are cut and marked so that CRIU allocates
-frames for them, values that go outside are replaced by neutral ones.
+Pages that go outside are left out of the pagemaps, areas are cut and marked so that CRIU allocates
+frames for them, and values that go outside are replaced by neutral ones.
 """
 
 from collections.abc import Mapping, Sequence
@@ -35,7 +35,7 @@ class Inside:
 
     Attributes:
         images: contents by file name, for `ovr.images.image_chunks`.
-        memory: where the skeleton's memory comes from.
+        memory: the plan for the pool, or the reason why it is not used.
     """
 
     images: Mapping[str, bytes | Slices]
@@ -47,7 +47,7 @@ def build_inside(plan: Plan, pool: Pool | Cold) -> Inside:
 
     Args:
         plan: the plan.
-        pool: the guest's pool, or why there is none to be used.
+        pool: the guest's pool, or the reason why none can be used.
 
     Raises:
         ImagesUnsupported: a task without any pages.
@@ -63,7 +63,7 @@ def build_inside(plan: Plan, pool: Pool | Cold) -> Inside:
 
 
 def pool_for(plan: Plan) -> tuple[int, int] | None:
-    """Return size and place of the smallest pool for a plan, as `layout.fitting_pool`."""
+    """Return size and alignment of the smallest pool for a plan, as `layout.fitting_pool`."""
     areas = _Builder(plan).add_tasks(large_by_criu=True)
     return fitting_pool(plan.tasks, plan.cow, areas)
 
@@ -113,13 +113,13 @@ class _Builder:
 
 
 def mark_piece(piece: VmaEntry, task: TaskPlan, *, large_by_criu: bool) -> None:
-    """Mark a piece of an area with the allocations that CRIU is to make when it maps it."""
+    """Set the flags of a piece of an area by which CRIU allocates or drops its pages."""
     if _contains(task.pieces_of_criu, piece):
         if piece.prot & PROT_WRITE:
             if large_by_criu or not _contains(task.large_pieces, piece):
                 piece.madv |= 1 << MADV_POPULATE_WRITE
         else:
-            piece.flags |= MAP_POPULATE  # while CRIU still has it writable
+            piece.flags |= MAP_POPULATE  # at that time CRIU has it mapped writable
     if _contains(task.sharing.dropped, piece):
         piece.madv |= 1 << MADV_DONTNEED_LOCKED
     if _contains(task.sharing.cow.before_fork, piece):

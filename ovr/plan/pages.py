@@ -1,8 +1,8 @@
-"""Which pages of a task go outside, which stay inside, and why: the array part of the plan.
+"""Decide which pages of a task go outside, as numpy arrays.
 
-A task's pagemap is cut where the verdict may change (borders of VMAs and of what is shared
-copy-on-write), each cut is judged, and neighbours with the same verdict become one run again. All
-of it on numpy arrays: a fragmented process has more than a million entries.
+A task's pagemap is cut where the verdict may change (borders of VMAs and of ranges shared
+copy-on-write), each part gets a verdict, and neighbours with the same verdict are joined again. A
+fragmented process has more than a million entries, so everything is done on arrays.
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ __all__ = ["PLACED", "Allocation", "Area", "Cow", "Reason", "place", "placed"]
 
 
 class Reason(IntEnum):
-    """Why a run of pages stays inside; `OUTSIDE` and `INHERITED` are the ones that do not."""
+    """The reason why a run of pages stays inside; `OUTSIDE` and `INHERITED` runs do not."""
 
     OUTSIDE = 0
     INHERITED = 1
@@ -37,34 +37,34 @@ class Reason(IntEnum):
 
     @property
     def text(self) -> str:
-        """One line for people."""
+        """The reason as a line of text."""
         return _TEXTS[self]
 
 
 _TEXTS: Final = {
     Reason.OUTSIDE: "written from outside",
     Reason.INHERITED: "shared copy-on-write with an ancestor, written there",
-    Reason.COW: "shared copy-on-write by parent and child, in few pages or not from the first on",
+    Reason.COW: "shared copy-on-write in few pages, or by descendants only",
     Reason.VDSO: "vDSO or vvar: CRIU matches it with the guest kernel's own",
     Reason.SPECIAL: "special area (AIO ring, shadow stack, guard, droppable)",
     Reason.HUGETLB: "read-only hugetlb pages that do not fill their area",
-    Reason.READ_ONLY: "not writable, and the guest's kernel lets nobody force a write",
+    Reason.READ_ONLY: "not writable, and the guest's kernel permits no forced write",
     Reason.SEALED: "a memfd that is sealed against writing",
     Reason.UNREACHABLE: "shared memory that no task has open or mapped",
-    Reason.NOT_ASKED: "memory was not asked for (--outside)",
+    Reason.NOT_ASKED: "memory was not requested (--outside)",
     Reason.ANCHOR: "CRIU cannot restore a task without any page of its own",
 }
 
 
 class Allocation(IntEnum):
-    """Who has the guest allocate the frames of a run that goes outside."""
+    """How the frames of a run that goes outside are allocated in the guest."""
 
     AGENT = 0
-    """The agent, by touching each page while the skeleton stands."""
+    """By the agent, which touches each page of the stopped skeleton."""
     CRIU = 1
-    """CRIU's restorer (``MADV_POPULATE_WRITE``): faster, for whole pieces of a writable area."""
+    """By CRIU's restorer (``MADV_POPULATE_WRITE``): faster, for whole pieces of writable areas."""
     BEFORE_FORK = 2
-    """CRIU when it maps a piece of an area (``MAP_POPULATE``), before it makes the children."""
+    """By CRIU when it maps a piece of an area (``MAP_POPULATE``), before it forks children."""
 
 
 PLACED = np.dtype(
@@ -73,11 +73,11 @@ PLACED = np.dtype(
         ("level", "<u4"), ("reason", "<u1"), ("allocation", "<u1"),
     ]
 )  # fmt: skip
-"""A run of pages: GVA and size in bytes, position in the pages image of that level (0: the image
-set's own, 1: its parent's, …), a `Reason`, and for what goes outside an `Allocation`."""
+"""A run of pages: GVA and size in bytes, offset in the pages image of that level (0: the image
+set's own, 1: its parent's, …), a `Reason`, and for runs that go outside an `Allocation`."""
 
-# A piece of an area of its own costs CRIU an mmap and a madvise; touching a page costs two system
-# calls. So pieces are worth it from some size on, and not too many of them in one area.
+# A separate piece of an area costs CRIU an mmap and a madvise; touching a page costs two system
+# calls. So pieces pay off only from some size on, and their number in an area is limited.
 _SMALLEST_PIECE: Final = 16 * PAGE_SIZE
 _MOST_PIECES: Final = 1024
 
@@ -88,10 +88,10 @@ class Area:
 
     Attributes:
         reason: the verdict.
-        populates: CRIU may be asked to populate it as a whole: it is anonymous and writable.
-        divisible: and any part of it too.
-        may_be_cut: CRIU may be given it in pieces.
-        touchable: the agent can allocate pages of it; only some hugetlb areas are not.
+        populates: CRIU can populate it as a whole: it is anonymous and writable.
+        divisible: CRIU can populate any part of it too.
+        may_be_cut: it may be cut into pieces for CRIU.
+        touchable: the agent can allocate its pages; false only for some hugetlb areas.
     """
 
     start: int
@@ -105,14 +105,14 @@ class Area:
 
 @dataclass(frozen=True)
 class Cow:
-    """What a task shares copy-on-write, each a `ranges.Ranges`, sorted, without overlaps.
+    """Pages that a task shares copy-on-write, each a `Ranges`, sorted, without overlaps.
 
     Attributes:
-        inherited: with an ancestor that has it written.
-        before_fork: with descendants that inherit it.
-        inside: with its parent or its children by way of CRIU's own images.
-        populated: where it or an ancestor has pages before children are made, whoever has them in
-            the end; the task has pages elsewhere, too, if it has any.
+        inherited: with an ancestor, to whose frames they are written.
+        before_fork: with descendants; allocated before the fork.
+        inside: with its parent or its children, restored by CRIU from the inside images.
+        populated: all ranges that it or an ancestor populates before children are forked; a task
+            with pages has at least one outside of these ranges.
     """
 
     inherited: Ranges = field(default_factory=no_ranges)
@@ -126,8 +126,8 @@ def place(pagemap: Extents, areas: Sequence[Area], cow: Cow) -> Extents:
 
     Args:
         pagemap: entries of dtype `images.PAGEMAP_DTYPE`, sorted, all with data in an image.
-        areas: the task's private VMAs, sorted; every entry lies inside of them.
-        cow: what the task shares with its parent or its children.
+        areas: the task's private VMAs, sorted; every entry lies in one of them.
+        cow: the pages that the task shares with its parent or its children.
     """
     starts = np.array([area.start for area in areas], dtype="<u8")
     ends = np.array([area.end for area in areas], dtype="<u8")
@@ -154,12 +154,12 @@ def placed(pagemap: Extents) -> Extents:
 
 
 def _inside(runs: Extents, ranges: Ranges) -> NDArray[np.bool_]:
-    # Which runs lie in one of the ranges; none crosses a border of one.
+    # Runs do not cross borders of ranges, so the start decides.
     return inside(runs["gva"], ranges["start"], ranges["end"])
 
 
 def _join(runs: Extents, owner: NDArray[np.intp]) -> Extents:
-    # Neighbours in memory and in the image, in one area, with one verdict, are one run.
+    # Join neighbours in memory and in the image that have the same area and verdict.
     if not len(runs):
         return runs
     end = runs["gva"] + runs["size"]
@@ -179,7 +179,7 @@ def _join(runs: Extents, owner: NDArray[np.intp]) -> Extents:
 
 
 def _allocate(runs: Extents, owner: NDArray[np.intp], areas: Sequence[Area]) -> None:
-    # What counts is how the pages lie in memory; in the images they may come from several levels.
+    # Spans of adjacent pages in memory; in the images their data may lie in several levels.
     outside = np.flatnonzero(
         (runs["reason"] == Reason.OUTSIDE) & (runs["allocation"] != Allocation.BEFORE_FORK)
     )
@@ -201,7 +201,7 @@ def _allocate(runs: Extents, owner: NDArray[np.intp], areas: Sequence[Area]) -> 
 def _worth_a_piece(
     size: NDArray[np.uint64], owner: NDArray[np.intp], areas: Sequence[Area]
 ) -> NDArray[np.intp]:
-    # The indexes of the spans that CRIU is to populate; the largest of each area go first.
+    # The indexes of the spans that CRIU is to populate, the largest of each area first.
     whole = np.array([area.end - area.start for area in areas], dtype="<u8")[owner] == size
     divisible = np.array([area.divisible for area in areas])[owner]
     populates = np.array([area.populates for area in areas])[owner]
@@ -214,9 +214,9 @@ def _worth_a_piece(
 
 
 def _anchor(runs: Extents, populated: Ranges) -> Extents:
-    # CRIU 4.1 crashes on a task whose pagemap has no entry (premap_priv_vmas): keep one page. Not
-    # where a page is populated before the children are made: CRIU compares with what is there, and
-    # would leave a page of zeros shared that is written from outside later.
+    # CRIU 4.1 crashes on a task whose pagemap has no entry (premap_priv_vmas), so one page stays
+    # inside. Not in a range that is populated before the fork: CRIU compares the page with memory
+    # there, and would leave a page of zeros shared that is later written from outside.
     if not len(runs) or (runs["reason"] > Reason.INHERITED).any():
         return runs
     free = without(join(ranges_of(runs["gva"], runs["gva"] + runs["size"])), populated)

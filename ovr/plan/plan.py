@@ -1,6 +1,6 @@
-"""The plan of a restore: what goes outside, what stays inside and why, and the inside image set.
+"""Plan a restore: what goes outside, and what stays inside for which reason.
 
-The plan is made from the images alone. `memory_plan` places the pages, `state` has the rest.
+The plan depends only on the images. `areas` plans memory, `ovr.state` all other state.
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,7 +22,7 @@ __all__ = ["NOT_DUMPED", "Plan", "SharedPlan", "TaskPlan", "make_plan"]
 
 ALL: Final = "all"
 MEMORY: Final = "memory"
-NOT_DUMPED: Final = "areas above 47 bits: CRIU dumps no content of them, they come back as zeros"
+NOT_DUMPED: Final = "areas above 47 bits: CRIU does not dump their content, they become zeros"
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,9 @@ class Plan:
 
     Attributes:
         images: the image set.
-        tasks: those that are alive, parents first.
+        tasks: the live tasks, parents first.
         shared: the shared memory that has content.
-        cow: what tasks share copy-on-write.
+        cow: the pages that tasks share copy-on-write.
         settings: the values of all kinds of state that go outside.
     """
 
@@ -45,7 +45,7 @@ class Plan:
 
     @property
     def memories(self) -> tuple[MemoryPlan, ...]:
-        """All memory: the tasks', then what is shared, each object once."""
+        """All memory: that of the tasks, then shared memory, each object once."""
         return *self.tasks, *self.shared
 
     def sources(self) -> Iterator[tuple[Memory, int]]:
@@ -56,23 +56,23 @@ class Plan:
 
     @property
     def bytes_total(self) -> int:
-        """All pages, in bytes."""
+        """Size of all pages, in bytes."""
         return sum(memory.bytes_total for memory in self.memories)
 
     @property
     def bytes_outside(self) -> int:
-        """Those of them that go outside."""
+        """Size of the pages that go outside, in bytes."""
         return sum(memory.bytes_outside for memory in self.memories)
 
     @property
     def bytes_cow(self) -> int:
-        """Those of them that parents and children go on sharing, but those written outside."""
+        """Size of the pages that remain shared by parents and children, each written page once."""
         found = [task.by_reason() for task in self.tasks]
         return sum(by.get(Reason.COW, 0) + by.get(Reason.INHERITED, 0) for by in found)
 
     @cached_property
     def not_dumped(self) -> dict[int, int]:
-        """Bytes of areas whose content CRIU has not dumped, by pid: they come back as zeros."""
+        """Bytes of areas whose content CRIU has not dumped, by pid: they become zeros."""
         found: dict[int, int] = {}
         for plan in self.tasks:
             assert plan.task.vmas is not None
@@ -82,7 +82,7 @@ class Plan:
         return found
 
     def by_reason(self) -> dict[Reason, int]:
-        """Bytes by verdict, of all memory."""
+        """Return the bytes of each verdict in all memory."""
         found: dict[Reason, int] = {}
         for memory in self.memories:
             for reason, count in memory.by_reason().items():
@@ -91,7 +91,7 @@ class Plan:
 
     @property
     def states(self) -> tuple[str, ...]:
-        """The kinds of state of which something goes outside."""
+        """The kinds of state that go outside."""
         memory = (MEMORY,) if self.bytes_outside else ()
         return memory + tuple(dict.fromkeys(setting.kind.name for setting in self.settings))
 
@@ -124,14 +124,14 @@ def make_plan(
 
 
 def _asked(outside: Sequence[str]) -> set[str]:
-    # The names of the kinds that are meant.
+    # The names of the kinds that these names and groups select.
     meant = {ALL: {MEMORY}, MEMORY: {MEMORY}}
     for kind in KINDS:
         for name in (ALL, kind.name, *kind.groups):
             meant.setdefault(name, set()).add(kind.name)
     if unknown := sorted({*outside} - {*meant}):
         raise UsageError(
-            f"there is no kind of state called {unknown[0]!r}",
-            f"take some of: {', '.join(sorted(meant))}; `ovr states` explains them",
+            f"no kind or group of state is named {unknown[0]!r}",
+            f"names are: {', '.join(sorted(meant))}; see `ovr states`",
         )
     return {name for word in outside for name in meant[word]}

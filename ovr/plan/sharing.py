@@ -1,16 +1,15 @@
-"""What of a tree's memory is allocated before its children are made, so that they share it.
+"""Plan memory that a parent allocates before fork, shared copy-on-write by its children.
 
-CRIU leaves a page shared by parent and child if its images have the same content for it in both.
-For a server of twenty workers that would mean to send the same pages twenty times, and CRIU to
-compare them one by one. Instead, the first ancestor that has an area is asked to populate pieces
-of it when it maps them (``MAP_POPULATE`` in ``VmaEntry.flags``; ``premap_private_vma`` of
-criu/mem.c maps them before it forks), none of these pages is in the images, and what is written
-into them from outside is seen by all who inherited them. Who has something else there gets a page
-of its own when the agent touches it; who has nothing there has the piece dropped
-(``MADV_DONTNEED_LOCKED`` in ``VmaEntry.madv``), after the children were made.
+CRIU leaves a page shared by parent and child if the images have the same content for both. For a
+server with twenty workers the same pages would be sent twenty times, and CRIU would compare them
+one by one. Instead, the first ancestor that has an area populates pieces of it when CRIU maps them
+(``MAP_POPULATE`` in ``VmaEntry.flags``; ``premap_private_vma`` of criu/mem.c maps them before it
+forks). None of these pages is in the inside images; each is written once from outside, for all
+tasks that inherit it. A descendant with other content gets its own page when the agent touches it.
+A descendant without a page there drops the piece (``MADV_DONTNEED_LOCKED`` in ``VmaEntry.madv``)
+after its children have been forked.
 
-What is shared by descendants only, and not with that first ancestor, is left to CRIU and its
-images.
+Pages that only descendants share, without that first ancestor, are left to CRIU and its images.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -35,12 +34,12 @@ _MOST: Final = 1024
 
 @dataclass(frozen=True)
 class Sharing:
-    """One task's part.
+    """The pages that one task shares by fork.
 
     Attributes:
-        cow: what it shares.
-        dropped: what it inherits without having pages there.
-        from_root: what it inherits and has, by the pid of who has it written.
+        cow: the shared ranges.
+        dropped: inherited ranges where the task has no pages.
+        from_root: inherited pages of the task, by pid of the ancestor for which they are written.
     """
 
     cow: Cow = field(default_factory=Cow)
@@ -53,9 +52,9 @@ class CowPlan:
     """The sharing of a tree.
 
     Attributes:
-        tasks: by pid.
-        edges: pieces of the areas that are inherited, by pid of the ancestor.
-        rooted: the areas that each task inherits, by pid and then by pid of the ancestor.
+        tasks: the sharing of each task, by pid.
+        edges: pieces at whose borders inherited areas are cut, by pid of the ancestor.
+        rooted: the areas that each task inherits, by its pid and then by pid of the ancestor.
     """
 
     tasks: Mapping[int, Sharing]
@@ -63,7 +62,7 @@ class CowPlan:
     rooted: Mapping[int, Mapping[int, Ranges]]
 
     def inherited_from(self, pid: int) -> Ranges:
-        """Return the areas that others inherit from a task that has them first."""
+        """Return the areas that other tasks inherit from a task that is their first ancestor."""
         return join(*(roots[pid] for roots in self.rooted.values() if pid in roots))
 
 
@@ -72,12 +71,12 @@ def plan_cow(
     inherited: Mapping[int, Inheritance],
     allowed: Callable[[Task], Ranges],
 ) -> CowPlan:
-    """Decide what is shared how.
+    """Plan the sharing of a tree.
 
     Args:
-        tasks: those that are alive, parents first.
-        inherited: what each has of its parent.
-        allowed: the areas of a task whose pages go outside and that may be cut.
+        tasks: the live tasks, parents first.
+        inherited: the inheritance of each from its parent, by pid.
+        allowed: returns the areas of a task whose pages go outside and that may be cut.
     """
     lineage = _lineage(tasks, inherited)
     seeds = {}
@@ -90,10 +89,10 @@ def plan_cow(
 @dataclass(frozen=True)
 class _Lineage:
     # Attributes, by pid: `inherited`; `rooted`: the areas that a task inherits, by pid of the first
-    # ancestor that has them; `chained`: the pages that are equal all the way up to that one.
-    # `zeros`: pages that are shared only further down, and hold nothing but zeros. Of these CRIU
-    # compares what its images have with what is in memory, which is zeros too where an ancestor has
-    # populated: it would take them for the ancestor's.
+    # ancestor that has them; `chained`: the pages that are equal in all tasks up to that one.
+    # `zeros`: pages of zeros that only descendants share. CRIU compares the content in its images
+    # with memory, which is zero too where an ancestor has populated it, so CRIU would take these
+    # pages for the ancestor's.
     tasks: Mapping[int, Task]
     inherited: Mapping[int, Inheritance]
     rooted: Mapping[int, Mapping[int, Ranges]]
@@ -115,7 +114,7 @@ def _lineage(tasks: Sequence[Task], inherited: Mapping[int, Inheritance]) -> _Li
 
 
 Family = list[tuple[Task, Ranges]]
-"""The first ancestor, and the descendants with the areas that they have of it."""
+"""The first ancestor, then its descendants, each with the areas that it inherits."""
 
 
 def _families(lineage: _Lineage) -> dict[int, Family]:
@@ -132,7 +131,7 @@ def _families(lineage: _Lineage) -> dict[int, Family]:
 def _rooted(
     tasks: Sequence[Task], inherited: Mapping[int, Inheritance]
 ) -> dict[int, dict[int, Ranges]]:
-    # For each task, by pid of the first ancestor that has them, the areas that it inherits.
+    # The areas that each task inherits, by its pid and then by pid of their first ancestor.
     found: dict[int, dict[int, Ranges]] = {}
     for task in tasks:
         own = found[task.pid] = {}
@@ -152,7 +151,7 @@ def _chained(
     inherited: Mapping[int, Inheritance],
     rooted: Mapping[int, Mapping[int, Ranges]],
 ) -> dict[int, Ranges]:
-    # For each task the pages that are equal all the way up to the first ancestor.
+    # The pages of each task that are equal in all tasks up to the first ancestor.
     found: dict[int, Ranges] = {}
     for task in tasks:
         if task.pid not in inherited:
@@ -164,8 +163,8 @@ def _chained(
 
 
 def _seed(seed: Ranges, family: Family, allowed: Callable[[Task], Ranges]) -> Ranges:
-    # What the ancestor populates before it makes children: in large pieces, and nothing of which
-    # CRIU would have to compare or keep something in any of the family.
+    # The ranges that the ancestor populates before it forks: large pieces, without pages that CRIU
+    # has to compare or keep in any task of the family.
     seed = without(seed, join(*(_rseq_pages(task) for task, _ in family)))
     seed = common(seed, allowed(family[0][0]))
     for task, areas in family[1:]:
@@ -178,7 +177,7 @@ def _seed(seed: Ranges, family: Family, allowed: Callable[[Task], Ranges]) -> Ra
 
 
 def _leave_one_page(lineage: _Lineage, seeds: dict[int, Ranges]) -> dict[int, Ranges]:
-    # One page of each task is CRIU's in any case (`placement._anchor`).
+    # One page of each task always stays inside (`pages._anchor`).
     for pid, task in lineage.tasks.items():
         populated = _populated(seeds, pid, _heritage(lineage, seeds, pid))
         if not len(populated):
@@ -192,7 +191,7 @@ def _leave_one_page(lineage: _Lineage, seeds: dict[int, Ranges]) -> dict[int, Ra
 
 
 def _heritage(lineage: _Lineage, seeds: Mapping[int, Ranges], pid: int) -> dict[int, Ranges]:
-    # Where ancestors populate areas that a task inherits, by pid of the ancestor.
+    # The ranges that ancestors populate in areas that a task inherits, by pid of the ancestor.
     return {root: common(seeds[root], areas) for root, areas in lineage.rooted[pid].items()}
 
 
@@ -225,15 +224,15 @@ def _plan(lineage: _Lineage, seeds: Mapping[int, Ranges]) -> CowPlan:
 
 
 def _inside(lineage: _Lineage, written: Mapping[int, Ranges]) -> dict[int, Ranges]:
-    # What is left to CRIU's own images, in parents and in children.
+    # The shared pages that CRIU restores from its images, in parents and in children.
     inside = dict.fromkeys(lineage.tasks, no_ranges())
     for pid, inheritance in lineage.inherited.items():
         kept = without(inheritance.equal, written[pid])
         for user in (pid, lineage.tasks[pid].ppid):
             inside[user] = join(inside[user], kept)
     for pid, inheritance in lineage.inherited.items():
-        # A page of zeros where the parent has something else: that must be there, or CRIU sees no
-        # difference and gives the child no page of its own.
+        # A page of zeros for which the parent has other content: the parent's page must be in the
+        # images, or CRIU finds no difference and gives the child no page of its own.
         parent = lineage.tasks[lineage.tasks[pid].ppid]
         zeros = common(common(inside[pid], lineage.zeros), inheritance.areas)
         inside[parent.pid] = join(inside[parent.pid], common(zeros, _pages(parent)))
@@ -256,7 +255,7 @@ def _pages(task: Task) -> Ranges:
 
 
 def _rseq_pages(task: Task) -> Ranges:
-    # The kernel writes there, and so makes them the task's own.
+    # The kernel writes to these pages, which unshares them.
     areas, page = task.rseq_areas, np.uint64(PAGE_SIZE)
     ends = (areas["end"] + page - np.uint64(1)) // page * page
     return join(ranges_of(areas["start"] // page * page, ends))

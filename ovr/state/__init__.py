@@ -1,8 +1,8 @@
-"""The state that is written from outside: memory in pages, everything else in values.
+"""Define the kinds of state that are written from outside, except memory.
 
-A kind of state is one class in `kinds`; `scope` finds what it belongs to, in the images and in the
-guest; `settings` takes, neutralises, writes and verifies all of them; `refused` says which kinds
-are not there and why.
+A kind of state is one class in `kinds`; `scope` finds its objects in the images and in the guest;
+`settings` takes the values from the images and neutralises them; `refused` lists the kinds that
+stay inside, and the reasons.
 """
 
 from ovr.state.guest import GuestTree

@@ -1,4 +1,4 @@
-"""The restored tree in the guest, found by the numbers that the images have."""
+"""Find the skeleton's kernel objects in the guest by the ids in the images."""
 
 from typing import Any
 
@@ -11,12 +11,12 @@ __all__ = ["GuestTree"]
 
 
 class GuestTree:
-    """The skeleton's kernel objects. What it finds is good for as long as the VM is held.
+    """The skeleton's kernel objects. Results are valid only while the VM is held.
 
     Args:
         kernel: the guest's kernel.
         root: the ``task_struct`` of the tree's root; pids are those of its pid namespace.
-        tracer: that of the CRIU which holds the tree.
+        tracer: the ``task_struct`` of the CRIU that traces the tree.
     """
 
     def __init__(self, kernel: Kernel, root: Struct, tracer: Gva) -> None:
@@ -26,24 +26,24 @@ class GuestTree:
         self._tasks: dict[int, Any] = {}
 
     def task(self, tid: int) -> Any:
-        """Return the ``task_struct`` of a thread, which is stopped under CRIU.
+        """Return the ``task_struct`` of a thread that CRIU has stopped.
 
         Raises:
             RestoreFailed: there is none, or it is not stopped.
-            AgentUntrusted: somebody else than the agent's CRIU traces it.
+            AgentUntrusted: another process than the agent's CRIU traces it.
         """
         if tid not in self._tasks:
             task = find_task(self.kernel, tid, namespace_of=self._root)
             if not (task and is_traced(task)):
                 raise RestoreFailed(
-                    f"thread {tid} of the skeleton is not there, stopped",
+                    f"thread {tid} of the skeleton is gone, or not stopped",
                     "was it killed? look for the OOM killer in the guest's kernel log",
                 )
             # ptrace_link(): a tracee's parent is its tracer.
             if not task.ptrace or task.parent.address_ != self._tracer:
                 raise AgentUntrusted(
-                    f"thread {tid} of the skeleton is not held by the agent's CRIU",
-                    "does anybody else in the guest trace processes? restore again",
+                    f"thread {tid} of the skeleton is not traced by the agent's CRIU",
+                    "does another program in the guest trace processes? restore again",
                     "tracer",
                 )
             self._tasks[tid] = task
@@ -53,7 +53,7 @@ class GuestTree:
         """Return the ``struct file`` behind a descriptor.
 
         Args:
-            pid: of a task that has it open.
+            pid: pid of a task that has it open.
             fd: the descriptor.
             operations: the symbol that its ``f_op`` must point to; empty for any.
 

@@ -1,7 +1,7 @@
-"""What a kind of state is: the interface that every module in `kinds` implements.
+"""Define the interface of a kind of state, implemented by the modules in `kinds`.
 
-A kind says what; where is the scope's business, and when is `settings`': the VM is held during each
-write, and every thread of the tree is stopped by CRIU in a ptrace stop.
+A kind converts and writes a value; its scope finds the objects. During each write the VM is held,
+and CRIU has every thread of the tree in a ptrace stop.
 """
 
 from abc import ABC, abstractmethod
@@ -16,11 +16,11 @@ class Kind(ABC):
     """A kind of state that is written from outside.
 
     Attributes:
-        name: what ``--outside`` calls it.
-        groups: what it is called together with others.
-        summary: what it is, in one line, with the kernel's name for it.
-        source: where CRIU and the kernel do the same.
-        scope: what it belongs to.
+        name: its name in ``--outside``.
+        groups: names of the groups it belongs to.
+        summary: a description in one line, with the kernel's name.
+        source: the code of CRIU and of the kernel that does the same.
+        scope: the sort of kernel object that has it.
     """
 
     name: ClassVar[str]
@@ -31,15 +31,15 @@ class Kind(ABC):
 
     @abstractmethod
     def take(self, image: Any) -> Any:
-        """Return the value, of plain Python types; None if the message carries none.
+        """Return the value in plain Python types; None if the message has none.
 
         Raises:
-            ImagesDamaged: the kernel never has such a value.
+            ImagesDamaged: the kernel cannot have such a value.
         """
 
     @abstractmethod
     def neutralise(self, image: Any) -> None:
-        """Leave the neutral value in a copy of the message."""
+        """Replace the value in a copy of the message by the neutral one."""
 
     @abstractmethod
     def write(self, target: Any, value: Any) -> None:
@@ -47,4 +47,4 @@ class Kind(ABC):
 
     @abstractmethod
     def read(self, target: Any) -> Any:
-        """Return what `write` wrote, as the guest has it now."""
+        """Return the current value of the kernel object, in the form that `take` returns."""

@@ -1,4 +1,4 @@
-"""The kinds of state that stay inside, and why: the honest no."""
+"""List the kinds of state that stay inside, with the reasons."""
 
 from dataclasses import dataclass
 from typing import Final
@@ -8,13 +8,13 @@ __all__ = ["INSIDE_KINDS", "InsideKind"]
 
 @dataclass(frozen=True)
 class InsideKind:
-    """A kind of state that is left to CRIU.
+    """A kind of state that CRIU restores.
 
     Attributes:
-        name: in the manner of `Kind.name`.
-        groups: where it would belong.
-        summary: what it is, with the kernel's name for it.
-        reason: why it cannot be written from outside safely.
+        name: as `Kind.name`.
+        groups: as `Kind.groups`.
+        summary: a description in one line, with the kernel's name.
+        reason: the reason why it cannot be written safely from outside.
     """
 
     name: str
@@ -35,8 +35,8 @@ INSIDE_KINDS: Final = (
     ),
     InsideKind(
         "thp_disabled", ("mm",), "PR_SET_THP_DISABLE (a bit of mm_struct.flags)",
-        "must hold before the skeleton's memory is allocated, or that comes as huge pages; and no"
-        " type of the kernel tells the bit's number",
+        "must be set before the skeleton's memory is allocated, or huge pages are used; and no"
+        " kernel type has the bit's number",
     ),
     InsideKind(
         "identity", ("thread", "credentials"), "user and group ids (cred.uid … group_info)",
@@ -44,21 +44,21 @@ INSIDE_KINDS: Final = (
     ),
     InsideKind(
         "registers", ("thread",), "general registers, FS and GS base (pt_regs, thread_struct)",
-        "CRIU runs code on the leader's registers after the sigreturn that sets them; where pt_regs"
-        " lies on the kernel stack (padding, FRED) is in no type of the kernel",
+        "CRIU runs code on the leader's registers after the sigreturn that sets them; the position"
+        " of pt_regs on the kernel stack (padding, FRED) is in no kernel type",
     ),
     InsideKind(
         "fpu", ("thread",), "FPU, SSE and AVX state (fpu.fpstate)",
-        "a compacted XSAVE area whose layout the CPU defines; a CPU may hold the registers still"
+        "a compacted XSAVE area whose layout the CPU defines; a CPU may still hold the registers"
         " and not load them again (fpu_fpregs_owner_ctx, per CPU)",
     ),
     InsideKind(
         "rseq", ("thread",), "restartable sequences (task_struct.rseq)",
-        "the kernel keeps the CPU number and mm_cid that it has told the thread beside it",
+        "the kernel also keeps the CPU number and mm_cid that it last wrote for the thread",
     ),
     InsideKind(
         "membarrier", ("mm",), "membarrier registrations (mm_struct.membarrier_state)",
-        "registering waits until every CPU has seen the new state, which run queues copy",
+        "registering waits until every CPU has the new state, which run queues copy",
     ),
     InsideKind(
         "pending_signals", ("thread", "signals"), "queued signals (task_struct.pending)",
@@ -74,7 +74,7 @@ INSIDE_KINDS: Final = (
     ),
     InsideKind(
         "file_flags", ("files",), "O_APPEND, O_NONBLOCK … (file.f_flags)",
-        "the file systems derive f_mode and f_iocb_flags from them and may refuse a change",
+        "file systems derive f_mode and f_iocb_flags from them and may reject a change",
     ),
     InsideKind(
         "file_owner", ("files",), "F_SETOWN, F_SETSIG (file.f_owner)",
@@ -95,11 +95,11 @@ INSIDE_KINDS: Final = (
     ),
     InsideKind(
         "time_offsets", ("container",), "offsets of a time namespace (time_namespace.offsets)",
-        "timers that are armed and the namespace's vvar page hold the same offsets",
+        "armed timers and the namespace's vvar page contain the same offsets",
     ),
     InsideKind(
         "seccomp", ("thread",), "seccomp filters (task_struct.seccomp)",
         "reference-counted programs, compiled by the kernel",
     ),
 )  # fmt: skip
-"""In the order of the kernel objects that they belong to."""
+"""In the order of their kernel objects."""

@@ -1,7 +1,7 @@
-"""What state belongs to: tasks, threads, memory descriptors, open files, namespaces.
+"""Find the objects that have state: tasks, threads, memory descriptors, open files, namespaces.
 
-A `Scope` finds the objects of its kind twice: in the images as a `Binding`, and from there in the
-guest. Kinds of state see the message on one side and the kernel object on the other.
+A `Scope` finds the objects of one sort in the images. Each is a `Binding` of an image message to a
+kernel object, which it finds in the guest. A kind of state only handles these two.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -48,12 +48,13 @@ Users = Callable[[Kernel], Iterator[Any]]
 
 @dataclass(frozen=True)
 class Binding:
-    """One object, in the images.
+    """One object: its message in the images, and how to find it in the guest.
 
     Attributes:
-        label: what messages call it: ``pid 12``.
-        image: file name of the image that describes it, `index` its entry there.
-        message: the entry; it belongs to the image set.
+        label: its name in messages, such as ``pid 12``.
+        image: file name of the image that describes it.
+        index: index of its entry there.
+        message: the entry; shared with the image set, not to be changed.
         find: returns the kernel object in the guest. Raises `RestoreFailed`, `GuestFault`.
     """
 
@@ -66,13 +67,13 @@ class Binding:
 
 @dataclass(frozen=True)
 class Scope:
-    """One sort of object that state belongs to.
+    """One sort of object that has state.
 
     Attributes:
-        name: in one word or two.
-        bindings: yields those of an image set.
-        users: yields the objects of this sort that tasks of the guest use, whoever they are; for
-            objects that may outlive the tree. None where killing the tree ends the object.
+        name: its name.
+        bindings: yields the bindings of an image set.
+        users: yields the objects of this sort that any task of the guest uses; for objects that may
+            outlive the tree. None if killing the tree ends the object.
     """
 
     name: str
@@ -97,7 +98,7 @@ def _processes(images: ImageSet) -> Iterator[Binding]:
 
 
 def _processes_of_the_vm(images: ImageSet) -> Iterator[Binding]:
-    # Dumped with a user namespace of its own, a tree has the ids of that (userns_uid()).
+    # A tree dumped with its own user namespace has the ids of that namespace (userns_uid()).
     if not any(name.startswith("userns-") for name in images.names):
         yield from _processes(images)
 
@@ -133,7 +134,7 @@ def _threads(images: ImageSet) -> Iterator[Binding]:
 
 
 def _fdinfos(images: ImageSet) -> Iterator[tuple[Task, str, int, FdinfoEntry]]:
-    # Every descriptor once, with a task that has it.
+    # Yields each descriptor once, with one of its tasks.
     seen = set()
     for task in _alive(images):
         image = f"fdinfo-{images.ids(task).files_id}.img"
@@ -151,14 +152,14 @@ def _descriptors(images: ImageSet) -> Iterator[Binding]:
 
 def _descriptor_finder(pid: int, fd: int) -> Callable[[GuestTree], Descriptor]:
     def find(guest: GuestTree) -> Descriptor:
-        guest.file(pid, fd)  # open it must be
+        guest.file(pid, fd)  # raises unless it is open
         return Descriptor(guest.task(pid).files, fd)
 
     return find
 
 
 def _openings(images: ImageSet) -> Mapping[int, tuple[int, int]]:
-    # Where each open file can be found: its id in files.img, and a pid and a descriptor.
+    # A pid and a descriptor for each open file, by its id in files.img.
     found: dict[int, tuple[int, int]] = {}
     for task, _, _, entry in _fdinfos(images):
         found.setdefault(entry.id, (task.pid, entry.fd))
@@ -166,7 +167,7 @@ def _openings(images: ImageSet) -> Mapping[int, tuple[int, int]]:
 
 
 def _files(images: ImageSet, field: str) -> Iterator[tuple[int, FileEntry, int, int]]:
-    # The open files with that field, each once however many descriptors share it.
+    # Yields each open file with that field once, with one of its descriptors.
     openings = _openings(images)
     for index, entry in enumerate(images.entries("files.img", FileEntry)):
         if entry.HasField(field) and entry.id in openings:
@@ -185,7 +186,7 @@ def _regular_finder(pid: int, fd: int) -> Callable[[GuestTree], Any]:
         file = guest.file(pid, fd)
         if file.f_inode.i_mode & _S_IFMT != _S_IFREG:
             raise RestoreFailed(
-                f"fd {fd} of pid {pid} is no regular file in the guest",
+                f"fd {fd} of pid {pid} is not a regular file in the guest",
                 "give the guest the file system that the process was dumped with",
             )
         return file
@@ -194,10 +195,10 @@ def _regular_finder(pid: int, fd: int) -> Callable[[GuestTree], Any]:
 
 
 def _context_files(field: str, operations: str, context: str) -> Scope:
-    """Files of one sort, as the context behind ``file->private_data``.
+    """Return the scope of files of one sort, as the context in ``file->private_data``.
 
-    Not if there is any epoll instance: it learns of events by being woken up, which a write from
-    outside does not do.
+    It is empty if the tree has an epoll instance, which gets events only by wake-ups; a write from
+    outside causes none.
     """
 
     def bindings(images: ImageSet) -> Iterator[Binding]:
@@ -214,7 +215,7 @@ def _context_files(field: str, operations: str, context: str) -> Scope:
 
 
 def _ttys(images: ImageSet) -> Iterator[Binding]:
-    # Pseudo terminals whose master is in the images, too: nobody outside of the tree has those.
+    # Pseudo terminals whose master is in the images too: only tasks of the tree have them open.
     openings = {
         entry.tty.tty_info_id: (pid, fd) for _, entry, pid, fd in _files(images, "tty")
     }  # fmt: skip
@@ -232,7 +233,7 @@ def _tty_finder(pid: int, fd: int) -> Callable[[GuestTree], Any]:
         file = guest.file(pid, fd)
         private = file.private_data.cast_("struct tty_file_private")
         if private.file != file:
-            raise RestoreFailed(f"fd {fd} of pid {pid} is no terminal in the guest")
+            raise RestoreFailed(f"fd {fd} of pid {pid} is not a terminal in the guest")
         return private.tty
 
     return find
@@ -241,7 +242,7 @@ def _tty_finder(pid: int, fd: int) -> Callable[[GuestTree], Any]:
 def _namespaces(
     images: ImageSet, field: str, image: str, message: type[Message]
 ) -> Iterator[tuple[str, Message, int, int]]:
-    # The namespaces of that sort that have images: those that the tree brings with it.
+    # The namespaces of that sort that have images, that is, were dumped with the tree.
     seen = set()
     for task in _alive(images):
         number = getattr(images.ids(task), f"{field}_id")
@@ -280,7 +281,7 @@ def _uts(images: ImageSet) -> Iterator[Binding]:
 
 
 def _ipc(images: ImageSet) -> Iterator[Binding]:
-    # CRIU makes the namespace's objects under its limits: only if it has none are they ours.
+    # CRIU creates the namespace's objects under its limits, which stay inside if there are any.
     for image, entry, number, pid in _namespaces(images, "ipc_ns", "ipcns-var", IpcVarEntry):
         objects = {f"ipcns-{sort}-{number}.img" for sort in ("msg", "sem", "shm")}
         if not objects & {*images.names}:
@@ -292,7 +293,7 @@ PROCESS: Final = Scope("process", _processes)
 """`CoreEntry` of the leader; the leader's ``task_struct``."""
 
 PROCESS_OF_THE_VM: Final = Scope("process", _processes_of_the_vm)
-"""The same, of trees without a user namespace of their own: their ids are the VM's."""
+"""The same for trees without a user namespace of their own, whose ids are those of the VM."""
 
 THREAD: Final = Scope("thread", _threads)
 """`CoreEntry`; ``task_struct``."""

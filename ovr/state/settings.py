@@ -1,4 +1,4 @@
-"""Values of all kinds of state: read from the images, and left out of the inside image set."""
+"""Take the values of all kinds of state from the images, and neutralise them in the inside set."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ __all__ = ["Setting", "neutralise", "take"]
 
 @dataclass(frozen=True)
 class Setting:
-    """A value, its kind and the binding that it belongs to."""
+    """A value to be written from outside."""
 
     kind: Kind
     binding: Binding
@@ -21,10 +21,10 @@ class Setting:
 
 
 def take(images: ImageSet, kinds: Iterable[Kind]) -> tuple[Setting, ...]:
-    """Return what the images say of these kinds of state, kind by kind.
+    """Return the values of these kinds of state in the images, kind by kind.
 
     Raises:
-        ImagesDamaged: they say what cannot be.
+        ImagesDamaged: an impossible value.
     """
     bindings: dict[str, tuple[Binding, ...]] = {}
     found = []
@@ -40,7 +40,7 @@ def take(images: ImageSet, kinds: Iterable[Kind]) -> tuple[Setting, ...]:
 
 
 def neutralise(settings: Iterable[Setting], draft: Draft) -> None:
-    """Leave the neutral values in the inside images."""
+    """Replace the values in the inside image set by neutral ones."""
     for setting in settings:
         binding = setting.binding
         setting.kind.neutralise(draft.message(binding.image, binding.index, type(binding.message)))

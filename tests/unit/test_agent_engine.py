@@ -86,7 +86,7 @@ def test_link_breaks(host: AgentHost, agent: Agent) -> None:
 def test_host_is_silent(host: AgentHost, agent: Agent) -> None:
     skeleton = begin(host, agent, silence=0.4)
     wait_for(lambda: not alive(*skeleton.tasks))
-    with pytest.raises(RestoreFailed, match="silent"):
+    with pytest.raises(RestoreFailed, check=lambda error: error.code == Code.SILENT):
         agent.go()
     agent.ping()
     assert_gone(host, skeleton)
@@ -97,7 +97,7 @@ def test_nobody_else_while_the_engine_cleans_up(host: AgentHost, agent: Agent) -
     agent._send(protocol.Abort())
     for message in (protocol.Abort(), protocol.Go(), protocol.Alive()):
         agent._send(message)  # one answer is enough
-    with pytest.raises(RestoreFailed, match="killed the tree") as caught:
+    with pytest.raises(RestoreFailed) as caught:
         agent.go()
     assert caught.value.code == Code.HOST
     assert_gone(host, skeleton)
@@ -143,7 +143,7 @@ def test_it_makes_progress(host: AgentHost, agent: Agent, engine: str | None) ->
 
 
 def test_it_makes_no_progress(host: AgentHost, agent: Agent) -> None:
-    with pytest.raises(RestoreFailed, match="makes no progress") as caught:
+    with pytest.raises(RestoreFailed) as caught:
         begin(host, agent, "stalled", stall=2.0)
     assert caught.value.code == Code.STALLED
     assert not host.marks

@@ -50,7 +50,7 @@ def test_host_is_silent(host: AgentHost, agent: Agent) -> None:
     assert alive(*skeleton.tasks)
     time.sleep(0.8)
     assert not alive(*skeleton.tasks)
-    with pytest.raises(RestoreFailed, match="silent"):
+    with pytest.raises(RestoreFailed, check=lambda error: error.code == Code.SILENT):
         agent.go()
     agent.ping()
     assert_gone(host, skeleton)
@@ -144,16 +144,13 @@ def test_agent_dies_before_the_hook(host: AgentHost, agent: Agent) -> None:
 
 
 @pytest.mark.parametrize(
-    ("mode", "limit", "message", "code"),
-    [
-        ("slow", {"timeout": 1.0}, "longer than the given timeout", Code.TIMEOUT),
-        ("stalled", {"stall": 2.0}, "makes no progress", Code.STALLED),
-    ],
+    ("mode", "limit", "code"),
+    [("slow", {"timeout": 1.0}, Code.TIMEOUT), ("stalled", {"stall": 2.0}, Code.STALLED)],
 )
 def test_criu_takes_too_long(
-    host: AgentHost, agent: Agent, *, mode: str, limit: dict[str, float], message: str, code: str
+    host: AgentHost, agent: Agent, *, mode: str, limit: dict[str, float], code: str
 ) -> None:
-    with pytest.raises(RestoreFailed, match=message) as caught:
+    with pytest.raises(RestoreFailed) as caught:
         agent.begin(IMAGES, criu_options=host.criu_options(mode), **limit)
     assert caught.value.code == code
     assert not host.marks
@@ -225,7 +222,7 @@ def test_agent_whose_program_was_replaced(tmp_path: Path) -> None:
     with agent_host(tmp_path, program) as host, host.connect() as agent:
         shutil.copy(program, new)
         new.rename(program)
-        with pytest.raises(RestoreFailed, match="program file was replaced") as caught:
+        with pytest.raises(RestoreFailed) as caught:
             begin(host, agent)
         assert caught.value.code == Code.REPLACED
         wait_for(lambda: not host.restores)

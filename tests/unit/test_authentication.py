@@ -98,10 +98,10 @@ def test_the_agents_own_page(tmp_path):
         ({"cred": {"ids": (1000,) * 4}}, "credentials", "runs as user 1000"),
         ({"cred": {"ids": (0, 0, 0, 1000)}}, "credentials", "runs as user 1000"),
         ({"cred": {"effective": ALL & ~(1 << 21)}}, "credentials", "lacks capabilities 0x200000"),
-        ({"secure": 1}, "credentials", "a program that gives privileges"),
-        ({"auxv": (3, 1, 6, 4096, 0, 0, 0, 0)}, "credentials", "gives privileges"),
-        ({"auxv": (23, 0, 23, 1, 0, 0, 0, 0)}, "credentials", "gives privileges"),
-        ({"flags": 0}, "secret", "no page of the agent's"),
+        ({"secure": 1}, "credentials", "a program that raises privileges"),
+        ({"auxv": (3, 1, 6, 4096, 0, 0, 0, 0)}, "credentials", "raises privileges"),
+        ({"auxv": (23, 0, 23, 1, 0, 0, 0, 0)}, "credentials", "raises privileges"),
+        ({"flags": 0}, "secret", "no page with the agent's secret"),
         ({"flags": SET & ~0x2000}, "secret", "no page"),
         ({"flags": SET & ~0x2_0000}, "secret", "no page"),
         ({"flags": SET & ~0x200_0000}, "secret", "no page"),
@@ -128,7 +128,7 @@ def test_pages_that_are_not(tmp_path, wrong, code, words):
 @pytest.mark.parametrize("wrong", [{"present": False}, {"page": 0}, {"mapping": 0}, {"mapping": 3}])
 def test_a_page_that_may_be_somebody_elses_at_this_moment(tmp_path, wrong):
     guest = Guest(tmp_path, **wrong)
-    with pytest.raises(GuestFault, match="not there, or shared"):
+    with pytest.raises(GuestFault, match="not mapped, or shared"):
         read_secret(guest.kernel, PID, PAGE)
 
 
@@ -261,8 +261,8 @@ def test_a_criu_of_an_engines(guest):
 @pytest.mark.parametrize(
     ("engine", "made", "why"),
     [
-        (False, lambda g: None, "there is no such process"),
-        (False, lambda g: g.process(OTHER, "criu"), "the agent has not started it"),
+        (False, lambda g: None, "no such process"),
+        (False, lambda g: g.process(OTHER, "criu"), "not started by the agent"),
         (True, lambda g: g.process(OTHER, "criu"), "does not run the agent's hook"),
         (True, lambda g: hook(g, g.process(OTHER, "criu"), g.toy.allocate(8)), "the agent's hook"),
         (False, lambda g: g.process(OTHER, "criu", parent=g.agent, ids=(7,) * 4), "as user 7"),
@@ -279,5 +279,5 @@ def test_another_criu(guest, engine, made, why):
 def test_a_thread_of_the_agents_criu(guest):
     criu = guest.process(OTHER, "criu", parent=guest.agent)
     guest.toy.fork(702, "criu", parent=guest.agent, leader=criu)
-    with pytest.raises(AgentUntrusted, match="there is no such process"):
+    with pytest.raises(AgentUntrusted, match="no such process"):
         tracer(guest, 702)

@@ -82,7 +82,7 @@ def test_two_files_and_words_for_the_shell():
     assert found.fact == f"the guest's {FILE} and /root/.criu/default.conf are not read"
     assert found.cure == (
         "if they are wanted, give ovr restore: '--root=/a b' --file-locks;"
-        " ovr cannot honour --lazy-pages; no options of criu restore: '--x;y'"
+        " ovr cannot honour --lazy-pages; not options of criu restore: '--x;y'"
     )
 
 

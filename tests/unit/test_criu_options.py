@@ -174,7 +174,7 @@ def test_levels(asked, monkeypatch, words, level):
 
 def test_a_work_dir_that_is_not_there(asked, capsys):
     assert run("-W", "nowhere") == 2
-    assert "nowhere is no directory" in capsys.readouterr().err
+    assert "nowhere is not a directory" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("words", [("-vx",), ("--no-such-option",)])
@@ -238,7 +238,7 @@ def test_an_unknown_option_is_named(asked, capsys, words):
 def test_a_stray_word_is_named(asked, capsys):
     calls, _ = asked
     assert run("stray") == 2
-    assert "'stray' is no option" in capsys.readouterr().err
+    assert "'stray' is not an option" in capsys.readouterr().err
     assert calls == []
 
 

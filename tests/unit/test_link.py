@@ -116,11 +116,11 @@ def test_connect_hangs(tmp_path: Path) -> None:
 def test_nobody_there(tmp_path: Path, kind: str) -> None:
     with pytest.raises(AgentUnreachable) as caught:
         open_link(f"{kind}:{tmp_path}/none", 1)
-    assert "there is no" in caught.value.hint
+    assert "does not exist" in caught.value.hint
     (tmp_path / "file").touch()
     with pytest.raises(AgentUnreachable) as caught:
         open_link(f"{kind}:{tmp_path}/file", 1)
-    assert "is no socket" in caught.value.hint
+    assert "is not a socket" in caught.value.hint
     with socket.socket(socket.AF_UNIX) as dead:
         dead.bind(f"{tmp_path}/dead")
     with pytest.raises(AgentUnreachable, match="refused") as caught:
@@ -140,7 +140,7 @@ def test_peer_that_takes_nothing(tmp_path: Path) -> None:
     with (
         slow,
         open_link(f"serial:{tmp_path}/s", 5) as link,
-        pytest.raises(AgentUnreachable, match="does not take"),
+        pytest.raises(AgentUnreachable, match="does not read"),
     ):
         link.send(bytes(10_000_000), time.monotonic() + 0.3)
 

@@ -60,10 +60,10 @@ def test_a_report_and_an_agent(closed):
     place, ovr = closed
     code, said = ovr("restore", "--vm", "qmp:/nowhere", "--report", place / "x.html")
     assert code == 2
-    assert "Read-only file system (nothing can be written there: name another place" in said
+    assert "Read-only file system (nothing can be written there: name another path" in said
     code, said = ovr("agent", "build", "-o", place / "ovr-agent")
     assert code == 1
-    assert "Read-only file system (nothing can be written there: name another place" in said
+    assert "Read-only file system (nothing can be written there: name another path" in said
 
 
 def test_a_packed_archive_has_nowhere_to_go(closed, tmp_path):

@@ -321,7 +321,7 @@ def test_oom_score_adj_in_a_user_namespace(kernel, value, bound):
 
 
 def test_values_that_do_not_fit(kernel):
-    with pytest.raises(RestoreFailed, match="room for 46"):
+    with pytest.raises(RestoreFailed, match="the kernel has 46"):
         BY_NAME["auxv"].write(kernel.make("struct mm_struct"), (1,) * 47)
     with pytest.raises(DoesNotFit):
         BY_NAME["ipc_limits"].write(kernel.make("struct ipc_namespace"), {"shm_ctlmni": 1 << 31})

@@ -306,13 +306,13 @@ def test_other_areas_are_left_alone(other):
     areas = [area(BASE, BASE + 8 * MIB, **other)]
     plan = task_of(1, areas, ranges((BASE, BASE + 8 * MIB)))
     _, warm = planned([plan])
-    assert warm == Cold("no area has enough whole 2 MiB that a pool could give")
+    assert warm == Cold("no area has enough units of 2 MiB to use a pool")
 
 
 def test_a_task_that_wants_no_huge_pages():
     plan = task_of(1, [area(BASE, BASE + 8 * MIB)], ranges((BASE, BASE + 8 * MIB)))
     plan.task.mm.thp_disabled = True
-    assert planned([plan])[1].why == "no area has enough whole 2 MiB that a pool could give"
+    assert planned([plan])[1].why == "no area has enough units of 2 MiB to use a pool"
 
 
 def test_what_a_child_inherits_is_left_alone():

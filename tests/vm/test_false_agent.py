@@ -28,9 +28,9 @@ KINDS = {
     "user": ("credentials", "runs as user 1000", {"why_not_root"}),
     "namespace": ("credentials", "in a user namespace of its own", {"why_not_root"}),
     "container": ("credentials", "lacks capabilities", {"why_not_root"}),
-    "environment": ("credentials", "that gives privileges", {"_is_secure", "_is_by_itself"}),
-    "heap": ("secret", "no page of the agent's", {"_is_by_itself"}),
-    "locked": ("secret", "no page of the agent's", {"_is_by_itself"}),
+    "environment": ("credentials", "that raises privileges", {"_is_secure", "_is_by_itself"}),
+    "heap": ("secret", "no page with the agent's secret", {"_is_by_itself"}),
+    "locked": ("secret", "no page with the agent's secret", {"_is_by_itself"}),
 }  # fmt: skip
 """In whose memory the secret lies; what is said; the checks without which it would be taken."""
 OFF = {
@@ -119,7 +119,7 @@ def test_who_names_the_agents_own_secret_does_not_know_it(vm, dump, program):
         hello = agent.hello
     kind = f"agent:{hello.pid}:{hello.secret_at}"
     with impostor(vm, program, kind) as false, ovr.attach(f"lab:{vm.name}") as attached:
-        with pytest.raises(AgentUntrusted, match="does not know what lies in the memory") as caught:
+        with pytest.raises(AgentUntrusted) as caught:
             attached.restore(dump.path, agent=false.address)
         assert caught.value.code == "proof"
         assert false.sent == ["hello", "prove"]

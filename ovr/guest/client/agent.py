@@ -1,4 +1,4 @@
-"""The agent in the guest, as a restore sees it."""
+"""Send a restore's requests to the agent in the guest."""
 
 import collections.abc
 import hmac
@@ -27,7 +27,7 @@ _STEP_SECONDS: Final = 900.0
 _ABORT_SECONDS: Final = 180.0
 _FILES_PER_FRAME = 512
 _BYTES_PER_TOUCH: Final = 4 << 30
-"""Of several portions: what one request may take to allocate is bounded."""
+"""Most bytes of several portions in one request, which bounds the time that it takes."""
 
 Files = collections.abc.Mapping[str, bytes | Iterable[bytes]]
 """Contents by file name, whole or in pieces."""
@@ -38,10 +38,11 @@ class Skeleton:
     """The stopped tree that CRIU holds; pids in the guest's initial pid namespace.
 
     Attributes:
-        root_pid: the root task.
-        criu_pid: CRIU, which traces all of them and is itself stopped.
+        root_pid: pid of the root task.
+        criu_pid: pid of CRIU, which traces all tasks and is itself stopped.
         tasks: the ids of all held threads, leaders included.
-        warm: how many bytes of areas were made from the pool; `note`: why none, or not all.
+        warm: bytes of areas that use memory from the pool.
+        note: the reason why none or not all do.
     """
 
     root_pid: int
@@ -53,7 +54,7 @@ class Skeleton:
 
 @dataclass(frozen=True)
 class Restored:
-    """The tree runs; `pid` is its root, `container` what the engine calls it."""
+    """The running tree: the pid of its root, and the engine's id of the container."""
 
     pid: int
     container: str | None = None
@@ -65,7 +66,7 @@ class Portion(NamedTuple):
     Attributes:
         pid: of a held task, or of the process of a `MappedObject`; in the guest's initial pid
             namespace.
-        keep: the pages may have content that must stay.
+        keep: whether content of the pages must be kept.
         ranges: GVA and size in bytes, whole pages.
     """
 
@@ -76,7 +77,7 @@ class Portion(NamedTuple):
 
 @dataclass(frozen=True)
 class MappedObject:
-    """A shared object in the memory of a process of the agent's; `pid` as for `Skeleton`."""
+    """A shared object mapped by a process of the agent; `pid` as for `Skeleton`."""
 
     pid: int
     address: Gva
@@ -84,14 +85,14 @@ class MappedObject:
 
 @dataclass(frozen=True)
 class PoolInfo:
-    """The pool.
+    """The present pool.
 
     Attributes:
-        size: in bytes; 0: there is none.
-        huge: how many of them are in huge pages.
+        size: its size in bytes; 0 if there is none.
+        huge: bytes of it in huge pages.
         pid: the process that has it, as for `Skeleton`.
-        address: where it is there.
-        note: why there is none.
+        address: its GVA in that process.
+        note: the reason why there is none.
     """
 
     size: int
@@ -102,7 +103,7 @@ class PoolInfo:
 
 
 class Agent(Session):
-    """A restore, step by step: `authenticate`, `begin`, then `go` or `abort`.
+    """A session for a restore: `authenticate`, `begin`, then `go` or `abort`.
 
     ::
 
@@ -117,14 +118,14 @@ class Agent(Session):
     _engine = "criu"
 
     def authenticate(self, secret: bytes) -> None:
-        """Show the agent that we know its secret, and have it show that it knows it, too.
+        """Prove to the agent that the host knows its secret, and check that the agent knows it too.
 
         Args:
-            secret: what lies in its memory; `ovr.attempt.authentication` finds it there.
+            secret: the secret that `ovr.attempt.authentication` found in its memory.
 
         Raises:
-            AgentUntrusted: it does not know the secret, or says that we do not.
-            AgentUnreachable: the link broke, or nonsense came.
+            AgentUntrusted: one side does not have the other's secret.
+            AgentUnreachable: the link broke, or an invalid message came.
         """
         self._send(protocol.Prove(self._proof(protocol.PROOF_OF_HOST, secret)))
         message = self._receive(self._deadline(None))
@@ -138,9 +139,9 @@ class Agent(Session):
             raise refused(message)
         self.close()
         raise AgentUntrusted(
-            f"the agent at {self.address} does not know what lies in the memory of the process that"
-            " it says it is",
-            "is another program between ovr and the agent, or does one pose as it?",
+            f"the agent at {self.address} failed to authenticate: it does not know the secret in"
+            " the memory of the process that it claims to be",
+            "is another program between ovr and the agent, or in its place?",
             "proof",
         )
 
@@ -164,21 +165,22 @@ class Agent(Session):
     ) -> Skeleton:
         """Have the guest's CRIU build the tree from `images`, up to its pre-resume hook.
 
-        From here on the agent kills the tree when it hears nothing for `silence`: stay within
+        From here on the agent kills the tree after `silence` seconds without a frame: stay within
         `keep_alive`.
 
         Args:
             images: the inside image set: plain file names and contents, whole or in pieces.
             criu_options: added to ``criu restore -d …``, or to the engine's command.
             silence: seconds without a frame after which the agent kills the tree.
-            stall: seconds without progress of CRIU's after which the agent kills the tree.
+            stall: seconds without progress of CRIU after which the agent kills the tree.
             timeout: seconds that CRIU may take; None: as long as it makes progress.
             log_level: CRIU's ``-v``.
             keep_log: leave CRIU's log in the guest.
-            volumes: those that podman makes, to be removed if the restore fails.
-            engine: what runs CRIU: ``podman``, ``runc`` or ``crun``; see `protocol.Begin`.
-            warm_images: if the CRIU with the pool shall do it, the pagemaps of the tasks that get
-                memory of it, and their pages images.
+            volumes: volumes that podman creates, to be removed if the restore fails.
+            engine: the engine that runs CRIU: ``podman``, ``runc`` or ``crun``; see
+                `protocol.Begin`.
+            warm_images: pagemaps and pages images of the tasks that get memory from the pool; empty
+                if the pool is not used.
 
         Raises:
             PidTaken: a pid of the images is in use in the guest.
@@ -202,8 +204,8 @@ class Agent(Session):
         with self.keep_alive(silence / 4):
             try:
                 for files in _file_frames(images):
-                    self._send_or_hear_why(files)
-                self._send_or_hear_why(begin)
+                    self._send_or_fail(files)
+                self._send_or_fail(begin)
             except ProtocolError as error:
                 self.close()
                 raise ImagesUnsupported(f"the inside image set cannot be sent: {error}") from error
@@ -213,15 +215,15 @@ class Agent(Session):
         )
 
     def touch(self, portions: Iterable[Portion]) -> None:
-        """Have pages of held tasks allocated, charged to them.
+        """Allocate pages of held tasks, charged to them.
 
-        A request takes the guest a process, so portions of many tasks share one.
+        The agent forks a process for each request, so portions of many tasks share one.
 
         Args:
             portions: the pages.
 
         Raises:
-            RestoreFailed: the guest has no memory for them, or they lie in no area of the task.
+            RestoreFailed: the guest has no memory for them, or no area of the task contains them.
             AgentUnreachable: the link broke.
         """
         for request in _requests(portions):
@@ -235,17 +237,17 @@ class Agent(Session):
         size: int,
         ranges: Sequence[tuple[int, int]],
     ) -> "MappedObject":
-        """Have a shared object of a held task mapped by a process of the agent's, up to `go`.
+        """Map a shared object of a held task into a process of the agent, until `go`.
 
         Args:
             pid: the task; in the guest's initial pid namespace.
-            file: below ``/proc/PID``: ``fd/N`` or ``map_files/START-END``.
-            size: of the object, in bytes; whole pages.
-            ranges: offsets and sizes in bytes of what is to be allocated, charged to the task's
+            file: its link to the object below ``/proc/PID``: ``fd/N`` or ``map_files/START-END``.
+            size: size of the object in bytes; whole pages.
+            ranges: offsets and sizes in bytes of the pages to allocate, charged to the task's
                 cgroup.
 
         Raises:
-            RestoreFailed: it is no shared memory, or the guest has no memory for it.
+            RestoreFailed: it is not shared memory, or the guest has no memory for it.
             AgentUnreachable: the link broke.
         """
         first, more = ranges[: protocol.MAX_RANGES], ranges[protocol.MAX_RANGES :]
@@ -256,21 +258,21 @@ class Agent(Session):
         return MappedObject(mapped.pid, Gva(mapped.address))
 
     def warm(self, size: int, place: int = 0) -> "PoolInfo":
-        """Have a CRIU started in advance, with so many bytes of memory; 0: end the one there is.
+        """Start a CRIU with a pool in advance, or end it.
 
         Args:
-            size: bytes.
-            place: how far behind a multiple of 1 GiB they begin, in bytes; whole huge pages.
+            size: size of the pool in bytes; 0 ends the present one.
+            place: offset of its address modulo 1 GiB, in bytes; whole huge pages.
 
         Raises:
-            RestoreFailed: the guest has not so much memory, or cannot do it.
+            RestoreFailed: the guest lacks the memory, or cannot have a pool.
             AgentUnreachable: the link broke.
         """
         self._send(protocol.Warm(size, place))
         return self._warmed()
 
     def pool(self) -> "PoolInfo":
-        """Ask what there is.
+        """Return the present pool.
 
         Raises:
             AgentUnreachable: the link broke.
@@ -281,11 +283,11 @@ class Agent(Session):
     def criu_config(self) -> collections.abc.Mapping[str, str]:
         """Return the guest's default configuration files of CRIU, by path.
 
-        Of one that is larger than `protocol.MAX_CONFIG` the whole lines up to there; bytes that are
-        no text are replaced.
+        A file larger than `protocol.MAX_CONFIG` is cut there, after the last whole line; bytes that
+        are not UTF-8 are replaced.
 
         Raises:
-            AgentUnreachable: the link broke, or nonsense came.
+            AgentUnreachable: the link broke, or an invalid message came.
         """
         self._send(protocol.Config())
         found = self._outcome(protocol.Configured, self._deadline(None))
@@ -298,10 +300,10 @@ class Agent(Session):
         return PoolInfo(found.size, found.huge, found.pid, Gva(found.address), one_line(found.note))
 
     def go(self) -> Restored:
-        """Let the tree run; returns when CRIU has detached and ended.
+        """Let the tree run; return when CRIU has detached and ended.
 
         Raises:
-            RestoreFailed: the tree had been killed before, or CRIU failed at the last moment.
+            RestoreFailed: the tree had been killed before, or CRIU failed when it detached.
             AgentUnreachable: the link broke.
         """
         self._send(protocol.Go())
@@ -309,10 +311,10 @@ class Agent(Session):
         return Restored(restored.pid, restored.container)
 
     def abort(self) -> None:
-        """Kill the tree; returns when all of it is gone.
+        """Kill the tree; return when no task of it is left.
 
         Raises:
-            RestoreFailed: some task could not be killed.
+            RestoreFailed: a task could not be killed.
             AgentUnreachable: the link broke (the agent then kills the tree as well).
         """
         self._send(protocol.Abort())
@@ -322,19 +324,19 @@ class Agent(Session):
                 raise still_there()
         elif not isinstance(message, protocol.Error):
             raise self._broken(f"{message.op} instead of {protocol.Aborted.op}")
-        self.ping()  # an end of its own accord may have crossed our words
+        self.ping()  # the agent may have sent its own `Aborted` before it got ours
 
-    def _send_or_hear_why(self, message: Message) -> None:
-        """Send during an upload, when the agent hangs up on what it does not like."""
+    def _send_or_fail(self, message: Message) -> None:
+        """Send during an upload; raise the agent's error if it has closed the session."""
         try:
             self._send(message)
         except AgentUnreachable:
-            # Its reason may still be in the line.
+            # The error that the agent sent before it closed may still be unread.
             self._outcome(protocol.Stopped, time.monotonic())
             raise
 
     def _outcome(self, kind: type[MessageT], deadline: float | None = None) -> MessageT:
-        """Return the `kind` message that a step should end with; None: however long it takes."""
+        """Return the `kind` message that ends a step; without a deadline, wait while pings work."""
         message = self._receive(deadline)
         if isinstance(message, kind):
             return message
@@ -348,7 +350,7 @@ class Agent(Session):
 
 
 def _requests(portions: Iterable[Portion]) -> Iterator[protocol.Touch]:
-    """Portions as the protocol has them, as many as fit into one message."""
+    """Yield the portions as messages, as many as fit into each."""
     heads: list[int] = []
     ranges: list[tuple[int, int]] = []
     size = 0
@@ -373,7 +375,7 @@ def _flat(ranges: Iterable[tuple[int, int]]) -> tuple[int, ...]:
 
 
 def _file_frames(images: Files) -> Iterator[protocol.Files]:
-    """Pack the files into few frames; large ones go in pieces."""
+    """Yield the files in few frames; large files are split."""
     names: list[str] = []
     pieces: list[bytes] = []
     size = 0
@@ -393,7 +395,7 @@ def _file_frames(images: Files) -> Iterator[protocol.Files]:
 def _pieces(content: bytes | Iterable[bytes]) -> Iterator[bytes]:
     step = protocol.CHUNK // 2
     parts = (content,) if isinstance(content, bytes) else content
-    yield b""  # an empty file is one too
+    yield b""  # so that an empty file is created as well
     for part in parts:
         for start in range(0, len(part), step):
             yield part[start : start + step]

@@ -1,7 +1,7 @@
-"""The cause of a failed restore, as CRIU's log has it, and the cure.
+"""Find the cause of a failed restore in CRIU's log, and a cure.
 
-CRIU has no error codes, so its messages are matched: those of versions 3.17 to 4.2, each pattern
-with the file of CRIU that it is from.
+CRIU has no error codes, so the messages of versions 3.17 to 4.2 are matched, in the order of CRIU's
+source files.
 """
 
 import re
@@ -17,8 +17,8 @@ class Cause(NamedTuple):
     Attributes:
         pattern: matches the message; the group ``file`` is a path in the guest, without the first
             slash.
-        cure: what to do; groups of the pattern may be filled in.
-        source: matches the file of CRIU's source that says so.
+        cure: the hint, a format with the groups of the pattern.
+        source: matches the source file in the message.
     """
 
     pattern: str
@@ -27,12 +27,12 @@ class Cause(NamedTuple):
 
 
 class Failure(NamedTuple):
-    """What made CRIU fail.
+    """The reason why CRIU failed.
 
     Attributes:
-        line: of the log.
-        cure: what to do about it, empty if that is not known.
-        file: the path of the file that is not as it was at the dump, if that is the cause.
+        line: the line of the log.
+        cure: the hint, empty if the cause is unknown.
+        file: the path of the file that differs from the dump, if that is the cause.
     """
 
     line: str
@@ -70,8 +70,8 @@ CAUSES: Final = (
     # criu/sk-inet.c
     Cause(
         "Connected TCP socket in image",
-        "give --tcp-established, if the guest has the connection's address and nobody has reset it,"
-        " or --tcp-close",
+        "give --tcp-established, if the guest has the connection's address and the peer has not"
+        " reset it, or --tcp-close",
     ),
     Cause(
         "Can't bind inet socket .*: Address already in use",
@@ -127,7 +127,7 @@ CAUSES: Final = (
     Cause(
         "CPU (?:instruction )?capabilities do not match|CPU xfeatures|CPU xsave|FPU feature",
         "give the VM the CPU model of the dump; --cpu-cap=none leaves out the comparison, and the"
-        " tree dies when it uses what is not there",
+        " tree dies when it uses a missing feature",
     ),
     # criu/net.c, criu/netfilter.c, criu/libnetlink.c
     Cause(
@@ -148,7 +148,7 @@ _ERROR: Final = re.compile(r"(?:(?P<pid>\d+): )?Error \((?P<source>[^():\s]+):\d
 _FAILED: Final = "Restoring FAILED"
 # sigchld_handler() in criu/cr-restore.c.
 _TASK_KILLED: Final = re.compile(r"\d+ killed by signal 9\b")
-# Errors of the callers of whatever failed.
+# Errors of the callers of the function that failed.
 _CONSEQUENCE: Final = re.compile(
     r"\d+ (?:exited, status|killed by signal|stopped by signal)|exited, status="
     r"|Unable to open fd=|`- Can't open vma|Can't open (?:cwd|root)$|Child \d+ died"
@@ -163,13 +163,13 @@ class _Error(NamedTuple):
 
 
 def failure_in(log: Sequence[str]) -> Failure:
-    """Find what made CRIU fail.
+    """Return the reason why CRIU failed.
 
-    A cause that is known comes first, else the first error of the task that failed last; errors
-    that come from other programs, and those behind "Restoring FAILED", are consequences.
+    A known cause takes precedence, else the first error of the task that failed last. Errors about
+    ended child processes, and all errors after "Restoring FAILED", are consequences.
 
     Args:
-        log: lines of CRIU's log, those of an engine behind them; at least one.
+        log: lines of CRIU's log, then those of an engine; at least one.
     """
     errors = _errors(log)
     if errors and _TASK_KILLED.search(errors[0].text):
@@ -179,12 +179,12 @@ def failure_in(log: Sequence[str]) -> Failure:
         for cause in CAUSES:
             found = re.search(cause.pattern, error.text)
             if found and re.search(cause.source, error.source):
-                words = found.groupdict()
-                return Failure(error.line, cause.cure.format(**words), words.get("file"))
+                groups = found.groupdict()
+                return Failure(error.line, cause.cure.format(**groups), groups.get("file"))
     if causes:
         of_task = [error for error in causes if error.pid == causes[-1].pid]
         return Failure(of_task[0].line)
-    return Failure(errors[0].line if errors else _word_of_a_program(log))
+    return Failure(errors[0].line if errors else _error_of_a_program(log))
 
 
 def _errors(log: Sequence[str]) -> list[_Error]:
@@ -198,6 +198,6 @@ def _errors(log: Sequence[str]) -> list[_Error]:
     return found
 
 
-def _word_of_a_program(log: Sequence[str]) -> str:
-    # No log of CRIU's: it refused its options, or an engine failed before it.
+def _error_of_a_program(log: Sequence[str]) -> str:
+    # Without a log of CRIU, it rejected its options, or an engine failed before it.
     return next((line for line in log if "rror" in line), log[0])

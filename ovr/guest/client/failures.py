@@ -1,6 +1,6 @@
-"""What the agent says of a restore that went wrong, as the errors that a user sees.
+"""Turn the agent's messages on failed restores into errors.
 
-Hints go by the agent's codes. Only CRIU's own log is searched (`criu_log`): it has no codes.
+Hints are chosen by the agent's codes. Only CRIU's log is searched (`criu_log`): it has no codes.
 """
 
 import re
@@ -15,8 +15,8 @@ from ovr.guest.codes import Code
 
 __all__ = ["aborted", "failure", "refused", "still_there"]
 
-# What CRIU says when clone3(set_tid) fails with EEXIST (fork_with_pid in criu/cr-restore.c), or,
-# on kernels without set_tid, when the kernel handed out another pid than the one asked for.
+# CRIU's messages when clone3(set_tid) fails with EEXIST (fork_with_pid in criu/cr-restore.c), or,
+# on kernels without set_tid, when the new process got another pid than requested.
 _PID_TAKEN: Final = (
     re.compile(r"Can't fork for (\d+): File exists"),
     re.compile(r"Pid \d+ do not match expected (\d+)"),
@@ -43,13 +43,13 @@ _CURES_OF_ABORTS: Final[Mapping[str, str]] = {
     Code.LINK: "was QEMU or the host too busy?",
     Code.SILENT: "was ovr stopped, or the host too busy?",
     Code.TIMEOUT: "give a longer --timeout, or none",
-    Code.STALLED: "what in the guest does it wait for: a file server, a full pipe?",
+    Code.STALLED: "does it wait for a file server or a full pipe in the guest?",
     Code.AGENT: "wait until the agent runs again",
 }
 
 
 def failure(message: protocol.Failed, program: str) -> RestoreFailed:
-    """Return the error for a failure of CRIU's or, as `program` says, of an engine's."""
+    """Return the error for a failure of `program`: CRIU or an engine."""
     log = tuple(one_line(line) for line in message.log)
     taken = [match[1] for line in log for known in _PID_TAKEN if (match := known.search(line))]
     error: RestoreFailed
@@ -60,14 +60,14 @@ def failure(message: protocol.Failed, program: str) -> RestoreFailed:
         )
     elif log:
         found = failure_in(log)
-        more = log[-1] if len(log) > 1 else f"that is all that {program} says"
+        more = log[-1] if len(log) > 1 else f"{program} logged nothing else"
         error = CriuFailed(
             f"{program} in the guest failed ({message.status}): {found.line}", found.cure or more
         )
         error.file = found.file
     else:
         error = CriuFailed(
-            f"{program} in the guest ended with status {message.status} and said nothing",
+            f"{program} in the guest ended with status {message.status} and no message",
             "try criu check in the guest",
         )
     error.add_note("\n".join(log))
@@ -75,7 +75,7 @@ def failure(message: protocol.Failed, program: str) -> RestoreFailed:
 
 
 def refused(message: protocol.Error) -> RestoreFailed:
-    """Return the error for a request that the agent refused."""
+    """Return the error for a request that the agent rejected."""
     cure = _CURES.get(message.code, _AGAIN)
     text = f"the agent refused: {one_line(message.text)}"
     return _coded(RestoreFailed(text, f"the guest is as it was; {cure}"), message.code)
@@ -92,9 +92,9 @@ def aborted(message: protocol.Aborted) -> RestoreFailed:
 
 
 def still_there() -> RestoreFailed:
-    """Return the error for a tree that was killed and does not go."""
+    """Return the error for a killed tree whose tasks have not all ended."""
     return RestoreFailed(
-        "the tree was killed, but some of its tasks do not go away",
+        "the tree was killed, but some of its tasks do not end",
         "look for uninterruptible tasks in the guest",
     )
 

@@ -1,4 +1,4 @@
-"""Byte streams from the host to the agent in the guest.
+"""Open byte streams from the host to the agent in the guest.
 
 ============================  =================================================================
 ``vsock:CID[:PORT]``          AF_VSOCK of the host's own kernel (vhost-vsock)
@@ -32,10 +32,10 @@ _RECEIVE_SIZE = 1 << 20
 
 @dataclass(frozen=True)
 class Address:
-    """Where an agent is to be reached.
+    """The address of an agent.
 
     Attributes:
-        kind: which transport.
+        kind: the transport.
         cid: the guest's context id (vsock).
         path: the socket's path (unix, serial).
         port: the agent's vsock port (vsock, unix).
@@ -53,14 +53,14 @@ class Address:
 
 
 def parse_address(text: str) -> Address:
-    """Return the address that `text` names.
+    """Parse the address of an agent.
 
     Raises:
-        UsageError: it names none.
+        UsageError: invalid address.
     """
     kind, colon, rest = text.partition(":")
     if not colon or not rest or kind not in ("vsock", "unix", "serial"):
-        raise UsageError(f"no agent address: {text!r}", f"use {_FORMS}")
+        raise UsageError(f"not an agent address: {text!r}", f"use {_FORMS}")
     if kind == "serial":
         return Address("serial", path=_path(rest))
     if kind == "unix":
@@ -72,31 +72,31 @@ def parse_address(text: str) -> Address:
     number = _number(cid, "vsock CID")
     # 0 … 2 are the hypervisor, loopback and the host itself (linux/vm_sockets.h).
     if number < 3:
-        raise UsageError(f"vsock CID {number} is no guest", "guests have CIDs from 3 on")
+        raise UsageError(f"vsock CID {number} is not a guest", "guests have CIDs from 3 on")
     return Address("vsock", cid=number, port=_number(port, "vsock port") if colon else DEFAULT_PORT)
 
 
 def _path(text: str) -> str:
     # sockaddr_un holds 108 bytes with the final NUL.
     if not text or "\0" in text or len(text.encode()) > 107:
-        raise UsageError(f"no socket path: {text!r}", "a Unix socket's path has 1 to 107 bytes")
+        raise UsageError(f"not a socket path: {text!r}", "a Unix socket's path has 1 to 107 bytes")
     return text
 
 
 def _number(text: str, what: str) -> int:
     if not (text.isascii() and text.isdecimal() and len(text) <= 10 and int(text) < 0xFFFFFFFF):
-        raise UsageError(f"no {what}: {text!r}", f"use {_FORMS}")
+        raise UsageError(f"not a {what}: {text!r}", f"use {_FORMS}")
     return int(text)
 
 
 class Link(Closing):
     """A connected stream; a context manager.
 
-    Reading belongs to one thread; the caller sees to it that writes do not overlap.
+    Only one thread may read; the caller serialises writes.
 
     Attributes:
-        address: what it is connected to.
-        serial: sessions on it must synchronise first (`ovr.guest.protocol`).
+        address: the address of the agent.
+        serial: whether sessions on it must synchronise first (`ovr.guest.protocol`).
     """
 
     def __init__(self, address: Address, connection: socket.socket) -> None:
@@ -106,24 +106,24 @@ class Link(Closing):
         self._socket.setblocking(False)
 
     def close(self) -> None:
-        """End the connection: to the agent this is the link breaking."""
+        """Close the connection; the agent sees a broken link."""
         # Not only close: another thread may still hold the descriptor in poll.
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
 
     def readable(self, seconds: float = 0.0) -> bool:
-        """Whether a read would not wait, now or after at most so many seconds."""
+        """Return whether data can be read now, or within `seconds`."""
         return bool(self._wait(select.POLLIN, time.monotonic() + seconds))
 
     def receive(self, deadline: float) -> bytes:
-        """Return some bytes, at least one.
+        """Return at least one byte.
 
         Args:
-            deadline: until when to wait, in `time.monotonic()` seconds.
+            deadline: in `time.monotonic()` seconds.
 
         Raises:
-            AgentUnreachable: the link broke, or nothing came in time.
+            AgentUnreachable: the link broke, or the deadline passed.
         """
         if not self._wait(select.POLLIN, deadline):
             raise self._lost("does not answer")
@@ -145,19 +145,19 @@ class Link(Closing):
         """Send all of `data`.
 
         Args:
-            data: what to send.
-            deadline: until when to wait, in `time.monotonic()` seconds.
-            on_input: called with what comes in meanwhile; without it nothing is read.
+            data: the bytes.
+            deadline: in `time.monotonic()` seconds.
+            on_input: called with bytes received meanwhile; without it nothing is read.
 
         Raises:
-            AgentUnreachable: the link broke, or the agent did not take it all in time.
+            AgentUnreachable: the link broke, or the agent did not read all of it in time.
         """
         rest = memoryview(data)
         wanted = select.POLLOUT | (select.POLLIN if on_input else 0)
         while rest:
             events = self._wait(wanted, deadline)
             if not events:
-                raise self._lost("does not take what is sent")
+                raise self._lost("is blocked: the agent does not read")
             if on_input and events & select.POLLIN:
                 on_input(self.receive(deadline))
             elif events & ~select.POLLIN:
@@ -172,7 +172,7 @@ class Link(Closing):
             raise self._lost(f"broke: {error.strerror}") from error
 
     def _wait(self, events: int, deadline: float) -> int:
-        """Return the poll events that are there by the deadline."""
+        """Return the poll events that occur before the deadline, else 0."""
         poll = select.poll()
         try:
             poll.register(self._socket, events)
@@ -188,20 +188,20 @@ class Link(Closing):
 
 def _hint(link: Link) -> str:
     if link.serial:
-        return "check that ovr-agent runs in the guest and nobody else is connected to this chardev"
+        return "check that ovr-agent runs in the guest and no other client uses this chardev"
     return "check that ovr-agent runs in the guest and serves this port"
 
 
 def open_link(address: str, timeout: float) -> Link:
-    """Connect to the agent's transport; one attempt.
+    """Connect to the agent's transport, in one attempt.
 
     Args:
         address: as in `parse_address`.
-        timeout: how long to try, in seconds.
+        timeout: in seconds.
 
     Raises:
-        UsageError: the address makes no sense.
-        AgentUnreachable: there is nobody.
+        UsageError: invalid address.
+        AgentUnreachable: the connection failed.
     """
     where = parse_address(address)
     deadline = time.monotonic() + timeout
@@ -234,7 +234,7 @@ def _ask_for_port(connection: socket.socket, port: int, deadline: float) -> None
     answer = bytearray()
     try:
         connection.sendall(b"CONNECT %d\n" % port)
-        # Byte by byte: what follows the line belongs to the stream.
+        # Byte by byte, because bytes after the line belong to the stream.
         while not answer.endswith(b"\n") and len(answer) <= _MAX_CONNECT_ANSWER:
             connection.settimeout(max(0.001, deadline - time.monotonic()))
             byte = connection.recv(1)
@@ -242,10 +242,10 @@ def _ask_for_port(connection: socket.socket, port: int, deadline: float) -> None
                 raise ConnectionResetError
             answer += byte
     except (BrokenPipeError, ConnectionResetError) as error:
-        # The device knows no reasons: it hangs up.
+        # The device closes the connection without a reason.
         raise ConnectionRefusedError(0, f"the guest does not serve vsock port {port}") from error
     if not answer.startswith(b"OK "):
-        raise ConnectionAbortedError(0, "it does not speak the CONNECT protocol")
+        raise ConnectionAbortedError(0, "the socket does not have the CONNECT protocol")
 
 
 def _advice(where: Address) -> str:
@@ -256,7 +256,7 @@ def _advice(where: Address) -> str:
     try:
         is_socket = stat.S_ISSOCK(Path(where.path).stat().st_mode)
     except OSError:
-        return f"there is no {where.path}: check that the VM runs and has this socket"
+        return f"{where.path} does not exist: check that the VM runs and has this socket"
     if not is_socket:
-        return f"{where.path} is no socket"
+        return f"{where.path} is not a socket"
     return "check that the VM runs, and ovr-agent in it, and that this is the right socket"

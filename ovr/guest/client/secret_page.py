@@ -1,20 +1,19 @@
-"""The page in the agent's memory with the secret that host and agent prove to each other.
+"""Read the secret by which host and agent authenticate each other from the agent's memory.
 
-Who answers at the agent's address says which process it is and where its page lies; neither is
-believed. The page counts only if no user of the guest can have made it:
+The program at the agent's address names its process and the page with the secret. Neither is
+trusted: the page is accepted only if no user of the guest can have made it.
 
-* The process is root of the whole guest (`ovr.kernel.why_not_root`): with any less a user could run
-  it, in a user namespace of his own at least.
-* It was not started by a program that gives privileges (``AT_SECURE``): what is in its memory, such
-  as arguments and environment, could be a user's.
-* The page is a private anonymous mapping by itself, locked, and kept out of children and of core
-  dumps. Whatever a process of root's reads from others, or gets from whoever starts it, lies in a
-  stack, a heap, a buffer or a mapped file: in no such mapping.
-* Its first bytes name its own address, and its process by pid and start: bytes that were copied
-  from another page would not.
+* The process is root of the whole guest (`ovr.kernel.why_not_root`): with fewer privileges a user
+  could run it, at least in a user namespace.
+* It was not started by a set-uid program or the like (``AT_SECURE``): its memory, such as arguments
+  and environment, could contain data of a user.
+* The page is a private anonymous mapping of one page, locked, and excluded from children and core
+  dumps. Data that a root process reads from other users, or gets from its parent, is in a stack, a
+  heap, a buffer or a mapped file, never in such a mapping.
+* Its first bytes contain its own address, and pid and start time of its process: bytes copied from
+  another page would not match.
 
-All of it is looked at in one hold, so that nothing changes between two looks. `proof.c` makes the
-page.
+All conditions are checked in one hold, so nothing changes in between. `proof.c` makes the page.
 """
 
 import struct
@@ -59,8 +58,8 @@ class AgentProcess:
     Attributes:
         pid: in the guest's initial pid namespace.
         task: its ``struct task_struct``.
-        program: the ``struct inode`` of the program that it runs.
-        secret: what lies in its page.
+        program: the ``struct inode`` of its program file.
+        secret: the secret in its page.
     """
 
     pid: int
@@ -73,7 +72,7 @@ class NotTheAgent(Exception):
     """The process or the page is not the agent's.
 
     Attributes:
-        code: ``process``, ``credentials`` or ``secret``: what is wrong.
+        code: the condition that failed: ``process``, ``credentials`` or ``secret``.
     """
 
     def __init__(self, code: str, what: str) -> None:
@@ -83,28 +82,28 @@ class NotTheAgent(Exception):
 
 @types_that_fit()
 def read_secret(kernel: Kernel, pid: int, address: int) -> AgentProcess:
-    """Return the agent's secret, and its process. To be called in a hold.
+    """Return the agent's process and secret. To be called in a hold.
 
     Args:
         kernel: the guest's kernel.
-        pid: the process that is said to be the agent, in the guest's initial pid namespace.
-        address: the GVA in it that is said to be the page's.
+        pid: the alleged pid of the agent, in the guest's initial pid namespace.
+        address: the alleged GVA of the page in that process.
 
     Raises:
-        NotTheAgent: it is not the agent's, or could be somebody else's.
-        GuestFault: kernel objects make no sense; or the page is being moved, and is there again in
+        NotTheAgent: it is not the agent's, or may be another process's.
+        GuestFault: invalid kernel objects; or the page is being moved, and will be mapped again in
             a later hold.
-        KernelNotFound: the kernel's types make no sense.
+        KernelNotFound: the kernel's types do not fit.
     """
     task = find_task(kernel, pid)
     if task is None or task.tgid != task.pid or not task.mm:
         raise NotTheAgent("process", f"the guest has no process {pid}")
     reason = why_not_root(kernel, task)
     if not reason and _is_secure(task.mm):
-        reason = "it was started by a program that gives privileges"
+        reason = "it was started by a program that raises privileges"
     if reason:
         raise NotTheAgent("credentials", f"pid {pid}: {reason}")
-    where = f"pid {pid} has no page of the agent's at {address:#x}"
+    where = f"pid {pid} has no page with the agent's secret at {address:#x}"
     if address % PAGE_SIZE or not 0 < address < 1 << 56 or not _is_by_itself(task.mm, Gva(address)):
         raise NotTheAgent("secret", where)
     magic, own_address, own_pid, start, secret = _PAGE.unpack(
@@ -118,7 +117,7 @@ def read_secret(kernel: Kernel, pid: int, address: int) -> AgentProcess:
 
 
 def _is_secure(mm: Struct) -> bool:
-    # As the kernel has said to the process when it began: begin_new_exec(), bprm->secureexec.
+    # The auxiliary vector that the kernel gave the process: begin_new_exec(), bprm->secureexec.
     words: Any = mm.saved_auxv
     keys = (words[number] for number in range(0, len(words) - 1, 2))
     found = [words[2 * at + 1] for at, key in enumerate(keys) if key == _AT_SECURE]
@@ -135,9 +134,9 @@ def _is_by_itself(mm: Struct, address: Gva) -> bool:
 
 
 def _content(kernel: Kernel, mm: Struct, address: Gva) -> bytes:
-    # Of a page that is this process's alone, by the kernel's own word.
+    # Only from a page that the kernel marks as exclusively owned by this process.
     space = mm_space(kernel, mm)
     runs = space.walk(pieces([(address, PAGE_SIZE, 0)]), kernel.private_frames).tolist()
     if len(runs) != 1 or not runs[0][4] & OWNED:
-        raise GuestFault(f"the agent's page at {address:#x} is not there, or shared", address)
+        raise GuestFault(f"the agent's page at {address:#x} is not mapped, or shared", address)
     return kernel.ram.read(Gpa(runs[0][1]), _PAGE.size)

@@ -1,4 +1,4 @@
-"""A session with the agent in the guest: greeting, frames, heartbeat."""
+"""Hold a session with the agent in the guest: greeting, frames, heartbeat."""
 
 import os
 import threading
@@ -22,10 +22,10 @@ MessageT = TypeVar("MessageT", bound=Message)
 
 _SEND_SECONDS: Final = 60.0
 _HEARTBEAT: Final = 0
-"""The number of pings whose answers only show that the agent lives."""
+"""Number in pings that only test whether the agent is alive."""
 _HEARTBEAT_SECONDS: Final = 5.0
 _DEAD_AFTER: Final = 6
-"""Times the patience for an answer: the agent does not read while it kills a tree."""
+"""Multiple of the timeout: the agent does not read while it kills a tree."""
 
 
 @dataclass(frozen=True)
@@ -33,20 +33,20 @@ class AgentInfo:
     """The agent's description of itself, not trusted before `ovr.attempt.authentication`.
 
     Attributes:
-        protocol: the version of the protocol that both sides speak.
+        protocol: the version of the protocol.
         agent: the agent's own version.
-        lab: it was built with the lab part.
+        lab: whether it was built with the lab part.
         kernel: the guest's kernel release.
         criu: the version of the guest's CRIU, None without one.
         pid: the agent's pid.
-        page_size: in bytes.
+        page_size: the guest's page size in bytes.
         boot_id: a UUID that changes with every boot of the guest.
-        nonce: what the agent's side adds to the proofs of this session.
-        force_write: the agent may write to pages that their own task cannot write to.
-        secret_at: address in the agent's memory of the page with the secret.
-        engines: the container engines that are installed: podman, runc, crun.
-        warm: the size of the pool that is ready, in bytes, or 0.
-        warm_at: where it is in its process.
+        nonce: the agent's nonce for the authentication of this session.
+        force_write: the agent can write to pages that their own task cannot write to.
+        secret_at: the GVA, in the agent's process, of the page with the secret.
+        engines: the installed container engines: podman, runc, crun.
+        warm: the size of the pool in bytes, or 0.
+        warm_at: the GVA of the pool in its process.
     """
 
     protocol: int
@@ -82,16 +82,16 @@ class Session(Closing):
 
     @classmethod
     def connect(cls, address: str, timeout: float = 10.0) -> Self:
-        """Open a session; one attempt.
+        """Open a session, in one attempt.
 
         Args:
             address: ``vsock:CID[:PORT]``, ``unix:PATH[:PORT]`` or ``serial:PATH``.
-            timeout: how long an answer may take, now and later, in seconds; what takes the guest
-                longer is waited for as long as the agent answers pings.
+            timeout: seconds to wait for an answer, also later; longer steps are waited for as long
+                as the agent answers pings.
 
         Raises:
-            UsageError: the address makes no sense.
-            AgentUnreachable: no agent answers there, or one that speaks otherwise.
+            UsageError: invalid address.
+            AgentUnreachable: no agent answers there, or one with another protocol.
         """
         link = open_link(address, timeout)
         try:
@@ -102,15 +102,15 @@ class Session(Closing):
 
     @property
     def address(self) -> str:
-        """Where the agent is, as ``--agent`` takes it."""
+        """The agent's address, in the form of ``--agent``."""
         return str(self._link.address)
 
     def close(self) -> None:
-        """Hang up; a restore that is still held is killed by the agent."""
+        """Close the session; the agent kills a tree that is still held."""
         self._link.close()
 
     def ping(self, timeout: float | None = None) -> None:
-        """Wait until the agent has answered everything that was sent before.
+        """Wait until the agent has handled all previous messages.
 
         Raises:
             AgentUnreachable: it does not answer.
@@ -123,11 +123,11 @@ class Session(Closing):
             if isinstance(message, protocol.Pong) and message.number == self._pings:
                 return
             if time.monotonic() >= deadline:
-                raise self._broken("other answers than to a ping")
+                raise self._broken("no answer to a ping")
 
     @contextmanager
     def keep_alive(self, interval: float = 1.0) -> Iterator[None]:
-        """Let a thread tell the agent every `interval` seconds that the host lives."""
+        """Run a thread that sends `Alive` to the agent every `interval` seconds."""
         stop = threading.Event()
 
         def beat() -> None:
@@ -135,7 +135,7 @@ class Session(Closing):
                 try:
                     self._send(protocol.Alive())
                 except AgentUnreachable:
-                    return  # whoever reads next learns it
+                    return  # the next read reports it
 
         thread = threading.Thread(target=beat, name="ovr-keep-alive", daemon=True)
         thread.start()
@@ -146,7 +146,7 @@ class Session(Closing):
             thread.join()
 
     def _deadline(self, timeout: float | None) -> float:
-        # In `time.monotonic()` seconds.
+        # Returns `time.monotonic()` seconds.
         return time.monotonic() + (self._timeout if timeout is None else timeout)
 
     # Greeting ------------------------------------------------------------------------------
@@ -159,7 +159,7 @@ class Session(Closing):
             self._link.send(hello, deadline)
         answer = self._expect(protocol.Welcome, deadline)
         if answer.token != self._token or answer.version != protocol.VERSION:
-            raise self._broken("an answer to somebody else's hello")
+            raise self._broken("an answer to another session's hello")
         if len(answer.nonce) != protocol.NONCE_SIZE:
             raise self._broken(f"a nonce of {len(answer.nonce)} bytes")
         return AgentInfo(
@@ -180,7 +180,7 @@ class Session(Closing):
         )
 
     def _synchronise(self, hello: bytes, token: bytes, deadline: float) -> None:
-        """Discard what older sessions left in the line, in both directions."""
+        """Discard bytes of older sessions, in both directions."""
         marker = protocol.MAGIC + token
 
         def keep_tail(data: bytes) -> None:
@@ -190,7 +190,7 @@ class Session(Closing):
                 del self._input[: -len(marker)]
 
         start = bytes(protocol.SYNC_ZEROS) + protocol.MAGIC + hello
-        # Read while writing: an agent stuck on its old output would not take our bytes.
+        # Read while writing: an agent that is blocked on old output would not read our bytes.
         self._link.send(start, deadline, on_input=keep_tail)
         while marker not in self._input:
             keep_tail(self._link.receive(deadline))
@@ -207,10 +207,10 @@ class Session(Closing):
         """Return the next message.
 
         Args:
-            deadline: until when to wait; None: as long as the agent answers pings.
+            deadline: in `time.monotonic()` seconds; None: wait while the agent answers pings.
 
         Raises:
-            AgentUnreachable: none came, or nonsense.
+            AgentUnreachable: none came, or an invalid one.
         """
         while True:
             while (frame := self._take_frame()) is None:
@@ -222,10 +222,10 @@ class Session(Closing):
             if not _is_heartbeat(message):
                 return message
             if deadline is not None and time.monotonic() >= deadline:
-                raise self._broken("nothing but answers to pings")
+                raise self._broken("only answers to pings")
 
     def _await_input(self, deadline: float | None) -> float:
-        # Until when to read. Without a deadline the agent is asked now and then whether it lives.
+        # Returns the deadline for a read. Without a deadline, sends pings until input arrives.
         if deadline is not None:
             return deadline
         dead = time.monotonic() + _DEAD_AFTER * self._timeout
@@ -247,7 +247,7 @@ class Session(Closing):
         return frame
 
     def _has_news(self) -> bool:
-        """Whether the agent has said something, besides answers to pings, that is not read yet."""
+        """Return whether there is an unread message other than answers to pings."""
         while self._link.readable():
             self._input += self._link.receive(time.monotonic())
         while (frame := self._take_frame()) is not None:
@@ -257,7 +257,7 @@ class Session(Closing):
         return bool(self._input)
 
     def _expect(self, kind: type[MessageT], deadline: float) -> MessageT:
-        """Return the next message, which must be a `kind`."""
+        """Return the next message; raise unless it is a `kind`."""
         message = self._receive(deadline)
         if isinstance(message, kind):
             return message
@@ -273,7 +273,7 @@ class Session(Closing):
     def _broken(self, how: str) -> AgentUnreachable:
         self.close()
         return AgentUnreachable(
-            f"the agent at {self._link.address} broke the protocol: {how}",
+            f"the agent at {self._link.address} violated the protocol: {how}",
             "check that ovr on the host and ovr-agent in the guest have the same version",
         )
 
@@ -283,5 +283,5 @@ def _is_heartbeat(message: Message) -> bool:
 
 
 def one_line(text: str) -> str:
-    """Return what the guest said as one harmless line."""
+    """Return untrusted text from the guest as one line of printable characters."""
     return "".join(c if c.isprintable() else "?" for c in text)[:256]

@@ -1,7 +1,7 @@
-"""The CRIU that holds the skeleton: the kernel itself says that the agent has started it.
+"""Find the CRIU that holds the skeleton, and check in guest memory that the agent has started it.
 
-What a tree may do is the images' affair. Who holds it must be root of the guest's, and the agent's:
-only then nobody else lets the tree run, or takes it for a tree of his own.
+It must be root of the guest and started by the agent. Otherwise another program could let the tree
+run, or present another tree to ``ovr``.
 """
 
 from typing import Any
@@ -21,23 +21,23 @@ def find_tracer(kernel: Kernel, agent: AgentProcess, pid: int, *, engine: bool) 
     Args:
         kernel: the guest's kernel.
         agent: the agent.
-        pid: CRIU, in the guest's initial pid namespace.
-        engine: a container engine has started it: then the agent is not its parent, but what it
-            runs as its hook must be the agent's own program.
+        pid: pid of CRIU, in the guest's initial pid namespace.
+        engine: whether a container engine has started it: then the agent is not its parent, but its
+            hook must be the agent's program.
 
     Raises:
-        AgentUntrusted: it is not the agent's.
-        GuestFault, KernelNotFound: kernel objects of the guest make no sense.
+        AgentUntrusted: it is not the agent's CRIU.
+        GuestFault, KernelNotFound: invalid kernel objects in the guest.
     """
     task = find_task(kernel, pid)
     if task is None or task.tgid != task.pid:
-        raise _untrusted(pid, "there is no such process")
+        raise _untrusted(pid, "no such process")
     if reason := why_not_root(kernel, task):
         raise _untrusted(pid, reason)
     if engine and not any(_program(child) == agent.program for child in _children(task)):
         raise _untrusted(pid, "it does not run the agent's hook")
     if not engine and task.real_parent.address_ != agent.task:
-        raise _untrusted(pid, "the agent has not started it")
+        raise _untrusted(pid, "it was not started by the agent")
     return Gva(task.address_)
 
 
@@ -46,7 +46,7 @@ def _children(task: Struct) -> Any:
 
 
 def _program(task: Struct) -> Gva:
-    # A zombie has no memory any more, and a kernel thread no program.
+    # A zombie has no mm, a kernel thread no program.
     file = task.mm.exe_file if task.mm else None
     return Gva(file.f_inode.address_) if file else Gva(0)
 
@@ -54,6 +54,6 @@ def _program(task: Struct) -> Gva:
 def _untrusted(pid: int, why: str) -> AgentUntrusted:
     return AgentUntrusted(
         f"the tree is held by pid {pid}, which is not the agent's CRIU: {why}",
-        "does anybody else in the guest trace or restore processes? restore again",
+        "does another program in the guest trace or restore processes? restore again",
         "tracer",
     )

@@ -1,1 +1,1 @@
-"""The pool in the plan: `layout` chooses the areas that get memory from it, `table` lists them."""
+"""Plan the use of the guest's pool: `layout` chooses the areas, `table` lists them for CRIU."""

@@ -1,9 +1,9 @@
-"""Which areas of the tasks a pool in the guest can give, and where in the pool they are best.
+"""Choose the areas of tasks that get memory from the guest's pool, and lay them out in it.
 
-Whole units of 2 MiB of private, anonymous, writable memory come from a pool. An area's part of it
-lies in it as the area lies in memory, modulo 2 MiB and without gaps, so that huge pages stay whole
-when they are moved; the largest one, if it can be, modulo 1 GiB, so that page tables are moved
-whole, too.
+Whole units of 2 MiB of private, anonymous, writable memory come from a pool. An area's part of the
+pool has the same offset modulo 2 MiB as the area and no gaps, so that huge pages stay whole when
+they are moved. The largest area, if possible, has the same offset modulo 1 GiB, so that whole page
+tables can be moved too.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -48,14 +48,13 @@ __all__ = [
 ]
 
 UNIT: Final = 2 << 20
-"""What comes from the pool comes in whole huge pages, in bytes."""
+"""Granularity of memory from the pool, in bytes: a huge page."""
 POOL_ADDRESS: Final = 0x4000_0000_0000
-"""Near where the guest's pool is, as far as nothing else was there: POOL_SEAT in guest/warm/pool.h.
-"""
+"""Preferred GVA of the guest's pool (POOL_SEAT in guest/warm/pool.h)."""
 TABLE_SPAN: Final = 1 << 30
-"""What a page table of 2 MiB entries maps, in bytes: the kernel moves it at once, if it is at such
-a boundary here and there (``move_normal_pud`` of mm/mremap.c)."""
-NOTHING: Final = "no area has enough whole 2 MiB that a pool could give"
+"""Range of a page table of 2 MiB entries, in bytes: the kernel moves such a table at once if source
+and destination are aligned to it (``move_normal_pud`` of mm/mremap.c)."""
+NOTHING: Final = "no area has enough units of 2 MiB to use a pool"
 
 _FLAGS: Final = MAP_PRIVATE | MAP_FIXED | MAP_ANONYMOUS | MAP_STACK
 _ADVICE: Final = 1 << MADV_HUGEPAGE | 1 << MADV_POPULATE_WRITE
@@ -64,12 +63,12 @@ _WRITABLE: Final = PROT_READ | PROT_WRITE
 
 @dataclass(frozen=True)
 class Pool:
-    """What the guest has ready.
+    """The guest's pool.
 
     Attributes:
-        size: of the pool, in bytes.
+        size: its size in bytes.
         criu: the version of the CRIU that has it.
-        at: where it is in its process.
+        at: its GVA in that CRIU's process.
     """
 
     size: int
@@ -82,10 +81,11 @@ class PoolArea:
     """An area of a task, and its part of the pool.
 
     Attributes:
-        start: address in the task; `end` the one behind it.
-        kept: the units of it that have pages, as addresses in the task.
-        at: where its start is in the pool, in bytes.
-        gap: bytes of the pool before its part that nobody gets.
+        start: its first GVA in the task.
+        end: the GVA after it.
+        kept: its units that have pages, as GVAs in the task.
+        at: offset of its start in the pool, in bytes.
+        gap: unused bytes of the pool before its part.
     """
 
     start: int
@@ -96,27 +96,26 @@ class PoolArea:
 
     @property
     def low(self) -> int:
-        """Where the first unit begins, in the task."""
+        """The GVA of the first unit in the task."""
         return self.start // UNIT * UNIT
 
     @property
     def room(self) -> int:
-        """What it takes of the pool, in bytes."""
+        """Size of its part of the pool, in bytes."""
         return -(-self.end // UNIT) * UNIT - self.low
 
 
 def fitting_pool(
     plans: Sequence[TaskPlan], cow: CowPlan, areas: Mapping[int, Sequence[VmaEntry]]
 ) -> tuple[int, int] | None:
-    """Return what the smallest pool is from which the tasks get all that one can give.
+    """Return size and best offset modulo `TABLE_SPAN` of the smallest pool for all areas, in bytes.
 
-    Its size, and how far behind a multiple of `TABLE_SPAN` it begins best, in bytes; None if that
-    is nothing.
+    None if no area can use a pool.
 
     Args:
-        plans: the tasks that are alive, parents first.
-        cow: what they share.
-        areas: the areas of each task as the inside image set has them, by pid.
+        plans: the live tasks, parents first.
+        cow: the pages that they share.
+        areas: the areas of each task in the inside image set, by pid.
     """
     served = pool_areas(plans, cow, areas)
     size = pool_size_of(served)
@@ -130,7 +129,7 @@ def fitting_pool(
 def pool_areas(
     plans: Sequence[TaskPlan], cow: CowPlan, areas: Mapping[int, Sequence[VmaEntry]]
 ) -> dict[int, list[PoolArea]]:
-    """Return what a pool can give to each task, by pid, descendants behind their ancestors.
+    """Return the areas of each task that can use a pool, by pid, descendants after ancestors.
 
     The arguments are those of `fitting_pool`.
     """
@@ -140,18 +139,18 @@ def pool_areas(
 
 
 def pool_size_of(served: Mapping[int, Sequence[PoolArea]]) -> int:
-    """Return how much of a pool all of that takes, in bytes."""
+    """Return the size of a pool for all these areas, in bytes."""
     return sum(area.room for each in served.values() for area in each)
 
 
 def alone(served: Mapping[int, Sequence[PoolArea]]) -> bool:
-    """Tell whether one task has it all."""
+    """Return whether all areas belong to one task."""
     return sum(map(bool, served.values())) == 1
 
 
 def _to_align(served: Mapping[int, Sequence[PoolArea]]) -> PoolArea | None:
-    # The area that shall lie as in the end modulo `TABLE_SPAN`: the largest, if one task has it
-    # all, so that the reservation can be put where it is.
+    # The area that gets its final offset modulo `TABLE_SPAN`: the largest, if all belong to one
+    # task, because then CRIU's reservation can be at the same address.
     largest = max((area for each in served.values() for area in each), key=lambda area: area.room)
     return largest if alone(served) and largest.room >= TABLE_SPAN else None
 
@@ -177,7 +176,7 @@ def assign_ranges(
 
 
 def _family_order(plans: Sequence[TaskPlan]) -> list[int]:
-    # So that what goes to a task and its descendants is one range of the pool.
+    # In this order the parts of a task and its descendants are one range of the pool.
     children: dict[int, list[int]] = {}
     for plan in plans:
         children.setdefault(plan.task.ppid, []).append(plan.task.pid)
@@ -206,18 +205,18 @@ def _inherited(
 
 
 def _served(plan: TaskPlan, cow: CowPlan, inherited: Ranges) -> Iterator[PoolArea]:
-    # The areas of a task that are worth it.
+    # The areas of a task for which the pool saves time.
     vmas, mm, pid = plan.task.vmas, plan.task.mm, plan.task.pid
     assert vmas is not None and mm is not None
     if mm.thp_disabled:
         return  # the pool has huge pages
     if (vmas[is_private(vmas)]["flags"] & MAP_HUGETLB).any():
-        return  # these are not in CRIU's reservation, or are, by its version
+        return  # depends on CRIU's version whether its reservation contains them
     plain = is_private(vmas) & (vmas["status"] & VMA_ANON_PRIVATE != 0)
     plain &= (vmas["flags"] & ~np.uint32(_FLAGS) == 0) & (vmas["madv"] & ~np.uint64(_ADVICE) == 0)
     plain &= vmas["prot"] & _WRITABLE == _WRITABLE
     plain &= vmas["end"] - vmas["start"] >= UNIT
-    # Children must inherit these, and find nothing there that is not theirs.
+    # Children inherit these areas, and memory from the pool must not be visible to them.
     others = join(inherited, family(cow, pid))
     for start, end in vmas[plain][["start", "end"]].tolist():
         area = one_range(start, end)
@@ -229,12 +228,12 @@ def _served(plan: TaskPlan, cow: CowPlan, inherited: Ranges) -> Iterator[PoolAre
 
 
 def family(cow: CowPlan, pid: int) -> Ranges:
-    """Return the areas of a task that others inherit, or that it inherits."""
+    """Return the areas that a task inherits, or that others inherit from it."""
     return join(cow.inherited_from(pid), *cow.rooted[pid].values())
 
 
 def one_range(start: int, end: int) -> Ranges:
-    """Return the set of one range."""
+    """Return a `Ranges` array with one range."""
     return ranges_of(np.array([start], "<u8"), np.array([end], "<u8"))
 
 
@@ -246,5 +245,5 @@ def _units(ranges: Ranges) -> Ranges:
 
 
 def total_of(ranges: Ranges) -> int:
-    """Return how many bytes are in a set."""
+    """Return the total size of ranges in bytes."""
     return int((ranges["end"] - ranges["start"]).sum())

@@ -1,8 +1,7 @@
-"""What a pool in the guest can give to the restored tasks, and the table that says so.
+"""Make the table by which a CRIU with a pool takes memory from it.
 
-A CRIU that was started in advance holds a pool of allocated memory (`guest/warm/pool.c`). Of an
-area that CRIU would be asked to populate, whole units of 2 MiB come from there; what is left of the
-area is populated as ever.
+A CRIU that was started in advance has a pool of allocated memory (`guest/warm/pool.c`). Whole units
+of 2 MiB of the areas that CRIU would populate come from the pool; the rest is populated as usual.
 """
 
 import re
@@ -37,13 +36,13 @@ from ovr.plan.sharing import CowPlan
 __all__ = ["NO_POOL", "TABLE", "Cold", "Warm", "foreign_cgroup", "plan_warm"]
 
 TABLE: Final = "ovr-warm.tab"
-"""The table's name beside the images; WARM_TABLE in guest/agent.h."""
+"""File name of the table among the images; WARM_TABLE in guest/agent.h."""
 
 # guest/warm/pool.h
 _MAGIC: Final = 0x314D524157525655
 _PLAIN, _WITHOUT_WRITE, _SERVE = range(3)
 
-# Where CRIU's reservation may lie; half of what a process has.
+# Bounds for CRIU's reservation, about half of a process's address space.
 _LOWEST: Final = 0x1000_0000_0000
 _HIGHEST: Final = 0x7000_0000_0000
 
@@ -52,19 +51,19 @@ Points = NDArray[np.uint64]
 
 @dataclass(frozen=True)
 class Cold:
-    """All memory is allocated at restore time; `why` the pool is not used."""
+    """All memory is allocated at restore time; `why` is the reason why the pool is not used."""
 
     why: str
 
 
 @dataclass(frozen=True)
 class Warm:
-    """Areas are made from the pool.
+    """Areas get memory from the pool.
 
     Attributes:
-        table: for the library in the guest's CRIU.
-        images: the page maps of the tasks that get memory from the pool, and their pages images.
-        size: bytes of areas that are made from the pool, absent pages included.
+        table: the table for the library in the guest's CRIU.
+        images: the pagemaps and pages images of the tasks that get memory from the pool.
+        size: bytes of areas that use the pool, absent pages included.
         bytes: bytes of restored memory that come from it.
     """
 
@@ -79,7 +78,8 @@ NO_POOL: Final = Cold("the guest has no pool")
 
 @dataclass(frozen=True)
 class _Window:
-    # CRIU's reservation for the private areas of a task: their places in it, one after the other.
+    # CRIU's reservation for the private areas of a task, which lie in it one after the other: `at`
+    # has the offset of each, and the total size.
     areas: Vmas
     at: Points
 
@@ -88,7 +88,7 @@ class _Window:
         return int(self.at[-1])
 
     def place(self, start: int) -> int:
-        # That of the area that begins at `start` in the task.
+        # The offset of the area that begins at `start` in the task.
         return int(self.at[np.searchsorted(self.areas["start"], np.uint64(start))])
 
 
@@ -98,14 +98,14 @@ def plan_warm(
     areas: Mapping[int, Sequence[VmaEntry]],
     pool: Pool,
 ) -> Warm | Cold:
-    """Give out the pool.
+    """Assign the pool to areas, and mark these.
 
     Args:
-        plans: the tasks that are alive, parents first.
-        cow: what they share.
-        areas: the areas of each task as the inside image set has them, by pid. Those that are made
-            from the pool are marked here.
-        pool: what there is.
+        plans: the live tasks, parents first.
+        cow: the pages that they share.
+        areas: the areas of each task in the inside image set, by pid. Those that get memory from
+            the pool are marked in place.
+        pool: the guest's pool.
     """
     by_pid = {plan.task.pid: plan for plan in plans}
     served = pool_areas(plans, cow, areas)
@@ -131,12 +131,12 @@ def plan_warm(
 
 
 class _Table:
-    # As guest/warm/pool.h has it, task by task.
+    # In the format of guest/warm/pool.h, task by task.
 
     def __init__(self, cow: CowPlan, pool: Pool, *, alone: bool) -> None:
         self._cow = cow
         self._pool = pool
-        self._alone = alone  # one task has it all
+        self._alone = alone  # all areas belong to one task
         self._tasks: list[bytes] = []
         self._drops: list[bytes] = []
         self._rows: list[bytes] = []
@@ -156,7 +156,7 @@ class _Table:
             extent = window.size
             base = _aligned_base(plan, window, served, self._pool.at) if self._alone else 0
             base = base or _base(plan, window, served, self._lowest)
-            # A child is made while its parent still has its own.
+            # A child's reservation is made while its parent still has its own.
             self._lowest = base + extent if base + extent < _HIGHEST else _LOWEST
             _mark(areas, served)
         first = len(self._rows)
@@ -174,7 +174,7 @@ class _Table:
 def _subtrees(
     plans: Mapping[int, TaskPlan], parts: dict[int, tuple[int, int]]
 ) -> dict[int, tuple[int, int]]:
-    # Their parts of the pool with all their descendants', where there is any.
+    # The parts of the pool of each task and its descendants, if not empty.
     ends = {pid: end for pid, (_, end) in parts.items()}
     for pid in reversed(parts):
         parent = plans[pid].task.ppid
@@ -185,7 +185,7 @@ def _subtrees(
 
 
 def _drops(served: PoolArea) -> Iterator[tuple[int, int]]:
-    # The pages of its part of the pool that it does not need.
+    # The ranges of its part of the pool that it does not need.
     whole = one_range(served.low, served.low + served.room)
     shift = served.at - served.start
     if served.gap:
@@ -217,8 +217,8 @@ def _rows(window: _Window, served: Sequence[PoolArea], read_only: Ranges) -> Ite
 
 
 def _mapped_without_write(plan: TaskPlan, criu: str) -> Ranges:
-    # The areas that CRIU alone would map as they are in the end, since the next page that it has is
-    # behind them (premap_priv_vmas of criu/mem.c), unless they are inherited; the kernel accounts
+    # The areas that CRIU without a pool maps with their final protection, because its next page is
+    # after them (premap_priv_vmas of criu/mem.c), unless they are inherited. The kernel accounts
     # for the others (VM_ACCOUNT).
     assert plan.task.vmas is not None
     vmas = plan.task.vmas[is_private(plan.task.vmas)]
@@ -237,8 +237,8 @@ def _excludes_the_end(criu: str) -> bool:
 
 
 def _base(plan: TaskPlan, window: _Window, served: Sequence[PoolArea], base: int) -> int:
-    # Where CRIU's reservation is best: away from all areas of the task, and so that most of what
-    # comes from the pool lies there as in the end, modulo huge pages.
+    # The best address for CRIU's reservation: apart from all areas of the task, and such that most
+    # memory from the pool has its final offset modulo huge pages.
     shifts: dict[int, int] = {}
     for one in served:
         shift = (one.start - window.place(one.start)) % UNIT
@@ -254,20 +254,21 @@ def _base(plan: TaskPlan, window: _Window, served: Sequence[PoolArea], base: int
 
 
 def _aligned_base(plan: TaskPlan, window: _Window, served: Sequence[PoolArea], pool: int) -> int:
-    # Where CRIU's reservation has the largest area where the pool has it, so that one move is
-    # enough; 0 if an area of the task is in the way. What else is in the pool is moved once more.
+    # The address for CRIU's reservation at which the largest area coincides with its part of the
+    # pool, so that one move is enough; 0 if an area of the task is in the way. Other parts of the
+    # pool are moved twice.
     largest = max(served, key=lambda one: one.room)
     base = pool + largest.at - window.place(largest.start)
     vmas = plan.task.vmas
     assert vmas is not None
     if not _LOWEST <= base <= _HIGHEST - window.size:
-        return 0  # the pool is not where it should be
+        return 0  # the pool is not near POOL_ADDRESS
     apart = (vmas["end"] <= base) | (vmas["start"] >= base + window.size)
     return base if apart.all() else 0
 
 
 def _mark(areas: Sequence[VmaEntry], served: Sequence[PoolArea]) -> None:
-    # The pool is nobody's but its task's (MADV_DONTFORK) while CRIU makes children and helpers.
+    # The pool has MADV_DONTFORK, so that children and helpers that CRIU forks do not inherit it.
     starts = [one.start for one in served]
     for area in areas:
         one = int(np.searchsorted(starts, area.start, side="right")) - 1
@@ -276,7 +277,7 @@ def _mark(areas: Sequence[VmaEntry], served: Sequence[PoolArea]) -> None:
 
 
 def foreign_cgroup(images: ImageSet, criu_options: Sequence[str]) -> bool:
-    """Tell whether CRIU would move tasks into another cgroup than its own, which is charged."""
+    """Return whether CRIU would move tasks into another cgroup than its own, which is charged."""
     if any(
         option in ("--manage-cgroups=ignore", "--manage-cgroups=none") for option in criu_options
     ):

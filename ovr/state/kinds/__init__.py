@@ -1,4 +1,4 @@
-"""The kinds of state that are written from outside: every module here declares its ``KINDS``."""
+"""Collect the kinds of state that are written from outside from the modules of this package."""
 
 from importlib import import_module
 from pkgutil import iter_modules
@@ -17,4 +17,4 @@ def _discover() -> tuple[Kind, ...]:
 
 
 KINDS: Final = _discover()
-"""All kinds but memory, which comes in pages and has a module of its own; by module, in order."""
+"""All kinds except memory, which is handled in pages (`ovr.plan.areas`), sorted by module."""

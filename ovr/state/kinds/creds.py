@@ -1,4 +1,4 @@
-"""Privileges: what of a thread's credentials is plain data."""
+"""Write the parts of a thread's credentials that are plain data."""
 
 from typing import Any, Final
 
@@ -18,11 +18,11 @@ _MAX_PARENTS: Final = 1 << 16
 
 
 def _own_cred(thread: Struct) -> Any:
-    """Return a thread's ``struct cred``, which nobody else may have.
+    """Return a thread's ``struct cred``; raise if it is referenced elsewhere.
 
     Credentials are copied, changed and then shared read-only (Documentation/security/credentials).
-    CRIU gives every thread a copy of its own (each of its capset() calls makes one), so that the
-    thread's two references are the only ones.
+    CRIU gives every thread its own copy (each of its capset() calls makes one), so the thread's two
+    references are the only ones.
     """
     cred = thread.cred
     if cred != thread.real_cred or cred.usage.counter != 2:
@@ -45,8 +45,8 @@ class NoNewPrivs(Kind):
     def take(self, image: CoreEntry) -> bool | None:
         """Return whether it is set.
 
-        None under seccomp, whose filters CRIU installs with it, and where CRIU dumped nothing: up
-        to 3.17 it knows nothing of it.
+        None under seccomp, whose filters CRIU installs with it, and if it was not dumped: CRIU up
+        to 3.17 does not.
         """
         creds = image.thread_core.creds
         if image.thread_core.seccomp_mode or not creds.HasField("no_new_privs"):
@@ -54,11 +54,11 @@ class NoNewPrivs(Kind):
         return bool(creds.no_new_privs)
 
     def neutralise(self, image: CoreEntry) -> None:
-        """Absent: not set."""
+        """Remove the field: not set."""
         image.thread_core.creds.ClearField("no_new_privs")
 
     def write(self, target: Any, value: bool) -> None:
-        """As task_set_no_new_privs() does."""
+        """Store as task_set_no_new_privs() does."""
         # SAFETY: the other bits of the word are set and cleared by atomic instructions, of this
         # thread, which is stopped, and of cpuset writers, which the hold keeps from coming between
         # our read and our write. The kernel never clears this bit: CRIU has left it clear. Undone
@@ -66,7 +66,6 @@ class NoNewPrivs(Kind):
         target.atomic_flags = target.atomic_flags & ~_PFA_NO_NEW_PRIVS | value
 
     def read(self, target: Any) -> bool:
-        """Read it."""
         return bool(target.atomic_flags & _PFA_NO_NEW_PRIVS)
 
 
@@ -84,17 +83,16 @@ class Securebits(Kind):
         return image.thread_core.creds.secbits if image.thread_core.HasField("creds") else None
 
     def neutralise(self, image: CoreEntry) -> None:
-        """None."""
+        """Clear all bits."""
         image.thread_core.creds.secbits = 0
 
     def write(self, target: Any, value: int) -> None:
-        """As cap_task_prctl() does to its copy."""
-        # SAFETY: nobody but the stopped thread has these credentials (_own_cred, in this very
-        # hold). Nothing is derived from the bits. Undone by killing the tree.
+        """Store as cap_task_prctl() does in its copy."""
+        # SAFETY: only the stopped thread has these credentials (checked by _own_cred in this hold).
+        # Nothing is derived from the bits. Undone by killing the tree.
         _own_cred(target).securebits = value
 
     def read(self, target: Any) -> int:
-        """Read them."""
         return int(target.cred.securebits)
 
 
@@ -110,26 +108,26 @@ class Capabilities(Kind):
     def take(self, image: CoreEntry) -> tuple[int, ...] | None:
         """Return the sets: inheritable, permitted, effective, bounding, ambient.
 
-        CRIU up to 3.17 does not dump the last: then it is empty.
+        CRIU up to 3.17 does not dump the ambient set; it is empty then.
         """
         if not image.thread_core.HasField("creds"):
             return None
         sets = tuple(_set(words) for words in _words(image.thread_core.creds))
         inheritable, permitted, effective, _, ambient = sets
         if effective & ~permitted or ambient & ~(permitted & inheritable):
-            raise ImagesDamaged("capabilities that no thread can have", "dump again")
+            raise ImagesDamaged("impossible capabilities", "dump again")
         return sets
 
     def neutralise(self, image: CoreEntry) -> None:
-        """None at all, which every thread may restrict itself to."""
+        """Clear all sets: any thread may drop all of its capabilities."""
         for words in _words(image.thread_core.creds):
             words[:] = [0] * len(words)
 
     def write(self, target: Any, value: tuple[int, ...]) -> None:
-        """As cap_capset() does to its copy; capabilities that the kernel does not know are lost."""
-        # SAFETY: nobody but the stopped thread has these credentials (_own_cred, in this very
-        # hold). What commit_creds() does besides: dumpable and pdeath_signal, which are set by
-        # their own kinds or by CRIU after its commit_creds(). Undone by killing the tree.
+        """Store as cap_capset() does in its copy."""
+        # SAFETY: only the stopped thread has these credentials (checked by _own_cred in this hold).
+        # commit_creds() also sets dumpable and pdeath_signal, which are set by their own kinds or
+        # by CRIU after its commit_creds(). Undone by killing the tree.
         cred, known = _own_cred(target), _all_capabilities(target)
         for name, wanted in zip(_SETS, value, strict=True):
             if wanted & ~known:
@@ -140,7 +138,6 @@ class Capabilities(Kind):
             capabilities(cred, name)[0] = wanted
 
     def read(self, target: Any) -> tuple[int, ...]:
-        """Read them."""
         return tuple(capabilities(target.cred, name)[0] for name in _SETS)
 
 
@@ -153,13 +150,13 @@ def _set(words: Scalars[int]) -> int:
 
 
 def _all_capabilities(thread: Any) -> int:
-    # The idle task, everybody's ancestor and its own parent, has CAP_FULL_SET for ever.
+    # The idle task, ancestor of all tasks and its own parent, always has CAP_FULL_SET.
     for _ in range(_MAX_PARENTS):
         parent = thread.real_parent
         if parent == thread:
             return int(capabilities(thread.cred, "permitted")[0])
         thread = parent
-    raise GuestFault("a task without end of ancestors", thread.address_)
+    raise GuestFault("a task with a cycle of ancestors", thread.address_)
 
 
 KINDS: Final = (NoNewPrivs(), Securebits(), Capabilities())

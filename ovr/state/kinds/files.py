@@ -1,4 +1,4 @@
-"""Open files and their descriptors."""
+"""Write the state of open files and their descriptors."""
 
 from typing import Any, Final
 
@@ -32,21 +32,20 @@ class CloseOnExec(Kind):
     scope = DESCRIPTOR
 
     def take(self, image: FdinfoEntry) -> bool | None:
-        """Return True if exec closes it; if not, it is as CRIU opens it."""
+        """Return True if exec closes it, else None: CRIU opens files without the flag."""
         return True if image.flags & _FD_CLOEXEC else None
 
     def neutralise(self, image: FdinfoEntry) -> None:
-        """Not."""
+        """Clear the flag."""
         image.flags &= ~_FD_CLOEXEC
 
     def write(self, target: Descriptor, value: bool) -> None:
-        """As __set_close_on_exec() does under the table's lock."""
+        """Set the bit as __set_close_on_exec() does under the table's lock."""
         # SAFETY: only tasks of the tree have this table, all of them stopped: CRIU gives its
-        # children tables of their own. Undone by killing the tree.
+        # children their own tables. Undone by killing the tree.
         set_close_on_exec(*target, value)
 
     def read(self, target: Descriptor) -> bool:
-        """Read it."""
         return close_on_exec(*target)
 
 
@@ -64,18 +63,17 @@ class FilePosition(Kind):
         return image.reg.pos if image.reg.pos != _NO_POSITION else None
 
     def neutralise(self, image: FileEntry) -> None:
-        """The start."""
+        """Set position 0."""
         image.reg.pos = 0
 
     def write(self, target: Any, value: int) -> None:
-        """As vfs_setpos() does."""
+        """Store as vfs_setpos() does."""
         # SAFETY: CRIU has opened the file for this tree: only tasks of the tree have it, all of
-        # them stopped, so nobody holds f_pos_lock. For a regular file the position is one plain
-        # word from which nothing is derived. Undone by killing the tree.
+        # them stopped, so f_pos_lock is free. For a regular file the position is one plain word
+        # from which nothing is derived. Undone by killing the tree.
         target.f_pos = value
 
     def read(self, target: Any) -> int:
-        """Read it."""
         return int(target.f_pos)
 
 
@@ -93,19 +91,17 @@ class EventfdCounter(Kind):
         return image.efd.counter
 
     def neutralise(self, image: FileEntry) -> None:
-        """Zero."""
+        """Set 0."""
         image.efd.counter = 0
 
     def write(self, target: Any, value: int) -> None:
-        """As eventfd_write() does, but for waking up those who wait."""
-        # SAFETY: only tasks of the tree have the file. They are stopped: those that wait for it
-        # begin their system call anew when they run, and look at the counter then. An epoll
-        # instance would have to be told, and the scope leaves eventfds inside if there is one.
-        # Undone by killing the tree.
+        """Store as eventfd_write() does, without waking up waiters."""
+        # SAFETY: only tasks of the tree have the file, all of them stopped. Waiters restart their
+        # system call when they run, and read the counter then. An epoll instance would need a
+        # wake-up; the scope leaves eventfds inside if there is one. Undone by killing the tree.
         target.count = value
 
     def read(self, target: Any) -> int:
-        """Read it."""
         return int(target.count)
 
 
@@ -123,22 +119,21 @@ class SignalfdMask(Kind):
         return image.sgfd.sigmask & ~_NEVER_BLOCKED
 
     def neutralise(self, image: FileEntry) -> None:
-        """No signals."""
+        """Set an empty mask."""
         image.sgfd.sigmask = 0
 
     def write(self, target: Any, value: int) -> None:
-        """As do_signalfd4() does, which keeps the mask inverted."""
-        # SAFETY: as for an eventfd. The kernel changes the mask under the lock of the task that
-        # reads, one word by one store. Undone by killing the tree.
+        """Store the inverted mask, as do_signalfd4() does."""
+        # SAFETY: as for an eventfd. The kernel changes the mask by one store of one word, under the
+        # reading task's siglock. Undone by killing the tree.
         target.sigmask.sig[0] = ~value & _ALL_SIGNALS
 
     def read(self, target: Any) -> int:
-        """Read it."""
         return ~int(target.sigmask.sig[0]) & _ALL_SIGNALS
 
 
 class TimerfdTicks(Kind):
-    """What read() of a timerfd returns."""
+    """The number of expirations that read() of a timerfd returns."""
 
     name = "timerfd_ticks"
     groups = ("files",)
@@ -147,22 +142,21 @@ class TimerfdTicks(Kind):
     scope = TIMERFD
 
     def take(self, image: FileEntry) -> int | None:
-        """Return the number of expirations; None while the timer runs, for it adds to them."""
+        """Return the number of expirations; None for an armed timer, which increments it."""
         timer = image.tfd
         return None if timer.vsec or timer.vnsec else timer.ticks
 
     def neutralise(self, image: FileEntry) -> None:
-        """None."""
+        """Set 0."""
         image.tfd.ticks = 0
 
     def write(self, target: Any, value: int) -> None:
-        """As timerfd_ioctl() does, but for waking up those who wait."""
-        # SAFETY: as for an eventfd; no timer interrupt writes the word, for the timer is not
+        """Store as timerfd_ioctl() does, without waking up waiters."""
+        # SAFETY: as for an eventfd; no timer interrupt writes the word, because the timer is not
         # armed. Undone by killing the tree.
         target.ticks = value
 
     def read(self, target: Any) -> int:
-        """Read it."""
         return int(target.ticks)
 
 

@@ -1,4 +1,4 @@
-"""What tasks share with CLONE_FS: the file mode creation mask."""
+"""Write the file mode creation mask, which tasks share with CLONE_FS."""
 
 from typing import Any, Final
 
@@ -23,18 +23,17 @@ class Umask(Kind):
         return image.umask & 0o777 if image.HasField("umask") else None
 
     def neutralise(self, image: FsEntry) -> None:
-        """Zero: what a process never has by accident."""
+        """Set 0, which no process has by accident."""
         image.umask = 0
 
     def write(self, target: Any, value: int) -> None:
-        """As sys_umask() does."""
-        # SAFETY: the fs_struct was made for this tree by fork or clone, so that only tasks of the
+        """Store as sys_umask() does."""
+        # SAFETY: the fs_struct was made for this tree by fork or clone, so only tasks of the
         # tree share it, all of them stopped. The kernel changes umask by one plain store and
         # derives nothing from it. Undone by killing the tree.
         target.umask = value
 
     def read(self, target: Any) -> int:
-        """Read it."""
         return int(target.umask)
 
 

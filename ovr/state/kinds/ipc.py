@@ -1,4 +1,4 @@
-"""The limits of an IPC namespace."""
+"""Write the limits of an IPC namespace."""
 
 from typing import Any, Final
 
@@ -36,29 +36,28 @@ class IpcLimits(Kind):
     scope = IPC
 
     def take(self, image: IpcVarEntry) -> dict[str, Any] | None:
-        """Return the values by the kernel's names; None if an old CRIU has left some out."""
+        """Return the values by the kernel's names; None if an old CRIU did not dump all."""
         if not all(image.HasField(name) for name in _DEFAULTS):
             return None
         values: dict[str, Any] = {name: getattr(image, name) for name in _DEFAULTS}
         return {"sem_ctls": tuple(image.sem_ctls), **values}
 
     def neutralise(self, image: IpcVarEntry) -> None:
-        """The kernel's defaults."""
+        """Set the kernel's defaults."""
         image.sem_ctls[:] = _SEM_DEFAULTS
         for name, default in _DEFAULTS.items():
             setattr(image, name, default)
 
     def write(self, target: Any, value: dict[str, Any]) -> None:
-        """As the sysctls' handlers do in a namespace that has nothing in it yet."""
+        """Store as the sysctl handlers do in an empty namespace."""
         # SAFETY: the namespace is not the VM's own but was made by CRIU for this tree, whose tasks
-        # are stopped. The handlers store words; what they do besides (removing orphaned segments,
-        # checking that semaphore arrays fit) concerns objects, and the scope leaves a namespace
-        # with objects inside. Undone by killing the tree, with which it goes.
+        # are stopped. The handlers store words; their other effects (removing orphaned segments,
+        # checking that semaphore arrays fit) concern objects, and the scope leaves a namespace
+        # with objects inside. Undone by killing the tree, which ends the namespace.
         for name, number in value.items():
             setattr(target, name, number)
 
     def read(self, target: Any) -> dict[str, Any]:
-        """Read them."""
         limits: dict[str, Any] = {name: getattr(target, name) for name in _DEFAULTS}
         return {"sem_ctls": tuple(target.sem_ctls), **limits}
 

@@ -1,4 +1,4 @@
-"""The memory descriptor: what ``mm_struct`` says of the address space besides its areas."""
+"""Write the fields of ``mm_struct`` that describe the address space, except its areas."""
 
 from typing import Any, Final
 
@@ -34,21 +34,20 @@ class _Bounds(Kind):
         return tuple(values.values())
 
     def write(self, target: Any, value: tuple[int, ...]) -> None:
-        """As prctl_set_mm_map() does, having checked the same."""
+        """Store as prctl_set_mm_map() does; `take` has made the same checks."""
         # SAFETY: the mm is the process's own and the process is stopped. The kernel reads these
-        # words for /proc (under arg_lock: a reader in the middle of it sees some old and some new
+        # words for /proc (under arg_lock: a concurrent reader may get some old and some new
         # addresses, and reads user memory either way) and in brk(), which only the process
-        # calls. Nothing is counted by them. Undone by killing the tree.
+        # calls. No accounting depends on them. Undone by killing the tree.
         for name, address in zip(self.fields, value, strict=True):
             setattr(target, name, address)
 
     def read(self, target: Any) -> tuple[int, ...]:
-        """Read them."""
         return tuple(getattr(target, name) for name in self.fields)
 
 
 class Code(_Bounds):
-    """Where code, data and stack were put by exec."""
+    """Bounds of code, data and stack, as set by exec."""
 
     name = "code_bounds"
     summary = "code, data and stack (mm_struct.start_code … end_data, start_stack)"
@@ -56,14 +55,14 @@ class Code(_Bounds):
     pairs = (("start_code", "end_code"), ("start_data", "end_data"))
 
     def neutralise(self, image: MmEntry) -> None:
-        """One byte of code and no data: the kernel wants code, and all of it below the heap."""
+        """Set one byte of code and no data: the kernel requires code, all of it below the heap."""
         low = min(image.mm_start_code, image.mm_start_data)
         image.mm_start_code = image.mm_start_data = image.mm_end_data = low + 1
         image.mm_end_code = image.mm_start_stack = low + 2
 
 
 class Arguments(_Bounds):
-    """Where /proc/PID/cmdline and environ are read from."""
+    """Bounds of /proc/PID/cmdline and environ."""
 
     name = "arguments"
     summary = "arguments and environment (mm_struct.arg_start … env_end)"
@@ -71,7 +70,7 @@ class Arguments(_Bounds):
     pairs = (("arg_start", "arg_end"), ("env_start", "env_end"))
 
     def neutralise(self, image: MmEntry) -> None:
-        """None: both are empty."""
+        """Make both empty."""
         image.mm_arg_end = image.mm_env_start = image.mm_env_end = image.mm_arg_start
 
 
@@ -84,7 +83,7 @@ class Brk(_Bounds):
     pairs = (("start_brk", "brk"),)
 
     def neutralise(self, image: MmEntry) -> None:
-        """An empty heap, one byte higher up."""
+        """Set an empty heap, one byte higher."""
         image.mm_start_brk += 1
         image.mm_brk = image.mm_start_brk
 
@@ -99,31 +98,30 @@ class Auxv(Kind):
     scope = MM
 
     def take(self, image: MmEntry) -> tuple[int, ...]:
-        """Return the words up to the last that is not zero: the rest ends the vector."""
+        """Return the words without trailing zeros, which end the vector."""
         words = list(image.mm_saved_auxv)
         while words and not words[-1]:
             words.pop()
         return tuple(words)
 
     def neutralise(self, image: MmEntry) -> None:
-        """As long, and empty."""
+        """Set all words to 0; the length stays."""
         image.mm_saved_auxv[:] = [0] * len(image.mm_saved_auxv)
 
     def write(self, target: Any, value: tuple[int, ...]) -> None:
-        """As prctl_set_mm_map() does: the vector always ends with AT_NULL and its zero."""
+        """Store as prctl_set_mm_map() does: the vector always ends with AT_NULL and its zero."""
         vector = target.saved_auxv
         if len(value) > len(vector) - 2:
             raise RestoreFailed(
-                f"an auxiliary vector of {len(value)} words, and room for {len(vector) - 2}",
+                f"an auxiliary vector of {len(value)} words; the kernel has {len(vector) - 2}",
                 "restore with the kernel that the process was dumped with",
             )
         # SAFETY: the mm is the process's own and the process is stopped. The kernel reads the
-        # vector for /proc/PID/auxv only, up to AT_NULL, which the last pair always is. Undone by
+        # vector only for /proc/PID/auxv, up to AT_NULL, which is always in the last pair. Undone by
         # killing the tree.
         target.saved_auxv = value + (0,) * (len(vector) - len(value))
 
     def read(self, target: Any) -> tuple[int, ...]:
-        """Read it."""
         words = list(target.saved_auxv)
         while words and not words[-1]:
             words.pop()
@@ -135,7 +133,7 @@ class Dumpable(Kind):
 
     name = "dumpable"
     groups = ("mm",)
-    summary = "who may look into the process (mm_struct.flags, task_exec_state.dumpable)"
+    summary = "permission to inspect the process (mm_struct.flags, task_exec_state.dumpable)"
     source = "restore_dumpable_flag() in criu/pie/restorer.c; set_dumpable()"
     scope = MM_OWNER
 
@@ -144,19 +142,19 @@ class Dumpable(Kind):
         if not image.HasField("dumpable"):
             return None
         if not 0 <= image.dumpable <= _SUID_DUMP_ROOT:
-            raise ImagesDamaged(f"there is no dumpable {image.dumpable}", "dump again")
+            raise ImagesDamaged(f"impossible dumpable value {image.dumpable}", "dump again")
         return image.dumpable
 
     def neutralise(self, image: MmEntry) -> None:
-        """Not dumpable: nobody looks into a process that is not whole."""
+        """Set not dumpable: an incomplete process cannot be inspected."""
         image.dumpable = 0
 
     def write(self, target: Any, value: int) -> None:
-        """As set_dumpable() does, and what came after it."""
+        """Store as set_dumpable() does, or its successor."""
         # SAFETY: mm and exec_state are the process's own, and it is stopped. The other flags in
-        # the mm's word are set by atomic instructions, among others of khugepaged and KSM; the
-        # hold keeps them from coming between our read and our write. Who asks for dumpable reads
-        # it anew each time. Undone by killing the tree.
+        # the mm's word are set by atomic instructions, for example by khugepaged and KSM; during
+        # the hold none can run between our read and our write. Readers of dumpable keep no copy.
+        # Undone by killing the tree.
         try:
             # Linux kernel commit 6b1c66c9cca9 ("exec_state: relocate dumpable information")
             target.exec_state.dumpable = value
@@ -165,7 +163,6 @@ class Dumpable(Kind):
             flags[0] = flags[0] & ~_MMF_DUMPABLE_MASK | value
 
     def read(self, target: Any) -> int:
-        """Read it."""
         try:
             return int(target.exec_state.dumpable)
         except NoSuchMember:
@@ -173,7 +170,7 @@ class Dumpable(Kind):
 
 
 def _flags(mm: Struct) -> Any:
-    # Bits have no type: those of the old word are the first of the bitmap that it has become.
+    # BTF has no bit numbers. Newer kernels have a bitmap here, which begins with the old bits.
     return address_of(mm, "flags").cast_("unsigned long")
 
 

@@ -1,4 +1,4 @@
-"""What the threads of a process have in common: ``signal_struct``, and what they agree on."""
+"""Write process-wide state: ``signal_struct``, and thread fields that are equal in all threads."""
 
 from collections.abc import Iterator
 from typing import Any, Final
@@ -34,24 +34,24 @@ class OomScoreAdj(Kind):
         return value
 
     def neutralise(self, image: CoreEntry) -> None:
-        """Absent."""
+        """Remove the field."""
         image.tc.ClearField("oom_score_adj")
 
     def write(self, target: Any, value: int) -> None:
-        """As the kernel does for CRIU: the lower bound moves along where CRIU is privileged.
+        """Store as the kernel does for CRIU, with the lower bound if CRIU is privileged.
 
-        In a user namespace of the tree's own it is not (``has_capability_noaudit()``): the bound
-        stays, unless the value is below it.
+        In the tree's own user namespace it is not (``has_capability_noaudit()``): the bound stays,
+        unless the value is below it.
         """
-        # SAFETY: the signal_struct is the process's own; no other process shares its mm, which
-        # would have to get the same value (CRIU refuses to dump CLONE_VM). Two stores; the OOM
-        # killer reads one of them, and either value is right. Undone by killing the tree.
+        # SAFETY: the signal_struct is the process's own; no other process shares its mm and would
+        # need the same value (CRIU does not dump CLONE_VM). Two stores; the OOM killer reads one
+        # of them, and either value is right. Undone by killing the tree.
         target.signal.oom_score_adj = value
         if not in_own_user_ns(target) or value < target.signal.oom_score_adj_min:
             target.signal.oom_score_adj_min = value
 
     def read(self, target: Any) -> int | None:
-        """Read it; None if the lower bound is not where it belongs."""
+        """Return the adjustment; None if the lower bound does not match it."""
         value, bound = int(target.signal.oom_score_adj), int(target.signal.oom_score_adj_min)
         good = bound <= value if in_own_user_ns(target) else bound == value
         return value if good else None
@@ -69,33 +69,33 @@ class Personality(Kind):
     def take(self, image: CoreEntry) -> int:
         """Return the personality.
 
-        CRIU reads the eight hexadecimal digits of /proc/PID/personality with atoi(): the image
-        has them as if they were decimal, and without what follows a letter. No flag has one;
-        where two flags make one, what CRIU has thrown away cannot come back.
+        CRIU parses the eight hexadecimal digits of /proc/PID/personality with atoi(): the image has
+        them as a decimal number that ends before the first letter. A single flag has no letter;
+        where two flags make one, the digits that CRIU dropped are lost.
         """
         value = image.tc.personality
-        for meant in (int(str(value), 16), value):  # the second: of a CRIU that has been mended
+        for meant in (int(str(value), 16), value):  # second: a CRIU with this fixed
             if not meant & ~_PERSONALITIES:
                 return meant
-        raise ImagesDamaged(f"there is no personality {value}", "dump again")
+        raise ImagesDamaged(f"impossible personality {value}", "dump again")
 
     def neutralise(self, image: CoreEntry) -> None:
-        """Nothing to do: CRIU does not look at it."""
+        """Do nothing: CRIU ignores the field."""
 
     def write(self, target: Any, value: int) -> None:
-        """As sys_personality() does, for every thread: CRIU asks only the leader."""
+        """Store as sys_personality() does, in every thread: CRIU dumps only the leader's."""
         # SAFETY: only the thread itself ever writes or reads its personality outside of exec, and
         # it is stopped. set_personality() is one store. Undone by killing the tree.
         for thread in for_each_thread(target):
             thread.personality = value
 
     def read(self, target: Any) -> int | None:
-        """Read it; None if the threads differ."""
+        """Return the personality; None if the threads differ."""
         return _common(thread.personality for thread in for_each_thread(target))
 
 
 class Loginuid(Kind):
-    """``/proc/PID/loginuid``; left to CRIU in a user namespace, whose numbers the images have."""
+    """``/proc/PID/loginuid``; left to CRIU if the images have ids of a user namespace."""
 
     name = "loginuid"
     groups = ("process",)
@@ -104,22 +104,23 @@ class Loginuid(Kind):
     scope = PROCESS_OF_THE_VM
 
     def take(self, image: CoreEntry) -> int | None:
-        """Return the uid as the initial user namespace numbers it."""
+        """Return the uid in the initial user namespace."""
         return image.tc.loginuid if image.tc.HasField("loginuid") else None
 
     def neutralise(self, image: CoreEntry) -> None:
-        """Absent."""
+        """Remove the field."""
         image.tc.ClearField("loginuid")
 
     def write(self, target: Any, value: int) -> None:
-        """As audit_set_loginuid() does, but for a new session id: nobody has logged in here."""
+        """Store as audit_set_loginuid() does, without a new session id: this is no login."""
         # SAFETY: only the thread itself writes it (through /proc/self), and it is stopped; audit
-        # reads it in the thread's own context. One store a thread. Undone by killing the tree.
+        # reads it in the thread's own context. One store for each thread. Undone by killing the
+        # tree.
         for thread in for_each_thread(target):
             thread.loginuid.val = value
 
     def read(self, target: Any) -> int | None:
-        """Read it; None if the threads differ."""
+        """Return the uid; None if the threads differ."""
         return _common(thread.loginuid.val for thread in for_each_thread(target))
 
 
@@ -133,18 +134,18 @@ class ChildSubreaper(Kind):
     scope = PROCESS
 
     def take(self, image: CoreEntry) -> bool | None:
-        """Return whether it is one."""
+        """Return whether the process is a subreaper."""
         return image.tc.child_subreaper if image.tc.HasField("child_subreaper") else None
 
     def neutralise(self, image: CoreEntry) -> None:
-        """Absent."""
+        """Remove the field."""
         image.tc.ClearField("child_subreaper")
 
     def write(self, target: Any, value: bool) -> None:
-        """As prctl() does: descendants learn that there is a subreaper above them."""
+        """Store as prctl() does, and mark descendants as having a subreaper above them."""
         # SAFETY: is_child_subreaper and has_child_subreaper are bitfields in one word of each
-        # signal_struct, written by the process itself and by prctl() of its ancestors. The first
-        # cannot run, and the hold keeps the second from coming between our read and our write.
+        # signal_struct, written by the process itself and by prctl() of its ancestors. The process
+        # is stopped, and during the hold no ancestor runs between our read and our write.
         # Descendants of a restored task are restored tasks. Undone by killing the tree.
         target.signal.is_child_subreaper = value
         if value:
@@ -152,7 +153,7 @@ class ChildSubreaper(Kind):
                 descendant.signal.has_child_subreaper = True
 
     def read(self, target: Any) -> bool | None:
-        """Read it; None if a descendant does not know of it."""
+        """Return whether it is a subreaper; None if a descendant is not marked."""
         value = bool(target.signal.is_child_subreaper)
         known = all(child.signal.has_child_subreaper for child in _descendants(target))
         return value if known or not value else None

@@ -1,4 +1,4 @@
-"""How threads and processes take signals."""
+"""Write signal masks, handlers and stacks of threads and processes."""
 
 from typing import Any, Final
 
@@ -42,22 +42,21 @@ class Blocked(Kind):
         return mask & ~NEVER_BLOCKED
 
     def neutralise(self, image: CoreEntry) -> None:
-        """All: no signal is delivered before the mask is there."""
+        """Block all signals until the mask is written."""
         if image.thread_core.HasField("blk_sigset"):
             image.thread_core.blk_sigset = _ALL
         if image.HasField("tc"):
             image.tc.blk_sigset = _ALL
 
     def write(self, target: Any, value: int) -> None:
-        """As __set_task_blocked() does where signals become unblocked."""
+        """Store as __set_task_blocked() does when it unblocks signals."""
         # SAFETY: only the thread itself changes its mask, and it is stopped. The kernel derives
-        # TIF_SIGPENDING from the mask; ptrace_stop() does that anew (recalc_sigpending_tsk()) when
-        # CRIU lets go of the thread, after this. Senders that read the mask meanwhile see the old
-        # or the new one, as if they had come earlier or later. Undone by killing the tree.
+        # TIF_SIGPENDING from the mask; ptrace_stop() recalculates it (recalc_sigpending_tsk()) when
+        # CRIU later detaches from the thread. Concurrent senders read the old or the new mask, as
+        # if they had run earlier or later. Undone by killing the tree.
         target.blocked.sig[0] = value
 
     def read(self, target: Any) -> int:
-        """Read it."""
         return int(target.blocked.sig[0])
 
 
@@ -71,9 +70,9 @@ class Sigactions(Kind):
     scope = PROCESS
 
     def take(self, image: CoreEntry) -> tuple[tuple[int, int, int, int], ...] | None:
-        """Return handler, flags, restorer and mask for all signals but SIGKILL and SIGSTOP.
+        """Return handler, flags, restorer and mask for all signals except SIGKILL and SIGSTOP.
 
-        None for a process with 32-bit handlers, and for images that have them elsewhere.
+        None for a process with 32-bit handlers, and for images with the actions elsewhere.
         """
         actions = list(image.tc.sigactions)
         if not actions or any(action.compat_sigaction for action in actions):
@@ -85,24 +84,24 @@ class Sigactions(Kind):
         return tuple(_action(action) for action in actions)
 
     def neutralise(self, image: CoreEntry) -> None:
-        """All default; CRIU wants exactly as many."""
+        """Set all to default; CRIU requires the same number of entries."""
         for action in image.tc.sigactions:
             action.sigaction = action.flags = action.restorer = action.mask = 0
 
     def write(self, target: Any, value: tuple[tuple[int, int, int, int], ...]) -> None:
-        """As do_sigaction() does."""
-        # SAFETY: the sighand_struct is the process's own (CRIU refuses CLONE_SIGHAND without
-        # CLONE_THREAD), and its threads are stopped. Others only read it, to see whether a signal
+        """Store as do_sigaction() does."""
+        # SAFETY: the sighand_struct is the process's own (CRIU does not dump CLONE_SIGHAND without
+        # CLONE_THREAD), and its threads are stopped. Senders only read it, to test whether a signal
         # is ignored, and for a traced task none is (sig_ignored()); so no signal is lost under the
-        # neutral action, and none has to be flushed under the true one. Undone by killing the tree.
+        # neutral action, and none has to be flushed under the real one. Undone by killing the tree.
         for number, wanted, found in zip(_HANDLED, value, self.read(target), strict=True):
             if wanted == found:
-                continue  # most are default, as they were built
+                continue  # most actions are default
             action = target.sighand.action[number - 1].sa
             action.sa_handler, action.sa_flags, action.sa_restorer, action.sa_mask.sig[0] = wanted
 
     def read(self, target: Any) -> tuple[tuple[int, int, int, int], ...]:
-        """Read them; those that are all zeros at once."""
+        """Return the actions; default ones, which are all zeros, are recognised in bulk."""
         array = target.sighand.action
         raw = bytes(array)
         size = len(raw) // len(array)
@@ -141,18 +140,17 @@ class AlternateStack(Kind):
         return (0, 0, flags) if flags & _SS_DISABLE else (sas.ss_sp, sas.ss_size, flags)
 
     def neutralise(self, image: CoreEntry) -> None:
-        """None."""
+        """Disable the stack."""
         sas = image.thread_core.sas
         sas.ss_sp, sas.ss_size, sas.ss_flags = 0, 0, _SS_DISABLE
 
     def write(self, target: Any, value: tuple[int, int, int]) -> None:
-        """As do_sigaltstack() does."""
+        """Store as do_sigaltstack() does."""
         # SAFETY: only the thread itself uses these three fields, when it sets up a signal frame,
-        # and it is stopped; an address that is none makes that fail. Undone by killing the tree.
+        # and it is stopped; an invalid address makes that fail. Undone by killing the tree.
         target.sas_ss_sp, target.sas_ss_size, target.sas_ss_flags = value
 
     def read(self, target: Any) -> tuple[int, int, int]:
-        """Read it."""
         return target.sas_ss_sp, target.sas_ss_size, target.sas_ss_flags
 
 
@@ -170,21 +168,20 @@ class PdeathSignal(Kind):
         if not image.thread_core.HasField("pdeath_sig"):
             return None
         if image.thread_core.pdeath_sig > _SIGNALS:
-            raise ImagesDamaged(f"there is no signal {image.thread_core.pdeath_sig}", "dump again")
+            raise ImagesDamaged(f"impossible signal {image.thread_core.pdeath_sig}", "dump again")
         return image.thread_core.pdeath_sig
 
     def neutralise(self, image: CoreEntry) -> None:
-        """Absent: none."""
+        """Remove the field: no signal."""
         image.thread_core.ClearField("pdeath_sig")
 
     def write(self, target: Any, value: int) -> None:
-        """As prctl() does."""
-        # SAFETY: written by the thread itself and by exec, read when its parent exits. One store;
-        # a parent that exits meanwhile has exited before or after it. Undone by killing the tree.
+        """Store as prctl() does."""
+        # SAFETY: written by the thread itself and by exec, read when its parent exits. One store,
+        # atomic to a parent that exits at the same time. Undone by killing the tree.
         target.pdeath_signal = value
 
     def read(self, target: Any) -> int:
-        """Read it."""
         return int(target.pdeath_signal)
 
 

@@ -1,4 +1,4 @@
-"""What each thread has for itself: its name and what the kernel does for it when it exits."""
+"""Write per-thread state: the name, and the words that the kernel uses when the thread exits."""
 
 from typing import Any, Final
 
@@ -23,7 +23,7 @@ class Comm(Kind):
     scope = THREAD
 
     def take(self, image: CoreEntry) -> str | None:
-        """Return the name; bytes that are not text survive as surrogates."""
+        """Return the name; bytes that are not UTF-8 become surrogates."""
         if image.HasField("tc"):
             comm = image.tc.comm
         elif image.thread_core.HasField("comm"):
@@ -33,20 +33,19 @@ class Comm(Kind):
         return comm.partition(b"\0")[0][:_COMM_LENGTH].decode(errors="surrogateescape")
 
     def neutralise(self, image: CoreEntry) -> None:
-        """A name that says what it is."""
+        """Set ``ovr-neutral``."""
         if image.HasField("tc"):
             image.tc.comm = b"ovr-neutral"
         if image.thread_core.HasField("comm"):
             image.thread_core.comm = b"ovr-neutral"
 
     def write(self, target: Any, value: str) -> None:
-        """As __set_task_comm() does: the whole array, padded with zeroes."""
-        # SAFETY: the field is the thread's own; readers in the kernel take no lock and know that
-        # the text may change under them; its last byte stays NUL. Undone by killing the tree.
+        """Store the whole array, padded with zeros, as __set_task_comm() does."""
+        # SAFETY: the field is the thread's own; readers in the kernel take no lock and tolerate
+        # concurrent changes; the last byte stays NUL. Undone by killing the tree.
         target.comm = value
 
     def read(self, target: Any) -> str:
-        """Read it."""
         return str(target.comm)
 
 
@@ -60,22 +59,21 @@ class RobustList(Kind):
     scope = THREAD
 
     def take(self, image: CoreEntry) -> int | None:
-        """Return the address of its head in user memory; None for a 32-bit list."""
+        """Return the GVA of its head; None for a 32-bit list."""
         core = image.thread_core
         return core.futex_rla if core.futex_rla_len == _HEAD_SIZE else None
 
     def neutralise(self, image: CoreEntry) -> None:
-        """None."""
+        """Remove the list."""
         image.thread_core.futex_rla = image.thread_core.futex_rla_len = 0
 
     def write(self, target: Any, value: int) -> None:
-        """As sys_set_robust_list() does."""
-        # SAFETY: one store into a field that only the thread itself uses, when it exits; whatever
-        # the address is, the kernel reads it as user memory. Undone by killing the tree.
+        """Store as sys_set_robust_list() does."""
+        # SAFETY: one store into a field that only the thread itself uses, when it exits; the kernel
+        # reads any address in it as user memory. Undone by killing the tree.
         _futex_data(target).robust_list = value
 
     def read(self, target: Any) -> int:
-        """Read it."""
         return int(_futex_data(target).robust_list.address_)
 
 
@@ -97,21 +95,20 @@ class ClearChildTid(Kind):
     scope = THREAD
 
     def take(self, image: CoreEntry) -> int:
-        """Return its address in user memory."""
+        """Return the GVA of the word."""
         return image.thread_info.clear_tid_addr
 
     def neutralise(self, image: CoreEntry) -> None:
-        """None."""
+        """Set no address."""
         image.thread_info.clear_tid_addr = 0
 
     def write(self, target: Any, value: int) -> None:
-        """As sys_set_tid_address() does."""
-        # SAFETY: one store into a field that only the thread itself uses, when it exits; whatever
-        # the address is, the kernel writes to it as user memory. Undone by killing the tree.
+        """Store as sys_set_tid_address() does."""
+        # SAFETY: one store into a field that only the thread itself uses, when it exits; the kernel
+        # writes to any address in it as user memory. Undone by killing the tree.
         target.clear_child_tid = value
 
     def read(self, target: Any) -> int:
-        """Read it."""
         return int(target.clear_child_tid)
 
 

@@ -1,4 +1,4 @@
-"""Terminals: the size of the window."""
+"""Write the window size of terminals."""
 
 from typing import Any, Final
 
@@ -13,7 +13,7 @@ _FIELDS: Final = ("ws_row", "ws_col", "ws_xpixel", "ws_ypixel")
 
 
 class WindowSize(Kind):
-    """TIOCSWINSZ, for pseudo terminals that the tree has both ends of."""
+    """TIOCSWINSZ, for pseudo terminals with both ends in the tree."""
 
     name = "window_size"
     groups = ("files",)
@@ -22,7 +22,7 @@ class WindowSize(Kind):
     scope = TTY
 
     def take(self, image: TtyInfoEntry) -> tuple[int, ...] | None:
-        """Return rows, columns, and the same in pixels."""
+        """Return rows and columns, then width and height in pixels."""
         if not image.HasField("winsize"):
             return None
         size = tuple(getattr(image.winsize, name) for name in _FIELDS)
@@ -31,19 +31,18 @@ class WindowSize(Kind):
         return size
 
     def neutralise(self, image: TtyInfoEntry) -> None:
-        """No rows and no columns; CRIU wants it to be there."""
+        """Set all fields to 0; CRIU requires the message."""
         for name in _FIELDS:
             setattr(image.winsize, name, 0)
 
     def write(self, target: Any, value: tuple[int, ...]) -> None:
-        """As pty_resize() does; no SIGWINCH, for the size is what the process knows."""
+        """Store as pty_resize() does, without SIGWINCH: the process already has this size."""
         # SAFETY: both ends of the terminal belong to tasks of the tree, all of them stopped, so
-        # nobody holds winsize_mutex. Nothing is derived from it. Undone by killing the tree.
+        # winsize_mutex is free. Nothing is derived from it. Undone by killing the tree.
         for name, number in zip(_FIELDS, value, strict=True):
             setattr(target.winsize, name, number)
 
     def read(self, target: Any) -> tuple[int, ...]:
-        """Read it."""
         return tuple(getattr(target.winsize, name) for name in _FIELDS)
 
 

@@ -1,4 +1,4 @@
-"""The names of the machine that the tree believes to run on."""
+"""Write the host and domain name of a UTS namespace."""
 
 from typing import Any, Final
 
@@ -21,25 +21,24 @@ class _Name(Kind):
     field: str
 
     def take(self, image: UtsnsEntry) -> str:
-        """Return the name; bytes that are not text survive as surrogates."""
+        """Return the name; bytes that are not UTF-8 become surrogates."""
         name: bytes = getattr(image, self.field)
         if len(name) > _LENGTH or b"\0" in name:
             raise ImagesDamaged(f"{self.field} has more than {_LENGTH} bytes", "dump again")
         return name.decode(errors="surrogateescape")
 
     def neutralise(self, image: UtsnsEntry) -> None:
-        """A name that says what it is."""
+        """Set ``ovr-neutral``."""
         setattr(image, self.field, b"ovr-neutral")
 
     def write(self, target: Any, value: str) -> None:
-        """As sys_sethostname() does under uts_sem."""
+        """Store as sys_sethostname() does under uts_sem."""
         # SAFETY: the namespace is not the VM's own but was made by CRIU for this tree, whose tasks
-        # are stopped; somebody who has just joined it sees the old name, the new one, or, reading
-        # at this moment, some of both. Undone by killing the tree, with which it goes.
+        # are stopped; another process that has just joined it may read the old name, the new one,
+        # or parts of both. Undone by killing the tree, which ends the namespace.
         setattr(target.name, self.field, value)
 
     def read(self, target: Any) -> str:
-        """Read it."""
         return str(getattr(target.name, self.field))
 
 

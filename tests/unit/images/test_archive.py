@@ -166,17 +166,17 @@ def test_images_of_a_process_have_no_engine(dumps):
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [
-        ({}, "images, or the archive"),
-        ({"images": "x", "archive": "y"}, "images, or the archive"),
+        ({}, "either images or the archive"),
+        ({"images": "x", "archive": "y"}, "either images or the archive"),
         ({"archive": "y", "runtime": "runc"}, "needs a bundle"),
         ({"archive": "y", "bundle": "/x", "name": "z"}, "needs a bundle"),
         ({"images": "x", "runtime": "runc", "bundle": "/x"}, "needs a bundle"),
         ({"archive": "y", "criu_options": ["--shell-job"]}, "podman runs CRIU itself"),
-        ({"images": "x", "name": "z"}, "--name is of a container"),
-        ({"images": "x", "engine_options": ["--keep"]}, "--keep is of a container"),
-        ({"archive": "y", "engine_options": ["--import=z"]}, "cannot be handed on"),
-        ({"archive": "y", "engine_options": ["--import-previous=z"]}, "cannot be handed on"),
-        ({"archive": "y", "engine_options": ["--publish", "1:2"]}, "1:2 cannot be handed on"),
+        ({"images": "x", "name": "z"}, "--name needs a container"),
+        ({"images": "x", "engine_options": ["--keep"]}, "--keep needs a container"),
+        ({"archive": "y", "engine_options": ["--import=z"]}, "cannot be passed on"),
+        ({"archive": "y", "engine_options": ["--import-previous=z"]}, "cannot be passed on"),
+        ({"archive": "y", "engine_options": ["--publish", "1:2"]}, "1:2 cannot be passed on"),
         ({"images": "x", "runtime": "kata", "bundle": "/x", "name": "z"}, "no container runtime"),
     ],
 )
@@ -194,7 +194,7 @@ def test_what_does_not_belong_together(arguments, match):
         (["pod.options"], "a whole pod"),
         (["inventory.img", "core-1.img"], "bare CRIU images"),
         (["README"], "no checkpoint/"),
-        (["checkpoint/inventory.img"], "no container's configuration"),
+        (["checkpoint/inventory.img"], "without a container's configuration"),
     ],
 )
 def test_other_archives(tmp_path, names, match):
@@ -269,7 +269,7 @@ def test_what_is_no_archive(tmp_path):
     (tmp_path / "text").write_text("hello")
     for path, match in (
         (tmp_path, "a directory"), (tmp_path / "none", "cannot be opened"),
-        (tmp_path / "text", "no tar archive"),
+        (tmp_path / "text", "not a tar archive"),
     ):  # fmt: skip
         with pytest.raises(UsageError, match=match) as caught:
             Archive.open(path)

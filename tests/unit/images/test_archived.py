@@ -70,7 +70,7 @@ def test_all_in_one_archive(tmp_path, before, both, dumps):
     path = pack(tmp_path / "web.tar", both, links=LINKS)
     with Archive.open(path) as archive, ImageSet.open(dumps / "parent") as plain:
         assert content(archive.images) == content(plain)
-    with pytest.raises(UsageError, match="does not build on what is in") as caught:
+    with pytest.raises(UsageError, match="does not build on ") as caught:
         Archive.open(path, pack(tmp_path / "before.tar", before))
     assert caught.value.hint == "leave out --import-previous"
 
@@ -116,11 +116,13 @@ def test_the_pre_checkpoint_is_missing(archives, before, after, tmp_path):
     assert "--import-previous" in hint
     assert "--pre-checkpoint --export" in hint
     empty = pack(tmp_path / "empty.tar", BESIDE)
-    refused(ImagesUnsupported, r"empty\.tar: no pre-checkpoint in it", path, empty)
-    refused(ImagesUnsupported, r"web\.tar: no pre-checkpoint in it", path, path)
+    refused(ImagesUnsupported, r"empty\.tar: does not contain pre-checkpoint", path, empty)
+    refused(ImagesUnsupported, r"web\.tar: does not contain pre-checkpoint", path, path)
     whole = pack(tmp_path / "whole.tar", after)
     refused(UsageError, "does not build on", whole, previous)
-    hint = refused(ImagesUnsupported, "a pre-checkpoint: the container ran on", previous)
+    hint = refused(
+        ImagesUnsupported, "a pre-checkpoint, after which the container ran on", previous
+    )
     assert "--import-previous" in hint
 
 
@@ -129,7 +131,7 @@ def test_a_pre_checkpoint_of_something_else(archives, before, tmp_path):
     other = json.dumps(CONFIG | {"id": "cd" * 32}).encode()
     wrong = pack(tmp_path / "other.tar", before | {"config.dump": other})
     refused(
-        UsageError, r"other\.tar: of container cdcdcdcdcdcd, and .*web\.tar of abab", path, wrong
+        UsageError, r"other\.tar: of container cdcdcdcdcdcd, but .*web\.tar is of abab", path, wrong
     )
     image = pack(tmp_path / "image.tar", {"manifest.json": b"{}"})
     refused(ImagesUnsupported, r"image\.tar: no pre-checkpoint of podman", path, image)
@@ -153,8 +155,8 @@ def test_pages_that_the_pre_checkpoint_has_not(archives, before, tmp_path):
         ("../pre-checkpoint/../../x", ImagesUnsupported, "out of the archive"),
         ("..", ImagesUnsupported, "out of the archive"),
         ("", ImagesUnsupported, "out of the archive"),
-        (".", ImagesUnsupported, "more than 128 levels, or a circle"),
-        ("../checkpoint", ImagesUnsupported, "more than 128 levels, or a circle"),
+        (".", ImagesUnsupported, "more than 128 levels, or a cycle"),
+        ("../checkpoint", ImagesUnsupported, "more than 128 levels, or a cycle"),
         ("../pre-checkpoint2", UsageError, "builds on pre-checkpoint2, which is not in it"),
         ("inventory.img", UsageError, "builds on checkpoint/inventory.img, which is not in it"),
     ],
@@ -166,7 +168,7 @@ def test_links_of_an_enemy(tmp_path, both, target, kind, words):
 def test_a_circle_of_two(tmp_path, both):
     links = [*LINKS, ("pre-checkpoint/parent", "../checkpoint")]
     path = pack(tmp_path / "x.tar", both, links=links)
-    refused(ImagesUnsupported, "or a circle", path)
+    refused(ImagesUnsupported, "or a cycle", path)
 
 
 def test_the_other_archive_cannot_lead_back(archives, before, tmp_path):
@@ -181,7 +183,7 @@ def test_the_other_archive_cannot_lead_back(archives, before, tmp_path):
 
 def test_a_parent_that_is_no_link(tmp_path, both):
     path = pack(tmp_path / "x.tar", both | {"checkpoint/parent": b"../pre-checkpoint"})
-    refused(ImagesDamaged, "checkpoint/parent is no symbolic link", path)
+    refused(ImagesDamaged, "checkpoint/parent is not a symbolic link", path)
 
 
 def test_link_targets_in_extension_headers():
@@ -202,5 +204,5 @@ def test_link_targets_in_extension_headers():
 
 
 def test_previous_without_an_archive(tmp_path):
-    with pytest.raises(UsageError, match="--import-previous is of an archive"):
+    with pytest.raises(UsageError, match="--import-previous needs --archive"):
         open_checkpoint(tmp_path, previous=tmp_path)

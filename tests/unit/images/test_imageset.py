@@ -224,7 +224,7 @@ def test_missing_images(one, name):
 
 
 def test_no_images(tmp_path):
-    with pytest.raises(UsageError, match="no CRIU images in there"):
+    with pytest.raises(UsageError, match="no CRIU images in this directory"):
         ImageSet.open(tmp_path)
     with pytest.raises(UsageError, match="no such directory"):
         ImageSet.open(tmp_path / "nowhere")
@@ -267,7 +267,7 @@ def test_parent_leads_nowhere_outside_or_in_a_circle(one, tmp_path):
         ImageSet.open(one)
     (one / "parent").unlink()
     (one / "parent").symlink_to("../one")
-    with pytest.raises(ImagesUnsupported, match="circle"):
+    with pytest.raises(ImagesUnsupported, match="cycle"):
         ImageSet.open(one)
 
 
@@ -289,9 +289,9 @@ def test_tree_contradictions(tree):
     leaderless = copy_of(tasks[0])
     leaderless.threads.remove(leaderless.pid)
     for broken, text in (
-        ([tasks[0], orphan], "has the parent 77"),
-        ([tasks[0], two_roots], "has the parent 0"),
-        ([tasks[1], tasks[0]], "has the parent 2001"),
+        ([tasks[0], orphan], "parent 77 of task"),
+        ([tasks[0], two_roots], "parent 0 of task"),
+        ([tasks[1], tasks[0]], "parent 2001 of task"),
         ([tasks[0], tasks[1], tasks[1]], "occurs twice"),
         ([leaderless], "not among its threads"),
         ([], "no tasks"),

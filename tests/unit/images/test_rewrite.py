@@ -142,7 +142,7 @@ def test_file_offsets_follow_a_split(one):
 def test_images_that_are_not_messages_cannot_be_replaced(one):
     with ImageSet.open(one) as images:
         for name in ("pages-1.img", "pagemap-1001.img"):
-            with pytest.raises(ValueError, match="not made of messages alone"):
+            with pytest.raises(ValueError, match="contains more than messages"):
                 InsideImages(images).replace(name)
 
 
@@ -178,7 +178,7 @@ def test_images_that_shrink_while_they_are_sent(one):
 def test_neighbouring_runs_are_read_in_one_piece(one):
     with ImageSet.open(one) as images:
         memory, pages = all_kept(images)
-    assert [(at, size) for _, at, size in pages.pieces] == [
+    assert [(at, size) for _, at, size in pages.slices] == [
         (0, (one / memory.pages_name).stat().st_size)
     ]
     assert pages.size == int((ends_of(memory.entries) - memory.entries["gva"]).sum())

@@ -88,9 +88,9 @@ HOSTILE = {
     ),
     "a record of no length": (member("a", b"0 path=b\n", tarfile.XHDTYPE), "damaged pax header"),
     "a name without end": (pax(record("path", "n" * 9999)), "a name of 9999 characters"),
-    "a name that leads up": (pax(record("path", "checkpoint/../../a")), "no name of a file below"),
-    "a name from the root": (member("/etc/passwd"), "no name of a file below"),
-    "a name in two ways": (member("checkpoint//core-1.img"), "no name of a file below"),
+    "a name that leads up": (pax(record("path", "checkpoint/../../a")), "not a name below"),
+    "a name from the root": (member("/etc/passwd"), "not a name below"),
+    "a name in two ways": (member("checkpoint//core-1.img"), "not a name below"),
     "the same name twice": (member("a") + member("./a"), "a occurs twice"),
     "a damaged header": (b"\1" + member("a")[1:], "no header at byte 0: bad checksum"),
 }  # fmt: skip
@@ -194,11 +194,11 @@ def test_extension_headers_of_much_in_all():
     [
         (b"[" * 100_000, "nested too deeply"),
         (b'{"a":' * 100_000, "nested too deeply"),
-        (b'{"id": ' + b"1" * 5000 + b"}", "no JSON"),
+        (b'{"id": ' + b"1" * 5000 + b"}", "not JSON"),
         (b'{"namedVolumes": [' + b'{"volumeName": "a"},' * 2000 + b"{}]}", "2001 volumes"),
-        (b'{"namedVolumes": [{"volumeName": "--all"}]}', "no name of a volume"),
-        (b'{"namedVolumes": [{"volumeName": "\\ud800"}]}', "no name of a volume"),
-        (b'{"namedVolumes": [{"volumeName": 5}]}', "no name of a volume"),
+        (b'{"namedVolumes": [{"volumeName": "--all"}]}', "not a volume name"),
+        (b'{"namedVolumes": [{"volumeName": "\\ud800"}]}', "not a volume name"),
+        (b'{"namedVolumes": [{"volumeName": 5}]}', "not a volume name"),
     ],
 )
 def test_configuration_of_an_enemy(tmp_path, config, words):
