@@ -10,6 +10,7 @@ import sys
 import textwrap
 from collections.abc import Sequence
 from importlib import import_module
+from types import ModuleType
 from typing import Any, Final
 
 from ovr.cli import completion, output, process
@@ -96,6 +97,21 @@ class _Version(argparse.Action):
         parser.exit()
 
 
+def _add(commands: Any, name: str, module: ModuleType) -> None:
+    # HELP is a line, a description and examples, with blank lines between them.
+    line, description, examples = module.HELP.split("\n\n")
+    parser = commands.add_parser(
+        name, help=line, description=" ".join(description.split()), examples=examples,
+        usage=getattr(module, "USAGE", None),
+    )  # fmt: skip
+    if hasattr(module, "add"):
+        module.add(parser)
+    if hasattr(module, "run"):
+        if name != "restore":  # its -v is CRIU's
+            output.common(parser)
+        parser.set_defaults(run=module.run)
+
+
 def make_parser(only: str | None = None) -> argparse.ArgumentParser:
     """Return the parser of the whole command line, or, faster, of the command `only`.
 
@@ -115,6 +131,6 @@ def make_parser(only: str | None = None) -> argparse.ArgumentParser:
         title="commands", required=True, metavar="COMMAND", parser_class=_Command
     )
     for name in (only,) if only in _COMMANDS else _COMMANDS:
-        import_module(f"ovr.cli.{name}").add(commands)
+        _add(commands, name, import_module(f"ovr.cli.{name}"))
     completion.add(commands, make_parser)
     return parser

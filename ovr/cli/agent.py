@@ -3,30 +3,31 @@
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from ovr.cli.output import common, document
 from ovr.guest import build
 from ovr.guest.package import cloud_init, debian_package, unit
 
-__all__ = ["add"]
+__all__ = ["HELP", "add"]
 
 _MAINTAINER = "local administrator <root@localhost>"
 
 
-def add(commands: Any) -> None:
-    """Add the command to the parser."""
-    parser = commands.add_parser(
-        "agent",
-        help="make the agent, for your guests",
-        description="Make the program that a guest must run, in the form that suits the guest.",
-        examples="""\
-            ovr agent deb            # then, in the guest: apt install ./ovr-agent_*.deb
-            ovr agent cloud-init > user-data
-            ovr agent build -o ovr-agent
-            ovr agent unit > ovr-agent.service
-            """,
-    )
+HELP: Final = """\
+make the agent, for your guests
+
+Make the program that a guest must run, in the form that suits the guest.
+
+ovr agent deb            # then, in the guest: apt install ./ovr-agent_*.deb
+ovr agent cloud-init > user-data
+ovr agent build -o ovr-agent
+ovr agent unit > ovr-agent.service
+"""
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the command."""
     verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
     verb = _verb(verbs, "build", _build, "compile the agent: one static binary")
     verb.add_argument(

@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from ovr.attempt.authentication import authenticate_alone
 from ovr.checkpoint import runs_scripts_for_engines
 from ovr.cli.criu_config import unread_options
-from ovr.cli.output import common, document, one_line, size
+from ovr.cli.output import document, one_line, size
 from ovr.cli.terminal import painted
 from ovr.cli.vm_options import add_agent_option, add_vm_options
 from ovr.errors import AgentUntrusted, OvrError, UsageError
@@ -26,7 +26,7 @@ from ovr.vm.lock import locked
 from ovr.vm.memory_map import guest_slots
 from ovr.vm.qmp import Monitor
 
-__all__ = ["add"]
+__all__ = ["HELP", "add"]
 
 _NO_ADDRESS: Final = (
     "give --agent ADDR; the VM needs -device vhost-vsock-pci,guest-cid=N (libvirt: <vsock>), or a"
@@ -47,22 +47,21 @@ class Item:
     fix: str = ""
 
 
-def add(commands: Any) -> None:
-    """Add the command to the parser."""
-    parser = commands.add_parser(
-        "check",
-        help="check whether a VM can be restored into",
-        description="Check VM, guest kernel and agent, and print a fix for each problem."
-        " Changes nothing. Exits with 4 if a check fails.",
-        examples="""\
-            ovr check --vm libvirt:web
-            ovr check --vm qmp:/run/vm/qmp.sock --agent vsock:3 --json
-            """,
-    )
+HELP: Final = """\
+check whether a VM can be restored into
+
+Check VM, guest kernel and agent, and print a fix for each problem. Changes nothing. Exits with 4 if
+a check fails.
+
+ovr check --vm libvirt:web
+ovr check --vm qmp:/run/vm/qmp.sock --agent vsock:3 --json
+"""
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the command."""
     add_vm_options(parser)
     add_agent_option(parser)
-    common(parser)
-    parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:

@@ -3,38 +3,37 @@
 import argparse
 import shutil
 import sys
-from typing import Any
+from typing import Final
 
-from ovr.cli.output import common, document, size
+from ovr.cli.output import document, size
 from ovr.lab import demo
 from ovr.lab.image import SUITES
 from ovr.lab.ram import memory_size
 from ovr.restore import VERIFY_MODES
 
-__all__ = ["add"]
+__all__ = ["HELP", "add"]
 
 
-def add(commands: Any) -> None:
-    """Add the command to the parser."""
-    parser = commands.add_parser(
-        "demo",
-        help="dump a process in one lab VM, restore it into another from outside",
-        description="Dump a process in one lab VM, end that VM, boot another, restore the process"
-        " into it from outside, and let it check itself.",
-        examples="""\
-            ovr demo
-            ovr demo --size 5G --memory 8G
-            ovr demo --suite bookworm --json
-            """,
-    )
+HELP: Final = """\
+dump a process in one lab VM, restore it into another from outside
+
+Dump a process in one lab VM, end that VM, boot another, restore the process into it from outside,
+and let it check itself.
+
+ovr demo
+ovr demo --size 5G --memory 8G
+ovr demo --suite bookworm --json
+"""
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the command."""
     parser.add_argument("--size", default="1G", metavar="SIZE", help="its memory (1G)")
     parser.add_argument("--memory", default="4G", metavar="SIZE", help="RAM of each VM (4G)")
     parser.add_argument("--umask", default="0137", type=_octal, metavar="OCTAL")
     parser.add_argument("--suite", choices=sorted(SUITES), default="trixie")
     parser.add_argument("--accel", choices=("auto", "kvm", "tcg"), default="auto")
     parser.add_argument("--verify", choices=VERIFY_MODES, default="sample")
-    common(parser)
-    parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:

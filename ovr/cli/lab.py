@@ -3,7 +3,7 @@
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from ovr import lab
 from ovr.cli.output import common, document, size, table
@@ -11,23 +11,24 @@ from ovr.errors import UsageError
 from ovr.lab.image import SUITES
 from ovr.lab.qemu import BACKENDS
 
-__all__ = ["add"]
+__all__ = ["HELP", "add"]
 
 
-def add(commands: Any) -> None:
-    """Add the command to the parser."""
-    parser = commands.add_parser(
-        "lab",
-        help="make and use VMs for experiments",
-        description="Make Debian VMs with CRIU and the agent in them, to try ovr on.",
-        examples="""\
-            ovr lab up one --suite bookworm --memory 2G
-            ovr lab up two --kernel linux-image-rt-amd64/trixie-backports
-            ovr lab sh one 'criu --version'
-            ovr lab put one ./program /root/program
-            ovr lab down one
-            """,
-    )
+HELP: Final = """\
+make and use VMs for experiments
+
+Make Debian VMs with CRIU and the agent in them, to try ovr on.
+
+ovr lab up one --suite bookworm --memory 2G
+ovr lab up two --kernel linux-image-rt-amd64/trixie-backports
+ovr lab sh one 'criu --version'
+ovr lab put one ./program /root/program
+ovr lab down one
+"""
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the command."""
     verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
     _add_up(verbs)
     sh = _verb(verbs, "sh", _sh, "run a shell command in the guest, or a shell on stdin", name=True)

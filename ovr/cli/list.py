@@ -2,30 +2,25 @@
 
 import argparse
 import sys
-from typing import Any
+from typing import Any, Final
 
-from ovr.cli.output import common, document, one_line, size, table
+from ovr.cli.output import document, one_line, size, table
 from ovr.cli.terminal import painted
 from ovr.vm.census import FoundVm, found_vms
 
-__all__ = ["add"]
+__all__ = ["HELP"]
 
 
-def add(commands: Any) -> None:
-    """Add the command to the parser."""
-    parser = commands.add_parser(
-        "list",
-        help="list the VMs of this host, and which can be used",
-        description="List all QEMU VMs of this host with their names for --vm, and whether each can"
-        " be restored into; if not, the reason and a fix. Guests and agents are not contacted.",
-        examples="""\
-            ovr list
-            ovr list -v              # all names of each
-            ovr list --json
-            """,
-    )
-    common(parser)
-    parser.set_defaults(run=run)
+HELP: Final = """\
+list the VMs of this host, and which can be used
+
+List all QEMU VMs of this host with their names for --vm, and whether each can be restored into; if
+not, the reason and a fix. Guests and agents are not contacted.
+
+ovr list
+ovr list -v              # all names of each
+ovr list --json
+"""
 
 
 def run(options: argparse.Namespace) -> int:

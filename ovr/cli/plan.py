@@ -5,10 +5,10 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from reprlib import repr as short
-from typing import Any
+from typing import Any, Final
 
 from ovr.checkpoint import Archive
-from ovr.cli.output import common, document, size, table
+from ovr.cli.output import document, size, table
 from ovr.cli.terminal import fitted
 from ovr.errors import UsageError
 from ovr.images import ImageSet
@@ -16,24 +16,24 @@ from ovr.plan import NOT_DUMPED, Plan, make_plan
 from ovr.plan.areas import MemoryPlan
 from ovr.plan.pages import Reason
 
-__all__ = ["add", "add_outside", "show"]
+__all__ = ["HELP", "add", "add_outside", "show"]
 
 
-def add(commands: Any) -> None:
-    """Add the command to the parser."""
-    parser = commands.add_parser(
-        "plan",
-        help="show what would be restored from outside or inside, with reasons",
-        description="Read the images and show for every run of pages and every kind of state"
-        " whether it is written from outside or left to the guest's CRIU, with the reason. Needs"
-        " no VM.",
-        examples="""\
-            ovr plan -D images/
-            ovr plan -D images/ -v        every run of pages, every value
-            ovr plan -D images/ --json
-            ovr plan --archive web.tar.zst
-            """,
-    )
+HELP: Final = """\
+show what would be restored from outside or inside, with reasons
+
+Read the images and show for every run of pages and every kind of state whether it is written from
+outside or left to the guest's CRIU, with the reason. Needs no VM.
+
+ovr plan -D images/
+ovr plan -D images/ -v        every run of pages, every value
+ovr plan -D images/ --json
+ovr plan --archive web.tar.zst
+"""
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the command."""
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument(
         "-D", "--images-dir", type=Path, metavar="DIR", help="the directory that criu dump wrote"
@@ -47,8 +47,6 @@ def add(commands: Any) -> None:
         help="the pre-checkpoint on which the archive builds (podman's --with-previous)",
     )  # fmt: skip
     add_outside(parser)
-    common(parser)
-    parser.set_defaults(run=run)
 
 
 def add_outside(parser: argparse.ArgumentParser) -> None:

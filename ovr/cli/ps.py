@@ -1,31 +1,30 @@
 """``ovr ps``: list the guest's processes, read from outside."""
 
 import argparse
-from typing import Any
+from typing import Any, Final
 
-from ovr.cli.output import common, document, table
+from ovr.cli.output import document, table
 from ovr.cli.vm_options import add_vm_options
 from ovr.kernel import Process, processes
 from ovr.vm.attach import AttachedVm
 
-__all__ = ["add"]
+__all__ = ["HELP", "add"]
 
 
-def add(commands: Any) -> None:
-    """Add the command to the parser."""
-    parser = commands.add_parser(
-        "ps",
-        help="show the guest's processes, read from outside",
-        description="Read the process list out of the guest's memory. Nothing runs in the guest,"
-        " which need not have an agent.",
-        examples="""\
-            ovr ps --vm libvirt:web
-            ovr ps --vm qmp:/run/vm/qmp.sock --json
-            """,
-    )
+HELP: Final = """\
+show the guest's processes, read from outside
+
+Read the process list out of the guest's memory. Nothing runs in the guest, which need not have an
+agent.
+
+ovr ps --vm libvirt:web
+ovr ps --vm qmp:/run/vm/qmp.sock --json
+"""
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the command."""
     add_vm_options(parser)
-    common(parser)
-    parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from ovr.api import attach
 from ovr.checkpoint import RUNTIMES, open_checkpoint
@@ -26,30 +26,34 @@ from ovr.restore import VERIFY_MODES
 from ovr.restore.report import Report
 from ovr.standby.client import notes
 
-__all__ = ["add"]
+__all__ = ["HELP", "USAGE", "add"]
 
 _DAY = 86_400
 
 log = logging.getLogger("ovr.restore")
 
 
-def add(commands: Any) -> None:
-    """Add the command to the parser."""
-    parser = commands.add_parser(
-        "restore", help="restore images into a running VM, from outside, and let them run",
-        description="Restore a checkpoint of `criu dump` into a running VM, from outside the VM,"
-        " and let it run. Accepts the options of `criu restore`.",
-        examples="""\
-            ovr restore -D images/ --vm libvirt:web
-            ovr restore -D images/ --vm qmp:/run/vm/qmp.sock --agent vsock:3 --dry-run
-            ovr restore -D images/ --vm name:web --outside memory,umask --verify full
-            ovr restore --archive web.tar.zst --vm libvirt:web --name web2 -- --ignore-static-ip
-            OVR_VM=libvirt:web ovr restore -D images/ -W work/ -d --pidfile pid -o restore.log -v4
-            """,
-        usage="ovr restore -D DIR --vm VM [option …] [option of criu restore …]\n"
-        "       ovr restore --archive FILE --vm VM [--name NAME] [option …]"
-        " [-- podman option …]",
-    )  # fmt: skip
+HELP: Final = """\
+restore images into a running VM, from outside, and let them run
+
+Restore a checkpoint of `criu dump` into a running VM, from outside the VM, and let it run. Accepts
+the options of `criu restore`.
+
+ovr restore -D images/ --vm libvirt:web
+ovr restore -D images/ --vm qmp:/run/vm/qmp.sock --agent vsock:3 --dry-run
+ovr restore -D images/ --vm name:web --outside memory,umask --verify full
+ovr restore --archive web.tar.zst --vm libvirt:web --name web2 -- --ignore-static-ip
+OVR_VM=libvirt:web ovr restore -D images/ -W work/ -d --pidfile pid -o restore.log -v4
+"""
+USAGE: Final = (
+    "ovr restore -D DIR --vm VM [option …] [option of criu restore …]\n"
+    "       ovr restore --archive FILE --vm VM [--name NAME] [option …]"
+    " [-- podman option …]"
+)
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the command."""
     parser.add_argument(
         "-D", "--images-dir", type=Path, metavar="DIR",
         help="the directory that criu dump wrote (default: the current one)",
@@ -74,7 +78,6 @@ def add(commands: Any) -> None:
     )  # fmt: skip
     json_option(parser)
     add_criu_options(parser)
-    parser.set_defaults(run=run)
 
 
 def _seconds(text: str) -> float:

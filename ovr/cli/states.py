@@ -3,10 +3,10 @@
 import argparse
 from typing import Any, Final
 
-from ovr.cli.output import common, document, table
+from ovr.cli.output import document, table
 from ovr.state import INSIDE_KINDS, KINDS
 
-__all__ = ["MEMORY", "add", "run", "states"]
+__all__ = ["HELP", "MEMORY", "run", "states"]
 
 MEMORY: Final = {
     "name": "memory",
@@ -17,17 +17,14 @@ MEMORY: Final = {
 }
 
 
-def add(commands: Any) -> None:
-    """Add the command to the parser."""
-    parser = commands.add_parser(
-        "states",
-        help="list all kinds of state, outside or inside, with reasons",
-        description="List the kinds of state that are written from outside, their groups, and those"
-        " that are left to the guest's CRIU, with the reason.",
-        examples="ovr states",
-    )
-    common(parser)
-    parser.set_defaults(run=run)
+HELP: Final = """\
+list all kinds of state, outside or inside, with reasons
+
+List the kinds of state that are written from outside, their groups, and those that are left to the
+guest's CRIU, with the reason.
+
+ovr states
+"""
 
 
 def run(options: argparse.Namespace) -> int:

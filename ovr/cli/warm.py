@@ -5,10 +5,10 @@ import logging
 from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Final
 
 from ovr.attempt.authentication import authenticate_alone
-from ovr.cli.output import common, document, size
+from ovr.cli.output import document, size
 from ovr.cli.vm_options import add_agent_option, add_vm_options
 from ovr.errors import AgentUnreachable, ImagesUnsupported
 from ovr.guest.client.agent import Agent
@@ -24,28 +24,28 @@ from ovr.standby.messages import StandbyError
 from ovr.vm.attach import AttachedVm
 from ovr.vm.find import find_vm
 
-__all__ = ["add"]
+__all__ = ["HELP", "add"]
 
 log = logging.getLogger("ovr.warm")
 
 
-def add(commands: Any) -> None:
-    """Add the command to the parser."""
-    parser = commands.add_parser(
-        "warm",
-        help="allocate memory in a guest before a restore needs it",
-        description="Make the guest's agent start a CRIU in advance, with a pool of allocated"
-        " memory. The next restore that fits into it uses it and takes less time. Also start a"
-        " standby process on this host, in which ovr is already loaded. Without an option, show the"
-        " pool.",
-        examples="""\
-            ovr warm --vm libvirt:web -D images/
-            ovr warm --vm libvirt:web --size 5G
-            ovr warm --vm libvirt:web --standby
-            ovr warm --vm libvirt:web
-            ovr warm --vm qmp:/run/vm/qmp.sock --agent vsock:3 --off
-            """,
-    )
+HELP: Final = """\
+allocate memory in a guest before a restore needs it
+
+Make the guest's agent start a CRIU in advance, with a pool of allocated memory. The next restore
+that fits into it uses it and takes less time. Also start a standby process on this host, in which
+ovr is already loaded. Without an option, show the pool.
+
+ovr warm --vm libvirt:web -D images/
+ovr warm --vm libvirt:web --size 5G
+ovr warm --vm libvirt:web --standby
+ovr warm --vm libvirt:web
+ovr warm --vm qmp:/run/vm/qmp.sock --agent vsock:3 --off
+"""
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the command."""
     add_vm_options(parser)
     add_agent_option(parser)
     what = parser.add_mutually_exclusive_group()
@@ -68,8 +68,6 @@ def add(commands: Any) -> None:
         "--no-standby", dest="standby", action="store_false",
         help="start no standby process on this host",
     )  # fmt: skip
-    common(parser)
-    parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
