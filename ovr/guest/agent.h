@@ -94,6 +94,8 @@ struct writer session_writer(struct session *session, enum op op);
 void session_send(struct session *session, struct writer *writer);
 /* Room for bulk output without crowding out answers. */
 bool session_has_room(const struct session *session);
+/* Whether input of the host has arrived that is not read yet. */
+bool session_has_input(const struct session *session);
 void session_watch(struct loop *loop);
 /* Do all work that does not block; sessions are closed only here. */
 void session_work(void);

@@ -8,6 +8,7 @@
 
 #define MAX_DEADLINE_MS (24ll * 3600 * 1000)
 #define UPLOAD_SILENCE_MS 60000 /* until Begin sets silence_ms */
+#define UNREAD_INPUT_MS 1000
 
 #define NO_RESTORE                                                                                 \
 	{.listener = -1, .hook = -1, .directory.images = -1, .theirs = {.end = -1, .log = -1}}
@@ -248,8 +249,10 @@ void restore_session_ended(struct session *session)
 
 void restore_session_heard(struct session *session)
 {
-	if (restore.owner == session)
-		restore.silent_at = now_ms() + restore.silence_ms;
+	if (restore.owner != session)
+		return;
+	restore.silent_at = now_ms() + restore.silence_ms;
+	restore.grace = false;
 }
 
 /* ------------------------------------------------------------------------ the loop */
@@ -268,6 +271,18 @@ static bool host_must_speak(void)
 	return restore.phase == UPLOADING || restore.phase == BUILDING || restore.phase == HELD;
 }
 
+/* The agent may have stood still itself: input that arrived meanwhile gets a moment to be read. */
+static bool host_is_silent(void)
+{
+	if (!host_must_speak() || now_ms() < restore.silent_at)
+		return false;
+	if (restore.grace || !restore.owner || !session_has_input(restore.owner))
+		return true;
+	restore.grace = true;
+	restore.silent_at = now_ms() + UNREAD_INPUT_MS;
+	return false;
+}
+
 void restore_work(void)
 {
 	if (restore.phase == IDLE)
@@ -282,7 +297,7 @@ void restore_work(void)
 		restore_abort(CODE_STALLED, "criu makes no progress");
 	else if (restore.phase == ENDING && now_ms() >= restore.late_at)
 		restore_engine_too_late();
-	else if (host_must_speak() && now_ms() >= restore.silent_at)
+	else if (host_is_silent())
 		restore_abort(CODE_SILENT, "the host was silent for too long");
 }
 

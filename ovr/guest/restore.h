@@ -30,6 +30,7 @@ struct restore {
 	bool engine;
 	struct engine_criu theirs; /* the engine's CRIU, once its hook has connected */
 	bool child_ended, keep_log, warm, engine_killed;
+	bool grace; /* silence is not declared before unread input was read */
 	int child_status;
 	int64_t silence_ms, silent_at, late_at; /* late_at: LLONG_MAX is no limit */
 	int step;                               /* ENDING: next cleanup step */

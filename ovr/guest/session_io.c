@@ -25,6 +25,13 @@ bool session_has_room(const struct session *session)
 	return session->out_size < MAX_FRAME && session->state == STATE_FRAMES && !session->ended;
 }
 
+bool session_has_input(const struct session *session)
+{
+	struct pollfd waiting = {.fd = session->fd, .events = POLLIN};
+
+	return poll(&waiting, 1, 0) > 0 && (waiting.revents & POLLIN);
+}
+
 /* Requests wait until their answers fit; two more frames stay free for unsolicited messages. */
 static bool can_answer(const struct session *session)
 {

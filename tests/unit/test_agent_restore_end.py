@@ -48,12 +48,25 @@ def test_host_is_silent(host: AgentHost, agent: Agent) -> None:
     with agent.keep_alive(0.1):
         time.sleep(1)
     assert alive(*skeleton.tasks)
-    time.sleep(0.8)
-    assert not alive(*skeleton.tasks)
+    wait_for(lambda: not alive(*skeleton.tasks))
     with pytest.raises(RestoreFailed, check=lambda error: error.code == Code.SILENT):
         agent.go()
     agent.ping()
     assert_gone(host, skeleton)
+
+
+def test_the_agent_itself_stood_still(host: AgentHost, agent: Agent) -> None:
+    """The host spoke meanwhile: what it sent is read before its silence is judged."""
+    skeleton = begin(host, agent, silence=0.4)
+    with agent.keep_alive(0.1):
+        for _ in range(5):
+            host.process.send_signal(signal.SIGSTOP)
+            time.sleep(0.8)
+            host.process.send_signal(signal.SIGCONT)
+            time.sleep(0.2)
+        agent.ping()
+    assert alive(*skeleton.tasks)
+    agent.go()
 
 
 def test_hook_dies(host: AgentHost, agent: Agent) -> None:
