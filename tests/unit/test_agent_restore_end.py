@@ -66,7 +66,8 @@ def test_the_agent_itself_stood_still(host: AgentHost, agent: Agent) -> None:
             time.sleep(0.2)
         agent.ping()
     assert alive(*skeleton.tasks)
-    agent.go()
+    agent.abort()
+    assert_gone(host, skeleton)
 
 
 def test_hook_dies(host: AgentHost, agent: Agent) -> None:
