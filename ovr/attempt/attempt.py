@@ -13,7 +13,8 @@ from ovr.attempt.copier import Copier
 from ovr.attempt.journal import Journal
 from ovr.attempt.undo import Recording
 from ovr.errors import AgentUnreachable, OvrError, RestoreFailed
-from ovr.guest.client.agent import Agent, Files, Restored, Skeleton
+from ovr.guest.client.agent import Agent, Restored, Skeleton
+from ovr.guest.client.requests import Files
 from ovr.guest.client.tracer import find_tracer
 from ovr.kernel import find_task, settled
 from ovr.memory.addresses import Gva

@@ -15,7 +15,8 @@ import numpy as np
 
 from ovr.attempt.targets import Family, Target
 from ovr.errors import RestoreFailed
-from ovr.guest.client.agent import Agent, Portion
+from ovr.guest.client.agent import Agent
+from ovr.guest.client.requests import Portion
 from ovr.images.source import Sources
 from ovr.kernel import (
     Kernel,

@@ -8,8 +8,8 @@ from typing import Any, get_type_hints
 
 from ovr.errors import OvrError
 from ovr.guest import protocol
-from ovr.guest.client.agent import Portion
 from ovr.guest.client.link import Address, Link
+from ovr.guest.client.requests import Portion
 from ovr.guest.message import Message
 from ovr.guest.wire import ProtocolError, decode, encode
 from ovr.lab.agent import LabAgent

@@ -11,8 +11,9 @@ import pytest
 from ovr.errors import RestoreFailed
 from ovr.guest import compiler, protocol
 from ovr.guest.client import failures
-from ovr.guest.client.agent import Agent, Portion
+from ovr.guest.client.agent import Agent
 from ovr.guest.client.failures import aborted, failure, refused
+from ovr.guest.client.requests import Portion
 from ovr.guest.codes import Code
 from tests.unit.agent_host import IMAGES, AgentHost, begin, wait_for
 

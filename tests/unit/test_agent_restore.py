@@ -9,7 +9,8 @@ import pytest
 
 from ovr.errors import ImagesUnsupported, RestoreFailed
 from ovr.guest import protocol
-from ovr.guest.client.agent import Agent, Portion
+from ovr.guest.client.agent import Agent
+from ovr.guest.client.requests import Portion
 from ovr.guest.codes import Code
 from ovr.guest.message import Message
 from tests.unit.agent_host import AgentHost, agent_host, alive, assert_gone, begin, kill, wait_for

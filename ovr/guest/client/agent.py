@@ -3,21 +3,21 @@
 import collections.abc
 import hmac
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import chain
-from typing import Final, NamedTuple, TypeVar
+from typing import Final, TypeVar
 
 from ovr.errors import AgentUnreachable, AgentUntrusted, ImagesUnsupported
 from ovr.guest import protocol
 from ovr.guest.client.failures import aborted, failure, refused, still_there
+from ovr.guest.client.requests import Files, Portion, file_frames, flat, touch_requests
 from ovr.guest.client.session import AgentInfo, Session, one_line
 from ovr.guest.codes import Code
 from ovr.guest.message import Message
 from ovr.guest.wire import ProtocolError
 from ovr.memory.addresses import Gva
 
-__all__ = ["Agent", "AgentInfo", "MappedObject", "PoolInfo", "Portion", "Restored", "Skeleton"]
+__all__ = ["Agent", "AgentInfo", "MappedObject", "PoolInfo", "Restored", "Skeleton"]
 
 MessageT = TypeVar("MessageT", bound=Message)
 
@@ -25,12 +25,6 @@ STALL_SECONDS: Final = 120.0
 _STEP_SECONDS: Final = 900.0
 """Seconds for a step whose work is bounded, in a guest that is very busy."""
 _ABORT_SECONDS: Final = 180.0
-_FILES_PER_FRAME = 512
-_BYTES_PER_TOUCH: Final = 4 << 30
-"""Most bytes of several portions in one request, which bounds the time that it takes."""
-
-Files = collections.abc.Mapping[str, bytes | Iterable[bytes]]
-"""Contents by file name, whole or in pieces."""
 
 
 @dataclass(frozen=True)
@@ -58,21 +52,6 @@ class Restored:
 
     pid: int
     container: str | None = None
-
-
-class Portion(NamedTuple):
-    """Pages to be allocated.
-
-    Attributes:
-        pid: of a held task, or of the process of a `MappedObject`; in the guest's initial pid
-            namespace.
-        keep: whether content of the pages must be kept.
-        ranges: GVA and size in bytes, whole pages.
-    """
-
-    pid: int
-    keep: bool
-    ranges: Sequence[tuple[int, int]]
 
 
 @dataclass(frozen=True)
@@ -203,7 +182,7 @@ class Agent(Session):
         )
         with self.keep_alive(silence / 4):
             try:
-                for files in _file_frames(images):
+                for files in file_frames(images):
                     self._send_or_fail(files)
                 self._send_or_fail(begin)
             except ProtocolError as error:
@@ -226,7 +205,7 @@ class Agent(Session):
             RestoreFailed: the guest has no memory for them, or no area of the task contains them.
             AgentUnreachable: the link broke.
         """
-        for request in _requests(portions):
+        for request in touch_requests(portions):
             self._send(request)
             self._outcome(protocol.Touched, self._deadline(_STEP_SECONDS))
 
@@ -251,7 +230,7 @@ class Agent(Session):
             AgentUnreachable: the link broke.
         """
         first, more = ranges[: protocol.MAX_RANGES], ranges[protocol.MAX_RANGES :]
-        self._send(protocol.Map(pid, file, size, _flat(first)))
+        self._send(protocol.Map(pid, file, size, flat(first)))
         mapped = self._outcome(protocol.Mapped, self._deadline(_STEP_SECONDS))
         here = [(mapped.address + at, length) for at, length in more]
         self.touch([Portion(mapped.pid, True, here)])
@@ -347,58 +326,6 @@ class Agent(Session):
         if isinstance(message, protocol.Error):
             raise refused(message)
         raise self._broken(f"{message.op} instead of {kind.op}")
-
-
-def _requests(portions: Iterable[Portion]) -> Iterator[protocol.Touch]:
-    """Yield the portions as messages, as many as fit into each."""
-    heads: list[int] = []
-    ranges: list[tuple[int, int]] = []
-    size = 0
-    for portion in portions:
-        for start in range(0, len(portion.ranges), protocol.MAX_RANGES):
-            part = portion.ranges[start : start + protocol.MAX_RANGES]
-            grown = size + sum(length for _, length in part)
-            if ranges and (
-                len(ranges) + len(part) > protocol.MAX_RANGES or grown > _BYTES_PER_TOUCH
-            ):
-                yield protocol.Touch(tuple(heads), _flat(ranges))
-                heads, ranges, grown = [], [], grown - size
-            heads += (portion.pid, int(portion.keep), len(part))
-            ranges += part
-            size = grown
-    if ranges:
-        yield protocol.Touch(tuple(heads), _flat(ranges))
-
-
-def _flat(ranges: Iterable[tuple[int, int]]) -> tuple[int, ...]:
-    return tuple(chain.from_iterable(ranges))
-
-
-def _file_frames(images: Files) -> Iterator[protocol.Files]:
-    """Yield the files in few frames; large files are split."""
-    names: list[str] = []
-    pieces: list[bytes] = []
-    size = 0
-    for name, content in images.items():
-        for piece in _pieces(content):
-            cost = 4 * len(name) + len(piece) + 16
-            if names and (size + cost > protocol.CHUNK or len(names) == _FILES_PER_FRAME):
-                yield protocol.Files(tuple(names), tuple(pieces))
-                names, pieces, size = [], [], 0
-            names.append(name)
-            pieces.append(piece)
-            size += cost
-    if names:
-        yield protocol.Files(tuple(names), tuple(pieces))
-
-
-def _pieces(content: bytes | Iterable[bytes]) -> Iterator[bytes]:
-    step = protocol.CHUNK // 2
-    parts = (content,) if isinstance(content, bytes) else content
-    yield b""  # so that an empty file is created as well
-    for part in parts:
-        for start in range(0, len(part), step):
-            yield part[start : start + step]
 
 
 def _whole_lines(data: bytes) -> str:
