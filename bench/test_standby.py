@@ -1,4 +1,4 @@
-"""How long `ovr restore` takes to start: with a process that stands by, and without one.
+"""Time that `ovr restore` takes to start, with a standby process and without one.
 
 The command ends as soon as it has been loaded and has read its arguments, for there is no such VM.
 """
@@ -13,7 +13,7 @@ import pytest
 from bench.conftest import SMOKE
 from bench.outside import ENVIRONMENT
 
-# Both sides meet where their Python is said to be: no other process that stands by is asked.
+# Both sides meet at the path of their Python: no other standby process is asked.
 RUN = "import runpy, sys; sys.prefix = sys.argv.pop(1)\n"
 RUN += "runpy.run_module(sys.argv.pop(1), run_name='__main__', alter_sys=True)"
 
@@ -47,5 +47,5 @@ def test_start(benchmark, name, request):
     start()  # compiles what is not compiled yet
     done = benchmark.pedantic(start, rounds=1 if SMOKE else 30)
     assert done.returncode == 2, done.stderr
-    served = "a process that stood by does this" in done.stderr
+    served = "done by the standby process" in done.stderr
     assert served == (request.node.callspec.params["name"] == "standing by")

@@ -3,20 +3,20 @@
 ::
 
     OvrError                     1
-    ├── UsageError               2   the command line makes no sense
+    ├── UsageError               2   invalid command line
     │   └── ImagesForbidden      2   no permission to read the images
     ├── Unreachable              3
     │   ├── ImagesUnreachable    3   the disk or file server that has the images fails
     │   ├── VmUnreachable        3   no such VM, no QMP
     │   └── AgentUnreachable     3   no agent in the guest, or the link broke
-    │       └── AgentUntrusted   3   who answers is not the agent that root of this guest runs
+    │       └── AgentUntrusted   3   the peer is not the agent run by root of this guest
     ├── CheckFailed              4   this VM cannot be restored into
     │   ├── RamNotShared         4
     │   └── KernelNotFound       4   no kernel, or one whose types do not fit
     ├── ImagesUnsupported        5   valid images with content we cannot restore
     ├── ImagesDamaged            6
     ├── VerifyMismatch           7
-    ├── GuestFault               1   guest memory says something impossible
+    ├── GuestFault               1   invalid content of guest memory
     ├── RestoreFailed            1   the restore was aborted, the tree killed
     │   ├── HoldBroken           1
     │   ├── PidTaken             1
@@ -55,15 +55,14 @@ __all__ = [
 
 
 class OvrError(Exception):
-    """Something went wrong that the user can understand.
+    """An error to be shown to the user.
 
     Attributes:
-        exit_code: what the command exits with.
-        hint: what the user can do about it, or an empty string.
-        code: what exactly it is, where one class is not enough, or an empty string; see
-            docs/json.md.
-        undone: of a restore that was aborted: what became of its writes to kernel objects that may
-            outlive the tree; see docs/json.md.
+        exit_code: exit status of the command.
+        hint: the cure, or an empty string.
+        code: the exact cause, where one class is not enough, or an empty string; see docs/json.md.
+        undone: for an aborted restore, the outcome of reverting its writes to kernel objects that
+            may outlive the tree; see docs/json.md.
     """
 
     exit_code: ClassVar[int] = 1
@@ -76,22 +75,22 @@ class OvrError(Exception):
 
     @property
     def kind(self) -> str:
-        """The class name: what scripts match on in JSON output."""
+        """The class name, for scripts that read JSON output."""
         return type(self).__name__
 
 
 class UsageError(OvrError):
-    """The command line makes no sense."""
+    """The command line is invalid."""
 
     exit_code = 2
 
 
 class ImagesForbidden(UsageError):
-    """The user who runs this may not read the images."""
+    """No permission to read the images."""
 
 
 class Unreachable(OvrError):
-    """Something that we must talk to does not answer."""
+    """A peer or a disk does not answer."""
 
     exit_code = 3
 
@@ -109,7 +108,7 @@ class AgentUnreachable(Unreachable):
 
 
 class AgentUntrusted(AgentUnreachable):
-    """Who answers is not the agent that root of this guest runs."""
+    """The peer is not the agent run by root of this guest."""
 
     def __init__(self, message: str, hint: str, code: str) -> None:
         super().__init__(message, hint)
@@ -143,7 +142,7 @@ class ImagesDamaged(OvrError):
 
 
 class VerifyMismatch(OvrError):
-    """What was read back is not what was written."""
+    """Memory or state read back differs from the content written."""
 
     exit_code = 7
 
@@ -165,7 +164,7 @@ class RestoreFailed(OvrError):
 
 
 class HoldBroken(RestoreFailed):
-    """The VM ran, or may have run, while it was to be held still."""
+    """The VM ran, or may have run, during a hold."""
 
 
 class PidTaken(RestoreFailed):
@@ -176,8 +175,8 @@ class CriuFailed(RestoreFailed):
     """CRIU in the guest failed before the skeleton stood.
 
     Attributes:
-        file: the path, without its first slash, of a file that is not as it was at the dump, if
-            that is why.
+        file: the path, without its first slash, of a file that differs from its state at the dump,
+            if that is the cause.
         unread_config: as of `ovr.restore.report.Report`.
     """
 

@@ -1,7 +1,7 @@
 """Mutual authentication of host and agent, before anything valuable is sent.
 
-The host shows that it can read the VM's RAM, the agent that it is root of the guest's; what they
-share is a secret in the agent's memory (`ovr.guest.client.secret_page`).
+The host proves that it can read the VM's RAM, the agent that it runs as root of the guest. Both
+know a secret in the agent's memory (`ovr.guest.client.secret_page`).
 """
 
 import time
@@ -21,9 +21,9 @@ from ovr.vm.qmp import Monitor
 __all__ = ["authenticate", "authenticate_alone", "check_same_guest"]
 
 _TRIES: Final = 20
-_PAUSE: Final = 0.01  # seconds in which the guest moves a page
+_PAUSE: Final = 0.01  # seconds; the guest may be moving the page
 _HINT: Final = (
-    "a user of the guest may pose as the agent: look what that process is; else ovr-agent must run"
+    "a user of the guest may pose as the agent: look at that process; else ovr-agent must run"
     " as root in the VM that --vm names, outside of any container"
 )
 
@@ -34,11 +34,11 @@ def authenticate(kernel: Kernel, agent: Agent, holder: Holder) -> AgentProcess:
     Args:
         kernel: the guest's kernel.
         agent: not trusted so far.
-        holder: of the VM.
+        holder: holds the VM.
 
     Raises:
         AgentUntrusted: it is not the agent, or the agent of another VM.
-        KernelNotFound: the types of the guest's kernel make no sense.
+        KernelNotFound: invalid types of the guest's kernel.
         AgentUnreachable: the link broke.
         OvrError: the VM cannot be held.
     """

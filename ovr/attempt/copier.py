@@ -1,13 +1,13 @@
-"""Memory: pages from the images into the frames that the guest allocated for them.
+"""Copy pages from the images into the frames that the guest has allocated for them.
 
 The guest may move, merge or free a page of a stopped task at any moment (compaction, khugepaged,
 KSM, reclaim). So pages are looked up, judged and written in one hold of the VM, a bounded number
 of bytes at a time; everything that can be done ahead is done ahead, with the VM running. A page is
-written only while the guest kernel says whose it is: anonymous and one process's alone
+written only while the guest kernel marks it as owned: anonymous and exclusive to one process
 (``PG_anon_exclusive``, Linux kernel commit 6c287605fd56 ("mm: remember exclusively mapped anonymous
 pages with PG_anon_exclusive") (in v5.19)), or in its place in the page cache of the shared object
 that it belongs to; and while reclaim will keep what is written (`ovr.memory.paging.Frames`). Other
-pages are looked up again a little later, after the guest was asked for them once more.
+pages are looked up again after the guest was asked to map them once more.
 """
 
 import logging
@@ -49,24 +49,24 @@ log = logging.getLogger("ovr.journal")
 VERIFY_MODES: Final = ("none", "sample", "full")
 
 HOLD_BYTES: Final = 256 << 20
-"""How much is copied in one hold at most; the first one copies a sixteenth of it."""
+"""Most bytes copied in one hold; the first one copies a sixteenth of it."""
 HOLD_SECONDS: Final = 0.025
-"""How long a hold is meant to be: on two cores some 200 MiB. To stop QEMU takes one of 25 ms."""
+"""Intended length of a hold: some 200 MiB on two cores. Stopping QEMU takes 1 ms of the 25."""
 ASIDE_BYTES: Final = 64 << 20
-"""How much is copied in one hold of an image that must be read into memory of our own before."""
+"""Most bytes copied in one hold from images that must be read into a buffer before."""
 HOLD_PARTS: Final = 32
-"""Of how many targets something is copied in one hold: each costs a page walk of its own."""
+"""Most targets in one hold: each costs a page walk of its own."""
 
 _TRIES: Final = 20
 _TRY_AGAIN_AFTER: Final = 0.05  # seconds; collapse and migration of a page take less
 _TRIES_TO_SHARE: Final = 4
 _SAMPLE_PAGES: Final = 4096
 
-OF_ANYBODY: Final = 0
+ANY_OWNER: Final = 0
 
 
 class _Unlike(NamedTuple):
-    """Pieces of a descendant that are not on the frames that the first of its family has there."""
+    """Pieces for which a descendant has other frames than the first task of its family."""
 
     first: Target
     descendant: Target
@@ -82,14 +82,14 @@ class Ready:
 
 
 class _Share(NamedTuple):
-    """What a thread has found in a hold, and how far it came: runs."""
+    """The runs that a thread has found in a hold, and those that it has done."""
 
     found: Extents
     done: Extents
 
 
 Work = Callable[[Ready, Extents], int]
-"""Does something to runs; returns of how many of their bytes, from the first one on."""
+"""Works on runs; returns the number of bytes done, from the first run on."""
 Look = Callable[[Target, Extents], None]
 
 
@@ -97,11 +97,11 @@ class Copier:
     """Copies and compares memory.
 
     Args:
-        holder: keeps the VM still.
-        pool: host threads for the copy.
-        threads: how many of them to use for one hold.
-        journal: what is written is noted there.
-        advance: told of every number of bytes that have been written.
+        holder: holds the VM.
+        pool: runs host threads for the copy.
+        threads: number of threads to use in one hold.
+        journal: gets the writes.
+        advance: called with the size of every write in bytes.
     """
 
     def __init__(
@@ -119,7 +119,7 @@ class Copier:
         self._room = HOLD_BYTES // 16
 
     def copy(self, families: Iterable[Family], targets: Iterable[Target]) -> None:
-        """Write everything: what tasks share, then all else.
+        """Write pages shared by fork, then all others.
 
         Raises:
             RestoreFailed, ImagesDamaged, GuestFault: as `write_families` and `write`.
@@ -141,7 +141,7 @@ class Copier:
             self._each_run(batch, self._copy, OWNED, after=self._note)
 
     def _batches(self, parts: Iterable[Part]) -> Iterator[list[Part]]:
-        # What is done in one hold, as large as the holds before have shown to be right.
+        # The parts for one hold each, as large as the holds before have shown to be right.
         batch: list[tuple[Target, list[Extents]]] = []
         room = self._room
         for target, pieces in parts:
@@ -161,20 +161,20 @@ class Copier:
             yield [(one, np.concatenate(grains)) for one, grains in batch]
 
     def _learn(self, size: int, seconds: float) -> None:
-        # How much the next hold does: not more than twice as much as this one did.
+        # The size of the next hold: at most twice that of this one.
         if size:
             fitting = int(size * min(HOLD_SECONDS / seconds, 2.0))
             self._room = min(max(fitting, HOLD_BYTES // 16), HOLD_BYTES)
 
     def _prepare(self, batch: Sequence[Part], *, aside: bool = False) -> list[list[Ready]]:
-        # What can be done with the VM running: each part as what the threads will do of it.
+        # Work for the running VM: divide parts among threads, read ahead.
         return [
             self._threads.on_parts(part, partial(_make_ready, target, aside=aside))
             for target, part in batch
         ]
 
     def write_families(self, families: Iterable[Family]) -> list[Part]:
-        """Write what tasks share; return what is left, since it is not shared after all.
+        """Write pages shared by fork; return those that turn out not to be shared.
 
         Raises:
             RestoreFailed: as `write`; or a task would see pages that it has not inherited.
@@ -190,7 +190,7 @@ class Copier:
     def _look_at_kin(
         self, family: Family, unlike: list[_Unlike], target: Target, runs: Extents
     ) -> None:
-        # All of a hold's pages at once: there may be a hundred tasks to walk.
+        # All pages of a hold at once: there may be a hundred page tables to walk.
         for space, ranges in family.excluded:
             near = cut_to(runs, ranges["start"], ranges["end"])
             if len(on_same_frames(space.walk(as_pieces(near)), near)):
@@ -205,9 +205,9 @@ class Copier:
                 unlike.append(_Unlike(target, descendant, rest))
 
     def _not_shared(self, unlike: Sequence[_Unlike]) -> list[Part]:
-        # Of pages that a descendant had not where the first had them, those that stay so. While the
-        # guest moves a shared page it is in one page table after the other, and what has been
-        # written goes with it; an own page would be right, but no longer shared.
+        # Pages that a descendant still has on other frames than the first task. While the guest
+        # moves a shared page, its page tables are changed one after the other, and the content
+        # moves along; a page of its own would have the right content, but not be shared.
         left: list[Part] = []
         for _ in range(_TRIES_TO_SHARE):
             if not unlike:
@@ -249,7 +249,7 @@ class Copier:
             for target in targets
         ]
         for batch in self._batches(parts):
-            self._each_run(batch, self._compare, OF_ANYBODY)
+            self._each_run(batch, self._compare, ANY_OWNER)
         return sum(total(part) for _, part in parts)
 
     def _each_run(
@@ -260,9 +260,9 @@ class Copier:
         then: Look | None = None,
         after: Look | None = None,
     ) -> None:
-        # Do `work` on every run of the parts, each in the hold in which it was found to be there,
-        # with the flags that are wanted, by several threads; in that hold, do `then` on all runs
-        # of a part, and `after` when it has ended: nothing that may wait for anybody is done in it.
+        # Do `work` on every run of the parts, by several threads, in the hold in which the run was
+        # found with the wanted flags; in that hold, do `then` on all runs of a part. `after` is
+        # called when the hold has ended: nothing that may block is done in a hold.
         left = list(batch)
         tries = 0
         stuck = False
@@ -292,12 +292,12 @@ class Copier:
     def _held(
         self, ready: Sequence[Sequence[Ready]], work: Work, wanted: int, then: Look | None
     ) -> list[list[_Share]]:
-        # One hold; whatever was done in it counts when it has ended without an error.
+        # One hold; its work counts if it ends without an error.
         shares = []
         with self.holder.held():
             start = time.perf_counter()
-            # The process may be dead, and its top page table another one's: whose pages are
-            # exclusive, too.
+            # The process may be dead, and its top page table in use by another process, whose
+            # pages are exclusive as well.
             for check in {one.target.check for part in ready for one in part}:
                 check()
             for part in ready:
@@ -312,8 +312,8 @@ class Copier:
         if tries == _TRIES:
             target, part = missed[0]
             raise RestoreFailed(
-                f"{target.name}: {total(part)} bytes from {int(part['gva'][0]):#x} on do not become"
-                " its own pages",
+                f"{target.name}: {total(part)} bytes at {int(part['gva'][0]):#x} and above never"
+                f" became exclusively owned ({tries} tries)",
                 "the guest may be out of memory; free some and restore again",
             )
         time.sleep(_TRY_AGAIN_AFTER)
@@ -321,8 +321,8 @@ class Copier:
             target.ask(part)
 
     def _copy(self, ready: Ready, runs: Extents) -> int:
-        # SAFETY: the frames are the target's own by the guest kernel's word, found in this very
-        # hold: a task's exclusive anonymous pages, anonymous pages that only tasks of the tree can
+        # SAFETY: the guest kernel's flags, read in this hold, say that the frames are the target's
+        # own: a task's exclusive anonymous pages, anonymous pages that only tasks of the tree can
         # have, or pages of a shared object that only the tree has. The hold keeps them still: no
         # vCPU runs until it ends, and the tasks themselves are stopped under CRIU until we commit;
         # and once it has ended the gate lets no write through. The content stays: the frame is
@@ -344,16 +344,15 @@ class Copier:
 
 
 def _make_ready(target: Target, part: Extents, *, aside: bool) -> Ready:
-    # What can be done with the VM running: the host's page faults, and to read the source, or find
-    # out that it cannot be read.
+    # With the VM running: take the host's page faults, and read the source, which may fail.
     feed = Feed.make(target.source, part, aside=aside)
     target.space.ram.prefault(target.space.walk(part))
     return Ready(target, feed)
 
 
 def _find_and_do(work: Work, wanted: int, ready: Ready) -> _Share:
-    # Walked where it is worked on: the runs of scattered pages are as many as the pages, and to
-    # hand them from thread to thread takes as long as to walk them.
+    # Each thread walks its own part: scattered pages give as many runs as pages, and passing them
+    # between threads takes as long as walking.
     target = ready.target
     walked = target.space.walk(ready.feed.part, target.frames if wanted else None)
     runs = with_flags(walked, wanted)

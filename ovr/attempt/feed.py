@@ -1,4 +1,4 @@
-"""What is read ahead of a hold, so that nothing in it waits for a disk."""
+"""Pages read ahead of a hold, in which nothing may wait for a disk."""
 
 from dataclasses import dataclass
 from typing import Self
@@ -17,8 +17,8 @@ __all__ = ["Feed"]
 class Feed:
     """Some pages of an image, ready to be copied or compared.
 
-    They are in the page cache, from where they are read without waiting; where the file system
-    cannot do that, or the host does not keep them there, they are in memory of our own.
+    They are in the page cache, from where they can be read without waiting; where the file system
+    does not support that, or the host drops them from its cache, they are in a buffer of ours.
 
     Attributes:
         source: the image.
@@ -32,12 +32,12 @@ class Feed:
 
     @classmethod
     def make(cls, source: Source, part: Extents, *, aside: bool = False) -> Self:
-        """Read pages ahead.
+        """Read pages ahead of a hold.
 
         Args:
             source: the image.
             part: pieces; offsets are positions in it.
-            aside: into memory of our own in any case.
+            aside: read into a buffer in any case.
 
         Raises:
             ImagesDamaged: it cannot be read.
@@ -56,7 +56,7 @@ class Feed:
         return cls(source, placed, buffer)
 
     def copy(self, ram: GuestRam, runs: Extents) -> int:
-        """Copy to where `runs` of the pages are; who calls this states why they stay there.
+        """Copy pages to the frames in `runs`; the caller states why they stay there.
 
         Returns the number of bytes copied, in the order of the runs: fewer than all if the hold is
         to end, or the host has dropped pages from its cache.
@@ -72,7 +72,7 @@ class Feed:
             return ram.copy_in(runs, source.fd, source.base, source.size, wait=False)
 
     def compare(self, ram: GuestRam, runs: Extents) -> tuple[int, Gva | None]:
-        """Compare with what is where `runs` of the pages are.
+        """Compare pages with the frames in `runs`.
 
         Returns the number of bytes that are equal, counted as `copy` does, and the address of the
         first page that differs, or None.

@@ -1,7 +1,7 @@
-"""What a restore has written where, and what an aborted one has taken back.
+"""The writes of a restore, and their undo if it is aborted.
 
-Kernel fields are kept one by one with their old and new content, memory in sums: one a process or
-shared object.
+Writes to kernel fields are listed one by one with old and new content, writes to memory as one sum
+for each process or shared object.
 """
 
 from dataclasses import dataclass, field
@@ -17,14 +17,16 @@ __all__ = ["FieldWrite", "Journal", "MemoryWrite", "Undo"]
 
 @dataclass(frozen=True)
 class FieldWrite:
-    """A field of a kernel object, written once.
+    """One write to a field of a kernel object.
 
     Attributes:
-        of: whose state it is: ``pid 12``.
+        of: the owner of the state: ``pid 12``.
         state: the kind of state.
-        field: the kernel's name for it: ``fs_struct.umask``.
-        gva: where it lies in the kernel's memory; `gpa` the same in physical memory.
-        old: its bytes before; `new` after.
+        field: the kernel's name of the field: ``fs_struct.umask``.
+        gva: its virtual address in the kernel.
+        gpa: its physical address.
+        old: its bytes before the write.
+        new: its bytes after the write.
     """
 
     of: str
@@ -70,10 +72,11 @@ class MemoryWrite:
     """Pages that were written into one address space or one shared object.
 
     Attributes:
-        target: which: ``pid 12``, ``shared memory 3``.
-        bytes: how many.
-        runs: how many pieces of physical memory they lay in when they were copied.
-        start: the lowest GVA; `end` the first GVA after the highest page.
+        target: ``pid 12``, ``shared memory 3``.
+        bytes: bytes written.
+        runs: number of contiguous pieces of physical memory at the time of the copy.
+        start: the lowest GVA.
+        end: the first GVA after the highest page.
     """
 
     target: str
@@ -101,13 +104,13 @@ class MemoryWrite:
 
 @dataclass(frozen=True)
 class Undo:
-    """What became of a write to an object that may outlive the tree, when the restore was aborted.
+    """The outcome of reverting a write to an object that may outlive the tree.
 
     Attributes:
         write: the write.
-        outcome: ``undone``; ``gone`` (nobody uses the object any more); ``changed`` (somebody has
-            written there since, and that was left); or ``failed``.
-        reason: of the last, for people.
+        outcome: ``undone``; ``gone`` (the object has no user any more); ``changed`` (the field was
+            written by others since, and was left alone); or ``failed``.
+        reason: of an outcome but ``undone``, for people.
     """
 
     write: FieldWrite
@@ -125,13 +128,13 @@ class Undo:
 
 @dataclass
 class Journal:
-    """One restore's writes, in their order.
+    """The writes of one restore, in their order.
 
     Attributes:
         fields: kernel fields whose content has changed.
-        unchanged: how many were written that had that very content before.
-        memory: pages, one entry a target.
-        undone: what was taken back.
+        unchanged: number of writes that changed nothing.
+        memory: pages, one entry for each target.
+        undone: the outcome of an undo.
     """
 
     fields: list[FieldWrite] = field(default_factory=list)
@@ -140,7 +143,7 @@ class Journal:
     undone: list[Undo] = field(default_factory=list)
 
     def add_field(self, write: FieldWrite) -> None:
-        """Note a write; elements of an array, written one after the other, become one entry."""
+        """Add a write; consecutive elements of an array become one entry."""
         last = self.fields[-1] if self.fields else None
         if write.old == write.new:
             self.unchanged += 1
@@ -153,7 +156,7 @@ class Journal:
             self.fields.append(write)
 
     def add_memory(self, target: str, runs: Extents) -> None:
-        """Note that pages were written: an array of `_fastcopy.RUN`."""
+        """Add pages that were written, a `_fastcopy.RUN` array."""
         if not len(runs):
             return
         start, end = int(runs["gva"].min()), int(np.max(runs["gva"] + runs["size"]))

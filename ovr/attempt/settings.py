@@ -1,4 +1,4 @@
-"""Values of kernel objects, written from outside and verified."""
+"""Write values into kernel objects from outside, and verify them."""
 
 import time
 from collections import deque
@@ -16,7 +16,7 @@ from ovr.vm.hold import Holder
 __all__ = ["verify", "write"]
 
 _HOLD_SECONDS: Final = 0.01
-"""After which a hold for settings ends: to begin and end one takes 2 ms."""
+"""Length of a hold for settings; to begin and end one takes 2 ms."""
 
 
 def write(
@@ -27,20 +27,20 @@ def write(
 ) -> None:
     """Write the values, as many in one hold as its time allows.
 
-    In the hold no kernel code runs in the guest, so that an object is what it was found to be
-    until it is written: a stopped task that the OOM killer ends meanwhile gives its objects back.
+    No kernel code runs in the guest during a hold, so an object that was found stays what it is
+    until it is written. Between holds the OOM killer may end a stopped task and free its objects.
 
     Args:
         settings: the values.
-        tree: looks at the tree anew.
-        holder: keeps the VM still.
-        recording: what is written is recorded there.
+        tree: looks for the tree anew.
+        holder: holds the VM.
+        recording: gets the writes.
 
     Raises:
-        RestoreFailed: the tree is not what the images say.
+        RestoreFailed: the tree is not as in the images.
         DoesNotFit: a value that this guest's kernel cannot hold.
-        GuestFault: the guest's kernel objects make no sense.
-        KernelNotFound: its types make no sense.
+        GuestFault: invalid kernel objects in the guest.
+        KernelNotFound: invalid types of its kernel.
     """
     _rehearse(settings, tree())
     left = deque(settings)

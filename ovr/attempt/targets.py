@@ -1,4 +1,4 @@
-"""Pages to be written: where they come from, and whose frames they go into."""
+"""Pages to be written, with their source and their frames."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -16,15 +16,15 @@ class Target:
     """Pages of one source that go into one address space of the guest.
 
     Attributes:
-        name: what messages call it.
+        name: its name in messages.
         space: the address space in the guest.
-        frames: says which frames are the target's own.
+        frames: tells which frames are the target's own.
         pieces: a `_fastcopy.PIECE` array; offsets are positions in `source`.
         source: the pages image.
-        ask: asks the guest to map pages, given as pieces, once more, content and all.
-        check: raises `RestoreFailed` if `space` is not that of its process any more; asked in every
-            hold before a page table is walked.
-        spared: ranges of bytes that are left as the guest has them.
+        ask: asks the guest to map pages, given as pieces, once more with their content.
+        check: raises `RestoreFailed` if `space` is not that of its process any more; called in
+            every hold before a page table is walked.
+        spared: ranges of bytes that are not written.
     """
 
     name: str
@@ -46,10 +46,10 @@ class Family:
     """Pages that tasks share copy-on-write, written once.
 
     Attributes:
-        first: the task that had them first; its `frames` are those that only the tree can have.
-        descendants: the tasks that inherited them, each with the pieces that it has in common with
-            `first`. Where one turns out to have another frame it gets content of its own.
-        excluded: address spaces, with ranges of GVAs in which they must not see the pages.
+        first: the first task that had them; its `frames` are those that only the tree can have.
+        descendants: the tasks that inherited them, each with the pieces that it shares with
+            `first`. A descendant on another frame gets a copy of the content.
+        excluded: address spaces, with ranges of GVAs at which they must not have the pages.
     """
 
     first: Target

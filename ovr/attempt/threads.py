@@ -1,4 +1,4 @@
-"""Several threads at the same work, none of which outlives the call."""
+"""Work divided among threads, none of which works on after the call."""
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future, wait
@@ -9,8 +9,8 @@ from ovr.memory.extents import Extents, split, total
 
 __all__ = ["Threads"]
 
-_SHARE: Final = 1 << 20  # bytes that are worth a thread
-_LARGE_SHARE: Final = 4 << 20  # where there is as much, more shares than threads: they end together
+_SHARE: Final = 1 << 20  # bytes worth a thread
+_LARGE_SHARE: Final = 4 << 20  # more shares than threads if they are as large: they end together
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -20,8 +20,8 @@ class Threads:
     """Divides work among threads.
 
     Args:
-        pool: has them.
-        count: how many of them to use.
+        pool: runs the threads.
+        count: number of threads to use.
     """
 
     def __init__(self, pool: Executor, count: int) -> None:
@@ -29,8 +29,8 @@ class Threads:
         self._count = count
 
     def on_parts(self, runs: Extents, work: Callable[[Extents], T]) -> list[T]:
-        """Do the work on parts of `runs`, of whole pages; return what it gave, in their order."""
-        # Whole pages: what is to be walked must be.
+        """Do the work on parts of `runs`; return the results in their order."""
+        # Parts of whole pages: page tables are walked for them.
         pages = -(-total(runs) // (self._count * PAGE_SIZE))
         share = max(pages * PAGE_SIZE, _SHARE)
         if share >= 4 * _LARGE_SHARE:
@@ -38,9 +38,9 @@ class Threads:
         return self.on_each(list(split(runs, share)), work)
 
     def on_each(self, shares: Sequence[S], work: Callable[[S], T]) -> list[T]:
-        """Do the work on each; return what it gave, in their order.
+        """Do the work on each share; return the results in their order.
 
-        When this ends, by an error or Ctrl-C too, no thread works on.
+        No thread works on after this, even if it ends by an error or Ctrl-C.
         """
         if len(shares) < 2:
             return [work(one) for one in shares]

@@ -1,9 +1,9 @@
-"""Recording writes to kernel objects, and taking back those that may outlive the tree.
+"""Record writes to kernel objects, and revert those to objects that may outlive the tree.
 
-Most objects that are written to are the tree's own: killing the tree is the undo. A namespace may
-be used by others, who joined it or whom the tree joined. Its fields are taken back in a hold, one
-by one, if the object can be found again by the way that led to it, or by way of another user, and
-only where the field still has what we wrote.
+Most objects are the tree's own: killing the tree is their undo. A namespace may have other users,
+which joined it or were joined by the tree. Its fields are reverted in a hold, one by one, if the
+object can be found again by the same path or through another user, and only where the field still
+has the value that was written.
 """
 
 import logging
@@ -28,7 +28,7 @@ log = logging.getLogger("ovr.journal")
 
 @dataclass
 class _Lasting:
-    # An object that may outlive the tree, how to find it again, and what was written to it.
+    # An object that may outlive the tree, how to find it again, and the writes to it.
     binding: Binding
     users: Users
     target: Struct
@@ -36,13 +36,13 @@ class _Lasting:
 
 
 class Recording:
-    """Records what kinds of state write, and takes back what must not stay.
+    """Records the writes of kinds of state, and reverts those that must not stay.
 
     Args:
-        journal: where it is written down.
+        journal: gets the records.
         kernel: the guest's kernel.
-        tree: looks at the restored tree anew; raises `RestoreFailed` if it is gone.
-        holder: keeps the VM still.
+        tree: looks for the restored tree anew; raises `RestoreFailed` if it is gone.
+        holder: holds the VM.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class Recording:
 
     @contextmanager
     def of(self, kind: Kind, binding: Binding, target: Any) -> Iterator[None]:
-        """Record what is written in the body of the ``with``.
+        """Record the writes in the body of the ``with``.
 
         Args:
             kind: what is written.
@@ -130,22 +130,22 @@ def _undo(lasting: _Lasting, tree: Callable[[], GuestTree], kernel: Kernel) -> l
     target = _found_again(lasting, tree, kernel)
     writes = reversed(lasting.writes)
     if target is None:
-        return [Undo(write, "gone", "nobody was found who uses it") for write in writes]
+        return [Undo(write, "gone", "no user of the object was found") for write in writes]
     outcomes = (_taken_back(write, target, kernel) for write in writes)
     return [outcome for outcome in outcomes if outcome]
 
 
 def _taken_back(write: FieldWrite, target: Struct, kernel: Kernel) -> Undo | None:
     if not target.address_ <= write.gva <= target.address_ + target.size_ - len(write.new):
-        return Undo(write, "failed", f"it is no part of the {target.type_}")
+        return Undo(write, "failed", f"the field is outside of the {target.type_}")
     now = kernel.space.read(write.gva, len(write.new))
     if now == write.old:
-        return None  # we were interrupted before we wrote, or what we wrote was there before
+        return None  # interrupted before the write, or the write changed nothing
     if now != write.new:
-        return Undo(write, "changed", "somebody has written there since")
-    # SAFETY: the object is the one that we wrote to: in this very hold a task has led to it, and
-    # the field has what we wrote. What was safe to write then is so now, for the same reasons: see
-    # the kind's own write. This is the undo.
+        return Undo(write, "changed", "the field was written by others since")
+    # SAFETY: the object is the one that was written to: in this hold a task has led to it, and the
+    # field has the value that was written. Owner, stillness and persistence are as for the kind's
+    # own write. This is the undo.
     kernel.space.write(write.gva, write.old)
     return Undo(write, "undone")
 

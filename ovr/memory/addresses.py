@@ -1,4 +1,4 @@
-"""The three kinds of address that this tool must never mix.
+"""Types for the three kinds of address, which must never be mixed.
 
 All ranges in `ovr` are half-open: ``[start, start + size)``.
 """
@@ -8,10 +8,10 @@ from typing import Final, NewType
 __all__ = ["PAGE_SHIFT", "PAGE_SIZE", "Gpa", "Gva", "Offset"]
 
 Gva = NewType("Gva", int)
-"""Guest virtual address: what a guest task or the guest kernel uses."""
+"""Guest virtual address, as used by a guest task or the guest kernel."""
 
 Gpa = NewType("Gpa", int)
-"""Guest physical address: what the guest's page tables hold."""
+"""Guest physical address, as in the guest's page tables."""
 
 Offset = NewType("Offset", int)
 """Position in a RAM file on the host."""

@@ -51,7 +51,7 @@ def pages_in(extents: Extents) -> NDArray[np.int64]:
 
 
 def ends_of(runs: Extents) -> NDArray[np.uint64]:
-    """Return the address behind each run."""
+    """Return the first address after each extent."""
     ends: NDArray[np.uint64] = runs["gva"] + runs["size"]
     return ends
 
@@ -100,7 +100,7 @@ def cut_out(runs: Extents, holes: Ranges) -> Extents:
 
 
 def cut_to(runs: Extents, start: NDArray[np.uint64], end: NDArray[np.uint64]) -> Extents:
-    """Return of `runs` what lies in the sorted ranges of GVAs, which do not overlap, in order."""
+    """Return the parts of extents within sorted ranges of GVAs that do not overlap, in order."""
     if not len(runs) or not len(start):
         return runs[:0].copy()
     parts = cut_at(runs, merged(start, end))
@@ -126,7 +126,7 @@ def cut_at(runs: Extents, edges: NDArray[np.uint64]) -> Extents:
 
 
 def as_pieces(runs: Extents) -> Extents:
-    """Return runs as what would be walked to find them again."""
+    """Return runs as pieces to be walked again."""
     pieces = np.empty(len(runs), dtype=PIECE)
     for name in ("gva", "size", "offset"):
         pieces[name] = runs[name]
@@ -134,8 +134,8 @@ def as_pieces(runs: Extents) -> Extents:
 
 
 def with_flags(runs: Extents, wanted: int) -> Extents:
-    """Return the runs that have all the flags that are wanted."""
-    # To choose some of many takes as long as to walk them, and nearly always it is all.
+    """Return the runs that have all wanted flags."""
+    # Selecting from many runs takes as long as walking them, and nearly always all are selected.
     if int(np.bitwise_and.reduce(runs["flags"])) & wanted == wanted:
         return runs
     chosen: Extents = runs[(runs["flags"] & wanted) == wanted]
@@ -153,12 +153,12 @@ def on_same_frames(runs: Extents, others: Extents) -> Extents:
 
 
 def left_of(part: Extents, done: Extents) -> Extents:
-    """Return what is left of pieces, or runs, without the addresses of the runs `done`."""
+    """Return pieces, or runs, without the addresses of the runs `done`."""
     return cut_out(part, join(ranges_of(done["gva"], ends_of(done))))
 
 
 def file_ranges(part: Extents) -> Iterator[tuple[int, int]]:
-    """Yield the ranges of the source, in bytes; neighbours are one: images are read in order."""
+    """Yield the ranges of the source in bytes, neighbours joined: images are read in order."""
     starts = part["offset"]
     ends = starts + part["size"].astype("<i8")
     breaks = np.flatnonzero(starts[1:] != ends[:-1]) + 1

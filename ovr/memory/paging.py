@@ -20,23 +20,22 @@ __all__ = ["AddressSpace", "Frames", "pieces"]
 
 @dataclass(frozen=True)
 class Frames:
-    """Where the guest kernel keeps its `struct page` array and how to read an element.
+    """The location of the guest kernel's `struct page` array, and conditions on an element.
 
-    A walk marks the pages that are `owned <ovr._fastcopy.OWNED>`: those of which the kernel says
-    what is asked for here.
+    A walk marks the pages that meet the conditions as `owned <ovr._fastcopy.OWNED>`.
 
     Attributes:
-        root: GPA of the kernel's top page table, `levels` of them.
+        root: GPA of the kernel's top-level page table, which has `levels` levels.
         vmemmap: GVA of the element for frame number 0.
         stride: ``sizeof(struct page)``, in bytes.
         flags: offset of ``page->flags`` in bytes; likewise `mapping` and `compound_head`.
         page_mask: the bits of the page's own flags that must all be set.
         folio_mask: the bits of its folio's flags that must be as in `folio_value`.
         mapping_mask: the bits of its folio's ``mapping`` that must be as in `mapping_value`.
-        dirty_mask: the bits of its folio's flags by which reclaim keeps what is written to it; the
-            dirty bits of the page table entry do the same.
-        clean_mask: where it is not dirty, the bits of its folio's flags that must be as in
-            `clean_value` for reclaim to keep it all the same; 0 if it never does.
+        dirty_mask: the bits of its folio's flags that make reclaim keep its content; the dirty bits
+            of the page table entry do the same.
+        clean_mask: the bits of a clean folio's flags that must be as in `clean_value` for reclaim
+            to keep its content nevertheless; 0 if it never does.
     """
 
     root: Gpa
@@ -57,15 +56,15 @@ class Frames:
 
     @property
     def usable(self) -> bool:
-        """Whether `AddressSpace.walk` takes it: all aligned, the members inside of an element."""
+        """Whether `AddressSpace.walk` takes it: all aligned, the members within an element."""
         last = max(self.flags, self.mapping, self.compound_head) + 8
         aligned = (self.vmemmap | self.stride) % 8 == 0
         return aligned and last <= self.stride <= PAGE_SIZE and self.mapping_mask != 0
 
 
 MAX_READ: Final = 1 << 26
-"""Most bytes of one read: page tables may show the same frame everywhere, and types may be of any
-size, so that what a guest has does not limit what a lie could make us allocate."""
+"""Most bytes of one read. Page tables may map one frame everywhere, and types may claim any size,
+so the size of a guest does not bound the memory that a hostile one could make us allocate."""
 
 
 class AddressSpace:
@@ -77,7 +76,7 @@ class AddressSpace:
         levels: 4 or 5.
 
     Attributes:
-        recorder: who is told of every value that a view writes here, before it is written; see
+        recorder: called with every value that a view is about to write; see
             `ovr.kernel.types.view.Recorder`.
     """
 
@@ -108,15 +107,15 @@ class AddressSpace:
         if size == 0:
             return b""
         if size > MAX_READ:
-            raise GuestFault(f"{size:#x} bytes at {gva:#x} are more than can be meant", gva)
+            raise GuestFault(f"{size:#x} bytes at {gva:#x} are too many for one read", gva)
         return b"".join(self.ram.read(gpa, length) for gpa, length in self._chunks(gva, size))
 
     def write(self, gva: Gva, data: bytes) -> None:
         """Write `data`, across pages; nothing is written if one of them is not mapped."""
         if not data:
             return
-        # SAFETY: who owns the object at `gva` and what keeps it still is for the caller to say;
-        # here the bytes are only kept inside of guest RAM.
+        # SAFETY: the caller states the owner of the object at `gva`, and what keeps it still; here
+        # the bytes are only kept within guest RAM.
         if len(data) <= PAGE_SIZE - gva % PAGE_SIZE:
             self.ram.write(self.translate(gva), data)
             return
@@ -130,7 +129,7 @@ class AddressSpace:
         return self.ram.walk(self.root, self.levels, ranges, frames)
 
     def _chunks(self, gva: Gva, size: int) -> Iterator[tuple[Gpa, int]]:
-        # Physically contiguous parts: one walk, not one translation a page.
+        # Physically contiguous parts: one walk instead of a translation for each page.
         _check(gva, size)
         first = gva - gva % PAGE_SIZE
         until = -(-(gva + size) // PAGE_SIZE) * PAGE_SIZE

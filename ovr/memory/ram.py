@@ -26,13 +26,13 @@ __all__ = ["GuestRam", "RamFile", "Slot"]
 class RamFile:
     """An open RAM file; closed when nothing refers to it any more.
 
-    It is mapped through the descriptor that it was found by and never opened by a name: a name may
-    lead to another file by now.
+    It is mapped through the descriptor by which it was found, and never opened by name: the name
+    may belong to another file by now.
 
     Args:
         fd: the descriptor, which this object owns from now on. Of a VM's RAM it is QEMU's own open
             file description (`ovr.vm.process_files`): its file offset must not be moved.
-        name: what messages call the file.
+        name: the name of the file in messages.
     """
 
     def __init__(self, fd: int, name: str) -> None:
@@ -46,7 +46,7 @@ class RamFile:
         return f"RamFile({self._fd}, {self.name!r})"
 
     def fileno(self) -> int:
-        """Return the descriptor, which stays this object's."""
+        """Return the descriptor, which this object goes on owning."""
         return self._fd
 
     def reopened(self) -> int:
@@ -85,9 +85,9 @@ class GuestRam(Closing):
     """All of a guest's RAM, mapped into this process; a context manager.
 
     Args:
-        slots: what backs which part of GPA space; sorted and checked for overlap here.
-        writable: map for writing. Reading tools leave it off, so that they cannot write.
-        unheld: it may be written though no VM is held: for RAM that no VM runs in.
+        slots: the backing of GPA space; sorted and checked for overlap here.
+        writable: map for writing; off for tools that only read.
+        unheld: permit writes without a hold: for RAM in which no VM runs.
 
     Raises:
         RamNotShared: a RAM file is too short or cannot be mapped, such as one that is open for
@@ -114,7 +114,7 @@ class GuestRam(Closing):
         self._map.close()
 
     def govern(self, hold: Hold) -> None:
-        """Have all writes from here on need that hold; see `_fastcopy.RamMap.govern`."""
+        """Permit writes only in this hold from now on; see `_fastcopy.RamMap.govern`."""
         self._map.govern(hold)
 
     @property
@@ -130,17 +130,17 @@ class GuestRam(Closing):
         """Write a value; aligned 4- and 8-byte values are stored whole.
 
         Raises:
-            GuestFault: some byte would not land in RAM; nothing was written.
+            GuestFault: a byte is outside of RAM; nothing was written.
             PermissionError: the VM is not held; nothing was written.
-            HoldBroken: it is not held any more; nothing was written.
+            HoldBroken: the hold has ended; nothing was written.
         """
         self._map.write(gpa, data)
 
     def find(self, needle: bytes, *, step: int = 1) -> Iterator[Gpa]:
-        """Yield where `needle` lies in allocated RAM, ascending, at multiples of `step` bytes.
+        """Yield the addresses of `needle` in allocated RAM, in order, at multiples of `step` bytes.
 
-        Holes of the RAM files (pages the guest never touched) are not looked at, so that a
-        search does not make the host allocate them.
+        Holes of the RAM files (pages that the guest never touched) are skipped, so that a search
+        does not make the host allocate them.
         """
         for slot in self.slots:
             for start, end in _allocated(slot):
@@ -162,11 +162,11 @@ class GuestRam(Closing):
         self._map.prefault(runs)
 
     def copy_in(self, runs: Extents, fd: int, base: int, size: int, *, wait: bool = True) -> int:
-        """See `_fastcopy.RamMap.copy_in`. Who calls this states why the frames stay put."""
+        """See `_fastcopy.RamMap.copy_in`; the caller states why the frames stay."""
         return self._map.copy_in(runs, fd, base, size, wait=wait)
 
     def copy_from(self, runs: Extents, source: "Buffer") -> int:
-        """See `_fastcopy.RamMap.copy_from`. Who calls this states why the frames stay put."""
+        """See `_fastcopy.RamMap.copy_from`; the caller states why the frames stay."""
         return self._map.copy_from(runs, source)
 
     def review(

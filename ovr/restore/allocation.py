@@ -1,9 +1,8 @@
-"""What the plan writes outside, found in the guest: address spaces, frames, sources.
+"""Allocate frames in the guest for the pages that go outside, and find their address spaces.
 
-The frames are there already, or are asked for here: CRIU has populated pieces of areas, some before
-it made the children that share them; the agent touches the other pages of tasks, and maps each
-shared object in a process of its own, whose page table leads to the object's pages. So nothing of
-this is seen in the restored tasks.
+CRIU has populated pieces of areas, some of them before it forked the children that share them. The
+agent touches the other pages of tasks, and maps each shared object in a process of its own, whose
+page table leads to the object's pages: the restored tasks show no trace of it.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -47,8 +46,8 @@ class Outside:
     """The memory that the plan writes outside, as found in the guest.
 
     Attributes:
-        families: what tasks share copy-on-write.
-        targets: what one task has alone, and shared memory.
+        families: pages shared by fork.
+        targets: pages of one task, and shared memory.
     """
 
     families: Sequence[Family]
@@ -56,13 +55,13 @@ class Outside:
 
     @property
     def bytes(self) -> int:
-        """How much is to be written."""
+        """Bytes to be written."""
         shared = sum(total(family.first.pieces) for family in self.families)
         return shared + sum(total(target.pieces) for target in self.targets)
 
     @property
     def all(self) -> Sequence[Target]:
-        """Every target, once."""
+        """All targets, each once."""
         shared = [
             target for family in self.families for target in (family.first, *family.descendants)
         ]
@@ -72,19 +71,19 @@ class Outside:
 def allocate_outside(
     plan: Plan, guest: GuestTree, agent: Agent, sources: Sources, *, warm: bool = False
 ) -> Outside:
-    """Have the guest allocate what the plan writes outside, and return where it is.
+    """Have the guest allocate the memory that the plan writes outside, and find it.
 
     Args:
         plan: the plan.
         guest: the skeleton.
-        agent: holds it.
+        agent: the agent, which holds the skeleton.
         sources: the pages images.
-        warm: CRIU has populated the large pieces, too.
+        warm: CRIU has populated the large pieces as well.
 
     Raises:
-        RestoreFailed: the guest has no memory for it, or the skeleton is not what was planned.
-        GuestFault: kernel objects of the guest make no sense.
-        KernelNotFound: its types make no sense.
+        RestoreFailed: the guest is out of memory, or the skeleton is not as planned.
+        GuestFault: invalid kernel objects in the guest.
+        KernelNotFound: invalid types of its kernel.
         AgentUnreachable: the link broke.
     """
     restorees = {task.task.pid: _Restoree(task, guest, agent, sources) for task in plan.tasks}
@@ -102,8 +101,8 @@ def allocate_outside(
 
 
 class _Alive:
-    # Whether a process still has the address space that it had. When it dies, its page tables are
-    # freed, and the next process may get them.
+    # Checks that a process still has its address space. When it dies, its page tables are freed,
+    # and the next process may get them.
 
     def __init__(self, name: str, kernel: Kernel, task: Struct, space: AddressSpace) -> None:
         self._name = name
@@ -155,10 +154,10 @@ class _Restoree:
         self._agent.touch([Portion(self._pid, True, pieces[["gva", "size"]].tolist())])
 
     def portions(self, *, large: bool) -> Iterator[Portion]:
-        """Yield what the agent is to allocate."""
+        """Yield the pages that the agent is to allocate."""
         ranges = [self.plan.to_touch()]
         if large and len(self.plan.large_pieces):
-            # Where the kernel has written something meanwhile, it must stay: page by page.
+            # Pages that the kernel may have written to must keep their content: page by page.
             kept = _pages_of(self.plan.spared)
             ranges += [without(self.plan.large_pieces, kept), common(self.plan.large_pieces, kept)]
         for one in ranges:
@@ -190,7 +189,7 @@ def _families(
 
 
 def _anon_vmas(restoree: _Restoree) -> dict[Gva, Ranges]:
-    # Where the task's pages that were allocated before the fork are, by the anon_vma of their area.
+    # The ranges of the task's pages allocated before the fork, by the anon_vma of their area.
     found: dict[Gva, list[tuple[int, int]]] = {}
     seed = restoree.plan.sharing.cow.before_fork
     for start, end, anon_vma in settled(lambda: _areas(restoree.mm)):
@@ -206,7 +205,7 @@ def _areas(mm: Struct) -> list[tuple[int, int, Gva]]:
 
 @types_that_fit()
 def _frames_of_the_tree(kernel: Kernel, anon_vma: Gva, ours: set[Gva], pid: int) -> Frames:
-    # Tasks of the tree are stopped: nobody can come to use the anon_vma, who does not use it now.
+    # All tasks of the tree are stopped: the anon_vma gets no further users.
     users = anon_vma_users(kernel.object("struct anon_vma", anon_vma)) if anon_vma else set()
     if not anon_vma or not users <= ours:
         raise RestoreFailed(
@@ -218,7 +217,7 @@ def _frames_of_the_tree(kernel: Kernel, anon_vma: Gva, ours: set[Gva], pid: int)
 
 
 def _portions(ranges: Ranges, spared: Ranges, pid: int) -> Iterator[Portion]:
-    # Where the kernel has written something meanwhile, it must stay.
+    # Pages that the kernel may have written to must keep their content.
     precious = _overlaps(ranges, spared)
     for keep in (False, True):
         chosen = ranges[precious == keep]
@@ -239,7 +238,7 @@ def _pages_of(ranges: Ranges) -> Ranges:
 
 
 def _overlaps(ranges: Ranges, others: Ranges) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
-    # Which of the ranges have a page in common with one of the others; both are sorted.
+    # The ranges that have a page in common with one of the others; both are sorted.
     low = others["start"] // np.uint64(PAGE_SIZE) * np.uint64(PAGE_SIZE)
     first = np.searchsorted(others["end"], ranges["start"], side="right")
     last = np.searchsorted(low, ranges["end"], side="left")
@@ -281,8 +280,8 @@ def _of_shared(
 
 
 class _Object(NamedTuple):
-    # A shared object: a task that has it, the agent's way to it from there, the kernel's address
-    # of its pages, its size in bytes.
+    # A shared object: a task that has it, the path to it below /proc/PID, the address of its
+    # address_space, its size in bytes.
     pid: int
     way: str
     mapping: Gva
