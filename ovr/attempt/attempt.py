@@ -74,9 +74,7 @@ class Attempt:
     def __enter__(self) -> Self:
         with ExitStack() as stack:
             stack.enter_context(locked(self.vm.ram.slots))
-            self.vm.check_same_boot()
-            for blocker in blockers(self.vm.qmp, self.vm.balloon):
-                raise blocker
+            self._check_vm()
             self.holder = stack.enter_context(
                 Holder(self.vm.qmp, self.vm.check_same_boot, ram=self.vm.ram)
             )
@@ -115,9 +113,11 @@ class Attempt:
         Arguments are those of `Agent.begin`.
 
         Raises:
+            CheckFailed: the VM must not be written to any more.
             OvrError: as `Agent.begin`.
             AgentUntrusted: the tree is not held by the agent's own CRIU.
         """
+        self._check_vm()
         # Before the first byte is sent: whatever interrupts us, the tree is killed.
         self._begun = True
         skeleton = self.agent.begin(
@@ -172,6 +172,11 @@ class Attempt:
             self._check_released(root.pid)
         return root
 
+    def _check_vm(self) -> None:
+        self.vm.check_same_boot()
+        for blocker in blockers(self.vm.qmp, self.vm.balloon):
+            raise blocker
+
     def _check_released(self, pid: int) -> None:
         # The agent's answer is not trusted alone: CRIU traces what it holds. A task that is gone
         # has run and ended, as far as can be seen from here.
@@ -198,8 +203,10 @@ class Attempt:
             # While a task of the tree is there it is certain which objects were written to.
             self.recording.revert(cause)
         finally:
-            self._heartbeat.close()
-            self._kill(cause)
+            try:
+                self._heartbeat.close()
+            finally:
+                self._kill(cause)
 
     def _kill(self, cause: BaseException | None) -> None:
         try:

@@ -40,8 +40,9 @@ PE_PRESENT: Final = 4
 PAGEMAP_DTYPE: Final = np.dtype(
     [("gva", "<u8"), ("size", "<u8"), ("flags", "<u4"), ("level", "<u4"), ("offset", "<i8")]
 )
-"""An extent, in bytes; `offset` is a position in the pages image of level `level`, or -1 if it does
-not contain the data; level 0 is the image set itself, 1 its parent, and so on."""
+"""An extent, in bytes; `offset` is a position in the pages image of level `level`; level 0 is the
+image set itself, 1 its parent, and so on. Without PE_PRESENT there is no data there: the offset is
+-1, or anything once the extent was cut."""
 
 USER_END: Final = 1 << 56
 """End of user addresses with 5-level paging, the most that x86-64 has."""

@@ -5,7 +5,7 @@ pages that tasks share by fork, `pool` for the use of the guest's pool.
 """
 
 from ovr.plan.inside import Inside, build_inside, pool_for
-from ovr.plan.plan import NOT_DUMPED, Plan, SharedPlan, TaskPlan, make_plan
+from ovr.plan.plan import NOT_DUMPED, Plan, SharedPlan, TaskPlan, check_kinds, make_plan
 from ovr.plan.pool.layout import Pool
 from ovr.plan.pool.table import NO_POOL, Cold, Warm
 
@@ -20,6 +20,7 @@ __all__ = [
     "TaskPlan",
     "Warm",
     "build_inside",
+    "check_kinds",
     "make_plan",
     "pool_for",
 ]

@@ -18,7 +18,7 @@ from ovr.plan.sharing import CowPlan
 from ovr.state import KINDS, Setting
 from ovr.state.settings import take
 
-__all__ = ["NOT_DUMPED", "Plan", "SharedPlan", "TaskPlan", "make_plan"]
+__all__ = ["NOT_DUMPED", "Plan", "SharedPlan", "TaskPlan", "check_kinds", "make_plan"]
 
 ALL: Final = "all"
 MEMORY: Final = "memory"
@@ -121,6 +121,15 @@ def make_plan(
         one.memory.check_readable()
     settings = take(images, (kind for kind in KINDS if kind.name in asked))
     return Plan(images, tasks, shared, cow, settings)
+
+
+def check_kinds(outside: Sequence[str]) -> None:
+    """Check the names of kinds of state.
+
+    Raises:
+        UsageError: there is no such kind or group.
+    """
+    _asked(outside)
 
 
 def _asked(outside: Sequence[str]) -> set[str]:

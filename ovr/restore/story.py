@@ -9,8 +9,9 @@ from ovr.attempt.attempt import Attempt
 from ovr.attempt.copier import VERIFY_MODES
 from ovr.attempt.stopwatch import Stopwatch
 from ovr.checkpoint import Checkpoint
+from ovr.errors import UsageError
 from ovr.images.source import Sources
-from ovr.plan import NOT_DUMPED, Plan, Warm, make_plan
+from ovr.plan import NOT_DUMPED, Plan, Warm, check_kinds, make_plan
 from ovr.restore.allocation import allocate_outside
 from ovr.restore.preflight import refuse_taken_pids
 from ovr.restore.report import Report, make_report
@@ -47,10 +48,14 @@ def restore(
         watch: continues the times of attaching.
 
     Raises:
+        UsageError: no such kind of state, or no such way to verify.
         OvrError: the cause; everything that was built in the guest is gone, the VM runs on.
     """
+    check_kinds(outside)
+    if verify not in VERIFY_MODES:
+        raise UsageError(f"no way to verify called {verify!r}", f"take {', '.join(VERIFY_MODES)}")
     watch = watch or Stopwatch()
-    with Attempt(vm, agent) as attempt, Sources() as sources:
+    with Sources() as sources, Attempt(vm, agent) as attempt:  # aborted before sources may block
         with watch("plan"):
             guest = attempt.agent.hello
             checkpoint.check(guest)

@@ -78,10 +78,7 @@ def test_who_cannot_read_the_ram_restores_nothing(vm, dump):
     with vm.connect() as agent, pytest.raises(RestoreFailed, match="not authenticated") as early:
         agent.begin({"inventory.img": b"x"})
     assert early.value.code == "unproven"
-    with (
-        vm.connect() as agent,
-        pytest.raises(AgentUntrusted, match="does not know what lies") as no,
-    ):
+    with vm.connect() as agent, pytest.raises(AgentUntrusted) as no:
         agent.authenticate(bytes(protocol.SECRET_SIZE))
     assert no.value.code == "proof"
     assert vm.sh("ls /run/ovr").stdout == b"lock\n"

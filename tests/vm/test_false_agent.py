@@ -21,7 +21,15 @@ from tests.vm.test_failures import ovr_command, refused, unharmed
 
 SOURCE = Path(__file__).parent / "programs" / "impostor"
 GUEST = Path(compiler.__file__).parent
-FROM_THE_AGENT = ("agent.h", "msgpack.h", "msgpack.c", "message.c", "proof.c", "sha256.c")
+FROM_THE_AGENT = (
+    "agent.h",
+    "message.h",
+    "msgpack.h",
+    "msgpack.c",
+    "message.c",
+    "proof.c",
+    "sha256.c",
+)
 PORT = 5000
 
 KINDS = {
