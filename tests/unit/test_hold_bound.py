@@ -106,9 +106,12 @@ with Holder(Monitor(pid), ram=ram) as holder, holder.held():
 """
 
 
+TRIES = 50  # it writes nearly all the time
+
+
 def test_stopped_in_a_write(machine):
     """Nobody can say when it will go on to write: it is killed, and then the VM runs."""
-    for _ in range(5):
+    for _ in range(TRIES):
         process = run_script(WRITING, machine.pid, machine.path)
         assert process.stdout.readline() == "held\n"
         os.kill(process.pid, signal.SIGSTOP)
