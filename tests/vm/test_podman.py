@@ -122,7 +122,7 @@ def test_podman_says_what_is_missing(journey):
         journey.restore(CACHE)
     assert "localhost/tiny" in str(caught.value)
     assert journey.nothing_is_left()
-    perform(journey.vm, MOVED, "in VM B, if it has not got the image")
+    perform(journey.vm, MOVED, "in VM B, unless it has the image")
 
 
 def test_a_tree_that_is_wrong_never_runs(journey, monkeypatch):
