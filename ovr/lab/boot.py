@@ -173,7 +173,7 @@ def _await_agent(vm: LabVm, deadline: float) -> None:
                 with vm.connect(timeout=5) as agent:
                     agent.run(["true"], timeout=5)
                 return
-            except AgentUnreachable as error:
+            except (AgentUnreachable, LabError) as error:  # a loaded host takes longer
                 trouble = str(error)
         time.sleep(0.1)
     raise _not_up(LabError, vm, f"does not come up ({trouble})")
