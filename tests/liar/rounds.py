@@ -70,7 +70,8 @@ class Watch:
     def _judge(self, path: str) -> None:
         # The second is anonymous memory, shared with the process that holds the VM: no file.
         fine = (str(user_cache()), "/dev/zero (deleted)", "/dev/null", *self.below)
-        if path not in self.allowed and not path.startswith(fine):
+        compiled = "/__pycache__/" in path  # by Python, of a module that nobody has loaded before
+        if path not in self.allowed and not path.startswith(fine) and not compiled:
             self.seen.add(path)
 
 
