@@ -7,10 +7,8 @@ for each process or shared object.
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
 from ovr.memory.addresses import Gpa, Gva
-from ovr.memory.extents import Extents, total
+from ovr.memory.extents import Extents, ends_of, total
 
 __all__ = ["FieldWrite", "Journal", "MemoryWrite", "Undo"]
 
@@ -159,7 +157,7 @@ class Journal:
         """Add pages that were written, a `_fastcopy.RUN` array."""
         if not len(runs):
             return
-        start, end = int(runs["gva"].min()), int(np.max(runs["gva"] + runs["size"]))
+        start, end = int(runs["gva"].min()), int(ends_of(runs).max())
         size = total(runs)
         for entry in self.memory:
             if entry.target == target:

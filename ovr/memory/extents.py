@@ -21,6 +21,7 @@ from ovr.memory.ranges import Ranges, edges_of, inside, join, merged, ranges_of
 
 __all__ = [
     "Extents",
+    "addresses_of",
     "as_pieces",
     "cut_at",
     "cut_out",
@@ -54,6 +55,11 @@ def ends_of(runs: Extents) -> NDArray[np.uint64]:
     """Return the first address after each extent."""
     ends: NDArray[np.uint64] = runs["gva"] + runs["size"]
     return ends
+
+
+def addresses_of(extents: Extents) -> Ranges:
+    """Return the set of addresses in extents."""
+    return join(ranges_of(extents["gva"], ends_of(extents)))
 
 
 def split(ranges: Extents, limit: int) -> Iterator[Extents]:
@@ -90,7 +96,7 @@ def cut_out(runs: Extents, holes: Ranges) -> Extents:
         return runs
     # Holes are few, and near each other, if there are any: most runs are left as they are.
     start, end = holes["start"][0], holes["end"][-1]
-    near = np.flatnonzero((runs["gva"] < end) & (runs["gva"] + runs["size"] > start))
+    near = np.flatnonzero((runs["gva"] < end) & (ends_of(runs) > start))
     if not len(near):
         return runs
     first, last = near[0], near[-1] + 1
@@ -110,7 +116,7 @@ def cut_to(runs: Extents, start: NDArray[np.uint64], end: NDArray[np.uint64]) ->
 
 def cut_at(runs: Extents, edges: NDArray[np.uint64]) -> Extents:
     """Cut extents at addresses, sorted and each once; ``gpa`` and ``offset`` follow."""
-    start, end = runs["gva"], runs["gva"] + runs["size"]
+    start, end = runs["gva"], ends_of(runs)
     first = np.searchsorted(edges, start, side="right")
     count = np.searchsorted(edges, end, side="left") - first + 1
     which = np.repeat(np.arange(len(runs)), count)
@@ -154,7 +160,7 @@ def on_same_frames(runs: Extents, others: Extents) -> Extents:
 
 def left_of(part: Extents, done: Extents) -> Extents:
     """Return pieces, or runs, without the addresses of the runs `done`."""
-    return cut_out(part, join(ranges_of(done["gva"], ends_of(done))))
+    return cut_out(part, addresses_of(done))
 
 
 def file_ranges(part: Extents) -> Iterator[tuple[int, int]]:

@@ -29,7 +29,7 @@ from ovr.images.vma import (
     VMA_AREA_VVAR,
     is_private,
 )
-from ovr.memory.extents import Extents, as_pieces, cut_to, ends_of, total
+from ovr.memory.extents import Extents, addresses_of, as_pieces, cut_to, total
 from ovr.memory.ranges import Ranges, common, inside, join, ranges_of
 from ovr.plan.pages import Allocation, Area, Reason, place, placed
 from ovr.plan.sharing import CowPlan, Sharing, plan_cow
@@ -101,7 +101,7 @@ class MemoryPlan:
     def to_touch(self) -> Ranges:
         """Return the pages that the agent has to allocate."""
         outside = self.outside
-        return _joined(outside[outside["allocation"] == Allocation.AGENT])
+        return addresses_of(outside[outside["allocation"] == Allocation.AGENT])
 
     def first_pages(self) -> list[int]:
         """Return the pages for which the inside pagemap keeps an empty entry."""
@@ -130,7 +130,7 @@ class TaskPlan(MemoryPlan):
     def pieces_of_criu(self) -> Ranges:
         """The ranges that CRIU's restorer populates for this task."""
         outside = self.outside
-        return _joined(outside[outside["allocation"] == Allocation.CRIU])
+        return addresses_of(outside[outside["allocation"] == Allocation.CRIU])
 
     @cached_property
     def before_fork(self) -> dict[int, Extents]:
@@ -322,7 +322,3 @@ def pieces_of(runs: Extents) -> dict[int, Extents]:
         here = runs[runs["level"] == level]
         found[level] = as_pieces(here)
     return found
-
-
-def _joined(runs: Extents) -> Ranges:
-    return join(ranges_of(runs["gva"], ends_of(runs)))

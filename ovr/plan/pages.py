@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ovr.memory.addresses import PAGE_SIZE
-from ovr.memory.extents import Extents, cut_at
-from ovr.memory.ranges import Ranges, inside, join, no_ranges, ranges_of, without
+from ovr.memory.extents import Extents, addresses_of, cut_at, ends_of
+from ovr.memory.ranges import Ranges, inside, no_ranges, without
 
 __all__ = ["PLACED", "Allocation", "Area", "Cow", "Reason", "place", "placed"]
 
@@ -162,7 +162,7 @@ def _join(runs: Extents, owner: NDArray[np.intp]) -> Extents:
     # Join neighbours in memory and in the image that have the same area and verdict.
     if not len(runs):
         return runs
-    end = runs["gva"] + runs["size"]
+    end = ends_of(runs)
     new = np.ones(len(runs), dtype=bool)
     new[1:] = (
         (runs["gva"][1:] != end[:-1])
@@ -219,7 +219,7 @@ def _anchor(runs: Extents, populated: Ranges) -> Extents:
     # there, and would leave a page of zeros shared that is later written from outside.
     if not len(runs) or (runs["reason"] > Reason.INHERITED).any():
         return runs
-    free = without(join(ranges_of(runs["gva"], runs["gva"] + runs["size"])), populated)
+    free = without(addresses_of(runs), populated)
     page = free["start"][np.argmin(free["end"] - free["start"])]
     runs = cut_at(runs, np.array([page, page + np.uint64(PAGE_SIZE)]))
     runs["reason"][runs["gva"] == page] = Reason.ANCHOR

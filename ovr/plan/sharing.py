@@ -21,7 +21,7 @@ import numpy as np
 from ovr.images import Task
 from ovr.images.cow import Inheritance, zero_pages
 from ovr.memory.addresses import PAGE_SIZE
-from ovr.memory.extents import ends_of
+from ovr.memory.extents import addresses_of
 from ovr.memory.ranges import Ranges, common, join, no_ranges, ranges_of, without
 from ovr.plan.pages import Cow
 
@@ -251,7 +251,7 @@ def _large(ranges: Ranges) -> Ranges:
 def _pages(task: Task) -> Ranges:
     assert task.memory is not None
     entries = task.memory.entries
-    return join(ranges_of(entries["gva"], ends_of(entries)))
+    return addresses_of(entries)
 
 
 def _rseq_pages(task: Task) -> Ranges:
