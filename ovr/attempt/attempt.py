@@ -66,8 +66,7 @@ class Attempt:
         self._address = _agent_address(vm, address)
         self._tracer = Gva(0)
         self._skeleton: Skeleton | None = None
-        self._begun = False
-        self._committed = False
+        self._to_abort = False
         self._stack = ExitStack()
         self._heartbeat = ExitStack()
 
@@ -94,7 +93,7 @@ class Attempt:
         traceback: TracebackType | None,
     ) -> None:
         with self._stack:
-            if self._begun and not self._committed:
+            if self._to_abort:
                 self._abort(error)
 
     def begin(
@@ -119,7 +118,7 @@ class Attempt:
         """
         self._check_vm()
         # Before the first byte is sent: whatever interrupts us, the tree is killed.
-        self._begun = True
+        self._to_abort = True
         skeleton = self.agent.begin(
             images, criu_options=criu_options, engine=engine, volumes=volumes,
             warm_images=warm_images, timeout=timeout, log_level=log_level,
@@ -166,7 +165,7 @@ class Attempt:
         self.vm.check_same_boot()
         self._heartbeat.close()
         # From here on the tree may run, whatever we receive, unless the agent reports it dead.
-        self._committed = True
+        self._to_abort = False
         with self.recording.reverted_on(RestoreFailed):
             root = self.agent.go()
             self._check_released(root.pid)

@@ -46,8 +46,6 @@ __all__ = ["VERIFY_MODES", "Copier"]
 
 log = logging.getLogger("ovr.journal")
 
-VERIFY_MODES: Final = ("none", "sample", "full")
-
 HOLD_BYTES: Final = 256 << 20
 """Most bytes copied in one hold; the first one copies a sixteenth of it."""
 HOLD_SECONDS: Final = 0.025
@@ -61,6 +59,8 @@ _TRIES: Final = 20
 _TRY_AGAIN_AFTER: Final = 0.05  # seconds; collapse and migration of a page take less
 _TRIES_TO_SHARE: Final = 4
 _SAMPLE_PAGES: Final = 4096
+_VERIFIED_PAGES: Final = {"none": 0, "sample": _SAMPLE_PAGES, "full": None}
+VERIFY_MODES: Final = tuple(_VERIFIED_PAGES)
 
 ANY_OWNER: Final = 0
 
@@ -241,7 +241,7 @@ class Copier:
             VerifyMismatch: a page is not what was written.
             RestoreFailed: as `write`.
         """
-        pages = {"none": 0, "sample": _SAMPLE_PAGES, "full": None}[mode]
+        pages = _VERIFIED_PAGES[mode]
         if pages == 0:
             return 0
         parts = [
