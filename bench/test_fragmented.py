@@ -16,7 +16,7 @@ from bench.memcpy import MemcpyLimit
 from bench.outside import PHASES
 from bench.race import Heats, Lane, Replay, race, ratios, values
 from ovr._fastcopy import OWNED, PIECE
-from ovr.attempt.copier import HOLD_BYTES
+from ovr.attempt.in_holds import HOLD_BYTES
 from ovr.kernel import find_task, for_each_vma, mm_space
 from ovr.memory.extents import split, total
 from ovr.vm.attach import AttachedVm

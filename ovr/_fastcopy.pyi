@@ -209,6 +209,19 @@ class RamMap:
         Returns and raises what `copy_in` does; `source` is memory of this process's own.
         """
 
+    def copy_to(self, runs: NDArray[np.void], target: Buffer) -> int:
+        """Copy ``run.size`` bytes from ``run.gpa`` to ``target[run.offset:]`` for every run.
+
+        Returns the number of bytes copied, in the order of the runs: it also ends when half of the
+        time is over that the hold may last.
+
+        Raises:
+            GuestFault: a run is not RAM; nothing was copied.
+            ValueError: a run reaches past the end of the target; nothing was copied.
+            RamNotShared: the RAM file was cut off.
+            OSError: the target is a mapped file, and was cut off, or its disk is full.
+        """
+
     def review(
         self, runs: NDArray[np.void], fd: int, base: int, size: int, *, wait: bool = True
     ) -> tuple[int, int | None]:
@@ -244,6 +257,13 @@ def in_page_cache(fd: int, offset: int, size: int) -> bool:
 
     Raises:
         ValueError: not a range of a file.
+    """
+
+def is_in_memory(fd: int) -> bool:
+    """Return whether a file is in a tmpfs, whose pages are only in memory and swap.
+
+    Raises:
+        OSError: it cannot be told.
     """
 
 def equal_pages(one: Buffer, other: Buffer, pairs: NDArray[np.void]) -> NDArray[np.bool_]:

@@ -288,6 +288,24 @@ cdef class RamMap:
         _entered(job.entry)
         return job.copied
 
+    def copy_to(self, const Run[::1] runs not None, uint8_t[::1] target not None):
+        cdef Drawing job
+        cdef void *lost
+        self._check_runs(runs, target.shape[0])
+        if runs.shape[0] == 0:
+            return 0
+        job.ram, job.runs, job.count, job.copied = &self._ram, &runs[0], runs.shape[0], 0
+        job.target = &target[0]
+        job.gate = self._hold._hold.page if self._hold is not None else NULL
+        self._begin()
+        try:
+            with nogil:
+                lost = ovr_guarded(_draw, &job)
+            self._done(lost)
+        finally:
+            self._users -= 1
+        return job.copied
+
     def review(
         self, const Run[::1] runs not None, int fd, int64_t base, int64_t size, *, bint wait=True
     ):
@@ -370,6 +388,13 @@ def in_page_cache(int fd, int64_t offset, int64_t size):
     if size <= 0 or offset < 0:
         raise ValueError(f"{size} bytes at {offset} are not a range of a file")
     return cached_pages(fd, first, size + offset - first) == (size + offset - first + 4095) >> 12
+
+
+def is_in_memory(int fd):
+    cdef int found = in_tmpfs(fd)
+    if found < 0:
+        raise OSError(errno, os.strerror(errno))
+    return found == 1
 
 
 def equal_pages(

@@ -2,21 +2,21 @@
 
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from types import TracebackType
-from typing import Self
+from typing import Self, TypeVar
 
 from ovr.attempt.authentication import authenticate, check_same_guest
 from ovr.attempt.copier import Copier
 from ovr.attempt.journal import Journal
+from ovr.attempt.saver import Saver
 from ovr.attempt.undo import Recording
 from ovr.errors import AgentUnreachable, OvrError, RestoreFailed
-from ovr.guest.client.agent import Agent, Restored, Skeleton
-from ovr.guest.client.requests import Files
+from ovr.guest.client.agent import Agent, HeldTree
 from ovr.guest.client.tracer import find_tracer
-from ovr.kernel import find_task, settled
+from ovr.kernel import find_task
 from ovr.memory.addresses import Gva
 from ovr.state import GuestTree
 from ovr.vm.attach import AttachedVm
@@ -25,6 +25,8 @@ from ovr.vm.hold import Holder
 from ovr.vm.lock import locked
 
 __all__ = ["Attempt"]
+
+T = TypeVar("T")
 
 log = logging.getLogger("ovr.restore")
 
@@ -35,8 +37,8 @@ class Attempt:
     """A VM that nobody else writes to, its authenticated agent and, from `begin` on, a held tree.
 
     A context manager. Leaving it without `commit` aborts, for whatever reason: writes to objects
-    that may outlive the tree are reverted, then the agent kills the tree. Nothing half-restored
-    ever runs.
+    that may outlive the tree are reverted, then the agent kills a restored tree, or lets a dumped
+    one run on. Nothing half-restored ever runs.
 
     Args:
         vm: attached writable.
@@ -65,7 +67,7 @@ class Attempt:
         self.journal = Journal()
         self._address = _agent_address(vm, address)
         self._tracer = Gva(0)
-        self._skeleton: Skeleton | None = None
+        self._held: HeldTree | None = None
         self._to_abort = False
         self._stack = ExitStack()
         self._heartbeat = ExitStack()
@@ -96,41 +98,28 @@ class Attempt:
             if self._to_abort:
                 self._abort(error)
 
-    def begin(
-        self,
-        images: Files,
-        *,
-        criu_options: Sequence[str] = (),
-        engine: str | None = None,
-        volumes: Sequence[str] = (),
-        warm_images: Sequence[str] = (),
-        timeout: float | None = None,
-        log_level: int = 2,
-    ) -> Skeleton:
-        """Have the agent build a tree and hold it; from here on leaving without `commit` aborts.
+    def begin(self, start: Callable[[Agent], HeldTree], *, engine: bool = False) -> HeldTree:
+        """Have the agent hold a tree; from here on leaving without `commit` aborts.
 
-        Arguments are those of `Agent.begin`.
+        Args:
+            start: `Agent.begin` or `Agent.dump`, with its arguments.
+            engine: whether a container engine runs CRIU.
 
         Raises:
             CheckFailed: the VM must not be written to any more.
-            OvrError: as `Agent.begin`.
+            OvrError: as `start`.
             AgentUntrusted: the tree is not held by the agent's own CRIU.
         """
         self._check_vm()
-        # Before the first byte is sent: whatever interrupts us, the tree is killed.
+        # Before the first byte is sent: whatever interrupts us, the attempt is aborted.
         self._to_abort = True
-        skeleton = self.agent.begin(
-            images, criu_options=criu_options, engine=engine, volumes=volumes,
-            warm_images=warm_images, timeout=timeout, log_level=log_level,
-        )  # fmt: skip
+        held = start(self.agent)
         self._heartbeat.enter_context(self.agent.keep_alive())
-        self._skeleton = skeleton
-        log.info("skeleton stands: pid %d, %d threads", skeleton.root_pid, len(skeleton.tasks))
+        self._held = held
+        log.info("the tree is held: pid %d, %d threads", held.root_pid, len(held.tasks))
         with self.holder.held():
-            self._tracer = find_tracer(
-                self.vm.kernel, self._process, skeleton.criu_pid, engine=engine is not None
-            )
-        return skeleton
+            self._tracer = find_tracer(self.vm.kernel, self._process, held.criu_pid, engine=engine)
+        return held
 
     def tree(self) -> GuestTree:
         """Look for the held tree in the guest, anew.
@@ -138,12 +127,12 @@ class Attempt:
         Raises:
             RestoreFailed: it is not there.
         """
-        assert self._skeleton is not None, "tree() before begin()"
-        pid = self._skeleton.root_pid
+        assert self._held is not None, "tree() before begin()"
+        pid = self._held.root_pid
         root = find_task(self.vm.kernel, pid)
         if root is None:
             raise RestoreFailed(
-                f"the agent reports a skeleton, but the guest has no process {pid}",
+                f"the agent reports a held tree, but the guest has no process {pid}",
                 "is this agent in the VM that --vm names?",
             )
         return GuestTree(self.vm.kernel, root, self._tracer)
@@ -152,50 +141,33 @@ class Attempt:
         """Return a copier of pages; `advance` is called with the size of every copy, in bytes."""
         return Copier(self.holder, self._executor, self._threads, self.journal, advance)
 
-    def commit(self) -> Restored:
-        """Let the tree run.
+    def saver(self, advance: Callable[[int], None]) -> Saver:
+        """Return a saver of pages; `advance` is called with the size of every copy, in bytes."""
+        return Saver(self.holder, self._executor, self._threads, advance)
+
+    def commit(self, go: Callable[[Agent], T]) -> T:
+        """Commit: from here on leaving does not abort.
+
+        Args:
+            go: has the agent do it, and checks that it was done.
 
         Raises:
             CheckFailed: the VM is being migrated.
-            RestoreFailed: the guest was rebooted; CRIU failed at the last moment; or the tree is
-                still held.
-            AgentUnreachable: the link broke.
+            RestoreFailed: the guest was rebooted.
+            OvrError: as `go`.
         """
         refuse_migration(self.vm.qmp)
         self.vm.check_same_boot()
         self._heartbeat.close()
-        # From here on the tree may run, whatever we receive, unless the agent reports it dead.
+        # From here on it may be done, whatever we receive, unless the agent reports that it is not.
         self._to_abort = False
         with self.recording.reverted_on(RestoreFailed):
-            root = self.agent.go()
-            self._check_released(root.pid)
-        return root
+            return go(self.agent)
 
     def _check_vm(self) -> None:
         self.vm.check_same_boot()
         for blocker in blockers(self.vm.qmp, self.vm.balloon):
             raise blocker
-
-    def _check_released(self, pid: int) -> None:
-        # The agent's answer is not trusted alone: CRIU traces what it holds. A task that is gone
-        # has run and ended, as far as can be seen from here.
-        assert self._skeleton is not None
-        root_pid = self._skeleton.root_pid
-
-        def held() -> bool:
-            root = find_task(self.vm.kernel, root_pid)
-            return root is not None and bool(root.ptrace)
-
-        wrong = ""
-        if pid != root_pid:
-            wrong = f"the skeleton was pid {root_pid}"
-        elif settled(held):
-            wrong = "it is still held"
-        if wrong:
-            raise RestoreFailed(
-                f"the agent reports that pid {pid} runs, but {wrong}",
-                "the agent kills it when ovr ends; is this agent the guest's own, and unchanged?",
-            )
 
     def _abort(self, cause: BaseException | None) -> None:
         try:
@@ -205,14 +177,14 @@ class Attempt:
             try:
                 self._heartbeat.close()
             finally:
-                self._kill(cause)
+                self._abort_by_agent(cause)
 
-    def _kill(self, cause: BaseException | None) -> None:
+    def _abort_by_agent(self, cause: BaseException | None) -> None:
         try:
             self.agent.abort()
         except OvrError as error:
-            # The link is broken; the agent notices, and kills the tree. An agent that has reported
-            # a failure has ended the session, and killed everything that was built.
+            # The link is broken; the agent notices, and aborts. An agent that has reported a
+            # failure has aborted, and ended the session.
             reported = isinstance(cause, OvrError) and cause.code
             level = logging.INFO if reported else logging.WARNING
             log.log(level, "the agent does not confirm the abort: %s", error)

@@ -1,8 +1,9 @@
-"""Pages to be written, with their source and their frames."""
+"""Pages to be copied, with their frames in the guest and the image that has or gets them."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from ovr.attempt.sink import Sink
 from ovr.images.source import Source
 from ovr.memory.extents import Extents
 from ovr.memory.paging import AddressSpace, Frames
@@ -13,14 +14,14 @@ __all__ = ["Family", "Part", "Target"]
 
 @dataclass(frozen=True)
 class Target:
-    """Pages of one source that go into one address space of the guest.
+    """Pages of one image and of one address space of the guest.
 
     Attributes:
         name: its name in messages.
         space: the address space in the guest.
         frames: tells which frames are the target's own.
         pieces: a `_fastcopy.PIECE` array; offsets are positions in `source`.
-        source: the pages image.
+        source: the pages image: a `Source` to be copied from, or a `Sink` to be copied to.
         ask: asks the guest to map pages, given as pieces, once more with their content.
         check: raises `RestoreFailed` if `space` is not that of its process any more; called in
             every hold before a page table is walked.
@@ -31,7 +32,7 @@ class Target:
     space: AddressSpace
     frames: Frames
     pieces: Extents
-    source: Source
+    source: Source | Sink
     ask: Callable[[Extents], None]
     check: Callable[[], None]
     spared: Ranges = field(default_factory=no_ranges)

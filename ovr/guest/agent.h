@@ -124,6 +124,7 @@ void restore_shutdown(void);
 struct directory {
 	char path[256]; /* empty: no directory */
 	int images;     /* descriptor of path/images */
+	int dump;       /* descriptor of path/dump, or -1 */
 	unsigned files;
 	uint64_t bytes;
 };
@@ -135,6 +136,8 @@ struct problem directory_append(struct directory *directory, const struct mp_val
 /* Make images/parent with hard links to these images, as an incremental dump has it. */
 bool directory_make_parent(const struct directory *directory, char **names);
 void directory_remove_parent(const struct directory *directory);
+/* Make path/dump, which CRIU dumps into. */
+bool directory_make_dump(struct directory *directory);
 void directory_remove(struct directory *directory, bool keep_log);
 
 #define AGENT_PATH "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -143,9 +146,9 @@ void directory_remove(struct directory *directory, bool keep_log);
 /* Record this program's path. Call it at start, before an upgrade can replace the file. */
 bool criu_know_program(void);
 
-/* How CRIU is started for a restore; pointers lead into it and into `strings`. */
+/* How CRIU is started by a Begin or Dump; pointers lead into it and into `strings`. */
 struct criu_command {
-	char images[300], level[16], output[300], socket[300];
+	char images[300], level[16], output[300], socket[300], pid[16];
 	char *env[3], **argv, **strings;
 };
 
@@ -202,12 +205,12 @@ void config_message(struct session *session);
 #define HOOK_GO 'g' /* the agent's only answer: continue */
 
 struct hook_report {
-	int32_t root, criu; /* root 0: pre-restore or post-restore, no tree is held */
+	int32_t root, criu; /* root 0: another action than pre-resume and post-dump */
 };
 
 int hook_main(const char *action);
 
-/* tree.c: finding and killing the tree that CRIU makes */
+/* tree.c: finding and killing trees */
 #define MAX_TREE MAX_LIST
 
 struct tree {
@@ -222,6 +225,8 @@ bool tree_stop_criu(pid_t criu);
 bool tree_kill(struct tree tree);
 /* Ids of the threads that CRIU traces; -1 when there are too many. */
 int tree_traced(pid_t criu, uint32_t ids[MAX_TREE]);
+/* Clear the soft-dirty bits of a running tree. */
+void tree_clear_refs(pid_t root);
 /* Set the nice value of a tree's zombies. */
 void tree_renice_zombies(struct tree tree, int nice);
 /* The tracer of a task, or 0. */
@@ -233,18 +238,18 @@ pid_t tree_parent(pid_t pid);
 /* Set PTRACE_O_EXITKILL on all tracees of CRIU, which is stopped. NULL, or an error message. */
 const char *exitkill_set(pid_t criu);
 
-/* One process of a Touch: the number of its ranges, and whether page contents must be kept. */
+/* One process of a Touch: how its pages are touched, and the number of its ranges. */
 struct portion {
-	uint64_t pid, keep, count;
+	uint64_t pid, how, count;
 };
 
 static inline bool read_portion(struct mp_reader *reader, struct portion *portion)
 {
-	struct mp_value pid, keep, count;
+	struct mp_value pid, how, count;
 
-	if (!mp_read(reader, &pid) || !mp_read(reader, &keep) || !mp_read(reader, &count))
+	if (!mp_read(reader, &pid) || !mp_read(reader, &how) || !mp_read(reader, &count))
 		return false;
-	*portion = (struct portion){pid.number, keep.number, count.number};
+	*portion = (struct portion){pid.number, how.number, count.number};
 	return true;
 }
 

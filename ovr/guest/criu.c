@@ -13,7 +13,7 @@
 #include "agent.h"
 
 #define LOG_TAIL (64 << 10)
-#define FIXED_ARGUMENTS 16
+#define FIXED_ARGUMENTS 20
 #define VERSION_MS 3000
 
 /* The path of this program, which CRIU starts as its action script. */
@@ -43,33 +43,46 @@ const char *criu_program(void)
 	return program;
 }
 
+static const char *const restore_arguments[] = {"-d", NULL};
+static const char *const dump_arguments[] = {"--track-mem", "--prev-images-dir", "../images", "-t",
+					     NULL};
+
+static int add_arguments(char **argv, int count, const char *const arguments[])
+{
+	for (int i = 0; arguments[i]; i++)
+		argv[count++] = (char *)(uintptr_t)arguments[i];
+	return count;
+}
+
 bool criu_command_make(struct criu_command *command, const struct directory *directory,
 		       const struct message *begin)
 {
+	bool dump = begin->op == OP_DUMP;
 	uint32_t extras = begin->field[KEY_CRIU_OPTIONS].size;
 	const char *self = criu_program();
-	const char *const fixed[FIXED_ARGUMENTS] = {
+	const char *const fixed[] = {
 		options.criu,
-		"restore",
+		dump ? "dump" : "restore",
 		"--no-default-config",
 		"-D",
 		command->images,
 		"-W",
 		directory->path,
-		"-d",
 		"-o",
-		"restore.log",
+		"criu.log",
 		command->level,
 		"--action-script",
 		self,
+		NULL,
 	};
-	int count = 0;
+	int count;
 
 	command->strings = message_strings(begin, KEY_CRIU_OPTIONS);
 	command->argv = calloc(FIXED_ARGUMENTS + extras + 1, sizeof(*command->argv));
 	if (!command->strings || !command->argv || !self)
 		return false;
-	snprintf(command->images, sizeof(command->images), "%s/images", directory->path);
+	snprintf(command->images, sizeof(command->images), "%s/%s", directory->path,
+		 dump ? "dump" : "images");
 	snprintf(command->output, sizeof(command->output), "%s/criu.out", directory->path);
 	snprintf(command->socket, sizeof(command->socket), HOOK_SOCKET "=%s/hook", directory->path);
 	snprintf(command->level, sizeof(command->level), "-v%llu",
@@ -77,9 +90,14 @@ bool criu_command_make(struct criu_command *command, const struct directory *dir
 	command->env[0] = command->socket;
 	command->env[1] = AGENT_PATH;
 	command->env[2] = NULL;
-	while (count < FIXED_ARGUMENTS && fixed[count]) {
-		command->argv[count] = (char *)(uintptr_t)fixed[count];
-		count++;
+	count = add_arguments(command->argv, 0, fixed);
+	count = add_arguments(command->argv, count, dump ? dump_arguments : restore_arguments);
+	if (dump) {
+		snprintf(command->pid, sizeof(command->pid), "%llu",
+			 (unsigned long long)message_uint(begin, KEY_PID));
+		command->argv[count++] = command->pid;
+		if (message_uint(begin, KEY_LEAVE_RUNNING))
+			command->argv[count++] = (char *)(uintptr_t)"--leave-running";
 	}
 	memcpy(command->argv + count, command->strings, extras * sizeof(*command->argv));
 	return true;
@@ -165,7 +183,7 @@ int criu_log_errors(const struct directory *directory, char lines[LOG_LINES][LOG
 	char path[300];
 	int count;
 
-	snprintf(path, sizeof(path), "%s/restore.log", directory->path);
+	snprintf(path, sizeof(path), "%s/criu.log", directory->path);
 	count = collect(path, "Error (", lines);
 	if (count)
 		return count;

@@ -122,6 +122,27 @@ static bool hand_out_images(void)
 	return done;
 }
 
+/* Wait while the host reads the dumped tree's memory. Without the agent's word the tree runs on. */
+static int hold_dumped(void)
+{
+	const char *text = getenv("CRTOOLS_INIT_PID");
+	pid_t root = text ? atoi(text) : 0;
+
+	return root > 1 && ask(root, tree_tracer(root), -1) == HOOK_GO ? 0 : 1;
+}
+
+/* Right before CRIU stops the tree, so that it finds few pages written since, which it saves itself. */
+static int before_dump(void)
+{
+	const char *text = getenv("CRTOOLS_INIT_PID");
+	pid_t root = text ? atoi(text) : 0;
+
+	if (root < 2 || ask(0, getppid(), ANSWER_MS) != HOOK_GO)
+		return 1;
+	tree_clear_refs(root);
+	return 0;
+}
+
 int hook_main(const char *action)
 {
 	block_all_signals();
@@ -130,6 +151,10 @@ int hook_main(const char *action)
 		return ask(0, getppid(), ANSWER_MS) == HOOK_GO && hand_out_images() ? 0 : 1;
 	if (!strcmp(action, "pre-resume"))
 		return hold();
+	if (!strcmp(action, "pre-dump"))
+		return before_dump();
+	if (!strcmp(action, "post-dump"))
+		return hold_dumped();
 	if (!strcmp(action, "post-restore"))
 		return ask(0, 0, ANSWER_MS) == HOOK_GO ? 0 : 1;
 	return 0;

@@ -1,5 +1,6 @@
 /*
- * The private directory of one restore: DIR/restore-XXXXXX with the images in images/.
+ * The private directory of one restore or dump: DIR/restore-XXXXXX with the host's images
+ * in images/, and CRIU's in dump/.
  *
  * CRIU also opens images from inside the tree's user namespace, as another user
  * without capabilities over these files: images/, its parent/ and the images are
@@ -68,6 +69,8 @@ static void remove_tree(const char *name, bool keep_log)
 	}
 	empty(fd, "images");
 	unlinkat(fd, "images", AT_REMOVEDIR);
+	empty(fd, "dump");
+	unlinkat(fd, "dump", AT_REMOVEDIR);
 	if (!keep_log)
 		empty(fd, ".");
 	close(fd);
@@ -156,7 +159,7 @@ struct problem directory_make(struct directory *directory)
 {
 	char name[32], images[64];
 
-	*directory = (struct directory){.images = -1};
+	*directory = (struct directory){.images = -1, .dump = -1};
 	if (!make_restore(name))
 		return failure();
 	snprintf(directory->path, sizeof(directory->path), "%s/%s", options.dir, name);
@@ -243,11 +246,20 @@ void directory_remove_parent(const struct directory *directory)
 	remove_parent(directory->images);
 }
 
+bool directory_make_dump(struct directory *directory)
+{
+	char name[64];
+
+	snprintf(name, sizeof(name), "%s/dump", strrchr(directory->path, '/') + 1);
+	directory->dump = make_directory(base, name, IMAGES_DIRECTORY);
+	return directory->dump >= 0;
+}
+
 void directory_remove(struct directory *directory, bool keep_log)
 {
-	if (directory->images >= 0)
-		close(directory->images);
+	close_fd(&directory->images);
+	close_fd(&directory->dump);
 	if (directory->path[0])
 		remove_tree(strrchr(directory->path, '/') + 1, keep_log);
-	*directory = (struct directory){.images = -1};
+	*directory = (struct directory){.images = -1, .dump = -1};
 }

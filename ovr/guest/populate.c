@@ -214,8 +214,8 @@ static bool portions_fit(const struct message *message, uint32_t ranges)
 	struct portion portion;
 
 	for (; numbers >= 3; numbers -= 3) {
-		if (!read_portion(&portions, &portion) || portion.keep > 1 || !portion.count ||
-		    portion.count > left)
+		if (!read_portion(&portions, &portion) || portion.how > TOUCH_READ ||
+		    !portion.count || portion.count > left)
 			return false;
 		left -= (uint32_t)portion.count;
 	}

@@ -29,11 +29,14 @@ Authentication
     owner of the guest can read, and only from a page that no user of the guest can have made
     (`client.secret_page`).
 
-Restore (one at a time, owned by one session)
+Restore (one restore or dump at a time, owned by one session)
     `Files`… `Begin` → `Stopped` | `Failed` | `Aborted`; then any number of `Touch` → `Touched`
     and `Map` → `Mapped`, one at a time; then `Go` → `Restored` | `Failed`, or `Abort` →
     `Aborted`. `Aborted` may come unrequested. After `Begin` any frame extends the silence deadline;
     `Alive` does only that, and has no answer.
+
+Dump
+    `dump_protocol`.
 
 Pool (at any time, for the next restore)
     `Warm` → `Warmed` when it is filled; `Pool` → `Warmed`.
@@ -47,6 +50,8 @@ Lab (agents built with ``OVR_LAB`` only)
 Any answer may be an `Error` instead. A session that violates the protocol gets one and is closed;
 its restore, if any, is aborted. The cause is a `Code` (`ovr.guest.codes`); the text is for people.
 """
+
+from enum import IntEnum
 
 from ovr.guest.message import Message
 
@@ -96,13 +101,14 @@ __all__ = [
     "Stopped",
     "Touch",
     "Touched",
+    "Touching",
     "Warm",
     "Warmed",
     "Welcome",
     "proof_text",
 ]
 
-VERSION = 7
+VERSION = 8
 VSOCK_PORT = 687
 """The agent's vsock port. Below 1024: to bind it needs CAP_NET_BIND_SERVICE in the initial user
 namespace (__vsock_bind_connectible in net/vmw_vsock/af_vsock.c). On a telephone's keys it reads
@@ -210,13 +216,22 @@ class Begin(Message):
     timeout_ms: int | None = None
 
 
+class Touching(IntEnum):
+    """How pages are touched."""
+
+    DISCARD = 0
+    """Their first byte may become 0, which takes fewer system calls."""
+    KEEP = 1
+    """Written, with their content kept."""
+    READ = 2
+    """Only read."""
+
+
 class Touch(Message):
-    """Allocate pages of held tasks, or of processes that `Mapped` named.
+    """Have pages mapped in held tasks, or in processes that `Mapped` named.
 
     Attributes:
-        portions: three numbers each: the pid of a process; 1 if content of the pages must be kept,
-            or 0 if the first byte of each page may become 0, which takes fewer system calls; the
-            number of ranges.
+        portions: three numbers each: the pid of a process, a `Touching`, the number of ranges.
         ranges: GVA and size in bytes of each range, portion after portion; whole pages.
     """
 
@@ -264,11 +279,11 @@ class Config(Message):
 
 
 class Go(Message):
-    """Let the tree run."""
+    """Commit: let a restored tree run, or let CRIU end a dump."""
 
 
 class Abort(Message):
-    """Kill the tree."""
+    """Kill a restored tree; let a dumped one run on."""
 
 
 # Agent to host ---------------------------------------------------------------------------------
@@ -316,7 +331,7 @@ class Pong(Message):
 
 
 class Stopped(Message):
-    """The skeleton is complete and stopped.
+    """The skeleton is complete and stopped; or CRIU holds the tree that it has dumped.
 
     Attributes:
         root_pid: pid of the root task, in the agent's pid namespace as all ids here.
@@ -389,20 +404,20 @@ class Failed(Message):
     Attributes:
         status: its exit status, or 128 plus the signal that killed it.
         log: the error lines of CRIU's log, oldest first, then the engine's output.
-        gone: no task of the tree is left.
+        undone: no task of a restore's tree is left; a dump's tree runs on, whole.
     """
 
     status: int
     log: tuple[str, ...]
-    gone: bool
+    undone: bool
 
 
 class Aborted(Message):
-    """The tree was killed; `code` is a `Code`; `gone`: no task of it is left."""
+    """The restore or dump was aborted; `code` is a `Code`; `undone` as for `Failed`."""
 
     code: str
     reason: str
-    gone: bool
+    undone: bool
 
 
 class Error(Message):

@@ -1,4 +1,4 @@
-/* One restore at a time: messages of its session, and deadlines. */
+/* One restore or dump at a time: messages of its session, and deadlines. */
 #include <errno.h>
 #include <limits.h>
 #include <string.h>
@@ -11,7 +11,10 @@
 #define UNREAD_INPUT_MS 1000
 
 #define NO_RESTORE                                                                                 \
-	{.listener = -1, .hook = -1, .directory.images = -1, .theirs = {.end = -1, .log = -1}}
+	{.listener = -1,                                                                           \
+	 .hook = -1,                                                                               \
+	 .directory = {.images = -1, .dump = -1},                                                  \
+	 .theirs = {.end = -1, .log = -1}}
 
 struct restore restore = NO_RESTORE;
 
@@ -21,6 +24,7 @@ void restore_forget(void)
 	close_fd(&restore.hook);
 	populate_end();
 	warm_forget();
+	dump_forget();
 	directory_remove(&restore.directory, restore.keep_log);
 	prctl(PR_SET_CHILD_SUBREAPER, 0);
 	engine_forget(&restore.theirs);
@@ -29,16 +33,16 @@ void restore_forget(void)
 
 /* ------------------------------------------------------------------------ messages */
 
-/* Refuse messages in the wrong phase. End the session: the host may have sent more of them. */
-static bool in_phase(struct session *session, enum phase phase)
+bool restore_in_phase(struct session *session, enum phase phase)
 {
 	if (restore.phase != IDLE && restore.owner != session)
-		session_break(session, CODE_BUSY, "busy: another session has a restore under way");
+		session_break(session, CODE_BUSY,
+			      "busy: another session has a restore or dump under way");
 	else if (restore.phase == ENDING && phase == HELD)
 		return false; /* Aborted is the answer, and follows */
 	else if (restore.phase == IDLE && phase == HELD)
 		/* The host has not read Aborted yet, and will take it for the answer. */
-		session_refuse(session, CODE_IDLE, "no restore is under way");
+		session_refuse(session, CODE_IDLE, "no restore or dump is under way");
 	else if (restore.phase != phase)
 		session_break(session, CODE_PROTOCOL, "message out of order");
 	else
@@ -61,7 +65,7 @@ static void add_files(struct session *session, const struct message *message)
 		restore.silence_ms = UPLOAD_SILENCE_MS;
 		restore.silent_at = now_ms() + restore.silence_ms;
 	}
-	if (!in_phase(session, UPLOADING))
+	if (!restore_in_phase(session, UPLOADING))
 		return;
 	if (names_left != data_left)
 		problem =
@@ -108,7 +112,7 @@ static pid_t start_criu(const struct message *begin)
 	return pid;
 }
 
-static void refuse_start(struct session *session, int error)
+void restore_refuse_start(struct session *session, int error)
 {
 	const char *what = restore.engine ? "the container engine" : "criu";
 	enum code code = code_of_errno(error);
@@ -123,9 +127,23 @@ static void refuse_start(struct session *session, int error)
 			      "%s cannot be started: %s", what, strerror(error));
 }
 
+void restore_building(const struct message *begin)
+{
+	priority_raise(0);
+	restore.criu = restore.engine ? 0 : restore.child;
+	restore.phase = BUILDING;
+	restore.keep_log = message_uint(begin, KEY_KEEP_LOG);
+	restore.silence_ms = deadline_ms(begin, KEY_SILENCE_MS);
+	restore.silent_at = now_ms() + restore.silence_ms;
+	restore.late_at = message_has(begin, KEY_TIMEOUT_MS) ?
+				  now_ms() + deadline_ms(begin, KEY_TIMEOUT_MS) :
+				  LLONG_MAX;
+	progress_begin(deadline_ms(begin, KEY_STALL_MS));
+}
+
 static void begin(struct session *session, const struct message *message)
 {
-	if (!in_phase(session, UPLOADING))
+	if (!restore_in_phase(session, UPLOADING))
 		return;
 	if (!known_engine(message)) {
 		session_break(session, CODE_ENGINE, "unknown container engine");
@@ -142,34 +160,25 @@ static void begin(struct session *session, const struct message *message)
 	restore.child =
 		restore.engine ? engine_start(&restore.directory, message) : start_criu(message);
 	if (restore.child < 0) {
-		refuse_start(session, errno);
+		restore_refuse_start(session, errno);
 		return;
 	}
-	priority_raise(0);
-	restore.criu = restore.engine ? 0 : restore.child;
-	restore.phase = BUILDING;
-	restore.keep_log = message_uint(message, KEY_KEEP_LOG);
-	restore.silence_ms = deadline_ms(message, KEY_SILENCE_MS);
-	restore.silent_at = now_ms() + restore.silence_ms;
-	restore.late_at = message_has(message, KEY_TIMEOUT_MS) ?
-				  now_ms() + deadline_ms(message, KEY_TIMEOUT_MS) :
-				  LLONG_MAX;
-	progress_begin(deadline_ms(message, KEY_STALL_MS));
+	restore_building(message);
 }
 
 static void go(struct session *session)
 {
-	if (!in_phase(session, HELD))
+	if (!restore_in_phase(session, HELD))
 		return;
 	/* The restored root becomes a child of init, as after any `criu restore -d`. */
 	prctl(PR_SET_CHILD_SUBREAPER, 0);
 	populate_end();
-	if (!restore.engine)
+	if (!restore.engine && !restore.dump)
 		hook_reset_priorities();
 	restore.phase = RELEASED;
 	if (!hook_say_go()) {
 		restore.phase = HELD;
-		prctl(PR_SET_CHILD_SUBREAPER, !restore.engine);
+		prctl(PR_SET_CHILD_SUBREAPER, !restore.engine && !restore.dump);
 		restore_abort(CODE_HOOK, "the hook died");
 	}
 }
@@ -203,7 +212,7 @@ static void populate(struct session *session, const struct message *message)
 {
 	struct problem problem = {CODE_TASK, "not a task of the tree"};
 
-	if (!in_phase(session, HELD))
+	if (!restore_in_phase(session, HELD))
 		return;
 	if (all_belong(message))
 		problem = populate_start(session, message);
@@ -220,6 +229,9 @@ void restore_message(struct session *session, const struct message *message)
 	case OP_BEGIN:
 		begin(session, message);
 		break;
+	case OP_DUMP:
+		dump_begin(session, message);
+		break;
 	case OP_TOUCH:
 	case OP_MAP:
 		populate(session, message);
@@ -233,7 +245,7 @@ void restore_message(struct session *session, const struct message *message)
 		if (restore.owner == session && restore.phase != IDLE && restore.phase != RELEASED)
 			restore_abort(CODE_HOST, "aborted by the host");
 		else
-			session_refuse(session, CODE_IDLE, "no restore is under way");
+			session_refuse(session, CODE_IDLE, "no restore or dump is under way");
 	}
 }
 
@@ -268,7 +280,7 @@ bool restore_reaped(pid_t pid, int status)
 
 static bool host_must_speak(void)
 {
-	return restore.phase == UPLOADING || restore.phase == BUILDING || restore.phase == HELD;
+	return restore.phase >= UPLOADING && restore.phase <= HELD;
 }
 
 /* The agent may have stood still itself: input that arrived meanwhile gets a moment to be read. */
@@ -289,7 +301,7 @@ void restore_work(void)
 		return;
 	if (restore.child_ended)
 		restore_child_ended();
-	else if (restore.phase == HELD && restore_criu_ended())
+	else if (restore.phase >= SAVING && restore.phase <= HELD && restore_criu_ended())
 		restore_abort(CODE_CRIU, "criu died while it held the tree");
 	else if (restore.phase == BUILDING && now_ms() >= restore.late_at)
 		restore_abort(CODE_TIMEOUT, "criu took longer than the given timeout");
@@ -299,6 +311,8 @@ void restore_work(void)
 		restore_engine_too_late();
 	else if (host_is_silent())
 		restore_abort(CODE_SILENT, "the host was silent for too long");
+	else if (restore.phase == SAVING)
+		dump_send_images();
 }
 
 /* Wakes the loop: restore_work() checks for CRIU's exit. */
@@ -328,6 +342,6 @@ void restore_watch(struct loop *loop)
 
 void restore_shutdown(void)
 {
-	if (restore.phase == UPLOADING || restore.phase == BUILDING || restore.phase == HELD)
+	if (host_must_speak())
 		restore_abort(CODE_AGENT, "the agent is shutting down");
 }

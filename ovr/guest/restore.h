@@ -1,9 +1,10 @@
 /*
- * One restore at a time: shared declarations.
+ * One restore or dump at a time: shared declarations.
  *
  *   restore.c		messages from the host, deadlines
  *   restore_hook.c	CRIU's hook, and the tree that it holds
  *   restore_end.c	commit, failure and abort, and their reports to the host
+ *   dump.c		start of a dump, its images, its report
  *   progress.c		detection of a stalled CRIU
  */
 #ifndef OVR_RESTORE_H
@@ -15,9 +16,10 @@ enum phase {
 	IDLE,
 	UPLOADING, /* the host sends image files */
 	BUILDING,  /* CRIU runs, up to its hook */
-	HELD,      /* the skeleton is complete, CRIU is stopped */
-	RELEASED,  /* Go received: CRIU detaches and exits */
-	ENDING,    /* the tree is killed, the engine removes its container */
+	SAVING,    /* dump: CRIU waits for its hook, its images are sent to the host */
+	HELD,      /* CRIU waits for its hook, with the whole tree */
+	RELEASED,  /* Go received: CRIU detaches (dump: or kills the tree) and exits */
+	ENDING, /* after an abort: an engine removes its container, a dump lets the tree run on */
 };
 
 struct restore {
@@ -27,7 +29,7 @@ struct restore {
 	int listener, hook;
 	pid_t child; /* CRIU, or an engine that starts it, or a cleanup step */
 	pid_t criu, root;
-	bool engine;
+	bool engine, dump;
 	struct engine_criu theirs; /* the engine's CRIU, once its hook has connected */
 	bool child_ended, keep_log, warm, engine_killed;
 	bool grace; /* silence is not declared before unread input was read */
@@ -38,12 +40,20 @@ struct restore {
 
 /* restore.c */
 extern struct restore restore;
+/* Refuse messages in the wrong phase. Ends the session: the host may have sent more of them. */
+bool restore_in_phase(struct session *session, enum phase phase);
+/* Enter BUILDING: a program that ends in CRIU's hook was started. */
+void restore_building(const struct message *begin);
+/* Report that no program could be started. */
+void restore_refuse_start(struct session *session, int error);
 /* Return to IDLE. Frees all but the restored tree, and the log if keep_log is set. */
 void restore_forget(void);
 
 /* restore_hook.c */
 bool hook_listen(void);
 void hook_watch(struct loop *loop);
+/* Report the held tree to the host. */
+void hook_report_stopped(void);
 /* Reset the priorities of CRIU and the tree. */
 void hook_reset_priorities(void);
 /* Answer the hook with HOOK_GO; false if it is gone. */
@@ -58,6 +68,13 @@ void restore_abort(enum code code, const char *reason);
 /* Handle the exit of restore.child. */
 void restore_child_ended(void);
 void restore_engine_too_late(void);
+
+/* dump.c */
+void dump_begin(struct session *session, const struct message *message);
+/* Send images as long as the session has room; then report the tree. */
+void dump_send_images(void);
+void dump_report_success(void);
+void dump_forget(void);
 
 /* progress.c */
 /* Watch restore.child and its descendants: they are stalled if nothing changes for this long. */

@@ -1,7 +1,9 @@
 /*
- * Every end of a restore: kill the tree or leave it to the guest, have an engine
- * remove its container, and report to the host.
+ * Every end of a restore or dump, and its report to the host. The tree of a
+ * restore is killed or left to the guest, and an engine removes its container.
+ * The tree of a dump runs on, unless the dump was committed.
  */
+#include <limits.h>
 #include <signal.h>
 #include <stdio.h>
 #include <string.h>
@@ -12,10 +14,10 @@
 #define CRIU_DEATH_MS 5000
 #define ENGINE_END_MS 60000
 
-/* The report of a failed or aborted restore. */
+/* The report of a failed or aborted restore or dump. */
 static struct outcome {
 	bool failed; /* by CRIU or an engine, not by the agent or the host */
-	bool gone;
+	bool undone; /* no task of a restore's tree is left; a dump's tree runs on, whole */
 	int status, count;
 	enum code code;
 	char reason[128], lines[LOG_LINES][LOG_WIDTH];
@@ -79,10 +81,14 @@ static void report_end(void)
 {
 	struct session *owner = restore.owner;
 	struct outcome end = outcome;
+	const char *left = "";
 	struct writer writer;
 
-	complain("restore %s: %s%s", end.failed ? "failed" : "aborted", end.reason,
-		 end.gone ? "" : "; some of its tasks are still alive");
+	if (!end.undone)
+		left = restore.dump ? "; the tree may be damaged" :
+				      "; some of its tasks are still alive";
+	complain("%s %s: %s%s", restore.dump ? "dump" : "restore",
+		 end.failed ? "failed" : "aborted", end.reason, left);
 	restore_forget();
 	if (!owner)
 		return;
@@ -96,7 +102,7 @@ static void report_end(void)
 		message_add_str(&writer, KEY_CODE, code_name(end.code));
 		message_add_str(&writer, KEY_REASON, end.reason);
 	}
-	message_add_bool(&writer, KEY_GONE, end.gone);
+	message_add_bool(&writer, KEY_UNDONE, end.undone);
 	session_send(owner, &writer);
 }
 
@@ -105,6 +111,10 @@ static void clean_up(void)
 {
 	pid_t pid = 0;
 
+	if (restore.dump) {
+		report_end();
+		return;
+	}
 	while (pid == 0)
 		pid = engine_clean_up(restore.step++, &restore.theirs);
 	if (pid < 0) {
@@ -116,10 +126,14 @@ static void clean_up(void)
 	restore.late_at = now_ms() + ENGINE_END_MS;
 }
 
-/* The tree is dead. Let the engine end, then remove its container. */
+/*
+ * A restore's tree is dead: let the engine end, then remove its container. A
+ * dump's CRIU has parasite code in the tree until it runs its hook, and must not
+ * be killed: the hook gets no answer, which makes it release the tree.
+ */
 static void end_restore(void)
 {
-	if (!restore.engine || restore.phase == UPLOADING) {
+	if (!(restore.engine || restore.dump) || restore.phase == UPLOADING) {
 		report_end();
 		return;
 	}
@@ -130,7 +144,7 @@ static void end_restore(void)
 	close_fd(&restore.hook);
 	populate_end();
 	restore.phase = ENDING;
-	restore.late_at = now_ms() + ENGINE_END_MS;
+	restore.late_at = restore.dump ? LLONG_MAX : now_ms() + ENGINE_END_MS;
 	if (restore.child_ended)
 		clean_up();
 }
@@ -138,7 +152,7 @@ static void end_restore(void)
 void restore_abort(enum code code, const char *reason)
 {
 	outcome = (struct outcome){
-		.gone = restore.phase == UPLOADING || kill_everything(),
+		.undone = restore.phase == UPLOADING || restore.dump || kill_everything(),
 		.code = code,
 	};
 	snprintf(outcome.reason, sizeof(outcome.reason), "%s", reason);
@@ -148,7 +162,7 @@ void restore_abort(enum code code, const char *reason)
 void restore_engine_too_late(void)
 {
 	if (restore.engine_killed) {
-		outcome.gone = false;
+		outcome.undone = false;
 		report_end();
 		return;
 	}
@@ -166,7 +180,8 @@ static void report_failure(void)
 
 	outcome = (struct outcome){
 		.failed = true,
-		.gone = released || kill_everything(),
+		.undone = restore.dump ? !WIFSIGNALED(restore.child_status) :
+					 released || kill_everything(),
 		.status = exit_code(restore.child_status),
 	};
 	outcome.count = restore.engine ? engine_log_errors(&restore.directory, &restore.theirs,
@@ -207,8 +222,8 @@ void restore_child_ended(void)
 	if (restore.phase == ENDING)
 		clean_up();
 	else if (restore.phase == RELEASED && exit_code(restore.child_status) == 0)
-		report_success();
-	else if (restore.phase == HELD)
+		restore.dump ? dump_report_success() : report_success();
+	else if (restore.phase == HELD || restore.phase == SAVING)
 		restore_abort(restore.engine ? CODE_ENGINE : CODE_CRIU,
 			      restore.engine ? "the container engine ended before the restore" :
 					       "criu died while it held the tree");

@@ -11,7 +11,7 @@
 static uint32_t tasks[MAX_TREE];
 static int count;
 
-static void report_stopped(void)
+void hook_report_stopped(void)
 {
 	struct writer writer = session_writer(restore.owner, OP_STOPPED);
 	const char *note;
@@ -36,9 +36,10 @@ static bool holds(pid_t task)
 
 static void tree_stands(pid_t root)
 {
-	restore.phase = HELD;
+	restore.phase = restore.dump ? SAVING : HELD;
 	restore.root = root;
-	if (!tree_stop_criu(restore.criu)) {
+	/* A dump's CRIU waits for its hook, and may be killed without harm. */
+	if (!restore.dump && !tree_stop_criu(restore.criu)) {
 		restore_abort(CODE_CRIU, "criu does not stop");
 		return;
 	}
@@ -49,7 +50,8 @@ static void tree_stands(pid_t root)
 		return;
 	}
 	restore.silent_at = now_ms() + restore.silence_ms;
-	report_stopped();
+	if (!restore.dump)
+		hook_report_stopped();
 }
 
 void hook_reset_priorities(void)
@@ -94,7 +96,7 @@ static void on_hook(int fd, short events, void *context)
 		return;
 	if (size <= 0) {
 		close_fd(&restore.hook);
-		if (restore.phase == HELD)
+		if (restore.phase == HELD || restore.phase == SAVING)
 			restore_abort(CODE_HOOK, "the hook died");
 		else if (restore.phase == RELEASED && !restore_criu_ended())
 			/* Even if it died before that: Go was received. */
@@ -106,7 +108,7 @@ static void on_hook(int fd, short events, void *context)
 	} else if (report.root == 0 && !adopt(report.criu)) {
 		restore_abort(CODE_CRIU, "the hook was run by another criu than the engine's");
 	} else if (report.root == 0) {
-		/* pre-restore or post-restore: the agent's presence is enough */
+		/* pre-restore, post-restore or pre-dump: the agent's presence is enough */
 		hook_say_go();
 		close_fd(&restore.hook);
 	} else if (report.criu != restore.criu) {

@@ -201,6 +201,18 @@ static void prove(struct session *session, const struct message *message)
 	session_send(session, &writer);
 }
 
+static void proven_message(struct session *session, const struct message *message)
+{
+	if (!session->proved)
+		session_break(session, CODE_UNPROVEN, "the session is not authenticated");
+	else if (message->op == OP_WARM)
+		warm_message(session, message);
+	else if (message->op == OP_CONFIG)
+		config_message(session);
+	else
+		restore_message(session, message);
+}
+
 void session_dispatch(struct session *session, const uint8_t *body, size_t size)
 {
 	struct message message;
@@ -234,18 +246,12 @@ void session_dispatch(struct session *session, const uint8_t *body, size_t size)
 	case OP_CONFIG:
 	case OP_FILES:
 	case OP_BEGIN:
+	case OP_DUMP:
 	case OP_TOUCH:
 	case OP_MAP:
 	case OP_GO:
 	case OP_ABORT:
-		if (session->proved && message.op == OP_WARM)
-			warm_message(session, &message);
-		else if (session->proved && message.op == OP_CONFIG)
-			config_message(session);
-		else if (session->proved)
-			restore_message(session, &message);
-		else
-			session_break(session, CODE_UNPROVEN, "the session is not authenticated");
+		proven_message(session, &message);
 		break;
 	default:
 		if (!lab_message(session, &message))

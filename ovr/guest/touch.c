@@ -28,7 +28,7 @@ static struct {
 	int error;
 	pid_t pid;
 	int mem, pagemap;
-	bool keep;
+	enum touching how;
 } job = {.lock = PTHREAD_MUTEX_INITIALIZER, .mem = -1, .pagemap = -1};
 
 /* Take the next pages; they are within one huge page. */
@@ -90,14 +90,27 @@ static bool touch_huge(uint64_t at, uint64_t pages, uint64_t entries[HUGE_PAGES]
 {
 	ssize_t size = HUGE_PAGES * sizeof(*entries);
 
-	return pages == HUGE_PAGES && !job.keep && touch_writable(at, 1) == 1 &&
+	return pages == HUGE_PAGES && job.how == TOUCH_DISCARD && touch_writable(at, 1) == 1 &&
 	       pread(job.pagemap, entries, (size_t)size, (off_t)(at / PAGE * 8)) == size;
+}
+
+static bool read_pages(uint64_t at, uint64_t pages)
+{
+	char byte;
+
+	for (uint64_t i = 0; i < pages; i++)
+		if (pread(job.mem, &byte, 1, (off_t)(at + i * PAGE)) != 1)
+			return false;
+	return true;
 }
 
 static bool touch_pages(uint64_t at, uint64_t pages)
 {
 	uint64_t entries[HUGE_PAGES] = {0}, done, absent;
+	bool keep = job.how == TOUCH_KEEP;
 
+	if (job.how == TOUCH_READ)
+		return read_pages(at, pages);
 	touch_huge(at, pages, entries);
 	for (uint64_t i = 0; i < pages; i += done) {
 		for (absent = 0; i + absent < pages; absent++)
@@ -106,8 +119,8 @@ static bool touch_pages(uint64_t at, uint64_t pages)
 		done = 1;
 		if (!absent)
 			continue;
-		done = job.keep ? 0 : touch_writable(at + i * PAGE, absent);
-		if (!done && !touch_forced(job.mem, at + i * PAGE, job.keep))
+		done = keep ? 0 : touch_writable(at + i * PAGE, absent);
+		if (!done && !touch_forced(job.mem, at + i * PAGE, keep))
 			return false;
 		done = done ? done : 1;
 	}
@@ -182,7 +195,7 @@ int touch_portions(struct mp_reader portions, struct mp_reader ranges)
 
 	job.ranges = ranges;
 	while (!error && read_portion(&portions, &portion)) {
-		job.keep = portion.keep;
+		job.how = (enum touching)portion.how;
 		error = open_task((pid_t)portion.pid) ? touch_portion(portion.count) : errno;
 	}
 	return error;

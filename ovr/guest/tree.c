@@ -93,6 +93,33 @@ bool tree_kill(struct tree tree)
 	return !left;
 }
 
+static void clear_refs(pid_t pid)
+{
+	char path[64];
+	int fd;
+
+	snprintf(path, sizeof(path), "/proc/%d/clear_refs", pid);
+	fd = open(path, O_WRONLY | O_CLOEXEC);
+	/* 4: the soft-dirty bits; Documentation/admin-guide/mm/soft-dirty.rst */
+	if (fd < 0 || write(fd, "4", 1) != 1)
+		complain("%s: %s", path, strerror(errno));
+	if (fd >= 0)
+		close(fd);
+}
+
+void tree_clear_refs(pid_t root)
+{
+	struct tree tree = {.root = root};
+	struct table table = {0};
+
+	if (table_read(&table))
+		table_mark(&table, &tree);
+	for (size_t i = 0; i < table.count; i++)
+		if (table.processes[i].member && process_alive(&table.processes[i]))
+			clear_refs(table.processes[i].pid);
+	free(table.processes);
+}
+
 void tree_renice_zombies(struct tree tree, int nice)
 {
 	struct table table = {0};

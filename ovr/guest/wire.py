@@ -6,9 +6,10 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import msgpack
 
-from ovr.guest import lab_protocol, protocol
+from ovr.guest import dump_protocol, lab_protocol, protocol
 from ovr.guest.codes import Code
 from ovr.guest.message import Message
+from ovr.guest.protocol import Touching
 
 __all__ = ["ProtocolError", "decode", "encode", "header"]
 
@@ -73,7 +74,12 @@ def _schema(message: type[Message]) -> tuple[_Field, ...]:
     return tuple(result)
 
 
-_MESSAGES: dict[str, type[Message]] = {cls.op: cls for cls in Message.__subclasses__()}
+_MESSAGES: dict[str, type[Message]] = {
+    cls.op: cls
+    for module in (protocol, dump_protocol, lab_protocol)
+    for cls in vars(module).values()
+    if isinstance(cls, type) and issubclass(cls, Message) and cls.op
+}
 _SCHEMAS: dict[str, tuple[_Field, ...]] = {op: _schema(cls) for op, cls in _MESSAGES.items()}
 
 
@@ -170,6 +176,7 @@ def header() -> str:
     lines += [f'#define ENGINE_ARCHIVE "{protocol.ENGINE_ARCHIVE}"']
     lines += [f'#define HOOK_HELD "{protocol.HOOK_HELD}"']
     lines += [f"#define {name} {value}" for name, value in limits.items()]
+    lines += ["", "enum touching {", *(f"\tTOUCH_{how.name} = {how}," for how in Touching), "};"]
     lines += ["", "enum kind { KIND_UINT, KIND_STR, KIND_BIN, KIND_BOOL,"]
     lines += ["\t    KIND_UINTS, KIND_STRS, KIND_BINS };", "", "enum key {"]
     lines += [f"\tKEY_{name.upper()}," for name in names]

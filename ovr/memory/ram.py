@@ -169,6 +169,10 @@ class GuestRam(Closing):
         """See `_fastcopy.RamMap.copy_from`; the caller states why the frames stay."""
         return self._map.copy_from(runs, source)
 
+    def copy_to(self, runs: Extents, target: "Buffer") -> int:
+        """See `_fastcopy.RamMap.copy_to`."""
+        return self._map.copy_to(runs, target)
+
     def review(
         self, runs: Extents, fd: int, base: int, size: int, *, wait: bool = True
     ) -> tuple[int, Gva | None]:

@@ -62,6 +62,14 @@ cdef struct Pouring:
     GateEntry entry
     bint inside             # of the gate, where the work was left by a jump
 
+cdef struct Drawing:
+    const Ram *ram
+    const Run *runs
+    Py_ssize_t count
+    uint8_t *target
+    const HoldPage *gate
+    uint64_t copied         # bytes, in the order of the runs
+
 cdef struct Reviewing:
     const Ram *ram
     const Run *runs
@@ -240,6 +248,24 @@ cdef void _pour(void *given) noexcept nogil:
             settle()
             gate_leave(job.gate)
             job.inside = False
+            done += part
+            job.copied += part
+            if gate_late(job.gate):
+                return
+
+
+cdef void _draw(void *given) noexcept nogil:
+    # Ends before its end if the hold is to end.
+    cdef Drawing *job = <Drawing *>given
+    cdef Py_ssize_t i
+    cdef uint64_t done, part = 0
+    cdef char *host
+    for i in range(job.count):
+        done = 0
+        while done < job.runs[i].size:
+            host = _host(job.ram, job.runs[i].gpa + done, &part)
+            part = min(min(part, job.runs[i].size - done), <uint64_t>CHUNK)
+            memcpy(job.target + job.runs[i].offset + done, host, part)
             done += part
             job.copied += part
             if gate_late(job.gate):

@@ -35,6 +35,14 @@ cdef extern from *:
         return info.f_type == HUGETLBFS_MAGIC ? (uint64_t)info.f_bsize : 4096;
     }
 
+    /* 1: the file is in a tmpfs; 0: it is not; -1 and errno. */
+    static inline int ovr_in_tmpfs(int fd)
+    {
+        struct statfs info;
+
+        return fstatfs(fd, &info) ? -1 : info.f_type == TMPFS_MAGIC;
+    }
+
     /* The guest may change any word while we look at it: read it once, whole. */
     static inline uint64_t ovr_read_once(const void *p)
     {
@@ -57,6 +65,7 @@ cdef extern from *:
     uint64_t read_once "ovr_read_once"(const void *) noexcept nogil
     void prefetch "ovr_prefetch"(const void *) noexcept nogil
     void settle "ovr_settle"() noexcept nogil
+    int in_tmpfs "ovr_in_tmpfs"(int) noexcept nogil
     int64_t cached_pages "ovr_cached_pages"(int, uint64_t, uint64_t) noexcept nogil
     uint64_t mapping_unit "ovr_mapping_unit"(int) noexcept nogil
     void *memmem(const void *, size_t, const void *, size_t) noexcept nogil

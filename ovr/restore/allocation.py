@@ -8,14 +8,16 @@ page table leads to the object's pages: the restored tasks show no trace of it.
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Final, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
+from ovr.attempt.alive import OF_THE_TASK, Alive
 from ovr.attempt.targets import Family, Target
 from ovr.errors import RestoreFailed
 from ovr.guest.client.agent import Agent
 from ovr.guest.client.requests import Portion
+from ovr.guest.protocol import Touching
 from ovr.images.source import Sources
 from ovr.kernel import (
     Kernel,
@@ -30,15 +32,13 @@ from ovr.kernel import (
 )
 from ovr.memory.addresses import PAGE_SIZE, Gva
 from ovr.memory.extents import Extents, cut_to, total
-from ovr.memory.paging import AddressSpace, Frames
+from ovr.memory.paging import Frames
 from ovr.memory.ranges import RANGE, Ranges, common, join, ranges_of, without
 from ovr.plan import Plan
 from ovr.plan.areas import SharedPlan, TaskPlan
 from ovr.state import GuestTree
 
 __all__ = ["Outside", "allocate_outside"]
-
-_OF_THE_TASK: Final = "was it killed? look for the OOM killer in the guest's kernel log"
 
 
 @dataclass(frozen=True)
@@ -100,25 +100,6 @@ def allocate_outside(
     return Outside(families, targets)
 
 
-class _Alive:
-    # Checks that a process still has its address space. When it dies, its page tables are freed,
-    # and the next process may get them.
-
-    def __init__(self, name: str, kernel: Kernel, task: Struct, space: AddressSpace) -> None:
-        self._name = name
-        self._kernel = kernel
-        self._pid: int = task.pid
-        self._task = task
-        self.space = space
-
-    @types_that_fit()
-    def __call__(self) -> None:
-        task: Struct | None = find_task(self._kernel, self._pid)
-        alive = task is not None and task == self._task and task.mm
-        if not alive or mm_space(self._kernel, alive).root != self.space.root:
-            raise RestoreFailed(f"{self._name} has died in the guest", _OF_THE_TASK)
-
-
 class _Restoree:
     # A task of the plan, found in the guest.
 
@@ -129,7 +110,7 @@ class _Restoree:
             self.mm: Struct = task.mm
             self.space = mm_space(guest.kernel, self.mm)
             self._pid: int = task.tgid
-            self.check = _Alive(f"pid {plan.task.pid}", guest.kernel, task, self.space)
+            self.check = Alive(f"pid {plan.task.pid}", guest.kernel, task, self.space)
         self._kernel = guest.kernel
         self._agent = agent
         self._sources = sources
@@ -151,7 +132,7 @@ class _Restoree:
                 )
 
     def _ask(self, pieces: Extents) -> None:
-        self._agent.touch([Portion(self._pid, True, pieces[["gva", "size"]].tolist())])
+        self._agent.touch([Portion(self._pid, Touching.KEEP, pieces[["gva", "size"]].tolist())])
 
     def portions(self, *, large: bool) -> Iterator[Portion]:
         """Yield the pages that the agent is to allocate."""
@@ -219,10 +200,10 @@ def _frames_of_the_tree(kernel: Kernel, anon_vma: Gva, ours: set[Gva], pid: int)
 def _portions(ranges: Ranges, spared: Ranges, pid: int) -> Iterator[Portion]:
     # Pages that the kernel may have written to must keep their content.
     precious = _overlaps(ranges, spared)
-    for keep in (False, True):
-        chosen = ranges[precious == keep]
+    for how in (Touching.DISCARD, Touching.KEEP):
+        chosen = ranges[precious == (how == Touching.KEEP)]
         if len(chosen):
-            yield Portion(pid, keep, _starts_and_sizes(chosen))
+            yield Portion(pid, how, _starts_and_sizes(chosen))
 
 
 def _starts_and_sizes(ranges: Ranges) -> list[tuple[int, int]]:
@@ -263,7 +244,7 @@ def _of_shared(
     check = _mapper(name, guest.kernel, mapped.pid)
 
     def ask(pieces: Extents) -> None:
-        agent.touch([Portion(mapped.pid, True, pieces[["gva", "size"]].tolist())])
+        agent.touch([Portion(mapped.pid, Touching.KEEP, pieces[["gva", "size"]].tolist())])
 
     for level, pieces in plan.pieces.items():
         here = pieces.copy()
@@ -310,8 +291,8 @@ def _reach(plan: SharedPlan, guest: GuestTree) -> _Object:
 
 
 @types_that_fit()
-def _mapper(name: str, kernel: Kernel, pid: int) -> _Alive:
+def _mapper(name: str, kernel: Kernel, pid: int) -> Alive:
     task: Struct | None = find_task(kernel, pid)
     if task is None or not task.mm:
-        raise RestoreFailed(f"the agent's process {pid} is not there", _OF_THE_TASK)
-    return _Alive(name, kernel, task, mm_space(kernel, task.mm))
+        raise RestoreFailed(f"the agent's process {pid} is not there", OF_THE_TASK)
+    return Alive(name, kernel, task, mm_space(kernel, task.mm))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from ovr.attempt.attempt import Attempt
 from ovr.checkpoint import Checkpoint
 from ovr.errors import CriuFailed, ImagesUnsupported, OvrError
-from ovr.guest.client.agent import Skeleton
+from ovr.guest.client.agent import HeldTree
 from ovr.guest.client.session import AgentInfo
 from ovr.guest.protocol import MAX_IMAGE_BYTES
 from ovr.images import image_size
@@ -26,10 +26,12 @@ class Built:
     """The skeleton that stands.
 
     Attributes:
+        root_pid: pid of its root task, in the guest's initial pid namespace.
         memory: where its memory came from.
         unread_config: CRIU's configuration files in the guest that were not read, by path.
     """
 
+    root_pid: int
     memory: Warm | Cold
     unread_config: Mapping[str, str]
 
@@ -86,18 +88,21 @@ def build_skeleton(
     unread = {} if checkpoint.engine is not None else attempt.agent.criu_config()
     with _explained(checkpoint, unread):
         skeleton = attempt.begin(
-            checkpoint.files(inside.images),
-            criu_options=checkpoint.options,
-            engine=checkpoint.engine,
-            volumes=checkpoint.volumes,
-            warm_images=inside.memory.images if isinstance(inside.memory, Warm) else (),
-            timeout=timeout,
-            log_level=log_level,
+            lambda agent: agent.begin(
+                checkpoint.files(inside.images),
+                criu_options=checkpoint.options,
+                engine=checkpoint.engine,
+                volumes=checkpoint.volumes,
+                warm_images=inside.memory.images if isinstance(inside.memory, Warm) else (),
+                timeout=timeout,
+                log_level=log_level,
+            ),
+            engine=checkpoint.engine is not None,
         )
-    return Built(_memory_of(inside.memory, skeleton), unread)
+    return Built(skeleton.root_pid, _memory_of(inside.memory, skeleton), unread)
 
 
-def _memory_of(planned: Warm | Cold, skeleton: Skeleton) -> Warm | Cold:
+def _memory_of(planned: Warm | Cold, skeleton: HeldTree) -> Warm | Cold:
     memory = planned
     if isinstance(planned, Warm) and not skeleton.warm:
         memory = Cold(skeleton.note or "the guest did not use the pool")

@@ -14,6 +14,7 @@ from ovr.images.source import Sources
 from ovr.plan import NOT_DUMPED, Plan, Warm, check_kinds, make_plan
 from ovr.restore.allocation import allocate_outside
 from ovr.restore.preflight import refuse_taken_pids
+from ovr.restore.release import let_run
 from ovr.restore.report import Report, make_report
 from ovr.restore.skeleton import build_skeleton, inside_of
 from ovr.vm.attach import AttachedVm
@@ -81,7 +82,7 @@ def restore(
             compared = copier.verify(memory.all, verify)
             sources.check_unchanged()
         with watch("commit"):
-            root = attempt.commit()
+            root = attempt.commit(lambda agent: let_run(agent, vm.kernel, built.root_pid))
             root = replace(root, container=root.container or checkpoint.container)
         return make_report(plan, attempt, built, root, watch=watch, verified=(verify, compared))
 

@@ -11,6 +11,7 @@ from ovr.guest import protocol
 from ovr.guest.client.link import Address, Link
 from ovr.guest.client.requests import Portion
 from ovr.guest.message import Message
+from ovr.guest.protocol import Touching
 from ovr.guest.wire import ProtocolError, decode, encode
 from ovr.lab.agent import LabAgent
 from tests.fuzz.target import Input, Target
@@ -101,7 +102,7 @@ def session(data: bytes) -> None:
             agent.ping,
             lambda: agent.authenticate(SECRET),
             lambda: agent.begin({"core-1.img": b"x" * 10, "pages-1.img": [b"y", b""]}),
-            lambda: agent.touch([Portion(1, False, [(0, 4096)])]),
+            lambda: agent.touch([Portion(1, Touching.DISCARD, [(0, 4096)])]),
             lambda: agent.map(1, "fd/3", 8192, [(0, 4096)]),
             lambda: agent.run(["true"], input=b"in"),
             agent.go,

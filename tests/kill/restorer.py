@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import ovr
-from ovr.attempt import copier, settings
+from ovr.attempt import in_holds, settings
 from ovr.attempt.copier import Copier
 from ovr.attempt.stopwatch import Stopwatch
 from ovr.errors import OvrError
@@ -103,7 +103,7 @@ def watch(events: Events) -> None:
 def main() -> int:
     spec, images, point = sys.argv[1:]
     events = Events(int(point))
-    copier.HOLD_BYTES = 1 << 20  # many holds: many points
+    in_holds.HOLD_BYTES = 1 << 20  # many holds: many points
     hold.BOUND_SECONDS = 600.0  # it waits in them  # type: ignore[misc]
     watch(events)
     try:

@@ -9,15 +9,18 @@ from functools import partial
 import numpy as np
 
 from ovr._fastcopy import OWNED
-from ovr.attempt import attempt, copier
-from ovr.attempt.copier import Copier, Look, Ready, Work
+from ovr.attempt import attempt, in_holds
+from ovr.attempt.copier import Copier
 from ovr.attempt.feed import Feed
+from ovr.attempt.in_holds import Look, Ready, Work
 from ovr.attempt.targets import Family, Part, Target
 from ovr.kernel import Kernel
 from ovr.memory.extents import Extents, first_bytes, left_of, total
 from ovr.memory.paging import Frames
 
 __all__ = ["Races", "before_each_copy", "counting", "ignoring_clean", "unprotected"]
+
+Prepared = list[list[Ready[Feed]]]
 
 PAGE = 4096
 HOLD_BYTES = 16 << 20
@@ -52,7 +55,7 @@ def counting(races: Races, pause: float) -> Iterator[None]:
     """
 
     class Counting(Copier):
-        def _prepare(self, batch: Sequence[Part], *, aside: bool = False) -> list[list[Ready]]:
+        def _prepare(self, batch: Sequence[Part], *, aside: bool = False) -> Prepared:
             ready = super()._prepare(batch, aside=aside)
             time.sleep(pause)
             return ready
@@ -94,7 +97,7 @@ def unprotected(races: Races, pause: float) -> Iterator[None]:
         def _each_run(
             self,
             batch: Sequence[Part],
-            work: Work,
+            work: Work[Feed],
             wanted: int,
             then: Look | None = None,
             after: Look | None = None,
@@ -125,7 +128,7 @@ def before_each_copy(act: Callable[[], None]) -> Iterator[None]:
     """Have restores do something with the VM running, before each hold in which they copy."""
 
     class Late(Copier):
-        def _prepare(self, batch: Sequence[Part], *, aside: bool = False) -> list[list[Ready]]:
+        def _prepare(self, batch: Sequence[Part], *, aside: bool = False) -> Prepared:
             ready = super()._prepare(batch, aside=aside)
             act()
             return ready
@@ -165,9 +168,9 @@ def _pages(runs: Extents) -> set[tuple[int, int]]:
 def _in_place_of_the_copier(kind: type[Copier]) -> Iterator[None]:
     # Many small holds: more borders between them.
     assert attempt.Copier is Copier
-    size = copier.HOLD_BYTES
-    attempt.Copier, copier.HOLD_BYTES = kind, HOLD_BYTES  # type: ignore[misc]
+    size = in_holds.HOLD_BYTES
+    attempt.Copier, in_holds.HOLD_BYTES = kind, HOLD_BYTES  # type: ignore[misc]
     try:
         yield
     finally:
-        attempt.Copier, copier.HOLD_BYTES = Copier, size  # type: ignore[misc]
+        attempt.Copier, in_holds.HOLD_BYTES = Copier, size  # type: ignore[misc]

@@ -20,7 +20,7 @@ import pytest
 
 from ovr.errors import AgentUnreachable, RestoreFailed
 from ovr.guest import build, protocol
-from ovr.guest.client.agent import Skeleton
+from ovr.guest.client.agent import HeldTree
 from ovr.guest.client.link import Address, Link
 from ovr.lab.agent import LabAgent
 
@@ -46,7 +46,7 @@ SEIZE, INTERRUPT, DETACH = 0x4206, 0x4207, 17
 options = dict(zip(sys.argv[2:], sys.argv[3:]))
 work, script, marks = options["-W"], options["--action-script"], options["--marks"]
 mode = options["--mode"]
-log = open(work + "/restore.log", "w")
+log = open(work + "/" + options.get("-o", "restore.log"), "w")
 
 
 def say(line):
@@ -315,12 +315,12 @@ def kill(*pids: int) -> None:
     wait_for(lambda: not alive(*pids))
 
 
-def begin(host: AgentHost, agent: LabAgent, **options: float) -> Skeleton:
+def begin(host: AgentHost, agent: LabAgent, **options: float) -> HeldTree:
     """Have the stand-in build a tree and hold it."""
     return agent.begin(IMAGES, criu_options=host.criu_options(), **options)
 
 
-def assert_gone(host: AgentHost, skeleton: Skeleton) -> None:
+def assert_gone(host: AgentHost, skeleton: HeldTree) -> None:
     """No task ran, none is left, and the next restore succeeds."""
     wait_for(lambda: not alive(*skeleton.tasks, skeleton.criu_pid))
     wait_for(lambda: not host.restores)
@@ -333,7 +333,7 @@ def assert_gone(host: AgentHost, skeleton: Skeleton) -> None:
     kill(*again.tasks)
 
 
-def hook_dies(host: AgentHost, agent: LabAgent, skeleton: Skeleton) -> None:
+def hook_dies(host: AgentHost, agent: LabAgent, skeleton: HeldTree) -> None:
     """Kill the hook that holds a tree: the tree dies, and the host hears why."""
     kill(host.hook(skeleton.criu_pid))
     wait_for(lambda: not alive(*skeleton.tasks))
@@ -341,7 +341,7 @@ def hook_dies(host: AgentHost, agent: LabAgent, skeleton: Skeleton) -> None:
         agent.go()
 
 
-def agent_dies(host: AgentHost, agent: LabAgent, skeleton: Skeleton) -> None:
+def agent_dies(host: AgentHost, agent: LabAgent, skeleton: HeldTree) -> None:
     """Kill the agent that holds a tree: the tree dies with it."""
     kill(host.process.pid)
     wait_for(lambda: not alive(*skeleton.tasks, skeleton.criu_pid))

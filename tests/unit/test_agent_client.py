@@ -205,7 +205,7 @@ def test_hang_up() -> None:
 
 def test_hostile_text_becomes_one_line() -> None:
     log = ["Error \x1b[31m\r\n" + "x" * 4000]
-    failed = {"op": "failed", "status": 1, "log": log, "gone": True}
+    failed = {"op": "failed", "status": 1, "log": log, "undone": True}
     with peer(replying(frame(failed))) as link, pytest.raises(CriuFailed) as caught:
         Agent(link, 2.0).go()
     assert str(caught.value).isprintable()
@@ -216,7 +216,7 @@ def test_hostile_text_becomes_one_line() -> None:
 def test_tasks_that_do_not_go_away(op: str) -> None:
     rest = {"status": 1, "log": ["Error"]} if op == "failed" else {"code": "host", "reason": "why"}
     with (
-        peer(replying(frame({"op": op, "gone": False, **rest}))) as link,
+        peer(replying(frame({"op": op, "undone": False, **rest}))) as link,
         pytest.raises(RestoreFailed, match="do not end"),
     ):
         Agent(link, 2.0).go()

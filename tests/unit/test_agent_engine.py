@@ -9,7 +9,7 @@ import pytest
 
 from ovr.errors import CriuFailed, RestoreFailed
 from ovr.guest import protocol
-from ovr.guest.client.agent import Agent, Skeleton
+from ovr.guest.client.agent import Agent, HeldTree
 from ovr.guest.codes import Code
 from tests.unit.agent_host import IMAGES, AgentHost, agent_dies, alive, hook_dies, kill, wait_for
 
@@ -22,14 +22,14 @@ def agent(host: AgentHost) -> Iterator[Agent]:
         yield agent
 
 
-def begin(host: AgentHost, agent: Agent, mode: str = "ok", **options: float) -> Skeleton:
+def begin(host: AgentHost, agent: Agent, mode: str = "ok", **options: float) -> HeldTree:
     return agent.begin(
         ARCHIVE, criu_options=host.criu_options(mode), engine="podman", volumes=["one", "two"],
         **options,
     )  # fmt: skip
 
 
-def assert_gone(host: AgentHost, skeleton: Skeleton) -> None:
+def assert_gone(host: AgentHost, skeleton: HeldTree) -> None:
     """No task ran, none is left, the engine has cleaned up, and the next restore succeeds."""
     wait_for(lambda: not alive(*skeleton.tasks, skeleton.criu_pid))
     wait_for(lambda: not host.restores)

@@ -15,6 +15,7 @@ from ovr.guest.client.agent import Agent
 from ovr.guest.client.failures import aborted, failure, refused
 from ovr.guest.client.requests import Portion
 from ovr.guest.codes import Code
+from ovr.guest.protocol import Touching
 from tests.unit.agent_host import IMAGES, AgentHost, begin, wait_for
 
 GUEST = Path(compiler.__file__).parent
@@ -85,7 +86,7 @@ def test_what_a_real_agent_says(host: AgentHost) -> None:
         agent = host.connect()
         keep("a second restore", agent, lambda: begin(host, agent))
         with pytest.raises(RestoreFailed) as caught:
-            owner.touch([Portion(1, False, [(0, 4096)])])
+            owner.touch([Portion(1, Touching.DISCARD, [(0, 4096)])])
         said["another's memory"] = caught.value
     wait_for(lambda: not host.restores)
     silent = host.connect()

@@ -320,7 +320,7 @@ def test_silent_upload(tmp_path: Path) -> None:
         agent._send(protocol.Files(("a.img",), (b"x",)))
         message = agent._receive(time.monotonic() + 30)
         assert isinstance(message, protocol.Aborted)
-        assert (message.reason, message.gone) == ("the host was silent for too long", True)
+        assert (message.reason, message.undone) == ("the host was silent for too long", True)
         assert not host.restores
         agent.ping()
 

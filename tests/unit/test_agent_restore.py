@@ -13,6 +13,7 @@ from ovr.guest.client.agent import Agent
 from ovr.guest.client.requests import Portion
 from ovr.guest.codes import Code
 from ovr.guest.message import Message
+from ovr.guest.protocol import Touching
 from tests.unit.agent_host import AgentHost, agent_host, alive, assert_gone, begin, kill, wait_for
 
 
@@ -183,7 +184,7 @@ def test_touch(host: AgentHost, agent: Agent) -> None:
     pages = (end - start) // PAGE
     assert not all(present(skeleton.root_pid, start, pages))
     ranges = [(start, PAGE), (start + PAGE, end - start - PAGE)]
-    agent.touch([Portion(skeleton.root_pid, True, ranges)])
+    agent.touch([Portion(skeleton.root_pid, Touching.KEEP, ranges)])
     assert all(present(skeleton.root_pid, start, pages))
     agent.go()
     wait_for(lambda: host.marks == set(skeleton.tasks))
@@ -200,10 +201,10 @@ def test_touch_what_the_task_cannot_write(host: AgentHost, agent: Agent) -> None
     with Path(f"/proc/{pid}/mem").open("rb", buffering=0) as memory:
         memory.seek(start)
         before = memory.read(PAGE)
-        agent.touch([Portion(pid, True, [(start, PAGE)])])
+        agent.touch([Portion(pid, Touching.KEEP, [(start, PAGE)])])
         memory.seek(start)
         assert memory.read(PAGE) == before
-        agent.touch([Portion(pid, False, [(start, PAGE)])])
+        agent.touch([Portion(pid, Touching.DISCARD, [(start, PAGE)])])
         memory.seek(start)
         assert memory.read(PAGE) == b"\0" + before[1:]
     agent.abort()
@@ -228,11 +229,19 @@ def test_touch_pages_of_several_tasks_in_one_request(
     places = {pid: mapping_of(pid, "[stack]")[:2] for pid in (skeleton.root_pid, child)}
     ranges = {pid: [(start, end - start)] for pid, (start, end) in places.items()}
     with pytest.raises(RestoreFailed, check=lambda error: error.code == Code.TASK):
-        portions = [Portion(child, True, ranges[child]), Portion(os.getpid(), True, ranges[child])]
+        portions = [
+            Portion(child, Touching.KEEP, ranges[child]),
+            Portion(os.getpid(), Touching.KEEP, ranges[child]),
+        ]
         agent.touch(portions)
     for pid, (start, end) in places.items():
         assert not all(present(pid, start, (end - start) // PAGE))
-    agent.touch([Portion(pid, pid == child, ranges[pid]) for pid in places])
+    agent.touch(
+        [
+            Portion(pid, Touching.KEEP if pid == child else Touching.DISCARD, ranges[pid])
+            for pid in places
+        ]
+    )
     for pid, (start, end) in places.items():
         assert all(present(pid, start, (end - start) // PAGE))
     assert len(requests) == 2
@@ -245,7 +254,7 @@ def test_portions_and_ranges_must_agree(host: AgentHost, agent: Agent) -> None:
     start, _, _ = mapping_of(skeleton.root_pid, "[stack]")
     pid = skeleton.root_pid
     for portions in (
-        (), (pid,), (pid, 1), (pid, 1, 0), (pid, 1, 2), (pid, 2, 1), (pid, 1, 1, pid),
+        (), (pid,), (pid, 1), (pid, 1, 0), (pid, 1, 2), (pid, 3, 1), (pid, 1, 1, pid),
         (pid, 1, 1, pid, 1, 1), (pid, 1, 1 << 32 | 1),
     ):  # fmt: skip
         agent._send(protocol.Touch(portions, (start, PAGE)))
@@ -260,12 +269,12 @@ def test_touch_and_map_only_what_is_held(host: AgentHost, agent: Agent) -> None:
     start, _, _ = mapping_of(skeleton.root_pid, "[stack]")
     for pid in (os.getpid(), host.process.pid, 0, 1, 1 << 31, (1 << 32) - 1, 1 << 32):
         with pytest.raises(RestoreFailed, check=lambda error: error.code == Code.TASK):
-            agent.touch([Portion(pid, True, [(start, PAGE)])])
+            agent.touch([Portion(pid, Touching.KEEP, [(start, PAGE)])])
     for ranges in ([(start, 100)], [(start, 0)], [(start + 1, PAGE)], [(1 << 63, 1 << 63)]):
         with pytest.raises(RestoreFailed, match="bad ranges"):
-            agent.touch([Portion(skeleton.root_pid, True, ranges)])
+            agent.touch([Portion(skeleton.root_pid, Touching.KEEP, ranges)])
     with pytest.raises(RestoreFailed, match="touch a page"):
-        agent.touch([Portion(skeleton.root_pid, False, [(0, PAGE)])])
+        agent.touch([Portion(skeleton.root_pid, Touching.DISCARD, [(0, PAGE)])])
     for file in ("exe", "../1/mem", "fd/0/", "fd/x", "map_files/1-2;", "mem"):
         with pytest.raises(RestoreFailed, match="neither a descriptor nor a mapping"):
             agent.map(skeleton.root_pid, file, PAGE, [(0, PAGE)])
@@ -286,7 +295,7 @@ def test_map_a_memfd_of_the_tree(host: AgentHost, agent: Agent) -> None:
     fd = shared_fd(skeleton.root_pid)
     mapping = agent.map(skeleton.root_pid, f"fd/{fd}", 16 * PAGE, [(0, PAGE), (8 * PAGE, PAGE)])
     assert present(mapping.pid, mapping.address, 16) == [n in (0, 8) for n in range(16)]
-    agent.touch([Portion(mapping.pid, True, [(mapping.address + PAGE, 2 * PAGE)])])
+    agent.touch([Portion(mapping.pid, Touching.KEEP, [(mapping.address + PAGE, 2 * PAGE)])])
     assert present(mapping.pid, mapping.address, 4) == [True, True, True, False]
     agent.go()
     wait_for(lambda: host.marks == set(skeleton.tasks))

@@ -246,5 +246,5 @@ def test_log_is_kept_on_request(host: AgentHost, agent: Agent) -> None:
     with pytest.raises(CriuFailed):
         agent.begin(IMAGES, criu_options=host.criu_options("fail"), keep_log=True)
     (directory,) = host.restores
-    assert "Error" in (directory / "restore.log").read_text()
+    assert "Error" in (directory / "criu.log").read_text()
     assert not (directory / "images").exists()

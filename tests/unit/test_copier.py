@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from ovr._fastcopy import OWNED, PIECE, RUN
-from ovr.attempt import copier as copying
+from ovr.attempt import in_holds as copying
 from ovr.attempt.copier import Copier
 from ovr.attempt.journal import Journal
 from ovr.attempt.targets import Target
@@ -212,7 +212,7 @@ from ovr.cli.progress import BarWatch
 from ovr.images.source import Source
 from ovr.attempt.journal import Journal
 from ovr.memory.ram import Slot
-from ovr.attempt import copier as copying
+from ovr.attempt import in_holds as copying
 from ovr.attempt.copier import Copier
 from ovr.attempt.targets import Target
 from tests.unit.machine import ram_file

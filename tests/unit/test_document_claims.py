@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from ovr import errors
-from ovr.attempt import copier, settings
+from ovr.attempt import copier, in_holds, settings
 from ovr.guest import protocol
 from ovr.images import directory, imageset
 from ovr.kernel.types import live
@@ -34,9 +34,9 @@ def defined(source: str, name: str) -> int:
 
 CLAIMS = [
     # document, its words with the figure as a group, and that of the code
-    ("docs/safety.md", r"shown to take (\d+) ms \(`HOLD_SECONDS`\)", copier.HOLD_SECONDS * 1e3),
-    ("docs/safety.md", r"`HOLD_SECONDS`\), (\d+) MiB at most", copier.HOLD_BYTES / MIB),
-    ("docs/safety.md", r"A page that stays away \((\d+) tries\)", copier._TRIES),
+    ("docs/safety.md", r"shown to take (\d+) ms \(`HOLD_SECONDS`\)", in_holds.HOLD_SECONDS * 1e3),
+    ("docs/safety.md", r"`HOLD_SECONDS`\), (\d+) MiB at most", in_holds.HOLD_BYTES / MIB),
+    ("docs/safety.md", r"A page that stays away \((\d+) tries\)", in_holds._TRIES),
     ("docs/safety.md", r"compares (\d+) pages of each target", copier._SAMPLE_PAGES),
     ("docs/safety.md", r"in one hold, which ends after (\d+) ms", settings._HOLD_SECONDS * 1e3),
     ("docs/safety.md", r"exit code (\d)\. *", errors.VerifyMismatch.exit_code),

@@ -107,7 +107,7 @@ class Task:
 )
 def test_a_page_that_moves_is_shared_still(first, descendant, own, monkeypatch):
     """Neither is it given a content of its own because it was absent for a moment."""
-    monkeypatch.setattr(copying, "_TRY_AGAIN_AFTER", 0)
+    monkeypatch.setattr(copying, "TRY_AGAIN_AFTER", 0)
     one, other = Task(first), Task(descendant)
     copier = Copier(SimpleNamespace(held=nullcontext), None, 1, Journal())
     whole = np.array([(0, 2 * PAGE_SIZE, 0)], dtype=PIECE)

@@ -21,9 +21,9 @@ from tests.vm.conftest import PREFIX, SIZE, UMASK, alive
 KILLED_IN_THE_MIDDLE = """
 import os, signal, sys
 import ovr
-from ovr.attempt import copier
+from ovr.attempt import copier, in_holds
 
-copier.HOLD_BYTES = 16 << 20
+in_holds.HOLD_BYTES = 16 << 20
 copied = 0
 original = copier.Copier._copy
 

@@ -45,7 +45,7 @@ def writes(monkeypatch):
 
 def between_copies(monkeypatch, happens):
     """Copy little at a time, and let something happen after the first copy, the VM running."""
-    monkeypatch.setattr("ovr.attempt.copier.HOLD_BYTES", 16 << 20)
+    monkeypatch.setattr("ovr.attempt.in_holds.HOLD_BYTES", 16 << 20)
     original = Copier._prepare
     calls = []
 

@@ -1,23 +1,24 @@
-"""Send a restore's requests to the agent in the guest."""
+"""Send the requests of a restore or dump to the agent in the guest."""
 
 import collections.abc
 import hmac
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final, TypeVar
 
 from ovr.errors import AgentUnreachable, AgentUntrusted, ImagesUnsupported
-from ovr.guest import protocol
+from ovr.guest import dump_protocol, protocol
 from ovr.guest.client.failures import aborted, failure, refused, still_there
 from ovr.guest.client.requests import Files, Portion, file_frames, flat, touch_requests
 from ovr.guest.client.session import AgentInfo, Session, one_line
 from ovr.guest.codes import Code
 from ovr.guest.message import Message
+from ovr.guest.protocol import Touching
 from ovr.guest.wire import ProtocolError
 from ovr.memory.addresses import Gva
 
-__all__ = ["Agent", "AgentInfo", "MappedObject", "PoolInfo", "Restored", "Skeleton"]
+__all__ = ["Agent", "AgentInfo", "HeldTree", "MappedObject", "PoolInfo", "Restored"]
 
 MessageT = TypeVar("MessageT", bound=Message)
 
@@ -28,7 +29,7 @@ _ABORT_SECONDS: Final = 180.0
 
 
 @dataclass(frozen=True)
-class Skeleton:
+class HeldTree:
     """The stopped tree that CRIU holds; pids in the guest's initial pid namespace.
 
     Attributes:
@@ -56,7 +57,7 @@ class Restored:
 
 @dataclass(frozen=True)
 class MappedObject:
-    """A shared object mapped by a process of the agent; `pid` as for `Skeleton`."""
+    """A shared object mapped by a process of the agent; `pid` as for `HeldTree`."""
 
     pid: int
     address: Gva
@@ -69,7 +70,7 @@ class PoolInfo:
     Attributes:
         size: its size in bytes; 0 if there is none.
         huge: bytes of it in huge pages.
-        pid: the process that has it, as for `Skeleton`.
+        pid: the process that has it, as for `HeldTree`.
         address: its GVA in that process.
         note: the reason why there is none.
     """
@@ -82,7 +83,7 @@ class PoolInfo:
 
 
 class Agent(Session):
-    """A session for a restore: `authenticate`, `begin`, then `go` or `abort`.
+    """A session for a restore or dump: `authenticate`, `begin` or `dump`, `go` or `abort`.
 
     ::
 
@@ -141,7 +142,7 @@ class Agent(Session):
         engine: str | None = None,
         volumes: Sequence[str] = (),
         warm_images: Sequence[str] = (),
-    ) -> Skeleton:
+    ) -> HeldTree:
         """Have the guest's CRIU build the tree from `images`, up to its pre-resume hook.
 
         From here on the agent kills the tree after `silence` seconds without a frame: stay within
@@ -189,9 +190,77 @@ class Agent(Session):
                 self.close()
                 raise ImagesUnsupported(f"the inside image set cannot be sent: {error}") from error
             stopped = self._outcome(protocol.Stopped)
-        return Skeleton(
+        return HeldTree(
             stopped.root_pid, stopped.criu_pid, stopped.tasks, stopped.warm, one_line(stopped.note)
         )
+
+    def dump(
+        self,
+        pid: int,
+        parent: Files,
+        save: Callable[[str, bytes], None],
+        *,
+        criu_options: Sequence[str] = (),
+        leave_running: bool = False,
+        silence: float = 10.0,
+        stall: float = STALL_SECONDS,
+        timeout: float | None = None,
+        log_level: int = 2,
+        keep_log: bool = False,
+    ) -> HeldTree:
+        """Have the guest's CRIU dump a running tree but for its memory, up to its post-dump hook.
+
+        From here on the agent lets the tree run on after `silence` seconds without a frame: stay
+        within `keep_alive`.
+
+        Args:
+            pid: the root task, in the guest's initial pid namespace.
+            parent: the parent image set.
+            save: called with a name and the next piece of that image, empty at its end. Names are
+                as the agent sent them.
+            criu_options: added to ``criu dump …``.
+            leave_running: let the tree run on after `go`, instead of ending it.
+            silence: seconds without a frame after which the agent aborts.
+            stall: seconds without progress of CRIU after which the agent aborts.
+            timeout: seconds that CRIU may take; None: as long as it makes progress.
+            log_level: CRIU's ``-v``.
+            keep_log: leave CRIU's log in the guest.
+
+        Raises:
+            CriuFailed: CRIU failed; a note on the error has the end of its log.
+            RestoreFailed: the agent aborted, or is busy with another session.
+            AgentUnreachable: the link broke.
+            BaseException: whatever `save` raises.
+        """
+        self._engine = "criu"
+        begin = dump_protocol.Dump(
+            pid,
+            tuple(criu_options),
+            leave_running,
+            silence_ms=int(silence * 1000),
+            stall_ms=int(stall * 1000),
+            timeout_ms=None if timeout is None else int(timeout * 1000),
+            log_level=log_level,
+            keep_log=keep_log,
+        )
+        with self.keep_alive(silence / 4):
+            for files in file_frames(parent):
+                self._send_or_fail(files)
+            self._send_or_fail(begin)
+            while isinstance(message := self._receive(None), dump_protocol.Saved):
+                save(message.name, message.data)
+            held = self._checked(message, protocol.Stopped)
+        return HeldTree(held.root_pid, held.criu_pid, held.tasks)
+
+    def end_dump(self) -> bytes:
+        """Let CRIU end a dump; return its ``stats-dump`` when it has ended.
+
+        Raises:
+            RestoreFailed: the dump had been aborted before, or CRIU failed at the last moment.
+            AgentUnreachable: the link broke.
+        """
+        self._send(protocol.Go())
+        return self._outcome(dump_protocol.Dumped, self._deadline(_STEP_SECONDS)).stats
 
     def touch(self, portions: Iterable[Portion]) -> None:
         """Allocate pages of held tasks, charged to them.
@@ -233,7 +302,7 @@ class Agent(Session):
         self._send(protocol.Map(pid, file, size, flat(first)))
         mapped = self._outcome(protocol.Mapped, self._deadline(_STEP_SECONDS))
         here = [(mapped.address + at, length) for at, length in more]
-        self.touch([Portion(mapped.pid, True, here)])
+        self.touch([Portion(mapped.pid, Touching.KEEP, here)])
         return MappedObject(mapped.pid, Gva(mapped.address))
 
     def warm(self, size: int, place: int = 0) -> "PoolInfo":
@@ -299,7 +368,7 @@ class Agent(Session):
         self._send(protocol.Abort())
         message = self._receive(self._deadline(_ABORT_SECONDS))
         if isinstance(message, protocol.Aborted | protocol.Failed):
-            if not message.gone:
+            if not message.undone:
                 raise still_there()
         elif not isinstance(message, protocol.Error):
             raise self._broken(f"{message.op} instead of {protocol.Aborted.op}")
@@ -316,7 +385,9 @@ class Agent(Session):
 
     def _outcome(self, kind: type[MessageT], deadline: float | None = None) -> MessageT:
         """Return the `kind` message that ends a step; without a deadline, wait while pings work."""
-        message = self._receive(deadline)
+        return self._checked(self._receive(deadline), kind)
+
+    def _checked(self, message: Message, kind: type[MessageT]) -> MessageT:
         if isinstance(message, kind):
             return message
         if isinstance(message, protocol.Failed):

@@ -71,7 +71,7 @@ def failure(message: protocol.Failed, program: str) -> RestoreFailed:
             "try criu check in the guest",
         )
     error.add_note("\n".join(log))
-    return error if message.gone else still_there()
+    return error if message.undone else still_there()
 
 
 def refused(message: protocol.Error) -> RestoreFailed:
@@ -83,7 +83,7 @@ def refused(message: protocol.Error) -> RestoreFailed:
 
 def aborted(message: protocol.Aborted) -> RestoreFailed:
     """Return the error for a tree that the agent killed of its own accord."""
-    if not message.gone:
+    if not message.undone:
         return still_there()
     cure = _CURES_OF_ABORTS.get(message.code)
     hint = "the guest is as it was; the restore can be tried again" + (f"; {cure}" if cure else "")

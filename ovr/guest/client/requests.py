@@ -5,6 +5,7 @@ from itertools import chain
 from typing import Final, NamedTuple
 
 from ovr.guest import protocol
+from ovr.guest.protocol import Touching
 
 __all__ = ["Files", "Portion", "file_frames", "flat", "touch_requests"]
 
@@ -17,17 +18,17 @@ Files = Mapping[str, bytes | Iterable[bytes]]
 
 
 class Portion(NamedTuple):
-    """Pages to be allocated.
+    """Pages to be touched.
 
     Attributes:
         pid: of a held task, or of the process of a `MappedObject`; in the guest's initial pid
             namespace.
-        keep: whether content of the pages must be kept.
+        how: how they are touched.
         ranges: GVA and size in bytes, whole pages.
     """
 
     pid: int
-    keep: bool
+    how: Touching
     ranges: Sequence[tuple[int, int]]
 
 
@@ -45,7 +46,7 @@ def touch_requests(portions: Iterable[Portion]) -> Iterator[protocol.Touch]:
             ):
                 yield protocol.Touch(tuple(heads), flat(ranges))
                 heads, ranges, grown = [], [], grown - size
-            heads += (portion.pid, int(portion.keep), len(part))
+            heads += (portion.pid, int(portion.how), len(part))
             ranges += part
             size = grown
     if ranges:

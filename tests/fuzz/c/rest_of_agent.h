@@ -34,7 +34,7 @@ struct problem directory_make(struct directory *directory)
 	const char *temporary = getenv("TMPDIR");
 
 	CHECK(!directory_there);
-	*directory = (struct directory){.images = -1};
+	*directory = (struct directory){.images = -1, .dump = -1};
 	snprintf(directory->path, sizeof(directory->path), "%s", temporary ? temporary : "/tmp");
 	directory_there = true;
 	return (struct problem){.text = NULL};
@@ -60,7 +60,7 @@ void directory_remove(struct directory *directory, bool keep_log)
 		unlink(path);
 	}
 	directory_there = false;
-	*directory = (struct directory){.images = -1};
+	*directory = (struct directory){.images = -1, .dump = -1};
 }
 
 bool criu_command_make(struct criu_command *command, const struct directory *directory,
@@ -95,6 +95,17 @@ uint64_t warm_served(const char **why)
 }
 
 void warm_forget(void) {}
+
+/* A dump is not among what happens here. */
+void dump_begin(struct session *session, const struct message *message)
+{
+	(void)message;
+	session_break(session, CODE_PROTOCOL, "no dump here");
+}
+void dump_forget(void) {}
+void dump_send_images(void) { abort(); }
+void dump_report_success(void) { abort(); }
+
 void priority_raise(pid_t pid) { (void)pid; }
 void priority_reset(pid_t pid) { (void)pid; }
 void priority_real_time(pid_t pid) { (void)pid; }
@@ -256,7 +267,7 @@ void session_send(struct session *session, struct writer *writer)
 	if (message.op == OP_RESTORED)
 		CHECK(said_go && tree_runs);
 	if (message.op == OP_FAILED || message.op == OP_ABORTED)
-		CHECK(!tree_lives && message_has(&message, KEY_GONE));
+		CHECK(!tree_lives && message_has(&message, KEY_UNDONE));
 }
 
 void session_refuse(struct session *session, enum code code, const char *format, ...)

@@ -1,0 +1,156 @@
+/* One dump: CRIU saves a running tree but for its memory, which the host reads. */
+#include <dirent.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <limits.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include "restore.h"
+
+#define PIECE_SIZE (CHUNK / 2)
+
+/* The images that are sent to the host. */
+static struct {
+	DIR *files;
+	int fd; /* the present one, or -1 */
+	char name[NAME_MAX + 1];
+} sending = {.fd = -1};
+
+void dump_forget(void)
+{
+	close_fd(&sending.fd);
+	if (sending.files)
+		closedir(sending.files);
+	sending.files = NULL;
+}
+
+static pid_t start_criu(const struct message *message)
+{
+	static struct criu_command command;
+	pid_t pid = -1;
+
+	if (criu_command_make(&command, &restore.directory, message))
+		pid = criu_start(&command);
+	criu_command_free(&command);
+	if (pid > 0) {
+		priority_raise(pid);
+		/* Its death while its parasite is in the tree would damage the tree. */
+		oom_hide(pid);
+	}
+	return pid;
+}
+
+void dump_begin(struct session *session, const struct message *message)
+{
+	uint64_t pid = message_uint(message, KEY_PID);
+
+	if (!restore_in_phase(session, UPLOADING))
+		return;
+	if (pid < 2 || pid > INT_MAX) {
+		session_break(session, CODE_TASK, "there is no such process to dump");
+		return;
+	}
+	if (!hook_listen() || !directory_make_dump(&restore.directory)) {
+		session_break(session, code_of_errno(errno), "cannot prepare the dump: %s",
+			      strerror(errno));
+		return;
+	}
+	restore.dump = true;
+	restore.child = start_criu(message);
+	if (restore.child < 0) {
+		restore_refuse_start(session, errno);
+		return;
+	}
+	restore_building(message);
+}
+
+/* ------------------------------------------------------------------------ images */
+
+/* Open the next image. False if there is none, or on an error, which aborts the dump. */
+static bool next_image(void)
+{
+	struct dirent *entry;
+	struct stat stat;
+	int again;
+
+	if (!sending.files) {
+		again = openat(restore.directory.dump, ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+		sending.files = again < 0 ? NULL : fdopendir(again);
+		if (!sending.files) {
+			close_fd(&again);
+			restore_abort(code_of_errno(errno), "cannot list the images");
+			return false;
+		}
+	}
+	errno = 0;
+	while ((entry = readdir(sending.files))) {
+		int fd = openat(restore.directory.dump, entry->d_name,
+				O_RDONLY | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC);
+
+		/* All but ".", ".." and the link to the parent */
+		if (fd >= 0 && fstat(fd, &stat) == 0 && S_ISREG(stat.st_mode)) {
+			sending.fd = fd;
+			snprintf(sending.name, sizeof(sending.name), "%s", entry->d_name);
+			return true;
+		}
+		close_fd(&fd);
+	}
+	return false;
+}
+
+/* Send the next piece of the present image; the last one, which is empty, closes it. */
+static void send_piece(void)
+{
+	static uint8_t data[PIECE_SIZE];
+	struct writer writer;
+	ssize_t size = read(sending.fd, data, sizeof(data));
+
+	if (size < 0) {
+		restore_abort(code_of_errno(errno), "cannot read an image");
+		return;
+	}
+	writer = session_writer(restore.owner, OP_SAVED);
+	message_add_str(&writer, KEY_NAME, sending.name);
+	message_add_bin(&writer, KEY_DATA, data, (size_t)size);
+	session_send(restore.owner, &writer);
+	if (!size)
+		close_fd(&sending.fd);
+}
+
+void dump_send_images(void)
+{
+	while (restore.phase == SAVING && session_has_room(restore.owner)) {
+		if (sending.fd >= 0 || next_image()) {
+			send_piece();
+		} else if (restore.phase == SAVING) {
+			restore.phase = HELD;
+			hook_report_stopped();
+		}
+	}
+}
+
+/* ------------------------------------------------------------------------ end */
+
+void dump_report_success(void)
+{
+	static uint8_t stats[4096];
+	struct session *owner = restore.owner;
+	char path[300];
+	struct writer writer;
+	ssize_t size;
+	int fd;
+
+	snprintf(path, sizeof(path), "%s/stats-dump", restore.directory.path);
+	fd = open(path, O_RDONLY | O_NOFOLLOW | O_CLOEXEC);
+	size = fd < 0 ? 0 : read(fd, stats, sizeof(stats));
+	close_fd(&fd);
+	restore_forget();
+	if (!owner)
+		return;
+	writer = session_writer(owner, OP_DUMPED);
+	message_add_bin(&writer, KEY_STATS, stats, size > 0 ? (size_t)size : 0);
+	session_send(owner, &writer);
+}
