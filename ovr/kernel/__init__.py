@@ -34,6 +34,7 @@ from ovr.kernel.linux.tasks import (
     processes,
     task_comm,
     task_state,
+    tree_of,
 )
 from ovr.kernel.linux.xarray import idr_find, xa_load
 from ovr.kernel.types.live import settled, types_that_fit
@@ -84,6 +85,7 @@ __all__ = [
     "task_active_pid_ns",
     "task_comm",
     "task_state",
+    "tree_of",
     "types_that_fit",
     "vmas",
     "why_not_root",

@@ -9,7 +9,14 @@ from ovr.kernel.linux.xarray import idr_find
 from ovr.kernel.types.view import Struct, container_of
 from ovr.memory.addresses import Gva
 
-__all__ = ["find_pid_ns", "find_task_by_pid_ns", "ns_of_pid", "pid_task", "task_active_pid_ns"]
+__all__ = [
+    "find_pid_ns",
+    "find_task_by_pid_ns",
+    "ns_of_pid",
+    "pid_nr_ns",
+    "pid_task",
+    "task_active_pid_ns",
+]
 
 
 def find_pid_ns(number: int, ns: Struct) -> Any:
@@ -24,6 +31,16 @@ def pid_task(pid: Struct, kind: str = "PIDTYPE_PID") -> Any:
     if not node:
         return pid.types_.pointer("struct task_struct", pid.space_, Gva(0))
     return container_of(node, "struct task_struct", f"pid_links[{number}]")
+
+
+def pid_nr_ns(pid: Struct, ns: Struct) -> int:
+    """Return the number of a ``struct pid`` in a pid namespace, or 0 (``pid_nr_ns()``)."""
+    level: int = ns.level
+    if pid and level <= pid.level:
+        upid = pid.numbers.resized(pid.level + 1)[level]
+        if upid.ns == ns:
+            return int(upid.nr)
+    return 0
 
 
 def find_task_by_pid_ns(number: int, ns: Struct) -> Any:

@@ -10,7 +10,7 @@ from typing import Any, Final
 from ovr.errors import GuestFault
 from ovr.kernel.kernel import Kernel
 from ovr.kernel.linux.list import list_for_each_entry
-from ovr.kernel.linux.pid import find_task_by_pid_ns, task_active_pid_ns
+from ovr.kernel.linux.pid import find_task_by_pid_ns, pid_nr_ns, task_active_pid_ns
 from ovr.kernel.types.live import settled
 from ovr.kernel.types.view import NoSuchMember, Struct
 
@@ -24,6 +24,7 @@ __all__ = [
     "processes",
     "task_comm",
     "task_state",
+    "tree_of",
 ]
 
 PF_WQ_WORKER: Final = 0x20
@@ -105,6 +106,35 @@ def processes(kernel: Kernel) -> list[Process]:
     """
     found = settled(lambda: _described(for_each_process(kernel)))
     return sorted(found, key=lambda process: process.pid)
+
+
+def tree_of(kernel: Kernel, root_pid: int) -> list[int]:
+    """Return the pids of a process and of its descendants, in the pid namespace of the process.
+
+    Args:
+        kernel: the guest's kernel.
+        root_pid: its pid in the initial pid namespace.
+
+    Raises:
+        GuestFault: the task list is invalid each time it is read.
+    """
+
+    def find() -> list[int]:
+        tasks = {task.tgid: task for task in for_each_process(kernel)}
+        if root_pid not in tasks:
+            return []
+        ns = task_active_pid_ns(tasks[root_pid])
+        children: dict[int, list[int]] = {}
+        for tgid, task in tasks.items():
+            children.setdefault(task.real_parent.tgid, []).append(tgid)
+        members, found = [root_pid], []
+        while members:
+            pid = members.pop()
+            found.append(pid_nr_ns(tasks[pid].thread_pid, ns))
+            members += children.pop(pid, ())
+        return found
+
+    return settled(find)
 
 
 def _described(leaders: Iterator[Struct]) -> list[Process]:

@@ -1,0 +1,85 @@
+"""One dump, step by step: docs/architecture.md, section 1, as code."""
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+from ovr.attempt.attempt import Attempt
+from ovr.attempt.copier import VERIFY_MODES
+from ovr.attempt.stopwatch import Stopwatch
+from ovr.dump.memory import place_pages, targets_of
+from ovr.dump.output import Output, writable
+from ovr.dump.parent import parent_images
+from ovr.dump.report import DumpReport, make_report
+from ovr.dump.verify import verify_pages
+from ovr.errors import UsageError
+from ovr.kernel import tree_of
+from ovr.memory.extents import total
+from ovr.vm.attach import AttachedVm
+
+__all__ = ["dump"]
+
+
+def dump(
+    vm: AttachedVm,
+    pid: int,
+    images: Path,
+    *,
+    agent: str | None = None,
+    leave_running: bool = False,
+    verify: str = "sample",
+    criu_options: Sequence[str] = (),
+    log_level: int = 2,
+    timeout: float | None = None,
+    watch: Stopwatch | None = None,
+) -> DumpReport:
+    """Save a running tree of the VM as CRIU's images, and end it or let it run on.
+
+    Args:
+        vm: attached.
+        pid: the root task, in the guest's initial pid namespace.
+        images: the directory for the images; it has none yet.
+        agent: the agent's address; None: as the VM's devices say.
+        leave_running: let the tree run on.
+        verify: compare none of the memory, a ``sample``, or all (``full``).
+        criu_options: further options for the guest's ``criu dump``.
+        log_level: CRIU's ``-v``.
+        timeout: seconds that CRIU may take; None: as long as it makes progress.
+        watch: continues the times of attaching.
+
+    Raises:
+        UsageError: there is no such process, or the images cannot be written.
+        OvrError: the cause; the tree runs on, and no images are left.
+    """
+    if verify not in VERIFY_MODES:
+        raise UsageError(f"no way to verify called {verify!r}", f"take {', '.join(VERIFY_MODES)}")
+    watch = watch or Stopwatch()
+    with Output(images) as output, ExitStack() as sinks, Attempt(vm, agent) as attempt:
+        with watch("plan"):
+            pids = tree_of(vm.kernel, pid)
+            if not pids:
+                raise UsageError(f"the guest has no process {pid}", "ovr ps shows its processes")
+            parent = parent_images(pids, vm.kernel.space.levels)
+        with watch("images"):
+            attempt.begin(
+                lambda agent: agent.dump(
+                    pid, parent, output.save, criu_options=criu_options,
+                    leave_running=leave_running, log_level=log_level, timeout=timeout,
+                )
+            )  # fmt: skip
+            tasks = place_pages(output, sinks)
+        with watch("memory"):
+            targets = [*targets_of(tasks, attempt.tree(), attempt.agent)]
+            saver = attempt.saver(watch.counter(sum(total(one.pieces) for one in tasks)))
+            with writable(images):
+                saver.save(targets)
+        with watch("verify"):
+            compared = verify_pages(attempt, targets, verify)
+        with watch("commit"):
+            output.complete()
+            output.keep()
+            stats = attempt.commit(lambda agent: agent.end_dump())
+        return make_report(
+            pid, tasks, attempt, stats, watch=watch, left_running=leave_running,
+            verified=(verify, compared),
+        )  # fmt: skip
