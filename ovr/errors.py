@@ -17,7 +17,7 @@
     ├── ImagesDamaged            6
     ├── VerifyMismatch           7
     ├── GuestFault               1   invalid content of guest memory
-    ├── RestoreFailed            1   the restore was aborted, the tree killed
+    ├── AttemptFailed            1   a restore or dump was aborted, and undone
     │   ├── HoldBroken           1
     │   ├── PidTaken             1
     │   └── CriuFailed           1
@@ -33,6 +33,7 @@ from typing import Any, ClassVar
 __all__ = [
     "AgentUnreachable",
     "AgentUntrusted",
+    "AttemptFailed",
     "CheckFailed",
     "CriuFailed",
     "GuestFault",
@@ -46,7 +47,6 @@ __all__ = [
     "OvrError",
     "PidTaken",
     "RamNotShared",
-    "RestoreFailed",
     "Unreachable",
     "UsageError",
     "VerifyMismatch",
@@ -159,19 +159,19 @@ class GuestFault(OvrError):
         self.address = address
 
 
-class RestoreFailed(OvrError):
-    """The restore was aborted; the half-restored tree was killed."""
+class AttemptFailed(OvrError):
+    """A restore was aborted, and the half-restored tree killed; or a dump, and the tree runs on."""
 
 
-class HoldBroken(RestoreFailed):
+class HoldBroken(AttemptFailed):
     """The VM ran, or may have run, during a hold."""
 
 
-class PidTaken(RestoreFailed):
+class PidTaken(AttemptFailed):
     """A pid that the images need is in use in the guest."""
 
 
-class CriuFailed(RestoreFailed):
+class CriuFailed(AttemptFailed):
     """CRIU in the guest failed before the skeleton stood.
 
     Attributes:

@@ -2,7 +2,7 @@
 
 from typing import Final
 
-from ovr.errors import RestoreFailed
+from ovr.errors import AttemptFailed
 from ovr.kernel import Kernel, Struct, find_task, mm_space, types_that_fit
 from ovr.memory.paging import AddressSpace
 
@@ -35,9 +35,9 @@ class Alive:
         """Check it; to be called in a hold.
 
         Raises:
-            RestoreFailed: the process has died.
+            AttemptFailed: the process has died.
         """
         task: Struct | None = find_task(self._kernel, self._pid)
         alive = task is not None and task == self._task and task.mm
         if not alive or mm_space(self._kernel, alive).root != self.space.root:
-            raise RestoreFailed(f"{self._name} has died in the guest", OF_THE_TASK)
+            raise AttemptFailed(f"{self._name} has died in the guest", OF_THE_TASK)

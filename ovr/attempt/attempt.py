@@ -13,7 +13,7 @@ from ovr.attempt.copier import Copier
 from ovr.attempt.journal import Journal
 from ovr.attempt.saver import Saver
 from ovr.attempt.undo import Recording
-from ovr.errors import AgentUnreachable, OvrError, RestoreFailed
+from ovr.errors import AgentUnreachable, AttemptFailed, OvrError
 from ovr.guest.client.agent import Agent, HeldTree
 from ovr.guest.client.tracer import find_tracer
 from ovr.kernel import find_task
@@ -125,13 +125,13 @@ class Attempt:
         """Look for the held tree in the guest, anew.
 
         Raises:
-            RestoreFailed: it is not there.
+            AttemptFailed: it is not there.
         """
         assert self._held is not None, "tree() before begin()"
         pid = self._held.root_pid
         root = find_task(self.vm.kernel, pid)
         if root is None:
-            raise RestoreFailed(
+            raise AttemptFailed(
                 f"the agent reports a held tree, but the guest has no process {pid}",
                 "is this agent in the VM that --vm names?",
             )
@@ -153,7 +153,7 @@ class Attempt:
 
         Raises:
             CheckFailed: the VM is being migrated.
-            RestoreFailed: the guest was rebooted.
+            AttemptFailed: the guest was rebooted.
             OvrError: as `go`.
         """
         refuse_migration(self.vm.qmp)
@@ -161,7 +161,7 @@ class Attempt:
         self._heartbeat.close()
         # From here on it may be done, whatever we receive, unless the agent reports that it is not.
         self._to_abort = False
-        with self.recording.reverted_on(RestoreFailed):
+        with self.recording.reverted_on(AttemptFailed):
             return go(self.agent)
 
     def _check_vm(self) -> None:

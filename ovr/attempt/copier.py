@@ -20,7 +20,7 @@ from ovr.attempt.feed import Feed
 from ovr.attempt.in_holds import ANY_OWNER, TRY_AGAIN_AFTER, InHolds, Ready
 from ovr.attempt.journal import Journal
 from ovr.attempt.targets import Family, Part, Target
-from ovr.errors import RestoreFailed, VerifyMismatch
+from ovr.errors import AttemptFailed, VerifyMismatch
 from ovr.images.source import Source
 from ovr.memory.extents import (
     Extents,
@@ -86,7 +86,7 @@ class Copier(InHolds[Feed]):
         """Write pages shared by fork, then all others.
 
         Raises:
-            RestoreFailed, ImagesDamaged, GuestFault: as `write_families` and `write`.
+            AttemptFailed, ImagesDamaged, GuestFault: as `write_families` and `write`.
         """
         no_longer_shared = self.write_families(families)
         self.write([*no_longer_shared, *((target, target.pieces) for target in targets)])
@@ -97,7 +97,7 @@ class Copier(InHolds[Feed]):
         """Write pieces of targets.
 
         Raises:
-            RestoreFailed: some pages are not there, or not the target's own, and stay so.
+            AttemptFailed: some pages are not there, or not the target's own, and stay so.
             ImagesDamaged: a pages image cannot be read.
             GuestFault: page tables of the guest are damaged.
         """
@@ -108,7 +108,7 @@ class Copier(InHolds[Feed]):
         """Write pages shared by fork; return those that turn out not to be shared.
 
         Raises:
-            RestoreFailed: as `write`; or a task would see pages that it has not inherited.
+            AttemptFailed: as `write`; or a task would see pages that it has not inherited.
             ImagesDamaged, GuestFault: as `write`.
         """
         unlike: list[_Unlike] = []
@@ -125,7 +125,7 @@ class Copier(InHolds[Feed]):
         for space, ranges in family.excluded:
             near = cut_to(runs, ranges["start"], ranges["end"])
             if len(on_same_frames(space.walk(as_pieces(near)), near)):
-                raise RestoreFailed(
+                raise AttemptFailed(
                     f"{target.name}: a descendant has inherited pages that it should not have",
                     "report it, with the images",
                 )
@@ -170,7 +170,7 @@ class Copier(InHolds[Feed]):
 
         Raises:
             VerifyMismatch: a page is not what was written.
-            RestoreFailed: as `write`.
+            AttemptFailed: as `write`.
         """
         pages = _VERIFIED_PAGES[mode]
         if pages == 0:

@@ -18,7 +18,7 @@ import numpy as np
 
 from ovr.attempt.targets import Part, Target
 from ovr.attempt.threads import Threads
-from ovr.errors import RestoreFailed
+from ovr.errors import AttemptFailed
 from ovr.memory.extents import (
     Extents,
     cut_out,
@@ -214,7 +214,7 @@ class InHolds(Generic[PagesT]):
     def _ask_again(self, missed: Sequence[Part], tries: int) -> None:
         if tries == _TRIES:
             target, part = missed[0]
-            raise RestoreFailed(
+            raise AttemptFailed(
                 f"{target.name}: {total(part)} bytes at {int(part['gva'][0]):#x} and above never"
                 f" {self._wanted} ({tries} tries)",
                 "the guest may be out of memory; free some and try again",

@@ -37,7 +37,7 @@ class Saver(InHolds[Drain]):
         """Copy all pages of the targets into their sinks.
 
         Raises:
-            RestoreFailed: some pages are not there, and stay away.
+            AttemptFailed: some pages are not there, and stay away.
             GuestFault: page tables of the guest are damaged.
             OSError: a sink's file system is full, or fails.
         """

@@ -37,7 +37,7 @@ def write(
         recording: gets the writes.
 
     Raises:
-        RestoreFailed: the tree is not as in the images.
+        AttemptFailed: the tree is not as in the images.
         DoesNotFit: a value that this guest's kernel cannot hold.
         GuestFault: invalid kernel objects in the guest.
         KernelNotFound: invalid types of its kernel.

@@ -23,7 +23,7 @@ class Target:
         pieces: a `_fastcopy.PIECE` array; offsets are positions in `source`.
         source: the pages image: a `Source` to be copied from, or a `Sink` to be copied to.
         ask: asks the guest to map pages, given as pieces, once more with their content.
-        check: raises `RestoreFailed` if `space` is not that of its process any more; called in
+        check: raises `AttemptFailed` if `space` is not that of its process any more; called in
             every hold before a page table is walked.
         spared: ranges of bytes that are not written.
     """

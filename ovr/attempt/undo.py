@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ovr.attempt.journal import FieldWrite, Journal, Undo
-from ovr.errors import GuestFault, OvrError, RestoreFailed
+from ovr.errors import AttemptFailed, GuestFault, OvrError
 from ovr.kernel import Kernel, Struct, settled, types_that_fit
 from ovr.memory.addresses import Gva
 from ovr.state.guest import GuestTree
@@ -41,7 +41,7 @@ class Recording:
     Args:
         journal: gets the records.
         kernel: the guest's kernel.
-        tree: looks for the restored tree anew; raises `RestoreFailed` if it is gone.
+        tree: looks for the restored tree anew; raises `AttemptFailed` if it is gone.
         holder: holds the VM.
     """
 
@@ -155,7 +155,7 @@ def _found_again(lasting: _Lasting, tree: Callable[[], GuestTree], kernel: Kerne
         guest = tree()
         with types_that_fit():
             found: Struct = lasting.binding.find(guest)
-    except (RestoreFailed, GuestFault):
+    except (AttemptFailed, GuestFault):
         pass  # the tree is gone, or about to go
     else:
         if found == lasting.target:

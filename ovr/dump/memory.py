@@ -142,7 +142,7 @@ def targets_of(tasks: list[TaskPages], guest: GuestTree, agent: Agent) -> Iterat
         agent: asked for pages that are not in memory.
 
     Raises:
-        RestoreFailed: a task is not there.
+        AttemptFailed: a task is not there.
         GuestFault: invalid kernel objects in the guest.
         KernelNotFound: invalid types of its kernel.
     """

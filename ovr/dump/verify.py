@@ -23,7 +23,7 @@ def verify_pages(attempt: Attempt, targets: Sequence[Target], mode: str) -> int:
 
     Raises:
         VerifyMismatch: a page is not as in the image.
-        RestoreFailed: a page is not there, and stays away.
+        AttemptFailed: a page is not there, and stays away.
     """
     if mode == "none":
         return 0

@@ -14,7 +14,7 @@ import numpy as np
 
 from ovr.attempt.alive import OF_THE_TASK, Alive
 from ovr.attempt.targets import Family, Target
-from ovr.errors import RestoreFailed
+from ovr.errors import AttemptFailed
 from ovr.guest.client.agent import Agent
 from ovr.guest.client.requests import Portion
 from ovr.guest.protocol import Touching
@@ -81,7 +81,7 @@ def allocate_outside(
         warm: CRIU has populated the large pieces as well.
 
     Raises:
-        RestoreFailed: the guest is out of memory, or the skeleton is not as planned.
+        AttemptFailed: the guest is out of memory, or the skeleton is not as planned.
         GuestFault: invalid kernel objects in the guest.
         KernelNotFound: invalid types of its kernel.
         AgentUnreachable: the link broke.
@@ -189,7 +189,7 @@ def _frames_of_the_tree(kernel: Kernel, anon_vma: Gva, ours: set[Gva], pid: int)
     # All tasks of the tree are stopped: the anon_vma gets no further users.
     users = anon_vma_users(kernel.object("struct anon_vma", anon_vma)) if anon_vma else set()
     if not anon_vma or not users <= ours:
-        raise RestoreFailed(
+        raise AttemptFailed(
             f"pid {pid}: memory that it should share with its children was not allocated, or is"
             " shared with others",
             "the guest may be out of memory; free some and restore again",
@@ -234,7 +234,7 @@ def _of_shared(
     there = _reach(plan, guest)
     ranges = plan.to_touch()
     if not len(ranges) or int(ranges["end"][-1]) > there.size:
-        raise RestoreFailed(
+        raise AttemptFailed(
             f"shared memory {plan.shared.shmid}: {there.size} bytes in the guest, fewer than in the"
             " images",
             "report it, with the images",
@@ -279,7 +279,7 @@ def _reach(plan: SharedPlan, guest: GuestTree) -> _Object:
         assert place.address is not None
         vma = find_vma(task.mm, Gva(place.address))
         if not (vma and vma.vm_file):
-            raise RestoreFailed(
+            raise AttemptFailed(
                 f"shared memory {plan.shared.shmid}: pid {place.pid} has nothing mapped at"
                 f" {place.address:#x}",
                 "report it, with the images",
@@ -294,5 +294,5 @@ def _reach(plan: SharedPlan, guest: GuestTree) -> _Object:
 def _mapper(name: str, kernel: Kernel, pid: int) -> Alive:
     task: Struct | None = find_task(kernel, pid)
     if task is None or not task.mm:
-        raise RestoreFailed(f"the agent's process {pid} is not there", OF_THE_TASK)
+        raise AttemptFailed(f"the agent's process {pid} is not there", OF_THE_TASK)
     return Alive(name, kernel, task, mm_space(kernel, task.mm))

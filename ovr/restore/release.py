@@ -1,6 +1,6 @@
 """Commit: the guest's CRIU lets the restored tree run."""
 
-from ovr.errors import RestoreFailed
+from ovr.errors import AttemptFailed
 from ovr.guest.client.agent import Agent, Restored
 from ovr.kernel import Kernel, find_task, settled
 
@@ -19,7 +19,7 @@ def let_run(agent: Agent, kernel: Kernel, root_pid: int) -> Restored:
         root_pid: pid of the skeleton's root task.
 
     Raises:
-        RestoreFailed: CRIU failed at the last moment; or the tree is still held.
+        AttemptFailed: CRIU failed at the last moment; or the tree is still held.
         AgentUnreachable: the link broke.
     """
     root = agent.go()
@@ -34,7 +34,7 @@ def let_run(agent: Agent, kernel: Kernel, root_pid: int) -> Restored:
     elif settled(held):
         wrong = "it is still held"
     if wrong:
-        raise RestoreFailed(
+        raise AttemptFailed(
             f"the agent reports that pid {root.pid} runs, but {wrong}",
             "the agent kills it when ovr ends; is this agent the guest's own, and unchanged?",
         )

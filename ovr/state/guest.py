@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from ovr.errors import AgentUntrusted, RestoreFailed
+from ovr.errors import AgentUntrusted, AttemptFailed
 from ovr.kernel import Kernel, Struct, find_task, is_traced
 from ovr.kernel.linux.fdtable import files_lookup_fd
 from ovr.memory.addresses import Gva
@@ -29,13 +29,13 @@ class GuestTree:
         """Return the ``task_struct`` of a thread that CRIU has stopped.
 
         Raises:
-            RestoreFailed: there is none, or it is not stopped.
+            AttemptFailed: there is none, or it is not stopped.
             AgentUntrusted: another process than the agent's CRIU traces it.
         """
         if tid not in self._tasks:
             task = find_task(self.kernel, tid, namespace_of=self._root)
             if not (task and is_traced(task)):
-                raise RestoreFailed(
+                raise AttemptFailed(
                     f"thread {tid} of the skeleton is gone, or not stopped",
                     "was it killed? look for the OOM killer in the guest's kernel log",
                 )
@@ -58,11 +58,11 @@ class GuestTree:
             operations: the symbol that its ``f_op`` must point to; empty for any.
 
         Raises:
-            RestoreFailed: it is not open, or another kind of file.
+            AttemptFailed: it is not open, or another kind of file.
         """
         file = files_lookup_fd(self.task(pid).files, fd)
         if not file or (operations and file.f_op.address_ != self.kernel.symbol(operations)):
-            raise RestoreFailed(
+            raise AttemptFailed(
                 f"fd {fd} of pid {pid} is not open, or another kind of file than in the images",
                 "report it, with the images",
             )

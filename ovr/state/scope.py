@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from operator import methodcaller
 from typing import Any, Final, NamedTuple
 
-from ovr.errors import RestoreFailed
+from ovr.errors import AttemptFailed
 from ovr.images import ImageSet, Task
 from ovr.images.objects import FdinfoEntry, FileEntry, IpcVarEntry, TtyInfoEntry, UtsnsEntry
 from ovr.images.wire import Message
@@ -55,7 +55,7 @@ class Binding:
         image: file name of the image that describes it.
         index: index of its entry there.
         message: the entry; shared with the image set, not to be changed.
-        find: returns the kernel object in the guest. Raises `RestoreFailed`, `GuestFault`.
+        find: returns the kernel object in the guest. Raises `AttemptFailed`, `GuestFault`.
     """
 
     label: str
@@ -185,7 +185,7 @@ def _regular_finder(pid: int, fd: int) -> Callable[[GuestTree], Any]:
     def find(guest: GuestTree) -> Any:
         file = guest.file(pid, fd)
         if file.f_inode.i_mode & _S_IFMT != _S_IFREG:
-            raise RestoreFailed(
+            raise AttemptFailed(
                 f"fd {fd} of pid {pid} is not a regular file in the guest",
                 "give the guest the file system that the process was dumped with",
             )
@@ -233,7 +233,7 @@ def _tty_finder(pid: int, fd: int) -> Callable[[GuestTree], Any]:
         file = guest.file(pid, fd)
         private = file.private_data.cast_("struct tty_file_private")
         if private.file != file:
-            raise RestoreFailed(f"fd {fd} of pid {pid} is not a terminal in the guest")
+            raise AttemptFailed(f"fd {fd} of pid {pid} is not a terminal in the guest")
         return private.tty
 
     return find
@@ -256,7 +256,7 @@ def _namespace_finder(pid: int, field: str) -> Callable[[GuestTree], Any]:
     def find(guest: GuestTree) -> Any:
         namespace = getattr(guest.task(pid).nsproxy, field)
         if namespace == getattr(guest.kernel["init_task"].nsproxy, field):
-            raise RestoreFailed(
+            raise AttemptFailed(
                 f"pid {pid} runs in the {field} of the VM itself, unlike in the images",
                 "restore it into a namespace of its own",
             )

@@ -4,7 +4,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Final
 
-from ovr.errors import RestoreFailed
+from ovr.errors import AttemptFailed
 from ovr.host.closing import Closing
 from ovr.kernel import Kernel
 from ovr.memory.ram import GuestRam
@@ -60,11 +60,11 @@ class AttachedVm(Closing):
         of the kernel's boot mark shows it.
 
         Raises:
-            RestoreFailed: it does not.
+            AttemptFailed: it does not.
             VmUnreachable: QEMU has ended.
         """
         if self.qmp.resets() != self._resets or not self.kernel.same_boot():
-            raise RestoreFailed("the guest was rebooted since ovr attached to it", _BOOT_FIRST)
+            raise AttemptFailed("the guest was rebooted since ovr attached to it", _BOOT_FIRST)
 
     def close(self) -> None:
         """Release the VM; it runs on."""

@@ -24,7 +24,7 @@ from contextlib import contextmanager
 from typing import Final, Self
 
 from ovr._fastcopy import Hold
-from ovr.errors import CheckFailed, OvrError, RestoreFailed, VmUnreachable
+from ovr.errors import AttemptFailed, CheckFailed, OvrError, VmUnreachable
 from ovr.memory.ram import GuestRam
 from ovr.vm.deferred import DeferredSignals
 from ovr.vm.hold_errors import BECOME, Result, hold_error
@@ -59,7 +59,7 @@ class Holder:
 
     Raises:
         CheckFailed: the VM does not run, or its QEMU cannot be held from here.
-        RestoreFailed: QEMU does not stop.
+        AttemptFailed: QEMU does not stop.
         VmUnreachable: QEMU has ended.
     """
 
@@ -113,7 +113,7 @@ class Holder:
         Raises:
             HoldBroken: the VM ran before the end of the body, or may have: nothing found or
                 written in it is valid.
-            RestoreFailed: QEMU does not stop.
+            AttemptFailed: QEMU does not stop.
             CheckFailed: QEMU may not be held: a debugger traces it.
             VmUnreachable: QEMU has ended.
             OvrError: the errors of `check`.
@@ -170,7 +170,7 @@ class Holder:
         except (ProcessLookupError, FileNotFoundError) as error:
             raise VmUnreachable(f"QEMU {self._pid} has ended") from error
         except OSError as error:
-            raise RestoreFailed(
+            raise AttemptFailed(
                 f"no process can be made that holds the VM: {error.strerror}",
                 "is the host out of memory, or of processes?",
             ) from error

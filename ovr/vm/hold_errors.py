@@ -5,7 +5,7 @@ from enum import IntEnum
 from pathlib import Path
 from typing import Final
 
-from ovr.errors import CheckFailed, HoldBroken, OvrError, RestoreFailed, VmUnreachable
+from ovr.errors import AttemptFailed, CheckFailed, HoldBroken, OvrError, VmUnreachable
 from ovr.guest.client.session import one_line
 
 __all__ = ["BECOME", "Result", "hold_error"]
@@ -35,7 +35,7 @@ _ERRORS: Final[Mapping[Result, tuple[type[OvrError], str, str]]] = {
     Result.TRACED: (CheckFailed, "{qemu} is traced by {who}", "end it, and restore again"),
     Result.FORBIDDEN: (CheckFailed, "{qemu} may be neither traced nor signalled", BECOME),
     Result.STUCK: (
-        RestoreFailed,
+        AttemptFailed,
         "{who} of {qemu} does not stop within {patience:g} s",
         "is its host out of memory, or its disk stuck?",
     ),

@@ -12,7 +12,7 @@ import pytest
 import ovr
 from ovr import lab
 from ovr.attempt import settings
-from ovr.errors import RestoreFailed
+from ovr.errors import AttemptFailed
 from ovr.guest import build
 from ovr.lab import demo
 from ovr.lab.share import SHARE
@@ -65,13 +65,13 @@ def test_restores(vm, images, monkeypatch):
         pool.end(vm, program)
 
     def fail(*_: object) -> None:
-        raise RestoreFailed("on purpose")
+        raise AttemptFailed("on purpose")
 
     monkeypatch.setattr(settings, "write", fail)
     for program in programs:
         with (
             ovr.attach(f"lab:{vm.name}") as attached,
-            pytest.raises(RestoreFailed, match="on purpose"),
+            pytest.raises(AttemptFailed, match="on purpose"),
         ):
             attached.restore(images / program.name)
         assert vm.sh(f"pgrep -x pool-{program.name}").status == 1

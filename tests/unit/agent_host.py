@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from ovr.errors import AgentUnreachable, RestoreFailed
+from ovr.errors import AgentUnreachable, AttemptFailed
 from ovr.guest import build, protocol
 from ovr.guest.client.agent import HeldTree
 from ovr.guest.client.link import Address, Link
@@ -337,7 +337,7 @@ def hook_dies(host: AgentHost, agent: LabAgent, skeleton: HeldTree) -> None:
     """Kill the hook that holds a tree: the tree dies, and the host hears why."""
     kill(host.hook(skeleton.criu_pid))
     wait_for(lambda: not alive(*skeleton.tasks))
-    with pytest.raises(RestoreFailed, match="the hook died"):
+    with pytest.raises(AttemptFailed, match="the hook died"):
         agent.go()
 
 

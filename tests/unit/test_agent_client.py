@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ovr.errors import AgentUnreachable, AgentUntrusted, CriuFailed, LabError, RestoreFailed
+from ovr.errors import AgentUnreachable, AgentUntrusted, AttemptFailed, CriuFailed, LabError
 from ovr.guest import lab_protocol, protocol, wire
 from ovr.guest.client.agent import Agent
 from ovr.guest.message import Message
@@ -63,7 +63,7 @@ patiently = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow]
 def test_random_answers(noise: bytes) -> None:
     with peer(replying(len(noise).to_bytes(4, "big") + noise)) as link:
         agent = Agent(link, 2.0)
-        with pytest.raises((AgentUnreachable, RestoreFailed)):
+        with pytest.raises((AgentUnreachable, AttemptFailed)):
             agent.go()
 
 
@@ -151,7 +151,7 @@ def test_who_does_not_know_the_secret_is_not_the_agent(what: str) -> None:
 
 def test_an_agent_that_denies_the_hosts_proof_or_answers_something_else() -> None:
     refusals: dict[str, tuple[type[Exception], str]] = {
-        "proof": (AgentUntrusted, "proof"), "busy": (RestoreFailed, "busy"),
+        "proof": (AgentUntrusted, "proof"), "busy": (AttemptFailed, "busy"),
     }  # fmt: skip
     for code, (kind, expected) in refusals.items():
         answer = frame({"op": "error", "code": code, "text": "no"})
@@ -217,7 +217,7 @@ def test_tasks_that_do_not_go_away(op: str) -> None:
     rest = {"status": 1, "log": ["Error"]} if op == "failed" else {"code": "host", "reason": "why"}
     with (
         peer(replying(frame({"op": op, "undone": False, **rest}))) as link,
-        pytest.raises(RestoreFailed, match="do not end"),
+        pytest.raises(AttemptFailed, match="do not end"),
     ):
         Agent(link, 2.0).go()
 

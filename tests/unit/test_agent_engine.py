@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ovr.errors import CriuFailed, RestoreFailed
+from ovr.errors import AttemptFailed, CriuFailed
 from ovr.guest import protocol
 from ovr.guest.client.agent import Agent, HeldTree
 from ovr.guest.codes import Code
@@ -86,7 +86,7 @@ def test_link_breaks(host: AgentHost, agent: Agent) -> None:
 def test_host_is_silent(host: AgentHost, agent: Agent) -> None:
     skeleton = begin(host, agent, silence=0.4)
     wait_for(lambda: not alive(*skeleton.tasks))
-    with pytest.raises(RestoreFailed, check=lambda error: error.code == Code.SILENT):
+    with pytest.raises(AttemptFailed, check=lambda error: error.code == Code.SILENT):
         agent.go()
     agent.ping()
     assert_gone(host, skeleton)
@@ -97,7 +97,7 @@ def test_nobody_else_while_the_engine_cleans_up(host: AgentHost, agent: Agent) -
     agent._send(protocol.Abort())
     for message in (protocol.Abort(), protocol.Go(), protocol.Alive()):
         agent._send(message)  # one answer is enough
-    with pytest.raises(RestoreFailed) as caught:
+    with pytest.raises(AttemptFailed) as caught:
         agent.go()
     assert caught.value.code == Code.HOST
     assert_gone(host, skeleton)
@@ -113,7 +113,7 @@ def test_criu_is_killed_while_it_holds_the_tree(host: AgentHost, agent: Agent) -
     skeleton = begin(host, agent)
     kill(skeleton.criu_pid)
     wait_for(lambda: not alive(*skeleton.tasks))
-    with pytest.raises(RestoreFailed, match="criu died"):
+    with pytest.raises(AttemptFailed, match="criu died"):
         agent.go()
     agent.ping()
 
@@ -143,7 +143,7 @@ def test_it_makes_progress(host: AgentHost, agent: Agent, engine: str | None) ->
 
 
 def test_it_makes_no_progress(host: AgentHost, agent: Agent) -> None:
-    with pytest.raises(RestoreFailed) as caught:
+    with pytest.raises(AttemptFailed) as caught:
         begin(host, agent, "stalled", stall=2.0)
     assert caught.value.code == Code.STALLED
     assert not host.marks
@@ -178,8 +178,8 @@ def test_no_such_engine(host: AgentHost, agent: Agent) -> None:
     (host.directory / "podman").unlink()
     if any(Path(place, "podman").exists() for place in os.environ["PATH"].split(":")):
         pytest.skip("there is a podman here")
-    with pytest.raises(RestoreFailed, match="container engine cannot be started: No such file"):
+    with pytest.raises(AttemptFailed, match="container engine cannot be started: No such file"):
         begin(host, agent)
     wait_for(lambda: not host.restores)
-    with host.connect() as other, pytest.raises(RestoreFailed, match="unknown container engine"):
+    with host.connect() as other, pytest.raises(AttemptFailed, match="unknown container engine"):
         other.begin(ARCHIVE, engine="/bin/sh")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ovr.errors import RestoreFailed
+from ovr.errors import AttemptFailed
 from ovr.guest import compiler, protocol
 from ovr.guest.client import failures
 from ovr.guest.client.agent import Agent
@@ -68,10 +68,10 @@ def test_the_oom_killer_is_suspected_where_a_kill_came_first(
 
 
 def test_what_a_real_agent_says(host: AgentHost) -> None:
-    said: dict[str, RestoreFailed] = {}
+    said: dict[str, AttemptFailed] = {}
 
     def keep(what: str, agent: Agent, act: Callable[[], object]) -> None:
-        with agent, pytest.raises(RestoreFailed) as caught:
+        with agent, pytest.raises(AttemptFailed) as caught:
             act()
         said[what] = caught.value
 
@@ -85,7 +85,7 @@ def test_what_a_real_agent_says(host: AgentHost) -> None:
         begin(host, owner)
         agent = host.connect()
         keep("a second restore", agent, lambda: begin(host, agent))
-        with pytest.raises(RestoreFailed) as caught:
+        with pytest.raises(AttemptFailed) as caught:
             owner.touch([Portion(1, Touching.DISCARD, [(0, 4096)])])
         said["another's memory"] = caught.value
     wait_for(lambda: not host.restores)
@@ -106,7 +106,7 @@ def test_what_a_real_agent_says(host: AgentHost) -> None:
 
 def test_the_first_error_of_many_is_kept(host: AgentHost) -> None:
     """It is the cause, whatever CRIU says later on."""
-    with host.connect() as agent, pytest.raises(RestoreFailed, match="the cause") as caught:
+    with host.connect() as agent, pytest.raises(AttemptFailed, match="the cause") as caught:
         agent.begin(IMAGES, criu_options=host.criu_options("talkative"))
     (note,) = caught.value.__notes__
     assert len(note.splitlines()) == 16

@@ -16,7 +16,7 @@ from unittest.mock import patch
 import msgpack
 import pytest
 
-from ovr.errors import AgentUnreachable, RestoreFailed
+from ovr.errors import AgentUnreachable, AttemptFailed
 from ovr.guest import build, compiler, lab_protocol, protocol
 from ovr.guest.compiler import SANITIZED
 from ovr.guest.wire import decode, encode, header
@@ -336,7 +336,7 @@ def test_links_in_the_way(host: AgentHost, name: str) -> None:
         (directory,) = host.restores
         (directory / "images" / "core-1.img").symlink_to(victim)
         (directory / "images" / "dangling.img").symlink_to(host.directory / "made")
-        with pytest.raises(RestoreFailed, match=r"cannot store image files: .*symbolic links"):
+        with pytest.raises(AttemptFailed, match=r"cannot store image files: .*symbolic links"):
             agent.begin({name: b"overwritten"}, criu_options=host.criu_options())
     wait_for(lambda: not host.restores)
     assert victim.read_bytes() == b"untouched"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ovr.errors import ImagesUnsupported, RestoreFailed
+from ovr.errors import AttemptFailed, ImagesUnsupported
 from ovr.guest import protocol
 from ovr.guest.client.agent import Agent
 from ovr.guest.client.requests import Portion
@@ -102,7 +102,7 @@ def test_no_other_user_reaches_images(host: AgentHost, agent: Agent) -> None:
 
 @pytest.mark.parametrize("name", ["", ".", "..", "../x", "a/b", "/etc/x", "x" * 256, ".hidden"])
 def test_bad_names(host: AgentHost, agent: Agent, name: str) -> None:
-    with pytest.raises(RestoreFailed, match="not a plain file name"):
+    with pytest.raises(AttemptFailed, match="not a plain file name"):
         agent.begin({"good.img": b"", name: b"x"}, criu_options=host.criu_options())
     wait_for(lambda: not host.restores)
 
@@ -117,7 +117,7 @@ def test_two_sessions(host: AgentHost) -> None:
     with host.connect() as first, host.connect(serial=True) as second:
         skeleton = begin(host, first)
         second.ping()
-        with pytest.raises(RestoreFailed, check=lambda error: error.code == Code.BUSY):
+        with pytest.raises(AttemptFailed, check=lambda error: error.code == Code.BUSY):
             begin(host, second)
         assert alive(*skeleton.tasks)
         assert first.go().pid == skeleton.root_pid
@@ -127,7 +127,7 @@ def test_two_sessions(host: AgentHost) -> None:
 def test_only_the_owner_says_go(host: AgentHost) -> None:
     with host.connect() as first, host.connect() as second:
         skeleton = begin(host, first)
-        with pytest.raises(RestoreFailed, check=lambda error: error.code == Code.BUSY):
+        with pytest.raises(AttemptFailed, check=lambda error: error.code == Code.BUSY):
             second.go()
         with host.connect() as third:
             third.abort()  # of nothing: this session has no restore
@@ -137,7 +137,7 @@ def test_only_the_owner_says_go(host: AgentHost) -> None:
 
 
 def test_go_with_nothing_held(agent: Agent) -> None:
-    with pytest.raises(RestoreFailed, check=lambda error: error.code == Code.IDLE):
+    with pytest.raises(AttemptFailed, check=lambda error: error.code == Code.IDLE):
         agent.go()
     agent.ping()
 
@@ -228,7 +228,7 @@ def test_touch_pages_of_several_tasks_in_one_request(
     (child,) = {*skeleton.tasks} - {skeleton.root_pid}
     places = {pid: mapping_of(pid, "[stack]")[:2] for pid in (skeleton.root_pid, child)}
     ranges = {pid: [(start, end - start)] for pid, (start, end) in places.items()}
-    with pytest.raises(RestoreFailed, check=lambda error: error.code == Code.TASK):
+    with pytest.raises(AttemptFailed, check=lambda error: error.code == Code.TASK):
         portions = [
             Portion(child, Touching.KEEP, ranges[child]),
             Portion(os.getpid(), Touching.KEEP, ranges[child]),
@@ -258,7 +258,7 @@ def test_portions_and_ranges_must_agree(host: AgentHost, agent: Agent) -> None:
         (pid, 1, 1, pid, 1, 1), (pid, 1, 1 << 32 | 1),
     ):  # fmt: skip
         agent._send(protocol.Touch(portions, (start, PAGE)))
-        with pytest.raises(RestoreFailed, match="bad portions"):
+        with pytest.raises(AttemptFailed, match="bad portions"):
             agent._outcome(protocol.Touched, time.monotonic() + 5)
     agent.abort()
     assert_gone(host, skeleton)
@@ -268,17 +268,17 @@ def test_touch_and_map_only_what_is_held(host: AgentHost, agent: Agent) -> None:
     skeleton = begin(host, agent)
     start, _, _ = mapping_of(skeleton.root_pid, "[stack]")
     for pid in (os.getpid(), host.process.pid, 0, 1, 1 << 31, (1 << 32) - 1, 1 << 32):
-        with pytest.raises(RestoreFailed, check=lambda error: error.code == Code.TASK):
+        with pytest.raises(AttemptFailed, check=lambda error: error.code == Code.TASK):
             agent.touch([Portion(pid, Touching.KEEP, [(start, PAGE)])])
     for ranges in ([(start, 100)], [(start, 0)], [(start + 1, PAGE)], [(1 << 63, 1 << 63)]):
-        with pytest.raises(RestoreFailed, match="bad ranges"):
+        with pytest.raises(AttemptFailed, match="bad ranges"):
             agent.touch([Portion(skeleton.root_pid, Touching.KEEP, ranges)])
-    with pytest.raises(RestoreFailed, match="touch a page"):
+    with pytest.raises(AttemptFailed, match="touch a page"):
         agent.touch([Portion(skeleton.root_pid, Touching.DISCARD, [(0, PAGE)])])
     for file in ("exe", "../1/mem", "fd/0/", "fd/x", "map_files/1-2;", "mem"):
-        with pytest.raises(RestoreFailed, match="neither a descriptor nor a mapping"):
+        with pytest.raises(AttemptFailed, match="neither a descriptor nor a mapping"):
             agent.map(skeleton.root_pid, file, PAGE, [(0, PAGE)])
-    with pytest.raises(RestoreFailed, match="cannot"):
+    with pytest.raises(AttemptFailed, match="cannot"):
         agent.map(skeleton.root_pid, "fd/0", PAGE, [(0, PAGE)])
     agent.abort()
     assert_gone(host, skeleton)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ovr.errors import CriuFailed, PidTaken, RestoreFailed
+from ovr.errors import AttemptFailed, CriuFailed, PidTaken
 from ovr.guest import protocol
 from ovr.guest.client.agent import Agent
 from ovr.guest.codes import Code
@@ -49,7 +49,7 @@ def test_host_is_silent(host: AgentHost, agent: Agent) -> None:
         time.sleep(1)
     assert alive(*skeleton.tasks)
     wait_for(lambda: not alive(*skeleton.tasks))
-    with pytest.raises(RestoreFailed, check=lambda error: error.code == Code.SILENT):
+    with pytest.raises(AttemptFailed, check=lambda error: error.code == Code.SILENT):
         agent.go()
     agent.ping()
     assert_gone(host, skeleton)
@@ -83,7 +83,7 @@ def test_hook_dies_as_the_host_says_go(host: AgentHost, agent: Agent) -> None:
         os.kill(host.hook(skeleton.criu_pid), signal.SIGKILL)  # and do not wait
         try:
             agent.go()
-        except RestoreFailed:
+        except AttemptFailed:
             agent.ping()
             assert_gone(host, skeleton)
         else:
@@ -99,7 +99,7 @@ def test_criu_is_killed_while_it_holds_the_tree(host: AgentHost, agent: Agent) -
         skeleton = begin(host, agent)
         kill(skeleton.criu_pid)
         wait_for(lambda tasks=skeleton.tasks: not alive(*tasks))
-        with pytest.raises(RestoreFailed, match="criu died"):
+        with pytest.raises(AttemptFailed, match="criu died"):
             agent.go()
         agent.ping()
         assert not host.marks
@@ -120,7 +120,7 @@ def test_criu_is_killed_and_nobody_looks(host: AgentHost, agent: Agent) -> None:
             os.kill(pid, signal.SIGCONT)
     assert not host.marks
     # The agent hears of both at once, in this order or the other.
-    with pytest.raises(RestoreFailed, match=r"criu died|criu in the guest failed \(137\)"):
+    with pytest.raises(AttemptFailed, match=r"criu died|criu in the guest failed \(137\)"):
         agent.go()
 
 
@@ -164,7 +164,7 @@ def test_agent_dies_before_the_hook(host: AgentHost, agent: Agent) -> None:
 def test_criu_takes_too_long(
     host: AgentHost, agent: Agent, *, mode: str, limit: dict[str, float], code: str
 ) -> None:
-    with pytest.raises(RestoreFailed) as caught:
+    with pytest.raises(AttemptFailed) as caught:
         agent.begin(IMAGES, criu_options=host.criu_options(mode), **limit)
     assert caught.value.code == code
     assert not host.marks
@@ -224,7 +224,7 @@ def test_criu_fails_after_go(host: AgentHost, agent: Agent) -> None:
 def test_criu_is_not_there(tmp_path: Path) -> None:
     with agent_host(tmp_path) as host, host.connect() as agent:
         (tmp_path / "criu").unlink()
-        with pytest.raises(RestoreFailed, match="criu cannot be started: No such file"):
+        with pytest.raises(AttemptFailed, match="criu cannot be started: No such file"):
             begin(host, agent)
         wait_for(lambda: not host.restores)
 
@@ -236,7 +236,7 @@ def test_agent_whose_program_was_replaced(tmp_path: Path) -> None:
     with agent_host(tmp_path, program) as host, host.connect() as agent:
         shutil.copy(program, new)
         new.rename(program)
-        with pytest.raises(RestoreFailed) as caught:
+        with pytest.raises(AttemptFailed) as caught:
             begin(host, agent)
         assert caught.value.code == Code.REPLACED
         wait_for(lambda: not host.restores)

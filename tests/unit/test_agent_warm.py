@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ovr.errors import RestoreFailed
+from ovr.errors import AttemptFailed
 from ovr.guest import build, protocol
 from ovr.guest.client.agent import Agent, PoolInfo
 from tests.unit.agent_host import IMAGES, AgentHost, agent_host, alive, kill, wait_for
@@ -59,7 +59,7 @@ def test_a_pool_in_its_place(agent: Agent) -> None:
         assert agent.warm(4 * MIB, place).address % (1 << 30) == place
     pool = agent.pool()
     for place in (1 << 30, 4096, 1, (1 << 64) - 2 * MIB):
-        with pytest.raises(RestoreFailed, match="not a multiple of the huge page size"):
+        with pytest.raises(AttemptFailed, match="not a multiple of the huge page size"):
             agent.warm(4 * MIB, place)
     assert agent.pool() == pool
 
@@ -85,7 +85,7 @@ def test_whoever_asked_may_leave(host: AgentHost) -> None:
 
 def test_more_than_there_is(agent: Agent) -> None:
     pool = agent.warm(2 * MIB)
-    with pytest.raises(RestoreFailed, match="MiB of memory available, too little for a pool of"):
+    with pytest.raises(AttemptFailed, match="MiB of memory available, too little for a pool of"):
         agent.warm(1 << 50)
     assert agent.pool() == pool
 
@@ -101,10 +101,10 @@ def test_killed(agent: Agent) -> None:
 def test_a_program_that_is_no_criu(host: AgentHost, agent: Agent) -> None:
     """Linked statically, or gone: nothing loads the library."""
     (host.directory / "criu").unlink()
-    with pytest.raises(RestoreFailed, match="no pool: No such file"):
+    with pytest.raises(AttemptFailed, match="no pool: No such file"):
         agent.warm(2 * MIB)
     (host.directory / "criu").symlink_to(build(flags=("-static",)))
-    with pytest.raises(RestoreFailed, match="no pool: its process ended"):
+    with pytest.raises(AttemptFailed, match="no pool: its process ended"):
         agent.warm(2 * MIB)
 
 
@@ -155,7 +155,7 @@ def test_an_invalid_table(host: AgentHost, agent: Agent) -> None:
     """CRIU that was started in advance ends, and says why; nothing is left of the restore."""
     agent.warm(2 * MIB)
     images = {**IMAGES, "pagemap-1.img": b"x", "ovr-warm.tab": b"nonsense" * 5}
-    with pytest.raises(RestoreFailed, match="it could not accept the table"):
+    with pytest.raises(AttemptFailed, match="it could not accept the table"):
         agent.begin(images, criu_options=host.criu_options(), warm_images=("pagemap-1.img",))
     assert agent.pool().note == "it was used by a restore"
     wait_for(lambda: not host.restores)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from ovr.cli.criu_config import unread_options, words_of
-from ovr.errors import AgentUnreachable, CriuFailed, RestoreFailed
+from ovr.errors import AgentUnreachable, AttemptFailed, CriuFailed
 from ovr.guest import protocol
 from ovr.guest.client.agent import Agent
 from tests.unit.agent_host import AgentHost, agent_host
@@ -118,7 +118,7 @@ def test_nothing_to_say(asked, capsys, words):
 
 def test_other_failures_have_nothing_to_do_with_it(asked, capsys):
     _, vm = asked
-    vm.error = RestoreFailed("no", "look there")
+    vm.error = AttemptFailed("no", "look there")
     assert run() == 1
     assert "(look there)" in capsys.readouterr().err
 

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from ovr.attempt.settings import verify
-from ovr.errors import ImagesDamaged, KernelNotFound, RestoreFailed
+from ovr.errors import AttemptFailed, ImagesDamaged, KernelNotFound
 from ovr.images import CoreEntry, FsEntry, ImageSet, MmEntry, copy_of
 from ovr.images.objects import FileEntry, IpcVarEntry, TtyInfoEntry, UtsnsEntry
 from ovr.kernel import DoesNotFit, address_of, for_each_thread
@@ -294,17 +294,17 @@ def test_credentials_in_use_elsewhere_are_refused(kernel, name):
     task = kernel.process(parent=kernel.process())
     value = VALUES[name][1][-1]
     task.cred.usage.counter = 3
-    with pytest.raises(RestoreFailed, match="in use elsewhere"):
+    with pytest.raises(AttemptFailed, match="in use elsewhere"):
         BY_NAME[name].write(task, value)
     task.cred.usage.counter = 2
     task.real_cred = kernel.make("struct cred")
-    with pytest.raises(RestoreFailed, match="in use elsewhere"):
+    with pytest.raises(AttemptFailed, match="in use elsewhere"):
         BY_NAME[name].write(task, value)
 
 
 def test_unknown_capabilities_are_refused(kernel):
     task = kernel.process(parent=kernel.process())
-    with pytest.raises(RestoreFailed, match="0x20000000000"):
+    with pytest.raises(AttemptFailed, match="0x20000000000"):
         BY_NAME["capabilities"].write(task, (0, 1 << 41, 0, 0, 0))
 
 
@@ -321,7 +321,7 @@ def test_oom_score_adj_in_a_user_namespace(kernel, value, bound):
 
 
 def test_values_that_do_not_fit(kernel):
-    with pytest.raises(RestoreFailed, match="the kernel has 46"):
+    with pytest.raises(AttemptFailed, match="the kernel has 46"):
         BY_NAME["auxv"].write(kernel.make("struct mm_struct"), (1,) * 47)
     with pytest.raises(DoesNotFit):
         BY_NAME["ipc_limits"].write(kernel.make("struct ipc_namespace"), {"shm_ctlmni": 1 << 31})

@@ -10,7 +10,7 @@ import pytest
 from ovr.attempt.journal import Journal
 from ovr.attempt.settings import verify, write
 from ovr.attempt.undo import Recording
-from ovr.errors import AgentUntrusted, RestoreFailed, VerifyMismatch
+from ovr.errors import AgentUntrusted, AttemptFailed, VerifyMismatch
 from ovr.images import Draft, ImageSet, InsideImages, copy_of
 from ovr.images.framing import encode, image_bytes
 from ovr.images.objects import FileEntry, TtyInfoEntry
@@ -135,7 +135,7 @@ def test_namespaces(dumps, tmp_path):
         kernel = {"init_task": SimpleNamespace(nsproxy=SimpleNamespace(uts_ns=namespace))}
         task = SimpleNamespace(nsproxy=SimpleNamespace(uts_ns=namespace))
         tree = SimpleNamespace(kernel=kernel, task=lambda pid: task)
-        with pytest.raises(RestoreFailed, match="of the VM itself"):
+        with pytest.raises(AttemptFailed, match="of the VM itself"):
             uts.find(tree)
         task.nsproxy.uts_ns = SimpleNamespace(own=True)
         assert uts.find(tree) is task.nsproxy.uts_ns
@@ -240,7 +240,7 @@ def test_a_thread_that_is_not_stopped(monkeypatch):
         ):
             tree.task(tid)
     for tid in (2, 3):
-        with pytest.raises(RestoreFailed, match=f"thread {tid} "):
+        with pytest.raises(AttemptFailed, match=f"thread {tid} "):
             tree.task(tid)
 
 
@@ -260,5 +260,5 @@ def test_files_by_descriptor(monkeypatch):
     monkeypatch.setattr(tree, "task", lambda pid: SimpleNamespace(files=files))
     assert tree.file(1, 100) == tree.file(1, 100, "these") == file
     for wrong in ((1, 100, "those"), (1, 99)):
-        with pytest.raises(RestoreFailed, match="of pid 1 is not open, or another kind"):
+        with pytest.raises(AttemptFailed, match="of pid 1 is not open, or another kind"):
             tree.file(*wrong)

@@ -9,7 +9,7 @@ import pytest
 from ovr._fastcopy import RUN
 from ovr.attempt.journal import FieldWrite, Journal
 from ovr.attempt.undo import Recording
-from ovr.errors import AgentUnreachable, RestoreFailed, VmUnreachable
+from ovr.errors import AgentUnreachable, AttemptFailed, VmUnreachable
 from ovr.memory.addresses import Gpa
 from ovr.state import KINDS
 from ovr.state.scope import IPC, UTS
@@ -64,7 +64,7 @@ def tree():
 
 
 def tree_gone():
-    raise RestoreFailed("the root is not there")
+    raise AttemptFailed("the root is not there")
 
 
 def nobody(kernel):
@@ -155,7 +155,7 @@ def test_taken_back(target, kernel, mini):
     write(recording, target)
     original, held = mini.memory.write, []
     mini.memory.write = lambda gva, data: (held.append(holder.held_now), original(gva, data))
-    error = abort(recording, RestoreFailed)
+    error = abort(recording, AttemptFailed)
     assert limits(target) == OLD
     assert outcomes(recording) == {"undone"}
     assert {(undo["state"], undo["outcome"]) for undo in error.undone} == {("ipc_limits", "undone")}
@@ -170,7 +170,7 @@ def test_taken_back(target, kernel, mini):
 def test_an_error_that_does_not_say_that_the_tree_is_dead(target, kernel):
     recording = Recording(Journal(), kernel, tree, Holder())
     write(recording, target)
-    with pytest.raises(AgentUnreachable), recording.reverted_on(RestoreFailed):
+    with pytest.raises(AgentUnreachable), recording.reverted_on(AttemptFailed):
         raise AgentUnreachable("the tree may run")
     assert limits(target) == LIMITS
 

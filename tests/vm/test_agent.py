@@ -9,7 +9,7 @@ import pytest
 
 import ovr
 from ovr.attempt import authentication
-from ovr.errors import AgentUnreachable, AgentUntrusted, RestoreFailed
+from ovr.errors import AgentUnreachable, AgentUntrusted, AttemptFailed
 from ovr.guest import protocol
 from ovr.guest.client.agent import Agent
 from ovr.guest.client.link import open_link
@@ -75,7 +75,7 @@ def test_a_proof_ends_with_its_host(vm):
 
 
 def test_who_cannot_read_the_ram_restores_nothing(vm, dump):
-    with vm.connect() as agent, pytest.raises(RestoreFailed, match="not authenticated") as early:
+    with vm.connect() as agent, pytest.raises(AttemptFailed, match="not authenticated") as early:
         agent.begin({"inventory.img": b"x"})
     assert early.value.code == "unproven"
     with vm.connect() as agent, pytest.raises(AgentUntrusted) as no:

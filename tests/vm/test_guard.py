@@ -12,7 +12,7 @@ import pytest
 import ovr
 from ovr.attempt import settings
 from ovr.attempt.copier import Copier
-from ovr.errors import AgentUnreachable, ImagesDamaged, RestoreFailed, Unreachable, VerifyMismatch
+from ovr.errors import AgentUnreachable, AttemptFailed, ImagesDamaged, Unreachable, VerifyMismatch
 from ovr.lab.demo import prepare
 from ovr.memory.addresses import Gva
 from ovr.memory.ram import GuestRam
@@ -196,7 +196,7 @@ def reset(attached) -> None:
 def test_reset_between_attach_and_restore(own_vm, dump, writes):
     with ovr.attach(f"lab:{own_vm.name}") as attached:
         reset(attached)
-        with pytest.raises(RestoreFailed, match="rebooted since") as caught:
+        with pytest.raises(AttemptFailed, match="rebooted since") as caught:
             attached.restore(dump.path)
     assert "booted" in caught.value.hint
     assert writes == []
@@ -211,7 +211,7 @@ def test_reset_in_the_middle(own_vm, dump, writes, monkeypatch):
             writes.clear()
 
         between_copies(monkeypatch, happens)
-        with pytest.raises(RestoreFailed, match="rebooted since"):
+        with pytest.raises(AttemptFailed, match="rebooted since"):
             attached.restore(dump.path)
     assert writes == []
     monkeypatch.undo()

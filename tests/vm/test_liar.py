@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 
 import ovr
-from ovr.errors import RestoreFailed
+from ovr.errors import AttemptFailed
 from ovr.guest import protocol
 from tests.liar.proxy import KEPT, LyingAgent
 from tests.liar.rounds import WHAT, Liar, Subject, gone
@@ -48,7 +48,7 @@ def test_an_agent_that_lets_nothing_run(vm, dump, tmp_path, monkeypatch, lie):
     with (
         LyingAgent(vm.agent, tmp_path / "liar", "gone without going", SEED),
         ovr.attach(f"lab:{vm.name}") as attached,
-        pytest.raises(RestoreFailed, match=found_out),
+        pytest.raises(AttemptFailed, match=found_out),
     ):
         attached.restore(dump.path, agent=f"unix:{tmp_path / 'liar'}:1")
     assert gone(vm, Subject("", dump.path, dump.pid).comm)

@@ -17,7 +17,7 @@ import ovr
 from ovr import lab
 from ovr.attempt import settings
 from ovr.checkpoint import Archive
-from ovr.errors import CriuFailed, RestoreFailed
+from ovr.errors import AttemptFailed, CriuFailed
 from ovr.lab import demo
 from ovr.lab.share import SHARE
 from ovr.plan import make_plan
@@ -130,10 +130,10 @@ def test_a_tree_that_is_wrong_never_runs(journey, monkeypatch):
 
     def fail(*_: object) -> None:
         assert run(journey.vm, "pgrep -x redis-server")
-        raise RestoreFailed("as if it were wrong")
+        raise AttemptFailed("as if it were wrong")
 
     monkeypatch.setattr(settings, "verify", fail)
-    with pytest.raises(RestoreFailed, match="as if it were wrong"):
+    with pytest.raises(AttemptFailed, match="as if it were wrong"):
         journey.restore(CACHE)
     assert journey.nothing_is_left()
 

@@ -15,7 +15,7 @@ import pytest
 import ovr
 from ovr import lab
 from ovr.attempt import settings
-from ovr.errors import RestoreFailed
+from ovr.errors import AttemptFailed
 from ovr.guest.client.agent import Agent, Restored
 from ovr.images import ImageSet
 from ovr.lab import demo
@@ -187,10 +187,10 @@ def test_an_aborted_one_leaves_nothing(journey, name, monkeypatch):
 
     def fail(*_: object) -> None:
         assert pool.processes(journey.vm, program)
-        raise RestoreFailed("as if it were wrong")
+        raise AttemptFailed("as if it were wrong")
 
     monkeypatch.setattr(settings, "verify", fail)
-    with pytest.raises(RestoreFailed, match="as if it were wrong"):
+    with pytest.raises(AttemptFailed, match="as if it were wrong"):
         journey.restore(program)
     assert not pool.processes(journey.vm, program)
     assert journey.vm.sh("pgrep -x criu; ls /run/ovr").stdout == b"lock\n"

@@ -165,7 +165,7 @@ class Agent(Session):
         Raises:
             PidTaken: a pid of the images is in use in the guest.
             CriuFailed: CRIU failed; a note on the error has the end of its log.
-            RestoreFailed: the agent aborted, or is busy with another session's restore.
+            AttemptFailed: the agent aborted, or is busy with another session's restore.
             ImagesUnsupported: the inside image set cannot be sent.
             AgentUnreachable: the link broke.
         """
@@ -228,7 +228,7 @@ class Agent(Session):
 
         Raises:
             CriuFailed: CRIU failed; a note on the error has the end of its log.
-            RestoreFailed: the agent aborted, or is busy with another session.
+            AttemptFailed: the agent aborted, or is busy with another session.
             AgentUnreachable: the link broke.
             BaseException: whatever `save` raises.
         """
@@ -256,7 +256,7 @@ class Agent(Session):
         """Let CRIU end a dump; return its ``stats-dump`` when it has ended.
 
         Raises:
-            RestoreFailed: the dump had been aborted before, or CRIU failed at the last moment.
+            AttemptFailed: the dump had been aborted before, or CRIU failed at the last moment.
             AgentUnreachable: the link broke.
         """
         self._send(protocol.Go())
@@ -271,7 +271,7 @@ class Agent(Session):
             portions: the pages.
 
         Raises:
-            RestoreFailed: the guest has no memory for them, or no area of the task contains them.
+            AttemptFailed: the guest has no memory for them, or no area of the task contains them.
             AgentUnreachable: the link broke.
         """
         for request in touch_requests(portions):
@@ -295,7 +295,7 @@ class Agent(Session):
                 cgroup.
 
         Raises:
-            RestoreFailed: it is not shared memory, or the guest has no memory for it.
+            AttemptFailed: it is not shared memory, or the guest has no memory for it.
             AgentUnreachable: the link broke.
         """
         first, more = ranges[: protocol.MAX_RANGES], ranges[protocol.MAX_RANGES :]
@@ -313,7 +313,7 @@ class Agent(Session):
             place: offset of its address modulo 1 GiB, in bytes; whole huge pages.
 
         Raises:
-            RestoreFailed: the guest lacks the memory, or cannot have a pool.
+            AttemptFailed: the guest lacks the memory, or cannot have a pool.
             AgentUnreachable: the link broke.
         """
         self._send(protocol.Warm(size, place))
@@ -351,7 +351,7 @@ class Agent(Session):
         """Let the tree run; return when CRIU has detached and ended.
 
         Raises:
-            RestoreFailed: the tree had been killed before, or CRIU failed when it detached.
+            AttemptFailed: the tree had been killed before, or CRIU failed when it detached.
             AgentUnreachable: the link broke.
         """
         self._send(protocol.Go())
@@ -362,7 +362,7 @@ class Agent(Session):
         """Kill the tree; return when no task of it is left.
 
         Raises:
-            RestoreFailed: a task could not be killed.
+            AttemptFailed: a task could not be killed.
             AgentUnreachable: the link broke (the agent then kills the tree as well).
         """
         self._send(protocol.Abort())

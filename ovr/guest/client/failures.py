@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Final
 
-from ovr.errors import CriuFailed, PidTaken, RestoreFailed
+from ovr.errors import AttemptFailed, CriuFailed, PidTaken
 from ovr.guest import protocol
 from ovr.guest.client.criu_log import FREE_MEMORY, KILLED, failure_in
 from ovr.guest.client.session import one_line
@@ -48,11 +48,11 @@ _CURES_OF_ABORTS: Final[Mapping[str, str]] = {
 }
 
 
-def failure(message: protocol.Failed, program: str) -> RestoreFailed:
+def failure(message: protocol.Failed, program: str) -> AttemptFailed:
     """Return the error for a failure of `program`: CRIU or an engine."""
     log = tuple(one_line(line) for line in message.log)
     taken = [match[1] for line in log for known in _PID_TAKEN if (match := known.search(line))]
-    error: RestoreFailed
+    error: AttemptFailed
     if taken:
         error = PidTaken(
             f"pid {taken[0]} is in use in the guest",
@@ -74,31 +74,31 @@ def failure(message: protocol.Failed, program: str) -> RestoreFailed:
     return error if message.undone else still_there()
 
 
-def refused(message: protocol.Error) -> RestoreFailed:
+def refused(message: protocol.Error) -> AttemptFailed:
     """Return the error for a request that the agent rejected."""
     cure = _CURES.get(message.code, _AGAIN)
     text = f"the agent refused: {one_line(message.text)}"
-    return _coded(RestoreFailed(text, f"the guest is as it was; {cure}"), message.code)
+    return _coded(AttemptFailed(text, f"the guest is as it was; {cure}"), message.code)
 
 
-def aborted(message: protocol.Aborted) -> RestoreFailed:
+def aborted(message: protocol.Aborted) -> AttemptFailed:
     """Return the error for a tree that the agent killed of its own accord."""
     if not message.undone:
         return still_there()
     cure = _CURES_OF_ABORTS.get(message.code)
     hint = "the guest is as it was; the restore can be tried again" + (f"; {cure}" if cure else "")
     text = f"the agent killed the tree: {one_line(message.reason)}"
-    return _coded(RestoreFailed(text, hint), message.code)
+    return _coded(AttemptFailed(text, hint), message.code)
 
 
-def still_there() -> RestoreFailed:
+def still_there() -> AttemptFailed:
     """Return the error for a killed tree whose tasks have not all ended."""
-    return RestoreFailed(
+    return AttemptFailed(
         "the tree was killed, but some of its tasks do not end",
         "look for uninterruptible tasks in the guest",
     )
 
 
-def _coded(error: RestoreFailed, code: str) -> RestoreFailed:
+def _coded(error: AttemptFailed, code: str) -> AttemptFailed:
     error.code = one_line(code)
     return error

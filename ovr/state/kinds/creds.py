@@ -2,7 +2,7 @@
 
 from typing import Any, Final
 
-from ovr.errors import GuestFault, ImagesDamaged, RestoreFailed
+from ovr.errors import AttemptFailed, GuestFault, ImagesDamaged
 from ovr.images import CoreEntry
 from ovr.images.messages import CredsEntry
 from ovr.images.wire import Scalars
@@ -26,7 +26,7 @@ def _own_cred(thread: Struct) -> Any:
     """
     cred = thread.cred
     if cred != thread.real_cred or cred.usage.counter != 2:
-        raise RestoreFailed(
+        raise AttemptFailed(
             f"the credentials of thread {thread.pid} are in use elsewhere in the guest",
             "restore again; if it happens again, leave securebits and capabilities inside",
         )
@@ -131,7 +131,7 @@ class Capabilities(Kind):
         cred, known = _own_cred(target), _all_capabilities(target)
         for name, wanted in zip(_SETS, value, strict=True):
             if wanted & ~known:
-                raise RestoreFailed(
+                raise AttemptFailed(
                     f"the guest's kernel does not know capabilities {wanted & ~known:#x}",
                     "restore with a newer kernel, or leave capabilities inside",
                 )

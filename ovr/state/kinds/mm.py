@@ -2,7 +2,7 @@
 
 from typing import Any, Final
 
-from ovr.errors import ImagesDamaged, RestoreFailed
+from ovr.errors import AttemptFailed, ImagesDamaged
 from ovr.images import MmEntry
 from ovr.kernel import NoSuchMember, Struct, address_of
 from ovr.state.kind import Kind
@@ -112,7 +112,7 @@ class Auxv(Kind):
         """Store as prctl_set_mm_map() does: the vector always ends with AT_NULL and its zero."""
         vector = target.saved_auxv
         if len(value) > len(vector) - 2:
-            raise RestoreFailed(
+            raise AttemptFailed(
                 f"an auxiliary vector of {len(value)} words; the kernel has {len(vector) - 2}",
                 "restore with the kernel that the process was dumped with",
             )
