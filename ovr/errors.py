@@ -20,6 +20,7 @@
     ├── AttemptFailed            1   a restore or dump was aborted, and undone
     │   ├── HoldBroken           1
     │   ├── PidTaken             1
+    │   ├── TaskDied             1
     │   └── CriuFailed           1
     └── LabError                 1   the lab's own set-up
 
@@ -47,6 +48,7 @@ __all__ = [
     "OvrError",
     "PidTaken",
     "RamNotShared",
+    "TaskDied",
     "Unreachable",
     "UsageError",
     "VerifyMismatch",
@@ -169,6 +171,10 @@ class HoldBroken(AttemptFailed):
 
 class PidTaken(AttemptFailed):
     """A pid that the images need is in use in the guest."""
+
+
+class TaskDied(AttemptFailed):
+    """A task of the guest has died."""
 
 
 class CriuFailed(AttemptFailed):
