@@ -167,8 +167,8 @@ def _of_pages(mine: Memory, theirs: Memory, task: Task | None = None) -> list[st
         unlike[one.gva[left] == start - first, first : first + end - start] = False
     rows = np.flatnonzero(unlike.any(axis=1))
     lines = [
-        f"{mine.name}: {gva:#x} {_what(unlike[row], one.content[left[row]], other.content[right[row]])}"
-        for row, gva in zip(rows.tolist(), one.gva[left][rows].tolist(), strict=True)
+        f"{mine.name}: {one.gva[at]:#x} {_what(unlike[row], one.content[at], other.content[twin])}"
+        for row, at, twin in zip(rows, left[rows], right[rows], strict=True)
     ]
     anonymous = _anonymous(task)
     for side, pages, common in (("first", one, left), ("second", other, right)):
