@@ -6,7 +6,7 @@ from typing import Any
 
 from ovr.attempt.attempt import Attempt
 from ovr.attempt.stopwatch import Span, Stopwatch
-from ovr.dump.memory import TaskPages
+from ovr.dump.memory import Placed
 from ovr.images.stats import frozen_seconds
 from ovr.memory.extents import total
 
@@ -15,15 +15,18 @@ __all__ = ["DumpReport", "make_report"]
 
 @dataclass
 class DumpReport:
-    """One dump. Bytes are page bytes of all tasks, without shared memory; times are seconds.
+    """One dump. Bytes are page bytes of all tasks and of shared memory; times are seconds.
 
     Attributes:
         pid: the root task's pid, in the guest's initial pid namespace.
         tasks: number of tasks with memory.
         left_running: whether the tree runs on.
+        bytes_total: size of all pages in the images.
         bytes_outside: bytes that were read from the VM's RAM.
-        bytes_inside: bytes that CRIU has written: what was written to after it was asked, and
-            pages that it always writes.
+        bytes_pre_copied: of those, what was read while the tree ran, and had not changed since.
+        bytes_inside: bytes that CRIU has written and the agent has sent.
+        bytes_written_twice: of `bytes_outside`, what CRIU has written as well: what was written to
+            since it was tracked, shared memory, and pages that it always writes.
         frozen: seconds that the tree did not run, as CRIU measured them.
         verified: ``none``, ``sample`` or ``full``.
         held: as for a restore.
@@ -34,8 +37,11 @@ class DumpReport:
     pid: int = 0
     tasks: int = 0
     left_running: bool = False
+    bytes_total: int = 0
     bytes_outside: int = 0
+    bytes_pre_copied: int = 0
     bytes_inside: int = 0
+    bytes_written_twice: int = 0
     frozen: float = 0.0
     verified: str = "none"
     bytes_verified: int = 0
@@ -43,11 +49,6 @@ class DumpReport:
     held: dict[str, Any] = field(default_factory=dict)
     spans: Sequence[Span] = ()
     holds: Sequence[Span] = ()
-
-    @property
-    def bytes_total(self) -> int:
-        """Page bytes of all tasks."""
-        return self.bytes_outside + self.bytes_inside
 
     @property
     def copy_gb_per_s(self) -> float:
@@ -63,7 +64,9 @@ class DumpReport:
             "left_running": self.left_running,
             "bytes_total": self.bytes_total,
             "bytes_outside": self.bytes_outside,
+            "bytes_pre_copied": self.bytes_pre_copied,
             "bytes_inside": self.bytes_inside,
+            "bytes_written_twice": self.bytes_written_twice,
             "frozen": round(self.frozen, 6),
             "verify": self.verified,
             "bytes_verified": self.bytes_verified,
@@ -82,7 +85,8 @@ class DumpReport:
 
 def make_report(
     pid: int,
-    tasks: Sequence[TaskPages],
+    placed: Sequence[Placed],
+    fetched: Sequence[Placed],
     attempt: Attempt,
     stats: bytes,
     *,
@@ -94,7 +98,8 @@ def make_report(
 
     Args:
         pid: the root task.
-        tasks: their pages.
+        placed: the pages that were read outside.
+        fetched: those that CRIU has written.
         attempt: committed.
         stats: CRIU's ``stats-dump``.
         watch: the times.
@@ -102,12 +107,17 @@ def make_report(
         verified: how memory was verified, and how many bytes of it.
     """
     watch.seconds["total"] = watch.total()
+    outside = sum(total(one.dumped.pagemap.entries) for one in placed)
+    inside = sum(total(one.dumped.pagemap.entries) for one in fetched)
     return DumpReport(
         pid=pid,
-        tasks=len(tasks),
+        tasks=sum(not one.dumped.shared for one in placed),
         left_running=left_running,
-        bytes_outside=sum(total(one.pieces) for one in tasks),
-        bytes_inside=sum(one.inside for one in tasks),
+        bytes_total=outside + inside,
+        bytes_outside=outside,
+        bytes_pre_copied=outside - sum(total(one.pieces) for one in placed),
+        bytes_inside=inside,
+        bytes_written_twice=outside - sum(total(one.dumped.clean) for one in placed),
         frozen=frozen_seconds(stats),
         verified=verified[0],
         bytes_verified=verified[1],

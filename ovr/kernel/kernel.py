@@ -147,6 +147,12 @@ class Kernel:
         return self.object(GLOBALS[name], self.symbol(name))
 
     @cached_property
+    def anonymous_frames(self) -> Frames:
+        """Frames of anonymous pages, whoever shares them: ``PageAnon(page) && !PageKsm(page)``."""
+        any_flag = (1 << 64) - 1
+        return replace(self.private_frames, page_mask=0, dirty_mask=any_flag)
+
+    @cached_property
     @types_that_fit()
     def private_frames(self) -> Frames:
         """Frames owned by a single process, whose content reclaim keeps after a write.
