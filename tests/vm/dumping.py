@@ -28,8 +28,9 @@ def dump_outside(
     criu_options: Sequence[str] = (),
     *,
     leave_running: bool = False,
+    pre_copies: bool = False,
 ) -> DumpReport:
-    """Dump a tree of the guest by ``ovr dump`` into the new directory `images`.
+    """Dump a tree of the guest by ``ovr dump`` into the new directory `images`; verify it all.
 
     Raises:
         OvrError: as for `ovr.dump.dump`.
@@ -38,7 +39,7 @@ def dump_outside(
     with ovr.attach(f"lab:{vm.name}") as attached:
         return dump(
             attached, pid, images, verify="full", leave_running=leave_running,
-            criu_options=criu_options,
+            pre_copies=pre_copies, criu_options=criu_options,
         )  # fmt: skip
 
 
