@@ -40,6 +40,7 @@ from ovr.kernel import (
 from ovr.memory.extents import (
     Extents,
     as_pieces,
+    cut_out,
     cut_to,
     ends_of,
     joined,
@@ -49,6 +50,7 @@ from ovr.memory.extents import (
     with_flags,
 )
 from ovr.memory.paging import AddressSpace, Frames, pieces
+from ovr.memory.ranges import Ranges
 from ovr.state import GuestTree
 from ovr.vm.hold import Holder
 
@@ -78,6 +80,9 @@ class Copies:
     def __init__(self) -> None:
         self._of: dict[int, _Copy] = {}
 
+    def __bool__(self) -> bool:
+        return bool(self._of)
+
     def of(self, task: "_Task", image: Path, placed: Extents) -> Callable[[Target, Extents], None]:
         """Return a function that adds runs of a task, as copied in one hold.
 
@@ -89,11 +94,14 @@ class Copies:
         copy = self._of[task.pid] = _Copy(task, image, placed)
         return lambda _, copied: copy.runs.append(copied)
 
-    def check_unchanged(self, dumped: Dumped, guest: GuestTree, holder: Holder) -> Extents:
+    def check_unchanged(
+        self, dumped: Dumped, late: Ranges, guest: GuestTree, holder: Holder
+    ) -> Extents:
         """Return the pages of a task that are still as they were copied.
 
         Args:
             dumped: what CRIU has found in the task.
+            late: pages that may have been written to since CRIU has looked.
             guest: the held tree.
             holder: holds the VM.
 
@@ -111,7 +119,8 @@ class Copies:
         copied.sort(order="gva")
         clean = np.zeros(len(dumped.clean), pieces(()).dtype)
         clean["gva"], clean["size"] = dumped.clean["gva"], dumped.clean["size"]
-        copy.unchanged = on_same_frames(_walk(holder, copy.task, clean), copied)
+        unchanged = on_same_frames(_walk(holder, copy.task, clean), copied)
+        copy.unchanged = cut_out(unchanged, late)
         return copy.unchanged
 
     def targets(self, stack: ExitStack) -> Iterator[Target]:

@@ -8,9 +8,11 @@ from ovr.dump.memory import Placed, dumped_pages, place
 from ovr.dump.output import NewImages
 from ovr.dump.precopy import Copies
 from ovr.dump.received import Fetched, Received
+from ovr.dump.rseq import rseq_pages
 from ovr.dump.targets import reachable
 from ovr.guest.client.agent import Agent
 from ovr.images.shared import SharedMemory
+from ovr.memory.ranges import no_ranges
 
 __all__ = ["place_pages", "save_inside"]
 
@@ -33,8 +35,10 @@ def place_pages(
         UsageError: the files cannot be written.
     """
     placed = []
+    late = rseq_pages(received.names, images) if copies else {}
     for dumped in dumped_pages(received.names, images):
-        copied = copies.check_unchanged(dumped, attempt.tree(), attempt.holder)
+        of_task = late.get(dumped.number, no_ranges())
+        copied = copies.check_unchanged(dumped, of_task, attempt.tree(), attempt.holder)
         placed.append(place(dumped, images, copied))
         stack.enter_context(placed[-1].sink)
     return placed

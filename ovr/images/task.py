@@ -17,7 +17,7 @@ from ovr.memory.addresses import PAGE_SHIFT, PAGE_SIZE
 from ovr.memory.extents import Extents
 from ovr.memory.ranges import RANGE, Ranges, join
 
-__all__ = ["Memory", "Task", "TaskState"]
+__all__ = ["Memory", "Task", "TaskState", "rseq_areas"]
 
 
 class TaskState(IntEnum):
@@ -120,19 +120,24 @@ class Task:
     @property
     def rseq_areas(self) -> Ranges:
         """GVA ranges of the ``struct rseq`` that its threads have registered, sorted."""
-        areas = [
-            (rseq.rseq_abi_pointer, rseq.rseq_abi_pointer + rseq.rseq_abi_size)
-            for core in self.cores.values()
-            if core.thread_core.HasField("rseq_entry")
-            for rseq in [core.thread_core.rseq_entry]
-            if rseq.rseq_abi_pointer < USER_END and rseq.rseq_abi_size <= PAGE_SIZE
-        ]
-        return join(np.array(areas, dtype=RANGE))
+        return rseq_areas(self.cores.values())
 
     @property
     def umask(self) -> int | None:
         """The file mode creation mask, or None if the images lack it."""
         return self.fs.umask if self.fs is not None and self.fs.HasField("umask") else None
+
+
+def rseq_areas(cores: Iterable[CoreEntry]) -> Ranges:
+    """Return the GVA ranges of the ``struct rseq`` that these threads have registered, sorted."""
+    areas = [
+        (rseq.rseq_abi_pointer, rseq.rseq_abi_pointer + rseq.rseq_abi_size)
+        for core in cores
+        if core.thread_core.HasField("rseq_entry")
+        for rseq in [core.thread_core.rseq_entry]
+        if rseq.rseq_abi_pointer < USER_END and rseq.rseq_abi_size <= PAGE_SIZE
+    ]
+    return join(np.array(areas, dtype=RANGE))
 
 
 def check_core(core: CoreEntry, name: str, leader: bool) -> None:

@@ -85,12 +85,11 @@ def test_pages_written_meanwhile_would_be_missed(vm, pid, tmp_path, monkeypatch)
     """If it were not for the soft-dirty bits: that shows that the others can fail."""
     usual = precopy.Copies.check_unchanged
 
-    def blind(self, dumped, guest, holder):
+    def blind(self, dumped, late, guest, holder):
         entries = dumped.pagemap.entries.copy()
         entries["flags"] = np.uint32(PE_PARENT)
-        return usual(
-            self, replace(dumped, pagemap=replace(dumped.pagemap, entries=entries)), guest, holder
-        )
+        all_clean = replace(dumped, pagemap=replace(dumped.pagemap, entries=entries))
+        return usual(self, all_clean, late, guest, holder)
 
     monkeypatch.setattr(precopy.Copies, "check_unchanged", blind)
     with pytest.raises(VerifyMismatch):
