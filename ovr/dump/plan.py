@@ -1,0 +1,328 @@
+"""Plan a dump: what the host would read, and what is left to the guest's CRIU for which reason.
+
+CRIU decides by area whether it looks for pages in the parent image set (``generate_vma_iovs`` in
+criu/mem.c); those that it finds there are the host's. The plan makes the same decisions from the
+guest kernel's own structures. It only reads them, and stops nothing: the tree changes meanwhile.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Final
+
+import numpy as np
+
+from ovr._fastcopy import OWNED
+from ovr.errors import UsageError
+from ovr.kernel import (
+    Array,
+    Kernel,
+    Struct,
+    find_task,
+    for_each_thread,
+    for_each_vma,
+    mm_space,
+    settled,
+    task_comm,
+    tree_of,
+    types_that_fit,
+)
+from ovr.kernel.linux.mm import VM_READ
+from ovr.memory.addresses import PAGE_SIZE
+from ovr.memory.extents import split
+from ovr.memory.paging import AddressSpace, Frames, pieces
+
+__all__ = ["Area", "DumpPlan", "Mapping", "Reason", "SharedPlan", "TaskPlan", "judge", "plan_dump"]
+
+VM_MAYSHARE: Final = 0x80
+VM_PFNMAP: Final = 0x400
+VM_IO: Final = 0x4000
+VM_HUGETLB: Final = 0x0040_0000
+"""include/linux/mm.h."""
+
+AIO_RING_MAGIC: Final = 0xA10A_10A1
+TMPFS_MAGIC: Final = 0x0102_1994
+HUGETLBFS_MAGIC: Final = 0x9584_58F6
+"""include/uapi/linux/magic.h, fs/aio.c: ``s_magic`` of file systems."""
+SB_KERNMOUNT: Final = 1 << 22
+"""include/linux/fs.h: a file system that the kernel has mounted for itself."""
+
+_USER_END: Final = (1 << 47) - PAGE_SIZE
+"""``kdat.task_size`` of CRIU on x86-64: it does not dump the content of areas that end above."""
+_MM_SWAPENTS: Final = 2  # include/linux/mm_types_task.h
+_SECTOR: Final = 512  # unit of i_blocks
+_SLICE: Final = 4 << 30
+"""Bytes of addresses in one walk, since page tables may claim that all of them are mapped."""
+
+
+class Reason(IntEnum):
+    """The reason why a page stays inside; `OUTSIDE` pages do not."""
+
+    OUTSIDE = 0
+    SHARED = 1
+    HUGETLB = 2
+    UNREADABLE = 3
+    AIO_RING = 4
+    HIGH = 5
+
+    @property
+    def text(self) -> str:
+        """The reason as a line of text."""
+        return _TEXTS[self]
+
+    @property
+    def where(self) -> str:
+        """``outside``, ``inside``, or ``lost``: in no image."""
+        return {Reason.OUTSIDE: "outside", Reason.HIGH: "lost"}.get(self, "inside")
+
+
+_TEXTS: Final = {
+    Reason.OUTSIDE: "read from outside",
+    Reason.SHARED: "shared memory: CRIU saves each object once, whatever the parent has",
+    Reason.HUGETLB: "private hugetlb pages: CRIU does not look for them in the parent",
+    Reason.UNREADABLE: "the task may not read it: CRIU does not look for it in the parent",
+    Reason.AIO_RING: "AIO ring: CRIU does not look for it in the parent",
+    Reason.HIGH: "areas above 47 bits: CRIU does not dump their content, they become zeros",
+}
+
+
+@dataclass(frozen=True)
+class Area:
+    """A VMA with pages that are dumped; half-open, in bytes.
+
+    Attributes:
+        size: bytes of its pages that are dumped.
+        reason: the verdict on them.
+    """
+
+    start: int
+    end: int
+    size: int
+    reason: Reason
+
+
+@dataclass(frozen=True)
+class TaskPlan:
+    """The plan for the pages of one task; zombies have none.
+
+    Attributes:
+        pid: its pid in the guest's initial pid namespace.
+        comm: its name.
+        threads: ids of its threads, itself included.
+        areas: its areas with pages, but for shared memory.
+        swapped: bytes in swap, which are not in `areas`; the kernel counts them approximately.
+    """
+
+    pid: int
+    comm: str
+    threads: tuple[int, ...]
+    areas: tuple[Area, ...] = ()
+    swapped: int = 0
+
+    def by_reason(self) -> dict[Reason, int]:
+        """Return the bytes of each verdict."""
+        found: dict[Reason, int] = {}
+        for area in self.areas:
+            found[area.reason] = found.get(area.reason, 0) + area.size
+        return dict(sorted(found.items()))
+
+
+@dataclass(frozen=True)
+class SharedPlan:
+    """A shared memory object that the tree has mapped.
+
+    Attributes:
+        size: bytes of its pages, those in swap too.
+        pids: the tasks that map it, as in `TaskPlan`.
+    """
+
+    size: int
+    pids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class DumpPlan:
+    """The plan for a tree; bytes are page bytes, as in `ovr.dump.report.DumpReport`."""
+
+    tasks: tuple[TaskPlan, ...]
+    shared: tuple[SharedPlan, ...]
+
+    @property
+    def bytes_outside(self) -> int:
+        """Bytes that are read from outside."""
+        return self.by_reason().get(Reason.OUTSIDE, 0)
+
+    @property
+    def bytes_inside(self) -> int:
+        """Bytes that CRIU saves, without shared memory."""
+        found = self.by_reason()
+        return sum(size for reason, size in found.items() if reason.where == "inside")
+
+    @property
+    def bytes_total(self) -> int:
+        """Bytes of all pages, without shared memory."""
+        return self.bytes_outside + self.bytes_inside
+
+    @property
+    def bytes_shared(self) -> int:
+        """Bytes of shared memory, each object once."""
+        return sum(one.size for one in self.shared)
+
+    def by_reason(self) -> dict[Reason, int]:
+        """Return the bytes of each verdict in all tasks."""
+        found: dict[Reason, int] = {}
+        for task in self.tasks:
+            for reason, size in task.by_reason().items():
+                found[reason] = found.get(reason, 0) + size
+        return dict(sorted(found.items()))
+
+
+@dataclass(frozen=True)
+class Mapping:
+    """A VMA, as far as the decision needs it.
+
+    Attributes:
+        flags: ``vm_flags``.
+        file: whether a file is mapped.
+        anonymous: whether its pages are anonymous from the start (``vma_is_anonymous()``).
+        magic: ``s_magic`` of the file's file system.
+        memory: whether the file is one of the kernel's own tmpfs or hugetlbfs: anonymous shared
+            memory, a SysV segment, or a memfd.
+        inode: GVA of the file's inode.
+        size: bytes of such a file.
+    """
+
+    start: int
+    end: int
+    flags: int
+    file: bool = False
+    anonymous: bool = False
+    magic: int = 0
+    memory: bool = False
+    inode: int = 0
+    size: int = 0
+
+    @property
+    def special(self) -> bool:
+        """Whether it is the vDSO, which CRIU always dumps as a whole."""
+        return not (self.file or self.anonymous)
+
+
+def judge(one: Mapping) -> Reason | None:
+    """Return the verdict on the pages of a mapping; None if CRIU saves none of them.
+
+    ``vma_area_is_private``, ``should_dump_page`` and ``generate_vma_iovs`` of CRIU.
+    """
+    if one.magic == AIO_RING_MAGIC:
+        return Reason.AIO_RING
+    if one.flags & VM_MAYSHARE:
+        return Reason.SHARED if one.memory else None
+    if one.flags & (VM_IO | VM_PFNMAP):
+        return None
+    if one.end > _USER_END:
+        return Reason.HIGH
+    if one.flags & VM_HUGETLB:
+        return Reason.HUGETLB
+    return Reason.OUTSIDE if one.flags & VM_READ else Reason.UNREADABLE
+
+
+@dataclass
+class _Shared:
+    size: int
+    pids: list[int] = field(default_factory=list)
+
+
+@types_that_fit()
+def plan_dump(kernel: Kernel, pid: int) -> DumpPlan:
+    """Decide for every page of a running tree.
+
+    Args:
+        kernel: the guest's kernel; it is only read.
+        pid: the root task, in the guest's initial pid namespace.
+
+    Raises:
+        UsageError: there is no such process.
+        GuestFault: invalid kernel objects in the guest, each time they are read.
+        KernelNotFound: invalid types of its kernel.
+    """
+    pids = tree_of(kernel, pid)
+    root = find_task(kernel, pid)
+    if not pids or root is None:
+        raise UsageError(f"the guest has no process {pid}", "ovr ps shows its processes")
+    tasks: list[TaskPlan] = []
+    shared: dict[int, _Shared] = {}
+    for member in pids:
+        task = find_task(kernel, member, root)
+        if task is not None:  # it may have ended
+            tasks.append(_plan_task(kernel, task, shared))
+    return DumpPlan(
+        tuple(tasks), tuple(SharedPlan(one.size, tuple(one.pids)) for one in shared.values())
+    )
+
+
+def _plan_task(kernel: Kernel, task: Struct, shared: dict[int, _Shared]) -> TaskPlan:
+    pid, comm = task.tgid, task_comm(task)
+    threads = settled(lambda: tuple(thread.pid for thread in for_each_thread(task)))
+    mm = task.mm
+    if not mm:
+        return TaskPlan(pid, comm, threads)
+    private: list[tuple[Mapping, Reason]] = []
+    for one in settled(lambda: [_describe(vma) for vma in for_each_vma(mm)]):
+        reason = judge(one)
+        if reason is Reason.SHARED:
+            users = shared.setdefault(one.inode, _Shared(one.size)).pids
+            if pid not in users:
+                users.append(pid)
+        elif reason is not None:
+            private.append((one, reason))
+    sizes = _sizes(mm_space(kernel, mm), kernel.anonymous_frames, [one for one, _ in private])
+    areas = tuple(
+        Area(one.start, one.end, size, reason)
+        for (one, reason), size in zip(private, sizes, strict=True)
+        if size
+    )
+    return TaskPlan(pid, comm, threads, areas, _swapped(mm))
+
+
+def _describe(vma: Struct) -> Mapping:
+    start, end, flags = vma.vm_start, vma.vm_end, vma.vm_flags
+    if not vma.vm_file:
+        return Mapping(start, end, flags, anonymous=not vma.vm_ops)
+    inode = vma.vm_file.f_inode
+    magic, mounted = inode.i_sb.s_magic, inode.i_sb.s_flags
+    memory = magic in (TMPFS_MAGIC, HUGETLBFS_MAGIC) and bool(mounted & SB_KERNMOUNT)
+    size = inode.i_blocks * _SECTOR if memory else 0
+    return Mapping(
+        start, end, flags, file=True, magic=magic, memory=memory, inode=inode.address_, size=size
+    )
+
+
+def _sizes(space: AddressSpace, anonymous: Frames, areas: Sequence[Mapping]) -> list[int]:
+    # The bytes that CRIU dumps of each area: its anonymous pages, neither those of a file nor the
+    # page of zeros.
+    whole = [one.special or one.magic == AIO_RING_MAGIC for one in areas]
+    found = np.array(
+        [one.end - one.start if all_ else 0 for one, all_ in zip(areas, whole, strict=True)],
+        dtype=np.uint64,
+    )
+    walked = [n for n, all_ in enumerate(whole) if not all_]
+    starts = np.array([areas[n].start for n in walked], dtype=np.uint64)
+    places = np.array(walked, dtype=np.intp)
+    wanted = pieces((areas[n].start, areas[n].end - areas[n].start, 0) for n in walked)
+    for part in split(wanted, _SLICE):
+        runs = space.walk(part, anonymous)
+        runs = runs[runs["flags"] & OWNED != 0]
+        owner = np.searchsorted(starts, runs["gva"], side="right") - 1
+        np.add.at(found, places[owner], runs["size"])
+    return [int(size) for size in found.tolist()]
+
+
+def _swapped(mm: Struct) -> int:
+    stat = mm.rss_stat
+    if isinstance(stat, Array):
+        # Linux kernel commit f1a7941243c1 ("mm: convert mm's rss stats into percpu_counter")
+        # (in v6.2): the part of each CPU is left out.
+        pages = stat[_MM_SWAPENTS].count
+    else:
+        pages = stat.count[_MM_SWAPENTS].counter
+    return max(int(pages), 0) * PAGE_SIZE
