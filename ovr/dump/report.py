@@ -1,16 +1,21 @@
 """The result of a dump."""
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from ovr.attempt.attempt import Attempt
 from ovr.attempt.stopwatch import Span, Stopwatch
 from ovr.dump.memory import TaskPages
-from ovr.images.stats import frozen_seconds
+from ovr.errors import ImagesDamaged, ImagesUnsupported
+from ovr.images.stats import DumpStatsEntry, dump_stats
+from ovr.memory.addresses import PAGE_SIZE
 from ovr.memory.extents import total
 
 __all__ = ["DumpReport", "make_report"]
+
+log = logging.getLogger("ovr.dump")
 
 
 @dataclass
@@ -29,6 +34,8 @@ class DumpReport:
         held: as for a restore.
         spans: when each phase was.
         holds: when the VM was held.
+        stats: content of ``stats-dump``: CRIU's, with the pages that were read outside.
+        unread_config: CRIU's configuration files in the guest that were not read, by path.
     """
 
     pid: int = 0
@@ -43,6 +50,8 @@ class DumpReport:
     held: dict[str, Any] = field(default_factory=dict)
     spans: Sequence[Span] = ()
     holds: Sequence[Span] = ()
+    stats: DumpStatsEntry = field(default_factory=DumpStatsEntry)
+    unread_config: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def bytes_total(self) -> int:
@@ -89,6 +98,7 @@ def make_report(
     watch: Stopwatch,
     left_running: bool,
     verified: tuple[str, int],
+    unread_config: Mapping[str, str],
 ) -> DumpReport:
     """Return the report of a dump that was committed.
 
@@ -96,23 +106,37 @@ def make_report(
         pid: the root task.
         tasks: their pages.
         attempt: committed.
-        stats: CRIU's ``stats-dump``.
+        stats: CRIU's ``stats-dump``, empty if it has left none.
         watch: the times.
         left_running: whether the tree runs on.
         verified: how memory was verified, and how many bytes of it.
+        unread_config: CRIU's configuration files in the guest.
     """
     watch.seconds["total"] = watch.total()
-    return DumpReport(
+    report = DumpReport(
         pid=pid,
         tasks=len(tasks),
         left_running=left_running,
         bytes_outside=sum(total(one.pieces) for one in tasks),
         bytes_inside=sum(one.inside for one in tasks),
-        frozen=frozen_seconds(stats),
         verified=verified[0],
         bytes_verified=verified[1],
         seconds=watch.seconds,
         held=attempt.holder.as_json(),
         spans=tuple(watch.spans),
         holds=tuple(watch.span("held", *times) for times in attempt.holder.spans),
+        unread_config=unread_config,
     )
+    report.stats = _stats(stats, report)
+    report.frozen = report.stats.frozen_time / 1e6
+    return report
+
+
+def _stats(data: bytes, report: DumpReport) -> DumpStatsEntry:
+    # The dump is done: bad statistics are no failure.
+    pages, memory = report.bytes_total // PAGE_SIZE, report.seconds.get("memory", 0.0)
+    try:
+        return dump_stats(data, pages=pages, memory=memory)
+    except (ImagesDamaged, ImagesUnsupported) as error:
+        log.warning("the statistics of the guest's CRIU are invalid: %s", error)
+        return dump_stats(b"", pages=pages, memory=memory)

@@ -13,6 +13,7 @@ from ovr.dump.parent import parent_images
 from ovr.dump.report import DumpReport, make_report
 from ovr.dump.verify import verify_pages
 from ovr.errors import UsageError
+from ovr.guest.client.failures import criu_lacked
 from ovr.kernel import tree_of
 from ovr.memory.extents import total
 from ovr.vm.attach import AttachedVm
@@ -60,7 +61,8 @@ def dump(
             if not pids:
                 raise UsageError(f"the guest has no process {pid}", "ovr ps shows its processes")
             parent = parent_images(pids, vm.kernel.space.levels)
-        with watch("images"):
+        unread = attempt.agent.criu_config()
+        with watch("images"), criu_lacked(unread):
             attempt.begin(
                 lambda agent: agent.dump(
                     pid, parent, output.save, criu_options=criu_options,
@@ -81,5 +83,5 @@ def dump(
             stats = attempt.commit(lambda agent: agent.end_dump())
         return make_report(
             pid, tasks, attempt, stats, watch=watch, left_running=leave_running,
-            verified=(verify, compared),
+            verified=(verify, compared), unread_config=unread,
         )  # fmt: skip
