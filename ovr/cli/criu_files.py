@@ -37,21 +37,23 @@ _ROOM: Final = b"\n" * 10
 _ELSEWHERE: Final = "name a work directory with -W DIR, or the file by a path in another one"
 _OWN_PATH: Final = "name a work directory of your own with -W DIR, or the file by a path in one"
 
-log = logging.getLogger("ovr.criu")
-
 
 class Job(NamedTuple):
-    """A command of CRIU's: the name of its statistics' file, and the last lines of its log."""
+    """A command of CRIU's: its log, the name of its statistics' file, the last lines of its log."""
 
+    log: logging.Logger
     stats: str
     done: str
     failed: str
 
 
 RESTORING: Final = Job(
-    STATS_RESTORE, "Restore finished successfully. Tasks resumed.", "Restoring FAILED."
+    logging.getLogger("ovr.restore"), STATS_RESTORE,
+    "Restore finished successfully. Tasks resumed.", "Restoring FAILED.",
+)  # fmt: skip
+DUMPING: Final = Job(
+    logging.getLogger("ovr.dump"), STATS_DUMP, "Dumping finished successfully", "Dumping FAILED."
 )
-DUMPING: Final = Job(STATS_DUMP, "Dumping finished successfully", "Dumping FAILED.")
 
 
 Stats = RestoreStatsEntry | DumpStatsEntry
@@ -168,17 +170,17 @@ def _finish(work: Path, job: Job, pidfile: _Pidfile | None, stats: Stats, pid: i
     try:
         write_image(work, job.stats, [stats_image(stats)])
     except OSError as error:  # not a failure, as in CRIU: the job is done
-        log.warning("no %s in %s: %s (%s)", job.stats, work, error.strerror, _cure(error))
-    log.info("%s", job.done)
+        job.log.warning("no %s in %s: %s (%s)", job.stats, work, error.strerror, _cure(error))
+    job.log.info("%s", job.done)
 
 
 def _log_failure(error: BaseException, job: Job) -> None:
     for note in getattr(error, "__notes__", ()):
         for line in note.splitlines():  # the guest's CRIU
-            log.error("guest: %s", line)
+            job.log.error("guest: %s", line)
     hint = f" ({error.hint})" if isinstance(error, OvrError) and error.hint else ""
-    log.error("%s%s", str(error) or type(error).__name__, hint)
-    log.error("%s", job.failed)
+    job.log.error("%s%s", str(error) or type(error).__name__, hint)
+    job.log.error("%s", job.failed)
 
 
 @contextmanager

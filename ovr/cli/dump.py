@@ -28,9 +28,12 @@ from ovr.cli.vm_options import add_agent_option, add_vm_options
 from ovr.dump import VERIFY_MODES
 from ovr.dump.plan import plan_dump
 from ovr.dump.report import DumpReport
+from ovr.errors import UsageError
 from ovr.vm.attach import AttachedVm
 
 __all__ = ["HELP", "USAGE", "add"]
+
+_PID_MAX_LIMIT: Final = 1 << 22
 
 log = logging.getLogger("ovr.dump")
 
@@ -53,7 +56,7 @@ USAGE: Final = "ovr dump -t PID -D DIR --vm VM [option …] [option of criu dump
 def add(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
     parser.add_argument(
-        "-t", "--tree", type=_pid, required=True, metavar="PID",
+        "-t", "--tree", required=True, metavar="PID",
         help="the root task, by its pid in the guest (`ovr ps` shows them)",
     )  # fmt: skip
     parser.add_argument(
@@ -81,20 +84,15 @@ def add(parser: argparse.ArgumentParser) -> None:
     add_criu_options(parser, "dump")
 
 
-def _pid(text: str) -> int:
-    if not (text.isascii() and text.isdecimal() and 0 < int(text) < 1 << 22):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a pid")
-    return int(text)
-
-
 def run(options: argparse.Namespace) -> int:
     """Dump; with ``--dry-run`` only read the VM."""
+    pid = _pid(options.tree)
     if options.dry_run:
         with AttachedVm(options.vm, vmlinux=options.vmlinux) as vm:
-            show(plan_dump(vm.kernel, options.tree), options)
+            show(plan_dump(vm.kernel, pid), options)
         return 0
     with ended_in_order():
-        report = _dump(options)
+        report = _dump(pid, options)
     with printed(f"pid {report.pid} is dumped, and {_fate(report)}"):
         if options.json:
             document("ovr.dump/1", report.as_json())
@@ -105,7 +103,13 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _dump(options: argparse.Namespace) -> DumpReport:
+def _pid(text: str) -> int:
+    if not (text.isascii() and text.isdecimal() and 0 < int(text) < _PID_MAX_LIMIT):
+        raise UsageError(f"{text!r} is not a pid", "ovr ps shows the guest's processes")
+    return int(text)
+
+
+def _dump(pid: int, options: argparse.Namespace) -> DumpReport:
     files = criu_files(
         work_directory(options, options.images_dir), DUMPING,
         log_file=options.log_file, level=options.log_level,
@@ -118,7 +122,7 @@ def _dump(options: argparse.Namespace) -> DumpReport:
     ):
         with config_in_hints(options, "dump"):
             report = vm.dump(
-                options.tree, options.images_dir, agent=options.agent,
+                pid, options.images_dir, agent=options.agent,
                 leave_running=options.leave_running, verify=options.verify,
                 criu_options=options.criu_options, log_level=options.log_level,
                 timeout=options.timeout,

@@ -22,7 +22,7 @@ from ovr.restore.report import Report
 
 __all__ = ["Writer", "draw", "page", "picture_file"]
 
-log = logging.getLogger("ovr.criu")
+log = logging.getLogger("ovr.report")
 
 _WIDTH: Final = 860
 _LABELS: Final = 90

@@ -21,6 +21,7 @@ from ovr.kernel import (
     find_task,
     for_each_thread,
     for_each_vma,
+    is_kernel_thread,
     mm_space,
     settled,
     task_comm,
@@ -32,7 +33,17 @@ from ovr.memory.addresses import PAGE_SIZE
 from ovr.memory.extents import split
 from ovr.memory.paging import AddressSpace, Frames, pieces
 
-__all__ = ["Area", "DumpPlan", "Mapping", "Reason", "SharedPlan", "TaskPlan", "judge", "plan_dump"]
+__all__ = [
+    "Area",
+    "DumpPlan",
+    "Mapping",
+    "Reason",
+    "SharedPlan",
+    "TaskPlan",
+    "judge",
+    "plan_dump",
+    "tree_to_dump",
+]
 
 VM_MAYSHARE: Final = 0x80
 VM_PFNMAP: Final = 0x400
@@ -233,6 +244,27 @@ class _Shared:
 
 
 @types_that_fit()
+def tree_to_dump(kernel: Kernel, pid: int) -> list[int]:
+    """Return the pids of a tree, in the pid namespace of its root, the root first.
+
+    Args:
+        kernel: the guest's kernel.
+        pid: the root task, in the guest's initial pid namespace.
+
+    Raises:
+        UsageError: there is no such process, or it is a kernel thread.
+        GuestFault: invalid kernel objects in the guest, each time they are read.
+    """
+    pids = tree_of(kernel, pid)
+    root = find_task(kernel, pid)
+    if not pids or root is None:
+        raise UsageError(f"the guest has no process {pid}", "ovr ps shows its processes")
+    if is_kernel_thread(root):
+        raise UsageError(f"pid {pid} is a kernel thread", "ovr ps shows these in brackets")
+    return pids
+
+
+@types_that_fit()
 def plan_dump(kernel: Kernel, pid: int) -> DumpPlan:
     """Decide for every page of a running tree.
 
@@ -241,19 +273,17 @@ def plan_dump(kernel: Kernel, pid: int) -> DumpPlan:
         pid: the root task, in the guest's initial pid namespace.
 
     Raises:
-        UsageError: there is no such process.
+        UsageError: there is no such process, or it is a kernel thread.
         GuestFault: invalid kernel objects in the guest, each time they are read.
         KernelNotFound: invalid types of its kernel.
     """
-    pids = tree_of(kernel, pid)
+    pids = tree_to_dump(kernel, pid)
     root = find_task(kernel, pid)
-    if not pids or root is None:
-        raise UsageError(f"the guest has no process {pid}", "ovr ps shows its processes")
     tasks: list[TaskPlan] = []
     shared: dict[int, _Shared] = {}
     for member in pids:
-        task = find_task(kernel, member, root)
-        if task is not None:  # it may have ended
+        task = find_task(kernel, member, root) if root else None
+        if task is not None:  # it may have ended meanwhile
             tasks.append(_plan_task(kernel, task, shared))
     return DumpPlan(
         tuple(tasks), tuple(SharedPlan(one.size, tuple(one.pids)) for one in shared.values())

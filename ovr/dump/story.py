@@ -10,11 +10,11 @@ from ovr.attempt.stopwatch import Stopwatch
 from ovr.dump.memory import place_pages, targets_of
 from ovr.dump.output import Output, writable
 from ovr.dump.parent import parent_images
+from ovr.dump.plan import tree_to_dump
 from ovr.dump.report import DumpReport, make_report
 from ovr.dump.verify import verify_pages
 from ovr.errors import UsageError
 from ovr.guest.client.failures import criu_lacked
-from ovr.kernel import tree_of
 from ovr.memory.extents import total
 from ovr.vm.attach import AttachedVm
 
@@ -57,10 +57,7 @@ def dump(
     watch = watch or Stopwatch()
     with Output(images) as output, ExitStack() as sinks, Attempt(vm, agent) as attempt:
         with watch("plan"):
-            pids = tree_of(vm.kernel, pid)
-            if not pids:
-                raise UsageError(f"the guest has no process {pid}", "ovr ps shows its processes")
-            parent = parent_images(pids, vm.kernel.space.levels)
+            parent = parent_images(tree_to_dump(vm.kernel, pid), vm.kernel.space.levels)
         unread = attempt.agent.criu_config()
         with watch("images"), criu_lacked(unread):
             attempt.begin(

@@ -172,6 +172,13 @@ def test_no_such_process(guest):
         planned(guest, 4242)
 
 
+def test_a_kernel_thread(guest):
+    thread = guest.fork(50, "kthreadd")
+    guest.poke(thread + 8, "I", 0x0020_0000)  # PF_KTHREAD
+    with pytest.raises(UsageError, match="pid 50 is a kernel thread"):
+        planned(guest, 50)
+
+
 def test_a_dry_run_reads_only(guest, monkeypatch, capsys):
     mapped(guest, [(0x1_0000, 0x2_0000, READ | WRITE, 0, 0, 0)])
     guest.pages(0x1_0000, 3)
