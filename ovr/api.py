@@ -96,6 +96,7 @@ class Vm(AttachedVm):
         *,
         agent: str | None = None,
         leave_running: bool = False,
+        pre_copies: bool = False,
         verify: str = "sample",
         criu_options: Sequence[str] = (),
         log_level: int = 2,
@@ -108,6 +109,8 @@ class Vm(AttachedVm):
             images: an existing directory without images.
             agent: the agent's address; lab VMs know their own.
             leave_running: let the tree run on.
+            pre_copies: copy pages while the tree runs; the images then build on those in the
+                subdirectory ``pre-copy``.
             verify: compare none of the memory with the images, a ``sample``, or all (``full``).
             criu_options: further options for the guest's ``criu dump``.
             log_level: how much the guest's CRIU logs (its ``-v``).
@@ -118,8 +121,9 @@ class Vm(AttachedVm):
         """
         watch, self._watch = self._watch, Stopwatch()
         return dump(
-            self, pid, Path(images), agent=agent, leave_running=leave_running, verify=verify,
-            criu_options=criu_options, log_level=log_level, timeout=timeout, watch=watch,
+            self, pid, Path(images), agent=agent, leave_running=leave_running,
+            pre_copies=pre_copies, verify=verify, criu_options=criu_options, log_level=log_level,
+            timeout=timeout, watch=watch,
         )  # fmt: skip
 
 

@@ -24,7 +24,7 @@ class Alive:
     """
 
     def __init__(self, name: str, kernel: Kernel, task: Struct, space: AddressSpace) -> None:
-        self._name = name
+        self.name = name
         self._kernel = kernel
         self._pid: int = task.pid
         self._task = task
@@ -40,4 +40,4 @@ class Alive:
         task: Struct | None = find_task(self._kernel, self._pid)
         alive = task is not None and task == self._task and task.mm
         if not alive or mm_space(self._kernel, alive).root != self.space.root:
-            raise AttemptFailed(f"{self._name} has died in the guest", OF_THE_TASK)
+            raise AttemptFailed(f"{self.name} has died in the guest", OF_THE_TASK)

@@ -150,11 +150,14 @@ class InHolds(Generic[PagesT]):
         work: Work[PagesT],
         wanted: int,
         then: Look | None = None,
+        *,
         after: Look | None = None,
+        again: bool = True,
     ) -> None:
         # Do `work` on every run of the parts, by several threads, in the hold in which the run was
         # found with the wanted flags; in that hold, do `then` on all runs of a part. `after` is
-        # called when the hold has ended: nothing that may block is done in a hold.
+        # called when the hold has ended: nothing that may block is done in a hold. Unless `again`,
+        # pages that are not found as wanted are left out.
         left = list(batch)
         tries = 0
         stuck = False
@@ -184,7 +187,9 @@ class InHolds(Generic[PagesT]):
                 if len(rest := left_of(part, share.done))
             ]
             stuck = not (done or missed)
-            if missed:
+            if missed and not again:
+                left = _without(left, missed)
+            elif missed:
                 tries += 1
                 self._ask_again(missed, tries)
 
@@ -233,6 +238,16 @@ def _find_and_do(work: Work[PagesT], wanted: int, ready: Ready[PagesT]) -> _Shar
     cut = cut_out(runs, target.spared)
     did = work(ready, cut)
     return _Share(runs, runs if did == total(cut) else first_bytes(runs, cut, did))
+
+
+def _without(parts: Sequence[Part], others: Sequence[Part]) -> list[Part]:
+    # Each target is in each of them at most once.
+    cut = {id(target): pieces for target, pieces in others}
+    left = [
+        (target, left_of(pieces, cut[id(target)]) if id(target) in cut else pieces)
+        for target, pieces in parts
+    ]
+    return [(target, pieces) for target, pieces in left if len(pieces)]
 
 
 def _joined(shares: Sequence[_Share]) -> _Share:

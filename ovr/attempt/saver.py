@@ -8,7 +8,8 @@ after the guest was asked to read them.
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 
-from ovr.attempt.in_holds import ANY_OWNER, InHolds, Ready
+from ovr._fastcopy import OWNED
+from ovr.attempt.in_holds import ANY_OWNER, InHolds, Look, Ready
 from ovr.attempt.sink import Drain, Sink
 from ovr.attempt.targets import Target
 from ovr.memory.extents import Extents, total
@@ -44,6 +45,26 @@ class Saver(InHolds[Drain]):
         parts = [(target, target.pieces) for target in targets]
         for batch in self._batches(parts):
             self._each_run(batch, _copy, ANY_OWNER, after=self._note)
+
+    def save_own(self, target: Target, saved: Look) -> None:
+        """Copy pages of a running task into its sink, but for those that are not its own.
+
+        Args:
+            target: the task.
+            saved: called after each hold with the runs that were copied in it.
+
+        Raises:
+            AttemptFailed: the task has died.
+            GuestFault: page tables of the guest are damaged.
+            OSError: the sink's file system is full, or fails.
+        """
+
+        def after(target: Target, runs: Extents) -> None:
+            saved(target, runs)
+            self._note(target, runs)
+
+        for batch in self._batches([(target, target.pieces)]):
+            self._each_run(batch, _copy, OWNED, after=after, again=False)
 
     def _make_ready(self, target: Target, part: Extents, *, aside: bool) -> Drain:
         assert isinstance(target.source, Sink)

@@ -19,7 +19,7 @@ class Target:
     Attributes:
         name: its name in messages.
         space: the address space in the guest.
-        frames: tells which frames are the target's own.
+        frames: tells which frames are the target's own; None where any will do.
         pieces: a `_fastcopy.PIECE` array; offsets are positions in `source`.
         source: the pages image: a `Source` to be copied from, or a `Sink` to be copied to.
         ask: asks the guest to map pages, given as pieces, once more with their content.
@@ -30,7 +30,7 @@ class Target:
 
     name: str
     space: AddressSpace
-    frames: Frames
+    frames: Frames | None
     pieces: Extents
     source: Source | Sink
     ask: Callable[[Extents], None]

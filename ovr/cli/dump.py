@@ -47,7 +47,7 @@ or let it run on. CRIU alone restores the images, and so does `ovr restore`. Acc
 
 ovr dump -t 4242 -D images/ --vm libvirt:web
 ovr dump -t 4242 -D images/ --vm libvirt:web --dry-run
-ovr dump -t 4242 -D images/ --vm name:web -R --verify full
+ovr dump -t 4242 -D images/ --vm name:web -R --pre-copy --verify full
 OVR_VM=libvirt:web ovr dump -t 4242 -D images/ -W work/ -o dump.log -v4 --tcp-established
 """
 USAGE: Final = "ovr dump -t PID -D DIR --vm VM [option …] [option of criu dump …]"
@@ -68,6 +68,11 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-R", "--leave-running", action=argparse.BooleanOptionalAction, default=False,
         help="let the tree run on",
+    )  # fmt: skip
+    parser.add_argument(
+        "--pre-copy", action=argparse.BooleanOptionalAction, default=False,
+        help="copy pages while the tree runs, so that it is stopped for less time; the images then"
+        " build on those in the subdirectory pre-copy",
     )  # fmt: skip
     parser.add_argument(
         "--verify", choices=VERIFY_MODES, default="sample",
@@ -123,7 +128,8 @@ def _dump(pid: int, options: argparse.Namespace) -> DumpReport:
         with config_in_hints(options, "dump"):
             report = vm.dump(
                 pid, options.images_dir, agent=options.agent,
-                leave_running=options.leave_running, verify=options.verify,
+                leave_running=options.leave_running, pre_copies=options.pre_copy,
+                verify=options.verify,
                 criu_options=options.criu_options, log_level=options.log_level,
                 timeout=options.timeout,
             )  # fmt: skip

@@ -18,8 +18,8 @@ def show(plan: DumpPlan, options: argparse.Namespace) -> None:
         return
     share = plan.bytes_outside / plan.bytes_total if plan.bytes_total else 0
     print(f"outside: {size(plan.bytes_outside)} of {size(plan.bytes_total)} ({share:.2%})")
-    if plan.shared:
-        print(f"{Reason.SHARED.text}: {size(plan.bytes_shared)}")
+    if plan.bytes_written_twice:
+        print(f"of it written by CRIU as well: {size(plan.bytes_written_twice)}")
     for task in plan.tasks:
         print(f"\npid {task.pid} {one_line(task.comm)!r}, {len(task.threads)} threads")
         for reason, count in task.by_reason().items():
@@ -31,7 +31,7 @@ def show(plan: DumpPlan, options: argparse.Namespace) -> None:
     for number, shared in enumerate(plan.shared, 1):
         users = ", ".join(map(str, shared.pids))
         print(f"\nshared memory {number}, mapped by {users}")
-        _line(Reason.SHARED.where, shared.size, Reason.SHARED.text)
+        _line(shared.reason.where, shared.size, shared.reason.text)
 
 
 def _line(where: str, count: int, text: str) -> None:
@@ -51,7 +51,7 @@ def _fields(plan: DumpPlan) -> dict[str, Any]:
         "bytes_total": plan.bytes_total,
         "bytes_outside": plan.bytes_outside,
         "bytes_inside": plan.bytes_inside,
-        "bytes_shared": plan.bytes_shared,
+        "bytes_written_twice": plan.bytes_written_twice,
         "tasks": [
             {
                 "pid": task.pid,
@@ -63,14 +63,19 @@ def _fields(plan: DumpPlan) -> dict[str, Any]:
                         "start": area.start,
                         "end": area.end,
                         "bytes": area.size,
-                        "where": area.reason.where,
-                        "reason": area.reason.name.lower(),
-                        "text": area.reason.text,
+                        **_verdict(area.reason),
                     }
                     for area in task.areas
                 ],
             }
             for task in plan.tasks
         ],
-        "shared": [{"bytes": one.size, "pids": list(one.pids)} for one in plan.shared],
+        "shared": [
+            {"bytes": one.size, "pids": list(one.pids), **_verdict(one.reason)}
+            for one in plan.shared
+        ],
     }
+
+
+def _verdict(reason: Reason) -> dict[str, Any]:
+    return {"where": reason.where, "reason": reason.name.lower(), "text": reason.text}

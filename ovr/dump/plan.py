@@ -1,12 +1,13 @@
-"""Plan a dump: what the host would read, and what is left to the guest's CRIU for which reason.
+"""Plan a dump: what the host would read, and what the guest's CRIU would write for which reason.
 
-CRIU decides by area whether it looks for pages in the parent image set (``generate_vma_iovs`` in
-criu/mem.c); those that it finds there are the host's. The plan makes the same decisions from the
-guest kernel's own structures. It only reads them, and stops nothing: the tree changes meanwhile.
+CRIU decides by area which pages it dumps, and whether it looks for them in the parent image set
+(``generate_vma_iovs`` in criu/mem.c): it writes those that it does not look for, although the host
+reads them as well. The plan makes the same decisions from the guest kernel's own structures. It
+only reads them, and stops nothing: the tree changes meanwhile.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from typing import Final
 
@@ -15,10 +16,13 @@ import numpy as np
 from ovr._fastcopy import OWNED
 from ovr.errors import UsageError
 from ovr.kernel import (
+    VM_HUGETLB,
+    VM_IO,
+    VM_PFNMAP,
     Array,
     Kernel,
     Struct,
-    find_task,
+    container_of,
     for_each_thread,
     for_each_vma,
     is_kernel_thread,
@@ -46,10 +50,7 @@ __all__ = [
 ]
 
 VM_MAYSHARE: Final = 0x80
-VM_PFNMAP: Final = 0x400
-VM_IO: Final = 0x4000
-VM_HUGETLB: Final = 0x0040_0000
-"""include/linux/mm.h."""
+"""include/linux/mm.h: a shared mapping, even if it may not be written to."""
 
 AIO_RING_MAGIC: Final = 0xA10A_10A1
 TMPFS_MAGIC: Final = 0x0102_1994
@@ -58,6 +59,14 @@ HUGETLBFS_MAGIC: Final = 0x9584_58F6
 SB_KERNMOUNT: Final = 1 << 22
 """include/linux/fs.h: a file system that the kernel has mounted for itself."""
 
+_SEALED: Final = 0x8 | 0x10
+"""include/uapi/linux/fcntl.h: F_SEAL_WRITE, F_SEAL_FUTURE_WRITE."""
+_INODES: Final = {
+    TMPFS_MAGIC: "struct shmem_inode_info",
+    HUGETLBFS_MAGIC: "struct hugetlbfs_inode_info",
+}
+
+_PAGE_ANON: Final = 1  # PAGE_MAPPING_ANON, of pages of KSM too
 _USER_END: Final = (1 << 47) - PAGE_SIZE
 """``kdat.task_size`` of CRIU on x86-64: it does not dump the content of areas that end above."""
 _MM_SWAPENTS: Final = 2  # include/linux/mm_types_task.h
@@ -67,14 +76,15 @@ _SLICE: Final = 4 << 30
 
 
 class Reason(IntEnum):
-    """The reason why a page stays inside; `OUTSIDE` pages do not."""
+    """How pages get into the images, and why."""
 
     OUTSIDE = 0
     SHARED = 1
     HUGETLB = 2
     UNREADABLE = 3
     AIO_RING = 4
-    HIGH = 5
+    SEALED = 5
+    HIGH = 6
 
     @property
     def text(self) -> str:
@@ -84,15 +94,21 @@ class Reason(IntEnum):
     @property
     def where(self) -> str:
         """``outside``, ``inside``, or ``lost``: in no image."""
-        return {Reason.OUTSIDE: "outside", Reason.HIGH: "lost"}.get(self, "inside")
+        return {Reason.SEALED: "inside", Reason.HIGH: "lost"}.get(self, "outside")
+
+    @property
+    def twice(self) -> bool:
+        """Whether CRIU writes the pages in the guest, although they are read outside."""
+        return self in (Reason.SHARED, Reason.HUGETLB, Reason.UNREADABLE, Reason.AIO_RING)
 
 
 _TEXTS: Final = {
     Reason.OUTSIDE: "read from outside",
-    Reason.SHARED: "shared memory: CRIU saves each object once, whatever the parent has",
-    Reason.HUGETLB: "private hugetlb pages: CRIU does not look for them in the parent",
-    Reason.UNREADABLE: "the task may not read it: CRIU does not look for it in the parent",
-    Reason.AIO_RING: "AIO ring: CRIU does not look for it in the parent",
+    Reason.SHARED: "shared memory, which CRIU always writes, too",
+    Reason.HUGETLB: "private hugetlb pages, which CRIU always writes, too",
+    Reason.UNREADABLE: "pages that the task may not read, which CRIU always writes, too",
+    Reason.AIO_RING: "AIO ring, which CRIU always writes, too",
+    Reason.SEALED: "a memfd that is sealed against writing: written by CRIU",
     Reason.HIGH: "areas above 47 bits: CRIU does not dump their content, they become zeros",
 }
 
@@ -120,7 +136,7 @@ class TaskPlan:
         pid: its pid in the guest's initial pid namespace.
         comm: its name.
         threads: ids of its threads, itself included.
-        areas: its areas with pages, but for shared memory.
+        areas: its areas with private pages.
         swapped: bytes in swap, which are not in `areas`; the kernel counts them approximately.
     """
 
@@ -145,15 +161,20 @@ class SharedPlan:
     Attributes:
         size: bytes of its pages, those in swap too.
         pids: the tasks that map it, as in `TaskPlan`.
+        reason: the verdict on it.
     """
 
     size: int
     pids: tuple[int, ...]
+    reason: Reason
 
 
 @dataclass(frozen=True)
 class DumpPlan:
-    """The plan for a tree; bytes are page bytes, as in `ovr.dump.report.DumpReport`."""
+    """The plan for a tree; bytes are page bytes, as in `ovr.dump.report.DumpReport`.
+
+    Memfds that no task has mapped are not known.
+    """
 
     tasks: tuple[TaskPlan, ...]
     shared: tuple[SharedPlan, ...]
@@ -161,30 +182,30 @@ class DumpPlan:
     @property
     def bytes_outside(self) -> int:
         """Bytes that are read from outside."""
-        return self.by_reason().get(Reason.OUTSIDE, 0)
+        return sum(size for reason, size in self.by_reason().items() if reason.where == "outside")
 
     @property
     def bytes_inside(self) -> int:
-        """Bytes that CRIU saves, without shared memory."""
-        found = self.by_reason()
-        return sum(size for reason, size in found.items() if reason.where == "inside")
+        """Bytes that CRIU writes and the agent sends."""
+        return sum(size for reason, size in self.by_reason().items() if reason.where == "inside")
 
     @property
     def bytes_total(self) -> int:
-        """Bytes of all pages, without shared memory."""
+        """Bytes of all pages in the images."""
         return self.bytes_outside + self.bytes_inside
 
     @property
-    def bytes_shared(self) -> int:
-        """Bytes of shared memory, each object once."""
-        return sum(one.size for one in self.shared)
+    def bytes_written_twice(self) -> int:
+        """Bytes that are read from outside, and written by CRIU as well."""
+        return sum(size for reason, size in self.by_reason().items() if reason.twice)
 
     def by_reason(self) -> dict[Reason, int]:
-        """Return the bytes of each verdict in all tasks."""
+        """Return the bytes of each verdict, of all tasks and of shared memory."""
         found: dict[Reason, int] = {}
-        for task in self.tasks:
-            for reason, size in task.by_reason().items():
-                found[reason] = found.get(reason, 0) + size
+        pages = [(area.reason, area.size) for task in self.tasks for area in task.areas]
+        pages += [(one.reason, one.size) for one in self.shared]
+        for reason, size in pages:
+            found[reason] = found.get(reason, 0) + size
         return dict(sorted(found.items()))
 
 
@@ -197,8 +218,9 @@ class Mapping:
         file: whether a file is mapped.
         anonymous: whether its pages are anonymous from the start (``vma_is_anonymous()``).
         magic: ``s_magic`` of the file's file system.
-        memory: whether the file is one of the kernel's own tmpfs or hugetlbfs: anonymous shared
+        memory: whether the file is in the kernel's own tmpfs or hugetlbfs: anonymous shared
             memory, a SysV segment, or a memfd.
+        sealed: whether such a file is sealed against writing.
         inode: GVA of the file's inode.
         size: bytes of such a file.
     """
@@ -210,6 +232,7 @@ class Mapping:
     anonymous: bool = False
     magic: int = 0
     memory: bool = False
+    sealed: bool = False
     inode: int = 0
     size: int = 0
 
@@ -220,15 +243,13 @@ class Mapping:
 
 
 def judge(one: Mapping) -> Reason | None:
-    """Return the verdict on the pages of a mapping; None if CRIU saves none of them.
+    """Return the verdict on the private pages of a mapping; None if CRIU dumps none of them.
 
     ``vma_area_is_private``, ``should_dump_page`` and ``generate_vma_iovs`` of CRIU.
     """
     if one.magic == AIO_RING_MAGIC:
         return Reason.AIO_RING
-    if one.flags & VM_MAYSHARE:
-        return Reason.SHARED if one.memory else None
-    if one.flags & (VM_IO | VM_PFNMAP):
+    if one.flags & (VM_MAYSHARE | VM_IO | VM_PFNMAP):
         return None
     if one.end > _USER_END:
         return Reason.HIGH
@@ -240,12 +261,13 @@ def judge(one: Mapping) -> Reason | None:
 @dataclass
 class _Shared:
     size: int
+    sealed: bool
     pids: list[int] = field(default_factory=list)
 
 
 @types_that_fit()
-def tree_to_dump(kernel: Kernel, pid: int) -> list[int]:
-    """Return the pids of a tree, in the pid namespace of its root, the root first.
+def tree_to_dump(kernel: Kernel, pid: int) -> list[tuple[int, Struct]]:
+    """Return the tasks of a tree as `tree_of` does.
 
     Args:
         kernel: the guest's kernel.
@@ -255,13 +277,12 @@ def tree_to_dump(kernel: Kernel, pid: int) -> list[int]:
         UsageError: there is no such process, or it is a kernel thread.
         GuestFault: invalid kernel objects in the guest, each time they are read.
     """
-    pids = tree_of(kernel, pid)
-    root = find_task(kernel, pid)
-    if not pids or root is None:
+    found = tree_of(kernel, pid)
+    if not found:
         raise UsageError(f"the guest has no process {pid}", "ovr ps shows its processes")
-    if is_kernel_thread(root):
+    if is_kernel_thread(found[0][1]):
         raise UsageError(f"pid {pid} is a kernel thread", "ovr ps shows these in brackets")
-    return pids
+    return found
 
 
 @types_that_fit()
@@ -277,17 +298,13 @@ def plan_dump(kernel: Kernel, pid: int) -> DumpPlan:
         GuestFault: invalid kernel objects in the guest, each time they are read.
         KernelNotFound: invalid types of its kernel.
     """
-    pids = tree_to_dump(kernel, pid)
-    root = find_task(kernel, pid)
-    tasks: list[TaskPlan] = []
     shared: dict[int, _Shared] = {}
-    for member in pids:
-        task = find_task(kernel, member, root) if root else None
-        if task is not None:  # it may have ended meanwhile
-            tasks.append(_plan_task(kernel, task, shared))
-    return DumpPlan(
-        tuple(tasks), tuple(SharedPlan(one.size, tuple(one.pids)) for one in shared.values())
-    )
+    tasks = [_plan_task(kernel, task, shared) for _, task in tree_to_dump(kernel, pid)]
+    objects = [
+        SharedPlan(one.size, tuple(one.pids), Reason.SEALED if one.sealed else Reason.SHARED)
+        for one in shared.values()
+    ]
+    return DumpPlan(tuple(tasks), tuple(objects))
 
 
 def _plan_task(kernel: Kernel, task: Struct, shared: dict[int, _Shared]) -> TaskPlan:
@@ -298,14 +315,18 @@ def _plan_task(kernel: Kernel, task: Struct, shared: dict[int, _Shared]) -> Task
         return TaskPlan(pid, comm, threads)
     private: list[tuple[Mapping, Reason]] = []
     for one in settled(lambda: [_describe(vma) for vma in for_each_vma(mm)]):
-        reason = judge(one)
-        if reason is Reason.SHARED:
-            users = shared.setdefault(one.inode, _Shared(one.size)).pids
+        if one.size:  # of a memfd that is mapped privately, too
+            users = shared.setdefault(one.inode, _Shared(one.size, one.sealed)).pids
             if pid not in users:
                 users.append(pid)
-        elif reason is not None:
+        if (reason := judge(one)) is not None:
             private.append((one, reason))
-    sizes = _sizes(mm_space(kernel, mm), kernel.anonymous_frames, [one for one, _ in private])
+    # CRIU dumps pages of KSM, and those under writeback, like all others.
+    anonymous = replace(
+        kernel.anonymous_frames, folio_mask=0, folio_value=0, mapping_mask=_PAGE_ANON,
+        mapping_value=_PAGE_ANON,
+    )  # fmt: skip
+    sizes = _sizes(mm_space(kernel, mm), anonymous, [one for one, _ in private])
     areas = tuple(
         Area(one.start, one.end, size, reason)
         for (one, reason), size in zip(private, sizes, strict=True)
@@ -321,10 +342,13 @@ def _describe(vma: Struct) -> Mapping:
     inode = vma.vm_file.f_inode
     magic, mounted = inode.i_sb.s_magic, inode.i_sb.s_flags
     memory = magic in (TMPFS_MAGIC, HUGETLBFS_MAGIC) and bool(mounted & SB_KERNMOUNT)
-    size = inode.i_blocks * _SECTOR if memory else 0
+    if not memory:
+        return Mapping(start, end, flags, file=True, magic=magic)
+    seals = container_of(inode, _INODES[magic], "vfs_inode").seals
     return Mapping(
-        start, end, flags, file=True, magic=magic, memory=memory, inode=inode.address_, size=size
-    )
+        start, end, flags, file=True, magic=magic, memory=True, sealed=bool(seals & _SEALED),
+        inode=inode.address_, size=inode.i_blocks * _SECTOR,
+    )  # fmt: skip
 
 
 def _sizes(space: AddressSpace, anonymous: Frames, areas: Sequence[Mapping]) -> list[int]:

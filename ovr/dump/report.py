@@ -7,7 +7,7 @@ from typing import Any
 
 from ovr.attempt.attempt import Attempt
 from ovr.attempt.stopwatch import Span, Stopwatch
-from ovr.dump.memory import TaskPages
+from ovr.dump.memory import Placed
 from ovr.errors import ImagesDamaged, ImagesUnsupported
 from ovr.images.stats import DumpStatsEntry, dump_stats
 from ovr.memory.addresses import PAGE_SIZE
@@ -20,15 +20,18 @@ log = logging.getLogger("ovr.dump")
 
 @dataclass
 class DumpReport:
-    """One dump. Bytes are page bytes of all tasks, without shared memory; times are seconds.
+    """One dump. Bytes are page bytes of all tasks and of shared memory; times are seconds.
 
     Attributes:
         pid: the root task's pid, in the guest's initial pid namespace.
         tasks: number of tasks with memory.
         left_running: whether the tree runs on.
+        bytes_total: size of all pages in the images.
         bytes_outside: bytes that were read from the VM's RAM.
-        bytes_inside: bytes that CRIU has written: what was written to after it was asked, and
-            pages that it always writes.
+        bytes_pre_copied: of those, what was read while the tree ran, and had not changed since.
+        bytes_inside: bytes that CRIU has written and the agent has sent.
+        bytes_written_twice: of `bytes_outside`, what CRIU has written as well: what was written to
+            since it was tracked, shared memory, and pages that it always writes.
         frozen: seconds that the tree did not run, as CRIU measured them.
         verified: ``none``, ``sample`` or ``full``.
         held: as for a restore.
@@ -41,8 +44,11 @@ class DumpReport:
     pid: int = 0
     tasks: int = 0
     left_running: bool = False
+    bytes_total: int = 0
     bytes_outside: int = 0
+    bytes_pre_copied: int = 0
     bytes_inside: int = 0
+    bytes_written_twice: int = 0
     frozen: float = 0.0
     verified: str = "none"
     bytes_verified: int = 0
@@ -52,11 +58,6 @@ class DumpReport:
     holds: Sequence[Span] = ()
     stats: DumpStatsEntry = field(default_factory=DumpStatsEntry)
     unread_config: Mapping[str, str] = field(default_factory=dict)
-
-    @property
-    def bytes_total(self) -> int:
-        """Page bytes of all tasks."""
-        return self.bytes_outside + self.bytes_inside
 
     @property
     def copy_gb_per_s(self) -> float:
@@ -72,7 +73,9 @@ class DumpReport:
             "left_running": self.left_running,
             "bytes_total": self.bytes_total,
             "bytes_outside": self.bytes_outside,
+            "bytes_pre_copied": self.bytes_pre_copied,
             "bytes_inside": self.bytes_inside,
+            "bytes_written_twice": self.bytes_written_twice,
             "frozen": round(self.frozen, 6),
             "verify": self.verified,
             "bytes_verified": self.bytes_verified,
@@ -91,7 +94,8 @@ class DumpReport:
 
 def make_report(
     pid: int,
-    tasks: Sequence[TaskPages],
+    placed: Sequence[Placed],
+    fetched: Sequence[Placed],
     attempt: Attempt,
     stats: bytes,
     *,
@@ -104,7 +108,8 @@ def make_report(
 
     Args:
         pid: the root task.
-        tasks: their pages.
+        placed: the pages that were read outside.
+        fetched: those that CRIU has written.
         attempt: committed.
         stats: CRIU's ``stats-dump``, empty if it has left none.
         watch: the times.
@@ -113,30 +118,37 @@ def make_report(
         unread_config: CRIU's configuration files in the guest.
     """
     watch.seconds["total"] = watch.total()
-    report = DumpReport(
+    outside = sum(total(one.dumped.pagemap.entries) for one in placed)
+    inside = sum(total(one.dumped.pagemap.entries) for one in fetched)
+    pre_copied = outside - sum(total(one.pieces) for one in placed)
+    private = sum(total(one.dumped.pagemap.entries) for one in placed if not one.dumped.shared)
+    result = _stats(stats, private, pre_copied, watch.seconds.get("memory", 0.0))
+    return DumpReport(
         pid=pid,
-        tasks=len(tasks),
+        tasks=sum(not one.dumped.shared for one in placed),
         left_running=left_running,
-        bytes_outside=sum(total(one.pieces) for one in tasks),
-        bytes_inside=sum(one.inside for one in tasks),
+        bytes_total=outside + inside,
+        bytes_outside=outside,
+        bytes_pre_copied=pre_copied,
+        bytes_inside=inside,
+        bytes_written_twice=outside - sum(total(one.dumped.clean) for one in placed),
+        frozen=result.frozen_time / 1e6,
         verified=verified[0],
         bytes_verified=verified[1],
         seconds=watch.seconds,
         held=attempt.holder.as_json(),
         spans=tuple(watch.spans),
         holds=tuple(watch.span("held", *times) for times in attempt.holder.spans),
+        stats=result,
         unread_config=unread_config,
     )
-    report.stats = _stats(stats, report)
-    report.frozen = report.stats.frozen_time / 1e6
-    return report
 
 
-def _stats(data: bytes, report: DumpReport) -> DumpStatsEntry:
+def _stats(data: bytes, private: int, pre_copied: int, memory: float) -> DumpStatsEntry:
     # The dump is done: bad statistics are no failure.
-    pages, memory = report.bytes_total // PAGE_SIZE, report.seconds.get("memory", 0.0)
+    written, skipped = (private - pre_copied) // PAGE_SIZE, pre_copied // PAGE_SIZE
     try:
-        return dump_stats(data, pages=pages, memory=memory)
+        return dump_stats(data, written=written, skipped=skipped, memory=memory)
     except (ImagesDamaged, ImagesUnsupported) as error:
         log.warning("the statistics of the guest's CRIU are invalid: %s", error)
-        return dump_stats(b"", pages=pages, memory=memory)
+        return dump_stats(b"", written=written, skipped=skipped, memory=memory)

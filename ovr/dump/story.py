@@ -7,14 +7,20 @@ from pathlib import Path
 from ovr.attempt.attempt import Attempt
 from ovr.attempt.copier import VERIFY_MODES
 from ovr.attempt.stopwatch import Stopwatch
-from ovr.dump.memory import place_pages, targets_of
 from ovr.dump.output import Output, writable
 from ovr.dump.parent import parent_images
 from ovr.dump.plan import tree_to_dump
+from ovr.dump.precopy import Copies, pre_copy
+from ovr.dump.received import Received
 from ovr.dump.report import DumpReport, make_report
+from ovr.dump.stop import place_pages, save_inside
+from ovr.dump.targets import targets_of
 from ovr.dump.verify import verify_pages
 from ovr.errors import UsageError
 from ovr.guest.client.failures import criu_lacked
+from ovr.images import ImageSet
+from ovr.images.shared import shared_memory
+from ovr.kernel import tree_of
 from ovr.memory.extents import total
 from ovr.vm.attach import AttachedVm
 
@@ -28,6 +34,7 @@ def dump(
     *,
     agent: str | None = None,
     leave_running: bool = False,
+    pre_copies: bool = False,
     verify: str = "sample",
     criu_options: Sequence[str] = (),
     log_level: int = 2,
@@ -42,6 +49,8 @@ def dump(
         images: the directory for the images; it has none yet.
         agent: the agent's address; None: as the VM's devices say.
         leave_running: let the tree run on.
+        pre_copies: copy pages while the tree runs; the images then build on those in a
+            subdirectory, as after a pre-dump of CRIU.
         verify: compare none of the memory, a ``sample``, or all (``full``).
         criu_options: further options for the guest's ``criu dump``.
         log_level: CRIU's ``-v``.
@@ -55,30 +64,40 @@ def dump(
     if verify not in VERIFY_MODES:
         raise UsageError(f"no way to verify called {verify!r}", f"take {', '.join(VERIFY_MODES)}")
     watch = watch or Stopwatch()
-    with Output(images) as output, ExitStack() as sinks, Attempt(vm, agent) as attempt:
-        with watch("plan"):
-            parent = parent_images(tree_to_dump(vm.kernel, pid), vm.kernel.space.levels)
+    with Output(images) as output, ExitStack() as stack, Attempt(vm, agent) as attempt:
+        with watch("pre-copy"):
+            tree_to_dump(vm.kernel, pid)
+            copies = Copies()
+            if pre_copies:
+                copies = pre_copy(attempt, pid, output.parent(), lambda count: None)
         unread = attempt.agent.criu_config()
         with watch("images"), criu_lacked(unread):
+            received = Received(output.images)
+            parent = parent_images(
+                [number for number, _ in tree_of(vm.kernel, pid)], vm.kernel.space.levels
+            )
             attempt.begin(
                 lambda agent: agent.dump(
-                    pid, parent, output.save, criu_options=criu_options,
+                    pid, parent, received.save, criu_options=criu_options, tracked=pre_copies,
                     leave_running=leave_running, log_level=log_level, timeout=timeout,
                 )
             )  # fmt: skip
-            tasks = place_pages(output, sinks)
+            received.check_complete()
+            placed = place_pages(attempt, received, output.images, copies, stack)
         with watch("memory"):
-            targets = [*targets_of(tasks, attempt.tree(), attempt.agent)]
-            saver = attempt.saver(watch.counter(sum(total(one.pieces) for one in tasks)))
+            saved = stack.enter_context(ImageSet.open(output.images.path))
+            objects = {one.shmid: one for one in shared_memory(saved)}
+            outside = save_inside(attempt.agent, placed, objects, output.images)
+            fetched = [one for one in placed if one not in outside]
+            targets = [*targets_of(outside, objects, attempt.tree(), attempt.agent)]
+            saver = attempt.saver(watch.counter(sum(total(target.pieces) for target in targets)))
             with writable(images):
                 saver.save(targets)
         with watch("verify"):
-            compared = verify_pages(attempt, targets, verify)
-        with watch("commit"):
-            output.complete()
-            output.keep()
+            compared = verify_pages(attempt, [*targets, *copies.targets(stack)], verify)
+        with watch("commit"), output.committing():
             stats = attempt.commit(lambda agent: agent.end_dump())
         return make_report(
-            pid, tasks, attempt, stats, watch=watch, left_running=leave_running,
+            pid, outside, fetched, attempt, stats, watch=watch, left_running=leave_running,
             verified=(verify, compared), unread_config=unread,
         )  # fmt: skip

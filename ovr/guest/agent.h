@@ -202,7 +202,8 @@ void config_message(struct session *session);
 
 /* hook.c */
 #define HOOK_SOCKET "OVR_HOOK_SOCKET"
-#define HOOK_GO 'g' /* the agent's only answer: continue */
+#define HOOK_GO 'g'    /* the agent's answer: continue */
+#define HOOK_TRACK 't' /* clear the tree's soft-dirty bits, and continue */
 
 struct hook_report {
 	int32_t root, criu; /* root 0: another action than pre-resume and post-dump */

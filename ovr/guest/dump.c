@@ -15,7 +15,8 @@
 /* The images that are sent to the host. */
 static struct {
 	DIR *files;
-	int fd; /* the present one, or -1 */
+	int fd;      /* the present one, or -1 */
+	bool single; /* it is the only one */
 	char name[NAME_MAX + 1];
 } sending = {.fd = -1};
 
@@ -25,6 +26,7 @@ void dump_forget(void)
 	if (sending.files)
 		closedir(sending.files);
 	sending.files = NULL;
+	sending.single = false;
 }
 
 static pid_t start_criu(const struct message *message)
@@ -43,22 +45,38 @@ static pid_t start_criu(const struct message *message)
 	return pid;
 }
 
-void dump_begin(struct session *session, const struct message *message)
+static bool good_pid(struct session *session, const struct message *message)
 {
 	uint64_t pid = message_uint(message, KEY_PID);
 
-	if (!restore_in_phase(session, UPLOADING))
+	if (pid > 1 && pid <= INT_MAX)
+		return true;
+	session_break(session, CODE_TASK, "there is no such process to dump");
+	return false;
+}
+
+void dump_track(struct session *session, const struct message *message)
+{
+	struct writer writer;
+
+	if (!restore_in_phase(session, IDLE) || !good_pid(session, message))
 		return;
-	if (pid < 2 || pid > INT_MAX) {
-		session_break(session, CODE_TASK, "there is no such process to dump");
+	tree_clear_refs((pid_t)message_uint(message, KEY_PID));
+	writer = session_writer(session, OP_TRACKED);
+	session_send(session, &writer);
+}
+
+void dump_begin(struct session *session, const struct message *message)
+{
+	if (!restore_in_phase(session, UPLOADING) || !good_pid(session, message))
 		return;
-	}
 	if (!hook_listen() || !directory_make_dump(&restore.directory)) {
 		session_break(session, code_of_errno(errno), "cannot prepare the dump: %s",
 			      strerror(errno));
 		return;
 	}
 	restore.dump = true;
+	restore.tracked = message_uint(message, KEY_TRACKED);
 	restore.child = start_criu(message);
 	if (restore.child < 0) {
 		restore_refuse_start(session, errno);
@@ -69,13 +87,30 @@ void dump_begin(struct session *session, const struct message *message)
 
 /* ------------------------------------------------------------------------ images */
 
+static bool open_image(const char *name)
+{
+	int fd = openat(restore.directory.dump, name,
+			O_RDONLY | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC);
+	struct stat stat;
+
+	/* Not ".", "..", and the link to the parent */
+	if (fd < 0 || fstat(fd, &stat) < 0 || !S_ISREG(stat.st_mode)) {
+		close_fd(&fd);
+		return false;
+	}
+	sending.fd = fd;
+	snprintf(sending.name, sizeof(sending.name), "%s", name);
+	return true;
+}
+
 /* Open the next image. False if there is none, or on an error, which aborts the dump. */
 static bool next_image(void)
 {
 	struct dirent *entry;
-	struct stat stat;
 	int again;
 
+	if (sending.single)
+		return false;
 	if (!sending.files) {
 		again = openat(restore.directory.dump, ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
 		sending.files = again < 0 ? NULL : fdopendir(again);
@@ -85,19 +120,9 @@ static bool next_image(void)
 			return false;
 		}
 	}
-	errno = 0;
-	while ((entry = readdir(sending.files))) {
-		int fd = openat(restore.directory.dump, entry->d_name,
-				O_RDONLY | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC);
-
-		/* All but ".", ".." and the link to the parent */
-		if (fd >= 0 && fstat(fd, &stat) == 0 && S_ISREG(stat.st_mode)) {
-			sending.fd = fd;
-			snprintf(sending.name, sizeof(sending.name), "%s", entry->d_name);
+	while ((entry = readdir(sending.files)))
+		if (strncmp(entry->d_name, PAGES, strlen(PAGES)) && open_image(entry->d_name))
 			return true;
-		}
-		close_fd(&fd);
-	}
 	return false;
 }
 
@@ -130,6 +155,22 @@ void dump_send_images(void)
 			hook_report_stopped();
 		}
 	}
+}
+
+void dump_fetch(struct session *session, const struct message *message)
+{
+	char name[MAX_STRING];
+
+	if (!restore_in_phase(session, HELD))
+		return;
+	message_str(message, KEY_NAME, name);
+	if (!restore.dump || strncmp(name, PAGES, strlen(PAGES)) || strchr(name, '/') ||
+	    strlen(name) > NAME_MAX || !open_image(name)) {
+		session_refuse(session, CODE_IMAGES, "there is no such pages image");
+		return;
+	}
+	sending.single = true;
+	restore.phase = SAVING;
 }
 
 /* ------------------------------------------------------------------------ end */

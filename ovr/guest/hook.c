@@ -136,11 +136,11 @@ static int before_dump(void)
 {
 	const char *text = getenv("CRTOOLS_INIT_PID");
 	pid_t root = text ? atoi(text) : 0;
+	char word = root > 1 ? ask(0, getppid(), ANSWER_MS) : 0;
 
-	if (root < 2 || ask(0, getppid(), ANSWER_MS) != HOOK_GO)
-		return 1;
-	tree_clear_refs(root);
-	return 0;
+	if (word == HOOK_TRACK)
+		tree_clear_refs(root);
+	return word == HOOK_TRACK || word == HOOK_GO ? 0 : 1;
 }
 
 int hook_main(const char *action)

@@ -176,7 +176,7 @@ static void go(struct session *session)
 	if (!restore.engine && !restore.dump)
 		hook_reset_priorities();
 	restore.phase = RELEASED;
-	if (!hook_say_go()) {
+	if (!hook_say(HOOK_GO)) {
 		restore.phase = HELD;
 		prctl(PR_SET_CHILD_SUBREAPER, !restore.engine && !restore.dump);
 		restore_abort(CODE_HOOK, "the hook died");
@@ -229,8 +229,14 @@ void restore_message(struct session *session, const struct message *message)
 	case OP_BEGIN:
 		begin(session, message);
 		break;
+	case OP_TRACK:
+		dump_track(session, message);
+		break;
 	case OP_DUMP:
 		dump_begin(session, message);
+		break;
+	case OP_FETCH:
+		dump_fetch(session, message);
 		break;
 	case OP_TOUCH:
 	case OP_MAP:

@@ -29,7 +29,7 @@ struct restore {
 	int listener, hook;
 	pid_t child; /* CRIU, or an engine that starts it, or a cleanup step */
 	pid_t criu, root;
-	bool engine, dump;
+	bool engine, dump, tracked;
 	struct engine_criu theirs; /* the engine's CRIU, once its hook has connected */
 	bool child_ended, keep_log, warm, engine_killed;
 	bool grace; /* silence is not declared before unread input was read */
@@ -56,8 +56,8 @@ void hook_watch(struct loop *loop);
 void hook_report_stopped(void);
 /* Reset the priorities of CRIU and the tree. */
 void hook_reset_priorities(void);
-/* Answer the hook with HOOK_GO; false if it is gone. */
-bool hook_say_go(void);
+/* Answer the hook; false if it is gone. */
+bool hook_say(char word);
 
 /* restore_end.c */
 bool restore_criu_ended(void);
@@ -70,7 +70,9 @@ void restore_child_ended(void);
 void restore_engine_too_late(void);
 
 /* dump.c */
+void dump_track(struct session *session, const struct message *message);
 void dump_begin(struct session *session, const struct message *message);
+void dump_fetch(struct session *session, const struct message *message);
 /* Send images as long as the session has room; then report the tree. */
 void dump_send_images(void);
 void dump_report_success(void);

@@ -76,10 +76,8 @@ static bool adopt(pid_t criu)
 	return true;
 }
 
-bool hook_say_go(void)
+bool hook_say(char word)
 {
-	char word = HOOK_GO;
-
 	return send(restore.hook, &word, 1, MSG_NOSIGNAL | MSG_DONTWAIT) == 1;
 }
 
@@ -109,7 +107,7 @@ static void on_hook(int fd, short events, void *context)
 		restore_abort(CODE_CRIU, "the hook was run by another criu than the engine's");
 	} else if (report.root == 0) {
 		/* pre-restore, post-restore or pre-dump: the agent's presence is enough */
-		hook_say_go();
+		hook_say(restore.dump && !restore.tracked ? HOOK_TRACK : HOOK_GO);
 		close_fd(&restore.hook);
 	} else if (report.criu != restore.criu) {
 		restore_abort(CODE_CRIU, "the tree is held by another criu than the agent's");

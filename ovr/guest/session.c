@@ -246,7 +246,9 @@ void session_dispatch(struct session *session, const uint8_t *body, size_t size)
 	case OP_CONFIG:
 	case OP_FILES:
 	case OP_BEGIN:
+	case OP_TRACK:
 	case OP_DUMP:
+	case OP_FETCH:
 	case OP_TOUCH:
 	case OP_MAP:
 	case OP_GO:

@@ -174,6 +174,7 @@ def header() -> str:
     lines += [f'#define PROOF_OF_HOST "{protocol.PROOF_OF_HOST.decode()}"']
     lines += [f'#define PROOF_OF_AGENT "{protocol.PROOF_OF_AGENT.decode()}"']
     lines += [f'#define ENGINE_ARCHIVE "{protocol.ENGINE_ARCHIVE}"']
+    lines += [f'#define PAGES "{dump_protocol.PAGES}"']
     lines += [f'#define HOOK_HELD "{protocol.HOOK_HELD}"']
     lines += [f"#define {name} {value}" for name, value in limits.items()]
     lines += ["", "enum touching {", *(f"\tTOUCH_{how.name} = {how}," for how in Touching), "};"]

@@ -86,16 +86,17 @@ def restore_stats(*, pages: int, forking: float, total: float) -> RestoreStatsEn
     )
 
 
-def dump_stats(data: bytes, *, pages: int, memory: float) -> DumpStatsEntry:
+def dump_stats(data: bytes, *, written: int, skipped: int, memory: float) -> DumpStatsEntry:
     """Return the statistics of a dump whose pages the host has read.
 
-    CRIU counts these pages as skipped, because they are in the parent image set, and its times
-    are without theirs. Only the time in which the tree was frozen is whole: it ends after the
-    post-dump hook, in which the host reads.
+    CRIU counts these pages as skipped, because they are in the parent image set that it was given,
+    and its times are without theirs. Only the time in which the tree was frozen is whole: it ends
+    after the post-dump hook, in which the host reads. CRIU counts shared memory apart.
 
     Args:
         data: ``stats-dump`` of the guest's CRIU; empty if there is none.
-        pages: number of pages saved, outside and inside.
+        written: number of private pages in these images.
+        skipped: number of private pages in the images that these build on.
         memory: seconds in which the host read pages and wrote them.
 
     Raises:
@@ -107,8 +108,8 @@ def dump_stats(data: bytes, *, pages: int, memory: float) -> DumpStatsEntry:
         stats = DumpStatsEntry(freezing_time=0, frozen_time=0, pages_scanned=0)
     stats.memdump_time = _microseconds(stats.memdump_time / 1e6 + memory)
     stats.memwrite_time = _microseconds(stats.memwrite_time / 1e6 + memory)
-    stats.pages_skipped_parent = 0
-    stats.pages_written = pages
+    stats.pages_skipped_parent = skipped
+    stats.pages_written = written
     stats.pages_lazy = 0
     return stats
 

@@ -15,6 +15,9 @@ from ovr.kernel.kernel import Kernel
 from ovr.kernel.linux.creds import capabilities, in_own_user_ns, why_not_root
 from ovr.kernel.linux.list import list_for_each_entry
 from ovr.kernel.linux.mm import (
+    VM_HUGETLB,
+    VM_IO,
+    VM_PFNMAP,
     Vma,
     anon_vma_users,
     find_vma,
@@ -51,6 +54,9 @@ from ovr.kernel.types.view import (
 )
 
 __all__ = [
+    "VM_HUGETLB",
+    "VM_IO",
+    "VM_PFNMAP",
     "Array",
     "DoesNotFit",
     "Kernel",

@@ -147,6 +147,12 @@ class Kernel:
         return self.object(GLOBALS[name], self.symbol(name))
 
     @cached_property
+    def anonymous_frames(self) -> Frames:
+        """Frames of anonymous pages, whoever shares them: ``PageAnon(page) && !PageKsm(page)``."""
+        any_flag = (1 << 64) - 1
+        return replace(self.private_frames, page_mask=0, dirty_mask=any_flag)
+
+    @cached_property
     @types_that_fit()
     def private_frames(self) -> Frames:
         """Frames owned by a single process, whose content reclaim keeps after a write.
@@ -193,25 +199,6 @@ class Kernel:
         if not 0 <= number < 64:
             raise KernelNotFound(f"the guest kernel's {name} is bit {number} of page->flags")
         return 1 << number
-
-    @cached_property
-    @types_that_fit()
-    def anonymous_frames(self) -> Frames:
-        """Frames of anonymous pages, whoever has them and whatever happens to them: ``PageAnon``.
-
-        To count pages, not to write to them. Pages of KSM are anonymous, those of zeros are not.
-        """
-        return replace(
-            self.private_frames,
-            page_mask=0,
-            folio_mask=0,
-            folio_value=0,
-            mapping_mask=_MAPPING_ANON,
-            mapping_value=_MAPPING_ANON,
-            dirty_mask=(1 << 64) - 1,  # every anonymous folio in a page table has PG_uptodate
-            clean_mask=0,
-            clean_value=0,
-        )
 
     @types_that_fit()
     def anon_frames(self, anon_vma: Gva) -> Frames:

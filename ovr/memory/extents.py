@@ -29,6 +29,7 @@ __all__ = [
     "ends_of",
     "file_ranges",
     "first_bytes",
+    "joined",
     "left_of",
     "on_same_frames",
     "pages_in",
@@ -137,6 +138,17 @@ def as_pieces(runs: Extents) -> Extents:
     for name in ("gva", "size", "offset"):
         pieces[name] = runs[name]
     return pieces
+
+
+def joined(extents: Extents) -> Extents:
+    """Return the extents with neighbours of the same ``flags`` as one; offsets are the first's."""
+    if not len(extents):
+        return extents
+    apart = extents["gva"][1:] != ends_of(extents)[:-1]
+    first = np.append(True, apart | (extents["flags"][1:] != extents["flags"][:-1]))
+    whole: Extents = extents[first].copy()
+    whole["size"] = np.add.reduceat(extents["size"], np.flatnonzero(first))
+    return whole
 
 
 def with_flags(runs: Extents, wanted: int) -> Extents:

@@ -8,11 +8,11 @@ page table leads to the object's pages: the restored tasks show no trace of it.
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import NamedTuple
 
 import numpy as np
 
-from ovr.attempt.alive import OF_THE_TASK, Alive
+from ovr.attempt.alive import Alive
+from ovr.attempt.shared_object import mapper, reach
 from ovr.attempt.targets import Family, Target
 from ovr.errors import AttemptFailed
 from ovr.guest.client.agent import Agent
@@ -23,8 +23,6 @@ from ovr.kernel import (
     Kernel,
     Struct,
     anon_vma_users,
-    find_task,
-    find_vma,
     for_each_vma,
     mm_space,
     settled,
@@ -231,7 +229,7 @@ def _of_shared(
 ) -> Iterator[Target]:
     if not plan.bytes_outside:
         return
-    there = _reach(plan, guest)
+    there = reach(plan.shared, guest)
     ranges = plan.to_touch()
     if not len(ranges) or int(ranges["end"][-1]) > there.size:
         raise AttemptFailed(
@@ -241,7 +239,7 @@ def _of_shared(
         )
     mapped = agent.map(there.pid, there.way, there.size, _starts_and_sizes(ranges))
     name = f"shared memory {plan.shared.shmid}"
-    check = _mapper(name, guest.kernel, mapped.pid)
+    check = mapper(name, guest.kernel, mapped.pid)
 
     def ask(pieces: Extents) -> None:
         agent.touch([Portion(mapped.pid, Touching.KEEP, pieces[["gva", "size"]].tolist())])
@@ -258,41 +256,3 @@ def _of_shared(
             ask=ask,
             check=check,
         )
-
-
-class _Object(NamedTuple):
-    # A shared object: a task that has it, the path to it below /proc/PID, the address of its
-    # address_space, its size in bytes.
-    pid: int
-    way: str
-    mapping: Gva
-    size: int
-
-
-@types_that_fit()
-def _reach(plan: SharedPlan, guest: GuestTree) -> _Object:
-    place = plan.shared.places[0]
-    task = guest.task(place.pid)
-    if place.fd is not None:
-        file, way = guest.file(place.pid, place.fd), f"fd/{place.fd}"
-    else:
-        assert place.address is not None
-        vma = find_vma(task.mm, Gva(place.address))
-        if not (vma and vma.vm_file):
-            raise AttemptFailed(
-                f"shared memory {plan.shared.shmid}: pid {place.pid} has nothing mapped at"
-                f" {place.address:#x}",
-                "report it, with the images",
-            )
-        file, way = vma.vm_file, f"map_files/{vma.vm_start:x}-{vma.vm_end:x}"
-    mapping = file.f_mapping
-    size = -(-mapping.host.i_size // PAGE_SIZE) * PAGE_SIZE
-    return _Object(task.tgid, way, mapping.address_, size)
-
-
-@types_that_fit()
-def _mapper(name: str, kernel: Kernel, pid: int) -> Alive:
-    task: Struct | None = find_task(kernel, pid)
-    if task is None or not task.mm:
-        raise AttemptFailed(f"the agent's process {pid} is not there", OF_THE_TASK)
-    return Alive(name, kernel, task, mm_space(kernel, task.mm))

@@ -30,7 +30,8 @@ REPORT = Report(
     seconds={"skeleton": 0.25, "total": 1.5}, held={"count": 3, "seconds": 0.02, "longest": 0.01},
 )  # fmt: skip
 DUMPED = DumpReport(
-    pid=4711, tasks=2, bytes_outside=12000 * 4096, bytes_inside=345 * 4096, frozen=0.5,
+    pid=4711, tasks=2, bytes_total=12345 * 4096, bytes_outside=12000 * 4096,
+    bytes_inside=345 * 4096, frozen=0.5,
     seconds={"memory": 0.25, "total": 1.5}, held={"count": 3, "seconds": 0.02, "longest": 0.01},
     stats=DumpStatsEntry(
         freezing_time=1, frozen_time=500_000, memdump_time=260_000, memwrite_time=250_000,
@@ -345,8 +346,8 @@ def test_a_command_line_of_criu_dump(asked, capsys):
     _, (images, options) = calls
     assert images == Path("images")
     assert options == {
-        "pid": 4711, "agent": None, "leave_running": True, "verify": "sample", "log_level": 4,
-        "timeout": 9.0,
+        "pid": 4711, "agent": None, "leave_running": True, "pre_copies": False, "verify": "sample",
+        "log_level": 4, "timeout": 9.0,
         "criu_options": [
             "--shell-job", "--tcp-established", "--ext-unix-sk", "--external=mnt[]:m",
             "--ext-unix-sk=7", "--manage-cgroups=soft", "--no-tcp-close", "--ghost-limit=10M",
@@ -421,8 +422,8 @@ def of_criu(**fields):
 
 
 def test_what_was_read_outside_is_added_to_criu_s_statistics():
-    stats = dump_stats(of_criu(irmap_resolve=9), pages=4002, memory=0.5)
-    assert (stats.pages_written, stats.pages_skipped_parent) == (4002, 0)
+    stats = dump_stats(of_criu(irmap_resolve=9), written=3002, skipped=1000, memory=0.5)
+    assert (stats.pages_written, stats.pages_skipped_parent) == (3002, 1000)
     assert (stats.memdump_time, stats.memwrite_time) == (500_100, 500_050)
     assert (stats.freezing_time, stats.frozen_time, stats.irmap_resolve) == (7, 900, 9)
     assert (stats.pages_scanned, stats.page_pipes, stats.shpages_written) == (5000, 1, 3)
@@ -430,7 +431,7 @@ def test_what_was_read_outside_is_added_to_criu_s_statistics():
 
 
 def test_a_criu_without_statistics():
-    stats = dump_stats(b"", pages=3, memory=1e9)
+    stats = dump_stats(b"", written=3, skipped=0, memory=1e9)
     assert (stats.pages_written, stats.frozen_time) == (3, 0)
     assert stats.memdump_time == 0xFFFFFFFF
     assert decode_dump_stats(stats_image(stats)) == stats
@@ -447,4 +448,4 @@ def test_a_criu_without_statistics():
 )
 def test_statistics_of_a_guest_that_are_invalid(data):
     with pytest.raises(OvrError):
-        dump_stats(data, pages=1, memory=0)
+        dump_stats(data, written=1, skipped=0, memory=0)

@@ -9,7 +9,7 @@ from ovr.cli import dump
 from ovr.dump import plan
 from ovr.dump.plan import Mapping, Reason, judge, plan_dump
 from ovr.errors import UsageError
-from ovr.kernel import Kernel
+from ovr.kernel import Kernel, find_task
 from tests.unit.kernel.test_kernel import mapped
 from tests.unit.kernel.toy import DIRECT_MAP, ToyKernel, toy_btf
 from tests.unit.machine import Machine
@@ -32,8 +32,8 @@ EXT4, TMPFS, HUGETLBFS, AIO = 0xEF53, 0x01021994, 0x958458F6, 0xA10A10A1
         (Mapping(0x1000, 0x2000, WRITE, anonymous=True), Reason.UNREADABLE),
         (Mapping(0x1000, 0x2000, 0, anonymous=True), Reason.UNREADABLE),
         (Mapping(0x20_0000, 0x40_0000, READ | HUGETLB, file=True, memory=True), Reason.HUGETLB),
-        (Mapping(0x1000, 0x2000, READ | MAYSHARE, file=True, memory=True), Reason.SHARED),
-        (Mapping(0x1000, 0x2000, MAYSHARE, file=True, memory=True), Reason.SHARED),
+        (Mapping(0x1000, 0x2000, READ | MAYSHARE, file=True, memory=True), None),
+        (Mapping(0x1000, 0x2000, READ, file=True, memory=True), Reason.OUTSIDE),
         (Mapping(0x1000, 0x2000, READ | SHARED | MAYSHARE, file=True, magic=EXT4), None),
         (Mapping(0x1000, 0x2000, READ | SHARED | MAYSHARE, file=True, magic=AIO), Reason.AIO_RING),
         (Mapping(1 << 47, 1 << 48, READ | WRITE, anonymous=True), Reason.HIGH),
@@ -47,6 +47,7 @@ def test_verdicts(one, reason):
 
 def test_every_reason_has_a_text_and_a_place():
     assert {reason.where for reason in Reason} == {"outside", "inside", "lost"}
+    assert all(reason.where == "outside" for reason in Reason if reason.twice)
     assert len({reason.text for reason in Reason}) == len(Reason)
 
 
@@ -59,8 +60,10 @@ class Guest(ToyKernel):
             self.machine.map(VMEMMAP + at, STRUCT_PAGES + at)
         self.frame = FREE
 
-    def file(self, magic, *, by_kernel=False, size=0):
-        block, inode, file = self.allocate(16), self.allocate(24), self.allocate(8)
+    def file(self, magic, *, by_kernel=False, size=0, seals=0):
+        block, info, file = self.allocate(16), self.allocate(32), self.allocate(8)
+        inode = info + 8
+        self.poke(info, "I", seals)
         self.poke(block, "QQ", by_kernel << 22, magic)
         self.poke(inode + 8, "QQ", block, size // 512)
         self.poke(file, "Q", inode)
@@ -86,6 +89,10 @@ def planned(guest, pid=700):
 
 def areas_of(task):
     return [(one.start, one.end, one.size, one.reason) for one in task.areas]
+
+
+def objects_of(found):
+    return [(one.size, one.pids, one.reason) for one in found.shared]
 
 
 def test_a_process(guest):
@@ -122,11 +129,12 @@ def test_a_process(guest):
         (ring + 0x8000, ring + 0xA000, 0x2000, Reason.OUTSIDE),
     ]
     assert task.swapped == 9 * 4096
-    assert [(one.size, one.pids) for one in found.shared] == [(0x6000, (700,))]
-    assert (found.bytes_outside, found.bytes_inside) == (12 * 4096, 4 * 4096)
-    assert (found.bytes_total, found.bytes_shared) == (16 * 4096, 0x6000)
+    assert objects_of(found) == [(0x6000, (700,), Reason.SHARED)]
+    assert (found.bytes_outside, found.bytes_inside) == (22 * 4096, 0)
+    assert (found.bytes_total, found.bytes_written_twice) == (22 * 4096, 10 * 4096)
     assert found.by_reason() == {
-        Reason.OUTSIDE: 12 * 4096, Reason.UNREADABLE: 2 * 4096, Reason.AIO_RING: 0x2000,
+        Reason.OUTSIDE: 12 * 4096, Reason.SHARED: 0x6000, Reason.UNREADABLE: 2 * 4096,
+        Reason.AIO_RING: 0x2000,
     }  # fmt: skip
 
 
@@ -146,12 +154,29 @@ def test_a_tree_that_shares_memory(guest):
     guest.fork(703, "other")
     found = planned(guest)
     assert [(task.pid, task.areas) for task in found.tasks] == [(700, ()), (701, ()), (702, ())]
-    assert [(one.size, one.pids) for one in found.shared] == [(4 << 20, (700, 701))]
+    assert objects_of(found) == [(4 << 20, (700, 701), Reason.SHARED)]
 
 
 def find(guest, pid):
-    kernel = Kernel.find(guest.machine.ram)
-    return plan.find_task(kernel, pid).address_
+    return find_task(Kernel.find(guest.machine.ram), pid).address_
+
+
+def test_memfds(guest):
+    """One that is sealed, and one that is mapped privately, with a page of the task's own."""
+    sealed = guest.file(TMPFS, by_kernel=True, size=0x4000, seals=8)
+    plain = guest.file(TMPFS, by_kernel=True, size=0x3000, seals=1)
+    mapped(guest, [
+        (0x1_0000, 0x1_4000, READ | MAYSHARE, 0, sealed, OPS),
+        (0x2_0000, 0x2_3000, READ | WRITE, 0, plain, OPS),
+    ])  # fmt: skip
+    guest.pages(0x2_0000, 1, 0xFFFF_8880_0000_2000)
+    guest.pages(0x2_1000, 1)
+    found = planned(guest)
+    assert objects_of(found) == [
+        (0x4000, (700,), Reason.SEALED), (0x3000, (700,), Reason.SHARED),
+    ]  # fmt: skip
+    assert areas_of(found.tasks[0]) == [(0x2_0000, 0x2_3000, 4096, Reason.OUTSIDE)]
+    assert (found.bytes_inside, found.bytes_outside) == (0x4000, 0x4000)
 
 
 def test_pages_in_slices(guest, monkeypatch):

@@ -209,7 +209,7 @@ def test_fields_of_a_demo_are_documented():
 
 def test_fields_of_the_plan_of_a_dump_are_documented(capsys):
     task = TaskPlan(1, "one", (1,), (Area(0, 4096, 4096, Reason.OUTSIDE),))
-    show(DumpPlan((task,), (SharedPlan(1, (1,)),)), argparse.Namespace(json=True))
+    show(DumpPlan((task,), (SharedPlan(1, (1,), Reason.SEALED),)), argparse.Namespace(json=True))
     document = json.loads(capsys.readouterr().out)
     assert {"tasks", "areas", "pids"} <= set(keys(document))
     assert {key for key in keys(document) if f"`{key}`" not in JSON} == set()

@@ -194,6 +194,19 @@ class Agent(Session):
             stopped.root_pid, stopped.criu_pid, stopped.tasks, stopped.warm, one_line(stopped.note)
         )
 
+    def track(self, pid: int) -> None:
+        """Clear the soft-dirty bits of a running tree, before a `dump` with `tracked`.
+
+        Args:
+            pid: the root task, in the guest's initial pid namespace.
+
+        Raises:
+            AttemptFailed: the agent is busy with another session.
+            AgentUnreachable: the link broke.
+        """
+        self._send(dump_protocol.Track(pid))
+        self._outcome(dump_protocol.Tracked, self._deadline(_STEP_SECONDS))
+
     def dump(
         self,
         pid: int,
@@ -202,6 +215,7 @@ class Agent(Session):
         *,
         criu_options: Sequence[str] = (),
         leave_running: bool = False,
+        tracked: bool = False,
         silence: float = 10.0,
         stall: float = STALL_SECONDS,
         timeout: float | None = None,
@@ -216,10 +230,11 @@ class Agent(Session):
         Args:
             pid: the root task, in the guest's initial pid namespace.
             parent: the parent image set.
-            save: called with a name and the next piece of that image, empty at its end. Names are
-                as the agent sent them.
+            save: called with a name and the next piece of that image, empty at its end, for all
+                images but pages images. Names are as the agent sent them.
             criu_options: added to ``criu dump …``.
-            leave_running: let the tree run on after `go`, instead of ending it.
+            leave_running: let the tree run on after `end_dump`, instead of ending it.
+            tracked: `track` has cleared the soft-dirty bits, which must stay as they are.
             silence: seconds without a frame after which the agent aborts.
             stall: seconds without progress of CRIU after which the agent aborts.
             timeout: seconds that CRIU may take; None: as long as it makes progress.
@@ -237,6 +252,7 @@ class Agent(Session):
             pid,
             tuple(criu_options),
             leave_running,
+            tracked,
             silence_ms=int(silence * 1000),
             stall_ms=int(stall * 1000),
             timeout_ms=None if timeout is None else int(timeout * 1000),
@@ -247,10 +263,24 @@ class Agent(Session):
             for files in file_frames(parent):
                 self._send_or_fail(files)
             self._send_or_fail(begin)
-            while isinstance(message := self._receive(None), dump_protocol.Saved):
-                save(message.name, message.data)
-            held = self._checked(message, protocol.Stopped)
+            held = self._receive_images(save)
         return HeldTree(held.root_pid, held.criu_pid, held.tasks)
+
+    def fetch(self, name: str, save: Callable[[str, bytes], None]) -> None:
+        """Get a pages image that CRIU has written; `save` as for `dump`.
+
+        Raises:
+            AttemptFailed: there is none.
+            AgentUnreachable: the link broke.
+            BaseException: whatever `save` raises.
+        """
+        self._send(dump_protocol.Fetch(name))
+        self._receive_images(save)
+
+    def _receive_images(self, save: Callable[[str, bytes], None]) -> protocol.Stopped:
+        while isinstance(message := self._receive(None), dump_protocol.Saved):
+            save(message.name, message.data)
+        return self._checked(message, protocol.Stopped)
 
     def end_dump(self) -> bytes:
         """Let CRIU end a dump; return its ``stats-dump`` when it has ended.

@@ -18,6 +18,9 @@ from ovr.memory.paging import AddressSpace
 
 __all__ = [
     "VM_EXEC",
+    "VM_HUGETLB",
+    "VM_IO",
+    "VM_PFNMAP",
     "VM_READ",
     "VM_SHARED",
     "VM_WRITE",
@@ -33,6 +36,9 @@ VM_READ: Final = 0x1
 VM_WRITE: Final = 0x2
 VM_EXEC: Final = 0x4
 VM_SHARED: Final = 0x8
+VM_PFNMAP: Final = 0x400
+VM_IO: Final = 0x4000
+VM_HUGETLB: Final = 0x40_0000
 
 
 @dataclass(frozen=True)

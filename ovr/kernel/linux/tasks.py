@@ -108,18 +108,18 @@ def processes(kernel: Kernel) -> list[Process]:
     return sorted(found, key=lambda process: process.pid)
 
 
-def tree_of(kernel: Kernel, root_pid: int) -> list[int]:
-    """Return the pids of a process and of its descendants, in the pid namespace of the process.
+def tree_of(kernel: Kernel, root_pid: int) -> list[tuple[int, Struct]]:
+    """Return a process and its descendants, each with its pid in the pid namespace of the process.
 
     Args:
         kernel: the guest's kernel.
-        root_pid: its pid in the initial pid namespace.
+        root_pid: the process, by its pid in the initial pid namespace.
 
     Raises:
         GuestFault: the task list is invalid each time it is read.
     """
 
-    def find() -> list[int]:
+    def find() -> list[tuple[int, Struct]]:
         tasks = {task.tgid: task for task in for_each_process(kernel)}
         if root_pid not in tasks:
             return []
@@ -130,7 +130,7 @@ def tree_of(kernel: Kernel, root_pid: int) -> list[int]:
         members, found = [root_pid], []
         while members:
             pid = members.pop()
-            found.append(pid_nr_ns(tasks[pid].thread_pid, ns))
+            found.append((pid_nr_ns(tasks[pid].thread_pid, ns), tasks[pid]))
             members += children.pop(pid, ())
         return found
 

@@ -102,6 +102,14 @@ void dump_begin(struct session *session, const struct message *message)
 	(void)message;
 	session_break(session, CODE_PROTOCOL, "no dump here");
 }
+void dump_track(struct session *session, const struct message *message)
+{
+	dump_begin(session, message);
+}
+void dump_fetch(struct session *session, const struct message *message)
+{
+	dump_begin(session, message);
+}
 void dump_forget(void) {}
 void dump_send_images(void) { abort(); }
 void dump_report_success(void) { abort(); }

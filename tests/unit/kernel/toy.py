@@ -67,6 +67,8 @@ def toy_btf(*, tk_data: bool = False, old_rss: bool = False) -> bytes:  # one st
     inode = w.struct(
         "inode", 24, ("i_mode", u32, 0), ("i_sb", w.pointer(block), 8), ("i_blocks", u64, 16)
     )
+    for name in ("shmem_inode_info", "hugetlbfs_inode_info"):
+        w.struct(name, 32, ("seals", u32, 0), ("vfs_inode", inode, 8))
     file = w.struct("file", 8, ("f_inode", w.pointer(inode), 0))
     if old_rss:
         counter = w.struct("", 8, ("counter", u64, 0))

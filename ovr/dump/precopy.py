@@ -1,0 +1,201 @@
+"""Copy pages while the tree runs, so that few are left when it is stopped.
+
+The agent clears the soft-dirty bits first. What was copied since is still right when the tree is
+stopped, if the bit is clear and the same frame is at the same address as when it was copied: bits
+move along with pages that the kernel moves, to another frame or, by mremap(2), to another address,
+where they are taken for pages that were not copied.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+
+from ovr._fastcopy import OWNED, RUN
+from ovr.attempt.alive import Alive
+from ovr.attempt.attempt import Attempt
+from ovr.attempt.targets import Target
+from ovr.dump.memory import Dumped
+from ovr.dump.output import INVENTORY, NewImages, writable
+from ovr.dump.verify import written
+from ovr.images.framing import encode, image_bytes
+from ovr.images.messages import InventoryEntry
+from ovr.images.pagemap import PAGEMAP_DTYPE, PE_PRESENT, Pagemap, encode_pagemap
+from ovr.kernel import VM_HUGETLB, VM_IO, VM_PFNMAP, Kernel, mm_space, tree_of, types_that_fit, vmas
+from ovr.memory.extents import (
+    Extents,
+    as_pieces,
+    cut_to,
+    ends_of,
+    joined,
+    on_same_frames,
+    split,
+    total,
+    with_flags,
+)
+from ovr.memory.paging import AddressSpace, pieces
+from ovr.state import GuestTree
+from ovr.vm.hold import Holder
+
+__all__ = ["Copies", "pre_copy"]
+
+_WALK_BYTES: Final = 4 << 30
+"""Most bytes of address space that are walked in one hold."""
+_NOT_MEMORY: Final = VM_IO | VM_PFNMAP | VM_HUGETLB
+_PRE_DUMP: Final = 0
+"""Image version of a pre-dump, which no tree can be restored from (criu/cr-dump.c)."""
+
+
+@dataclass
+class _Copy:
+    # Pages of a task: all that its pages image may have, runs that were copied, and those that had
+    # not changed when the tree was stopped.
+    task: "_Task"
+    image: Path
+    placed: Extents
+    runs: list[Extents] = field(default_factory=list)
+    unchanged: Extents = field(default_factory=lambda: np.empty(0, RUN))
+
+
+class Copies:
+    """Pages that were copied while the tree ran, by pid in the pid namespace of the tree."""
+
+    def __init__(self) -> None:
+        self._of: dict[int, _Copy] = {}
+
+    def of(self, task: "_Task", image: Path, placed: Extents) -> Callable[[Target, Extents], None]:
+        """Return a function that adds runs of a task, as copied in one hold.
+
+        Args:
+            task: the task.
+            image: its pages image.
+            placed: the pages that may be copied, with their offsets there.
+        """
+        copy = self._of[task.pid] = _Copy(task, image, placed)
+        return lambda _, copied: copy.runs.append(copied)
+
+    def check_unchanged(self, dumped: Dumped, guest: GuestTree, holder: Holder) -> Extents:
+        """Return the pages of a task that are still as they were copied.
+
+        Args:
+            dumped: what CRIU has found in the task.
+            guest: the held tree.
+            holder: holds the VM.
+
+        Raises:
+            AttemptFailed: the task is not there.
+            GuestFault, KernelNotFound: invalid kernel objects or types in the guest.
+        """
+        copy = self._of.get(dumped.number)
+        if dumped.shared or copy is None or not copy.runs:
+            return np.empty(0, RUN)
+        space = _space_of(guest, dumped.number)
+        if space.root != copy.task.space.root:  # execve(2)
+            return np.empty(0, RUN)
+        copied = np.concatenate(copy.runs)
+        copied.sort(order="gva")
+        clean = np.zeros(len(dumped.clean), pieces(()).dtype)
+        clean["gva"], clean["size"] = dumped.clean["gva"], dumped.clean["size"]
+        copy.unchanged = on_same_frames(_walk(holder, space, clean), copied)
+        return copy.unchanged
+
+    def targets(self, stack: ExitStack) -> Iterator[Target]:
+        """Yield the pages that had not changed, with their image as the source."""
+        for pid, copy in self._of.items():
+            if not len(copy.unchanged):
+                continue
+            starts, ends = copy.unchanged["gva"], ends_of(copy.unchanged)
+            yield Target(
+                name=f"pid {pid}", space=copy.task.space, frames=None,
+                pieces=as_pieces(cut_to(copy.placed, starts, ends)),
+                source=written(copy.image, stack), ask=lambda _: None, check=copy.task.check,
+            )  # fmt: skip
+
+
+def pre_copy(
+    attempt: Attempt, root_pid: int, images: NewImages, advance: Callable[[int], None]
+) -> Copies:
+    """Copy the pages of a running tree.
+
+    Args:
+        attempt: the attempt, before it has begun.
+        root_pid: the root task, in the guest's initial pid namespace.
+        images: gets them, as a pre-dump of CRIU would write them.
+        advance: called with the size of every copy in bytes.
+
+    Raises:
+        AttemptFailed: a task has died, or the agent is busy.
+        UsageError: the images cannot be written.
+        GuestFault, KernelNotFound: invalid kernel objects or types in the guest.
+        AgentUnreachable: the link broke.
+    """
+    kernel, holder = attempt.vm.kernel, attempt.holder
+    copies = Copies()
+    saver = attempt.saver(advance)
+    attempt.agent.track(root_pid)
+    for number, task in enumerate(_tasks(kernel, root_pid), 1):
+        frames = kernel.anonymous_frames
+        found = with_flags(_walk(holder, task.space, task.areas, frames), OWNED)
+        if not len(found):
+            continue
+        found["offset"] = np.cumsum(found["size"]) - found["size"]
+        with images.sink(f"pages-{number}.img", total(found)) as sink:
+            target = Target(
+                name=f"pid {task.pid}", space=task.space, frames=frames, pieces=as_pieces(found),
+                source=sink, ask=lambda _: None, check=task.check,
+            )  # fmt: skip
+            with writable(images.path):
+                saver.save_own(target, copies.of(task, images.path / sink.name, found))
+        _write_pagemap(images, task.pid, number, found)
+    inventory = InventoryEntry(img_version=_PRE_DUMP)
+    images.write(INVENTORY, image_bytes(INVENTORY, [encode(inventory)]))
+    return copies
+
+
+class _Task(NamedTuple):
+    # A running task: its pid in the pid namespace of the tree, the areas that may be copied.
+    pid: int
+    space: AddressSpace
+    areas: Extents
+    check: Alive
+
+
+@types_that_fit()
+def _tasks(kernel: Kernel, root_pid: int) -> list[_Task]:
+    found = []
+    for pid, task in tree_of(kernel, root_pid):
+        if not task.mm:  # a zombie
+            continue
+        space = mm_space(kernel, task.mm)
+        areas = [
+            (vma.start, vma.end - vma.start, 0)
+            for vma in vmas(task.mm)
+            if not vma.shared and not vma.flags & _NOT_MEMORY
+        ]
+        found.append(_Task(pid, space, pieces(areas), Alive(f"pid {pid}", kernel, task, space)))
+    return found
+
+
+@types_that_fit()
+def _space_of(guest: GuestTree, pid: int) -> AddressSpace:
+    return mm_space(guest.kernel, guest.task(pid).mm)
+
+
+def _walk(holder: Holder, space: AddressSpace, areas: Extents, frames: Any = None) -> Extents:
+    found = [np.empty(0, RUN)]
+    for part in split(areas, _WALK_BYTES):
+        with holder.held():
+            found.append(space.walk(part, frames))
+    return np.concatenate(found)
+
+
+def _write_pagemap(images: NewImages, pid: int, number: int, runs: Extents) -> None:
+    # Pages that were not there any more are listed as well: no pagemap refers to them.
+    entries = np.zeros(len(runs), PAGEMAP_DTYPE)
+    entries["gva"], entries["size"], entries["flags"] = runs["gva"], runs["size"], PE_PRESENT
+    name = f"pagemap-{pid}.img"
+    final = Pagemap(number, joined(entries), compat=True)
+    images.write(name, encode_pagemap(final, name))

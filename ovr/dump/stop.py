@@ -1,0 +1,64 @@
+"""The stopped tree: which pages are still to be read."""
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+
+from ovr.attempt.attempt import Attempt
+from ovr.dump.memory import Placed, dumped_pages, place
+from ovr.dump.output import NewImages
+from ovr.dump.precopy import Copies
+from ovr.dump.received import Fetched, Received
+from ovr.dump.targets import reachable
+from ovr.guest.client.agent import Agent
+from ovr.images.shared import SharedMemory
+
+__all__ = ["place_pages", "save_inside"]
+
+
+def place_pages(
+    attempt: Attempt, received: Received, images: NewImages, copies: Copies, stack: ExitStack
+) -> list[Placed]:
+    """Write the final pagemaps, and make room for the pages that are still to be read.
+
+    Args:
+        attempt: holds the tree.
+        received: the images of the guest's CRIU.
+        images: gets pagemaps and pages images.
+        copies: the pages that were copied before.
+        stack: closes the pages images.
+
+    Raises:
+        ImagesDamaged, ImagesUnsupported: CRIU's pagemaps are invalid.
+        AttemptFailed: a task is not there.
+        UsageError: the files cannot be written.
+    """
+    placed = []
+    for dumped in dumped_pages(received.names, images):
+        copied = copies.check_unchanged(dumped, attempt.tree(), attempt.holder)
+        placed.append(place(dumped, images, copied))
+        stack.enter_context(placed[-1].sink)
+    return placed
+
+
+def save_inside(
+    agent: Agent,
+    placed: Sequence[Placed],
+    objects: Mapping[int, SharedMemory],
+    images: NewImages,
+) -> list[Placed]:
+    """Get the pages images of shared objects that cannot be read outside; return the others.
+
+    Raises:
+        AttemptFailed: CRIU has not written them.
+        UsageError: the files cannot be written.
+        AgentUnreachable: the link broke.
+    """
+    outside = []
+    for one in placed:
+        if one.dumped.shared and not reachable(objects.get(one.dumped.number)):
+            fetch = Fetched(one.sink)
+            agent.fetch(one.dumped.pages_name, fetch.save)
+            fetch.check_complete()
+        else:
+            outside.append(one)
+    return outside
