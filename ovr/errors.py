@@ -178,12 +178,12 @@ class TaskDied(AttemptFailed):
 
 
 class CriuFailed(AttemptFailed):
-    """CRIU in the guest failed before the skeleton stood.
+    """CRIU in the guest failed before it held the tree.
 
     Attributes:
         file: the path, without its first slash, of a file that differs from its state at the dump,
             if that is the cause.
-        unread_config: as of `ovr.restore.report.Report`.
+        unread_config: CRIU's configuration files in the guest that were not read, by path.
     """
 
     file: str | None = None
