@@ -40,6 +40,29 @@ class Sink(Closing):
         self.nowait = size > 0 and is_in_memory(fd)
         self.pages = mmap.mmap(fd, size) if self.nowait else None
 
+    def allocate(self) -> None:
+        """Allocate the whole file.
+
+        Raises:
+            OSError: there is no space for it.
+        """
+        if self.pages is not None:
+            self.pages.madvise(_MADV_POPULATE_WRITE)
+        elif self.size:
+            os.posix_fallocate(self.fd, 0, self.size)
+
+    def resize(self, size: int) -> None:
+        """Set the size that it has when it is complete.
+
+        Raises:
+            OSError: there is no space for it.
+        """
+        if self.pages is not None and size:
+            self.pages.resize(size)  # of the file, too
+        else:
+            os.ftruncate(self.fd, size)
+        self.size = size
+
     def close(self) -> None:
         """Close the file."""
         if self.pages is not None:

@@ -7,7 +7,7 @@ RAM: what a stopped tree has there is final, and CRIU's own copies are thrown aw
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -97,12 +97,18 @@ def dumped_pages(names: Sequence[str], images: NewImages) -> list[Dumped]:
     return found
 
 
-def place(dumped: Dumped, images: NewImages, copied: Extents | None = None) -> Placed:
+def place(
+    dumped: Dumped,
+    images: NewImages,
+    make_sink: Callable[[Dumped, int], Sink],
+    copied: Extents | None = None,
+) -> Placed:
     """Write the final pagemap, and make room for the pages that it has.
 
     Args:
         dumped: the pages that CRIU has found.
-        images: gets pagemap and pages image.
+        images: gets the pagemap.
+        make_sink: returns the pages image, given its size in bytes.
         copied: pages that the parent of these images has, and that are still as they were then.
 
     Raises:
@@ -119,7 +125,7 @@ def place(dumped: Dumped, images: NewImages, copied: Extents | None = None) -> P
     present = entries[entries["flags"] == PE_PRESENT]
     final = Pagemap(dumped.pagemap.pages_id, entries, dumped.pagemap.compat)
     images.write(dumped.name, encode_pagemap(final, dumped.name))
-    sink = images.sink(dumped.pages_name, total(present))
+    sink = make_sink(dumped, total(present))
     pieces = np.empty(len(present), dtype=PIECE)
     for field in ("gva", "size", "offset"):
         pieces[field] = present[field]

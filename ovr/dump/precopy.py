@@ -10,32 +10,25 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Final
 
 import numpy as np
 
-from ovr._fastcopy import OWNED, RUN
-from ovr.attempt.alive import Alive
+from ovr._fastcopy import RUN
 from ovr.attempt.attempt import Attempt
 from ovr.attempt.saver import Saver
 from ovr.attempt.targets import Target
 from ovr.dump.memory import Dumped
 from ovr.dump.output import INVENTORY, NewImages, writable
+from ovr.dump.running import RunningTask, running_tasks
 from ovr.dump.verify import written
-from ovr.errors import GuestFault, TaskDied
+from ovr.errors import TaskDied
 from ovr.images.framing import encode, image_bytes
 from ovr.images.messages import InventoryEntry
 from ovr.images.pagemap import PAGEMAP_DTYPE, PE_PRESENT, Pagemap, encode_pagemap
 from ovr.kernel import (
-    VM_HUGETLB,
-    VM_IO,
-    VM_PFNMAP,
-    Kernel,
-    Struct,
     mm_space,
-    tree_of,
     types_that_fit,
-    vmas,
 )
 from ovr.memory.extents import (
     Extents,
@@ -45,20 +38,15 @@ from ovr.memory.extents import (
     ends_of,
     joined,
     on_same_frames,
-    split,
     total,
-    with_flags,
 )
-from ovr.memory.paging import AddressSpace, Frames, pieces
+from ovr.memory.paging import AddressSpace, pieces
 from ovr.memory.ranges import Ranges
 from ovr.state import GuestTree
 from ovr.vm.hold import Holder
 
 __all__ = ["Copies", "pre_copy"]
 
-_WALK_BYTES: Final = 4 << 30
-"""Most bytes of address space that are walked in one hold."""
-_NOT_MEMORY: Final = VM_IO | VM_PFNMAP | VM_HUGETLB
 _PRE_DUMP: Final = 0
 """Image version of a pre-dump, which no tree can be restored from (criu/cr-dump.c)."""
 
@@ -67,7 +55,7 @@ _PRE_DUMP: Final = 0
 class _Copy:
     # Pages of a task: all that its pages image may have, runs that were copied, and those that had
     # not changed when the tree was stopped.
-    task: "_Task"
+    task: RunningTask
     image: Path
     placed: Extents
     runs: list[Extents] = field(default_factory=list)
@@ -83,7 +71,9 @@ class Copies:
     def __bool__(self) -> bool:
         return bool(self._of)
 
-    def of(self, task: "_Task", image: Path, placed: Extents) -> Callable[[Target, Extents], None]:
+    def of(
+        self, task: RunningTask, image: Path, placed: Extents
+    ) -> Callable[[Target, Extents], None]:
         """Return a function that adds runs of a task, as copied in one hold.
 
         Args:
@@ -119,7 +109,7 @@ class Copies:
         copied.sort(order="gva")
         clean = np.zeros(len(dumped.clean), pieces(()).dtype)
         clean["gva"], clean["size"] = dumped.clean["gva"], dumped.clean["size"]
-        unchanged = on_same_frames(_walk(holder, copy.task, clean), copied)
+        unchanged = on_same_frames(copy.task.walk(holder, clean), copied)
         copy.unchanged = cut_out(unchanged, late)
         return copy.unchanged
 
@@ -136,16 +126,14 @@ class Copies:
             )  # fmt: skip
 
 
-def pre_copy(
-    attempt: Attempt, root_pid: int, images: NewImages, advance: Callable[[int], None]
-) -> Copies:
+def pre_copy(attempt: Attempt, root_pid: int, images: NewImages, copies: Copies) -> None:
     """Copy the pages of a running tree.
 
     Args:
         attempt: the attempt, before it has begun.
         root_pid: the root task, in the guest's initial pid namespace.
         images: gets them, as a pre-dump of CRIU would write them.
-        advance: called with the size of every copy in bytes.
+        copies: gets the pages.
 
     Raises:
         AttemptFailed: the agent is busy.
@@ -153,21 +141,19 @@ def pre_copy(
         GuestFault, KernelNotFound: invalid kernel objects or types in the guest.
         AgentUnreachable: the link broke.
     """
-    kernel = attempt.vm.kernel
-    copies = Copies()
-    saver = attempt.saver(advance)
+    saver = attempt.saver(lambda count: None)
     attempt.agent.track(root_pid)
-    for number, (pid, task) in enumerate(tree_of(kernel, root_pid), 1):
+    for number, task in enumerate(running_tasks(attempt.vm.kernel, root_pid), 1):
         with suppress(TaskDied):  # nobody will ask for its pages
-            if found := _describe(kernel, pid, task):
-                _copy_task(found, number, saver, images, copies)
+            _copy_task(task, number, saver, images, copies)
     inventory = InventoryEntry(img_version=_PRE_DUMP)
     images.write(INVENTORY, image_bytes(INVENTORY, [encode(inventory)]))
-    return copies
 
 
-def _copy_task(task: "_Task", number: int, saver: Saver, images: NewImages, copies: Copies) -> None:
-    pages = with_flags(_walk(saver.holder, task, task.areas, task.frames), OWNED)
+def _copy_task(
+    task: RunningTask, number: int, saver: Saver, images: NewImages, copies: Copies
+) -> None:
+    pages = task.pages(saver.holder)
     if not len(pages):
         return
     pages["offset"] = np.cumsum(pages["size"]) - pages["size"]
@@ -180,46 +166,9 @@ def _copy_task(task: "_Task", number: int, saver: Saver, images: NewImages, copi
         saver.save_own(target, copies.of(task, images.path / sink.name, pages))
 
 
-class _Task(NamedTuple):
-    # A running task: its pid in the pid namespace of the tree, the areas that may be copied, the
-    # frames in them that are.
-    pid: int
-    space: AddressSpace
-    areas: Extents
-    frames: Frames
-    check: Alive
-
-
-@types_that_fit()
-def _describe(kernel: Kernel, pid: int, task: Struct) -> _Task | None:
-    if not task.mm:  # a zombie
-        return None
-    space = mm_space(kernel, task.mm)
-    check = Alive(f"pid {pid}", kernel, task, space)
-    try:
-        areas = [
-            (vma.start, vma.end - vma.start, 0)
-            for vma in vmas(task.mm)
-            if not vma.shared and not vma.flags & _NOT_MEMORY
-        ]
-    except GuestFault:
-        check()
-        raise
-    return _Task(pid, space, pieces(areas), kernel.anonymous_frames, check)
-
-
 @types_that_fit()
 def _space_of(guest: GuestTree, pid: int) -> AddressSpace:
     return mm_space(guest.kernel, guest.task(pid).mm)
-
-
-def _walk(holder: Holder, task: _Task, areas: Extents, frames: Frames | None = None) -> Extents:
-    found = [np.empty(0, RUN)]
-    for part in split(areas, _WALK_BYTES):
-        with holder.held():
-            task.check()
-            found.append(task.space.walk(part, frames))
-    return np.concatenate(found)
 
 
 def _write_pagemap(images: NewImages, pid: int, number: int, runs: Extents) -> None:

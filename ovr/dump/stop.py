@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 
 from ovr.attempt.attempt import Attempt
+from ovr.dump.ahead import Ahead
 from ovr.dump.memory import Placed, dumped_pages, place
 from ovr.dump.output import NewImages
-from ovr.dump.precopy import Copies
 from ovr.dump.received import Fetched, Received
 from ovr.dump.rseq import rseq_pages
 from ovr.dump.targets import reachable
@@ -18,7 +18,7 @@ __all__ = ["place_pages", "save_inside"]
 
 
 def place_pages(
-    attempt: Attempt, received: Received, images: NewImages, copies: Copies, stack: ExitStack
+    attempt: Attempt, received: Received, images: NewImages, ahead: Ahead, stack: ExitStack
 ) -> list[Placed]:
     """Write the final pagemaps, and make room for the pages that are still to be read.
 
@@ -26,7 +26,7 @@ def place_pages(
         attempt: holds the tree.
         received: the images of the guest's CRIU.
         images: gets pagemaps and pages images.
-        copies: the pages that were copied before.
+        ahead: what was done before.
         stack: closes the pages images.
 
     Raises:
@@ -35,12 +35,13 @@ def place_pages(
         UsageError: the files cannot be written.
     """
     placed = []
-    late = rseq_pages(received.names, images) if copies else {}
+    late = rseq_pages(received.names, images) if ahead.copies else {}
     for dumped in dumped_pages(received.names, images):
         of_task = late.get(dumped.number, no_ranges())
-        copied = copies.check_unchanged(dumped, of_task, attempt.tree(), attempt.holder)
-        placed.append(place(dumped, images, copied))
+        copied = ahead.copies.check_unchanged(dumped, of_task, attempt.tree(), attempt.holder)
+        placed.append(place(dumped, images, ahead.room.sink, copied))
         stack.enter_context(placed[-1].sink)
+    ahead.room.close()
     return placed
 
 

@@ -7,10 +7,10 @@ from pathlib import Path
 from ovr.attempt.attempt import Attempt
 from ovr.attempt.copier import VERIFY_MODES
 from ovr.attempt.stopwatch import Stopwatch
+from ovr.dump.ahead import work_ahead
 from ovr.dump.output import Output, writable
 from ovr.dump.parent import parent_images
 from ovr.dump.plan import tree_to_dump
-from ovr.dump.precopy import Copies, pre_copy
 from ovr.dump.received import Received
 from ovr.dump.report import DumpReport, make_report
 from ovr.dump.stop import place_pages, save_inside
@@ -65,11 +65,9 @@ def dump(
         raise UsageError(f"no way to verify called {verify!r}", f"take {', '.join(VERIFY_MODES)}")
     watch = watch or Stopwatch()
     with Output(images) as output, ExitStack() as stack, Attempt(vm, agent) as attempt:
-        with watch("pre-copy"):
+        with watch("ahead"):
             tree_to_dump(vm.kernel, pid)
-            copies = Copies()
-            if pre_copies:
-                copies = pre_copy(attempt, pid, output.parent(), lambda count: None)
+            ahead = work_ahead(attempt, pid, output, pre_copies=pre_copies)
         unread = attempt.agent.criu_config()
         with watch("images"), criu_lacked(unread):
             received = Received(output.images)
@@ -83,7 +81,7 @@ def dump(
                 )
             )  # fmt: skip
             received.check_complete()
-            placed = place_pages(attempt, received, output.images, copies, stack)
+            placed = place_pages(attempt, received, output.images, ahead, stack)
         with watch("memory"):
             saved = stack.enter_context(ImageSet.open(output.images.path))
             objects = {one.shmid: one for one in shared_memory(saved)}
@@ -94,7 +92,7 @@ def dump(
             with writable(images):
                 saver.save(targets)
         with watch("verify"):
-            compared = verify_pages(attempt, [*targets, *copies.targets(stack)], verify)
+            compared = verify_pages(attempt, [*targets, *ahead.copies.targets(stack)], verify)
         with watch("commit"), output.committing():
             stats = attempt.commit(lambda agent: agent.end_dump())
         return make_report(

@@ -1,0 +1,100 @@
+"""Do what can be done before the tree is stopped.
+
+To allocate room for the pages takes longer than to copy them.
+"""
+
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+
+from ovr.attempt.attempt import Attempt
+from ovr.attempt.sink import Sink
+from ovr.dump.memory import Dumped
+from ovr.dump.output import NewImages, Output, writable
+from ovr.dump.precopy import Copies, pre_copy
+from ovr.dump.running import RunningTask, running_tasks
+from ovr.errors import TaskDied
+from ovr.memory.extents import total
+from ovr.vm.hold import Holder
+
+__all__ = ["Ahead", "Room", "work_ahead"]
+
+
+@dataclass(frozen=True)
+class Ahead:
+    """What was done: pages that were copied, and room for others."""
+
+    copies: Copies
+    room: "Room"
+
+
+def work_ahead(attempt: Attempt, root_pid: int, output: Output, *, pre_copies: bool) -> Ahead:
+    """Copy pages while the tree runs, or only make room for them.
+
+    Args:
+        attempt: the attempt, before it has begun.
+        root_pid: the root task, in the guest's initial pid namespace.
+        output: gets the images.
+        pre_copies: copy them.
+
+    Raises:
+        AttemptFailed: the agent is busy.
+        UsageError: the images cannot be written.
+        GuestFault, KernelNotFound: invalid kernel objects or types in the guest.
+        AgentUnreachable: the link broke.
+    """
+    ahead = Ahead(Copies(), Room(output.images))
+    if pre_copies:
+        pre_copy(attempt, root_pid, output.parent(), ahead.copies)
+    else:
+        ahead.room.make(running_tasks(attempt.vm.kernel, root_pid), attempt.holder)
+    return ahead
+
+
+class Room:
+    """Pages images with room for the pages of tasks.
+
+    Args:
+        images: gets them.
+    """
+
+    def __init__(self, images: NewImages) -> None:
+        self._images = images
+        self._of: dict[int, Sink] = {}
+
+    def make(self, tasks: Iterator[RunningTask], holder: Holder) -> None:
+        """Allocate as much as the tasks have now.
+
+        Raises:
+            UsageError: there is no space for it.
+            GuestFault: page tables of the guest are damaged.
+        """
+        for task in tasks:
+            with suppress(TaskDied):
+                if size := total(task.pages(holder)):
+                    name = f".pages-of-{task.pid}"
+                    sink = self._of[task.pid] = self._images.sink(name, size)
+                    with writable(self._images.path / name):
+                        sink.allocate()
+
+    def sink(self, dumped: Dumped, size: int) -> Sink:
+        """Return the pages image of a task or shared object, with room for `size` bytes.
+
+        Raises:
+            UsageError: there is no space for it.
+        """
+        sink = None if dumped.shared else self._of.pop(dumped.number, None)
+        if sink is None:
+            return self._images.sink(dumped.pages_name, size)
+        with writable(self._images.path / dumped.pages_name):
+            (self._images.path / sink.name).rename(self._images.path / dumped.pages_name)
+            sink.name = dumped.pages_name
+            sink.resize(size)
+        return sink
+
+    def close(self) -> None:
+        """Remove what was not used."""
+        for sink in self._of.values():
+            sink.close()
+            (self._images.path / sink.name).unlink(missing_ok=True)
+        self._of.clear()

@@ -1,0 +1,105 @@
+"""The tasks of a running tree, and the pages that they have."""
+
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import Final, NamedTuple
+
+import numpy as np
+
+from ovr._fastcopy import OWNED, RUN
+from ovr.attempt.alive import Alive
+from ovr.errors import GuestFault, TaskDied
+from ovr.kernel import (
+    VM_HUGETLB,
+    VM_IO,
+    VM_PFNMAP,
+    Kernel,
+    Struct,
+    mm_space,
+    tree_of,
+    types_that_fit,
+    vmas,
+)
+from ovr.memory.extents import Extents, split, with_flags
+from ovr.memory.paging import AddressSpace, Frames, pieces
+from ovr.vm.hold import Holder
+
+__all__ = ["RunningTask", "running_tasks"]
+
+_WALK_BYTES: Final = 4 << 30
+"""Most bytes of address space that are walked in one hold."""
+_NOT_MEMORY: Final = VM_IO | VM_PFNMAP | VM_HUGETLB
+
+
+class RunningTask(NamedTuple):
+    """A task that runs, with its private memory.
+
+    Attributes:
+        pid: its pid in the pid namespace of the tree.
+        space: its address space.
+        areas: the areas of private memory, a `_fastcopy.PIECE` array.
+        frames: tells anonymous pages from those of files.
+        check: raises `TaskDied` when it has another address space, or none.
+    """
+
+    pid: int
+    space: AddressSpace
+    areas: Extents
+    frames: Frames
+    check: Alive
+
+    def pages(self, holder: Holder) -> Extents:
+        """Return its anonymous pages, as they are now: a `_fastcopy.RUN` array.
+
+        Raises:
+            TaskDied: the task has died, or executes another program.
+            GuestFault: page tables of the guest are damaged.
+        """
+        return with_flags(self.walk(holder, self.areas, self.frames), OWNED)
+
+    def walk(self, holder: Holder, areas: Extents, frames: Frames | None = None) -> Extents:
+        """Return the pages in some areas, found in holds.
+
+        Raises:
+            TaskDied, GuestFault: as `pages`.
+        """
+        found = [np.empty(0, RUN)]
+        for part in split(areas, _WALK_BYTES):
+            with holder.held():
+                self.check()
+                found.append(self.space.walk(part, frames))
+        return np.concatenate(found)
+
+
+def running_tasks(kernel: Kernel, root_pid: int) -> Iterator[RunningTask]:
+    """Yield the tasks of a tree that have memory; those that die meanwhile are left out.
+
+    Args:
+        kernel: the guest's kernel.
+        root_pid: the root task, in the guest's initial pid namespace.
+
+    Raises:
+        GuestFault, KernelNotFound: invalid kernel objects or types in the guest.
+    """
+    for pid, task in tree_of(kernel, root_pid):
+        with suppress(TaskDied):
+            if found := _describe(kernel, pid, task):
+                yield found
+
+
+@types_that_fit()
+def _describe(kernel: Kernel, pid: int, task: Struct) -> RunningTask | None:
+    if not task.mm:  # a zombie
+        return None
+    space = mm_space(kernel, task.mm)
+    check = Alive(f"pid {pid}", kernel, task, space)
+    try:
+        areas = [
+            (vma.start, vma.end - vma.start, 0)
+            for vma in vmas(task.mm)
+            if not vma.shared and not vma.flags & _NOT_MEMORY
+        ]
+    except GuestFault:
+        check()
+        raise
+    return RunningTask(pid, space, pieces(areas), kernel.anonymous_frames, check)
