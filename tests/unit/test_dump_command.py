@@ -7,7 +7,10 @@ from pathlib import Path
 import pytest
 
 from ovr import cli
-from ovr.errors import CriuFailed, OvrError
+from ovr.dump import report
+from ovr.dump.report import DumpReport
+from ovr.errors import CriuFailed, LabError, OvrError
+from ovr.guest.client.failures import criu_lacked
 from ovr.images.framing import encode, image_bytes
 from ovr.images.stats import (
     DumpStatsEntry,
@@ -17,6 +20,7 @@ from ovr.images.stats import (
     restore_stats,
     stats_image,
 )
+from ovr.lab import demo
 from tests.unit.test_criu_options import DUMPED, asked, run_dump
 
 __all__ = ["asked"]
@@ -134,3 +138,29 @@ def test_a_criu_without_statistics():
 def test_statistics_of_a_guest_that_are_invalid(data):
     with pytest.raises(OvrError):
         dump_stats(data, written=1, skipped=0, memory=0)
+
+
+def test_invalid_statistics_do_not_fail_a_dump(caplog):
+    """The tree has ended by then."""
+    stats = report._stats(b"nonsense", 10 * 4096, 3 * 4096, 0.5)
+    assert (stats.pages_written, stats.pages_skipped_parent, stats.memdump_time) == (7, 3, 500_000)
+    [record] = caplog.records
+    assert "the statistics of the guest's CRIU are invalid: stats-dump" in record.getMessage()
+
+
+def test_a_failure_of_criu_names_files_that_it_has_not_read():
+    files = {"/etc/criu/default.conf": "shell-job"}
+    with pytest.raises(CriuFailed) as caught, criu_lacked(files):
+        raise CriuFailed("no")
+    assert caught.value.unread_config == files
+
+
+@pytest.mark.parametrize(("inside", "enough"), [(262, True), (263, False)])
+def test_a_demo_whose_memory_was_not_read_outside(inside, enough):
+    pages = 1 << 18
+    dumped = DumpReport(bytes_total=pages << 12, bytes_outside=pages - inside << 12)
+    if enough:
+        demo._check_outside(dumped)
+    else:
+        with pytest.raises(LabError, match=r"only 99\.9\d+% of the page bytes"):
+            demo._check_outside(dumped)
