@@ -41,6 +41,10 @@ def test_plan_as_json_names_every_run(dumps, capsys):
     [
         (("restore", "-D", "/nowhere", "--vm", "shoe:1"), 2, "shoe:1"),
         (("restore", "-D", "/nowhere", "--vm", "qmp:/nowhere"), 3, "/nowhere"),
+        (("dump", "-D", "/nowhere", "-t", "1", "--vm", "shoe:1"), 2, "shoe:1"),
+        (("dump", "-D", "/nowhere", "-t", "1", "--vm", "qmp:/nowhere"), 3, "/nowhere"),
+        (("dump", "-t", "1", "--vm", "qmp:/nowhere", "--dry-run"), 3, "/nowhere"),
+        (("dump", "-t", "one", "--vm", "qmp:/nowhere"), 2, "'one' is not a pid"),
         (("plan", "-D", "/nowhere"), 2, "/nowhere"),
         (("ps", "--vm", "pid:1"), 3, "not QEMU"),
         (("check", "--vm", "lab:no-such-vm"), 3, "no-such-vm"),
@@ -72,7 +76,7 @@ def test_no_command_is_an_error():
     assert done.returncode == 2
 
 
-@pytest.mark.parametrize("command", ["restore", "plan", "ps", "check", "lab", "demo"])
+@pytest.mark.parametrize("command", ["dump", "restore", "plan", "ps", "check", "lab", "demo"])
 def test_help_teaches(command, capsys):
     with pytest.raises(SystemExit) as caught:
         cli.main([command, "--help"])

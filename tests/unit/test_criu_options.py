@@ -12,13 +12,11 @@ from ovr import cli
 from ovr.cli import dump, restore
 from ovr.cli.criu_options import TABLES, Fate
 from ovr.dump.report import DumpReport
-from ovr.errors import CriuFailed, OvrError
-from ovr.images.framing import decode, encode, frames, image_bytes
+from ovr.errors import CriuFailed
+from ovr.images.framing import decode, frames
 from ovr.images.stats import (
     DumpStatsEntry,
     StatsEntry,
-    decode_dump_stats,
-    dump_stats,
     restore_stats,
     stats_image,
 )
@@ -332,120 +330,3 @@ def test_the_help_names_every_option_that_is_passed(capsys, command):
     table = TABLES[command]
     listed = [option.long for option in table if option.fate in (Fate.PASSED, Fate.IGNORED)]
     assert [name for name in listed if name not in text] == []
-
-
-# ------------------------------------------------------------------------ criu dump
-
-
-def test_a_command_line_of_criu_dump(asked, capsys):
-    calls, _ = asked
-    words = "-W work -o dump.log -v4 -R -j --tcp-established -x --external mnt[]:m"
-    words += " --ext-unix-sk=7 --manage-cgroups=soft --no-tcp-close --ghost-limit 10M"
-    words += " --log-pid --no-default-config -l --timeout 9 --pidfile nothing -d"
-    assert run_dump(*words.split()) == 0
-    _, (images, options) = calls
-    assert images == Path("images")
-    assert options == {
-        "pid": 4711, "agent": None, "leave_running": True, "pre_copies": False, "verify": "sample",
-        "log_level": 4, "timeout": 9.0,
-        "criu_options": [
-            "--shell-job", "--tcp-established", "--ext-unix-sk", "--external=mnt[]:m",
-            "--ext-unix-sk=7", "--manage-cgroups=soft", "--no-tcp-close", "--ghost-limit=10M",
-            "--file-locks",
-        ],
-    }  # fmt: skip
-    assert "dumped pid 4711" in capsys.readouterr().out
-    assert {path.name for path in Path("work").iterdir()} == {"dump.log", "stats-dump"}
-    assert list(Path("images").iterdir()) == []
-    log = Path("work/dump.log").read_text().splitlines()
-    assert "Dumping finished successfully" in log[-1]
-
-
-def test_the_current_directory_has_images_log_and_statistics(asked):
-    calls, _ = asked
-    assert cli.main(["dump", "--vm", "qmp:/x", "--tree=4711", "-o", "dump.log"]) == 0
-    assert calls[1][0] == Path()
-    assert {path.name for path in Path().iterdir()} == {"images", "work", "dump.log", "stats-dump"}
-
-
-def test_stats_dump_is_a_service_image(asked):
-    assert run_dump() == 0
-    data = Path("images/stats-dump").read_bytes()
-    assert struct.unpack_from("<II", data) == (0x55105940, 0x57093306)
-    assert decode_dump_stats(data) == DUMPED.stats
-
-
-def test_display_stats_of_a_dump(asked, capsys):
-    assert run_dump("--display-stats", "--json") == 0
-    captured = capsys.readouterr()
-    assert json.loads(captured.out)["schema"] == "ovr.dump/1"
-    assert "Frozen time: 500000 us\n" in captured.err
-    assert "Memory pages written: 12345 (0x3039)\n" in captured.err
-    assert "IRMAP" not in captured.err
-
-
-def test_the_report_of_a_dump_is_drawn(asked):
-    assert run_dump("--report", "dump.html") == 0
-    html = Path("dump.html").read_text()
-    assert "pid 4711: 48.2 MiB dumped in 1.50 s" in html
-    assert "read from outside" in html
-
-
-def test_a_dump_that_fails(asked, capsys):
-    _, vm = asked
-    vm.error = CriuFailed("criu in the guest failed (1): no", "look there")
-    vm.error.unread_config = {"/etc/criu/default.conf": "tcp-established\naction-script x\n"}
-    assert run_dump("-o", "dump.log") == 1
-    lines = Path("images/dump.log").read_text()
-    assert "Dumping FAILED." in lines
-    assert "give ovr dump: --tcp-established" in lines
-    assert "ovr cannot honour --action-script=x" in lines
-    assert not Path("images/stats-dump").exists()
-    assert capsys.readouterr().err.count("criu in the guest failed") == 1
-
-
-@pytest.mark.parametrize("text", ["x", "0", "4194304", "-1", "", "²"])
-def test_what_is_no_pid(asked, capsys, text):
-    calls, _ = asked
-    assert run_dump(f"--tree={text}") == 2
-    assert f"{text!r} is not a pid" in capsys.readouterr().err
-    assert calls == []
-
-
-def of_criu(**fields):
-    stats = DumpStatsEntry(
-        freezing_time=7, frozen_time=900, memdump_time=100, memwrite_time=50, pages_scanned=5000,
-        pages_skipped_parent=4000, pages_written=2, pages_lazy=0, page_pipes=1, shpages_written=3,
-        **fields,
-    )  # fmt: skip
-    return image_bytes("stats-dump", [encode(StatsEntry(dump=stats))])
-
-
-def test_what_was_read_outside_is_added_to_criu_s_statistics():
-    stats = dump_stats(of_criu(irmap_resolve=9), written=3002, skipped=1000, memory=0.5)
-    assert (stats.pages_written, stats.pages_skipped_parent) == (3002, 1000)
-    assert (stats.memdump_time, stats.memwrite_time) == (500_100, 500_050)
-    assert (stats.freezing_time, stats.frozen_time, stats.irmap_resolve) == (7, 900, 9)
-    assert (stats.pages_scanned, stats.page_pipes, stats.shpages_written) == (5000, 1, 3)
-    assert decode_dump_stats(stats_image(stats)) == stats
-
-
-def test_a_criu_without_statistics():
-    stats = dump_stats(b"", written=3, skipped=0, memory=1e9)
-    assert (stats.pages_written, stats.frozen_time) == (3, 0)
-    assert stats.memdump_time == 0xFFFFFFFF
-    assert decode_dump_stats(stats_image(stats)) == stats
-
-
-@pytest.mark.parametrize(
-    "data",
-    [
-        b"nonsense",
-        of_criu()[:-1],
-        image_bytes("stats-dump", []),
-        stats_image(restore_stats(pages=1, forking=0, total=0)),
-    ],
-)
-def test_statistics_of_a_guest_that_are_invalid(data):
-    with pytest.raises(OvrError):
-        dump_stats(data, written=1, skipped=0, memory=0)

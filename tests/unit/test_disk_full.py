@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ovr.cli.criu_files import criu_files
+from ovr.cli.criu_files import RESTORING, criu_files
 from ovr.cli.logs import log_to_stderr
 from ovr.errors import UsageError
 
@@ -75,7 +75,7 @@ def test_an_error_that_cannot_be_printed_is_still_that_error():
 
 def test_a_log_that_cannot_be_written_is_told_once(tmp_path, capsys):
     (tmp_path / "log").symlink_to(FULL)
-    with criu_files(tmp_path, log_file="log", level=4, pidfile=None):
+    with criu_files(tmp_path, RESTORING, log_file="log", level=4, pidfile=None):
         for _ in range(3):
             logging.getLogger("ovr.test").warning("something")
     said = capsys.readouterr().err
@@ -87,10 +87,10 @@ def test_no_room_for_a_pidfile_is_told_before_anything_is_done(tmp_path):
     program = f"""
 import resource, signal
 from pathlib import Path
-from ovr.cli.criu_files import criu_files
+from ovr.cli.criu_files import RESTORING, criu_files
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
-with criu_files(Path({str(tmp_path)!r}), log_file=None, level=2, pidfile="pid"):
+with criu_files(Path({str(tmp_path)!r}), RESTORING, log_file=None, level=2, pidfile="pid"):
     print("the restore would begin")
 """
     done = python(program, stdout=subprocess.PIPE)
@@ -105,7 +105,7 @@ def test_the_room_for_a_pid_is_kept_from_the_beginning(tmp_path):
     assert limit[1] == resource.RLIM_INFINITY
     with (
         pytest.raises(ZeroDivisionError),
-        criu_files(tmp_path, log_file=None, level=2, pidfile="pid"),
+        criu_files(tmp_path, RESTORING, log_file=None, level=2, pidfile="pid"),
     ):
         assert (tmp_path / "pid").read_text().split() == []
         assert (tmp_path / "pid").stat().st_size >= len(str(1 << 22))
@@ -117,7 +117,7 @@ def test_a_pidfile_that_exists_is_somebodys(tmp_path):
     (tmp_path / "pid").write_text("1")
     with (
         pytest.raises(UsageError, match="File exists"),
-        criu_files(tmp_path, log_file=None, level=2, pidfile="pid"),
+        criu_files(tmp_path, RESTORING, log_file=None, level=2, pidfile="pid"),
     ):
         os.abort()
     assert (tmp_path / "pid").read_text() == "1"

@@ -38,6 +38,7 @@ CLAIMS = [
     ("docs/safety.md", r"`HOLD_SECONDS`\), (\d+) MiB at most", in_holds.HOLD_BYTES / MIB),
     ("docs/safety.md", r"A page that stays away \((\d+) tries\)", in_holds._TRIES),
     ("docs/safety.md", r"compares (\d+) pages of each target", copier._SAMPLE_PAGES),
+    ("docs/safety.md", r"(\d+) pages of each task and each shared object", copier._SAMPLE_PAGES),
     ("docs/safety.md", r"in one hold, which ends after (\d+) ms", settings._HOLD_SECONDS * 1e3),
     ("docs/safety.md", r"exit code (\d)\. *", errors.VerifyMismatch.exit_code),
     ("SECURITY.md", r"An image is at most (\d+) MiB", directory._MAX_READ / MIB),

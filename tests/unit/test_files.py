@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from ovr.cli.criu_files import criu_files
+from ovr.cli.criu_files import RESTORING, criu_files
 from ovr.cli.logs import log_to_stderr
 from ovr.cli.picture import picture_file
 from ovr.errors import LabError, UsageError
@@ -21,8 +21,8 @@ from ovr.guest import build
 from ovr.guest.compiler import deliver
 from ovr.host import Directory, UntrustedPath, locate
 from ovr.images.framing import write_image
+from ovr.images.stats import restore_stats
 from ovr.lab.cache import cached
-from ovr.restore.report import Report
 
 OTHER = 12345
 SECRET = "root:x:0:0"
@@ -69,13 +69,13 @@ def link(path: Path, target: Path | str) -> Path:
 
 
 def log(work: Path, name: str) -> None:
-    with criu_files(work, log_file=name, level=4, pidfile=None):
+    with criu_files(work, RESTORING, log_file=name, level=4, pidfile=None):
         logging.getLogger("ovr.test").warning("something")
 
 
 def pidfile(work: Path, name: str) -> None:
-    with criu_files(work, log_file=None, level=2, pidfile=name) as finish:
-        finish(Report(pid=42, seconds={"total": 1.0, "skeleton": 0.5}))
+    with criu_files(work, RESTORING, log_file=None, level=2, pidfile=name) as finish:
+        finish(restore_stats(pages=0, forking=0.5, total=1.0), 42)
 
 
 def picture(work: Path, name: str) -> None:
@@ -155,9 +155,10 @@ def test_the_command_refuses_before_it_does_anything(options, victim, theirs):
 
 @root_only
 def test_stats_in_another_users_directory_are_no_failure(theirs, tmp_path, caplog):
-    report = Report(pid=42, seconds={"total": 1.0, "skeleton": 0.5})
-    with criu_files(theirs, log_file=None, level=2, pidfile=str(tmp_path / "pid")) as finish:
-        finish(report)
+    with criu_files(
+        theirs, RESTORING, log_file=None, level=2, pidfile=str(tmp_path / "pid")
+    ) as finish:
+        finish(restore_stats(pages=0, forking=0.5, total=1.0), 42)
     assert (tmp_path / "pid").read_text() == "42"
     assert list(theirs.iterdir()) == []
 
@@ -247,8 +248,8 @@ def test_a_group_of_ones_own(tmp_path):
 LOGS = """
 import logging, sys
 from pathlib import Path
-from ovr.cli.criu_files import criu_files
-with criu_files(Path(), log_file=sys.argv[1], level=4, pidfile=None):
+from ovr.cli.criu_files import RESTORING, criu_files
+with criu_files(Path(), RESTORING, log_file=sys.argv[1], level=4, pidfile=None):
     print("before", file=sys.stdout, flush=True)
     logging.getLogger("ovr.test").warning("something")
 """
@@ -319,7 +320,7 @@ def test_the_pidfile_is_the_one_that_was_made(tmp_path):
     work.mkdir()
     with (
         pytest.raises(ZeroDivisionError),
-        criu_files(work, log_file=None, level=2, pidfile="pid"),
+        criu_files(work, RESTORING, log_file=None, level=2, pidfile="pid"),
     ):
         work.rename(moved)
         work.mkdir()

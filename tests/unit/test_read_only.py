@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from ovr.checkpoint import Archive
-from ovr.cli.criu_files import criu_files
+from ovr.cli.criu_files import RESTORING, criu_files
 from ovr.cli.logs import log_to_stderr
 from ovr.errors import UsageError
-from ovr.restore.report import Report
+from ovr.images.stats import restore_stats
 from tests.unit.images.test_archive import EXTRAS, pack
 
 IN_A_NAMESPACE = ("unshare", "--map-root-user", "--mount")
@@ -99,7 +99,7 @@ def test_files_that_cannot_be_made(tmp_path, kind, name, cure):
     names = {"log_file": None, "pidfile": None, kind: name}
     with (
         pytest.raises(UsageError, match="cannot be made") as caught,
-        criu_files(tmp_path, level=2, **names),
+        criu_files(tmp_path, RESTORING, level=2, **names),
     ):
         raise AssertionError
     assert caught.value.hint.startswith(cure)
@@ -110,7 +110,7 @@ def test_a_pidfile_that_exists(tmp_path):
     (tmp_path / "pid").write_text("1")
     with (
         pytest.raises(UsageError, match="File exists") as caught,
-        criu_files(tmp_path, log_file=None, level=2, pidfile="pid"),
+        criu_files(tmp_path, RESTORING, log_file=None, level=2, pidfile="pid"),
     ):
         raise AssertionError
     assert "remove it" in caught.value.hint
@@ -118,12 +118,8 @@ def test_a_pidfile_that_exists(tmp_path):
 
 def test_no_stats_are_no_failure(tmp_path, caplog):
     caplog.set_level(logging.WARNING, "ovr.restore")
-    report = Report(
-        pid=1, tasks=1, bytes_total=0, bytes_outside=0, seconds={"skeleton": 0.0, "total": 0.0},
-        held={},
-    )  # fmt: skip
-    with criu_files(tmp_path / "gone", log_file=None, level=2, pidfile=None) as finish:
-        finish(report)
+    with criu_files(tmp_path / "gone", RESTORING, log_file=None, level=2) as finish:
+        finish(restore_stats(pages=0, forking=0, total=0), 1)
     [record] = caplog.records
     assert "no stats-restore in" in record.getMessage()
     assert "-W DIR" in record.getMessage()
