@@ -1,16 +1,20 @@
-"""Restore checkpointed processes and containers into a running QEMU VM, from outside the VM."""
+"""Save processes of a running QEMU VM, and restore them into one, from outside the VM."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ovr.api import Vm, attach
+    from ovr.dump.report import DumpReport
     from ovr.errors import OvrError
     from ovr.restore.report import Report
 
-__all__ = ["OvrError", "Report", "Vm", "attach"]
+__all__ = ["DumpReport", "OvrError", "Report", "Vm", "attach"]
 
-_ROOMS = {"OvrError": "errors", "Report": "restore.report", "Vm": "api", "attach": "api"}
+_ROOMS = {
+    "DumpReport": "dump.report", "OvrError": "errors", "Report": "restore.report", "Vm": "api",
+    "attach": "api",
+}  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -3,8 +3,10 @@
 ::
 
     import ovr
-    with ovr.attach("qmp:/run/vm/qmp.sock") as vm:
-        report = vm.restore("images/", agent="vsock:3")
+    with ovr.attach("qmp:/run/vm-a/qmp.sock") as vm:
+        saved = vm.dump(4242, "images/", agent="vsock:3")
+    with ovr.attach("qmp:/run/vm-b/qmp.sock") as vm:
+        report = vm.restore("images/", agent="vsock:4")
 """
 
 from collections.abc import Sequence
@@ -13,6 +15,8 @@ from pathlib import Path
 
 from ovr.attempt.stopwatch import Stopwatch
 from ovr.checkpoint import open_checkpoint
+from ovr.dump import dump
+from ovr.dump.report import DumpReport
 from ovr.restore import restore
 from ovr.restore.report import Report
 from ovr.vm.attach import AttachedVm
@@ -21,7 +25,7 @@ __all__ = ["Vm", "attach"]
 
 
 class Vm(AttachedVm):
-    """A VM that can be restored into; a context manager. Made by `attach`."""
+    """A VM that can be dumped from and restored into; a context manager. Made by `attach`."""
 
     def __init__(
         self, spec: str, *, vmlinux: str | Path | None = None, watch: Stopwatch | None = None
@@ -85,18 +89,55 @@ class Vm(AttachedVm):
                 log_level=log_level, timeout=timeout, watch=watch,
             )  # fmt: skip
 
+    def dump(
+        self,
+        pid: int,
+        images: str | Path,
+        *,
+        agent: str | None = None,
+        leave_running: bool = False,
+        pre_copies: bool = False,
+        verify: str = "sample",
+        criu_options: Sequence[str] = (),
+        log_level: int = 2,
+        timeout: float | None = None,
+    ) -> DumpReport:
+        """Save a running tree as CRIU's images, and end it; see `ovr.dump.story.dump`.
+
+        Args:
+            pid: the root task, in the guest's initial pid namespace.
+            images: an existing directory without images.
+            agent: the agent's address; lab VMs know their own.
+            leave_running: let the tree run on.
+            pre_copies: copy pages while the tree runs; the images then build on those in the
+                subdirectory ``pre-copy``.
+            verify: compare none of the memory with the images, a ``sample``, or all (``full``).
+            criu_options: further options for the guest's ``criu dump``.
+            log_level: how much the guest's CRIU logs (its ``-v``).
+            timeout: seconds that CRIU may take; None: as long as it makes progress.
+
+        Raises:
+            OvrError: what went wrong. The tree runs on, and there are no images.
+        """
+        watch, self._watch = self._watch, Stopwatch()
+        return dump(
+            self, pid, Path(images), agent=agent, leave_running=leave_running,
+            pre_copies=pre_copies, verify=verify, criu_options=criu_options, log_level=log_level,
+            timeout=timeout, watch=watch,
+        )  # fmt: skip
+
 
 def attach(spec: str, *, vmlinux: str | Path | None = None, watch: Stopwatch | None = None) -> Vm:
-    """Attach to a running VM for restoring.
+    """Attach to a running VM for dumps and restores.
 
     Args:
         spec: ``libvirt:DOMAIN``, ``name:NAME``, ``qmp:PATH``, ``pid:N`` or ``lab:NAME``.
         vmlinux: the guest's kernel, if the guest keeps no symbols or types in its memory.
-        watch: measures the attaching and the first restore; one of one's own can show progress.
+        watch: measures the attaching and the first dump or restore; a subclass can show progress.
 
     Raises:
         UsageError: `vmlinux` is no such file.
         VmUnreachable: no such VM.
-        CheckFailed: it cannot be restored into.
+        CheckFailed: it cannot be used.
     """
     return Vm(spec, vmlinux=vmlinux, watch=watch)

@@ -20,6 +20,7 @@
     ├── AttemptFailed            1   a restore or dump was aborted, and undone
     │   ├── HoldBroken           1
     │   ├── PidTaken             1
+    │   ├── TaskDied             1
     │   └── CriuFailed           1
     └── LabError                 1   the lab's own set-up
 
@@ -47,6 +48,7 @@ __all__ = [
     "OvrError",
     "PidTaken",
     "RamNotShared",
+    "TaskDied",
     "Unreachable",
     "UsageError",
     "VerifyMismatch",
@@ -171,13 +173,17 @@ class PidTaken(AttemptFailed):
     """A pid that the images need is in use in the guest."""
 
 
+class TaskDied(AttemptFailed):
+    """A task of the guest has died."""
+
+
 class CriuFailed(AttemptFailed):
-    """CRIU in the guest failed before the skeleton stood.
+    """CRIU in the guest failed before it held the tree.
 
     Attributes:
         file: the path, without its first slash, of a file that differs from its state at the dump,
             if that is the cause.
-        unread_config: as of `ovr.restore.report.Report`.
+        unread_config: CRIU's configuration files in the guest that were not read, by path.
     """
 
     file: str | None = None

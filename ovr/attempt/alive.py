@@ -2,7 +2,7 @@
 
 from typing import Final
 
-from ovr.errors import AttemptFailed
+from ovr.errors import TaskDied
 from ovr.kernel import Kernel, Struct, find_task, mm_space, types_that_fit
 from ovr.memory.paging import AddressSpace
 
@@ -35,9 +35,9 @@ class Alive:
         """Check it; to be called in a hold.
 
         Raises:
-            AttemptFailed: the process has died.
+            TaskDied: the process has died.
         """
         task: Struct | None = find_task(self._kernel, self._pid)
         alive = task is not None and task == self._task and task.mm
         if not alive or mm_space(self._kernel, alive).root != self.space.root:
-            raise AttemptFailed(f"{self.name} has died in the guest", OF_THE_TASK)
+            raise TaskDied(f"{self.name} has died in the guest", OF_THE_TASK)

@@ -21,8 +21,10 @@ __all__ = ["main", "make_parser"]
 
 # Modules of this package. Only the module of the command is imported, to start fast.
 _COMMANDS: Final = (
-    "restore", "warm", "plan", "states", "ps", "list", "check", "agent", "lab", "demo",
+    "dump", "restore", "warm", "plan", "states", "ps", "list", "check", "agent", "lab", "demo",
 )  # fmt: skip
+_AS_CRIU: Final = ("dump", "restore")
+"""Commands with the options of CRIU's command of the same name."""
 
 _WIDTH: Final = 92
 _EPILOG: Final = """\
@@ -31,7 +33,7 @@ or lab:NAME; `ovr list` shows the VMs of this host.
 ADDR is vsock:CID[:PORT], unix:PATH[:PORT] or serial:PATH; not needed for lab VMs.
 
 exit codes:
-  0 done   1 failed, tree killed, VM unharmed   2 usage   3 VM or agent not reachable
+  0 done   1 failed and undone, VM unharmed   2 usage   3 VM or agent not reachable
   4 check failed   5 images cannot be restored   6 images damaged   7 verify mismatch
 """
 
@@ -41,13 +43,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if arguments is None else arguments
     if arguments is None:
         process.set_up()
-        if words[:1] == ["restore"]:
+        if words and words[0] in _AS_CRIU:
             process.hurry()
             process.keep_memory()
     parser = make_parser(words[0] if words else None)
     options, unknown = parser.parse_known_args(words)
     if unknown:
-        whose = "ovr or criu (3.17 to 4.2)" if words[0] == "restore" else "ovr"
+        whose = "ovr or criu (3.17 to 4.2)" if words[0] in _AS_CRIU else "ovr"
         parser.error(f"not an option of {whose}: {' '.join(unknown)}")
     log_to_stderr(getattr(options, "log_level", DEFAULT_LEVEL + options.verbose))
     try:
@@ -107,7 +109,7 @@ def _add(commands: Any, name: str, module: ModuleType) -> None:
     if hasattr(module, "add"):
         module.add(parser)
     if hasattr(module, "run"):
-        if name != "restore":  # its -v is CRIU's
+        if name not in _AS_CRIU:  # their -v is CRIU's
             output.common(parser)
         parser.set_defaults(run=module.run)
 
@@ -119,10 +121,11 @@ def make_parser(only: str | None = None) -> argparse.ArgumentParser:
     """
     parser = _Command(
         prog="ovr",
-        description="Restore checkpointed processes into a running QEMU VM, from outside the VM.",
+        description="Save processes of a running QEMU VM, and restore them into one, from outside.",
         examples="""\
             ovr list
             ovr check --vm libvirt:web
+            ovr dump -t 4242 -D images/ --vm libvirt:db
             ovr restore -D images/ --vm libvirt:web
             """,
     )

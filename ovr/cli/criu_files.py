@@ -1,4 +1,4 @@
-"""Write the files that ``criu restore`` leaves: log, pidfile, ``stats-restore``.
+"""Write the files that CRIU leaves: log, pidfile, ``stats-restore`` or ``stats-dump``.
 
 As in CRIU, relative names are in the work directory, by default the images' directory. Unlike CRIU,
 no file is written if another user controls its path (`ovr.host`).
@@ -8,36 +8,69 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Final, Self
+from typing import Final, NamedTuple, Self
 
 from ovr.cli.logs import log_to_file
 from ovr.errors import OvrError, UsageError
 from ovr.host import UntrustedPath, cure_of, locate
 from ovr.images.framing import write_image
-from ovr.images.stats import STATS_RESTORE, stats_image
-from ovr.memory.addresses import PAGE_SIZE
-from ovr.restore.report import Report
+from ovr.images.stats import (
+    STATS_DUMP,
+    STATS_RESTORE,
+    DumpStatsEntry,
+    RestoreStatsEntry,
+    stats_image,
+)
 
-__all__ = ["criu_files", "stats_text"]
+__all__ = [
+    "DUMPING",
+    "RESTORING",
+    "Job",
+    "criu_files",
+    "dump_stats_text",
+    "restore_stats_text",
+]
 
 _ROOM: Final = b"\n" * 10
 _ELSEWHERE: Final = "name a work directory with -W DIR, or the file by a path in another one"
 _OWN_PATH: Final = "name a work directory of your own with -W DIR, or the file by a path in one"
 
-log = logging.getLogger("ovr.restore")
+
+class Job(NamedTuple):
+    """A command of CRIU's: its log, the name of its statistics' file, the last lines of its log."""
+
+    log: logging.Logger
+    stats: str
+    done: str
+    failed: str
+
+
+RESTORING: Final = Job(
+    logging.getLogger("ovr.restore"), STATS_RESTORE,
+    "Restore finished successfully. Tasks resumed.", "Restoring FAILED.",
+)  # fmt: skip
+DUMPING: Final = Job(
+    logging.getLogger("ovr.dump"), STATS_DUMP, "Dumping finished successfully", "Dumping FAILED."
+)
+
+
+Stats = RestoreStatsEntry | DumpStatsEntry
 
 
 @contextmanager
 def criu_files(
-    work: Path, *, log_file: str | None, level: int, pidfile: str | None
-) -> Iterator[Callable[[Report], None]]:
-    """Open log and pidfile for the body of the ``with``; call the yielded function with the report.
+    work: Path, job: Job, *, log_file: str | None, level: int, pidfile: str | None = None
+) -> Iterator[Callable[[Stats, int], None]]:
+    """Open log and pidfile for the body of the ``with``.
 
-    An error in the body is logged, and removes the pidfile.
+    Call the yielded function with the statistics and the root task's pid when the job is done. An
+    error in the body is logged, and removes the pidfile.
 
     Args:
         work: the work directory.
+        job: the command of CRIU's.
         log_file: name of the log, None for stderr.
         level: CRIU's log level.
         pidfile: name of the pidfile, None for none; it must be new.
@@ -54,12 +87,12 @@ def criu_files(
             with _usage("pidfile", work / pidfile):
                 reserved = stack.enter_context(_Pidfile(work / pidfile))
         try:
-            yield lambda report: _finish(report, work, reserved)
+            yield partial(_finish, work, job, reserved)
         except BaseException as error:
             if reserved is not None:
                 reserved.remove()
             if log_file is not None:
-                _log_failure(error)
+                _log_failure(error, job)
             raise
 
 
@@ -96,43 +129,58 @@ class _Pidfile:
         self._directory.close()
 
 
-def stats_text(report: Report) -> str:
-    """Return the output of ``--display-stats``, in CRIU's format."""
-    pages = report.bytes_total // PAGE_SIZE
+def restore_stats_text(stats: RestoreStatsEntry) -> str:
+    """Return the output of ``criu restore --display-stats``."""
     lines = (
         "Displaying restore stats:",
-        "Pages compared: 0 (0x0)",
-        "Pages skipped COW: 0 (0x0)",
-        f"Pages restored: {pages} ({pages:#x})",
-        f"Restore time: {round(report.seconds['total'] * 1e6)} us",
-        f"Forking time: {round(report.seconds['skeleton'] * 1e6)} us",
+        f"Pages compared: {_count(stats.pages_compared)}",
+        f"Pages skipped COW: {_count(stats.pages_skipped_cow)}",
+        f"Pages restored: {_count(stats.pages_restored)}",
+        f"Restore time: {stats.restore_time} us",
+        f"Forking time: {stats.forking_time} us",
     )
     return "\n".join(lines)
 
 
-def _finish(report: Report, work: Path, pidfile: _Pidfile | None) -> None:
-    if pidfile is not None:
-        pidfile.write(report.pid)
-    stats = stats_image(
-        pages=report.bytes_total // PAGE_SIZE,
-        forking=report.seconds["skeleton"],
-        total=report.seconds["total"],
+def dump_stats_text(stats: DumpStatsEntry) -> str:
+    """Return the output of ``criu dump --display-stats``."""
+    irmap = (f"IRMAP resolve time: {stats.irmap_resolve} us",)
+    lines = (
+        "Displaying dump stats:",
+        f"Freezing time: {stats.freezing_time} us",
+        f"Frozen time: {stats.frozen_time} us",
+        f"Memory dump time: {stats.memdump_time} us",
+        f"Memory write time: {stats.memwrite_time} us",
+        *(irmap if stats.HasField("irmap_resolve") else ()),
+        f"Memory pages scanned: {_count(stats.pages_scanned)}",
+        f"Memory pages skipped from parent: {_count(stats.pages_skipped_parent)}",
+        f"Memory pages written: {_count(stats.pages_written)}",
+        f"Lazy memory pages: {_count(stats.pages_lazy)}",
     )
+    return "\n".join(lines)
+
+
+def _count(pages: int) -> str:
+    return f"{pages} ({pages:#x})"
+
+
+def _finish(work: Path, job: Job, pidfile: _Pidfile | None, stats: Stats, pid: int) -> None:
+    if pidfile is not None:
+        pidfile.write(pid)
     try:
-        write_image(work, STATS_RESTORE, [stats])
-    except OSError as error:  # not a failure, as in CRIU: the tree runs
-        hint = _cure(error)
-        log.warning("no %s in %s: %s (%s)", STATS_RESTORE, work, error.strerror, hint)
-    log.info("Restore finished successfully. Tasks resumed.")
+        write_image(work, job.stats, [stats_image(stats)])
+    except OSError as error:  # not a failure, as in CRIU: the job is done
+        job.log.warning("no %s in %s: %s (%s)", job.stats, work, error.strerror, _cure(error))
+    job.log.info("%s", job.done)
 
 
-def _log_failure(error: BaseException) -> None:
+def _log_failure(error: BaseException, job: Job) -> None:
     for note in getattr(error, "__notes__", ()):
         for line in note.splitlines():  # the guest's CRIU
-            log.error("guest: %s", line)
+            job.log.error("guest: %s", line)
     hint = f" ({error.hint})" if isinstance(error, OvrError) and error.hint else ""
-    log.error("%s%s", str(error) or type(error).__name__, hint)
-    log.error("Restoring FAILED.")
+    job.log.error("%s%s", str(error) or type(error).__name__, hint)
+    job.log.error("%s", job.failed)
 
 
 @contextmanager

@@ -1,8 +1,9 @@
-"""Accept the options of ``criu restore``, so that scripts written for it need not change.
+"""Accept the options of ``criu restore`` and ``criu dump``: scripts for them need not change.
 
-`TABLE` has all options of CRIU 3.17 to 4.2 (criu/config.c, crtools.c), each with its handling: it
-is an option of ovr, is passed to the guest's CRIU, is ignored, or is refused with the reason. The
-parser, the help and docs/criu-scripts.md are made from the table.
+CRIU parses the same options for all its commands. `RESTORE` and `DUMP` have all options of CRIU
+3.17 to 4.2 (criu/config.c, crtools.c), each with its handling: it is an option of ovr, is passed to
+the guest's CRIU, is ignored, or is refused with the reason. The parsers, the help and
+docs/criu-scripts.md are made from these tables.
 """
 
 import argparse
@@ -13,20 +14,30 @@ from typing import Any, Final, NamedTuple
 
 from ovr.cli import logs
 
-__all__ = ["TABLE", "Fate", "Option", "Verbosity", "add_criu_options"]
+__all__ = [
+    "DUMP",
+    "RESTORE",
+    "TABLES",
+    "Fate",
+    "Option",
+    "Table",
+    "Verbosity",
+    "add_criu_options",
+    "add_verbosity",
+]
 
 
 class Fate(enum.Enum):
     """The handling of an option, in the words of docs/criu-scripts.md."""
 
-    OURS = "an option of `ovr restore`"
+    OURS = "an option of `ovr`"
     PASSED = "goes to the guest's CRIU"
     IGNORED = "changes nothing"
     REFUSED = "refused"
 
 
 class Option(NamedTuple):
-    """One option of ``criu restore``.
+    """One option of a command of CRIU's.
 
     Attributes:
         names: short and long names.
@@ -46,6 +57,9 @@ class Option(NamedTuple):
         return self.names[-1]
 
 
+Table = tuple[Option, ...]
+
+
 def _options(fate: Fate, why: str, words: str) -> Iterator[Option]:
     # ``-x/--ext-unix-sk?``: names, and whether it takes a value ("=") or may take one ("?").
     for word in words.split():
@@ -57,7 +71,7 @@ _ON_HOST: Final = "the restored process is in the guest, its parent cannot be on
 _NO_CONFIG: Final = "--no-default-config"
 _FROM_A_DIRECTORY: Final = "ovr reads images from a directory"
 
-TABLE: Final[tuple[Option, ...]] = (
+RESTORE: Final[Table] = (
     *_options(Fate.OURS, "the images' directory, on the host; only read", "-D/--images-dir="),
     *_options(
         Fate.OURS, "directory of the files below; by default the images' directory, as with CRIU",
@@ -143,32 +157,137 @@ TABLE: Final[tuple[Option, ...]] = (
 )  # fmt: skip
 """Every option that some CRIU from 3.17 to 4.2 takes after ``criu restore``."""
 
+
+def _dump_options(fate: Fate, why: str, words: str) -> Iterator[Option]:
+    # Names and values are those of the table of `criu restore`.
+    known = {option.long: option for option in RESTORE}
+    for word in words.split():
+        yield known[word]._replace(fate=fate, why=why)
+
+
+_TO_A_DIRECTORY: Final = "ovr writes images to a directory of the host"
+
+DUMP: Final[Table] = (
+    *_dump_options(Fate.OURS, "the root task, by its pid in the guest", "--tree"),
+    *_dump_options(
+        Fate.OURS, "the images' directory, on the host; it must exist, and have no images",
+        "--images-dir",
+    ),
+    *_dump_options(Fate.OURS, "let the tree run on after the dump", "--leave-running"),
+    *_dump_options(
+        Fate.OURS, "directory of the files below; by default the images' directory, as with CRIU",
+        "--work-dir",
+    ),
+    *_dump_options(
+        Fate.OURS, "the log, in CRIU's format: `(00.012345) Error (file:line): …`; a new one"
+        " has mode 0600, as CRIU's", "--log-file"
+    ),
+    *_dump_options(Fate.OURS, "CRIU's levels, `-v0` … `-v4`", "--verbosity"),
+    *_dump_options(
+        Fate.OURS, "time in seconds for the guest's CRIU to save all but the memory; without it,"
+        " CRIU may take as long as it makes progress", "--timeout"
+    ),
+    *_dump_options(Fate.OURS, "prints the statistics of `stats-dump`", "--display-stats"),
+    *_dump_options(Fate.OURS, "the help of `ovr dump`", "--help"),
+    *_dump_options(
+        Fate.PASSED, "paths and names in its value are the guest's",
+        """--shell-job --file-locks --tcp-established --tcp-close --skip-in-flight --link-remap
+        --evasive-devices --force-irmap --irmap-scan-path --ghost-limit --ghost-fiemap
+        --enable-external-sharing --enable-external-masters --allow-uprobes --deprecated
+        --external --ext-mount-map --ext-unix-sk --libdir --empty-ns --enable-fs --skip-mnt
+        --freeze-cgroup --manage-cgroups --cgroup-dump-controller --cgroup-props
+        --cgroup-props-file --cgroup-yard --lsm-profile --cpu-cap --file-validation
+        --network-lock""",
+    ),
+    *_dump_options(Fate.IGNORED, "there is one log", "--log-pid --relative-timestamps"),
+    *_dump_options(
+        Fate.IGNORED,
+        "CRIU's configuration files are never read; with it, `ovr` does not report them",
+        _NO_CONFIG,
+    ),
+    *_dump_options(Fate.IGNORED, "the agent runs CRIU as root", "--unprivileged"),
+    *_dump_options(Fate.IGNORED, "no descriptor of the caller reaches CRIU", "--close"),
+    *_dump_options(
+        Fate.IGNORED, "an option of `criu restore`, which `criu dump` accepts and ignores",
+        """--restore-detached --daemon --restore-sibling --pidfile --root --join-ns --inherit-fd
+        --veth-pair --weak-sysctls --skip-file-rwx-check --mntns-compat-mode --cgroup-root
+        --lsm-mount-context""",
+    ),
+    *_dump_options(
+        Fate.IGNORED, "an option of `criu pre-dump`, which `criu dump` accepts and ignores",
+        "--pre-dump-mode",
+    ),
+    *_dump_options(
+        Fate.IGNORED, "an option of `criu check`, which `criu dump` accepts and ignores",
+        "--ms --extra --experimental --all --feature",
+    ),
+    *_dump_options(
+        Fate.REFUSED, "ovr ends the tree, or lets it run on (-R); a tree that is to stay stopped"
+        " must be stopped before, in the guest: kill -STOP PID, then dump with -R",
+        "--leave-stopped",
+    ),
+    *_dump_options(
+        Fate.REFUSED, "all memory is in the images that ovr writes, none in those of an earlier"
+        " dump; omit the option, and dump into an empty directory", "--prev-images-dir",
+    ),
+    *_dump_options(
+        Fate.REFUSED, "ovr never builds on an earlier dump, so none needs to be tracked for;"
+        " omit the option", "--track-mem",
+    ),
+    *_dump_options(
+        Fate.REFUSED, "all pages are in the images when ovr ends; omit the option", "--lazy-pages"
+    ),
+    *_dump_options(
+        Fate.REFUSED, "there are no earlier images that share pages; omit the option",
+        "--auto-dedup",
+    ),
+    *_dump_options(
+        Fate.REFUSED, "it would run on the host; the agent uses CRIU's hooks in the guest. Do"
+        " before and after ovr what the script does", "--action-script",
+    ),
+    *_dump_options(
+        Fate.REFUSED, "wait for ovr to end: then the images are complete", "--status-fd"
+    ),
+    *_dump_options(Fate.REFUSED, "as by criu dump: it is for criu restore", "--exec-cmd"),
+    *_dump_options(
+        Fate.REFUSED, f"{_TO_A_DIRECTORY}; send them from there",
+        """--stream --page-server --address --port --ps-socket --tls --tls-cacert --tls-cacrl
+        --tls-cert --tls-key --tls-no-cn-verify""",
+    ),
+    *_dump_options(Fate.REFUSED, "give its options on the command line", "--config"),
+    *_dump_options(Fate.REFUSED, "`ovr check` shows the version of the guest's CRIU", "--version"),
+)  # fmt: skip
+"""The same options, after ``criu dump``."""
+
+TABLES: Final = {"restore": RESTORE, "dump": DUMP}
+"""By command."""
+
 _HIDDEN: Final = argparse.SUPPRESS  # the description of their group lists them
 
 
-def _of(fate: Fate) -> list[Option]:
-    return [option for option in TABLE if option.fate is fate]
+def _names(table: Table, fate: Fate) -> str:
+    names = sorted(option.long for option in table if option.fate is fate)
+    return textwrap.fill(" ".join(names), 78, break_on_hyphens=False)
 
 
-def _names(fate: Fate) -> str:
-    return textwrap.fill(
-        " ".join(sorted(option.long for option in _of(fate))), 78, break_on_hyphens=False
-    )
-
-
-def add_criu_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options of ``criu restore`` that ``ovr restore`` does not have itself.
+def add_criu_options(parser: argparse.ArgumentParser, command: str) -> None:
+    """Add the options of a command of CRIU's that ovr's command does not have itself.
 
     Those for the guest's CRIU are collected in ``criu_options``.
+
+    Args:
+        parser: of ovr's command.
+        command: a key of `TABLES`.
     """
+    table = TABLES[command]
     group = parser.add_argument_group(
-        "options of criu restore",
-        f"These go to the guest's CRIU (see criu(8)):\n{_names(Fate.PASSED)}\n"
-        f"These change nothing here, and are accepted:\n{_names(Fate.IGNORED)}\n"
-        "Other options of criu restore are refused, with the reason.",
+        f"options of criu {command}",
+        f"These go to the guest's CRIU (see criu(8)):\n{_names(table, Fate.PASSED)}\n"
+        f"These change nothing here, and are accepted:\n{_names(table, Fate.IGNORED)}\n"
+        f"Other options of criu {command} are refused, with the reason.",
     )
     group.set_defaults(criu_options=[])
-    for option in TABLE:
+    for option in table:
         if option.fate is Fate.OURS:
             continue
         if option.long == _NO_CONFIG:
@@ -179,7 +298,18 @@ def add_criu_options(parser: argparse.ArgumentParser) -> None:
             names.append(f"--no-{option.long[2:]}")  # criu's BOOL_OPT() makes both
         action = {Fate.PASSED: _Pass, Fate.IGNORED: _Ignore, Fate.REFUSED: _Refuse}[option.fate]
         nargs: int | str | None = {None: 0, "?": "?", "1": None}[option.value]
-        group.add_argument(*names, action=action, nargs=nargs, help=_HIDDEN)
+        why = option.why if option.fate is Fate.REFUSED else None
+        group.add_argument(*names, action=action, nargs=nargs, const=why, help=_HIDDEN)
+
+
+def add_verbosity(parser: argparse.ArgumentParser) -> None:
+    """Add CRIU's ``-v`` in the place of ours."""
+    parser.add_argument(
+        "-v", "--verbosity", action=Verbosity, dest="log_level", nargs="?", metavar="NUM",
+        default=logs.DEFAULT_LEVEL,
+        help="log more (-vv: all), or criu's level: 0 nothing … 4 all",
+    )  # fmt: skip
+    parser.set_defaults(verbose=0)
 
 
 class Verbosity(argparse.Action):
@@ -227,6 +357,7 @@ class _Ignore(argparse.Action):
 
 
 class _Refuse(argparse.Action):
+    # Its constant is the reason.
     def __call__(
         self,
         parser: argparse.ArgumentParser,
@@ -234,6 +365,4 @@ class _Refuse(argparse.Action):
         values: str | Sequence[Any] | None,
         option_string: str | None = None,
     ) -> None:
-        names = tuple(self.option_strings)
-        why = next(option.why for option in _of(Fate.REFUSED) if option.names == names)
-        parser.error(f"{option_string} of criu cannot be honoured: {why}")
+        parser.error(f"{option_string} of criu cannot be honoured: {self.const}")

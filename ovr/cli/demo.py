@@ -1,4 +1,4 @@
-"""``ovr demo``: dump and restore a process on lab VMs, end to end."""
+"""``ovr demo``: dump and restore a process of lab VMs, end to end."""
 
 import argparse
 import shutil
@@ -6,28 +6,35 @@ import sys
 from typing import Final
 
 from ovr.cli.output import document, size
+from ovr.dump.report import DumpReport
 from ovr.lab import demo
 from ovr.lab.image import SUITES
 from ovr.lab.ram import memory_size
 from ovr.restore import VERIFY_MODES
+from ovr.restore.report import Report
 
 __all__ = ["HELP", "add"]
 
 
 HELP: Final = """\
-dump a process in one lab VM, restore it into another from outside
+dump a process of one lab VM and restore it into another, from outside
 
-Dump a process in one lab VM, end that VM, boot another, restore the process into it from outside,
-and let it check itself.
+Dump a process of one lab VM from outside, end that VM, boot another, restore the process into it
+from outside, and let it check itself. With --dump the other VM's own CRIU restores it.
 
 ovr demo
 ovr demo --size 5G --memory 8G
+ovr demo --dump
 ovr demo --suite bookworm --json
 """
 
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
+    parser.add_argument(
+        "--dump", action="store_true", dest="by_criu",
+        help="restore by the CRIU of the other VM alone, without ovr",
+    )  # fmt: skip
     parser.add_argument("--size", default="1G", metavar="SIZE", help="its memory (1G)")
     parser.add_argument("--memory", default="4G", metavar="SIZE", help="RAM of each VM (4G)")
     parser.add_argument("--umask", default="0137", type=_octal, metavar="OCTAL")
@@ -41,19 +48,27 @@ def run(options: argparse.Namespace) -> int:
     outcome = demo.run(
         size=memory_size(options.size), memory=options.memory, umask=options.umask,
         suite=options.suite, accel=options.accel, verify=options.verify,
+        by_criu=options.by_criu,
         say=lambda line: print(f"ovr demo: {line}", file=sys.stderr),
     )  # fmt: skip
     if options.json:
-        document("ovr.demo/1", outcome.as_json())
+        document("ovr.demo.dump/1" if options.by_criu else "ovr.demo/1", outcome.as_json())
         return 0
-    report, answer = outcome.report, outcome.answer
-    share = report.bytes_outside / report.bytes_total
+    answer = outcome.answer
     print(f"It says: {answer.words} words checked, {answer.wrong} wrong, umask {answer.umask}")
-    print(f"outside: {size(report.bytes_outside)} ({share:.3%}), {report.copy_gb_per_s:.1f} GB/s")
-    print(f"inside:  {size(report.bytes_inside)}")
+    _show("dump", outcome.dumped)
+    print(f"  the process was frozen for {outcome.dumped.frozen:.3f} s")
+    if outcome.report is not None:
+        _show("restore", outcome.report)
+    return 0
+
+
+def _show(what: str, report: Report | DumpReport) -> None:
+    share = report.bytes_outside / report.bytes_total
+    outside = f"{size(report.bytes_outside)} ({share:.3%}), {report.copy_gb_per_s:.1f} GB/s"
+    print(f"{what}: {outside} outside, {size(report.bytes_inside)} inside")
     for phase, seconds in report.seconds.items():
         print(f"  {phase:<9}{seconds:8.3f} s  {'█' * _bar(seconds, report.seconds['total'])}")
-    return 0
 
 
 def _octal(text: str) -> int:

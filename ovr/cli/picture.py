@@ -1,9 +1,10 @@
-"""Draw a restore as one HTML file.
+"""Draw a restore or a dump as one HTML file.
 
 It shows the time of each phase and hold, and where the bytes went. Without scripts and external
 resources, so it can be mailed and opened anywhere.
 """
 
+import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -13,12 +14,15 @@ from typing import Final
 
 from ovr.attempt.stopwatch import Span
 from ovr.cli.output import one_line, size
+from ovr.dump.report import DumpReport
 from ovr.errors import UsageError
 from ovr.host import Replacement, cure_of, locate
 from ovr.plan.pages import Reason
 from ovr.restore.report import Report
 
-__all__ = ["page", "picture_file"]
+__all__ = ["Writer", "draw", "page", "picture_file"]
+
+log = logging.getLogger("ovr.report")
 
 _WIDTH: Final = 860
 _LABELS: Final = 90
@@ -82,24 +86,42 @@ class Writer:
         self._file.put()
 
 
-def page(report: Report, facts: Mapping[str, str]) -> str:
+def draw(
+    picture: Writer, report: Report | DumpReport, path: Path, *, images: Path | None, vm: str
+) -> None:
+    """Write the page of a report; a failure is logged, since the work itself is done.
+
+    Args:
+        picture: the open file.
+        report: the result.
+        path: the file's path.
+        images: the images' directory or archive; None: the current directory.
+        vm: the VM's name on the command line.
+    """
+    try:
+        picture.write(page(report, {"images": str(images or "."), "VM": vm}))
+    except OSError as error:
+        log.warning("no report in %s: %s", path, error.strerror)
+
+
+def page(report: Report | DumpReport, facts: Mapping[str, str]) -> str:
     """Return the HTML page.
 
     Args:
-        report: the result of the restore.
+        report: the result.
         facts: further facts by name: the images' directory, the VM.
     """
     from importlib.metadata import version  # noqa: PLC0415 - slow to load, and rarely used
 
     total = report.seconds.get("total", 0.0)
-    title = f"pid {report.pid}: {size(report.bytes_total)} restored in {_seconds(total)}"
-    states = escape(", ".join(report.states) or "none")
+    done = "restored" if isinstance(report, Report) else "dumped"
+    title = f"pid {report.pid}: {size(report.bytes_total)} {done} in {_seconds(total)}"
     about = " · ".join(f"{escape(k)} {escape(one_line(v))}" for k, v in facts.items())
     body = (
         f"<h1>{escape(title)}</h1>\n<p>{about}</p>\n"
         f"<h2>When</h2>\n{_timeline(report)}\n{_phases(report)}"
-        f"<h2>Where the bytes went</h2>\n{_bytes(report)}"
-        f"<h2>State written from outside</h2>\n<p>{states}</p>\n"
+        f"<h2>Where the bytes went</h2>\n{_bytes(_pages(report))}"
+        f"{_states(report)}"
         f"<footer>ovr {escape(version('ovr'))}, {time.strftime('%Y-%m-%d %H:%M:%S %z')}</footer>\n"
     )
     return (
@@ -109,7 +131,21 @@ def page(report: Report, facts: Mapping[str, str]) -> str:
     )
 
 
-def _timeline(report: Report) -> str:
+def _pages(report: Report | DumpReport) -> Mapping[str, int]:
+    # The bytes of each sort of pages, by its description.
+    if isinstance(report, Report):
+        return {Reason[name.upper()].text: count for name, count in report.reasons.items()}
+    return {"read from outside": report.bytes_outside, "written by CRIU": report.bytes_inside}
+
+
+def _states(report: Report | DumpReport) -> str:
+    if not isinstance(report, Report):
+        return ""
+    states = escape(", ".join(report.states) or "none")
+    return f"<h2>State written from outside</h2>\n<p>{states}</p>\n"
+
+
+def _timeline(report: Report | DumpReport) -> str:
     # One row for each phase, in the order in which they began, and one for the holds.
     rows: dict[str, list[Span]] = {}
     for span in report.spans:
@@ -161,7 +197,7 @@ def _bars(spans: Sequence[Span], scale: float, top: int, kind: str) -> Iterator[
         )
 
 
-def _phases(report: Report) -> str:
+def _phases(report: Report | DumpReport) -> str:
     total = report.seconds.get("total", 0.0)
     rows = [
         (name, _seconds(seconds), f"{seconds / total:.0%}" if total else "")
@@ -174,23 +210,23 @@ def _phases(report: Report) -> str:
     return _table(("Phase", "Time", "Share"), [(escape(name), *rest) for name, *rest in rows])
 
 
-def _bytes(report: Report) -> str:
-    whole = sum(report.reasons.values())
-    colours = {name: f"var(--b{n % 7})" for n, name in enumerate(report.reasons)}
+def _bytes(pages: Mapping[str, int]) -> str:
+    whole = sum(pages.values())
+    colours = {name: f"var(--b{n % 7})" for n, name in enumerate(pages)}
     x, parts = 0.0, []
-    for name, count in report.reasons.items():
+    for name, count in pages.items():
         width = count / whole * _WIDTH if whole else 0.0
         parts.append(
             f'<rect x="{x:.1f}" y="0" width="{width:.1f}" height="22" style="fill:{colours[name]}">'
-            f"<title>{escape(_text(name))}: {size(count)}</title></rect>"
+            f"<title>{escape(name)}: {size(count)}</title></rect>"
         )
         x += width
     rows = [
         (
-            f'<i style="background:{colours[name]}"></i>{escape(_text(name))}',
+            f'<i style="background:{colours[name]}"></i>{escape(name)}',
             size(count), f"{count / whole:.2%}" if whole else "",
         )
-        for name, count in report.reasons.items()
+        for name, count in pages.items()
     ]  # fmt: skip
     bar = f'<svg viewBox="0 0 {_WIDTH} 22" aria-hidden="true">\n' + "\n".join(parts) + "\n</svg>\n"
     return bar + _table(("Pages", "Size", "Share"), rows)
@@ -205,10 +241,6 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
     lines = [line(head, "th"), *(line(row, "td") for row in rows)]
     return "<table>\n" + "\n".join(lines) + "\n</table>\n"
-
-
-def _text(reason: str) -> str:
-    return Reason[reason.upper()].text
 
 
 def _seconds(value: float) -> str:

@@ -3,32 +3,38 @@
 import argparse
 import logging
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Final
 
 from ovr.api import attach
 from ovr.checkpoint import RUNTIMES, open_checkpoint
-from ovr.cli.criu_config import unread_options
-from ovr.cli.criu_files import criu_files, stats_text
-from ovr.cli.criu_options import Verbosity, add_criu_options
-from ovr.cli.logs import DEFAULT_LEVEL
+from ovr.cli.as_criu import (
+    add_files,
+    add_progress,
+    add_timeout,
+    config_in_hints,
+    missed_options,
+    progress_mode,
+    work_directory,
+)
+from ovr.cli.criu_files import RESTORING, criu_files, restore_stats_text
+from ovr.cli.criu_options import add_criu_options
 from ovr.cli.output import document, json_option, printed, size
-from ovr.cli.picture import Writer, page, picture_file
+from ovr.cli.picture import draw, picture_file
 from ovr.cli.plan import add_outside, show
-from ovr.cli.progress import PROGRESS_MODES, make_watch
+from ovr.cli.progress import make_watch
 from ovr.cli.signals import ended_in_order
 from ovr.cli.vm_options import add_agent_option, add_vm_options
-from ovr.errors import CriuFailed, UsageError
+from ovr.errors import UsageError
+from ovr.images.stats import RestoreStatsEntry, restore_stats
+from ovr.memory.addresses import PAGE_SIZE
 from ovr.plan import NO_POOL, build_inside, make_plan
 from ovr.restore import VERIFY_MODES
 from ovr.restore.report import Report
 from ovr.standby.client import notes
 
 __all__ = ["HELP", "USAGE", "add"]
-
-_DAY = 86_400
 
 log = logging.getLogger("ovr.restore")
 
@@ -66,28 +72,13 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--verify", choices=VERIFY_MODES, default="sample",
         help="read back none, a sample or all of the memory before the tree may run",
     )  # fmt: skip
-    parser.add_argument(
-        "--timeout", type=_seconds, metavar="SECONDS",
-        help="limit for the guest to build the tree (default: none while it makes progress)",
-    )  # fmt: skip
+    add_timeout(parser, "build the tree")
     parser.add_argument("--dry-run", action="store_true", help="check and show the plan only")
-    _add_files(parser)
-    parser.add_argument(
-        "--progress", choices=PROGRESS_MODES, default="auto",
-        help="on stderr: a bar, JSON lines, or none; auto is a bar on a terminal",
-    )  # fmt: skip
+    add_files(parser, "log, pidfile and stats-restore", "stats-restore")
+    parser.add_argument("--pidfile", metavar="FILE", help="write the root task's pid there")
+    add_progress(parser)
     json_option(parser)
-    add_criu_options(parser)
-
-
-def _seconds(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0.001 <= value <= _DAY:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds up to {_DAY}, a day")
-    return value
+    add_criu_options(parser, "restore")
 
 
 def _add_container(parser: argparse.ArgumentParser) -> None:
@@ -119,27 +110,6 @@ def _add_container(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
-def _add_files(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "-W", "--work-dir", type=Path, metavar="DIR",
-        help="directory for log, pidfile and stats-restore (default: the images' directory)",
-    )  # fmt: skip
-    parser.add_argument("-o", "--log-file", metavar="FILE", help="log there, not to stderr")
-    parser.add_argument(
-        "-v", "--verbosity", action=Verbosity, dest="log_level", nargs="?", metavar="NUM",
-        default=DEFAULT_LEVEL, help="log more (-vv: all), or criu's level: 0 nothing … 4 all",
-    )  # fmt: skip
-    parser.set_defaults(verbose=0)
-    parser.add_argument(
-        "--report", type=Path, metavar="FILE.html", help="draw phases, holds and bytes in this file"
-    )
-    parser.add_argument("--pidfile", metavar="FILE", help="write the root task's pid there")
-    parser.add_argument(
-        "--display-stats", action=argparse.BooleanOptionalAction, default=False,
-        help="show the content of stats-restore",
-    )  # fmt: skip
-
-
 def run(options: argparse.Namespace) -> int:
     """Restore; with ``--dry-run`` do only the steps that do not touch the guest."""
     # Not in the parser, which would report the value of an unknown option instead of the option.
@@ -158,65 +128,38 @@ def run(options: argparse.Namespace) -> int:
         else:
             print(_sentence(report))
         if options.display_stats:
-            print(stats_text(report), file=sys.stderr if options.json else sys.stdout)
+            text = restore_stats_text(_stats_of(report))
+            print(text, file=sys.stderr if options.json else sys.stdout)
     return 0
 
 
 def _restore(options: argparse.Namespace) -> Report:
-    work = options.work_dir or _source(options).get("images") or Path()
-    if options.work_dir and not work.is_dir():
-        raise UsageError(f"{work} is not a directory", "create it, or name another with -W")
+    work = work_directory(options, _source(options).get("images"))
     files = criu_files(
-        work, log_file=options.log_file, level=options.log_level, pidfile=options.pidfile
-    )
+        work, RESTORING, log_file=options.log_file, level=options.log_level,
+        pidfile=options.pidfile,
+    )  # fmt: skip
     with (
         files as finish,
         picture_file(options.report) if options.report else nullcontext() as picture,
-        make_watch(_progress(options)) as watch,
+        make_watch(progress_mode(options)) as watch,
         attach(options.vm, vmlinux=options.vmlinux, watch=watch) as vm,
     ):
-        with _config_in_hints(options):
+        with config_in_hints(options, "restore"):
             report = vm.restore(
                 **_source(options), agent=options.agent, outside=options.outside,
                 verify=options.verify, criu_options=options.criu_options,
                 log_level=options.log_level, timeout=options.timeout,
             )  # fmt: skip
-        if missed := _missed(report.unread_config, options):
+        if missed := missed_options(report.unread_config, options, "restore"):
             log.warning("%s", missed)
-        finish(report)
+        finish(_stats_of(report), report.pid)
         if picture:
-            _draw(picture, report, options)
+            draw(
+                picture, report, options.report,
+                images=options.archive or options.images_dir, vm=options.vm,
+            )  # fmt: skip
     return report
-
-
-@contextmanager
-def _config_in_hints(options: argparse.Namespace) -> Iterator[None]:
-    # CRIU may have failed because an option in the guest's configuration files was not read.
-    try:
-        yield
-    except CriuFailed as error:
-        if missed := _missed(error.unread_config, options):
-            error.hint = f"{error.hint}; {missed}" if error.hint else missed
-        raise
-
-
-def _missed(files: Mapping[str, str], options: argparse.Namespace) -> str:
-    unread = unread_options(files, options.criu_options)
-    if options.no_default_config or not unread.cure:
-        return ""
-    return f"{unread.fact}: {unread.cure}"
-
-
-def _draw(picture: Writer, report: Report, options: argparse.Namespace) -> None:
-    try:
-        picture.write(
-            page(
-                report,
-                {"images": str(options.archive or options.images_dir or "."), "VM": options.vm},
-            )
-        )
-    except OSError as error:  # not a failure of the restore: the tree runs
-        log.warning("no report in %s: %s", options.report, error.strerror)
 
 
 def _source(options: argparse.Namespace) -> dict[str, Any]:
@@ -228,12 +171,6 @@ def _source(options: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
-def _progress(options: argparse.Namespace) -> str:
-    # No bar among log lines.
-    logging_here = options.verbose and options.log_file is None
-    return "none" if options.progress == "auto" and logging_here else str(options.progress)
-
-
 def _dry_run(options: argparse.Namespace) -> int:
     with (
         attach(options.vm, vmlinux=options.vmlinux),
@@ -243,6 +180,14 @@ def _dry_run(options: argparse.Namespace) -> int:
         build_inside(plan, NO_POOL)  # fails where a restore would
         show(plan, options)
     return 0
+
+
+def _stats_of(report: Report) -> RestoreStatsEntry:
+    return restore_stats(
+        pages=report.bytes_total // PAGE_SIZE,
+        forking=report.seconds["skeleton"],
+        total=report.seconds["total"],
+    )
 
 
 def _sentence(report: Report) -> str:

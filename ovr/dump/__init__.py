@@ -1,6 +1,7 @@
 """The dump: `story` has its steps in order, `report` its result."""
 
+from ovr.attempt.copier import VERIFY_MODES
 from ovr.dump.report import DumpReport
 from ovr.dump.story import dump
 
-__all__ = ["DumpReport", "dump"]
+__all__ = ["VERIFY_MODES", "DumpReport", "dump"]

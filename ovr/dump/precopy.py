@@ -7,24 +7,36 @@ where they are taken for pages that were not copied.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 import numpy as np
 
 from ovr._fastcopy import OWNED, RUN
 from ovr.attempt.alive import Alive
 from ovr.attempt.attempt import Attempt
+from ovr.attempt.saver import Saver
 from ovr.attempt.targets import Target
 from ovr.dump.memory import Dumped
 from ovr.dump.output import INVENTORY, NewImages, writable
 from ovr.dump.verify import written
+from ovr.errors import GuestFault, TaskDied
 from ovr.images.framing import encode, image_bytes
 from ovr.images.messages import InventoryEntry
 from ovr.images.pagemap import PAGEMAP_DTYPE, PE_PRESENT, Pagemap, encode_pagemap
-from ovr.kernel import VM_HUGETLB, VM_IO, VM_PFNMAP, Kernel, mm_space, tree_of, types_that_fit, vmas
+from ovr.kernel import (
+    VM_HUGETLB,
+    VM_IO,
+    VM_PFNMAP,
+    Kernel,
+    Struct,
+    mm_space,
+    tree_of,
+    types_that_fit,
+    vmas,
+)
 from ovr.memory.extents import (
     Extents,
     as_pieces,
@@ -37,7 +49,7 @@ from ovr.memory.extents import (
     total,
     with_flags,
 )
-from ovr.memory.paging import AddressSpace, pieces
+from ovr.memory.paging import AddressSpace, Frames, pieces
 from ovr.memory.ranges import Ranges
 from ovr.state import GuestTree
 from ovr.vm.hold import Holder
@@ -107,7 +119,7 @@ class Copies:
         copied.sort(order="gva")
         clean = np.zeros(len(dumped.clean), pieces(()).dtype)
         clean["gva"], clean["size"] = dumped.clean["gva"], dumped.clean["size"]
-        unchanged = on_same_frames(_walk(holder, space, clean), copied)
+        unchanged = on_same_frames(_walk(holder, copy.task, clean), copied)
         copy.unchanged = cut_out(unchanged, late)
         return copy.unchanged
 
@@ -136,56 +148,64 @@ def pre_copy(
         advance: called with the size of every copy in bytes.
 
     Raises:
-        AttemptFailed: a task has died, or the agent is busy.
+        AttemptFailed: the agent is busy.
         UsageError: the images cannot be written.
         GuestFault, KernelNotFound: invalid kernel objects or types in the guest.
         AgentUnreachable: the link broke.
     """
-    kernel, holder = attempt.vm.kernel, attempt.holder
+    kernel = attempt.vm.kernel
     copies = Copies()
     saver = attempt.saver(advance)
     attempt.agent.track(root_pid)
-    for number, task in enumerate(_tasks(kernel, root_pid), 1):
-        frames = kernel.anonymous_frames
-        found = with_flags(_walk(holder, task.space, task.areas, frames), OWNED)
-        if not len(found):
-            continue
-        found["offset"] = np.cumsum(found["size"]) - found["size"]
-        with images.sink(f"pages-{number}.img", total(found)) as sink:
-            target = Target(
-                name=f"pid {task.pid}", space=task.space, frames=frames, pieces=as_pieces(found),
-                source=sink, ask=lambda _: None, check=task.check,
-            )  # fmt: skip
-            with writable(images.path):
-                saver.save_own(target, copies.of(task, images.path / sink.name, found))
-        _write_pagemap(images, task.pid, number, found)
+    for number, (pid, task) in enumerate(tree_of(kernel, root_pid), 1):
+        with suppress(TaskDied):  # nobody will ask for its pages
+            if found := _describe(kernel, pid, task):
+                _copy_task(found, number, saver, images, copies)
     inventory = InventoryEntry(img_version=_PRE_DUMP)
     images.write(INVENTORY, image_bytes(INVENTORY, [encode(inventory)]))
     return copies
 
 
+def _copy_task(task: "_Task", number: int, saver: Saver, images: NewImages, copies: Copies) -> None:
+    pages = with_flags(_walk(saver.holder, task, task.areas, task.frames), OWNED)
+    if not len(pages):
+        return
+    pages["offset"] = np.cumsum(pages["size"]) - pages["size"]
+    _write_pagemap(images, task.pid, number, pages)
+    with images.sink(f"pages-{number}.img", total(pages)) as sink, writable(images.path):
+        target = Target(
+            name=f"pid {task.pid}", space=task.space, frames=task.frames, pieces=as_pieces(pages),
+            source=sink, ask=lambda _: None, check=task.check,
+        )  # fmt: skip
+        saver.save_own(target, copies.of(task, images.path / sink.name, pages))
+
+
 class _Task(NamedTuple):
-    # A running task: its pid in the pid namespace of the tree, the areas that may be copied.
+    # A running task: its pid in the pid namespace of the tree, the areas that may be copied, the
+    # frames in them that are.
     pid: int
     space: AddressSpace
     areas: Extents
+    frames: Frames
     check: Alive
 
 
 @types_that_fit()
-def _tasks(kernel: Kernel, root_pid: int) -> list[_Task]:
-    found = []
-    for pid, task in tree_of(kernel, root_pid):
-        if not task.mm:  # a zombie
-            continue
-        space = mm_space(kernel, task.mm)
+def _describe(kernel: Kernel, pid: int, task: Struct) -> _Task | None:
+    if not task.mm:  # a zombie
+        return None
+    space = mm_space(kernel, task.mm)
+    check = Alive(f"pid {pid}", kernel, task, space)
+    try:
         areas = [
             (vma.start, vma.end - vma.start, 0)
             for vma in vmas(task.mm)
             if not vma.shared and not vma.flags & _NOT_MEMORY
         ]
-        found.append(_Task(pid, space, pieces(areas), Alive(f"pid {pid}", kernel, task, space)))
-    return found
+    except GuestFault:
+        check()
+        raise
+    return _Task(pid, space, pieces(areas), kernel.anonymous_frames, check)
 
 
 @types_that_fit()
@@ -193,11 +213,12 @@ def _space_of(guest: GuestTree, pid: int) -> AddressSpace:
     return mm_space(guest.kernel, guest.task(pid).mm)
 
 
-def _walk(holder: Holder, space: AddressSpace, areas: Extents, frames: Any = None) -> Extents:
+def _walk(holder: Holder, task: _Task, areas: Extents, frames: Frames | None = None) -> Extents:
     found = [np.empty(0, RUN)]
     for part in split(areas, _WALK_BYTES):
         with holder.held():
-            found.append(space.walk(part, frames))
+            task.check()
+            found.append(task.space.walk(part, frames))
     return np.concatenate(found)
 
 

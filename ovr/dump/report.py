@@ -1,16 +1,21 @@
 """The result of a dump."""
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from ovr.attempt.attempt import Attempt
 from ovr.attempt.stopwatch import Span, Stopwatch
 from ovr.dump.memory import Placed
-from ovr.images.stats import frozen_seconds
+from ovr.errors import ImagesDamaged, ImagesUnsupported
+from ovr.images.stats import DumpStatsEntry, dump_stats
+from ovr.memory.addresses import PAGE_SIZE
 from ovr.memory.extents import total
 
 __all__ = ["DumpReport", "make_report"]
+
+log = logging.getLogger("ovr.dump")
 
 
 @dataclass
@@ -32,6 +37,8 @@ class DumpReport:
         held: as for a restore.
         spans: when each phase was.
         holds: when the VM was held.
+        stats: content of ``stats-dump``: CRIU's, with the pages that were read outside.
+        unread_config: CRIU's configuration files in the guest that were not read, by path.
     """
 
     pid: int = 0
@@ -49,6 +56,8 @@ class DumpReport:
     held: dict[str, Any] = field(default_factory=dict)
     spans: Sequence[Span] = ()
     holds: Sequence[Span] = ()
+    stats: DumpStatsEntry = field(default_factory=DumpStatsEntry)
+    unread_config: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def copy_gb_per_s(self) -> float:
@@ -93,6 +102,7 @@ def make_report(
     watch: Stopwatch,
     left_running: bool,
     verified: tuple[str, int],
+    unread_config: Mapping[str, str],
 ) -> DumpReport:
     """Return the report of a dump that was committed.
 
@@ -101,28 +111,44 @@ def make_report(
         placed: the pages that were read outside.
         fetched: those that CRIU has written.
         attempt: committed.
-        stats: CRIU's ``stats-dump``.
+        stats: CRIU's ``stats-dump``, empty if it has left none.
         watch: the times.
         left_running: whether the tree runs on.
         verified: how memory was verified, and how many bytes of it.
+        unread_config: CRIU's configuration files in the guest.
     """
     watch.seconds["total"] = watch.total()
     outside = sum(total(one.dumped.pagemap.entries) for one in placed)
     inside = sum(total(one.dumped.pagemap.entries) for one in fetched)
+    pre_copied = outside - sum(total(one.pieces) for one in placed)
+    private = sum(total(one.dumped.pagemap.entries) for one in placed if not one.dumped.shared)
+    result = _stats(stats, private, pre_copied, watch.seconds.get("memory", 0.0))
     return DumpReport(
         pid=pid,
         tasks=sum(not one.dumped.shared for one in placed),
         left_running=left_running,
         bytes_total=outside + inside,
         bytes_outside=outside,
-        bytes_pre_copied=outside - sum(total(one.pieces) for one in placed),
+        bytes_pre_copied=pre_copied,
         bytes_inside=inside,
         bytes_written_twice=outside - sum(total(one.dumped.clean) for one in placed),
-        frozen=frozen_seconds(stats),
+        frozen=result.frozen_time / 1e6,
         verified=verified[0],
         bytes_verified=verified[1],
         seconds=watch.seconds,
         held=attempt.holder.as_json(),
         spans=tuple(watch.spans),
         holds=tuple(watch.span("held", *times) for times in attempt.holder.spans),
+        stats=result,
+        unread_config=unread_config,
     )
+
+
+def _stats(data: bytes, private: int, pre_copied: int, memory: float) -> DumpStatsEntry:
+    # The dump is done: bad statistics are no failure.
+    written, skipped = (private - pre_copied) // PAGE_SIZE, pre_copied // PAGE_SIZE
+    try:
+        return dump_stats(data, written=written, skipped=skipped, memory=memory)
+    except (ImagesDamaged, ImagesUnsupported) as error:
+        log.warning("the statistics of the guest's CRIU are invalid: %s", error)
+        return dump_stats(b"", written=written, skipped=skipped, memory=memory)

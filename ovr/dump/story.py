@@ -9,6 +9,7 @@ from ovr.attempt.copier import VERIFY_MODES
 from ovr.attempt.stopwatch import Stopwatch
 from ovr.dump.output import Output, writable
 from ovr.dump.parent import parent_images
+from ovr.dump.plan import tree_to_dump
 from ovr.dump.precopy import Copies, pre_copy
 from ovr.dump.received import Received
 from ovr.dump.report import DumpReport, make_report
@@ -16,6 +17,7 @@ from ovr.dump.stop import place_pages, save_inside
 from ovr.dump.targets import targets_of
 from ovr.dump.verify import verify_pages
 from ovr.errors import UsageError
+from ovr.guest.client.failures import criu_lacked
 from ovr.images import ImageSet
 from ovr.images.shared import shared_memory
 from ovr.kernel import tree_of
@@ -64,12 +66,12 @@ def dump(
     watch = watch or Stopwatch()
     with Output(images) as output, ExitStack() as stack, Attempt(vm, agent) as attempt:
         with watch("pre-copy"):
-            if not tree_of(vm.kernel, pid):
-                raise UsageError(f"the guest has no process {pid}", "ovr ps shows its processes")
+            tree_to_dump(vm.kernel, pid)
             copies = Copies()
             if pre_copies:
                 copies = pre_copy(attempt, pid, output.parent(), lambda count: None)
-        with watch("images"):
+        unread = attempt.agent.criu_config()
+        with watch("images"), criu_lacked(unread):
             received = Received(output.images)
             parent = parent_images(
                 [number for number, _ in tree_of(vm.kernel, pid)], vm.kernel.space.levels
@@ -97,5 +99,5 @@ def dump(
             stats = attempt.commit(lambda agent: agent.end_dump())
         return make_report(
             pid, outside, fetched, attempt, stats, watch=watch, left_running=leave_running,
-            verified=(verify, compared),
+            verified=(verify, compared), unread_config=unread,
         )  # fmt: skip

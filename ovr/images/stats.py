@@ -5,8 +5,9 @@ Schema: images/stats.proto. The file is a service image: two magic numbers, one 
 
 from typing import Final
 
+from ovr.errors import ImagesDamaged
 from ovr.images.framing import decode, encode, frames, image_bytes
-from ovr.images.wire import UINT32, UINT64, Message, entry, optional, required
+from ovr.images.wire import UINT32, UINT64, Message, copy_of, entry, optional, required
 
 __all__ = [
     "STATS_DUMP",
@@ -14,14 +15,15 @@ __all__ = [
     "DumpStatsEntry",
     "RestoreStatsEntry",
     "StatsEntry",
-    "frozen_seconds",
+    "decode_dump_stats",
+    "dump_stats",
+    "restore_stats",
     "stats_image",
 ]
 
 STATS_DUMP: Final = "stats-dump"
-
 STATS_RESTORE: Final = "stats-restore"
-"""The file's name."""
+"""The files' names."""
 
 _UINT32_MAX: Final = (1 << 32) - 1
 
@@ -65,8 +67,8 @@ class StatsEntry(Message):
     restore: RestoreStatsEntry = optional(2, RestoreStatsEntry)
 
 
-def stats_image(*, pages: int, forking: float, total: float) -> bytes:
-    """Return the content of a ``stats-restore``.
+def restore_stats(*, pages: int, forking: float, total: float) -> RestoreStatsEntry:
+    """Return the statistics of a restore.
 
     Pages compared and skipped are zero: ovr compares no pages with a parent's.
 
@@ -75,28 +77,60 @@ def stats_image(*, pages: int, forking: float, total: float) -> bytes:
         forking: seconds until the skeleton was complete.
         total: seconds of the whole restore.
     """
-    stats = StatsEntry(
-        restore=RestoreStatsEntry(
-            pages_compared=0,
-            pages_skipped_cow=0,
-            forking_time=_microseconds(forking),
-            restore_time=_microseconds(total),
-            pages_restored=pages,
-        )
+    return RestoreStatsEntry(
+        pages_compared=0,
+        pages_skipped_cow=0,
+        forking_time=_microseconds(forking),
+        restore_time=_microseconds(total),
+        pages_restored=pages,
     )
-    return image_bytes(STATS_RESTORE, [encode(stats)])
 
 
-def frozen_seconds(data: bytes) -> float:
-    """Return the seconds that CRIU's ``stats-dump`` says the tree did not run; 0 if it says none.
+def dump_stats(data: bytes, *, written: int, skipped: int, memory: float) -> DumpStatsEntry:
+    """Return the statistics of a dump whose pages the host has read.
+
+    CRIU counts these pages as skipped, because they are in the parent image set that it was given,
+    and its times are without theirs. Only the time in which the tree was frozen is whole: it ends
+    after the post-dump hook, in which the host reads. CRIU counts shared memory apart.
+
+    Args:
+        data: ``stats-dump`` of the guest's CRIU; empty if there is none.
+        written: number of private pages in these images.
+        skipped: number of private pages in the images that these build on.
+        memory: seconds in which the host read pages and wrote them.
 
     Raises:
         ImagesDamaged, ImagesUnsupported: it is invalid.
     """
-    if not data:
-        return 0.0
-    (frame,) = frames(data, STATS_DUMP)
-    return decode(StatsEntry, frame.payload, STATS_DUMP).dump.frozen_time / 1e6
+    if data:
+        stats = copy_of(decode_dump_stats(data))
+    else:
+        stats = DumpStatsEntry(freezing_time=0, frozen_time=0, pages_scanned=0)
+    stats.memdump_time = _microseconds(stats.memdump_time / 1e6 + memory)
+    stats.memwrite_time = _microseconds(stats.memwrite_time / 1e6 + memory)
+    stats.pages_skipped_parent = skipped
+    stats.pages_written = written
+    stats.pages_lazy = 0
+    return stats
+
+
+def decode_dump_stats(data: bytes) -> DumpStatsEntry:
+    """Return the content of a ``stats-dump``.
+
+    Raises:
+        ImagesDamaged, ImagesUnsupported: it is invalid.
+    """
+    found = [decode(StatsEntry, frame.payload, STATS_DUMP) for frame in frames(data, STATS_DUMP)]
+    if len(found) != 1 or not found[0].HasField("dump"):
+        raise ImagesDamaged(f"{STATS_DUMP} has no statistics of one dump")
+    return found[0].dump
+
+
+def stats_image(stats: RestoreStatsEntry | DumpStatsEntry) -> bytes:
+    """Return the content of the file that has these statistics."""
+    if isinstance(stats, DumpStatsEntry):
+        return image_bytes(STATS_DUMP, [encode(StatsEntry(dump=stats))])
+    return image_bytes(STATS_RESTORE, [encode(StatsEntry(restore=stats))])
 
 
 def _microseconds(seconds: float) -> int:

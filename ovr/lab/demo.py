@@ -1,4 +1,6 @@
-"""The main job on lab VMs, end to end: dump in VM A, restore from outside into VM B, self-check.
+"""The main job on lab VMs, end to end: dump from VM A, restore into VM B, self-check.
+
+Both are done from outside; or the dump alone, and VM B's own CRIU restores the process without ovr.
 
 The process checks itself: it recomputes every word of its memory and reads its umask from within
 (`lab/workload.c`). This module does not inspect it.
@@ -15,6 +17,7 @@ from typing import Any, Final
 
 from ovr import lab
 from ovr.api import attach
+from ovr.dump.report import DumpReport
 from ovr.errors import LabError, VerifyMismatch
 from ovr.lab.accel import Accel
 from ovr.lab.cache import cache_directory
@@ -24,6 +27,8 @@ from ovr.restore.report import Report
 
 __all__ = ["DUMP_OPTIONS", "Answer", "Demo", "answer_of", "dump_workload", "lab_vm", "run"]
 
+LEAST_OUTSIDE: Final = 0.999
+"""Least part of the page bytes that the dump must read from outside, for a process of 1 GiB."""
 DUMP_OPTIONS: Final = ("-v2", "--log-file", "dump.log")
 _PROGRAM: Final = "/usr/local/bin/ovr-workload"
 _DIRECTORY: Final = "/var/lib/ovr-workload"
@@ -43,9 +48,18 @@ class Answer:
 
 @dataclass(frozen=True)
 class Demo:
-    """The outcome: the restore's report, and the process's self-check."""
+    """The outcome.
 
-    report: Report
+    Attributes:
+        dumped: the report of the dump.
+        report: that of the restore; None if VM B's own CRIU has restored the process.
+        answer: the process's self-check.
+        size: its memory, in bytes.
+        umask: its umask.
+    """
+
+    dumped: DumpReport
+    report: Report | None
     answer: Answer
     size: int
     umask: int
@@ -57,14 +71,16 @@ class Demo:
         return right and int(self.answer.umask, 8) == self.umask
 
     def as_json(self) -> dict[str, Any]:
-        """Return the fields of ``ovr.demo/1``."""
-        return {
+        """Return the fields of ``ovr.demo/1``, or of ``ovr.demo.dump/1``."""
+        checked = {
             "verified": self.verified,
             "umask": self.answer.umask,
             "words": self.answer.words,
             "wrong": self.answer.wrong,
-            **self.report.as_json(),
         }
+        if self.report is None:
+            return {**checked, **self.dumped.as_json()}
+        return {**checked, **self.report.as_json(), "dump": self.dumped.as_json()}
 
 
 def run(
@@ -75,35 +91,70 @@ def run(
     suite: str = "trixie",
     accel: Accel = "auto",
     verify: str = "sample",
+    by_criu: bool = False,
     say: Callable[[str], None] = lambda _: None,
 ) -> Demo:
     """Run the demo and return its outcome; the VMs are gone afterwards.
 
-    `say` is called with a line of text before each step.
+    Args:
+        size: the process's memory, in bytes.
+        memory: RAM of each VM.
+        umask: of the process.
+        suite: Debian release of the guests.
+        accel: how QEMU runs them.
+        verify: how dump and restore verify memory.
+        by_criu: VM B's own CRIU restores the images, without ovr.
+        say: called with a line of text before each step.
 
     Raises:
         OvrError: a step failed.
+        LabError: by CRIU: too little of the memory was read from outside.
         VerifyMismatch: the process runs, but finds its memory or umask wrong.
     """
     with tempfile.TemporaryDirectory(prefix="ovr-demo-", dir=cache_directory()) as scratch:
         images = Path(scratch)
+        hardware = {"suite": suite, "memory": memory, "accel": accel}
         say("booting VM A (the first time, its image is made first)")
-        with lab_vm("demo-a", suite=suite, memory=memory, accel=accel, share=images) as source:
+        with lab_vm("demo-a", **hardware) as source:
             say(f"VM A: a process fills {size >> 20} MiB with generated data")
             pid = start_workload(source, size, umask)
-            say("VM A: its CRIU dumps the process")
-            dump_workload(source, pid)
+            say("VM A: dumping the process from outside")
+            with attach(f"lab:{source.name}") as vm:
+                dumped = vm.dump(pid, images, verify=verify)
+        if by_criu:
+            _check_outside(dumped)
         say("VM A is gone; booting VM B")
-        with lab_vm("demo-b", suite=suite, memory=memory, accel=accel) as target:
+        with lab_vm("demo-b", **hardware, share=images if by_criu else None) as target:
             prepare(target)
-            say("VM B: restoring the process from outside")
-            with attach(f"lab:{target.name}") as vm:
-                report = vm.restore(images, verify=verify)
+            report = None
+            if by_criu:
+                say("VM B: its CRIU restores the process")
+                _restore_by_criu(target)
+            else:
+                say("VM B: restoring the process from outside")
+                with attach(f"lab:{target.name}") as vm:
+                    report = vm.restore(images, verify=verify)
             say("VM B: the process checks itself")
-            demo = Demo(report, answer_of(target, pid), size, umask)
+            demo = Demo(dumped, report, answer_of(target, pid), size, umask)
     if not demo.verified:
         raise VerifyMismatch(f"the restored process reports: {demo.answer}")
     return demo
+
+
+def _check_outside(dumped: DumpReport) -> None:
+    share = dumped.bytes_outside / dumped.bytes_total
+    if share < LEAST_OUTSIDE:
+        raise LabError(
+            f"only {share:.3%} of the page bytes were read from outside, not {LEAST_OUTSIDE:.1%}",
+            "did something else write to the process's memory? try again",
+        )
+
+
+def _restore_by_criu(vm: lab.LabVm) -> None:
+    done = vm.sh(f"criu restore -d -D {SHARE} -W /run -o restore.log -v2", timeout=600)
+    if done.status:
+        error = vm.sh("grep Error /run/restore.log | tail -n 1").stdout or done.stderr
+        raise LabError(f"criu restore failed: {error.decode(errors='replace').strip()}")
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""``ovr restore`` where a script calls ``criu restore``: options and files."""
+"""``ovr restore`` and ``ovr dump`` where a script calls CRIU: options and files."""
 
 import json
 import logging
@@ -9,11 +9,19 @@ from pathlib import Path
 import pytest
 
 from ovr import cli
-from ovr.cli import restore
-from ovr.cli.criu_options import TABLE, Fate
-from ovr.errors import CriuFailed
-from ovr.images.framing import decode, frames
-from ovr.images.stats import StatsEntry, stats_image
+from ovr.cli import dump, restore
+from ovr.cli.criu_options import TABLES, Fate
+from ovr.dump.report import DumpReport
+from ovr.errors import CriuFailed, OvrError
+from ovr.images.framing import decode, encode, frames, image_bytes
+from ovr.images.stats import (
+    DumpStatsEntry,
+    StatsEntry,
+    decode_dump_stats,
+    dump_stats,
+    restore_stats,
+    stats_image,
+)
 from ovr.restore.report import Report
 from tests.documents import ROOT
 
@@ -21,11 +29,20 @@ REPORT = Report(
     pid=4711, tasks=2, bytes_total=12345 * 4096, bytes_outside=12000 * 4096,
     seconds={"skeleton": 0.25, "total": 1.5}, held={"count": 3, "seconds": 0.02, "longest": 0.01},
 )  # fmt: skip
+DUMPED = DumpReport(
+    pid=4711, tasks=2, bytes_total=12345 * 4096, bytes_outside=12000 * 4096,
+    bytes_inside=345 * 4096, frozen=0.5,
+    seconds={"memory": 0.25, "total": 1.5}, held={"count": 3, "seconds": 0.02, "longest": 0.01},
+    stats=DumpStatsEntry(
+        freezing_time=1, frozen_time=500_000, memdump_time=260_000, memwrite_time=250_000,
+        pages_scanned=20_000, pages_skipped_parent=0, pages_written=12_345, pages_lazy=0,
+    ),
+)  # fmt: skip
 
 
 @pytest.fixture
 def asked(monkeypatch, tmp_path):
-    """What `attach` and `restore` are called with; no VM is there."""
+    """What `attach`, `restore` and `dump` are called with; no VM is there."""
     calls = []
 
     class Vm:
@@ -44,11 +61,19 @@ def asked(monkeypatch, tmp_path):
                 raise Vm.error
             return REPORT
 
+        def dump(self, pid, images, **options):
+            calls.append((images, {"pid": pid, **options}))
+            logging.getLogger("ovr.dump").info("in the middle")
+            if Vm.error:
+                raise Vm.error
+            return DUMPED
+
     def attach(spec, **options):
         calls.append((spec, options))
         return Vm()
 
     monkeypatch.setattr(restore, "attach", attach)
+    monkeypatch.setattr(dump, "attach", attach)
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("OVR_VM", raising=False)
     Path("images").mkdir()
@@ -58,6 +83,13 @@ def asked(monkeypatch, tmp_path):
 
 def run(*words):
     return cli.main(["restore", "--vm", "qmp:/x", "-D", "images", *words])
+
+
+def run_dump(*words):
+    return cli.main(["dump", "--vm", "qmp:/x", "-t", "4711", "-D", "images", *words])
+
+
+RUNS = {"restore": run, "dump": run_dump}
 
 
 def test_a_command_line_of_criu(asked, capsys):
@@ -110,7 +142,8 @@ def test_stats_restore_is_a_service_image(asked):
 
 
 def test_times_that_do_not_fit():
-    [frame] = frames(stats_image(pages=1, forking=0, total=1e9), "stats-restore")
+    image = stats_image(restore_stats(pages=1, forking=0, total=1e9))
+    [frame] = frames(image, "stats-restore")
     assert decode(StatsEntry, frame.payload, "x").restore.restore_time == 0xFFFFFFFF
 
 
@@ -186,41 +219,57 @@ def test_nonsense(asked, words):
 
 def of(fate):
     return [
-        pytest.param(name, option, id=name)
-        for option in TABLE
+        pytest.param(command, name, option, id=f"{command} {name}")
+        for command, table in TABLES.items()
+        for option in table
         if option.fate is fate
         for name in option.names
     ]
 
 
-@pytest.mark.parametrize(("name", "option"), of(Fate.REFUSED))
-def test_refusals_say_why(asked, capsys, name, option):
+@pytest.mark.parametrize(("command", "name", "option"), of(Fate.REFUSED))
+def test_refusals_say_why(asked, capsys, command, name, option):
     calls, _ = asked
     with pytest.raises(SystemExit) as caught:
-        run(name, *(["1"] if option.value else []))
+        RUNS[command](name, *(["1"] if option.value else []))
     assert caught.value.code == 2
     assert f"{name} of criu cannot be honoured: {option.why}" in capsys.readouterr().err
     assert calls == []
 
 
-@pytest.mark.parametrize(("name", "option"), of(Fate.IGNORED))
-def test_what_changes_nothing_is_taken(asked, name, option):
+@pytest.mark.parametrize(("command", "name", "option"), of(Fate.IGNORED))
+def test_what_changes_nothing_is_taken(asked, command, name, option):
     calls, _ = asked
-    assert run(name, *(["1"] if option.value else [])) == 0
+    assert RUNS[command](name, *(["1"] if option.value else [])) == 0
     assert calls[1][1]["criu_options"] == []
 
 
-@pytest.mark.parametrize(("name", "option"), of(Fate.PASSED))
-def test_what_goes_to_criu_goes_under_its_long_name(asked, name, option):
+@pytest.mark.parametrize(("command", "name", "option"), of(Fate.PASSED))
+def test_what_goes_to_criu_goes_under_its_long_name(asked, command, name, option):
     calls, _ = asked
-    assert run(name, *(["1"] if option.value else [])) == 0
+    assert RUNS[command](name, *(["1"] if option.value else [])) == 0
     passed = option.long + ("=1" if option.value else "")
     assert calls[1][1]["criu_options"] == [passed]
 
 
-def test_no_option_is_in_the_table_twice():
-    names = [name for option in TABLE for name in option.names]
+@pytest.mark.parametrize(("command", "name", "option"), of(Fate.PASSED))
+def test_an_option_whose_value_may_lack(asked, command, name, option):
+    calls, _ = asked
+    if option.value == "?":
+        assert RUNS[command](name) == 0
+        assert calls[1][1]["criu_options"] == [option.long]
+
+
+@pytest.mark.parametrize("command", TABLES)
+def test_no_option_is_in_the_table_twice(command):
+    names = [name for option in TABLES[command] for name in option.names]
     assert len(names) == len(set(names))
+
+
+def test_both_commands_have_the_same_options():
+    """CRIU has one parser for all of its commands."""
+    shapes = [{(o.names, o.value) for o in table} for table in TABLES.values()]
+    assert shapes[0] == shapes[1]
 
 
 @pytest.mark.parametrize("words", [("--no-such", "1"), ("--no-such=1",), ("-Z", "1"), ("-Z1",)])
@@ -242,11 +291,11 @@ def test_a_stray_word_is_named(asked, capsys):
     assert calls == []
 
 
-def markdown():
-    """Return the table of docs/criu-scripts.md."""
-    rows = ["| option | effect in `ovr restore` |", "|---|---|"]
+def markdown(command):
+    """Return a table of docs/criu-scripts.md."""
+    rows = [f"| option | effect in `ovr {command}` |", "|---|---|"]
     groups = {}
-    for option in TABLE:
+    for option in TABLES[command]:
         groups.setdefault((option.fate, option.why), []).append(
             "`" + "`, `".join(option.names) + "`"
         )
@@ -256,9 +305,10 @@ def markdown():
     return "\n".join(rows) + "\n"
 
 
-def test_the_document_has_the_table():
+@pytest.mark.parametrize("command", TABLES)
+def test_the_document_has_the_table(command):
     text = (ROOT / "docs" / "criu-scripts.md").read_text()
-    assert markdown() in text
+    assert markdown(command) in text
 
 
 def test_vm_and_agent_from_the_environment(asked, monkeypatch):
@@ -274,9 +324,128 @@ def test_vm_and_agent_from_the_environment(asked, monkeypatch):
         cli.main(["restore", "-D", "images"])
 
 
-def test_the_help_names_every_option_that_is_passed(capsys):
+@pytest.mark.parametrize("command", TABLES)
+def test_the_help_names_every_option_that_is_passed(capsys, command):
     with pytest.raises(SystemExit):
-        cli.main(["restore", "--help"])
+        cli.main([command, "--help"])
     text = capsys.readouterr().out
-    listed = [option.long for option in TABLE if option.fate in (Fate.PASSED, Fate.IGNORED)]
+    table = TABLES[command]
+    listed = [option.long for option in table if option.fate in (Fate.PASSED, Fate.IGNORED)]
     assert [name for name in listed if name not in text] == []
+
+
+# ------------------------------------------------------------------------ criu dump
+
+
+def test_a_command_line_of_criu_dump(asked, capsys):
+    calls, _ = asked
+    words = "-W work -o dump.log -v4 -R -j --tcp-established -x --external mnt[]:m"
+    words += " --ext-unix-sk=7 --manage-cgroups=soft --no-tcp-close --ghost-limit 10M"
+    words += " --log-pid --no-default-config -l --timeout 9 --pidfile nothing -d"
+    assert run_dump(*words.split()) == 0
+    _, (images, options) = calls
+    assert images == Path("images")
+    assert options == {
+        "pid": 4711, "agent": None, "leave_running": True, "pre_copies": False, "verify": "sample",
+        "log_level": 4, "timeout": 9.0,
+        "criu_options": [
+            "--shell-job", "--tcp-established", "--ext-unix-sk", "--external=mnt[]:m",
+            "--ext-unix-sk=7", "--manage-cgroups=soft", "--no-tcp-close", "--ghost-limit=10M",
+            "--file-locks",
+        ],
+    }  # fmt: skip
+    assert "dumped pid 4711" in capsys.readouterr().out
+    assert {path.name for path in Path("work").iterdir()} == {"dump.log", "stats-dump"}
+    assert list(Path("images").iterdir()) == []
+    log = Path("work/dump.log").read_text().splitlines()
+    assert "Dumping finished successfully" in log[-1]
+
+
+def test_the_current_directory_has_images_log_and_statistics(asked):
+    calls, _ = asked
+    assert cli.main(["dump", "--vm", "qmp:/x", "--tree=4711", "-o", "dump.log"]) == 0
+    assert calls[1][0] == Path()
+    assert {path.name for path in Path().iterdir()} == {"images", "work", "dump.log", "stats-dump"}
+
+
+def test_stats_dump_is_a_service_image(asked):
+    assert run_dump() == 0
+    data = Path("images/stats-dump").read_bytes()
+    assert struct.unpack_from("<II", data) == (0x55105940, 0x57093306)
+    assert decode_dump_stats(data) == DUMPED.stats
+
+
+def test_display_stats_of_a_dump(asked, capsys):
+    assert run_dump("--display-stats", "--json") == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["schema"] == "ovr.dump/1"
+    assert "Frozen time: 500000 us\n" in captured.err
+    assert "Memory pages written: 12345 (0x3039)\n" in captured.err
+    assert "IRMAP" not in captured.err
+
+
+def test_the_report_of_a_dump_is_drawn(asked):
+    assert run_dump("--report", "dump.html") == 0
+    html = Path("dump.html").read_text()
+    assert "pid 4711: 48.2 MiB dumped in 1.50 s" in html
+    assert "read from outside" in html
+
+
+def test_a_dump_that_fails(asked, capsys):
+    _, vm = asked
+    vm.error = CriuFailed("criu in the guest failed (1): no", "look there")
+    vm.error.unread_config = {"/etc/criu/default.conf": "tcp-established\naction-script x\n"}
+    assert run_dump("-o", "dump.log") == 1
+    lines = Path("images/dump.log").read_text()
+    assert "Dumping FAILED." in lines
+    assert "give ovr dump: --tcp-established" in lines
+    assert "ovr cannot honour --action-script=x" in lines
+    assert not Path("images/stats-dump").exists()
+    assert capsys.readouterr().err.count("criu in the guest failed") == 1
+
+
+@pytest.mark.parametrize("text", ["x", "0", "4194304", "-1", "", "²"])
+def test_what_is_no_pid(asked, capsys, text):
+    calls, _ = asked
+    assert run_dump(f"--tree={text}") == 2
+    assert f"{text!r} is not a pid" in capsys.readouterr().err
+    assert calls == []
+
+
+def of_criu(**fields):
+    stats = DumpStatsEntry(
+        freezing_time=7, frozen_time=900, memdump_time=100, memwrite_time=50, pages_scanned=5000,
+        pages_skipped_parent=4000, pages_written=2, pages_lazy=0, page_pipes=1, shpages_written=3,
+        **fields,
+    )  # fmt: skip
+    return image_bytes("stats-dump", [encode(StatsEntry(dump=stats))])
+
+
+def test_what_was_read_outside_is_added_to_criu_s_statistics():
+    stats = dump_stats(of_criu(irmap_resolve=9), written=3002, skipped=1000, memory=0.5)
+    assert (stats.pages_written, stats.pages_skipped_parent) == (3002, 1000)
+    assert (stats.memdump_time, stats.memwrite_time) == (500_100, 500_050)
+    assert (stats.freezing_time, stats.frozen_time, stats.irmap_resolve) == (7, 900, 9)
+    assert (stats.pages_scanned, stats.page_pipes, stats.shpages_written) == (5000, 1, 3)
+    assert decode_dump_stats(stats_image(stats)) == stats
+
+
+def test_a_criu_without_statistics():
+    stats = dump_stats(b"", written=3, skipped=0, memory=1e9)
+    assert (stats.pages_written, stats.frozen_time) == (3, 0)
+    assert stats.memdump_time == 0xFFFFFFFF
+    assert decode_dump_stats(stats_image(stats)) == stats
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"nonsense",
+        of_criu()[:-1],
+        image_bytes("stats-dump", []),
+        stats_image(restore_stats(pages=1, forking=0, total=0)),
+    ],
+)
+def test_statistics_of_a_guest_that_are_invalid(data):
+    with pytest.raises(OvrError):
+        dump_stats(data, written=1, skipped=0, memory=0)

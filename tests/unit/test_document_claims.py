@@ -65,7 +65,9 @@ def test_figures(document, words, value):
         assert [float(figure) for figure in found] == [pytest.approx(value)] * len(found)
 
 
-@pytest.mark.parametrize("word", ["usage", "reachable", "restored into", "cannot be restored"])
+@pytest.mark.parametrize(
+    "word", ["usage", "reachable", "restored into", "cannot be restored", "undone"]
+)
 def test_exit_codes(word):
     """README says each exit code once, in order, and there are no others."""
     text = " ".join(text_of("README.md").split())

@@ -7,11 +7,16 @@ import re
 import shlex
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from ovr import cli
+from ovr.cli.dump_plan import show
+from ovr.dump.plan import Area, DumpPlan, Reason, SharedPlan, TaskPlan
+from ovr.dump.report import DumpReport
+from ovr.lab.demo import Answer, Demo
 from ovr.restore.report import Report
 
 ROOT = Path(__file__).parents[2]
@@ -189,3 +194,22 @@ def test_fields_of_a_plan_are_documented(capsys, dumps):
 def test_fields_of_a_restore_are_documented():
     fields = Report(held={"count": 1, "seconds": 1, "longest": 1}).as_json()
     assert {key for key in keys(fields) if f"`{key}`" not in JSON} == set()
+
+
+def test_fields_of_a_dump_are_documented():
+    fields = DumpReport(held={"count": 1, "seconds": 1, "longest": 1}).as_json()
+    assert {key for key in keys(fields) if f"`{key}`" not in JSON} == set()
+
+
+def test_fields_of_a_demo_are_documented():
+    demo = Demo(DumpReport(), Report(), Answer(1, 2, 0, 0, "0137"), 16, 0o137)
+    for one in (demo, replace(demo, report=None)):
+        assert {key for key in keys(one.as_json()) if f"`{key}`" not in JSON} == set()
+
+
+def test_fields_of_the_plan_of_a_dump_are_documented(capsys):
+    task = TaskPlan(1, "one", (1,), (Area(0, 4096, 4096, Reason.OUTSIDE),))
+    show(DumpPlan((task,), (SharedPlan(1, (1,), Reason.SEALED),)), argparse.Namespace(json=True))
+    document = json.loads(capsys.readouterr().out)
+    assert {"tasks", "areas", "pids"} <= set(keys(document))
+    assert {key for key in keys(document) if f"`{key}`" not in JSON} == set()

@@ -11,7 +11,7 @@ OVR = (sys.executable, "-m", "ovr")
 
 
 @pytest.mark.skipif(sys.version_info[:2] != (3, 11), reason="argparse formats help differently")
-@pytest.mark.parametrize("command", [(), ("restore",), ("check",)])
+@pytest.mark.parametrize("command", [(), ("dump",), ("restore",), ("check",)])
 def test_help(command):
     shown = screen([*OVR, *command, "--help"], height=150)
     assert_golden("-".join(("help", *command)), shown)
@@ -32,6 +32,7 @@ def test_states():
         ("error-no-vm", ("check", "--vm", "name:nobody")),
         ("error-images", ("plan", "-D", "/nowhere")),
         ("error-option", ("restore", "--vm", "lab:x", "--lazy-pages")),
+        ("error-dump-option", ("dump", "-t", "1", "--vm", "lab:x", "--track-mem")),
     ],
 )
 def test_errors(name, arguments):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from ovr.images.framing import decode, frames
-from ovr.images.stats import StatsEntry
+from ovr.images.stats import StatsEntry, decode_dump_stats
 from tests.documents import block, run, said
 from tests.vm.conftest import alive, end_workload, whole
 
@@ -129,3 +129,30 @@ def test_the_documented_script(vm, dump, tmp_path):
     assert "Restore finished successfully" in (work / "restore.log").read_text()
     assert stats((work / "stats-restore").read_bytes()).pages_restored
     whole(vm, dump)
+    dumped_again(vm, dump, tmp_path / "again")
+
+
+def dumped_again(vm, dump, directory):
+    """The restored process, by the documented command, and restored by CRIU alone."""
+    for name in ("images", "work"):
+        (directory / name).mkdir(parents=True)
+    documented = block("docs/criu-scripts.md", "ovr dump -t")
+    script = said(documented, {"4242": str(dump.pid)})
+    run(script, directory, OVR_VM=f"lab:{vm.name}")
+    assert not alive(vm, dump.pid)
+    assert "Dumping finished successfully" in (directory / "work" / "dump.log").read_text()
+    written = decode_dump_stats((directory / "work" / "stats-dump").read_bytes())
+    assert written.frozen_time
+    assert written.pages_written * 4096 >= dump.size
+    restored_by_criu(vm, directory / "images")
+    whole(vm, dump)
+
+
+def restored_by_criu(vm, images):
+    with vm.connect() as agent:
+        agent.run(["mkdir", "/tmp/again"])
+        for path in images.glob("*.img"):
+            agent.put(path, f"/tmp/again/{path.name}")
+        done = agent.run(["criu", "restore", "-d", "-D", "/tmp/again"], timeout=300)
+        agent.run(["rm", "-rf", "/tmp/again"])
+    assert done.status == 0, done.stderr.decode()

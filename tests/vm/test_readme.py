@@ -79,12 +79,15 @@ def test_commands_and_python(dump, vm, installed, tmp_path):
     demo.prepare(vm)
     ours = {QMP: str(vm.qmp), AGENT: vm.agent}
 
-    printed = run(said(USES, ours), tmp_path, programs=installed)
+    uses = said(USES, {**ours, "4242": str(dump.pid)})
+    printed = run(uses, tmp_path, programs=installed)
     assert f"qmp:{vm.qmp}" in printed or f"pid:{vm.pid}" in printed
     assert "Looks good." in printed
     assert f"restored pid {dump.pid} " in printed
     assert " MiB are ready" in printed
     assert "ovr-workload" in printed
+    assert f"dumped pid {dump.pid}, which runs on" in printed
+    assert (tmp_path / "saved" / "inventory.img").exists()
     whole(vm, dump)
     end_workload(vm)
 

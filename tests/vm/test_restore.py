@@ -9,7 +9,7 @@ from string import ascii_lowercase
 import pytest
 
 import ovr
-from ovr.cli.criu_options import TABLE
+from ovr.cli.criu_options import RESTORE
 from ovr.errors import CriuFailed
 from ovr.images import ImageSet
 from ovr.lab.demo import answer_of
@@ -199,6 +199,6 @@ def test_every_option_of_criu_is_known(vm):
     asked = re.findall(r"'--(\w)' is ambiguous", said)
     assert len(asked) > 10
     listed = set(re.findall(r"'(--[\w-]{2,})'", said))
-    known = {name for option in TABLE for name in option.names}
+    known = {name for option in RESTORE for name in option.names}
     known |= {f"--no-{name[2:]}" for name in known}
     assert sorted(listed - known) == []

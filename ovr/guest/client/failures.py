@@ -1,10 +1,11 @@
-"""Turn the agent's messages on failed restores into errors.
+"""Turn the agent's messages on failed restores and dumps into errors.
 
 Hints are chosen by the agent's codes. Only CRIU's log is searched (`criu_log`): it has no codes.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Final
 
 from ovr.errors import AttemptFailed, CriuFailed, PidTaken
@@ -13,7 +14,7 @@ from ovr.guest.client.criu_log import FREE_MEMORY, KILLED, failure_in
 from ovr.guest.client.session import one_line
 from ovr.guest.codes import Code
 
-__all__ = ["aborted", "failure", "refused", "still_there"]
+__all__ = ["aborted", "criu_lacked", "failure", "refused", "still_there"]
 
 # CRIU's messages when clone3(set_tid) fails with EEXIST (fork_with_pid in criu/cr-restore.c), or,
 # on kernels without set_tid, when the new process got another pid than requested.
@@ -46,6 +47,19 @@ _CURES_OF_ABORTS: Final[Mapping[str, str]] = {
     Code.STALLED: "does it wait for a file server or a full pipe in the guest?",
     Code.AGENT: "wait until the agent runs again",
 }
+
+
+@contextmanager
+def criu_lacked(unread_config: Mapping[str, str]) -> Iterator[None]:
+    """Tell a `CriuFailed` in the body which configuration files the guest's CRIU has not read.
+
+    It may have failed because it lacked an option in them.
+    """
+    try:
+        yield
+    except CriuFailed as error:
+        error.unread_config = unread_config
+        raise
 
 
 def failure(message: protocol.Failed, program: str) -> AttemptFailed:

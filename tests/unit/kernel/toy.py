@@ -17,7 +17,7 @@ ALL = (1 << 41) - 1
 POISON = 0xDEAD_0000_0000_0122
 
 
-def toy_btf(*, tk_data: bool = False) -> bytes:  # one statement a type
+def toy_btf(*, tk_data: bool = False, old_rss: bool = False) -> bytes:  # one statement a type
     w = BtfWriter()
     u8, char = w.integer("unsigned char", 1), w.integer("char", 1, signed=True)
     s32, u32 = w.integer("int", 4, signed=True), w.integer("unsigned int", 4)
@@ -63,10 +63,22 @@ def toy_btf(*, tk_data: bool = False) -> bytes:  # one statement a type
     w.struct("maple_node", 256, ("parent", void, 0), ("mr64", r64, 0), ("ma64", a64, 0))
     w.enum("maple_type", maple_dense=0, maple_leaf_64=1, maple_range_64=2, maple_arange_64=3)
     pgd = w.add(TYPEDEF, "pgd_t", w.struct("", 8, ("pgd", u64, 0)))
-    file = w.struct("file", 8, ("f_inode", w.pointer(w.struct("inode", 8, ("i_mode", u32, 0))), 0))
+    block = w.struct("super_block", 16, ("s_flags", u64, 0), ("s_magic", u64, 8))
+    inode = w.struct(
+        "inode", 24, ("i_mode", u32, 0), ("i_sb", w.pointer(block), 8), ("i_blocks", u64, 16)
+    )
+    for name in ("shmem_inode_info", "hugetlbfs_inode_info"):
+        w.struct(name, 32, ("seals", u32, 0), ("vfs_inode", inode, 8))
+    file = w.struct("file", 8, ("f_inode", w.pointer(inode), 0))
+    if old_rss:
+        counter = w.struct("", 8, ("counter", u64, 0))
+        rss = w.struct("mm_rss_stat", 32, ("count", w.array(counter, 4), 0))
+    else:
+        rss = w.array(w.struct("percpu_counter", 8, ("count", u64, 0)), 4)
     mm = w.struct(
         "mm_struct", 128, ("mm_mt", tree, 0), ("pgd", w.pointer(pgd), 16),
-        ("exe_file", w.pointer(file), 24), ("saved_auxv", w.array(u64, 8), 64),
+        ("exe_file", w.pointer(file), 24), ("rss_stat", rss, 32),
+        ("saved_auxv", w.array(u64, 8), 64),
     )  # fmt: skip
     w.add(TYPEDEF, "u64", u64)
     kuid = w.struct("", 4, ("val", u32, 0))
@@ -77,7 +89,7 @@ def toy_btf(*, tk_data: bool = False) -> bytes:  # one statement a type
     )  # fmt: skip
     w.struct(
         "vm_area_struct", 64, ("vm_start", u64, 0), ("vm_end", u64, 8), ("vm_flags", u64, 16),
-        ("vm_pgoff", u64, 24), ("vm_file", void, 32), ("vm_ops", void, 40),
+        ("vm_pgoff", u64, 24), ("vm_file", w.pointer(file), 32), ("vm_ops", void, 40),
     )  # fmt: skip
     task = w.struct(
         "task_struct", 256, ("__state", u32, 0), ("exit_state", s32, 4), ("flags", u32, 8),

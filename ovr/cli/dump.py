@@ -1,0 +1,155 @@
+"""``ovr dump``: save a running tree of a VM, with the options of ``criu dump``."""
+
+import argparse
+import logging
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Final
+
+from ovr.api import attach
+from ovr.cli.as_criu import (
+    add_files,
+    add_progress,
+    add_timeout,
+    config_in_hints,
+    missed_options,
+    progress_mode,
+    work_directory,
+)
+from ovr.cli.criu_files import DUMPING, criu_files, dump_stats_text
+from ovr.cli.criu_options import add_criu_options
+from ovr.cli.dump_plan import show
+from ovr.cli.output import document, json_option, printed, size
+from ovr.cli.picture import draw, picture_file
+from ovr.cli.progress import make_watch
+from ovr.cli.signals import ended_in_order
+from ovr.cli.vm_options import add_agent_option, add_vm_options
+from ovr.dump import VERIFY_MODES
+from ovr.dump.plan import plan_dump
+from ovr.dump.report import DumpReport
+from ovr.errors import UsageError
+from ovr.vm.attach import AttachedVm
+
+__all__ = ["HELP", "USAGE", "add"]
+
+_PID_MAX_LIMIT: Final = 1 << 22
+
+log = logging.getLogger("ovr.dump")
+
+
+HELP: Final = """\
+save a running process tree of a VM as images, from outside
+
+Save a process tree that runs in a VM as images of CRIU, its memory from outside the VM, and end it
+or let it run on. CRIU alone restores the images, and so does `ovr restore`. Accepts the options of
+`criu dump`.
+
+ovr dump -t 4242 -D images/ --vm libvirt:web
+ovr dump -t 4242 -D images/ --vm libvirt:web --dry-run
+ovr dump -t 4242 -D images/ --vm name:web -R --pre-copy --verify full
+OVR_VM=libvirt:web ovr dump -t 4242 -D images/ -W work/ -o dump.log -v4 --tcp-established
+"""
+USAGE: Final = "ovr dump -t PID -D DIR --vm VM [option …] [option of criu dump …]"
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the command."""
+    parser.add_argument(
+        "-t", "--tree", required=True, metavar="PID",
+        help="the root task, by its pid in the guest (`ovr ps` shows them)",
+    )  # fmt: skip
+    parser.add_argument(
+        "-D", "--images-dir", type=Path, default=Path(), metavar="DIR",
+        help="the directory for the images, without any yet (default: the current one)",
+    )  # fmt: skip
+    add_vm_options(parser)
+    add_agent_option(parser)
+    parser.add_argument(
+        "-R", "--leave-running", action=argparse.BooleanOptionalAction, default=False,
+        help="let the tree run on",
+    )  # fmt: skip
+    parser.add_argument(
+        "--pre-copy", action=argparse.BooleanOptionalAction, default=False,
+        help="copy pages while the tree runs, so that it is stopped for less time; the images then"
+        " build on those in the subdirectory pre-copy",
+    )  # fmt: skip
+    parser.add_argument(
+        "--verify", choices=VERIFY_MODES, default="sample",
+        help="compare none, a sample or all of the memory with the images before the tree may run",
+    )  # fmt: skip
+    add_timeout(parser, "save all but the memory")
+    parser.add_argument(
+        "--dry-run", action="store_true",
+        help="only show what would be read from outside, and what is left to CRIU",
+    )  # fmt: skip
+    add_files(parser, "log and stats-dump", "stats-dump")
+    add_progress(parser)
+    json_option(parser)
+    add_criu_options(parser, "dump")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Dump; with ``--dry-run`` only read the VM."""
+    pid = _pid(options.tree)
+    if options.dry_run:
+        with AttachedVm(options.vm, vmlinux=options.vmlinux) as vm:
+            show(plan_dump(vm.kernel, pid), options)
+        return 0
+    with ended_in_order():
+        report = _dump(pid, options)
+    with printed(f"pid {report.pid} is dumped, and {_fate(report)}"):
+        if options.json:
+            document("ovr.dump/1", report.as_json())
+        else:
+            print(_sentence(report))
+        if options.display_stats:
+            print(dump_stats_text(report.stats), file=sys.stderr if options.json else sys.stdout)
+    return 0
+
+
+def _pid(text: str) -> int:
+    if not (text.isascii() and text.isdecimal() and 0 < int(text) < _PID_MAX_LIMIT):
+        raise UsageError(f"{text!r} is not a pid", "ovr ps shows the guest's processes")
+    return int(text)
+
+
+def _dump(pid: int, options: argparse.Namespace) -> DumpReport:
+    files = criu_files(
+        work_directory(options, options.images_dir), DUMPING,
+        log_file=options.log_file, level=options.log_level,
+    )  # fmt: skip
+    with (
+        files as finish,
+        picture_file(options.report) if options.report else nullcontext() as picture,
+        make_watch(progress_mode(options)) as watch,
+        attach(options.vm, vmlinux=options.vmlinux, watch=watch) as vm,
+    ):
+        with config_in_hints(options, "dump"):
+            report = vm.dump(
+                pid, options.images_dir, agent=options.agent,
+                leave_running=options.leave_running, pre_copies=options.pre_copy,
+                verify=options.verify,
+                criu_options=options.criu_options, log_level=options.log_level,
+                timeout=options.timeout,
+            )  # fmt: skip
+        if missed := missed_options(report.unread_config, options, "dump"):
+            log.warning("%s", missed)
+        finish(report.stats, report.pid)
+        if picture:
+            draw(picture, report, options.report, images=options.images_dir, vm=options.vm)
+    return report
+
+
+def _fate(report: DumpReport) -> str:
+    return "runs on" if report.left_running else "has ended"
+
+
+def _sentence(report: DumpReport) -> str:
+    return (
+        f"dumped pid {report.pid}, which {_fate(report)} ({report.tasks} tasks, "
+        f"{size(report.bytes_outside)} of {size(report.bytes_total)} from outside) in "
+        f"{report.seconds['total']:.3f} s; frozen {report.frozen:.3f} s; "
+        f"VM held {report.held['seconds'] * 1e3:.0f} ms, at most "
+        f"{report.held['longest'] * 1e3:.0f} ms at once"
+    )
