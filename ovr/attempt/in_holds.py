@@ -30,7 +30,7 @@ from ovr.memory.extents import (
 )
 from ovr.vm.hold import Holder
 
-__all__ = ["ANY_OWNER", "TRY_AGAIN_AFTER", "InHolds", "Ready"]
+__all__ = ["ANY_OWNER", "TRY_AGAIN_AFTER", "InHolds", "Look", "Ready", "Share", "Work"]
 
 HOLD_BYTES: Final = 256 << 20
 """Most bytes worked on in one hold; the first one does a sixteenth of it."""
@@ -65,8 +65,8 @@ class Ready(Generic[PagesT]):
     pages: PagesT
 
 
-class _Share(NamedTuple):
-    # The runs that a thread has found in a hold, and those that it has done.
+class Share(NamedTuple):
+    """The runs that a thread has found in a hold, and those that it has done."""
 
     found: Extents
     done: Extents
@@ -199,7 +199,7 @@ class InHolds(Generic[PagesT]):
         work: Work[PagesT],
         wanted: int,
         then: Look | None,
-    ) -> list[list[_Share]]:
+    ) -> list[list[Share]]:
         # One hold; its work counts if it ends without an error.
         shares = []
         with self.holder.held():
@@ -229,7 +229,7 @@ class InHolds(Generic[PagesT]):
             target.ask(part)
 
 
-def _find_and_do(work: Work[PagesT], wanted: int, ready: Ready[PagesT]) -> _Share:
+def _find_and_do(work: Work[PagesT], wanted: int, ready: Ready[PagesT]) -> Share:
     # Each thread walks its own part: scattered pages give as many runs as pages, and passing them
     # between threads takes as long as walking.
     target = ready.target
@@ -237,7 +237,7 @@ def _find_and_do(work: Work[PagesT], wanted: int, ready: Ready[PagesT]) -> _Shar
     runs = with_flags(walked, wanted)
     cut = cut_out(runs, target.spared)
     did = work(ready, cut)
-    return _Share(runs, runs if did == total(cut) else first_bytes(runs, cut, did))
+    return Share(runs, runs if did == total(cut) else first_bytes(runs, cut, did))
 
 
 def _without(parts: Sequence[Part], others: Sequence[Part]) -> list[Part]:
@@ -250,8 +250,8 @@ def _without(parts: Sequence[Part], others: Sequence[Part]) -> list[Part]:
     return [(target, pieces) for target, pieces in left if len(pieces)]
 
 
-def _joined(shares: Sequence[_Share]) -> _Share:
-    return _Share(
+def _joined(shares: Sequence[Share]) -> Share:
+    return Share(
         np.concatenate([share.found for share in shares]),
         np.concatenate([share.done for share in shares]),
     )
