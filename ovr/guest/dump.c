@@ -51,7 +51,7 @@ static bool other_network(pid_t pid)
 	       ours.st_ino != theirs.st_ino;
 }
 
-static pid_t start_criu(const struct message *message)
+static pid_t start_dump(const struct message *message)
 {
 	static struct criu_command command;
 	pid_t pid = -1;
@@ -102,7 +102,7 @@ void dump_begin(struct session *session, const struct message *message)
 	}
 	restore.dump = true;
 	restore.tracked = message_uint(message, KEY_TRACKED);
-	restore.child = start_criu(message);
+	restore.child = start_dump(message);
 	if (restore.child < 0) {
 		restore_refuse_start(session, errno);
 		return;
