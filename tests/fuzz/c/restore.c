@@ -224,10 +224,11 @@ static void host_speaks(struct input *input, struct session *host)
 	} else if (op == OP_TOUCH) {
 		given = 1ull << KEY_PORTIONS;
 		message_add_list(&writer, KEY_PORTIONS, 6);
-		for (int i = 0; i < 6; i++)
-			message_item_uint(&writer, i % 3 == 1 ? value >> 4 & 3 :
-						   i % 3      ? 1 :
-								some_pid(i ? value >> 2 : value));
+		for (int i = 0; i < 2; i++) {
+			message_item_uint(&writer, some_pid(i ? value >> 2 : value));
+			message_item_uint(&writer, value >> 4 & 3);
+			message_item_uint(&writer, 1);
+		}
 	}
 	add_rest(&writer, op, given);
 	size = message_close(&writer);
