@@ -39,7 +39,7 @@ struct restore {
 	int child_status;
 	int64_t silence_ms, silent_at, late_at; /* late_at: LLONG_MAX is no limit */
 	int64_t stall_ms;
-	int step;                               /* ENDING: next cleanup step */
+	int step; /* ENDING: next cleanup step */
 };
 
 /* restore.c */
