@@ -9,7 +9,7 @@ from typing import Final, TypeVar
 
 from ovr.errors import AgentUnreachable, AgentUntrusted, ImagesUnsupported
 from ovr.guest import dump_protocol, protocol
-from ovr.guest.client.failures import aborted, failure, refused, still_there
+from ovr.guest.client.failures import aborted, failure, refused
 from ovr.guest.client.requests import Files, Portion, file_frames, flat, touch_requests
 from ovr.guest.client.session import AgentInfo, Session, one_line
 from ovr.guest.codes import Code
@@ -96,6 +96,7 @@ class Agent(Session):
     """
 
     _engine = "criu"
+    _dumps = False
 
     def authenticate(self, secret: bytes) -> None:
         """Prove to the agent that the host knows its secret, and check that the agent knows it too.
@@ -169,7 +170,7 @@ class Agent(Session):
             ImagesUnsupported: the inside image set cannot be sent.
             AgentUnreachable: the link broke.
         """
-        self._engine = engine or "criu"
+        self._engine, self._dumps = engine or "criu", False
         begin = protocol.Begin(
             tuple(criu_options),
             silence_ms=int(silence * 1000),
@@ -247,7 +248,7 @@ class Agent(Session):
             AgentUnreachable: the link broke.
             BaseException: whatever `save` raises.
         """
-        self._engine = "criu"
+        self._engine, self._dumps = "criu", True
         begin = dump_protocol.Dump(
             pid,
             tuple(criu_options),
@@ -389,17 +390,22 @@ class Agent(Session):
         return Restored(restored.pid, restored.container)
 
     def abort(self) -> None:
-        """Kill the tree; return when no task of it is left.
+        """Abort; return when no task of a restored tree is left, or a dumped one runs on.
 
         Raises:
-            AttemptFailed: a task could not be killed.
-            AgentUnreachable: the link broke (the agent then kills the tree as well).
+            AttemptFailed: a task could not be killed, or the dumped tree may not run as before.
+            AgentUnreachable: the link broke (the agent then aborts as well).
         """
         self._send(protocol.Abort())
-        message = self._receive(self._deadline(_ABORT_SECONDS))
+        deadline = self._deadline(_ABORT_SECONDS)
+        # What the agent sent before it read this.
+        while isinstance(
+            message := self._receive(deadline), dump_protocol.Saved | protocol.Stopped
+        ):
+            pass
         if isinstance(message, protocol.Aborted | protocol.Failed):
             if not message.undone:
-                raise still_there()
+                self._checked(message, protocol.Stopped)
         elif not isinstance(message, protocol.Error):
             raise self._broken(f"{message.op} instead of {protocol.Aborted.op}")
         self.ping()  # the agent may have sent its own `Aborted` before it got ours
@@ -421,9 +427,9 @@ class Agent(Session):
         if isinstance(message, kind):
             return message
         if isinstance(message, protocol.Failed):
-            raise failure(message, self._engine)
+            raise failure(message, self._engine, dump=self._dumps)
         if isinstance(message, protocol.Aborted):
-            raise aborted(message)
+            raise aborted(message, dump=self._dumps)
         if isinstance(message, protocol.Error):
             raise refused(message)
         raise self._broken(f"{message.op} instead of {kind.op}")
