@@ -20,8 +20,8 @@ import pytest
 
 from ovr.errors import AgentUnreachable, AttemptFailed
 from ovr.guest import build, protocol
-from ovr.guest.client.agent import HeldTree
 from ovr.guest.client.link import Address, Link
+from ovr.guest.client.results import HeldTree
 from ovr.lab.agent import LabAgent
 
 # Not `sys.executable`: one with AddressSanitizer refuses to have a library loaded before it.

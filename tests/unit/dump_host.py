@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ovr.guest import dump_protocol, protocol
-from ovr.guest.client.agent import HeldTree
+from ovr.guest.client.results import HeldTree
 from ovr.lab.agent import LabAgent
 from tests.unit.agent_host import PYTHON, AgentHost, alive, valgrind_command, wait_for
 
