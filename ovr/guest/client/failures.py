@@ -118,8 +118,8 @@ def aborted(message: protocol.Aborted, *, dump: bool = False) -> AttemptFailed:
         if dump
         else "the guest is as it was; the restore can be tried again"
     )
-    done = "aborted the dump" if dump else "killed the tree"
-    text = f"the agent {done}: {one_line(message.reason)}"
+    done = "the agent aborted the dump: " if dump else "the agent killed the tree: "
+    text = f"{done}{one_line(message.reason)}"
     return _coded(AttemptFailed(text, f"{hint}; {cure}" if cure else hint), message.code)
 
 
