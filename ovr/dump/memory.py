@@ -18,6 +18,7 @@ from ovr.attempt.sink import Sink
 from ovr.dump.output import NewImages
 from ovr.errors import ImagesDamaged
 from ovr.images.pagemap import (
+    MAX_PAGEMAP,
     PE_PARENT,
     PE_PRESENT,
     Pagemap,
@@ -90,7 +91,7 @@ def dumped_pages(names: Sequence[str], images: NewImages) -> list[Dumped]:
         task, shared = _TASK.fullmatch(name), _SHARED.fullmatch(name)
         if not (match := task or shared):
             continue
-        pagemap = decode_pagemap((images.path / name).read_bytes(), name)
+        pagemap = decode_pagemap(images.read(name, MAX_PAGEMAP), name)
         if owner.setdefault(pagemap.pages_id, name) != name:
             raise ImagesDamaged(f"{name} has the same pages image as {owner[pagemap.pages_id]}")
         found.append(Dumped(name, int(match[1]), pagemap, shared is not None))

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Final
 
 from ovr.attempt.sink import Sink
-from ovr.errors import AttemptFailed, UsageError
+from ovr.errors import AttemptFailed, ImagesDamaged, UsageError
 from ovr.host import UntrustedPath, cure_of, locate
 from ovr.host.closing import Closing
+from ovr.images.framing import DUMP_AGAIN
 
 __all__ = ["INVENTORY", "PRE_COPY", "NewImages", "Output", "writable"]
 
@@ -52,6 +53,17 @@ class NewImages:
         """
         with writable(self.path / name), os.fdopen(self._open(name, os.O_TRUNC), "wb") as file:
             file.write(data)
+
+    def read(self, name: str, most: int) -> bytes:
+        """Return the content of an image.
+
+        Raises:
+            ImagesDamaged: it is larger than `most` bytes.
+        """
+        path = self.path / name
+        if path.stat().st_size > most:
+            raise ImagesDamaged(f"{name}: more than {most} bytes", DUMP_AGAIN)
+        return path.read_bytes()
 
     def sink(self, name: str, size: int) -> Sink:
         """Return a new pages image of `size` bytes.

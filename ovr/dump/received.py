@@ -22,13 +22,15 @@ class Received:
 
     Args:
         images: gets them.
+        most: bytes that they may have in all.
 
     Attributes:
         names: names of the complete images, in the order in which they came.
     """
 
-    def __init__(self, images: NewImages) -> None:
+    def __init__(self, images: NewImages, most: int) -> None:
         self.names: list[str] = []
+        self._left = most
         self._images = images
         self._done: set[str] = set()
         self._seen: set[str] = set()
@@ -45,6 +47,9 @@ class Received:
         self._seen.add(name)
         if len(self._seen) > _MAX_FILES:
             raise ImagesDamaged(f"the agent sent more than {_MAX_FILES} images", _SUSPECT)
+        self._left -= len(data)
+        if self._left < 0:
+            raise ImagesDamaged("the agent sent more than the VM's RAM has room for", _SUSPECT)
         self._images.append(name, data)
         if not data:
             self._done.add(name)

@@ -17,6 +17,7 @@ __all__ = ["rseq_pages"]
 
 M = TypeVar("M", bound=Message)
 
+_MAX_IMAGE: Final = 64 << 20
 _PAGE: Final = ~np.uint64(PAGE_SIZE - 1)
 
 
@@ -44,5 +45,5 @@ def rseq_pages(names: Collection[str], images: NewImages) -> Mapping[int, Ranges
 
 
 def _entries(name: str, kind: type[M], images: NewImages) -> Iterator[M]:
-    for frame in frames((images.path / name).read_bytes(), name):
+    for frame in frames(images.read(name, _MAX_IMAGE), name):
         yield decode(kind, frame.payload, name)

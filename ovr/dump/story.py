@@ -70,7 +70,7 @@ def dump(
             ahead = work_ahead(attempt, pid, output, pre_copies=pre_copies)
         unread = attempt.agent.criu_config()
         with watch("images"), criu_lacked(unread):
-            received = Received(output.images)
+            received = Received(output.images, vm.ram.size)
             parent = parent_images(
                 [number for number, _ in tree_of(vm.kernel, pid)], vm.kernel.space.levels
             )

@@ -23,7 +23,7 @@ from ovr.images.messages import (
 )
 from ovr.images.objects import IpcShmEntry, MemfdInodeEntry
 from ovr.images.packed import HEAD_SIZE, refuse_packed
-from ovr.images.pagemap import Pagemap, check_pages_size, decode_pagemap
+from ovr.images.pagemap import MAX_PAGEMAP, Pagemap, check_pages_size, decode_pagemap
 from ovr.images.task import (
     Memory,
     Task,
@@ -41,7 +41,6 @@ __all__ = ["ImageSet"]
 _VERSION: Final = 2  # CRTOOLS_IMAGES_V1_1: all of CRIU 2.0 to 4.2
 _MAX_LEVELS: Final = 128
 _LONGEST_HEADER: Final = 8
-_MAX_PAGEMAP: Final = 256 << 20  # bytes: about 16 million runs
 
 M = TypeVar("M", bound=Message)
 
@@ -273,7 +272,7 @@ class ImageSet(Closing):
             if name not in directory.sizes:
                 break
             label = f"{directory.label}{name}"
-            pagemaps.append(decode_pagemap(directory.read(name, _MAX_PAGEMAP), label))
+            pagemaps.append(decode_pagemap(directory.read(name, MAX_PAGEMAP), label))
         entries = resolve([pagemap.entries for pagemap in pagemaps], name)
         used = set(entries["level"].tolist())
         files = tuple(

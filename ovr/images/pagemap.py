@@ -21,6 +21,7 @@ from ovr.memory.addresses import PAGE_SHIFT, PAGE_SIZE
 from ovr.memory.extents import Extents, ends_of, total
 
 __all__ = [
+    "MAX_PAGEMAP",
     "PAGEMAP_DTYPE",
     "PE_LAZY",
     "PE_PARENT",
@@ -44,6 +45,8 @@ PAGEMAP_DTYPE: Final = np.dtype(
 image set itself, 1 its parent, and so on. Without PE_PRESENT there is no data there: the offset is
 -1, or anything once the extent was cut."""
 
+MAX_PAGEMAP: Final = 256 << 20
+"""Most bytes of a pagemap image that are read: about 16 million runs."""
 USER_END: Final = 1 << 56
 """End of user addresses with 5-level paging, the most that x86-64 has."""
 

@@ -11,7 +11,7 @@ __all__ = ["GuestTree"]
 
 
 class GuestTree:
-    """The skeleton's kernel objects. Results are valid only while the VM is held.
+    """The kernel objects of a held tree. Results are valid only while the VM is held.
 
     Args:
         kernel: the guest's kernel.
@@ -36,13 +36,13 @@ class GuestTree:
             task = find_task(self.kernel, tid, namespace_of=self._root)
             if not (task and is_traced(task)):
                 raise AttemptFailed(
-                    f"thread {tid} of the skeleton is gone, or not stopped",
+                    f"thread {tid} of the held tree is gone, or not stopped",
                     "was it killed? look for the OOM killer in the guest's kernel log",
                 )
             # ptrace_link(): a tracee's parent is its tracer.
             if not task.ptrace or task.parent.address_ != self._tracer:
                 raise AgentUntrusted(
-                    f"thread {tid} of the skeleton is not traced by the agent's CRIU",
+                    f"thread {tid} of the held tree is not traced by the agent's CRIU",
                     "does another program in the guest trace processes? restore again",
                     "tracer",
                 )

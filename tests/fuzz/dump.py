@@ -73,7 +73,7 @@ def names_in(path: str | Path) -> list[str]:
 
 def receive(path: Path, pieces: list[tuple[str, bytes]]) -> None:
     images = NewImages(path)
-    into = Received(images)
+    into = Received(images, 1 << 30)
     for name, piece in pieces:
         into.save(name, piece)
     into.check_complete()
@@ -114,7 +114,7 @@ def dumping(data: bytes) -> None:
         path = Path(name) / "images"
         path.mkdir()
         images = NewImages(path)
-        into = Received(images)
+        into = Received(images, 1 << 30)
         agent = LabAgent(link, 5.0)
         with images.sink("pages-1.img", 16) as sink:
             fetched = Fetched(sink)

@@ -8,7 +8,7 @@ import pytest
 from ovr import errors
 from ovr.attempt import copier, in_holds, settings
 from ovr.guest import protocol
-from ovr.images import directory, imageset
+from ovr.images import directory, pagemap
 from ovr.kernel.types import live
 from ovr.memory.paging import MAX_READ
 from tests.documents import DOCUMENTS, ROOT, inline, text_of
@@ -42,7 +42,7 @@ CLAIMS = [
     ("docs/safety.md", r"in one hold, which ends after (\d+) ms", settings._HOLD_SECONDS * 1e3),
     ("docs/safety.md", r"exit code (\d)\. *", errors.VerifyMismatch.exit_code),
     ("SECURITY.md", r"An image is at most (\d+) MiB", directory._MAX_READ / MIB),
-    ("SECURITY.md", r"a page map (\d+) MiB", imageset._MAX_PAGEMAP / MIB),
+    ("SECURITY.md", r"a page map (\d+) MiB", pagemap.MAX_PAGEMAP / MIB),
     ("SECURITY.md", r"reads at (\d+) MiB", MAX_READ / MIB),
     ("SECURITY.md", r"changed after (\w+) seconds", {"five": 5.0}),
     ("SECURITY.md", r"Frames of more than (\d+) KiB", protocol.MAX_FRAME / KIB),
