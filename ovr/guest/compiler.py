@@ -66,7 +66,10 @@ def build(
         Path(scratch, "warm_library.h").write_text(_as_array("warm_library", library.read_bytes()))
         binary = Path(scratch, "ovr-agent")
         _compile([*command, f"-I{scratch}", *map(str, sources), "-o", str(binary)])
-        deliver(binary, target, 0o755)
+        # Another process may have built it meanwhile, and run it: an agent whose program file is
+        # replaced refuses to start CRIU.
+        if output is not None or not target.exists():
+            deliver(binary, target, 0o755)
     return target
 
 
