@@ -14,7 +14,8 @@ from ovr.attempt.journal import Journal
 from ovr.attempt.saver import Saver
 from ovr.attempt.undo import Recording
 from ovr.errors import AgentUnreachable, AttemptFailed, OvrError
-from ovr.guest.client.agent import Agent, HeldTree
+from ovr.guest.client.agent import Agent
+from ovr.guest.client.results import HeldTree
 from ovr.guest.client.tracer import find_tracer
 from ovr.kernel import find_task
 from ovr.memory.addresses import Gva

@@ -63,8 +63,6 @@ class Copier(InHolds[Feed]):
         advance: called with the size of every write in bytes.
     """
 
-    _wanted = "became exclusively owned"
-
     def __init__(
         self,
         holder: Holder,

@@ -86,8 +86,6 @@ class InHolds(Generic[PagesT]):
         threads: number of threads to use in one hold.
     """
 
-    _wanted = "were in memory"
-
     def __init__(self, holder: Holder, pool: Executor, threads: int) -> None:
         self.holder = holder
         self._threads = Threads(pool, threads)
@@ -191,7 +189,7 @@ class InHolds(Generic[PagesT]):
                 left = _without(left, missed)
             elif missed:
                 tries += 1
-                self._ask_again(missed, tries)
+                self._ask_again(missed, tries, wanted)
 
     def _held(
         self,
@@ -216,12 +214,13 @@ class InHolds(Generic[PagesT]):
         self._learn(sum(total(share.done) for part in shares for share in part), seconds)
         return shares
 
-    def _ask_again(self, missed: Sequence[Part], tries: int) -> None:
+    def _ask_again(self, missed: Sequence[Part], tries: int, wanted: int) -> None:
         if tries == _TRIES:
             target, part = missed[0]
+            never = "became exclusively owned" if wanted else "were in memory when looked at"
             raise AttemptFailed(
                 f"{target.name}: {total(part)} bytes at {int(part['gva'][0]):#x} and above never"
-                f" {self._wanted} ({tries} tries)",
+                f" {never} ({tries} tries)",
                 "the guest may be out of memory; free some and try again",
             )
         time.sleep(TRY_AGAIN_AFTER)

@@ -16,7 +16,8 @@ from ovr.cli.output import document, one_line, size
 from ovr.cli.terminal import painted
 from ovr.cli.vm_options import add_agent_option, add_vm_options
 from ovr.errors import AgentUntrusted, OvrError, UsageError
-from ovr.guest.client.agent import Agent, AgentInfo
+from ovr.guest.client.agent import Agent
+from ovr.guest.client.session import AgentInfo
 from ovr.kernel import Kernel
 from ovr.memory.ram import GuestRam
 from ovr.vm.blockers import balloon_size, blockers

@@ -21,8 +21,10 @@ from ovr.attempt.targets import Target
 from ovr.dump.memory import Dumped
 from ovr.dump.output import INVENTORY, NewImages, writable
 from ovr.dump.running import RunningTask, running_tasks
+from ovr.dump.targets import reader
 from ovr.dump.verify import written
 from ovr.errors import TaskDied
+from ovr.guest.client.agent import Agent
 from ovr.images.framing import encode, image_bytes
 from ovr.images.messages import InventoryEntry
 from ovr.images.pagemap import PAGEMAP_DTYPE, PE_PRESENT, Pagemap, encode_pagemap
@@ -113,8 +115,13 @@ class Copies:
         copy.unchanged = cut_out(unchanged, late)
         return copy.unchanged
 
-    def targets(self, stack: ExitStack) -> Iterator[Target]:
-        """Yield the pages that had not changed, with their image as the source."""
+    def targets(self, agent: Agent, stack: ExitStack) -> Iterator[Target]:
+        """Yield the pages that had not changed, with their image as the source.
+
+        Args:
+            agent: asked for pages that are not in memory any more.
+            stack: closes the images.
+        """
         for pid, copy in self._of.items():
             if not len(copy.unchanged):
                 continue
@@ -122,7 +129,8 @@ class Copies:
             yield Target(
                 name=f"pid {pid}", space=copy.task.space, frames=None,
                 pieces=as_pieces(cut_to(copy.placed, starts, ends)),
-                source=written(copy.image, stack), ask=lambda _: None, check=copy.task.check,
+                source=written(copy.image, stack), ask=reader(agent, copy.task.tgid),
+                check=copy.task.check,
             )  # fmt: skip
 
 

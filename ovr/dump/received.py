@@ -12,7 +12,7 @@ from ovr.guest.dump_protocol import PAGES
 
 __all__ = ["Fetched", "Received"]
 
-_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
+_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,195}\.img")  # FD_ENTRY in criu/image-desc.c
 _MAX_FILES: Final = 1 << 20
 _SUSPECT: Final = "is this agent the guest's own, and unchanged?"
 

@@ -36,6 +36,7 @@ class RunningTask(NamedTuple):
 
     Attributes:
         pid: its pid in the pid namespace of the tree.
+        tgid: its pid in the initial pid namespace.
         space: its address space.
         areas: the areas of private memory, a `_fastcopy.PIECE` array.
         frames: tells anonymous pages from those of files.
@@ -43,6 +44,7 @@ class RunningTask(NamedTuple):
     """
 
     pid: int
+    tgid: int
     space: AddressSpace
     areas: Extents
     frames: Frames
@@ -102,4 +104,4 @@ def _describe(kernel: Kernel, pid: int, task: Struct) -> RunningTask | None:
     except GuestFault:
         check()
         raise
-    return RunningTask(pid, space, pieces(areas), kernel.anonymous_frames, check)
+    return RunningTask(pid, task.tgid, space, pieces(areas), kernel.anonymous_frames, check)

@@ -92,7 +92,8 @@ def dump(
             with writable(images):
                 saver.save(targets)
         with watch("verify"):
-            compared = verify_pages(attempt, [*targets, *ahead.copies.targets(stack)], verify)
+            targets += ahead.copies.targets(attempt.agent, stack)
+            compared = verify_pages(attempt, targets, verify)
         with watch("commit"), output.committing():
             stats = attempt.commit(lambda agent: agent.end_dump())
         return make_report(

@@ -1,6 +1,6 @@
 """Find the pages of a held tree in the guest."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from ovr.attempt.alive import Alive
 from ovr.attempt.shared_object import mapper, reach
@@ -14,7 +14,7 @@ from ovr.kernel import mm_space, types_that_fit
 from ovr.memory.extents import Extents
 from ovr.state import GuestTree
 
-__all__ = ["reachable", "targets_of"]
+__all__ = ["reachable", "reader", "targets_of"]
 
 
 def reachable(shared: SharedMemory | None) -> bool:
@@ -23,6 +23,18 @@ def reachable(shared: SharedMemory | None) -> bool:
     The agent maps it by a task that has it, and for writing. None: no task has it.
     """
     return shared is not None and bool(shared.places) and not shared.sealed
+
+
+def reader(agent: Agent, pid: int) -> Callable[[Extents], None]:
+    """Return a function that has pages of a held task, or of a mapper, read in the guest.
+
+    Args:
+        agent: reads them.
+        pid: the process, in the guest's initial pid namespace.
+    """
+    return lambda pieces: agent.touch(
+        [Portion(pid, Touching.READ, pieces[["gva", "size"]].tolist())]
+    )
 
 
 def targets_of(
@@ -75,15 +87,12 @@ def _of_object(placed: Placed, shared: SharedMemory, guest: GuestTree, agent: Ag
 
 
 def _target(placed: Placed, pieces: Extents, check: Alive, agent: Agent, pid: int) -> Target:
-    def ask(pieces: Extents) -> None:
-        agent.touch([Portion(pid, Touching.READ, pieces[["gva", "size"]].tolist())])
-
     return Target(
         name=check.name,
         space=check.space,
         frames=None,
         pieces=pieces,
         source=placed.sink,
-        ask=ask,
+        ask=reader(agent, pid),
         check=check,
     )

@@ -118,7 +118,10 @@ void restore_watch(struct loop *loop);
 void restore_work(void);
 /* Output is flushed: drop the raised priority if no restore is under way. */
 void restore_rest(void);
+/* The agent was asked to terminate. Called in every turn of the loop from then on. */
 void restore_shutdown(void);
+/* Whether a dump's CRIU, which releases the tree, is worth waiting for before the agent exits. */
+bool restore_lingers(void);
 
 /* images.c: the private directory of a restore */
 struct directory {

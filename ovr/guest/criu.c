@@ -96,6 +96,9 @@ bool criu_command_make(struct criu_command *command, const struct directory *dir
 		snprintf(command->pid, sizeof(command->pid), "%llu",
 			 (unsigned long long)message_uint(begin, KEY_PID));
 		command->argv[count++] = command->pid;
+		/* A second time: hook.c */
+		command->argv[count++] = (char *)(uintptr_t)"--action-script";
+		command->argv[count++] = (char *)(uintptr_t)self;
 		if (message_uint(begin, KEY_LEAVE_RUNNING))
 			command->argv[count++] = (char *)(uintptr_t)"--leave-running";
 	}

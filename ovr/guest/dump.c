@@ -6,6 +6,7 @@
 #include <stdio.h>
 #include <string.h>
 #include <sys/stat.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 #include "restore.h"
@@ -29,13 +30,37 @@ void dump_forget(void)
 	sending.single = false;
 }
 
-static pid_t start_criu(const struct message *message)
+/* Whether CRIU changes more of the tree than it does to stop it, and undoes it only at its end. */
+static bool locks(char *const criu_options[])
+{
+	for (char *const *option = criu_options; *option; option++)
+		if (!strcmp(*option, "--tcp-established") ||
+		    !strncmp(*option, "--freeze-cgroup", strlen("--freeze-cgroup")))
+			return true;
+	return false;
+}
+
+/* CRIU shuts the network of a tree that has a network namespace of its own (criu/netfilter.c). */
+static bool other_network(pid_t pid)
+{
+	struct stat ours, theirs;
+	char path[64];
+
+	snprintf(path, sizeof(path), "/proc/%d/ns/net", pid);
+	return stat("/proc/self/ns/net", &ours) < 0 || stat(path, &theirs) < 0 ||
+	       ours.st_ino != theirs.st_ino;
+}
+
+static pid_t start_dump(const struct message *message)
 {
 	static struct criu_command command;
 	pid_t pid = -1;
 
-	if (criu_command_make(&command, &restore.directory, message))
+	if (criu_command_make(&command, &restore.directory, message)) {
+		restore.dump_locks = locks(command.strings) ||
+				     other_network((pid_t)message_uint(message, KEY_PID));
 		pid = criu_start(&command);
+	}
 	criu_command_free(&command);
 	if (pid > 0) {
 		priority_raise(pid);
@@ -77,7 +102,7 @@ void dump_begin(struct session *session, const struct message *message)
 	}
 	restore.dump = true;
 	restore.tracked = message_uint(message, KEY_TRACKED);
-	restore.child = start_criu(message);
+	restore.child = start_dump(message);
 	if (restore.child < 0) {
 		restore_refuse_start(session, errno);
 		return;
@@ -87,20 +112,19 @@ void dump_begin(struct session *session, const struct message *message)
 
 /* ------------------------------------------------------------------------ images */
 
-static bool open_image(const char *name)
+static bool is_file(const char *name)
 {
-	int fd = openat(restore.directory.dump, name,
-			O_RDONLY | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC);
 	struct stat stat;
 
-	/* Not ".", "..", and the link to the parent */
-	if (fd < 0 || fstat(fd, &stat) < 0 || !S_ISREG(stat.st_mode)) {
-		close_fd(&fd);
-		return false;
-	}
-	sending.fd = fd;
+	return fstatat(restore.directory.dump, name, &stat, AT_SYMLINK_NOFOLLOW) == 0 &&
+	       S_ISREG(stat.st_mode);
+}
+
+static bool open_image(const char *name)
+{
+	sending.fd = openat(restore.directory.dump, name, O_RDONLY | O_NOFOLLOW | O_CLOEXEC);
 	snprintf(sending.name, sizeof(sending.name), "%s", name);
-	return true;
+	return sending.fd >= 0;
 }
 
 /* Open the next image. False if there is none, or on an error, which aborts the dump. */
@@ -120,9 +144,17 @@ static bool next_image(void)
 			return false;
 		}
 	}
-	while ((entry = readdir(sending.files)))
-		if (strncmp(entry->d_name, PAGES, strlen(PAGES)) && open_image(entry->d_name))
+	while (errno = 0, (entry = readdir(sending.files))) {
+		/* Not ".", ".." and the link to the parent */
+		if (!strncmp(entry->d_name, PAGES, strlen(PAGES)) || !is_file(entry->d_name))
+			continue;
+		if (open_image(entry->d_name))
 			return true;
+		break;
+	}
+	/* A missing image would be noticed only when the tree is restored. */
+	if (errno)
+		restore_abort(code_of_errno(errno), "cannot read an image");
 	return false;
 }
 
@@ -165,7 +197,7 @@ void dump_fetch(struct session *session, const struct message *message)
 		return;
 	message_str(message, KEY_NAME, name);
 	if (!restore.dump || strncmp(name, PAGES, strlen(PAGES)) || strchr(name, '/') ||
-	    strlen(name) > NAME_MAX || !open_image(name)) {
+	    strlen(name) > NAME_MAX || !is_file(name) || !open_image(name)) {
 		session_refuse(session, CODE_IMAGES, "there is no such pages image");
 		return;
 	}
@@ -174,6 +206,16 @@ void dump_fetch(struct session *session, const struct message *message)
 }
 
 /* ------------------------------------------------------------------------ end */
+
+bool dump_is_whole(void)
+{
+	/*
+	 * Killed before its hook CRIU may leave parasite code in a task. At its hook it leaves what
+	 * it has locked, and after Go a part of the tree.
+	 */
+	return !WIFSIGNALED(restore.child_status) ||
+	       (restore.root > 1 && !restore.dump_locks && !restore.dump_released);
+}
 
 void dump_report_success(void)
 {

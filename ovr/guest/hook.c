@@ -11,6 +11,11 @@
  * At pre-restore and post-restore, where a non-zero exit status makes CRIU give
  * up or kill the tree, the hook only checks that the agent answers. At
  * pre-restore it then renames the image withheld from an engine's CRIU (engine.c).
+ *
+ * CRIU runs the hooks of a dump twice, one after the other. It takes a post-dump script that was
+ * killed by a signal for one that succeeded (cr_dump_finish() in criu/cr-dump.c looks only at the
+ * exit status), and would end the tree. The second hook asks the agent whether it has said Go: if
+ * not, its exit status, which CRIU adds to that of the first, lets the tree run on.
  */
 #include <dirent.h>
 #include <errno.h>

@@ -105,7 +105,7 @@ void loop_run(struct loop *loop)
 	int signals = block_signals();
 
 	complain("ready");
-	while (!stopping) {
+	while (!stopping || restore_lingers()) {
 		/* Work first: watched descriptors must not change while they are collected. */
 		restore_work();
 		lab_work();
@@ -121,7 +121,8 @@ void loop_run(struct loop *loop)
 		session_watch(loop);
 		transport_watch(loop);
 		turn(loop);
+		if (stopping)
+			restore_shutdown();
 	}
-	restore_shutdown();
 	warm_shutdown();
 }

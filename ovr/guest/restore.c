@@ -9,6 +9,7 @@
 #define MAX_DEADLINE_MS (24ll * 3600 * 1000)
 #define UPLOAD_SILENCE_MS 60000 /* until Begin sets silence_ms */
 #define UNREAD_INPUT_MS 1000
+#define LINGER_MS 10000
 
 #define NO_RESTORE                                                                                 \
 	{.listener = -1,                                                                           \
@@ -17,6 +18,7 @@
 	 .theirs = {.end = -1, .log = -1}}
 
 struct restore restore = NO_RESTORE;
+static int64_t stop_at; /* when to exit; 0: the agent was not asked to */
 
 void restore_forget(void)
 {
@@ -138,7 +140,8 @@ void restore_building(const struct message *begin)
 	restore.late_at = message_has(begin, KEY_TIMEOUT_MS) ?
 				  now_ms() + deadline_ms(begin, KEY_TIMEOUT_MS) :
 				  LLONG_MAX;
-	progress_begin(deadline_ms(begin, KEY_STALL_MS));
+	restore.stall_ms = deadline_ms(begin, KEY_STALL_MS);
+	progress_begin(restore.stall_ms);
 }
 
 static void begin(struct session *session, const struct message *message)
@@ -180,6 +183,9 @@ static void go(struct session *session)
 		restore.phase = HELD;
 		prctl(PR_SET_CHILD_SUBREAPER, !restore.engine && !restore.dump);
 		restore_abort(CODE_HOOK, "the hook died");
+	} else if (restore.dump) {
+		restore.dump_released = true;
+		close_fd(&restore.hook); /* a second one follows */
 	}
 }
 
@@ -201,6 +207,9 @@ static bool all_belong(const struct message *message)
 		return belongs(message_uint(message, KEY_PID));
 	portions = message_list(message, KEY_PORTIONS, &count);
 	while (read_portion(&portions, &portion)) {
+		/* A dump's tree is to run on with the memory that it has. */
+		if (restore.dump && portion.how != TOUCH_READ && !populate_owns((pid_t)portion.pid))
+			return false;
 		if (!portion.pid || (portion.pid != good && !belongs(portion.pid)))
 			return false;
 		good = portion.pid;
@@ -314,7 +323,7 @@ void restore_work(void)
 	else if (restore.phase == BUILDING && progress_stalled())
 		restore_abort(CODE_STALLED, "criu makes no progress");
 	else if (restore.phase == ENDING && now_ms() >= restore.late_at)
-		restore_engine_too_late();
+		restore_end_too_late();
 	else if (host_is_silent())
 		restore_abort(CODE_SILENT, "the host was silent for too long");
 	else if (restore.phase == SAVING)
@@ -344,10 +353,22 @@ void restore_watch(struct loop *loop)
 		loop_wake_at(loop, progress_look_at());
 	if (host_must_speak())
 		loop_wake_at(loop, restore.silent_at);
+	/* All output was written: nothing else wakes the loop. */
+	if (restore.phase == SAVING && session_has_room(restore.owner))
+		loop_wake_at(loop, now_ms());
+	if (stop_at)
+		loop_wake_at(loop, stop_at);
 }
 
 void restore_shutdown(void)
 {
+	if (!stop_at)
+		stop_at = now_ms() + LINGER_MS;
 	if (host_must_speak())
 		restore_abort(CODE_AGENT, "the agent is shutting down");
+}
+
+bool restore_lingers(void)
+{
+	return restore.dump && restore.phase >= BUILDING && (!stop_at || now_ms() < stop_at);
 }

@@ -29,13 +29,17 @@ struct restore {
 	int listener, hook;
 	pid_t child; /* CRIU, or an engine that starts it, or a cleanup step */
 	pid_t criu, root;
-	bool engine, dump, tracked;
+	bool engine, dump;
+	bool tracked;              /* the tree's soft-dirty bits were cleared */
+	bool dump_locks;           /* CRIU locks the tree's network, or freezes its cgroup */
+	bool dump_released;        /* CRIU was told to end the tree */
 	struct engine_criu theirs; /* the engine's CRIU, once its hook has connected */
 	bool child_ended, keep_log, warm, engine_killed;
 	bool grace; /* silence is not declared before unread input was read */
 	int child_status;
 	int64_t silence_ms, silent_at, late_at; /* late_at: LLONG_MAX is no limit */
-	int step;                               /* ENDING: next cleanup step */
+	int64_t stall_ms;
+	int step; /* ENDING: next cleanup step */
 };
 
 /* restore.c */
@@ -67,7 +71,8 @@ struct tree restore_tree(void);
 void restore_abort(enum code code, const char *reason);
 /* Handle the exit of restore.child. */
 void restore_child_ended(void);
-void restore_engine_too_late(void);
+/* ENDING takes too long. */
+void restore_end_too_late(void);
 
 /* dump.c */
 void dump_track(struct session *session, const struct message *message);
@@ -75,6 +80,8 @@ void dump_begin(struct session *session, const struct message *message);
 void dump_fetch(struct session *session, const struct message *message);
 /* Send images as long as the session has room; then report the tree. */
 void dump_send_images(void);
+/* Whether the tree is whole after CRIU's exit. */
+bool dump_is_whole(void);
 void dump_report_success(void);
 void dump_forget(void);
 

@@ -12,7 +12,7 @@
 #include "restore.h"
 
 #define CRIU_DEATH_MS 5000
-#define ENGINE_END_MS 60000
+#define END_MS 60000 /* for an engine, a cleanup step or a dump's CRIU */
 
 /* The report of a failed or aborted restore or dump. */
 static struct outcome {
@@ -77,33 +77,51 @@ static bool kill_everything(void)
 	return gone && restore_criu_ended();
 }
 
+static void send_outcome(struct session *owner)
+{
+	struct writer writer;
+
+	if (!owner)
+		return;
+	writer = session_writer(owner, outcome.failed ? OP_FAILED : OP_ABORTED);
+	if (outcome.failed) {
+		message_add_uint(&writer, KEY_STATUS, (uint64_t)outcome.status);
+		message_add_list(&writer, KEY_LOG, (uint32_t)outcome.count);
+		for (int i = 0; i < outcome.count; i++)
+			message_item_str(&writer, outcome.lines[i]);
+	} else {
+		message_add_str(&writer, KEY_CODE, code_name(outcome.code));
+		message_add_str(&writer, KEY_REASON, outcome.reason);
+	}
+	message_add_bool(&writer, KEY_UNDONE, outcome.undone);
+	session_send(owner, &writer);
+}
+
 static void report_end(void)
 {
 	struct session *owner = restore.owner;
-	struct outcome end = outcome;
 	const char *left = "";
-	struct writer writer;
 
-	if (!end.undone)
+	if (!outcome.undone)
 		left = restore.dump ? "; the tree may be damaged" :
 				      "; some of its tasks are still alive";
 	complain("%s %s: %s%s", restore.dump ? "dump" : "restore",
-		 end.failed ? "failed" : "aborted", end.reason, left);
+		 outcome.failed ? "failed" : "aborted", outcome.reason, left);
 	restore_forget();
-	if (!owner)
-		return;
-	writer = session_writer(owner, end.failed ? OP_FAILED : OP_ABORTED);
-	if (end.failed) {
-		message_add_uint(&writer, KEY_STATUS, (uint64_t)end.status);
-		message_add_list(&writer, KEY_LOG, (uint32_t)end.count);
-		for (int i = 0; i < end.count; i++)
-			message_item_str(&writer, end.lines[i]);
-	} else {
-		message_add_str(&writer, KEY_CODE, code_name(end.code));
-		message_add_str(&writer, KEY_REASON, end.reason);
+	send_outcome(owner);
+}
+
+/* CRIU has exited after the abort of a dump. */
+static void dump_ended(void)
+{
+	size_t used = strlen(outcome.reason);
+
+	outcome.undone = dump_is_whole();
+	if (!outcome.failed && !outcome.undone && outcome.code != CODE_CRIU) {
+		outcome.code = CODE_CRIU;
+		snprintf(outcome.reason + used, sizeof(outcome.reason) - used, "; criu was killed");
 	}
-	message_add_bool(&writer, KEY_UNDONE, end.undone);
-	session_send(owner, &writer);
+	report_end();
 }
 
 /* The engine or a cleanup step has exited: start the next step. */
@@ -112,7 +130,7 @@ static void clean_up(void)
 	pid_t pid = 0;
 
 	if (restore.dump) {
-		report_end();
+		dump_ended();
 		return;
 	}
 	while (pid == 0)
@@ -123,7 +141,7 @@ static void clean_up(void)
 	}
 	restore.child = pid;
 	restore.child_ended = false;
-	restore.late_at = now_ms() + ENGINE_END_MS;
+	restore.late_at = now_ms() + END_MS;
 }
 
 /*
@@ -144,7 +162,8 @@ static void end_restore(void)
 	close_fd(&restore.hook);
 	populate_end();
 	restore.phase = ENDING;
-	restore.late_at = restore.dump ? LLONG_MAX : now_ms() + ENGINE_END_MS;
+	restore.late_at =
+		now_ms() + (restore.dump && restore.stall_ms < END_MS ? restore.stall_ms : END_MS);
 	if (restore.child_ended)
 		clean_up();
 }
@@ -159,8 +178,27 @@ void restore_abort(enum code code, const char *reason)
 	end_restore();
 }
 
-void restore_engine_too_late(void)
+/* Its CRIU must not be killed: the host is told, and no restore or dump begins until it exits. */
+static void dump_too_late(void)
 {
+	size_t used = strlen(outcome.reason);
+
+	snprintf(outcome.reason + used, sizeof(outcome.reason) - used, "; criu (%d) does not end",
+		 restore.criu);
+	complain("dump aborted: %s", outcome.reason);
+	outcome.code = CODE_HANGS;
+	outcome.undone = false;
+	send_outcome(restore.owner);
+	restore.owner = NULL;
+	restore.late_at = LLONG_MAX;
+}
+
+void restore_end_too_late(void)
+{
+	if (restore.dump) {
+		dump_too_late();
+		return;
+	}
 	if (restore.engine_killed) {
 		outcome.undone = false;
 		report_end();
@@ -169,7 +207,7 @@ void restore_engine_too_late(void)
 	complain("the container engine does not exit; killing it");
 	kill(restore.child, SIGKILL);
 	restore.engine_killed = true;
-	restore.late_at = now_ms() + ENGINE_END_MS;
+	restore.late_at = now_ms() + END_MS;
 }
 
 static void report_failure(void)
@@ -180,8 +218,7 @@ static void report_failure(void)
 
 	outcome = (struct outcome){
 		.failed = true,
-		.undone = restore.dump ? !WIFSIGNALED(restore.child_status) :
-					 released || kill_everything(),
+		.undone = restore.dump || released || kill_everything(),
 		.status = exit_code(restore.child_status),
 	};
 	outcome.count = restore.engine ? engine_log_errors(&restore.directory, &restore.theirs,

@@ -38,7 +38,7 @@ static void tree_stands(pid_t root)
 {
 	restore.phase = restore.dump ? SAVING : HELD;
 	restore.root = root;
-	/* A dump's CRIU waits for its hook, and may be killed without harm. */
+	/* If a dump's CRIU dies at its hook the tree runs on, as it should. */
 	if (!restore.dump && !tree_stop_criu(restore.criu)) {
 		restore_abort(CODE_CRIU, "criu does not stop");
 		return;
@@ -101,6 +101,10 @@ static void on_hook(int fd, short events, void *context)
 			kill(restore.criu, SIGCONT);
 	} else if (restore.phase == ENDING) {
 		close_fd(&restore.hook);
+	} else if (restore.phase == RELEASED && restore.dump) {
+		/* The second post-dump hook */
+		hook_say(HOOK_GO);
+		close_fd(&restore.hook);
 	} else if (restore.phase != BUILDING || size != (ssize_t)sizeof(report)) {
 		restore_abort(CODE_HOOK, "invalid report from the hook");
 	} else if (report.root == 0 && !adopt(report.criu)) {
@@ -108,6 +112,8 @@ static void on_hook(int fd, short events, void *context)
 	} else if (report.root == 0) {
 		/* pre-restore, post-restore or pre-dump: the agent's presence is enough */
 		hook_say(restore.dump && !restore.tracked ? HOOK_TRACK : HOOK_GO);
+		/* The second pre-dump hook need not do it again. */
+		restore.tracked = true;
 		close_fd(&restore.hook);
 	} else if (report.criu != restore.criu) {
 		restore_abort(CODE_CRIU, "the tree is held by another criu than the agent's");

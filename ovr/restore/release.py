@@ -1,7 +1,8 @@
 """Commit: the guest's CRIU lets the restored tree run."""
 
 from ovr.errors import AttemptFailed
-from ovr.guest.client.agent import Agent, Restored
+from ovr.guest.client.agent import Agent
+from ovr.guest.client.results import Restored
 from ovr.kernel import Kernel, find_task, settled
 
 __all__ = ["let_run"]

@@ -7,7 +7,7 @@ from typing import Any
 from ovr.attempt.attempt import Attempt
 from ovr.attempt.journal import Journal
 from ovr.attempt.stopwatch import Span, Stopwatch
-from ovr.guest.client.agent import Restored
+from ovr.guest.client.results import Restored
 from ovr.plan import Cold, Plan, Warm
 from ovr.restore.skeleton import Built
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from ovr.attempt.attempt import Attempt
 from ovr.checkpoint import Checkpoint
 from ovr.errors import CriuFailed, ImagesUnsupported, OvrError
-from ovr.guest.client.agent import HeldTree
+from ovr.guest.client.results import HeldTree
 from ovr.guest.client.session import AgentInfo
 from ovr.guest.protocol import MAX_IMAGE_BYTES
 from ovr.images import image_size

@@ -2,8 +2,8 @@
 
 import hmac
 import socket
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any, get_type_hints
 
 from ovr.errors import OvrError
@@ -16,7 +16,7 @@ from ovr.guest.wire import ProtocolError, decode, encode
 from ovr.lab.agent import LabAgent
 from tests.fuzz.target import Input, Target
 
-__all__ = ["TARGETS", "samples"]
+__all__ = ["TARGETS", "answered", "as_input", "samples"]
 
 VALUES: dict[Any, Any] = {
     int: 7,
@@ -88,8 +88,9 @@ class Script(Link):
         return said.replace(PROOF, hmac.digest(SECRET, text, "sha256"))
 
 
-def session(data: bytes) -> None:
-    """All that a host does in a restore, with an agent that answers with the input."""
+@contextmanager
+def answered(data: bytes) -> Iterator[Script]:
+    """A link to an agent that answers with the input."""
     source = Input(data)
     shape = source.number()
     said = []
@@ -97,6 +98,14 @@ def session(data: bytes) -> None:
         said.append(source.bytes(1 + source.number(2)))
     link = Script(bool(shape & 1), said)
     try:
+        yield link
+    finally:
+        link.close()
+
+
+def session(data: bytes) -> None:
+    """All that a host does in a restore, with an agent that answers with the input."""
+    with answered(data) as link:
         agent = LabAgent(link, 5.0)
         for step in (
             agent.ping,
@@ -110,8 +119,6 @@ def session(data: bytes) -> None:
         ):
             with suppress(OvrError):
                 step()
-    finally:
-        link.close()
 
 
 NONCE = bytes(protocol.NONCE_SIZE)
@@ -119,8 +126,8 @@ SECRET = bytes(protocol.SECRET_SIZE)
 PROOF = b"PROOFPROOFPROOFPROOFPROOFPROOFPR"
 
 
-def session_seeds() -> Iterator[bytes]:
-    welcome = protocol.Welcome(
+WELCOME = encode(
+    protocol.Welcome(
         protocol.VERSION,
         b"TOKENTOKENTOKENT",
         NONCE,
@@ -136,19 +143,25 @@ def session_seeds() -> Iterator[bytes]:
         0,
         0,
     )
+)
+
+
+def as_input(answers: Sequence[bytes], *, serial: bool) -> bytes:
+    """The input of an agent that greets, and gives these answers."""
+    marker = [protocol.MAGIC + b"TOKENTOKENTOKENT"] if serial else []
+    return bytes([serial]) + b"".join(
+        (len(piece) - 1).to_bytes(2, "little") + piece for piece in (*marker, WELCOME, *answers)
+    )
+
+
+def session_seeds() -> Iterator[bytes]:
     answers = {type(message).__name__: encode(message) for message in samples()}
     kinds = ("Stopped", "Touched", "Mapped", "Exited", "Restored", "Aborted")
     proved = encode(protocol.Proved(PROOF))
-    good = [encode(welcome), encode(protocol.Pong(1)), proved, *(answers[kind] for kind in kinds)]
+    good = [encode(protocol.Pong(1)), proved, *(answers[kind] for kind in kinds)]
     for serial in (0, 1):
-        marker = [protocol.MAGIC + b"TOKENTOKENTOKENT"] if serial else []
-        for answer in ([], *([a] for a in answers.values()), good[1:]):
-            pieces = [*marker, good[0], *answer]
-            said = (len(piece[:65536]) for piece in pieces)
-            yield bytes([serial]) + b"".join(
-                (size - 1).to_bytes(2, "little") + piece
-                for size, piece in zip(said, pieces, strict=True)
-            )
+        for answer in ([], *([a] for a in answers.values()), good):
+            yield as_input(answer, serial=bool(serial))
 
 
 TARGETS = (

@@ -98,6 +98,25 @@ def _restores() -> Iterator[bytes]:
         yield start + go + late
         yield files + begin + late + held + go
     yield files + begin + b"\2\5" + b"\2\2" + b"\2\x11"
+    dump, track, fetch = b"\0\6\xff\2", b"\0\7\1", b"\0\x08\1"
+    start = track + files + dump + 2 * (asked + hook_ends) + held
+    second, killed, no_room, criu_killed = hook_ends + held + hook_ends, b"\x0b", b"\x47", b"\x0c"
+    for late in (
+        b"",
+        b"\0\2\x05",
+        b"\0\2\x25",
+        fetch + b"\7",
+        no_room + fetch + no_room,
+        abort,
+        b"\6",
+        b"\5\xff",
+    ):
+        yield start + late + go + second + criu_ends + start + abort + second + b"\4\1"
+        yield start + late + killed + held + hook_ends + b"\4\1"
+        yield start + late + criu_killed + hook_ends + start
+        yield start + late + go + killed + held + hook_ends + criu_ends
+    for ends in (criu_killed, b"\5\xff\5\xff\5\xff\7" + criu_ends):
+        yield files + dump + asked + abort + ends + files + dump + held
 
 
 C_SEEDS = {

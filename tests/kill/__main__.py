@@ -1,6 +1,6 @@
-"""Kill all who have a part in a restore, at every point of it.
+"""Kill all who have a part in a restore or dump, at every point of it.
 
-``python -m tests.kill [--points N] [--victims NAME,…] [--suite NAME]``
+``python -m tests.kill [--dump] [--points N] [--victims NAME,…] [--suite NAME]``
 """
 
 import argparse
@@ -19,7 +19,8 @@ from ovr.lab.cache import cache_directory
 from ovr.lab.image import SUITES
 from tests import subject
 from tests.kill import check
-from tests.kill.attempt import VICTIMS, Event, Point, events_of, perform, points
+from tests.kill.attempt import RESTORE, VICTIMS, Event, Point, events_of, perform, points
+from tests.kill.dumping import DumpRange
 
 MIB = 1 << 20
 MEMORY = "512M"
@@ -34,13 +35,15 @@ class Outcome:
 
 
 class Range:
-    """Where it is done: images, and a VM that is booted when there is none.
+    """Where restores are done: images, and a VM that is booted when there is none.
 
     Args:
         boot: boots a VM.
         images: the dump.
         scratch: a directory for this run.
     """
+
+    story = RESTORE
 
     def __init__(
         self, boot: Callable[[], lab.LabVm], images: subject.Images, scratch: Path
@@ -61,9 +64,14 @@ class Range:
             self._vm = self._boot()
             subject.install(self._vm)
             for _ in range(0 if self.events else 2):  # the first is slow
-                self.events = events_of(self._vm, self.images.path, self.temporary)
+                self.events = events_of(self.command(), self.temporary)
                 subject.end(self._vm)
         return self._vm
+
+    def command(self) -> list[str]:
+        """Return the command of one restore."""
+        assert self._vm is not None
+        return ["tests.kill.restorer", f"lab:{self._vm.name}", str(self.images.path)]
 
     def down(self) -> None:
         """End the VM."""
@@ -81,7 +89,7 @@ class Range:
         """Kill the victim at that point of a restore; returns what became of the tree."""
         vm = self.vm
         subject.end(vm)
-        attempt, met = perform(vm, self.images.path, victim, point, self.temporary)
+        attempt, met = perform(vm, self.command(), victim, point, self.temporary)
         try:
             became = check.after(vm, victim, attempt, self.temporary)
         finally:
@@ -91,10 +99,10 @@ class Range:
         return became if met else f"{became}; nobody to kill"
 
 
-def sweep(place: Range, victim: str, count: int, outcome: Outcome) -> None:
+def sweep(place: Range | DumpRange, victim: str, count: int, outcome: Outcome) -> None:
     """Kill the victim at so many points."""
     place.vm  # noqa: B018 - boots, and learns the events
-    for point in points(place.events, victim, count):
+    for point in points(place.events, victim, count, place.story):
         started = time.monotonic()
         try:
             verdict = f"passed  {place.shoot(victim, point)}"
@@ -121,9 +129,24 @@ def shooting_range(name: str, suite: str, scratch: Path) -> Iterator[Range]:
         place.down()
 
 
+@contextmanager
+def dumping_range(name: str, suite: str, scratch: Path) -> Iterator[DumpRange]:
+    """Make a range for dumps."""
+    share = scratch / "share"
+    share.mkdir()
+    place = DumpRange(
+        lambda: lab.up(name, suite=suite, memory=MEMORY, share=share), share, scratch
+    )  # fmt: skip
+    try:
+        yield place
+    finally:
+        place.down()
+
+
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Return what the command line asks for."""
     parser = argparse.ArgumentParser(prog="python -m tests.kill", description=__doc__)
+    parser.add_argument("--dump", action="store_true", help="instead of a restore")
     parser.add_argument("--points", type=int, default=10, help="of each victim")
     parser.add_argument(
         "--victims", type=victims, default=VICTIMS, help=f"some of {','.join(VICTIMS)}"
@@ -144,7 +167,9 @@ def main() -> int:
     outcome = Outcome()
     with (
         tempfile.TemporaryDirectory(prefix="ovr-kill-", dir=cache_directory()) as scratch,
-        shooting_range(f"kill-{os.getpid()}", asked.suite, Path(scratch)) as place,
+        (dumping_range if asked.dump else shooting_range)(
+            f"kill-{os.getpid()}", asked.suite, Path(scratch)
+        ) as place,
     ):
         for victim in asked.victims:
             sweep(place, victim, asked.points, outcome)

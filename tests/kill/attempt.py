@@ -1,4 +1,4 @@
-"""One restore, and a victim that is killed at one point of it."""
+"""One restore or dump, and a victim that is killed at one point of it."""
 
 import contextlib
 import os
@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,9 +15,12 @@ from ovr import lab
 from ovr.errors import AgentUnreachable, OvrError
 from tests import subject
 
-__all__ = ["TRACER", "VICTIMS", "Attempt", "Event", "Point", "events_of", "name_of", "points"]
+__all__ = [
+    "DUMP", "RESTORE", "TRACER", "VICTIMS", "Attempt", "Event", "Point", "events_of", "name_of",
+    "perform", "points",
+]  # fmt: skip
 
-PATIENCE = 90.0  # seconds for a restore to come to its end, whatever was killed
+PATIENCE = 90.0  # seconds for it to come to its end, whatever was killed
 IN_THE_GUEST = ("agent", "hook", "criu", "root", "task")
 OF_THE_TREE = ("hook", "criu", "root", "task")
 ON_THE_HOST = ("ovr", "tracer", "all")
@@ -26,13 +30,30 @@ GO = "sending go"
 
 
 @dataclass(frozen=True)
+class Story:
+    """Events that a restore or dump has.
+
+    Attributes:
+        begun: after this CRIU works, and nothing tells the host how far it is.
+        held: from this on CRIU and its hook hold the tree.
+    """
+
+    begun: str
+    held: str
+
+
+RESTORE = Story("after sending begin", "end of skeleton")
+DUMP = Story("after sending dump", "end of images")
+
+
+@dataclass(frozen=True)
 class Event:
-    """A step of a restore.
+    """A step of a restore or dump.
 
     Attributes:
         held: whether the VM is stopped meanwhile.
         name: what it is.
-        at: seconds since the restore began.
+        at: seconds since it began.
     """
 
     held: bool
@@ -46,7 +67,7 @@ class Point:
 
     Attributes:
         event: its number.
-        delay: seconds after it; 0 is while the restore waits in it.
+        delay: seconds after it; 0 is while it is waited in.
         name: for people.
     """
 
@@ -56,21 +77,20 @@ class Point:
 
 
 class Attempt:
-    """A restore in a process of its own.
+    """A restore or dump in a process of its own.
 
     Args:
-        vm: where to.
-        images: what.
+        command: module of `restorer` or `dumper`, with its arguments but for the last.
         event: the number of the event to wait at, or -1.
         scratch: an empty directory for its temporary files.
     """
 
-    def __init__(self, vm: lab.LabVm, images: Path, event: int, scratch: Path) -> None:
-        command = [sys.executable, "-m", "tests.kill.restorer", f"lab:{vm.name}", str(images)]
+    def __init__(self, command: Sequence[str], event: int, scratch: Path) -> None:
         self._log = (scratch.parent / "restorer.log").open("w+")
         self.process = subprocess.Popen(
-            [*command, str(event)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            stderr=self._log, env={**os.environ, "TMPDIR": str(scratch)}, bufsize=0,
+            [sys.executable, "-m", *command, str(event)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log,
+            env={**os.environ, "TMPDIR": str(scratch)}, bufsize=0,
         )  # fmt: skip
         self._started = time.monotonic()
         self._input = b""
@@ -141,9 +161,9 @@ class Attempt:
         return line.decode()
 
 
-def events_of(vm: lab.LabVm, images: Path, scratch: Path) -> list[Event]:
-    """Restore once without harm, and return the events."""
-    attempt = Attempt(vm, images, -1, scratch)
+def events_of(command: Sequence[str], scratch: Path) -> list[Event]:
+    """Restore or dump once without harm, and return the events."""
+    attempt = Attempt(command, -1, scratch)
     try:
         attempt.finish()
         assert attempt.last == "done", f"{attempt.last}: {attempt.errors}"
@@ -152,15 +172,15 @@ def events_of(vm: lab.LabVm, images: Path, scratch: Path) -> list[Event]:
         attempt.close()
 
 
-def points(events: list[Event], victim: str, count: int) -> list[Point]:
-    """Spread points over that part of a restore in which there is such a victim.
+def points(events: list[Event], victim: str, count: int, story: Story = RESTORE) -> list[Point]:
+    """Spread points over that part of a restore or dump in which there is such a victim.
 
-    Most are at events. The others are some time after "begin" and "go": CRIU builds the tree, and
-    lets it go, and nothing tells the host how far it is. What runs in the guest cannot be killed
-    while the VM is held.
+    Most are at events. The others are some time after its begin and "go": CRIU builds or dumps the
+    tree, and lets it go, and nothing tells the host how far it is. What runs in the guest cannot be
+    killed while the VM is held.
     """
     names = [event.name for event in events]
-    built, gone = names.index("end of skeleton"), names.index(f"after {GO}")
+    built, gone = names.index(story.held), names.index(f"after {GO}")
     there = range(built, gone + 1) if victim in OF_THE_TREE else range(len(events))
     free = [n for n in there if not (victim in IN_THE_GUEST and events[n].held)]
     late = max(count * 3 // 10, 1)
@@ -168,7 +188,7 @@ def points(events: list[Event], victim: str, count: int) -> list[Point]:
     numbers = [free[round((i + 0.5) * len(free) / exact - 0.5)] for i in range(exact)]
     found = [Point(number, 0.0, names[number]) for number in numbers]
     building = -(-late // 2)
-    for words, share in (("after sending begin", building), (f"after {GO}", late - building)):
+    for words, share in ((story.begun, building), (f"after {GO}", late - building)):
         number = names.index(words)
         span = events[number + 2].at - events[number].at
         for delay in (span * (i + 0.5) / share for i in range(share)):
@@ -223,10 +243,10 @@ def name_of(pid: int) -> str:
 
 
 def perform(
-    vm: lab.LabVm, images: Path, victim: str, point: Point, scratch: Path
+    vm: lab.LabVm, command: Sequence[str], victim: str, point: Point, scratch: Path
 ) -> tuple[Attempt, bool]:
-    """Restore, and kill the victim at that point; returns how it went, and whether it met one."""
-    attempt = Attempt(vm, images, point.event, scratch)
+    """Run it, and kill the victim at that point; returns how it went, and whether it met one."""
+    attempt = Attempt(command, point.event, scratch)
     try:
         met = False
         if attempt.read_up_to(point.event):

@@ -1,4 +1,4 @@
-"""What must hold after a victim was killed in a restore, whoever it was."""
+"""What must hold after a victim was killed in a restore or dump, whoever it was."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -11,7 +11,10 @@ from ovr.errors import AgentUnreachable
 from tests import subject
 from tests.kill.attempt import TRACER, Attempt, name_of
 
-__all__ = ["after", "next_restore", "restored", "wait_for"]
+__all__ = [
+    "after", "host_is_clean", "next_restore", "once_quiet", "restored", "runs_on", "said",
+    "wait_for",
+]  # fmt: skip
 
 PATIENCE = 30.0
 
@@ -26,21 +29,30 @@ def wait_for(condition: Callable[[], bool], what: str) -> None:
 
 def after(vm: lab.LabVm, victim: str, attempt: Attempt, scratch: Path) -> str:
     """Check the host, the guest and the tree; returns what became of the tree."""
-    said = attempt.last
+    last = said(victim, attempt)
+    host_is_clean(vm, scratch)
+    if victim == "qemu":
+        assert last.startswith("failed ") or attempt.events[-1].name == "end of commit", last
+        return last
+    return fate(vm, victim, attempt, last, once_quiet(vm))
+
+
+def said(victim: str, attempt: Attempt) -> str:
+    """Return what it said at last, or "killed"."""
     assert "Traceback" not in attempt.errors, attempt.errors
     if victim in ("ovr", "all") and attempt.process.returncode == -9:
-        said = "killed"
-    else:
-        assert said, (
-            f"it ended with {attempt.process.returncode} and said nothing: {attempt.errors}"
-        )
+        return "killed"
+    assert attempt.last, (
+        f"it ended with {attempt.process.returncode} and said nothing: {attempt.errors}"
+    )
+    return attempt.last
+
+
+def host_is_clean(vm: lab.LabVm, scratch: Path) -> None:
+    """Check that nothing holds the VM, if there is one, and that no temporary files are left."""
     wait_for(lambda: not tracers(vm.name), "what held the VM is left")
     assert not list(scratch.iterdir()), f"temporary files are left: {list(scratch.iterdir())}"
-    if victim == "qemu":
-        assert said.startswith("failed ") or attempt.events[-1].name == "end of commit", said
-        return said
-    assert state_of(vm.pid) not in "tT", "the VM is held"
-    return fate(vm, victim, attempt, said, once_quiet(vm))
+    assert not vm.alive or state_of(vm.pid) not in "tT", "the VM is held"
 
 
 def fate(vm: lab.LabVm, victim: str, attempt: Attempt, said: str, seen: Mapping[str, int]) -> str:
@@ -73,6 +85,12 @@ def restored(vm: lab.LabVm, size: int = 0) -> None:
     wait_for(
         lambda: subject.marks(subject.look(vm)) == subject.MARKS, "a task of the tree does not run"
     )
+
+
+def runs_on(vm: lab.LabVm) -> None:
+    """Check that all of the tree runs, from now on, and that its memory is right."""
+    subject.forget_marks(vm)
+    restored(vm)
 
 
 def next_restore(vm: lab.LabVm, images: subject.Images) -> None:

@@ -1,7 +1,7 @@
 """Restore again and again into a guest that moves, merges, swaps and reuses all of its memory.
 
 ``python -m tests.stress [--restores N] [--size MIB] [--suite NAME]
-[--unprotected | --ignore-clean]``
+[--unprotected | --ignore-clean | --dumps N]``
 """
 
 import argparse
@@ -22,6 +22,7 @@ from ovr.lab.cache import cache_directory
 from ovr.lab.image import SUITES
 from tests import subject
 from tests.stress.copier import Races, counting, ignoring_clean, unprotected
+from tests.stress.dumps import dump_under_stress
 from tests.stress.guest import Noise, trouble
 
 MIB = 1 << 20
@@ -180,13 +181,22 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "--unprotected", action="store_true",
         help="write without holds and without asking whose a page is; passes if that does damage",
     )  # fmt: skip
+    less.add_argument(
+        "--dumps", type=int, metavar="N",
+        help="dump a process that changes its memory all the time, instead",
+    )  # fmt: skip
     return parser.parse_args(arguments)
 
 
 def main() -> int:
     asked = parse()
     with tempfile.TemporaryDirectory(prefix="ovr-stress-", dir=cache_directory()) as scratch:
-        outcome = perform(f"stress-{os.getpid()}", Path(scratch), asked)
+        name = f"stress-{os.getpid()}"
+        if asked.dumps:
+            wrong = dump_under_stress(name, asked.suite, Path(scratch), asked.dumps)
+            print(f"{max(asked.dumps - len(wrong), 0)} passed, {len(wrong)} failed")
+            return int(bool(wrong))
+        outcome = perform(name, Path(scratch), asked)
     for what, count in outcome.counters.items():
         print(f"{count:12,}  {what}")
     print(f"pages met: {outcome.races}")

@@ -17,8 +17,8 @@ from ovr.lab.share import SHARE
 from ovr.lab.workload import build_workload
 
 __all__ = [
-    "HERE", "MARKS", "Answer", "Images", "ask", "build", "dump", "dump_in_a_vm", "end", "install",
-    "kill", "look", "marks", "must", "pages", "start",
+    "HERE", "MARKS", "Answer", "Images", "ask", "build", "dump", "dump_in_a_vm", "end",
+    "forget_marks", "install", "kill", "look", "marks", "must", "pages", "start",
 ]  # fmt: skip
 
 HERE = Path(__file__).parent
@@ -118,6 +118,12 @@ def look(vm: lab.LabVm) -> dict[str, int]:
 def marks(seen: Mapping[str, int]) -> set[str]:
     """Which tasks ran since the last `end`, as a look has seen it."""
     return {mark for mark in MARKS if seen[f"mark-{mark}"]}
+
+
+def forget_marks(vm: lab.LabVm) -> None:
+    """Remove the marks: who makes its mark again, runs."""
+    with vm.connect() as agent:
+        agent.run(["/bin/rm", "-f", *(f"{DIRECTORY}/{mark}" for mark in sorted(MARKS))])
 
 
 def kill(vm: lab.LabVm, victim: str) -> bool:

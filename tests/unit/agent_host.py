@@ -20,12 +20,12 @@ import pytest
 
 from ovr.errors import AgentUnreachable, AttemptFailed
 from ovr.guest import build, protocol
-from ovr.guest.client.agent import HeldTree
 from ovr.guest.client.link import Address, Link
+from ovr.guest.client.results import HeldTree
 from ovr.lab.agent import LabAgent
 
 # Not `sys.executable`: one with AddressSanitizer refuses to have a library loaded before it.
-_PYTHON = Path(
+PYTHON = Path(
     str(sysconfig.get_config_var("BINDIR")), f"python{sysconfig.get_config_var('VERSION')}"
 )
 _PF_EXITING = 0x4  # include/linux/sched.h
@@ -258,14 +258,14 @@ def agent_host(directory: Path, binary: Path | None = None) -> Iterator[AgentHos
 
     With ``OVR_VALGRIND`` in the environment valgrind runs it, and the action script.
     """
-    valgrind = _valgrind(directory) if os.environ.get("OVR_VALGRIND") else []
+    valgrind = valgrind_command(directory)
     binary = binary or agent_program()
     criu = directory / "criu"
-    criu.write_text(_FAKE_CRIU.format(python=_PYTHON, valgrind=valgrind))
+    criu.write_text(_FAKE_CRIU.format(python=PYTHON, valgrind=valgrind))
     criu.chmod(0o755)
     podman = directory / "podman"
     names = {"directory": str(directory), "criu": str(criu)}
-    podman.write_text(_FAKE_PODMAN.format(python=_PYTHON, **names))
+    podman.write_text(_FAKE_PODMAN.format(python=PYTHON, **names))
     podman.chmod(0o755)
     (directory / "marks").mkdir()
     command = [*valgrind, binary, "--dir", directory / "run", "--criu", criu]
@@ -287,7 +287,26 @@ def agent_host(directory: Path, binary: Path | None = None) -> Iterator[AgentHos
     assert not running or process.returncode == 0, rest.decode()
 
 
-def _valgrind(directory: Path) -> list[str]:
+@contextmanager
+def restarted(host: AgentHost) -> Iterator[None]:
+    """Run the agent again, as systemd does after its death."""
+    host.serial.unlink()
+    with subprocess.Popen(host.process.args, stderr=subprocess.PIPE) as process:
+        assert process.stderr is not None
+        assert b"ready" in process.stderr.readline()
+        host.process = process
+        try:
+            wait_for(host.serial.exists)
+            yield
+        finally:
+            process.terminate()
+    assert process.returncode == 0
+
+
+def valgrind_command(directory: Path) -> list[str]:
+    """What runs a program of ours, if valgrind is asked for."""
+    if not os.environ.get("OVR_VALGRIND"):
+        return []
     # Quiet: what is in the logs are errors.
     return [
         "/usr/bin/valgrind", "-q", "--leak-check=full", f"--log-file={directory}/valgrind-%p.log",

@@ -9,7 +9,8 @@ import pytest
 
 from ovr.errors import AttemptFailed, CriuFailed
 from ovr.guest import protocol
-from ovr.guest.client.agent import Agent, HeldTree
+from ovr.guest.client.agent import Agent
+from ovr.guest.client.results import HeldTree
 from ovr.guest.codes import Code
 from tests.unit.agent_host import IMAGES, AgentHost, agent_dies, alive, hook_dies, kill, wait_for
 

@@ -101,7 +101,7 @@ def test_what_a_real_agent_says(host: AgentHost) -> None:
         "an engine that is none": Code.ENGINE, "a second restore": Code.BUSY,
         "another's memory": Code.TASK, "silence": Code.SILENT,
     }, said  # fmt: skip
-    assert "other restore has ended" in said["a second restore"].hint
+    assert "other restore or dump has ended" in said["a second restore"].hint
 
 
 def test_the_first_error_of_many_is_kept(host: AgentHost) -> None:

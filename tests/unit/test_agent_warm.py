@@ -10,7 +10,8 @@ import pytest
 
 from ovr.errors import AttemptFailed
 from ovr.guest import build, protocol
-from ovr.guest.client.agent import Agent, PoolInfo
+from ovr.guest.client.agent import Agent
+from ovr.guest.client.results import PoolInfo
 from tests.unit.agent_host import IMAGES, AgentHost, agent_host, alive, kill, wait_for
 
 MIB = 1 << 20

@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from ovr.guest.client.criu_log import CAUSES, KILLED, failure_in
+from ovr.guest.client.criu_log import CAUSES, DUMP_CAUSES, KILLED, failure_in
 
 END = (
     "(00.118103) Error (criu/cr-restore.c:2320): Restoring FAILED.",
@@ -102,6 +102,88 @@ def test_known_causes(lines, cure, file):
     assert any(found.line.endswith(line) for line in lines)
 
 
+DUMP_END = "Error (criu/cr-dump.c:2111): Dumping FAILED."
+DUMP_FILES = "Error (criu/cr-dump.c:1681): Dump files (pid: 202) failed with -1"
+NO_PROCESS = "Error (compel/src/lib/infect.c:418): Unable to detach from 3999: No such process"
+SEEN_IN_DUMPS = {
+    "no process": (
+        ["Error (criu/tun.c:85): tun: Unable to create tun: No such file or directory", NO_PROCESS],
+        NO_PROCESS, "debugger or strace",
+    ),
+    "no session leader": (
+        ["Error (criu/pstree.c:300): The root process 191 is not a session leader. Consider using"
+         " --shell-job option"],
+        None, "--shell-job",
+    ),
+    "a terminal": (
+        ["Error (criu/tty.c:1830): tty: Found dangling tty with sid 335 pgid 335 (pts) on peer fd"
+         " 0."],
+        None, "--shell-job",
+    ),
+    "TCP": (
+        ["Error (criu/sk-inet.c:191): inet: Connected TCP socket, consider using --tcp-established"
+         " option.", DUMP_FILES],
+        None, "--tcp-established",
+    ),
+    "a lock": (
+        ["Error (criu/file-lock.c:110): Some file locks are hold by dumping tasks! You can try"
+         " --file-locks to dump them."],
+        None, "--file-locks",
+    ),
+    "a large deleted file": (
+        ["Error (criu/files-reg.c:1031): Can't dump ghost file /tmp/ghost of 4194304 size, increase"
+         " limit", DUMP_FILES],
+        None, "/tmp/ghost is open and was deleted: give --ghost-limit 4194304",
+    ),
+    "a deleted name": (
+        ["Error (criu/files-reg.c:1122): Can't create link remap for /tmp/link1. Use link-remap"
+         " option.", DUMP_FILES],
+        None, "/tmp/link1 is open and was deleted, and has another name: give --link-remap",
+    ),
+    "a Unix socket": (
+        ["Error (criu/sk-unix.c:874): unix: External socket is used. Consider using --ext-unix-sk"
+         " option."],
+        None, "--ext-unix-sk",
+    ),
+    "a Unix stream": (
+        ["Error (criu/sk-unix.c:881): unix: Can't dump half of stream unix connection. name:"
+         " (null); peer name: /tmp/s"],
+        None, "end the connection",
+    ),
+    "a nested pid namespace": (
+        ["Error (criu/namespaces.c:460): Can't dump nested pid namespace for 323",
+         "Error (criu/namespaces.c:700): Can't make pidns id"],
+        None, "saves a pid namespace only if",
+    ),
+    "a chroot": (
+        ["Error (criu/mount.c:3865): mnt: The root task has another root than mntns: /tmp/r",
+         "Error (criu/cr-dump.c:1570): Collect mappings (pid: 349) failed with -1"],
+        None, "chroot",
+    ),
+    "a file of another namespace": (
+        ["Error (criu/files-reg.c:1790): Can't lookup mount=24 for fd=0 path=/dev/null",
+         DUMP_FILES],
+        None, "descriptor 0 (/dev/null)",
+    ),
+    "no iptables": (
+        ['Error (criu/util.c:641): execvp("iptables-restore", ...) failed: No such file or'
+         " directory",
+         "Error (criu/util.c:656): exited, status=1",
+         "Error (criu/net.c:3282): net: Locking network failed: iptables-restore returned -1. This"
+         " may be connected to disabled CONFIG_NETFILTER_XT_MARK kernel build config option."],
+        2, "apt-get install",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("lines", "line", "cure"), SEEN_IN_DUMPS.values(), ids=SEEN_IN_DUMPS)
+def test_known_causes_of_failed_dumps(lines, line, cure):
+    found = failure_in([*lines, DUMP_END])
+    assert cure in found.cure
+    assert found.file is None
+    assert found.line == (lines[line] if isinstance(line, int) else line or lines[0])
+
+
 @pytest.mark.parametrize(
     "path", ["opt/cgroup-tools/x", "usr/sbin/iptables", "{0}/{file.__class__}"]
 )
@@ -159,6 +241,6 @@ def test_without_a_cause_in_the_log(lines, line):
 
 
 def test_every_cure_can_be_filled_in():
-    for cause in CAUSES:
+    for cause in (*CAUSES, *DUMP_CAUSES):
         groups = re.compile(cause.pattern).groupindex
         cause.cure.format(**dict.fromkeys(groups, "x"))

@@ -16,7 +16,8 @@ import ovr
 from ovr import lab
 from ovr.attempt import settings
 from ovr.errors import AttemptFailed
-from ovr.guest.client.agent import Agent, Restored
+from ovr.guest.client.agent import Agent
+from ovr.guest.client.results import Restored
 from ovr.images import ImageSet
 from ovr.lab import demo
 from ovr.lab.share import SHARE

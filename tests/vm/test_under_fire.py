@@ -12,6 +12,7 @@ from ovr.lab import demo
 from tests import subject
 from tests.kill.__main__ import Range
 from tests.kill.attempt import Point
+from tests.kill.dumping import DumpRange
 from tests.soak.__main__ import GROWTH, soak
 from tests.stress.__main__ import Outcome, Stress, run
 from tests.stress.copier import counting
@@ -87,6 +88,20 @@ def test_killed(vm, place, victim):
     assert place.vm is vm
     [number, *_] = [n for n, event in enumerate(place.events) if event.name == POINTS[victim]]
     assert place.shoot(victim, Point(number, 0.0, POINTS[victim])) == "gone"
+
+
+@pytest.fixture(scope="module")
+def dumping(target, tmp_path_factory) -> DumpRange:
+    vm, images = target
+    return DumpRange(lambda: vm, images.path, tmp_path_factory.mktemp("scratch"))
+
+
+# The tree is held by CRIU's hook, and its memory is being read.
+@pytest.mark.parametrize("victim", ["ovr", "tracer", "all", "agent", "hook", "criu"])
+def test_killed_in_a_dump(vm, dumping, victim):
+    assert dumping.vm is vm
+    [number, *_] = [n for n, event in enumerate(dumping.events) if event.name == "end of memory"]
+    assert dumping.shoot(victim, Point(number, 0.0, "")) == "runs on"
 
 
 def test_under_stress(vm, images):

@@ -2,87 +2,28 @@
 
 import collections.abc
 import hmac
-import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Final, TypeVar
+from collections.abc import Iterable, Sequence
+from typing import Final
 
-from ovr.errors import AgentUnreachable, AgentUntrusted, ImagesUnsupported
+from ovr.errors import AgentUntrusted, ImagesUnsupported
 from ovr.guest import dump_protocol, protocol
-from ovr.guest.client.failures import aborted, failure, refused, still_there
+from ovr.guest.client.dumps import Dumps
+from ovr.guest.client.failures import refused
 from ovr.guest.client.requests import Files, Portion, file_frames, flat, touch_requests
-from ovr.guest.client.session import AgentInfo, Session, one_line
+from ovr.guest.client.results import HeldTree, MappedObject, PoolInfo, Restored
+from ovr.guest.client.session import one_line
+from ovr.guest.client.steps import STALL_SECONDS, STEP_SECONDS
 from ovr.guest.codes import Code
-from ovr.guest.message import Message
 from ovr.guest.protocol import Touching
 from ovr.guest.wire import ProtocolError
 from ovr.memory.addresses import Gva
 
-__all__ = ["Agent", "AgentInfo", "HeldTree", "MappedObject", "PoolInfo", "Restored"]
+__all__ = ["Agent"]
 
-MessageT = TypeVar("MessageT", bound=Message)
-
-STALL_SECONDS: Final = 120.0
-_STEP_SECONDS: Final = 900.0
-"""Seconds for a step whose work is bounded, in a guest that is very busy."""
 _ABORT_SECONDS: Final = 180.0
 
 
-@dataclass(frozen=True)
-class HeldTree:
-    """The stopped tree that CRIU holds; pids in the guest's initial pid namespace.
-
-    Attributes:
-        root_pid: pid of the root task.
-        criu_pid: pid of CRIU, which traces all tasks and is itself stopped.
-        tasks: the ids of all held threads, leaders included.
-        warm: bytes of areas that use memory from the pool.
-        note: the reason why none or not all do.
-    """
-
-    root_pid: int
-    criu_pid: int
-    tasks: tuple[int, ...]
-    warm: int = 0
-    note: str = ""
-
-
-@dataclass(frozen=True)
-class Restored:
-    """The running tree: the pid of its root, and the engine's id of the container."""
-
-    pid: int
-    container: str | None = None
-
-
-@dataclass(frozen=True)
-class MappedObject:
-    """A shared object mapped by a process of the agent; `pid` as for `HeldTree`."""
-
-    pid: int
-    address: Gva
-
-
-@dataclass(frozen=True)
-class PoolInfo:
-    """The present pool.
-
-    Attributes:
-        size: its size in bytes; 0 if there is none.
-        huge: bytes of it in huge pages.
-        pid: the process that has it, as for `HeldTree`.
-        address: its GVA in that process.
-        note: the reason why there is none.
-    """
-
-    size: int
-    huge: int
-    pid: int
-    address: Gva
-    note: str
-
-
-class Agent(Session):
+class Agent(Dumps):
     """A session for a restore or dump: `authenticate`, `begin` or `dump`, `go` or `abort`.
 
     ::
@@ -94,8 +35,6 @@ class Agent(Session):
                 ...  # write memory and state from outside
             agent.go()
     """
-
-    _engine = "criu"
 
     def authenticate(self, secret: bytes) -> None:
         """Prove to the agent that the host knows its secret, and check that the agent knows it too.
@@ -169,7 +108,7 @@ class Agent(Session):
             ImagesUnsupported: the inside image set cannot be sent.
             AgentUnreachable: the link broke.
         """
-        self._engine = engine or "criu"
+        self._engine, self._dumps = engine or "criu", False
         begin = protocol.Begin(
             tuple(criu_options),
             silence_ms=int(silence * 1000),
@@ -194,104 +133,6 @@ class Agent(Session):
             stopped.root_pid, stopped.criu_pid, stopped.tasks, stopped.warm, one_line(stopped.note)
         )
 
-    def track(self, pid: int) -> None:
-        """Clear the soft-dirty bits of a running tree, before a `dump` with `tracked`.
-
-        Args:
-            pid: the root task, in the guest's initial pid namespace.
-
-        Raises:
-            AttemptFailed: the agent is busy with another session.
-            AgentUnreachable: the link broke.
-        """
-        self._send(dump_protocol.Track(pid))
-        self._outcome(dump_protocol.Tracked, self._deadline(_STEP_SECONDS))
-
-    def dump(
-        self,
-        pid: int,
-        parent: Files,
-        save: Callable[[str, bytes], None],
-        *,
-        criu_options: Sequence[str] = (),
-        leave_running: bool = False,
-        tracked: bool = False,
-        silence: float = 10.0,
-        stall: float = STALL_SECONDS,
-        timeout: float | None = None,
-        log_level: int = 2,
-        keep_log: bool = False,
-    ) -> HeldTree:
-        """Have the guest's CRIU dump a running tree but for its memory, up to its post-dump hook.
-
-        From here on the agent lets the tree run on after `silence` seconds without a frame: stay
-        within `keep_alive`.
-
-        Args:
-            pid: the root task, in the guest's initial pid namespace.
-            parent: the parent image set.
-            save: called with a name and the next piece of that image, empty at its end, for all
-                images but pages images. Names are as the agent sent them.
-            criu_options: added to ``criu dump …``.
-            leave_running: let the tree run on after `end_dump`, instead of ending it.
-            tracked: `track` has cleared the soft-dirty bits, which must stay as they are.
-            silence: seconds without a frame after which the agent aborts.
-            stall: seconds without progress of CRIU after which the agent aborts.
-            timeout: seconds that CRIU may take; None: as long as it makes progress.
-            log_level: CRIU's ``-v``.
-            keep_log: leave CRIU's log in the guest.
-
-        Raises:
-            CriuFailed: CRIU failed; a note on the error has the end of its log.
-            AttemptFailed: the agent aborted, or is busy with another session.
-            AgentUnreachable: the link broke.
-            BaseException: whatever `save` raises.
-        """
-        self._engine = "criu"
-        begin = dump_protocol.Dump(
-            pid,
-            tuple(criu_options),
-            leave_running,
-            tracked,
-            silence_ms=int(silence * 1000),
-            stall_ms=int(stall * 1000),
-            timeout_ms=None if timeout is None else int(timeout * 1000),
-            log_level=log_level,
-            keep_log=keep_log,
-        )
-        with self.keep_alive(silence / 4):
-            for files in file_frames(parent):
-                self._send_or_fail(files)
-            self._send_or_fail(begin)
-            held = self._receive_images(save)
-        return HeldTree(held.root_pid, held.criu_pid, held.tasks)
-
-    def fetch(self, name: str, save: Callable[[str, bytes], None]) -> None:
-        """Get a pages image that CRIU has written; `save` as for `dump`.
-
-        Raises:
-            AttemptFailed: there is none.
-            AgentUnreachable: the link broke.
-            BaseException: whatever `save` raises.
-        """
-        self._send(dump_protocol.Fetch(name))
-        self._receive_images(save)
-
-    def _receive_images(self, save: Callable[[str, bytes], None]) -> protocol.Stopped:
-        while isinstance(message := self._receive(None), dump_protocol.Saved):
-            save(message.name, message.data)
-        return self._checked(message, protocol.Stopped)
-
-    def end_dump(self) -> bytes:
-        """Let CRIU end a dump; return its ``stats-dump`` when it has ended.
-
-        Raises:
-            AttemptFailed: the dump had been aborted before, or CRIU failed at the last moment.
-            AgentUnreachable: the link broke.
-        """
-        self._send(protocol.Go())
-        return self._outcome(dump_protocol.Dumped, self._deadline(_STEP_SECONDS)).stats
-
     def touch(self, portions: Iterable[Portion]) -> None:
         """Allocate pages of held tasks, charged to them.
 
@@ -306,7 +147,7 @@ class Agent(Session):
         """
         for request in touch_requests(portions):
             self._send(request)
-            self._outcome(protocol.Touched, self._deadline(_STEP_SECONDS))
+            self._outcome(protocol.Touched, self._deadline(STEP_SECONDS))
 
     def map(
         self,
@@ -330,7 +171,7 @@ class Agent(Session):
         """
         first, more = ranges[: protocol.MAX_RANGES], ranges[protocol.MAX_RANGES :]
         self._send(protocol.Map(pid, file, size, flat(first)))
-        mapped = self._outcome(protocol.Mapped, self._deadline(_STEP_SECONDS))
+        mapped = self._outcome(protocol.Mapped, self._deadline(STEP_SECONDS))
         here = [(mapped.address + at, length) for at, length in more]
         self.touch([Portion(mapped.pid, Touching.KEEP, here)])
         return MappedObject(mapped.pid, Gva(mapped.address))
@@ -385,48 +226,29 @@ class Agent(Session):
             AgentUnreachable: the link broke.
         """
         self._send(protocol.Go())
-        restored = self._outcome(protocol.Restored, self._deadline(_STEP_SECONDS))
+        restored = self._outcome(protocol.Restored, self._deadline(STEP_SECONDS))
         return Restored(restored.pid, restored.container)
 
     def abort(self) -> None:
-        """Kill the tree; return when no task of it is left.
+        """Abort; return when no task of a restored tree is left, or a dumped one runs on.
 
         Raises:
-            AttemptFailed: a task could not be killed.
-            AgentUnreachable: the link broke (the agent then kills the tree as well).
+            AttemptFailed: a task could not be killed, or the dumped tree may not run as before.
+            AgentUnreachable: the link broke (the agent then aborts as well).
         """
         self._send(protocol.Abort())
-        message = self._receive(self._deadline(_ABORT_SECONDS))
+        deadline = self._deadline(_ABORT_SECONDS)
+        # What the agent sent before it read this.
+        while isinstance(
+            message := self._receive(deadline), dump_protocol.Saved | protocol.Stopped
+        ):
+            pass
         if isinstance(message, protocol.Aborted | protocol.Failed):
             if not message.undone:
-                raise still_there()
+                self._checked(message, protocol.Stopped)
         elif not isinstance(message, protocol.Error):
             raise self._broken(f"{message.op} instead of {protocol.Aborted.op}")
         self.ping()  # the agent may have sent its own `Aborted` before it got ours
-
-    def _send_or_fail(self, message: Message) -> None:
-        """Send during an upload; raise the agent's error if it has closed the session."""
-        try:
-            self._send(message)
-        except AgentUnreachable:
-            # The error that the agent sent before it closed may still be unread.
-            self._outcome(protocol.Stopped, time.monotonic())
-            raise
-
-    def _outcome(self, kind: type[MessageT], deadline: float | None = None) -> MessageT:
-        """Return the `kind` message that ends a step; without a deadline, wait while pings work."""
-        return self._checked(self._receive(deadline), kind)
-
-    def _checked(self, message: Message, kind: type[MessageT]) -> MessageT:
-        if isinstance(message, kind):
-            return message
-        if isinstance(message, protocol.Failed):
-            raise failure(message, self._engine)
-        if isinstance(message, protocol.Aborted):
-            raise aborted(message)
-        if isinstance(message, protocol.Error):
-            raise refused(message)
-        raise self._broken(f"{message.op} instead of {kind.op}")
 
 
 def _whole_lines(data: bytes) -> str:

@@ -1,4 +1,4 @@
-"""Find the cause of a failed restore in CRIU's log, and a cure.
+"""Find the cause of a failed restore or dump in CRIU's log, and a cure.
 
 CRIU has no error codes, so the messages of versions 3.17 to 4.2 are matched, in the order of CRIU's
 source files.
@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 from typing import Final, NamedTuple
 
-__all__ = ["CAUSES", "FREE_MEMORY", "KILLED", "Cause", "Failure", "failure_in"]
+__all__ = ["CAUSES", "DUMP_CAUSES", "FREE_MEMORY", "KILLED", "Cause", "Failure", "failure_in"]
 
 
 class Cause(NamedTuple):
@@ -144,14 +144,105 @@ CAUSES: Final = (
     Cause("No space left on device", "free disk space or memory in the guest"),
 )  # fmt: skip
 
+_SHELL_JOB: Final = (
+    "give --shell-job, if the restored tree is to have the terminal of the shell that runs criu"
+    " restore; or start it with setsid, without a terminal"
+)
+DUMP_CAUSES: Final = (
+    # compel/src/lib/infect.c
+    Cause(
+        r"Unable to detach from (?P<pid>\d+): No such process",
+        "has process {pid} ended, or does another program trace it, such as a debugger or strace?"
+        " It must not be one of the kernel's",
+    ),
+    Cause(
+        "criu itself is within dumped tree",
+        "ovr-agent and init of the guest cannot be dumped: name the root of another tree",
+    ),
+    # criu/pstree.c, tty.c, cr-dump.c
+    Cause(
+        r"is not a session leader|Found dangling tty|session leader of .* is outside of its pid",
+        _SHELL_JOB,
+    ),
+    # criu/sk-inet.c
+    Cause(
+        "Connected TCP socket, consider using",
+        "give --tcp-established to save its connections, or --tcp-close to have them closed",
+    ),
+    Cause("In-flight connection", "give --skip-in-flight to leave out connections being made"),
+    # criu/file-lock.c
+    Cause("Some file locks are hold by dumping tasks", "give --file-locks"),
+    # criu/files-reg.c
+    Cause(
+        r"Can't dump ghost file (?P<path>.+) of (?P<size>\d+) size",
+        "{path} is open and was deleted: give --ghost-limit {size} or more to save its content",
+    ),
+    Cause(
+        r"Can't create link remap for (?P<path>.+)\. Use link-remap",
+        "{path} is open and was deleted, and has another name: give --link-remap",
+    ),
+    Cause(
+        r"Can't lookup mount=\d+ for fd=(?P<fd>\d+) path=(?P<path>\S+)",
+        "descriptor {fd} ({path}) was opened in another mount namespace: close it in the tree, or"
+        " name it with --external 'file[…]'",
+    ),
+    # criu/sk-unix.c
+    Cause(
+        "External socket is used",
+        "the tree is connected to a Unix socket of another process: give --ext-unix-sk, which is"
+        " for datagram sockets; a stream must be closed",
+    ),
+    Cause(
+        "Can't dump half of stream unix connection|Can't dump name-less external socket",
+        "the tree is connected to a Unix socket of another process, which cannot be saved: dump"
+        " that process as well, in one tree, or end the connection",
+    ),
+    # criu/namespaces.c
+    Cause(
+        r"Can't dump nested (?P<kind>\w+) namespace for \d+",
+        "CRIU saves a {kind} namespace only if the root of the tree is in it: dump the tree of"
+        " the process that is its root",
+    ),
+    Cause(
+        "Can't dump a pid namespace without the process init",
+        "name the process that has pid 1 in that namespace",
+    ),
+    # criu/mount.c
+    Cause(
+        "The root task has another root than mntns",
+        "the tree runs in a chroot inside a mount namespace: dump the tree that has made the"
+        " namespace, or use pivot_root",
+    ),
+    Cause(
+        r"\d+:(?P<mount>\S+) doesn't have a proper root mount",
+        "a part of another file system is mounted at {mount}: give --external 'mnt[{mount}]:NAME',"
+        " and at the restore --external 'mnt[NAME]:PATH'",
+    ),
+    Cause("has unreachable sharing", "give --enable-external-masters"),
+    # criu/files-ext.c
+    Cause(
+        r"Can't dump file \d+ of that type \[\d+\] \((?P<what>.*)\)",
+        "CRIU cannot save such a descriptor ({what}): close it in the tree",
+    ),
+    # criu/net.c
+    Cause(
+        "Locking network failed|ip6?tables-restore|nft: command failed",
+        "has the guest iptables, or nftables? apt-get install them, or give --network-lock skip if"
+        " nothing uses the network meanwhile",
+    ),
+)  # fmt: skip
+
 _ERROR: Final = re.compile(r"(?:(?P<pid>\d+): )?Error \((?P<source>[^():\s]+):\d+\): (?P<text>.*)")
-_FAILED: Final = "Restoring FAILED"
+_FAILED: Final = ("Restoring FAILED", "Dumping FAILED")
 # sigchld_handler() in criu/cr-restore.c.
 _TASK_KILLED: Final = re.compile(r"\d+ killed by signal 9\b")
 # Errors of the callers of the function that failed.
 _CONSEQUENCE: Final = re.compile(
     r"\d+ (?:exited, status|killed by signal|stopped by signal)|exited, status="
     r"|Unable to open fd=|`- Can't open vma|Can't open (?:cwd|root)$|Child \d+ died"
+    r"|(?:Dump|Collect) .* \(pid: \d+\) failed with|Can't make \w+ id$"
+    # A search for features of the kernel, without which CRIU goes on.
+    r"|Unable to create tun"
 )
 
 
@@ -166,7 +257,8 @@ def failure_in(log: Sequence[str]) -> Failure:
     """Return the reason why CRIU failed.
 
     A known cause takes precedence, else the first error of the task that failed last. Errors about
-    ended child processes, and all errors after "Restoring FAILED", are consequences.
+    ended child processes, and all errors after "Restoring FAILED" and "Dumping FAILED", are
+    consequences.
 
     Args:
         log: lines of CRIU's log, then those of an engine; at least one.
@@ -176,7 +268,7 @@ def failure_in(log: Sequence[str]) -> Failure:
         return Failure(errors[0].line, KILLED)
     causes = [error for error in errors if not _CONSEQUENCE.search(error.text)]
     for error in reversed(causes):
-        for cause in CAUSES:
+        for cause in (*CAUSES, *DUMP_CAUSES):
             found = re.search(cause.pattern, error.text)
             if found and re.search(cause.source, error.source):
                 groups = found.groupdict()

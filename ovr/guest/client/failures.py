@@ -31,7 +31,7 @@ _CURES: Final[Mapping[str, str]] = {
     Code.VERSION: _SAME_VERSION,
     Code.UNPROVEN: "is another program between ovr and the agent?",
     Code.PROOF: "is this agent in the VM that --vm names?",
-    Code.BUSY: "wait until the other restore has ended",
+    Code.BUSY: "wait until the other restore or dump has ended",
     Code.NO_MEMORY: FREE_MEMORY,
     Code.NO_SPACE: "free memory or disk space in the guest where that directory is, or start"
     " ovr-agent with another --dir",
@@ -46,7 +46,17 @@ _CURES_OF_ABORTS: Final[Mapping[str, str]] = {
     Code.TIMEOUT: "give a longer --timeout, or none",
     Code.STALLED: "does it wait for a file server or a full pipe in the guest?",
     Code.AGENT: "wait until the agent runs again",
+    Code.CRIU: f"see the guest's kernel log; {FREE_MEMORY}",
+    Code.HOOK: "was a process called ovr-agent killed in the guest?",
 }
+
+_CURES_OF_DAMAGE: Final[Mapping[str, str]] = {
+    Code.HANGS: "the tree may be stopped until CRIU ends: look in the guest for what it waits for,"
+    " such as a file server",
+}
+_CHECK_TREE: Final = (
+    "see whether the tree still works, and its network; if not, end it and start it again"
+)
 
 
 @contextmanager
@@ -62,8 +72,8 @@ def criu_lacked(unread_config: Mapping[str, str]) -> Iterator[None]:
         raise
 
 
-def failure(message: protocol.Failed, program: str) -> AttemptFailed:
-    """Return the error for a failure of `program`: CRIU or an engine."""
+def failure(message: protocol.Failed, program: str, *, dump: bool = False) -> AttemptFailed:
+    """Return the error for a failure of `program`, CRIU or an engine, in a restore or `dump`."""
     log = tuple(one_line(line) for line in message.log)
     taken = [match[1] for line in log for known in _PID_TAKEN if (match := known.search(line))]
     error: AttemptFailed
@@ -84,8 +94,11 @@ def failure(message: protocol.Failed, program: str) -> AttemptFailed:
             f"{program} in the guest ended with status {message.status} and no message",
             "try criu check in the guest",
         )
+    if not message.undone:
+        killed = f"{program} in the guest was killed ({message.status})"
+        error = _damaged(killed, Code.CRIU) if dump else still_there()
     error.add_note("\n".join(log))
-    return error if message.undone else still_there()
+    return error
 
 
 def refused(message: protocol.Error) -> AttemptFailed:
@@ -95,14 +108,19 @@ def refused(message: protocol.Error) -> AttemptFailed:
     return _coded(AttemptFailed(text, f"the guest is as it was; {cure}"), message.code)
 
 
-def aborted(message: protocol.Aborted) -> AttemptFailed:
-    """Return the error for a tree that the agent killed of its own accord."""
+def aborted(message: protocol.Aborted, *, dump: bool = False) -> AttemptFailed:
+    """Return the error for a restore or `dump` that the agent aborted of its own accord."""
     if not message.undone:
-        return still_there()
+        return _damaged(one_line(message.reason), message.code) if dump else still_there()
     cure = _CURES_OF_ABORTS.get(message.code)
-    hint = "the guest is as it was; the restore can be tried again" + (f"; {cure}" if cure else "")
-    text = f"the agent killed the tree: {one_line(message.reason)}"
-    return _coded(AttemptFailed(text, hint), message.code)
+    hint = (
+        "the tree runs on; the dump can be tried again"
+        if dump
+        else "the guest is as it was; the restore can be tried again"
+    )
+    done = "the agent aborted the dump: " if dump else "the agent killed the tree: "
+    text = f"{done}{one_line(message.reason)}"
+    return _coded(AttemptFailed(text, f"{hint}; {cure}" if cure else hint), message.code)
 
 
 def still_there() -> AttemptFailed:
@@ -111,6 +129,15 @@ def still_there() -> AttemptFailed:
         "the tree was killed, but some of its tasks do not end",
         "look for uninterruptible tasks in the guest",
     )
+
+
+def _damaged(reason: str, code: str) -> AttemptFailed:
+    """Return the error for a dumped tree that was not released in order."""
+    error = AttemptFailed(
+        f"the dump failed, and its tree may not run as before: {reason}",
+        _CURES_OF_DAMAGE.get(code, _CHECK_TREE),
+    )
+    return _coded(error, code)
 
 
 def _coded(error: AttemptFailed, code: str) -> AttemptFailed:

@@ -1,4 +1,8 @@
-/* The rest of the agent, as a restore sees it: a model of CRIU, its tree, and the host's link. */
+/*
+ * The rest of the agent, as a restore or dump sees it: a model of CRIU, its tree, and the host's
+ * link. The tree of a restore is made by CRIU (tree_lives, tree_runs). That of a dump is always
+ * there, and ends only when CRIU believes its hooks (restore.c).
+ */
 
 int64_t now_ms(void) { return now; }
 void sleep_ms(int ms) { now += ms; }
@@ -7,6 +11,7 @@ void complain(const char *format, ...) { (void)format; }
 static void end_criu(int status)
 {
 	criu_lives = false;
+	dump.killed = WIFSIGNALED(status);
 	CHECK(restore_reaped(CRIU, status) == (restore.phase >= BUILDING));
 }
 
@@ -14,7 +19,7 @@ void reap_children(void) {}
 
 static int fuzz_kill(pid_t pid, int number)
 {
-	CHECK(pid == CRIU);
+	CHECK(pid == CRIU && (!dump.on || number == SIGCONT));
 	if (number == SIGKILL && criu_lives)
 		end_criu(SIGKILL);
 	else if (number == SIGCONT)
@@ -55,18 +60,24 @@ void directory_remove(struct directory *directory, bool keep_log)
 	(void)keep_log;
 	/* Whatever was built is dead, or the guest's. */
 	CHECK(!tree_lives || tree_runs);
+	/* CRIU releases the tree of a dump, and is not left alone before. */
+	CHECK(!dump.on || !criu_lives);
 	if (directory->path[0]) {
 		snprintf(path, sizeof(path), "%s/hook", directory->path);
 		unlink(path);
 	}
 	directory_there = false;
+	close_fd(&directory->dump);
 	*directory = (struct directory){.images = -1, .dump = -1};
 }
 
 bool criu_command_make(struct criu_command *command, const struct directory *directory,
 		       const struct message *begin)
 {
-	(void)command, (void)directory;
+	static char *none[] = {NULL};
+
+	(void)directory;
+	command->strings = none;
 	errno = ENOENT;
 	return message_uint(begin, KEY_LOG_LEVEL) != 7;
 }
@@ -75,8 +86,9 @@ void criu_command_free(struct criu_command *command) { (void)command; }
 
 pid_t criu_start(const struct criu_command *command)
 {
-	CHECK(directory_there && !criu_lives && subreaper);
+	CHECK(directory_there && !criu_lives && subreaper == !restore.dump);
 	criu_lives = true;
+	dump = (struct dump){.on = restore.dump};
 	(void)command;
 	return CRIU;
 }
@@ -96,24 +108,32 @@ uint64_t warm_served(const char **why)
 
 void warm_forget(void) {}
 
-/* A dump is not among what happens here. */
-void dump_begin(struct session *session, const struct message *message)
+/* CRIU's images, made once. */
+bool directory_make_dump(struct directory *directory)
 {
-	(void)message;
-	session_break(session, CODE_PROTOCOL, "no dump here");
-}
-void dump_track(struct session *session, const struct message *message)
-{
-	dump_begin(session, message);
-}
-void dump_fetch(struct session *session, const struct message *message)
-{
-	dump_begin(session, message);
-}
-void dump_forget(void) {}
-void dump_send_images(void) { abort(); }
-void dump_report_success(void) { abort(); }
+	static const char *const files[] = {"core-1.img", "inventory.img", "pages-1.img"};
+	const char *temporary = getenv("TMPDIR");
+	char path[300];
+	int fd;
 
+	CHECK(directory_there && directory->dump < 0);
+	snprintf(path, sizeof(path), "%s/dump", temporary ? temporary : "/tmp");
+	if (mkdir(path, 0700) == 0)
+		for (size_t i = 0; i < ARRAY_SIZE(files); i++) {
+			snprintf(path, sizeof(path), "%s/dump/%s", temporary ? temporary : "/tmp",
+				 files[i]);
+			fd = open(path, O_WRONLY | O_CREAT, 0600);
+			CHECK(fd >= 0 && write(fd, path, 100) == 100 && close(fd) == 0);
+		}
+	snprintf(path, sizeof(path), "%s/dump/parent", temporary ? temporary : "/tmp");
+	CHECK(symlink("/etc", path) == 0 || errno == EEXIST);
+	snprintf(path, sizeof(path), "%s/dump", temporary ? temporary : "/tmp");
+	directory->dump = open(path, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+	return directory->dump >= 0;
+}
+
+void tree_clear_refs(pid_t root) { CHECK(root > 1); }
+void oom_hide(pid_t pid) { CHECK(pid == CRIU && criu_lives); }
 void priority_raise(pid_t pid) { (void)pid; }
 void priority_reset(pid_t pid) { (void)pid; }
 void priority_real_time(pid_t pid) { (void)pid; }
@@ -177,13 +197,13 @@ int criu_log_errors(const struct directory *directory, char lines[LOG_LINES][LOG
 
 bool tree_stop_criu(pid_t criu)
 {
-	CHECK(criu == CRIU);
+	CHECK(criu == CRIU && !dump.on);
 	return true;
 }
 
 bool tree_kill(struct tree tree)
 {
-	CHECK(tree.orphans && (tree.criu == CRIU || !criu_lives));
+	CHECK(!dump.on && tree.orphans && (tree.criu == CRIU || !criu_lives));
 	tree_lives = tree_runs = false;
 	return true;
 }
@@ -209,29 +229,35 @@ void progress_begin(int64_t period_ms) { stalled_at = now + period_ms; }
 bool progress_stalled(void) { return now >= stalled_at; }
 int64_t progress_look_at(void) { return stalled_at; }
 
-pid_t tree_tracer(pid_t pid) { return pid == ROOT && tree_lives ? CRIU : 0; }
+pid_t tree_tracer(pid_t pid)
+{
+	return pid == ROOT && (tree_lives || (criu_lives && dump.hooks)) ? CRIU : 0;
+}
 bool populate_owns(pid_t pid) { return mappers && pid == 6000; }
 void populate_end(void) { mappers = 0; }
 
-/* Nobody's memory but the tree's. */
+/* Nobody's memory but the tree's, and that of a dump's tree only to read it. */
 static void check_pids(const struct message *message)
 {
 	uint32_t left;
 	struct mp_reader portions;
-	struct mp_value number;
+	struct portion portion;
 
 	if (message->op == OP_MAP) {
 		CHECK(message_uint(message, KEY_PID) != 1);
 		return;
 	}
 	portions = message_list(message, KEY_PORTIONS, &left);
-	for (uint32_t i = 0; i < left; i++)
-		CHECK(mp_read(&portions, &number) && (i % 3 || number.number != 1));
+	for (; left >= 3; left -= 3) {
+		CHECK(read_portion(&portions, &portion) && portion.pid != 1);
+		CHECK(!dump.on || portion.pid != ROOT || portion.how == TOUCH_READ);
+	}
 }
 
 struct problem populate_start(struct session *session, const struct message *message)
 {
-	CHECK(restore.phase == HELD && session == restore.owner && tree_lives && !tree_runs);
+	CHECK(restore.phase == HELD && session == restore.owner);
+	CHECK(dump.on ? dump.hooks > 0 : tree_lives && !tree_runs);
 	check_pids(message);
 	mappers += message->op == OP_MAP;
 	return (struct problem){.text = NULL};
@@ -245,7 +271,11 @@ void loop_watch(struct loop *loop, int fd, short events, callback call, void *co
 	loop->contexts[loop->count++] = context;
 }
 
-void loop_wake_at(struct loop *loop, int64_t deadline) { (void)loop, (void)deadline; }
+void loop_wake_at(struct loop *loop, int64_t deadline)
+{
+	if (loop->deadline < 0 || deadline < loop->deadline)
+		loop->deadline = deadline;
+}
 
 static uint8_t answer[MAX_FRAME + 4];
 
@@ -253,6 +283,12 @@ bool session_has_input(const struct session *session)
 {
 	(void)session;
 	return false;
+}
+
+bool session_has_room(const struct session *session)
+{
+	CHECK(session == &hosts[0] || session == &hosts[1]);
+	return room > 0;
 }
 
 struct writer session_writer(struct session *session, enum op op)
@@ -264,6 +300,26 @@ struct writer session_writer(struct session *session, enum op op)
 	return writer;
 }
 
+static void check_dump(const struct message *message)
+{
+	char name[MAX_STRING];
+
+	switch (message->op) {
+	case OP_SAVED:
+		message_str(message, KEY_NAME, name);
+		CHECK(criu_lives && dump.hooks && strcmp(name, "parent"));
+		break;
+	case OP_STOPPED: CHECK(criu_lives && dump.hooks && traced); break;
+	case OP_DUMPED: CHECK(said_go && !criu_lives && dump.tree_ended); break;
+	case OP_FAILED:
+	case OP_ABORTED:
+		if (message_uint(message, KEY_UNDONE))
+			CHECK(!criu_lives && !dump.tree_ended && (dump.hooks || !dump.killed));
+		break;
+	default: break;
+	}
+}
+
 void session_send(struct session *session, struct writer *writer)
 {
 	size_t size = message_close(writer);
@@ -272,10 +328,13 @@ void session_send(struct session *session, struct writer *writer)
 	CHECK(size && !message_parse(&message, answer + 4, size - 4));
 	use_message(&message);
 	session->answers++;
+	room--;
 	if (message.op == OP_RESTORED)
 		CHECK(said_go && tree_runs);
 	if (message.op == OP_FAILED || message.op == OP_ABORTED)
 		CHECK(!tree_lives && message_has(&message, KEY_UNDONE));
+	if (dump.on)
+		check_dump(&message);
 }
 
 void session_refuse(struct session *session, enum code code, const char *format, ...)

@@ -1,13 +1,17 @@
 /*
- * One restore at a time (restore*.c): two hosts, CRIU, its hook and the clock
- * do anything in any order. No tree is let go but by its owner's word while
- * it is held; no hook ends before the tree is dead or let go; when all is
+ * One restore or dump at a time (restore*.c, dump.c): two hosts, CRIU, its hooks
+ * and the clock do anything in any order.
+ *
+ * No tree of a restore is let go but by its owner's word while it is held; no
+ * hook ends before the tree is dead or let go. No tree of a dump ends but by
+ * that word, even if a hook is killed, and nobody kills its CRIU. When all is
  * over, nothing is left open.
  */
 #include <fcntl.h>
 #include <signal.h>
 #include <sys/prctl.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
 #include <sys/un.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -28,6 +32,7 @@ static int fuzz_prctl(int option, unsigned long value);
 #include "../../../ovr/guest/restore.c"
 #include "../../../ovr/guest/restore_end.c"
 #include "../../../ovr/guest/restore_hook.c"
+#include "../../../ovr/guest/dump.c"
 #undef kill
 #undef prctl
 
@@ -40,7 +45,17 @@ static struct session hosts[2];
 static int64_t now;
 static int hook = -1; /* CRIU's action script: our end of its connection */
 static bool criu_lives, subreaper, directory_there, said_go, tree_lives, tree_runs, traced;
+static bool host_reads = true;
+static int room; /* for messages in the buffer of what is sent to the host */
 static int mappers;
+static struct dump {
+	bool on;           /* CRIU was started for a dump, */
+	bool killed;       /* and killed */
+	int hooks;         /* its post-dump hooks so far */
+	bool last_is_post; /* the present hook is such a one */
+	bool refused;      /* one of them did not end well */
+	bool tree_ended;   /* as CRIU does after two good ones */
+} dump;
 
 #include "rest_of_agent.h"
 
@@ -51,8 +66,14 @@ static void turn(void)
 	static struct loop loop;
 
 	restore_work();
+	if (host_reads)
+		room = 2;
 	loop.count = 0;
+	loop.deadline = -1;
 	restore_watch(&loop);
+	/* Nothing else wakes the loop. */
+	if (restore.phase == SAVING && room)
+		CHECK(loop.deadline >= 0 && loop.deadline <= now);
 	if (poll(loop.fds, (nfds_t)loop.count, 0) > 0)
 		for (int i = 0; i < loop.count; i++)
 			if (loop.fds[i].revents)
@@ -60,14 +81,41 @@ static void turn(void)
 					      loop.contexts[i]);
 }
 
+/* A dump's CRIU exits with 0 if it has ended the tree. */
+static int exit_status(uint8_t code)
+{
+	if (dump.on)
+		code = dump.tree_ended ? 0 : code | 1;
+	return code << 8;
+}
+
+/*
+ * CRIU ends the tree if its hooks end well, or are killed: but for a second one that is killed, too,
+ * against which there is no remedy.
+ */
+static void dump_hook_ends(bool told, bool killed)
+{
+	CHECK(!told || said_go);
+	if (killed && dump.hooks == 2)
+		killed = false;
+	if (!told && !killed)
+		dump.refused = true;
+	if (criu_lives && dump.hooks == 2 && !dump.refused) {
+		CHECK(said_go);
+		dump.tree_ended = true;
+	}
+}
+
 /* CRIU goes on when its script has ended, by the word that it was given or without. */
-static void hook_ends(void)
+static void hook_ends(bool killed)
 {
 	char word = 0;
 	bool told = hook >= 0 && recv(hook, &word, 1, MSG_DONTWAIT) == 1;
 
 	if (hook < 0)
 		return;
+	if (dump.on && dump.last_is_post)
+		dump_hook_ends(told && word == HOOK_GO, killed);
 	if (told && tree_lives && word == HOOK_GO && said_go)
 		tree_runs = true;
 	close(hook);
@@ -89,8 +137,11 @@ static void hook_comes(struct input *input)
 	size_t size = what & 8 ? input_byte(input) % (sizeof(report) + 1) : sizeof(report);
 	const char *temporary = getenv("TMPDIR");
 
-	if (hook >= 0 || !criu_lives)
+	if (hook >= 0 || !criu_lives || (dump.on && report.root && dump.hooks == 2))
 		return;
+	dump.last_is_post = report.root;
+	if (dump.on && report.root)
+		dump.hooks++;
 	snprintf(address.sun_path, sizeof(address.sun_path), "%s/hook",
 		 temporary ? temporary : "/tmp");
 	hook = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_NONBLOCK, 0);
@@ -98,10 +149,11 @@ static void hook_comes(struct input *input)
 	if (connect(hook, (struct sockaddr *)&address, sizeof(address)) < 0) {
 		close(hook);
 		hook = -1;
+		dump.refused = true;
 		return;
 	}
 	traced = !(what & 16);
-	if (report.root)
+	if (report.root && !dump.on)
 		tree_lives = true;
 	send(hook, &report, size, MSG_NOSIGNAL);
 }
@@ -136,13 +188,14 @@ static uint64_t some_pid(uint8_t value)
 
 static void host_speaks(struct input *input, struct session *host)
 {
-	static const enum op ops[] = {OP_FILES, OP_BEGIN, OP_TOUCH, OP_MAP, OP_GO, OP_ABORT};
+	static const enum op ops[] = {OP_FILES, OP_BEGIN, OP_TOUCH, OP_MAP,  OP_GO,
+				      OP_ABORT, OP_DUMP,  OP_TRACK, OP_FETCH};
 	enum op op = ops[input_byte(input) % ARRAY_SIZE(ops)];
 	static uint8_t frame[4096];
 	struct message message;
 	struct writer writer;
 	size_t size;
-	uint8_t value = input_byte(input);
+	uint8_t value = input_byte(input), more;
 	uint64_t given = 0;
 
 	message_open(&writer, frame, sizeof(frame), op);
@@ -151,19 +204,31 @@ static void host_speaks(struct input *input, struct session *host)
 		given = 1ull << KEY_NAMES;
 		message_add_list(&writer, KEY_NAMES, 1);
 		message_item_str(&writer, "more names than contents");
-	} else if (op == OP_BEGIN) {
-		given = 1ull << KEY_SILENCE_MS | 1ull << KEY_TIMEOUT_MS | 1ull << KEY_LOG_LEVEL;
+	} else if (op == OP_BEGIN || op == OP_DUMP) {
+		given = 1ull << KEY_SILENCE_MS | 1ull << KEY_TIMEOUT_MS | 1ull << KEY_LOG_LEVEL |
+			1ull << KEY_STALL_MS;
 		message_add_uint(&writer, KEY_SILENCE_MS, 100u * (value & 15));
 		message_add_uint(&writer, KEY_TIMEOUT_MS, 100u * (value >> 4));
-		message_add_uint(&writer, KEY_LOG_LEVEL, input_byte(input) & 7);
-	} else if (op == OP_MAP) {
+		message_add_uint(&writer, KEY_LOG_LEVEL, (more = input_byte(input)) & 7);
+		message_add_uint(&writer, KEY_STALL_MS, 100u * (31 - (more >> 3)));
+		if (op == OP_DUMP) {
+			given |= 1ull << KEY_PID;
+			message_add_uint(&writer, KEY_PID, value ? ROOT : 1);
+		}
+	} else if (op == OP_FETCH) {
+		given = 1ull << KEY_NAME;
+		message_add_str(&writer, KEY_NAME, value & 1 ? "pages-1.img" : "core-1.img");
+	} else if (op == OP_MAP || op == OP_TRACK) {
 		given = 1ull << KEY_PID;
 		message_add_uint(&writer, KEY_PID, some_pid(value));
 	} else if (op == OP_TOUCH) {
 		given = 1ull << KEY_PORTIONS;
 		message_add_list(&writer, KEY_PORTIONS, 6);
-		for (int i = 0; i < 6; i++)
-			message_item_uint(&writer, i % 3 ? 1 : some_pid(i ? value >> 2 : value));
+		for (int i = 0; i < 2; i++) {
+			message_item_uint(&writer, some_pid(i ? value >> 2 : value));
+			message_item_uint(&writer, value >> 4 & 3);
+			message_item_uint(&writer, 1);
+		}
 	}
 	add_rest(&writer, op, given);
 	size = message_close(&writer);
@@ -179,17 +244,18 @@ static void step(struct input *input)
 	uint8_t what = input_byte(input);
 	struct session *host = &hosts[what >> 7];
 
+	host_reads = !(what & 64);
 	switch (what & 7) {
 	case 0:
 	case 1: host_speaks(input, host); break;
 	case 2: hook_comes(input); break;
-	case 3: hook_ends(); break;
+	case 3: hook_ends(what & 8); break;
 	case 4:
 		/* It is stopped at its hook; after "go" its end lets the tree go, too. */
 		if (criu_lives && said_go)
 			tree_runs = tree_lives;
 		if (criu_lives)
-			end_criu(input_byte(input) << 8);
+			end_criu(what & 8 ? SIGKILL : exit_status(input_byte(input)));
 		break;
 	case 5: now += 100 * (int64_t)input_byte(input); break;
 	case 6: restore_session_ended(host); break;
@@ -198,10 +264,12 @@ static void step(struct input *input)
 	/* A connection, what came on it, and what follows of that. */
 	for (int i = 0; i < 3; i++)
 		turn();
-	CHECK(!tree_runs || said_go);
+	CHECK(!(tree_runs || dump.tree_ended) || said_go);
+	CHECK(!dump.on || !criu_lives || restore.phase >= BUILDING);
 	/* A new one begins with nothing of the last. */
 	if (restore.phase == IDLE) {
-		hook_ends();
+		hook_ends(false);
+		dump = (struct dump){.on = false};
 		CHECK(restore.hook < 0 && restore.listener < 0 && !directory_there && !mappers);
 		CHECK(!restore.owner && !subreaper && (!tree_lives || tree_runs));
 		criu_lives = criu_lives && said_go;
@@ -215,16 +283,22 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 {
 	struct input input = {data, data + size};
 
+	host_reads = true;
+	room = 0;
+	traced = false;
 	while (input_left(&input))
 		step(&input);
 	restore_shutdown();
-	hook_ends();
+	hook_ends(false);
 	for (int i = 0; restore.phase != IDLE; i++) {
-		CHECK(i < 4 && restore.phase == RELEASED);
-		end_criu(0);
+		CHECK(i < 4 && (restore.phase == RELEASED || restore_lingers()));
+		if (criu_lives)
+			end_criu(exit_status(0));
 		turn();
 	}
+	stop_at = 0;
 	CHECK(restore.hook < 0 && restore.listener < 0 && !directory_there);
 	criu_lives = tree_lives = tree_runs = said_go = false;
+	dump = (struct dump){.on = false};
 	return 0;
 }

@@ -1,0 +1,112 @@
+"""Send the requests of a dump to the agent in the guest."""
+
+from collections.abc import Callable, Sequence
+
+from ovr.guest import dump_protocol, protocol
+from ovr.guest.client.requests import Files, file_frames
+from ovr.guest.client.results import HeldTree
+from ovr.guest.client.steps import STALL_SECONDS, STEP_SECONDS, Steps
+
+__all__ = ["Dumps"]
+
+
+class Dumps(Steps):
+    """A session for a dump: `track`, `dump`, then `end_dump` or, of the agent, `abort`."""
+
+    def track(self, pid: int) -> None:
+        """Clear the soft-dirty bits of a running tree, before a `dump` with `tracked`.
+
+        Args:
+            pid: the root task, in the guest's initial pid namespace.
+
+        Raises:
+            AttemptFailed: the agent is busy with another session.
+            AgentUnreachable: the link broke.
+        """
+        self._send(dump_protocol.Track(pid))
+        self._outcome(dump_protocol.Tracked, self._deadline(STEP_SECONDS))
+
+    def dump(
+        self,
+        pid: int,
+        parent: Files,
+        save: Callable[[str, bytes], None],
+        *,
+        criu_options: Sequence[str] = (),
+        leave_running: bool = False,
+        tracked: bool = False,
+        silence: float = 10.0,
+        stall: float = STALL_SECONDS,
+        timeout: float | None = None,
+        log_level: int = 2,
+        keep_log: bool = False,
+    ) -> HeldTree:
+        """Have the guest's CRIU dump a running tree but for its memory, up to its post-dump hook.
+
+        From here on the agent lets the tree run on after `silence` seconds without a frame: stay
+        within `keep_alive`.
+
+        Args:
+            pid: the root task, in the guest's initial pid namespace.
+            parent: the parent image set.
+            save: called with a name and the next piece of that image, empty at its end, for all
+                images but pages images. Names are as the agent sent them.
+            criu_options: added to ``criu dump …``.
+            leave_running: let the tree run on after `end_dump`, instead of ending it.
+            tracked: `track` has cleared the soft-dirty bits, which must stay as they are.
+            silence: seconds without a frame after which the agent aborts.
+            stall: seconds without progress of CRIU after which the agent aborts.
+            timeout: seconds that CRIU may take; None: as long as it makes progress.
+            log_level: CRIU's ``-v``.
+            keep_log: leave CRIU's log in the guest.
+
+        Raises:
+            CriuFailed: CRIU failed; a note on the error has the end of its log.
+            AttemptFailed: the agent aborted, or is busy with another session.
+            AgentUnreachable: the link broke.
+            BaseException: whatever `save` raises.
+        """
+        self._engine, self._dumps = "criu", True
+        begin = dump_protocol.Dump(
+            pid,
+            tuple(criu_options),
+            leave_running,
+            tracked,
+            silence_ms=int(silence * 1000),
+            stall_ms=int(stall * 1000),
+            timeout_ms=None if timeout is None else int(timeout * 1000),
+            log_level=log_level,
+            keep_log=keep_log,
+        )
+        with self.keep_alive(silence / 4):
+            for files in file_frames(parent):
+                self._send_or_fail(files)
+            self._send_or_fail(begin)
+            held = self._receive_images(save)
+        return HeldTree(held.root_pid, held.criu_pid, held.tasks)
+
+    def fetch(self, name: str, save: Callable[[str, bytes], None]) -> None:
+        """Get a pages image that CRIU has written; `save` as for `dump`.
+
+        Raises:
+            AttemptFailed: there is none.
+            AgentUnreachable: the link broke.
+            BaseException: whatever `save` raises.
+        """
+        self._send(dump_protocol.Fetch(name))
+        self._receive_images(save)
+
+    def _receive_images(self, save: Callable[[str, bytes], None]) -> protocol.Stopped:
+        while isinstance(message := self._receive(None), dump_protocol.Saved):
+            save(message.name, message.data)
+        return self._checked(message, protocol.Stopped)
+
+    def end_dump(self) -> bytes:
+        """Let CRIU end a dump; return its ``stats-dump`` when it has ended.
+
+        Raises:
+            AttemptFailed: the dump had been aborted before, or CRIU failed at the last moment.
+            AgentUnreachable: the link broke.
+        """
+        self._send(protocol.Go())
+        return self._outcome(dump_protocol.Dumped, self._deadline(STEP_SECONDS)).stats
