@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
@@ -20,7 +20,9 @@ PRE_COPY: Final = "pre-copy"
 """Subdirectory of the images of pages that were copied while the tree ran."""
 
 _PARENT: Final = "parent"  # CR_PARENT_LINK of criu/include/image.h
-_MODE: Final = 0o600  # CR_FD_PERM, in the same file
+_MODE: Final = 0o600
+_READABLE: Final = 0o644  # CR_FD_PERM of criu/include/crtools.h
+_USER_NAMESPACE: Final = "userns-"
 _ELSEWHERE: Final = "dump into another directory"
 
 
@@ -129,6 +131,8 @@ class Output(Closing):
     def committing(self) -> Iterator[None]:
         """Move the images to their place, before the body of the ``with`` ends the tree.
 
+        Images of a tree with a user namespace can be read by all, as CRIU's own: to restore them,
+        it opens them as the namespace's root, which is another user outside.
         The inventory, without which they are no images, is moved last. If the body says that the
         dump has failed, they are removed; if it fails otherwise, it is not known, and they stay.
 
@@ -139,6 +143,8 @@ class Output(Closing):
         try:
             with writable(self.path):
                 new = sorted(self.images.path.iterdir(), key=lambda path: path.name == INVENTORY)
+                if any(path.name.startswith(_USER_NAMESPACE) for path in new):
+                    _let_all_read(new)
                 for path in new:
                     moved.append(self._base / path.name)
                     path.rename(moved[-1])
@@ -161,6 +167,17 @@ class Output(Closing):
     def _make(self, name: str) -> Path:
         os.mkdir(name, 0o700, dir_fd=self._directory.fileno())
         return self._base / name
+
+
+def _let_all_read(paths: Iterable[Path]) -> None:
+    for path in paths:
+        if path.is_symlink():
+            continue
+        if path.is_dir():
+            _let_all_read(path.iterdir())
+            path.chmod(_READABLE | 0o111)
+        else:
+            path.chmod(_READABLE)
 
 
 def _remove(path: Path) -> None:

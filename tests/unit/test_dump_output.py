@@ -1,0 +1,35 @@
+"""The directory that a dump writes its images to."""
+
+import stat
+from pathlib import Path
+
+import pytest
+
+from ovr.dump.output import INVENTORY, PRE_COPY, Output
+
+
+def modes(path: Path) -> dict[str, int]:
+    return {
+        str(one.relative_to(path)): stat.S_IMODE(one.lstat().st_mode)
+        for one in path.rglob("*")
+        if not one.is_symlink()
+    }
+
+
+@pytest.mark.parametrize("user_namespace", [False, True])
+def test_who_can_read_the_images(tmp_path, user_namespace):
+    """CRIU restores a tree with a user namespace as the root of that namespace: all have to."""
+    tmp_path.chmod(0o755)
+    names = {"pages-1.img", INVENTORY, *(["userns-9.img"] if user_namespace else [])}
+    with Output(tmp_path) as output:
+        for name in names:
+            output.images.write(name, b"data")
+        output.parent().write("pages-1.img", b"earlier")
+        inside = modes(tmp_path)
+        assert all(not mode & 0o077 for mode in inside.values())
+        with output.committing():
+            pass
+    file, directory = (0o644, 0o755) if user_namespace else (0o600, 0o700)
+    assert modes(tmp_path) == {
+        **dict.fromkeys(names, file), PRE_COPY: directory, f"{PRE_COPY}/pages-1.img": file
+    }  # fmt: skip
