@@ -6,9 +6,9 @@ stay inside, and the reasons.
 """
 
 from ovr.state.guest import GuestTree
+from ovr.state.inside import INSIDE_KINDS, InsideKind
 from ovr.state.kind import Kind
 from ovr.state.kinds import KINDS
-from ovr.state.refused import INSIDE_KINDS, InsideKind
 from ovr.state.settings import Setting
 
 __all__ = ["INSIDE_KINDS", "KINDS", "GuestTree", "InsideKind", "Kind", "Setting"]
