@@ -18,13 +18,18 @@
 int main(int argc, char **argv)
 {
 	const struct timespec tick = {.tv_nsec = TICK_NS};
-	size_t size = argc == 4 ? strtoull(argv[2], NULL, 10) : 0;
-	size_t pages = argc == 4 ? strtoull(argv[3], NULL, 10) / PAGE / (1000000000l / TICK_NS) : 0;
 	volatile uint64_t *words;
+	size_t size, pages;
 	FILE *ready;
 
+	if (argc != 4)
+		return 2;
+	size = strtoull(argv[2], NULL, 10);
+	pages = strtoull(argv[3], NULL, 10) / PAGE / (1000000000l / TICK_NS);
+	if (size < PAGE)
+		return 2;
 	words = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-	if (!size || words == MAP_FAILED)
+	if (words == MAP_FAILED)
 		return 2;
 	for (size_t at = 0; at < size; at += 8)
 		words[at / 8] = at;

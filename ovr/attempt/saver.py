@@ -12,7 +12,7 @@ from typing import Final
 
 from ovr._fastcopy import OWNED
 from ovr.attempt.in_holds import ANY_OWNER, InHolds, Look, Ready, Share, Work
-from ovr.attempt.sink import Drain, Sink
+from ovr.attempt.sink import Buffers, Drain, Sink
 from ovr.attempt.targets import Target
 from ovr.errors import HoldBroken
 from ovr.memory.extents import Extents, total
@@ -39,6 +39,7 @@ class Saver(InHolds[Drain]):
     ) -> None:
         super().__init__(holder, pool, threads)
         self._advance = advance
+        self._buffers = Buffers()
 
     def save(self, targets: Sequence[Target]) -> None:
         """Copy all pages of the targets into their sinks.
@@ -87,10 +88,10 @@ class Saver(InHolds[Drain]):
 
     def _make_ready(self, target: Target, part: Extents, *, aside: bool) -> Drain:
         assert isinstance(target.source, Sink)
-        return Drain.make(target.source, part)
+        return Drain.make(target.source, part, self._buffers)
 
     def _after_hold(self, done: Sequence[tuple[Ready[Drain], Extents]]) -> None:
-        self._threads.on_each(done, lambda one: one[0].pages.flush(one[1]))
+        self._threads.on_each(done, lambda one: one[0].pages.flush(one[1], self._buffers))
 
     def _note(self, target: Target, runs: Extents) -> None:
         self._advance(total(runs))

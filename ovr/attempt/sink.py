@@ -9,9 +9,10 @@ import numpy as np
 
 from ovr._fastcopy import is_in_memory
 from ovr.host.closing import Closing
+from ovr.memory.addresses import PAGE_SIZE
 from ovr.memory.extents import Extents, ends_of, file_ranges, total
 
-__all__ = ["Drain", "Sink"]
+__all__ = ["Buffers", "Drain", "Sink"]
 
 _MADV_POPULATE_WRITE: Final = 23  # since v5.14
 
@@ -73,6 +74,29 @@ class Sink(Closing):
             os.close(fd)
 
 
+class Buffers:
+    """Buffers that are used again, so that the host need not allocate memory in each hold."""
+
+    def __init__(self) -> None:
+        self._free: list[memoryview] = []
+
+    def take(self, size: int) -> memoryview:
+        """Return a buffer of at least `size` bytes, all of them in memory."""
+        # Atomic without a lock: several threads take buffers.
+        for _ in range(len(self._free)):
+            with suppress(IndexError):
+                buffer = self._free.pop()
+                if len(buffer) >= size:
+                    return buffer
+        made = np.empty(size, dtype=np.uint8)
+        made[::PAGE_SIZE] = 0
+        return made.data
+
+    def give(self, buffer: memoryview) -> None:
+        """Take back a buffer."""
+        self._free.append(buffer)
+
+
 class Drain:
     """Some pages that are to be copied to a sink: directly, or by way of a buffer.
 
@@ -89,12 +113,13 @@ class Drain:
         self.buffer = buffer
 
     @classmethod
-    def make(cls, sink: Sink, part: Extents) -> Self:
+    def make(cls, sink: Sink, part: Extents, buffers: Buffers) -> Self:
         """Allocate the memory, with the VM running.
 
         Args:
             sink: the image.
             part: pieces; offsets are positions in it.
+            buffers: has the buffer, until `flush`.
 
         Raises:
             OSError: the file system is full.
@@ -103,18 +128,18 @@ class Drain:
             for start, end in file_ranges(part):
                 sink.pages.madvise(_MADV_POPULATE_WRITE, start, end - start)
             return cls(sink, part, part, memoryview(sink.pages))
-        buffer = np.empty(total(part), dtype=np.uint8).data
+        buffer = buffers.take(total(part))
         within = part.copy()
         within["offset"] = np.cumsum(part["size"]) - part["size"]
         return cls(sink, part, within, buffer)
 
-    def flush(self, done: Extents) -> None:
-        """Write the runs that were copied to the buffer to the file.
+    def flush(self, done: Extents, buffers: Buffers) -> None:
+        """Write the runs that were copied to the buffer to the file, and give the buffer back.
 
         Raises:
             OSError: the file system is full, or fails.
         """
-        if self.sink.pages is not None or not len(done):
+        if self.sink.pages is not None:
             return
         at = np.searchsorted(ends_of(self._placed), done["gva"], side="right")
         delta = self._placed["offset"][at] - self.part["offset"][at]
@@ -123,6 +148,7 @@ class Drain:
             strict=True,
         ):  # fmt: skip
             _write(self.sink.fd, self.buffer[start : start + size], target)
+        buffers.give(self.buffer)
 
 
 def _write(fd: int, data: memoryview, at: int) -> None:
