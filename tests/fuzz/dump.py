@@ -82,7 +82,7 @@ def receive(path: Path, pieces: list[tuple[str, bytes]]) -> None:
     with suppress(OvrError):
         rseq_pages(into.names, images)
     for one in dumped_pages(into.names, images):
-        placed = place(one, images)
+        placed = place(one, images, lambda one, size: images.sink(one.pages_name, size))
         with placed.sink:
             check(placed.sink, placed.pieces)
         again = decode_pagemap((path / one.name).read_bytes(), one.name).entries
