@@ -29,6 +29,7 @@
 #define REGION (PAGES * PAGE)
 #define HUGE_PAGE (2ul << 20)
 #define REGIONS 8
+#define QUIET 7 /* the region of which little is written, so that there are pages to keep */
 #define CHILDREN 3
 #define COLLAPSE 25 /* MADV_COLLAPSE, since v6.1 */
 #define PAGEOUT 21  /* MADV_PAGEOUT, since v5.4 */
@@ -159,7 +160,7 @@ static void spawn(void)
 
 static void step(void)
 {
-	int region = (int)chance(REGIONS);
+	int region = (int)chance(QUIET);
 	uint64_t page = chance(PAGES), count = 1 + chance(PAGES - page);
 	char *at = regions[region].at + page * PAGE;
 
@@ -169,7 +170,7 @@ static void step(void)
 		move(region);
 		break;
 	case 1:
-		exchange(region, (int)chance(REGIONS));
+		exchange(region, (int)chance(QUIET));
 		break;
 	case 2:
 		drop(region, page, count < 64 ? count : 64);
@@ -190,10 +191,12 @@ static void step(void)
 	case 8:
 		spawn();
 		break;
+	case 9:
+		write_page(QUIET, page);
+		break;
 	default:
-		/* The upper regions are written to seldom, so that there is something to keep. */
 		for (uint64_t i = 0; i < 16; i++)
-			write_page(region * (int)chance(REGIONS + 1) / REGIONS, (page + i) % PAGES);
+			write_page(region, (page + i) % PAGES);
 	}
 }
 
@@ -273,6 +276,9 @@ int main(int argc, char **argv)
 			return 2;
 		for (uint64_t page = 0; page < PAGES; page += 1 + chance(2))
 			write_page(region, page);
+		/* Huge pages are written to as a whole, as the soft-dirty bit has it. */
+		if (region == QUIET)
+			madvise(regions[region].at, REGION, MADV_NOHUGEPAGE);
 	}
 	sigaction(SIGUSR1, &action, NULL);
 	pthread_create(&thread, NULL, write_always, NULL);
