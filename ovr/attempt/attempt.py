@@ -117,7 +117,6 @@ class Attempt:
         held = start(self.agent)
         self._heartbeat.enter_context(self.agent.keep_alive())
         self._held = held
-        log.info("the tree is held: pid %d, %d threads", held.root_pid, len(held.tasks))
         with self.holder.held():
             self._tracer = find_tracer(self.vm.kernel, self._process, held.criu_pid, engine=engine)
         return held

@@ -1,5 +1,6 @@
 """One dump, step by step: docs/architecture.md, section 1, as code."""
 
+import logging
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -25,6 +26,8 @@ from ovr.memory.extents import total
 from ovr.vm.attach import AttachedVm
 
 __all__ = ["dump"]
+
+log = logging.getLogger("ovr.dump")
 
 
 def dump(
@@ -74,12 +77,13 @@ def dump(
             parent = parent_images(
                 [number for number, _ in tree_of(vm.kernel, pid)], vm.kernel.space.levels
             )
-            attempt.begin(
+            held = attempt.begin(
                 lambda agent: agent.dump(
                     pid, parent, received.save, criu_options=criu_options, tracked=pre_copies,
                     leave_running=leave_running, log_level=log_level, timeout=timeout,
                 )
             )  # fmt: skip
+            log.info("the tree is held: pid %d, %d threads", held.root_pid, len(held.tasks))
             received.check_complete()
             placed = place_pages(attempt, received, output.images, ahead, stack)
         with watch("memory"):

@@ -99,6 +99,7 @@ def build_skeleton(
             ),
             engine=checkpoint.engine is not None,
         )
+    log.info("skeleton stands: pid %d, %d threads", skeleton.root_pid, len(skeleton.tasks))
     return Built(skeleton.root_pid, _memory_of(inside.memory, skeleton), unread)
 
 

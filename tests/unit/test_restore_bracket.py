@@ -33,7 +33,7 @@ class Link:
     def warm(self):
         raise KeyboardInterrupt
 
-    root_pid = tasks = note = warm
+    root_pid = criu_pid = tasks = note = warm
 
     @contextmanager
     def keep_alive(self):
