@@ -1,11 +1,12 @@
 """How long each phase took."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
-__all__ = ["Span", "Stopwatch"]
+__all__ = ["Span", "Stopwatch", "rounded", "timeline"]
 
 
 @dataclass(frozen=True)
@@ -66,3 +67,16 @@ class Stopwatch:
     def total(self) -> float:
         """Return the seconds since the stopwatch was made."""
         return time.perf_counter() - self.start
+
+
+def rounded(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return fields for JSON, with seconds to the microsecond."""
+    return {
+        name: round(value, 6) if isinstance(value, float) else value
+        for name, value in fields.items()
+    }
+
+
+def timeline(spans: Sequence[Span]) -> list[dict[str, Any]]:
+    """Return when each phase was, for JSON."""
+    return [rounded({"phase": span.name, "start": span.start, "end": span.end}) for span in spans]

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ovr.attempt.attempt import Attempt
-from ovr.attempt.stopwatch import Span, Stopwatch
+from ovr.attempt.stopwatch import Span, Stopwatch, rounded, timeline
 from ovr.dump.memory import Placed
 from ovr.errors import ImagesDamaged, ImagesUnsupported
 from ovr.images.stats import DumpStatsEntry, dump_stats
@@ -79,16 +79,10 @@ class DumpReport:
             "frozen": round(self.frozen, 6),
             "verify": self.verified,
             "bytes_verified": self.bytes_verified,
-            "seconds": {name: round(value, 6) for name, value in self.seconds.items()},
-            "held": {
-                name: round(value, 6) if isinstance(value, float) else value
-                for name, value in self.held.items()
-            },
+            "seconds": rounded(self.seconds),
+            "held": rounded(self.held),
             "copy_gb_per_s": round(self.copy_gb_per_s, 3),
-            "timeline": [
-                {"phase": span.name, "start": round(span.start, 6), "end": round(span.end, 6)}
-                for span in self.spans
-            ],
+            "timeline": timeline(self.spans),
         }
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from ovr.attempt.attempt import Attempt
 from ovr.attempt.journal import Journal
-from ovr.attempt.stopwatch import Span, Stopwatch
+from ovr.attempt.stopwatch import Span, Stopwatch, rounded, timeline
 from ovr.guest.client.results import Restored
 from ovr.plan import Cold, Plan, Warm
 from ovr.restore.skeleton import Built
@@ -77,17 +77,11 @@ class Report:
             "bytes_cow": self.bytes_cow,
             "verify": self.verified,
             "bytes_verified": self.bytes_verified,
-            "seconds": {name: round(value, 6) for name, value in self.seconds.items()},
-            "held": {
-                name: round(value, 6) if isinstance(value, float) else value
-                for name, value in self.held.items()
-            },
+            "seconds": rounded(self.seconds),
+            "held": rounded(self.held),
             "copy_gb_per_s": round(self.copy_gb_per_s, 3),
             "bytes_by_reason": self.reasons,
-            "timeline": [
-                {"phase": span.name, "start": round(span.start, 6), "end": round(span.end, 6)}
-                for span in self.spans
-            ],
+            "timeline": timeline(self.spans),
             "journal": self.journal.as_json(),
             "skeleton": self.skeleton,
             "skeleton_why": self.skeleton_why,
