@@ -50,20 +50,21 @@ def save_inside(
     placed: Sequence[Placed],
     objects: Mapping[int, SharedMemory],
     images: NewImages,
-) -> list[Placed]:
-    """Get the pages images of shared objects that cannot be read outside; return the others.
+) -> tuple[list[Placed], list[Placed]]:
+    """Get the pages images that cannot be read outside; return the others, and these.
 
     Raises:
         AttemptFailed: CRIU has not written them.
         UsageError: the files cannot be written.
         AgentUnreachable: the link broke.
     """
-    outside = []
+    outside, inside = [], []
     for one in placed:
         if one.dumped.shared and not reachable(objects.get(one.dumped.number)):
             fetch = Fetched(one.sink)
             agent.fetch(one.dumped.pages_name, fetch.save)
             fetch.check_complete()
+            inside.append(one)
         else:
             outside.append(one)
-    return outside
+    return outside, inside

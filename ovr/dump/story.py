@@ -89,8 +89,7 @@ def dump(
         with watch("memory"):
             saved = stack.enter_context(ImageSet.open(output.images.path))
             objects = {one.shmid: one for one in shared_memory(saved)}
-            outside = save_inside(attempt.agent, placed, objects, output.images)
-            fetched = [one for one in placed if one not in outside]
+            outside, inside = save_inside(attempt.agent, placed, objects, output.images)
             targets = [*targets_of(outside, objects, attempt.tree(), attempt.agent)]
             saver = attempt.saver(watch.counter(sum(total(target.pieces) for target in targets)))
             with writable(images):
@@ -101,6 +100,6 @@ def dump(
         with watch("commit"), output.committing():
             stats = attempt.commit(lambda agent: agent.end_dump())
         return make_report(
-            pid, outside, fetched, attempt, stats, watch=watch, left_running=leave_running,
+            pid, outside, inside, attempt, stats, watch=watch, left_running=leave_running,
             verified=(verify, compared), unread_config=unread,
         )  # fmt: skip
