@@ -100,20 +100,24 @@ def watch(events: Events) -> None:
     around(events, settings, "_rehearse", lambda *_: "reading the state")
 
 
-def main() -> int:
-    spec, images, point = sys.argv[1:]
-    events = Events(int(point))
+def perform(spec: str, events: Events, act: Callable[[ovr.Vm], object]) -> int:
+    """Do something to a VM, watched; return what the command would exit with."""
     in_holds.HOLD_BYTES = 1 << 20  # many holds: many points
     hold.BOUND_SECONDS = 600.0  # it waits in them  # type: ignore[misc]
     watch(events)
     try:
         with ovr.attach(spec) as vm:
-            vm.restore(images, verify="full")
+            act(vm)
     except OvrError as error:
         print(f"failed {type(error).__name__}: {error}", flush=True)
         return error.exit_code
     print("done", flush=True)
     return 0
+
+
+def main() -> int:
+    spec, images, point = sys.argv[1:]
+    return perform(spec, Events(int(point)), lambda vm: vm.restore(images, verify="full"))
 
 
 if __name__ == "__main__":
