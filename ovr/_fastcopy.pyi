@@ -6,8 +6,9 @@ Arrays are one-dimensional, C-contiguous structured numpy arrays:
   pages, and where its content starts in the source.
 * ``RUN`` (``gva``, ``gpa``, ``size``, ``offset``, ``flags``, ``page_shift``): a piece, or a part of
   one, that is contiguous in guest physical memory. ``flags`` is a sum of ``WRITE`` and ``USER``
-  (the PTE's bits), ``PROTNONE`` (mapped, but not for the MMU) and ``OWNED`` (the guest kernel's
-  ``struct page`` says what `frames` asks for); ``page_shift`` is 12, 21 or 30.
+  (the PTE's bits), ``PROTNONE`` (mapped, but not for the MMU), ``OWNED`` (the guest kernel's
+  ``struct page`` says what `frames` asks for), and of ``SOFT_DIRTY`` where a walk is asked to tell
+  such pages apart; ``page_shift`` is 12, 21 or 30.
 * ``PAIR`` (``one``, ``other``, ``size``): ranges of whole pages in two sources, to be compared.
 
 All loops over pages run with the GIL released, so that threads can share the work. Where guest RAM
@@ -27,6 +28,7 @@ WRITE: Final[int]
 USER: Final[int]
 PROTNONE: Final[int]
 OWNED: Final[int]
+SOFT_DIRTY: Final[int]
 PIECE: Final[np.dtype[Any]]
 RUN: Final[np.dtype[Any]]
 PAIR: Final[np.dtype[Any]]
@@ -164,11 +166,15 @@ class RamMap:
         levels: int,
         pieces: NDArray[np.void],
         frames: _Frames | None = None,
+        *,
+        soft_dirty: bool = False,
     ) -> NDArray[np.void]:
         """Return the `RUN` array of all pages of `pieces` that are mapped, in order.
 
         `frames` says where the guest's struct page array is; without it no run is
-        ``OWNED``. Holes are simply absent from the result.
+        ``OWNED``. With `soft_dirty`, runs of entries with the soft-dirty bit
+        (Documentation/admin-guide/mm/soft-dirty.rst) are ``SOFT_DIRTY``. Holes are simply absent
+        from the result.
 
         Raises:
             GuestFault: a page table lies outside of RAM or has a reserved bit set, or a piece

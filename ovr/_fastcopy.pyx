@@ -28,6 +28,7 @@ WRITE = F_WRITE
 USER = F_USER
 PROTNONE = F_PROTNONE
 OWNED = F_OWNED
+SOFT_DIRTY = F_SOFT_DIRTY
 
 CUT_OFF = "it was cut off while it was read"
 
@@ -192,7 +193,10 @@ cdef class RamMap:
             raise GuestFault(f"guest virtual address {gva:#x} is not mapped", gva)
         return job.gpa
 
-    def walk(self, uint64_t root, int levels, const Piece[::1] pieces not None, frames=None):
+    def walk(
+        self, uint64_t root, int levels, const Piece[::1] pieces not None, frames=None,
+        *, bint soft_dirty=False
+    ):
         cdef Walking job
         cdef Frames f
         cdef void *lost
@@ -202,6 +206,7 @@ cdef class RamMap:
         if frames is not None:
             _load_frames(&f, frames)
             job.walk.frames = &f
+        job.walk.soft_dirty = PTE_SOFT_DIRTY if soft_dirty else 0
         job.walk.ram, job.root, job.levels, job.count = &self._ram, root, levels, pieces.shape[0]
         job.pieces = &pieces[0] if pieces.shape[0] else NULL
         self._begin()

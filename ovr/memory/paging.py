@@ -124,9 +124,11 @@ class AddressSpace:
             self.ram.write(gpa, data[done : done + length])
             done += length
 
-    def walk(self, ranges: Extents, frames: Frames | None = None) -> Extents:
+    def walk(
+        self, ranges: Extents, frames: Frames | None = None, *, soft_dirty: bool = False
+    ) -> Extents:
         """Return the mapped runs of `ranges` (see `_fastcopy.RamMap.walk`)."""
-        return self.ram.walk(self.root, self.levels, ranges, frames)
+        return self.ram.walk(self.root, self.levels, ranges, frames, soft_dirty=soft_dirty)
 
     def _chunks(self, gva: Gva, size: int) -> Iterator[tuple[Gpa, int]]:
         # Physically contiguous parts: one walk instead of a translation for each page.

@@ -153,9 +153,12 @@ class GuestRam(Closing):
         """See `_fastcopy.RamMap.translate`."""
         return Gpa(self._map.translate(root, levels, gva))
 
-    def walk(self, root: Gpa, levels: int, pieces: Extents, frames: Any = None) -> Extents:
+    def walk(
+        self, root: Gpa, levels: int, pieces: Extents, frames: Any = None,
+        *, soft_dirty: bool = False,
+    ) -> Extents:  # fmt: skip
         """See `_fastcopy.RamMap.walk`."""
-        return self._map.walk(root, levels, pieces, frames)
+        return self._map.walk(root, levels, pieces, frames, soft_dirty=soft_dirty)
 
     def prefault(self, runs: Extents) -> None:
         """See `_fastcopy.RamMap.prefault`."""

@@ -7,6 +7,7 @@ cdef uint64_t PTE_USER = 1 << 2
 cdef uint64_t PTE_DIRTY = 1 << 6
 cdef uint64_t PTE_PSE = 1 << 7
 cdef uint64_t PTE_PROTNONE = 1 << 8
+cdef uint64_t PTE_SOFT_DIRTY = 1 << 11
 cdef uint64_t PTE_ADDRESS = 0x000FFFFFFFFFF000
 # Where a dirty entry is write-protected: Dirty without Write would mean a shadow stack. Linux
 # kernel commit fca4d413c5be ("x86/mm: Introduce _PAGE_SAVED_DIRTY") (in v6.6); unused in leaves
@@ -18,6 +19,7 @@ cdef enum:
     F_USER = 2
     F_PROTNONE = 4
     F_OWNED = 8
+    F_SOFT_DIRTY = 16
 
 cdef enum:
     # Struct pages of scattered frames are scattered: translations of the array, a large page
@@ -76,6 +78,7 @@ cdef struct Walk:
     size_t count
     size_t capacity
     Frames *frames
+    uint64_t soft_dirty     # the bit of an entry that tells pages apart; 0: none does
     uint64_t fault          # GPA of a table that is not in RAM, when status is WALK_FAULT
     Piece piece             # the one being walked: gives each run its source offset
 
@@ -212,6 +215,8 @@ cdef int _leaf(
         flags |= F_USER if entry & PTE_USER else 0
     else:
         flags |= F_PROTNONE
+    if entry & w.soft_dirty:
+        flags |= F_SOFT_DIRTY
     if w.frames != NULL and _owned(w.ram, w.frames, frame >> 12, entry):
         flags |= F_OWNED
     return _emit(w, start, frame + inside, last - start + 1, flags, shift)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ovr._fastcopy import OWNED, PROTNONE, USER, WRITE
+from ovr._fastcopy import OWNED, PROTNONE, SOFT_DIRTY, USER, WRITE
 from ovr.errors import GuestFault
 from ovr.memory.addresses import PAGE_SIZE, Gpa, Gva
 from ovr.memory.paging import AddressSpace, Frames, pieces
@@ -184,6 +184,7 @@ PG_ANON_EXCLUSIVE = 1 << 17
 LOCKED, UPTODATE = 1 << 0, 1 << 4
 DIRTY, SWAPCACHE, SWAPBACKED = 1 << 5, 1 << 10, 1 << 18
 PTE_DIRTY, PTE_SAVED_DIRTY = 1 << 6, 1 << 58
+PTE_SOFT_DIRTY = 1 << 11
 
 
 def frames_of(machine):
@@ -259,6 +260,22 @@ def test_a_page_that_reclaim_would_drop_is_not_written_to(machine, entry, folio,
     set_page(machine, number, flags=PG_ANON_EXCLUSIVE | folio, mapping=0xFFFF_8880_0000_0001)
     [leaf] = native(space, [(0x5000_0000, 0x5000_1000)], frames_of(machine))
     assert bool(leaf.flags & OWNED) == kept
+
+
+@pytest.mark.parametrize("pages", ["small", "huge", "PROT_NONE"])
+def test_soft_dirty_pages_are_told_apart_on_request(machine, pages):
+    space = AddressSpace(machine.ram, machine.root, machine.levels)
+    size, shift = (MIB2, 21) if pages == "huge" else (PAGE_SIZE, 12)
+    for number, bit in enumerate((0, PTE_SOFT_DIRTY, 0)):
+        machine.map(
+            0x5000_0000 + number * size, number * size, shift=shift,
+            flags=PTE_RW | PTE_USER | bit, protnone=pages == "PROT_NONE",
+        )  # fmt: skip
+    whole = pieces([(0x5000_0000, 3 * size, 0)])
+    assert len(space.walk(whole)) == 1
+    runs = space.walk(whole, soft_dirty=True)
+    assert (runs["flags"] & SOFT_DIRTY).tolist() == [0, SOFT_DIRTY, 0]
+    assert runs["size"].tolist() == [size] * 3
 
 
 def test_the_mapping_of_a_tail_page_is_in_its_head(machine):

@@ -23,6 +23,7 @@ __all__ = [
     "VM_PFNMAP",
     "VM_READ",
     "VM_SHARED",
+    "VM_SOFTDIRTY",
     "VM_WRITE",
     "Vma",
     "anon_vma_users",
@@ -39,6 +40,7 @@ VM_SHARED: Final = 0x8
 VM_PFNMAP: Final = 0x400
 VM_IO: Final = 0x4000
 VM_HUGETLB: Final = 0x40_0000
+VM_SOFTDIRTY: Final = 0x800_0000  # where CONFIG_MEM_SOFT_DIRTY is set
 
 
 @dataclass(frozen=True)
