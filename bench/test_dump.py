@@ -14,7 +14,7 @@ import pytest
 
 import ovr
 from bench.race import Heats, Lane, Measures, race, ratios, values
-from ovr.dump import dump
+from ovr.dump import AS_MANY_AS_HELP, dump
 from ovr.images.stats import decode_dump_stats
 from ovr.lab.workload import build_workload
 
@@ -52,7 +52,7 @@ class Dumps:
         self._guest.sh(f"rm -rf {IMAGES}")
         return {"seconds": seconds, "frozen": frozen}
 
-    def outside(self, *, pre_copies: bool) -> Measures:
+    def outside(self, *, pre_copies: int) -> Measures:
         """From outside."""
         images = Path(tempfile.mkdtemp(prefix="ovr-bench-", dir="/dev/shm"))
         try:
@@ -77,8 +77,8 @@ def heats(guest, size, rounds, results):
     dumps = Dumps(guest, size)
     lanes = [
         Lane(INSIDE, dumps.inside),
-        Lane(OUTSIDE, lambda: dumps.outside(pre_copies=False)),
-        Lane(PRE_COPIED, lambda: dumps.outside(pre_copies=True)),
+        Lane(OUTSIDE, lambda: dumps.outside(pre_copies=0)),
+        Lane(PRE_COPIED, lambda: dumps.outside(pre_copies=AS_MANY_AS_HELP)),
     ]
     found: dict[str, Heats] = {"idle": race(lanes, rounds)}
     with guest.loaded():

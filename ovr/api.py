@@ -96,7 +96,7 @@ class Vm(AttachedVm):
         *,
         agent: str | None = None,
         leave_running: bool = False,
-        pre_copies: bool = False,
+        pre_copies: int = 0,
         verify: str = "sample",
         criu_options: Sequence[str] = (),
         log_level: int = 2,
@@ -109,8 +109,9 @@ class Vm(AttachedVm):
             images: an existing directory without images.
             agent: the agent's address; lab VMs know their own.
             leave_running: let the tree run on.
-            pre_copies: copy pages while the tree runs; the images then build on those in the
-                subdirectory ``pre-copy``.
+            pre_copies: copy pages while the tree runs, in so many rounds, or
+                `ovr.dump.AS_MANY_AS_HELP`; the images then build on those in the subdirectories
+                ``pre-copy-1`` and so on.
             verify: compare none of the memory with the images, a ``sample``, or all (``full``).
             criu_options: further options for the guest's ``criu dump``.
             log_level: how much the guest's CRIU logs (its ``-v``).

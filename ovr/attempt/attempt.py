@@ -99,11 +99,26 @@ class Attempt:
             if self._to_abort:
                 self._abort(error)
 
+    def start(self, start: Callable[[Agent], None]) -> None:
+        """Have the agent start what `begin` completes; leaving without `commit` aborts.
+
+        Args:
+            start: `Agent.start_dump`, with its arguments.
+
+        Raises:
+            CheckFailed: the VM must not be written to any more.
+            OvrError: as `start`.
+        """
+        self._check_vm()
+        self._to_abort = True
+        start(self.agent)
+        self._heartbeat.enter_context(self.agent.keep_alive())
+
     def begin(self, start: Callable[[Agent], HeldTree], *, engine: bool = False) -> HeldTree:
         """Have the agent hold a tree; from here on leaving without `commit` aborts.
 
         Args:
-            start: `Agent.begin` or `Agent.dump`, with its arguments.
+            start: `Agent.begin` or `Agent.held`, with its arguments.
             engine: whether a container engine runs CRIU.
 
         Raises:

@@ -25,7 +25,7 @@ from ovr.cli.picture import draw, picture_file
 from ovr.cli.progress import make_watch
 from ovr.cli.signals import ended_in_order
 from ovr.cli.vm_options import add_agent_option, add_vm_options
-from ovr.dump import VERIFY_MODES
+from ovr.dump import AS_MANY_AS_HELP, VERIFY_MODES
 from ovr.dump.plan import plan_dump
 from ovr.dump.report import DumpReport
 from ovr.errors import UsageError
@@ -70,9 +70,9 @@ def add(parser: argparse.ArgumentParser) -> None:
         help="let the tree run on",
     )  # fmt: skip
     parser.add_argument(
-        "--pre-copy", action=argparse.BooleanOptionalAction, default=False,
-        help="copy pages while the tree runs, so that it is stopped for less time; the images then"
-        " build on those in the subdirectory pre-copy",
+        "--pre-copy", nargs="?", type=_rounds, const=AS_MANY_AS_HELP, default=0, metavar="auto|N",
+        help="copy pages while the tree runs, in as many rounds as help or in N, so that it is"
+        " stopped for less time; the images then build on those in subdirectories pre-copy-…",
     )  # fmt: skip
     parser.add_argument(
         "--verify", choices=VERIFY_MODES, default="sample",
@@ -106,6 +106,14 @@ def run(options: argparse.Namespace) -> int:
         if options.display_stats:
             print(dump_stats_text(report.stats), file=sys.stderr if options.json else sys.stdout)
     return 0
+
+
+def _rounds(text: str) -> int:
+    if text == "auto":
+        return AS_MANY_AS_HELP
+    if not (text.isascii() and text.isdecimal() and len(text) < 3):
+        raise argparse.ArgumentTypeError(f"{text!r} is not auto or a number below 100")
+    return int(text)
 
 
 def _pid(text: str) -> int:

@@ -11,9 +11,10 @@ from ovr.attempt.attempt import Attempt
 from ovr.attempt.sink import Sink
 from ovr.dump.memory import Dumped
 from ovr.dump.output import NewImages, Output, writable
-from ovr.dump.precopy import Copies, pre_copy
+from ovr.dump.precopy import PreCopy
 from ovr.dump.running import RunningTask, running_tasks
 from ovr.errors import TaskDied
+from ovr.guest.client.agent import Agent
 from ovr.memory.extents import total
 from ovr.vm.hold import Holder
 
@@ -22,30 +23,43 @@ __all__ = ["Ahead", "Room", "work_ahead"]
 
 @dataclass(frozen=True)
 class Ahead:
-    """What was done: pages that were copied, and room for others."""
+    """What was done: pages that were copied, if they were to be, and room for others."""
 
-    copies: Copies
+    pre_copy: PreCopy | None
     room: "Room"
 
+    def let_stop(self, agent: Agent) -> None:
+        """Let CRIU stop the tree, with its soft-dirty bits cleared.
 
-def work_ahead(attempt: Attempt, root_pid: int, output: Output, *, pre_copies: bool) -> Ahead:
+        Raises:
+            CriuFailed, AttemptFailed, AgentUnreachable: as `Agent.track`.
+            GuestFault, KernelNotFound: invalid kernel objects or types in the guest.
+        """
+        if self.pre_copy:
+            self.pre_copy.let_stop()
+        else:
+            agent.track(stop=True)
+
+
+def work_ahead(attempt: Attempt, root_pid: int, output: Output, pre_copies: int) -> Ahead:
     """Copy pages while the tree runs, or only make room for them.
 
     Args:
-        attempt: the attempt, before it has begun.
+        attempt: the attempt, with CRIU started.
         root_pid: the root task, in the guest's initial pid namespace.
         output: gets the images.
-        pre_copies: copy them.
+        pre_copies: copy them, in so many rounds, or `AS_MANY_AS_HELP`; 0: do not.
 
     Raises:
-        AttemptFailed: the agent is busy.
+        AttemptFailed: the tree cannot be frozen.
         UsageError: the images cannot be written.
         GuestFault, KernelNotFound: invalid kernel objects or types in the guest.
         AgentUnreachable: the link broke.
     """
-    ahead = Ahead(Copies(), Room(output.images))
-    if pre_copies:
-        pre_copy(attempt, root_pid, output.parent(), ahead.copies)
+    pre_copy = PreCopy(attempt, root_pid, output) if pre_copies else None
+    ahead = Ahead(pre_copy, Room(output.images))
+    if pre_copy:
+        pre_copy.run(pre_copies)
     else:
         ahead.room.make(running_tasks(attempt.vm.kernel, root_pid), attempt.holder)
     return ahead

@@ -26,8 +26,8 @@ from ovr.images.pagemap import (
     encode_pagemap,
     offsets_of,
 )
-from ovr.memory.extents import Extents, cut_at, ends_of, joined, total
-from ovr.memory.ranges import inside
+from ovr.memory.extents import Extents, cut_at, joined, total
+from ovr.memory.ranges import Ranges, edges_of, inside
 
 __all__ = ["Dumped", "Placed", "dumped_pages", "place"]
 
@@ -102,7 +102,7 @@ def place(
     dumped: Dumped,
     images: NewImages,
     make_sink: Callable[[Dumped, int], Sink],
-    copied: Extents | None = None,
+    copied: Ranges,
 ) -> Placed:
     """Write the final pagemap, and make room for the pages that it has.
 
@@ -110,17 +110,16 @@ def place(
         dumped: the pages that CRIU has found.
         images: gets the pagemap.
         make_sink: returns the pages image, given its size in bytes.
-        copied: pages that the parent of these images has, and that are still as they were then.
+        copied: addresses of pages that the parent of these images has, as they are now.
 
     Raises:
         UsageError: the files cannot be written.
     """
     entries = dumped.pagemap.entries.copy()
     entries["flags"] = PE_PRESENT
-    if copied is not None and len(copied):
-        starts, ends = copied["gva"], ends_of(copied)
-        entries = cut_at(entries, np.unique(np.concatenate([starts, ends])))
-        entries["flags"][inside(entries["gva"], starts, ends)] = PE_PARENT
+    if len(copied):
+        entries = cut_at(entries, edges_of(copied))
+        entries["flags"][inside(entries["gva"], copied["start"], copied["end"])] = PE_PARENT
     entries = joined(entries)
     entries["offset"] = offsets_of(entries)
     present = entries[entries["flags"] == PE_PRESENT]

@@ -16,8 +16,8 @@ from ovr.images.framing import DUMP_AGAIN
 __all__ = ["INVENTORY", "PRE_COPY", "NewImages", "Output", "writable"]
 
 INVENTORY: Final = "inventory.img"
-PRE_COPY: Final = "pre-copy"
-"""Subdirectory of the images of pages that were copied while the tree ran."""
+PRE_COPY: Final = "pre-copy-"
+"""Subdirectories of the images of pages that were copied while the tree ran, by round."""
 
 _PARENT: Final = "parent"  # CR_PARENT_LINK of criu/include/image.h
 _MODE: Final = 0o600
@@ -104,6 +104,7 @@ class Output(Closing):
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._parents = 0
         with writable(path):
             if not path.is_dir():
                 raise UsageError(f"{path} is not a directory", "create it, or name another with -D")
@@ -116,16 +117,24 @@ class Output(Closing):
                 self._directory.close()
                 raise
 
-    def parent(self) -> NewImages:
+    def next_parent(self) -> NewImages:
         """Return images of pages that these images build on, as those of a pre-dump of CRIU.
+
+        They build on those that were returned before.
 
         Raises:
             UsageError: they cannot be written.
         """
+        self._parents += 1
+        name = f"{PRE_COPY}{self._parents}"
+        link = self.images.path / _PARENT
         with writable(self.path):
-            (self.images.path / PRE_COPY).mkdir(mode=0o700)
-            (self.images.path / _PARENT).symlink_to(PRE_COPY)
-        return NewImages(self.images.path / PRE_COPY)
+            (self.images.path / name).mkdir(mode=0o700)
+            if self._parents > 1:
+                (self.images.path / name / _PARENT).symlink_to(f"../{link.readlink()}")
+                link.unlink()
+            link.symlink_to(name)
+        return NewImages(self.images.path / name)
 
     @contextmanager
     def committing(self) -> Iterator[None]:
@@ -188,7 +197,7 @@ def _remove(path: Path) -> None:
 
 
 def _is_image(name: str) -> bool:
-    return name.endswith(".img") or name in (_PARENT, PRE_COPY)
+    return name.endswith(".img") or name == _PARENT or name.startswith(PRE_COPY)
 
 
 @contextmanager

@@ -1,188 +1,183 @@
 """Copy pages while the tree runs, so that few are left when it is stopped.
 
-The agent clears the soft-dirty bits first. What was copied since is still right when the tree is
-stopped, if the bit is clear and the same frame is at the same address as when it was copied: bits
-move along with pages that the kernel moves, to another frame or, by mremap(2), to another address,
-where they are taken for pages that were not copied.
+In the first round all pages are copied. In each further one, and once more right before CRIU stops
+the tree, the agent freezes the tree for a moment: the host looks which pages have changed, and the
+agent clears the soft-dirty bits. What has changed is copied in the next round, or at the stop.
+
+Each round makes an image set that builds on the one before, as pre-dumps of CRIU do.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Final
+import logging
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Final, NamedTuple
 
 import numpy as np
 
-from ovr._fastcopy import RUN
+from ovr._fastcopy import OWNED, RUN, SOFT_DIRTY
 from ovr.attempt.attempt import Attempt
 from ovr.attempt.saver import Saver
 from ovr.attempt.targets import Target
-from ovr.dump.memory import Dumped
-from ovr.dump.output import INVENTORY, NewImages, writable
+from ovr.dump.copies import Copies
+from ovr.dump.output import INVENTORY, NewImages, Output, writable
 from ovr.dump.running import RunningTask, running_tasks
-from ovr.dump.targets import reader
-from ovr.dump.verify import written
 from ovr.errors import TaskDied
-from ovr.guest.client.agent import Agent
 from ovr.images.framing import encode, image_bytes
 from ovr.images.messages import InventoryEntry
-from ovr.images.pagemap import PAGEMAP_DTYPE, PE_PRESENT, Pagemap, encode_pagemap
-from ovr.kernel import (
-    mm_space,
-    types_that_fit,
-)
-from ovr.memory.extents import (
-    Extents,
-    as_pieces,
-    cut_out,
-    cut_to,
-    ends_of,
-    joined,
-    on_same_frames,
-    total,
-)
-from ovr.memory.paging import AddressSpace, pieces
-from ovr.memory.ranges import Ranges
-from ovr.state import GuestTree
-from ovr.vm.hold import Holder
+from ovr.images.pagemap import PAGEMAP_DTYPE, PE_PARENT, PE_PRESENT, Pagemap, encode_pagemap
+from ovr.memory.extents import Extents, as_pieces, ends_of, joined, total, with_flags
 
-__all__ = ["Copies", "pre_copy"]
+__all__ = ["AS_MANY_AS_HELP", "PreCopy", "Round"]
 
+log = logging.getLogger("ovr.dump")
+
+AS_MANY_AS_HELP: Final = -1
+"""Rounds as long as little changes in one, and more than is soon copied at the stop."""
+_FEW_BYTES: Final = 8 << 20
+"""What is copied at the stop in less time than a round takes."""
 _PRE_DUMP: Final = 0
 """Image version of a pre-dump, which no tree can be restored from (criu/cr-dump.c)."""
 
 
-@dataclass
-class _Copy:
-    # Pages of a task: all that its pages image may have, runs that were copied, and those that had
-    # not changed when the tree was stopped.
-    task: RunningTask
-    image: Path
-    placed: Extents
-    runs: list[Extents] = field(default_factory=list)
-    unchanged: Extents = field(default_factory=lambda: np.empty(0, RUN))
+_Seen = tuple[RunningTask, Extents]
 
 
-class Copies:
-    """Pages that were copied while the tree ran, by pid in the pid namespace of the tree."""
+class Round(NamedTuple):
+    """One round, or the last look, in which nothing is copied.
 
-    def __init__(self) -> None:
-        self._of: dict[int, _Copy] = {}
+    Attributes:
+        size: bytes copied.
+        seconds: time it took.
+        frozen: seconds for which the tree was frozen, as measured in the guest.
+    """
 
-    def __bool__(self) -> bool:
-        return bool(self._of)
-
-    def of(
-        self, task: RunningTask, image: Path, placed: Extents
-    ) -> Callable[[Target, Extents], None]:
-        """Return a function that adds runs of a task, as copied in one hold.
-
-        Args:
-            task: the task.
-            image: its pages image.
-            placed: the pages that may be copied, with their offsets there.
-        """
-        copy = self._of[task.pid] = _Copy(task, image, placed)
-        return lambda _, copied: copy.runs.append(copied)
-
-    def check_unchanged(
-        self, dumped: Dumped, late: Ranges, guest: GuestTree, holder: Holder
-    ) -> Extents:
-        """Return the pages of a task that are still as they were copied.
-
-        Args:
-            dumped: what CRIU has found in the task.
-            late: pages that may have been written to since CRIU has looked.
-            guest: the held tree.
-            holder: holds the VM.
-
-        Raises:
-            AttemptFailed: the task is not there.
-            GuestFault, KernelNotFound: invalid kernel objects or types in the guest.
-        """
-        copy = self._of.get(dumped.number)
-        if dumped.shared or copy is None or not copy.runs:
-            return np.empty(0, RUN)
-        space = _space_of(guest, dumped.number)
-        if space.root != copy.task.space.root:  # execve(2)
-            return np.empty(0, RUN)
-        copied = np.concatenate(copy.runs)
-        copied.sort(order="gva")
-        clean = np.zeros(len(dumped.clean), pieces(()).dtype)
-        clean["gva"], clean["size"] = dumped.clean["gva"], dumped.clean["size"]
-        unchanged = on_same_frames(copy.task.walk(holder, clean), copied)
-        copy.unchanged = cut_out(unchanged, late)
-        return copy.unchanged
-
-    def targets(self, agent: Agent, stack: ExitStack) -> Iterator[Target]:
-        """Yield the pages that had not changed, with their image as the source.
-
-        Args:
-            agent: asked for pages that are not in memory any more.
-            stack: closes the images.
-        """
-        for pid, copy in self._of.items():
-            if not len(copy.unchanged):
-                continue
-            starts, ends = copy.unchanged["gva"], ends_of(copy.unchanged)
-            yield Target(
-                name=f"pid {pid}", space=copy.task.space, frames=None,
-                pieces=as_pieces(cut_to(copy.placed, starts, ends)),
-                source=written(copy.image, stack), ask=reader(agent, copy.task.tgid),
-                check=copy.task.check,
-            )  # fmt: skip
+    size: int
+    seconds: float
+    frozen: float
 
 
-def pre_copy(attempt: Attempt, root_pid: int, images: NewImages, copies: Copies) -> None:
-    """Copy the pages of a running tree.
+class PreCopy:
+    """Copies of pages of a running tree, and the rounds in which they are made.
 
     Args:
-        attempt: the attempt, before it has begun.
+        attempt: the attempt, with CRIU started.
         root_pid: the root task, in the guest's initial pid namespace.
-        images: gets them, as a pre-dump of CRIU would write them.
-        copies: gets the pages.
+        output: gets the images.
 
-    Raises:
-        AttemptFailed: the agent is busy.
-        UsageError: the images cannot be written.
-        GuestFault, KernelNotFound: invalid kernel objects or types in the guest.
-        AgentUnreachable: the link broke.
+    Attributes:
+        copies: the pages.
+        rounds: what was done.
     """
-    saver = attempt.saver(lambda count: None)
-    attempt.agent.track(root_pid)
-    for number, task in enumerate(running_tasks(attempt.vm.kernel, root_pid), 1):
-        with suppress(TaskDied):  # nobody will ask for its pages
-            _copy_task(task, number, saver, images, copies)
-    inventory = InventoryEntry(img_version=_PRE_DUMP)
-    images.write(INVENTORY, image_bytes(INVENTORY, [encode(inventory)]))
 
+    def __init__(self, attempt: Attempt, root_pid: int, output: Output) -> None:
+        self.copies = Copies()
+        self.rounds: list[Round] = []
+        self._attempt = attempt
+        self._pid = root_pid
+        self._output = output
 
-def _copy_task(
-    task: RunningTask, number: int, saver: Saver, images: NewImages, copies: Copies
-) -> None:
-    pages = task.pages(saver.holder)
-    if not len(pages):
-        return
-    pages["offset"] = np.cumsum(pages["size"]) - pages["size"]
-    _write_pagemap(images, task.pid, number, pages)
-    with images.sink(f"pages-{number}.img", total(pages)) as sink, writable(images.path):
-        target = Target(
-            name=f"pid {task.pid}", space=task.space, frames=task.frames, pieces=as_pieces(pages),
-            source=sink, ask=lambda _: None, check=task.check,
+    def run(self, rounds: int) -> None:
+        """Copy pages.
+
+        Args:
+            rounds: the number of rounds, or `AS_MANY_AS_HELP`.
+
+        Raises:
+            AttemptFailed: the tree cannot be frozen.
+            UsageError: the images cannot be written.
+            GuestFault, KernelNotFound: invalid kernel objects or types in the guest.
+            AgentUnreachable: the link broke.
+        """
+        started = time.perf_counter()
+        agent = self._attempt.agent
+        agent.track()
+        self._copy(self._walk(self._list()), 0.0, started)
+        while self._another_helps() if rounds < 0 else len(self.rounds) < rounds:
+            started = time.perf_counter()
+            agent.freeze()
+            self._copy(*self._look(), started)
+
+    def let_stop(self) -> None:
+        """Look for the last time which pages have changed, and let CRIU stop the tree.
+
+        Raises:
+            CriuFailed: CRIU failed.
+            AttemptFailed, GuestFault, KernelNotFound, AgentUnreachable: as `run`.
+        """
+        started = time.perf_counter()
+        self._attempt.agent.freeze()
+        _, frozen = self._look(stop=True)
+        self.rounds.append(Round(0, time.perf_counter() - started, frozen))
+
+    def _list(self) -> list[RunningTask]:
+        return [*running_tasks(self._attempt.vm.kernel, self._pid)]
+
+    def _walk(self, tasks: Sequence[RunningTask]) -> list[_Seen]:
+        seen = []
+        for task in tasks:
+            with suppress(TaskDied):  # nobody will ask for its pages
+                seen.append((task, task.walk_marked(self._attempt.holder)))
+        return seen
+
+    def _look(self, *, stop: bool = False) -> tuple[list[_Seen], float]:
+        # Of a frozen tree. What is not seen now is taken for changed: its bits are cleared, too.
+        seen = self._walk(self._list())
+        frozen = self._attempt.agent.track(stop=stop)
+        self.copies.keep(seen)
+        return seen, frozen
+
+    def _another_helps(self) -> bool:
+        found = [pages for _, pages in self._walk(self._list())]
+        changed = sum(total(with_flags(pages, OWNED | SOFT_DIRTY)) for pages in found)
+        return changed > _FEW_BYTES and 2 * changed < self.rounds[-1].size
+
+    def _copy(self, seen: Sequence[_Seen], frozen: float, started: float) -> None:
+        images = self._output.next_parent()
+        saver = self._attempt.saver(lambda count: None)
+        size = 0
+        for number, (task, found) in enumerate(seen, 1):
+            with suppress(TaskDied):
+                size += self._copy_task(task, found, number, saver, images)
+        inventory = InventoryEntry(img_version=_PRE_DUMP)
+        images.write(INVENTORY, image_bytes(INVENTORY, [encode(inventory)]))
+        self.rounds.append(Round(size, time.perf_counter() - started, frozen))
+        log.info(
+            "round %d: %.1f MB copied in %.3f s, frozen %.3f s",
+            len(self.rounds), size / 1e6, self.rounds[-1].seconds, frozen,
         )  # fmt: skip
-        saver.save_own(target, copies.of(task, images.path / sink.name, pages))
 
+    def _copy_task(
+        self, task: RunningTask, found: Extents, number: int, saver: Saver, images: NewImages
+    ) -> int:
+        pages = self.copies.without(task, with_flags(found, OWNED))
+        pages["offset"] = np.cumsum(pages["size"]) - pages["size"]
+        self._write_pagemap(images, task, number, pages)
+        copied = [np.empty(0, RUN)]
+        with images.sink(f"pages-{number}.img", total(pages)) as sink, writable(images.path):
+            target = Target(
+                name=f"pid {task.pid}", space=task.space, frames=task.frames,
+                pieces=as_pieces(pages), source=sink, ask=lambda _: None, check=task.check,
+            )  # fmt: skip
+            saver.save_own(target, lambda _, runs: copied.append(runs))
+        runs = np.concatenate(copied)
+        # Offsets in the image, not in a buffer.
+        at = np.searchsorted(ends_of(pages), runs["gva"], side="right")
+        runs["offset"] = pages["offset"][at] + (runs["gva"] - pages["gva"][at]).astype("<i8")
+        self.copies.add(task, images.path / f"pages-{number}.img", runs)
+        return total(runs)
 
-@types_that_fit()
-def _space_of(guest: GuestTree, pid: int) -> AddressSpace:
-    return mm_space(guest.kernel, guest.task(pid).mm)
-
-
-def _write_pagemap(images: NewImages, pid: int, number: int, runs: Extents) -> None:
-    # Pages that were not there any more are listed as well: no pagemap refers to them.
-    entries = np.zeros(len(runs), PAGEMAP_DTYPE)
-    entries["gva"], entries["size"], entries["flags"] = runs["gva"], runs["size"], PE_PRESENT
-    name = f"pagemap-{pid}.img"
-    final = Pagemap(number, joined(entries), compat=True)
-    images.write(name, encode_pagemap(final, name))
+    def _write_pagemap(
+        self, images: NewImages, task: RunningTask, number: int, pages: Extents
+    ) -> None:
+        # Pages that are not there any more are listed as well: no pagemap refers to them.
+        before = self.copies.addresses(task)
+        entries = np.zeros(len(pages) + len(before), PAGEMAP_DTYPE)
+        entries["gva"] = np.concatenate([pages["gva"], before["start"]])
+        entries["size"] = np.concatenate([pages["size"], before["end"] - before["start"]])
+        entries["flags"] = PE_PARENT
+        entries["flags"][: len(pages)] = PE_PRESENT
+        entries = entries[np.argsort(entries["gva"], kind="stable")]
+        name = f"pagemap-{task.pid}.img"
+        final = Pagemap(number, joined(entries), compat=True)
+        images.write(name, encode_pagemap(final, name))

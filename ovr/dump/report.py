@@ -8,6 +8,7 @@ from typing import Any
 from ovr.attempt.attempt import Attempt
 from ovr.attempt.stopwatch import Span, Stopwatch, rounded, timeline
 from ovr.dump.memory import Placed
+from ovr.dump.precopy import Round
 from ovr.errors import ImagesDamaged, ImagesUnsupported
 from ovr.images.stats import DumpStatsEntry, dump_stats
 from ovr.memory.addresses import PAGE_SIZE
@@ -32,7 +33,8 @@ class DumpReport:
         bytes_inside: bytes that CRIU has written and the agent has sent.
         bytes_written_twice: of `bytes_outside`, what CRIU has written as well: what was written to
             since it was tracked, shared memory, and pages that it always writes.
-        frozen: seconds that the tree did not run, as CRIU measured them.
+        frozen: seconds that the tree did not run, as CRIU and the agent measured them.
+        rounds: the rounds of pre-copies; the last one is the look before CRIU stops the tree.
         verified: ``none``, ``sample`` or ``full``.
         held: as for a restore.
         spans: when each phase was.
@@ -50,6 +52,7 @@ class DumpReport:
     bytes_inside: int = 0
     bytes_written_twice: int = 0
     frozen: float = 0.0
+    rounds: Sequence[Round] = ()
     verified: str = "none"
     bytes_verified: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
@@ -77,6 +80,7 @@ class DumpReport:
             "bytes_inside": self.bytes_inside,
             "bytes_written_twice": self.bytes_written_twice,
             "frozen": round(self.frozen, 6),
+            "rounds": [rounded(one._asdict()) for one in self.rounds],
             "verify": self.verified,
             "bytes_verified": self.bytes_verified,
             "seconds": rounded(self.seconds),
@@ -97,6 +101,7 @@ def make_report(
     left_running: bool,
     verified: tuple[str, int],
     unread_config: Mapping[str, str],
+    rounds: Sequence[Round],
 ) -> DumpReport:
     """Return the report of a dump that was committed.
 
@@ -110,6 +115,7 @@ def make_report(
         left_running: whether the tree runs on.
         verified: how memory was verified, and how many bytes of it.
         unread_config: CRIU's configuration files in the guest.
+        rounds: of pre-copies.
     """
     watch.seconds["total"] = watch.total()
     outside = sum(total(one.dumped.pagemap.entries) for one in placed)
@@ -126,7 +132,8 @@ def make_report(
         bytes_pre_copied=pre_copied,
         bytes_inside=inside,
         bytes_written_twice=outside - sum(total(one.dumped.clean) for one in placed),
-        frozen=result.frozen_time / 1e6,
+        frozen=result.frozen_time / 1e6 + sum(one.frozen for one in rounds),
+        rounds=rounds,
         verified=verified[0],
         bytes_verified=verified[1],
         seconds=watch.seconds,

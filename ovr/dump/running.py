@@ -6,13 +6,14 @@ from typing import Final, NamedTuple
 
 import numpy as np
 
-from ovr._fastcopy import OWNED, RUN
+from ovr._fastcopy import OWNED, RUN, SOFT_DIRTY
 from ovr.attempt.alive import Alive
 from ovr.errors import GuestFault, TaskDied
 from ovr.kernel import (
     VM_HUGETLB,
     VM_IO,
     VM_PFNMAP,
+    VM_SOFTDIRTY,
     Kernel,
     Struct,
     mm_space,
@@ -20,8 +21,9 @@ from ovr.kernel import (
     types_that_fit,
     vmas,
 )
-from ovr.memory.extents import Extents, split, with_flags
+from ovr.memory.extents import Extents, addresses_of, split, with_flags
 from ovr.memory.paging import AddressSpace, Frames, pieces
+from ovr.memory.ranges import Ranges, inside
 from ovr.vm.hold import Holder
 
 __all__ = ["RunningTask", "running_tasks"]
@@ -39,6 +41,8 @@ class RunningTask(NamedTuple):
         tgid: its pid in the initial pid namespace.
         space: its address space.
         areas: the areas of private memory, a `_fastcopy.PIECE` array.
+        marked: those of which the kernel takes every page for soft-dirty, whatever its page table
+            entry says (``VM_SOFTDIRTY``): new ones, and what has become a part of them.
         frames: tells anonymous pages from those of files.
         check: raises `TaskDied` when it has another address space, or none.
     """
@@ -47,6 +51,7 @@ class RunningTask(NamedTuple):
     tgid: int
     space: AddressSpace
     areas: Extents
+    marked: Ranges
     frames: Frames
     check: Alive
 
@@ -59,7 +64,26 @@ class RunningTask(NamedTuple):
         """
         return with_flags(self.walk(holder, self.areas, self.frames), OWNED)
 
-    def walk(self, holder: Holder, areas: Extents, frames: Frames | None = None) -> Extents:
+    def walk_marked(self, holder: Holder) -> Extents:
+        """Return its pages, marked as ``OWNED`` and as ``SOFT_DIRTY``: a `_fastcopy.RUN` array.
+
+        Raises:
+            TaskDied, GuestFault: as `pages`.
+        """
+        found = self.walk(holder, self.areas, self.frames, soft_dirty=True)
+        # No run reaches from one area into the next.
+        marked = inside(found["gva"], self.marked["start"], self.marked["end"])
+        found["flags"][marked] |= SOFT_DIRTY
+        return found
+
+    def walk(
+        self,
+        holder: Holder,
+        areas: Extents,
+        frames: Frames | None = None,
+        *,
+        soft_dirty: bool = False,
+    ) -> Extents:
         """Return the pages in some areas, found in holds.
 
         Raises:
@@ -69,7 +93,7 @@ class RunningTask(NamedTuple):
         for part in split(areas, _WALK_BYTES):
             with holder.held():
                 self.check()
-                found.append(self.space.walk(part, frames))
+                found.append(self.space.walk(part, frames, soft_dirty=soft_dirty))
         return np.concatenate(found)
 
 
@@ -96,12 +120,12 @@ def _describe(kernel: Kernel, pid: int, task: Struct) -> RunningTask | None:
     space = mm_space(kernel, task.mm)
     check = Alive(f"pid {pid}", kernel, task, space)
     try:
-        areas = [
-            (vma.start, vma.end - vma.start, 0)
-            for vma in vmas(task.mm)
-            if not vma.shared and not vma.flags & _NOT_MEMORY
-        ]
+        private = [vma for vma in vmas(task.mm) if not vma.shared and not vma.flags & _NOT_MEMORY]
     except GuestFault:
         check()
         raise
-    return RunningTask(pid, task.tgid, space, pieces(areas), kernel.anonymous_frames, check)
+    areas = pieces((vma.start, vma.end - vma.start, 0) for vma in private)
+    new = pieces((vma.start, vma.end - vma.start, 0) for vma in private if vma.flags & VM_SOFTDIRTY)
+    return RunningTask(
+        pid, task.tgid, space, areas, addresses_of(new), kernel.anonymous_frames, check
+    )

@@ -35,10 +35,13 @@ def place_pages(
         UsageError: the files cannot be written.
     """
     placed = []
-    late = rseq_pages(received.names, images) if ahead.copies else {}
+    copies = ahead.pre_copy.copies if ahead.pre_copy else None
+    late = rseq_pages(received.names, images) if copies else {}
     for dumped in dumped_pages(received.names, images):
-        of_task = late.get(dumped.number, no_ranges())
-        copied = ahead.copies.check_unchanged(dumped, of_task, attempt.tree(), attempt.holder)
+        copied = no_ranges()
+        if copies:
+            of_task = late.get(dumped.number, no_ranges())
+            copied = copies.check_unchanged(dumped, of_task, attempt.tree(), attempt.holder)
         placed.append(place(dumped, images, ahead.room.sink, copied))
         stack.enter_context(placed[-1].sink)
     ahead.room.close()

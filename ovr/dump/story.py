@@ -10,7 +10,7 @@ from ovr.attempt.copier import VERIFY_MODES
 from ovr.attempt.stopwatch import Stopwatch
 from ovr.dump.ahead import work_ahead
 from ovr.dump.output import Output, writable
-from ovr.dump.parent import parent_images
+from ovr.dump.parent import Parent
 from ovr.dump.plan import tree_to_dump
 from ovr.dump.received import Received
 from ovr.dump.report import DumpReport, make_report
@@ -21,7 +21,6 @@ from ovr.errors import UsageError
 from ovr.guest.client.failures import criu_lacked
 from ovr.images import ImageSet
 from ovr.images.shared import shared_memory
-from ovr.kernel import tree_of
 from ovr.memory.extents import total
 from ovr.vm.attach import AttachedVm
 
@@ -37,7 +36,7 @@ def dump(
     *,
     agent: str | None = None,
     leave_running: bool = False,
-    pre_copies: bool = False,
+    pre_copies: int = 0,
     verify: str = "sample",
     criu_options: Sequence[str] = (),
     log_level: int = 2,
@@ -52,8 +51,8 @@ def dump(
         images: the directory for the images; it has none yet.
         agent: the agent's address; None: as the VM's devices say.
         leave_running: let the tree run on.
-        pre_copies: copy pages while the tree runs; the images then build on those in a
-            subdirectory, as after a pre-dump of CRIU.
+        pre_copies: copy pages while the tree runs, in so many rounds, or `AS_MANY_AS_HELP`; 0: do
+            not. The images then build on those in subdirectories, as after pre-dumps of CRIU.
         verify: compare none of the memory, a ``sample``, or all (``full``).
         criu_options: further options for the guest's ``criu dump``.
         log_level: CRIU's ``-v``.
@@ -68,21 +67,24 @@ def dump(
         raise UsageError(f"no way to verify called {verify!r}", f"take {', '.join(VERIFY_MODES)}")
     watch = watch or Stopwatch()
     with Output(images) as output, ExitStack() as stack, Attempt(vm, agent) as attempt:
-        with watch("ahead"):
+        with watch("start"):
             tree_to_dump(vm.kernel, pid)
-            ahead = work_ahead(attempt, pid, output, pre_copies=pre_copies)
-        unread = attempt.agent.criu_config()
+            unread = attempt.agent.criu_config()
+            parent = Parent(vm.kernel, pid)
+            with criu_lacked(unread):
+                attempt.start(
+                    lambda agent: agent.start_dump(
+                        pid, parent.new_images(), criu_options=criu_options,
+                        leave_running=leave_running, log_level=log_level, timeout=timeout,
+                    )
+                )  # fmt: skip
+        with watch("ahead"):
+            ahead = work_ahead(attempt, pid, output, pre_copies)
+            attempt.agent.add_to_parent(parent.new_images())
+            ahead.let_stop(attempt.agent)
         with watch("images"), criu_lacked(unread):
             received = Received(output.images, vm.ram.size)
-            parent = parent_images(
-                [number for number, _ in tree_of(vm.kernel, pid)], vm.kernel.space.levels
-            )
-            held = attempt.begin(
-                lambda agent: agent.dump(
-                    pid, parent, received.save, criu_options=criu_options, tracked=pre_copies,
-                    leave_running=leave_running, log_level=log_level, timeout=timeout,
-                )
-            )  # fmt: skip
+            held = attempt.begin(lambda agent: agent.held(received.save))
             log.info("the tree is held: pid %d, %d threads", held.root_pid, len(held.tasks))
             received.check_complete()
             placed = place_pages(attempt, received, output.images, ahead, stack)
@@ -95,11 +97,13 @@ def dump(
             with writable(images):
                 saver.save(targets)
         with watch("verify"):
-            targets += ahead.copies.targets(attempt.agent, stack)
+            if ahead.pre_copy:
+                targets += ahead.pre_copy.copies.targets(attempt.agent, stack)
             compared = verify_pages(attempt, targets, verify)
         with watch("commit"), output.committing():
             stats = attempt.commit(lambda agent: agent.end_dump())
         return make_report(
             pid, outside, inside, attempt, stats, watch=watch, left_running=leave_running,
             verified=(verify, compared), unread_config=unread,
+            rounds=ahead.pre_copy.rounds if ahead.pre_copy else (),
         )  # fmt: skip

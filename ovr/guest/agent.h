@@ -46,13 +46,14 @@ static inline void close_fd(int *fd)
 typedef void (*callback)(int fd, short events, void *context);
 
 struct loop {
-	struct pollfd fds[9 + 5 * MAX_SESSIONS];
-	callback calls[9 + 5 * MAX_SESSIONS];
-	void *contexts[9 + 5 * MAX_SESSIONS];
+	struct pollfd fds[10 + 5 * MAX_SESSIONS];
+	callback calls[10 + 5 * MAX_SESSIONS];
+	void *contexts[10 + 5 * MAX_SESSIONS];
 	int count;
 	int64_t deadline; /* ms, or -1 */
 };
 
+int64_t now_us(void);
 int64_t now_ms(void);
 void loop_watch(struct loop *loop, int fd, short events, callback call, void *context);
 void loop_wake_at(struct loop *loop, int64_t deadline);
@@ -205,8 +206,7 @@ void config_message(struct session *session);
 
 /* hook.c */
 #define HOOK_SOCKET "OVR_HOOK_SOCKET"
-#define HOOK_GO 'g'    /* the agent's answer: continue */
-#define HOOK_TRACK 't' /* clear the tree's soft-dirty bits, and continue */
+#define HOOK_GO 'g' /* the agent's answer: continue */
 
 struct hook_report {
 	int32_t root, criu; /* root 0: another action than pre-resume and post-dump */

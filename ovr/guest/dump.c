@@ -28,6 +28,7 @@ void dump_forget(void)
 		closedir(sending.files);
 	sending.files = NULL;
 	sending.single = false;
+	track_end();
 }
 
 /* Whether CRIU changes more of the tree than it does to stop it, and undoes it only at its end. */
@@ -80,17 +81,6 @@ static bool good_pid(struct session *session, const struct message *message)
 	return false;
 }
 
-void dump_track(struct session *session, const struct message *message)
-{
-	struct writer writer;
-
-	if (!restore_in_phase(session, IDLE) || !good_pid(session, message))
-		return;
-	tree_clear_refs((pid_t)message_uint(message, KEY_PID));
-	writer = session_writer(session, OP_TRACKED);
-	session_send(session, &writer);
-}
-
 void dump_begin(struct session *session, const struct message *message)
 {
 	if (!restore_in_phase(session, UPLOADING) || !good_pid(session, message))
@@ -101,13 +91,81 @@ void dump_begin(struct session *session, const struct message *message)
 		return;
 	}
 	restore.dump = true;
-	restore.tracked = message_uint(message, KEY_TRACKED);
+	restore.dumped = (pid_t)message_uint(message, KEY_PID);
 	restore.child = start_dump(message);
 	if (restore.child < 0) {
 		restore_refuse_start(session, errno);
 		return;
 	}
 	restore_building(message);
+}
+
+/* ------------------------------------------------------------------------ soft-dirty bits */
+
+void dump_starts(void)
+{
+	struct writer writer;
+
+	restore.phase = TRACKING;
+	restore.tracking_since = now_ms();
+	writer = session_writer(restore.owner, OP_STARTS);
+	session_send(restore.owner, &writer);
+}
+
+static void begin_tracking(bool look)
+{
+	if (!track_begin(restore.dumped, look))
+		restore_abort(code_of_errno(errno), "no process can be started");
+}
+
+static bool may_track(struct session *session, bool look)
+{
+	if (!restore_in_phase(session, TRACKING))
+		return false;
+	if (track_under_way() && (look || !track_may_look()))
+		session_break(session, CODE_PROTOCOL, "message out of order");
+	return restore.phase == TRACKING;
+}
+
+void dump_freeze(struct session *session)
+{
+	if (may_track(session, true))
+		begin_tracking(true);
+}
+
+void dump_track(struct session *session, const struct message *message)
+{
+	if (!may_track(session, false))
+		return;
+	restore.tracked = message_uint(message, KEY_STOP);
+	if (track_may_look())
+		track_looked();
+	else
+		begin_tracking(false);
+}
+
+void dump_frozen(void)
+{
+	struct writer writer = session_writer(restore.owner, OP_FROZEN);
+
+	session_send(restore.owner, &writer);
+}
+
+void dump_tracked(uint64_t frozen_us)
+{
+	struct writer writer = session_writer(restore.owner, OP_TRACKED);
+
+	if (restore.tracked) {
+		/* What is left of the time that CRIU has */
+		if (restore.late_at < LLONG_MAX)
+			restore.late_at += now_ms() - restore.tracking_since;
+		progress_begin(restore.stall_ms);
+		restore.phase = BUILDING;
+		hook_say(HOOK_GO);
+		close_fd(&restore.hook);
+	}
+	message_add_uint(&writer, KEY_FROZEN_US, frozen_us);
+	session_send(restore.owner, &writer);
 }
 
 /* ------------------------------------------------------------------------ images */

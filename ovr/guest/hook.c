@@ -136,18 +136,6 @@ static int hold_dumped(void)
 	return root > 1 && ask(root, tree_tracer(root), -1) == HOOK_GO ? 0 : 1;
 }
 
-/* Right before CRIU stops the tree, so that it finds few pages written since, which it saves itself. */
-static int before_dump(void)
-{
-	const char *text = getenv("CRTOOLS_INIT_PID");
-	pid_t root = text ? atoi(text) : 0;
-	char word = root > 1 ? ask(0, getppid(), ANSWER_MS) : 0;
-
-	if (word == HOOK_TRACK)
-		tree_clear_refs(root);
-	return word == HOOK_TRACK || word == HOOK_GO ? 0 : 1;
-}
-
 int hook_main(const char *action)
 {
 	block_all_signals();
@@ -157,7 +145,7 @@ int hook_main(const char *action)
 	if (!strcmp(action, "pre-resume"))
 		return hold();
 	if (!strcmp(action, "pre-dump"))
-		return before_dump();
+		return ask(0, getppid(), -1) == HOOK_GO ? 0 : 1;
 	if (!strcmp(action, "post-dump"))
 		return hold_dumped();
 	if (!strcmp(action, "post-restore"))

@@ -8,17 +8,22 @@
 #include <time.h>
 #include <unistd.h>
 
-#include "agent.h"
+#include "restore.h"
 
 static bool stopping;
 
-int64_t now_ms(void)
+int64_t now_us(void)
 {
 	struct timespec now;
 
 	/* Stops while the VM is paused, so that no deadline of the host expires meanwhile. */
 	clock_gettime(CLOCK_MONOTONIC, &now);
-	return (int64_t)now.tv_sec * 1000 + now.tv_nsec / 1000000;
+	return (int64_t)now.tv_sec * 1000000 + now.tv_nsec / 1000;
+}
+
+int64_t now_ms(void)
+{
+	return now_us() / 1000;
 }
 
 void sleep_ms(int ms)
@@ -44,7 +49,7 @@ void reap_children(void)
 
 	while ((pid = waitpid(-1, &status, WNOHANG)) > 0)
 		if (!restore_reaped(pid, status) && !populate_reaped(pid, status) &&
-		    !warm_reaped(pid, status))
+		    !warm_reaped(pid, status) && !track_reaped(pid))
 			lab_reaped(pid, status);
 }
 
@@ -116,6 +121,7 @@ void loop_run(struct loop *loop)
 		loop_watch(loop, signals, POLLIN, on_signal, NULL);
 		restore_watch(loop);
 		populate_watch(loop);
+		track_watch(loop);
 		warm_watch(loop);
 		lab_watch(loop);
 		session_watch(loop);

@@ -40,9 +40,9 @@ bool restore_in_phase(struct session *session, enum phase phase)
 	if (restore.phase != IDLE && restore.owner != session)
 		session_break(session, CODE_BUSY,
 			      "busy: another session has a restore or dump under way");
-	else if (restore.phase == ENDING && phase == HELD)
+	else if (restore.phase == ENDING && phase >= TRACKING)
 		return false; /* Aborted is the answer, and follows */
-	else if (restore.phase == IDLE && phase == HELD)
+	else if (restore.phase == IDLE && phase >= TRACKING)
 		/* The host has not read Aborted yet, and will take it for the answer. */
 		session_refuse(session, CODE_IDLE, "no restore or dump is under way");
 	else if (restore.phase != phase)
@@ -67,7 +67,10 @@ static void add_files(struct session *session, const struct message *message)
 		restore.silence_ms = UPLOAD_SILENCE_MS;
 		restore.silent_at = now_ms() + restore.silence_ms;
 	}
-	if (!restore_in_phase(session, UPLOADING))
+	/* A dump's host may add what the parent image set lacks. */
+	if (restore.phase != TRACKING && !restore_in_phase(session, UPLOADING))
+		return;
+	if (restore.phase == TRACKING && !restore_in_phase(session, TRACKING))
 		return;
 	if (names_left != data_left)
 		problem =
@@ -237,6 +240,9 @@ void restore_message(struct session *session, const struct message *message)
 		break;
 	case OP_BEGIN:
 		begin(session, message);
+		break;
+	case OP_FREEZE:
+		dump_freeze(session);
 		break;
 	case OP_TRACK:
 		dump_track(session, message);

@@ -5,6 +5,7 @@
  *   restore_hook.c	CRIU's hook, and the tree that it holds
  *   restore_end.c	commit, failure and abort, and their reports to the host
  *   dump.c		start of a dump, its images, its report
+ *   track.c		the soft-dirty bits of its tree
  *   progress.c		detection of a stalled CRIU
  */
 #ifndef OVR_RESTORE_H
@@ -16,6 +17,7 @@ enum phase {
 	IDLE,
 	UPLOADING, /* the host sends image files */
 	BUILDING,  /* CRIU runs, up to its hook */
+	TRACKING,  /* dump: CRIU waits before it stops the tree, for the host to look at it */
 	SAVING,    /* dump: CRIU waits for its hook, its images are sent to the host */
 	HELD,      /* CRIU waits for its hook, with the whole tree */
 	RELEASED,  /* Go received: CRIU detaches (dump: or kills the tree) and exits */
@@ -30,7 +32,9 @@ struct restore {
 	pid_t child; /* CRIU, or an engine that starts it, or a cleanup step */
 	pid_t criu, root;
 	bool engine, dump;
-	bool tracked;              /* the tree's soft-dirty bits were cleared */
+	bool tracked; /* the host has let CRIU stop the tree */
+	int64_t tracking_since;
+	pid_t dumped;              /* root of the tree */
 	bool dump_locks;           /* CRIU locks the tree's network, or freezes its cgroup */
 	bool dump_released;        /* CRIU was told to end the tree */
 	struct engine_criu theirs; /* the engine's CRIU, once its hook has connected */
@@ -75,7 +79,13 @@ void restore_child_ended(void);
 void restore_end_too_late(void);
 
 /* dump.c */
+void dump_freeze(struct session *session);
 void dump_track(struct session *session, const struct message *message);
+/* CRIU's first pre-dump hook waits for an answer. */
+void dump_starts(void);
+/* Called by track.c. */
+void dump_frozen(void);
+void dump_tracked(uint64_t frozen_us);
 void dump_begin(struct session *session, const struct message *message);
 void dump_fetch(struct session *session, const struct message *message);
 /* Send images as long as the session has room; then report the tree. */
@@ -84,6 +94,18 @@ void dump_send_images(void);
 bool dump_is_whole(void);
 void dump_report_success(void);
 void dump_forget(void);
+
+/* track.c */
+/* Clear soft-dirty bits of a tree. If the host is to `look` at them it is frozen before. */
+bool track_begin(pid_t root, bool look);
+bool track_under_way(void);
+bool track_may_look(void);
+/* The host has looked. */
+void track_looked(void);
+/* End it; a frozen tree runs on. */
+void track_end(void);
+bool track_reaped(pid_t pid);
+void track_watch(struct loop *loop);
 
 /* progress.c */
 /* Watch restore.child and its descendants: they are stalled if nothing changes for this long. */

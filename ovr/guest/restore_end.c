@@ -161,6 +161,7 @@ static void end_restore(void)
 	 */
 	close_fd(&restore.hook);
 	populate_end();
+	dump_forget();
 	restore.phase = ENDING;
 	restore.late_at =
 		now_ms() + (restore.dump && restore.stall_ms < END_MS ? restore.stall_ms : END_MS);

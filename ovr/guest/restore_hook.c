@@ -81,6 +81,18 @@ bool hook_say(char word)
 	return send(restore.hook, &word, 1, MSG_NOSIGNAL | MSG_DONTWAIT) == 1;
 }
 
+/* pre-dump, pre-restore or post-restore */
+static void no_tree_yet(void)
+{
+	if (restore.dump && !restore.tracked) {
+		dump_starts();
+		return;
+	}
+	/* The agent's presence is enough. */
+	hook_say(HOOK_GO);
+	close_fd(&restore.hook);
+}
+
 static void on_hook(int fd, short events, void *context)
 {
 	struct hook_report report;
@@ -94,7 +106,7 @@ static void on_hook(int fd, short events, void *context)
 		return;
 	if (size <= 0) {
 		close_fd(&restore.hook);
-		if (restore.phase == HELD || restore.phase == SAVING)
+		if (restore.phase >= TRACKING && restore.phase <= HELD)
 			restore_abort(CODE_HOOK, "the hook died");
 		else if (restore.phase == RELEASED && !restore_criu_ended())
 			/* Even if it died before that: Go was received. */
@@ -110,11 +122,7 @@ static void on_hook(int fd, short events, void *context)
 	} else if (report.root == 0 && !adopt(report.criu)) {
 		restore_abort(CODE_CRIU, "the hook was run by another criu than the engine's");
 	} else if (report.root == 0) {
-		/* pre-restore, post-restore or pre-dump: the agent's presence is enough */
-		hook_say(restore.dump && !restore.tracked ? HOOK_TRACK : HOOK_GO);
-		/* The second pre-dump hook need not do it again. */
-		restore.tracked = true;
-		close_fd(&restore.hook);
+		no_tree_yet();
 	} else if (report.criu != restore.criu) {
 		restore_abort(CODE_CRIU, "the tree is held by another criu than the agent's");
 	} else {

@@ -246,6 +246,7 @@ void session_dispatch(struct session *session, const uint8_t *body, size_t size)
 	case OP_CONFIG:
 	case OP_FILES:
 	case OP_BEGIN:
+	case OP_FREEZE:
 	case OP_TRACK:
 	case OP_DUMP:
 	case OP_FETCH:

@@ -21,6 +21,7 @@ from ovr.images.pagemap import PE_PRESENT, decode_pagemap
 from ovr.images.shared import shared_memory
 from ovr.lab.agent import LabAgent
 from ovr.memory.extents import ends_of
+from ovr.memory.ranges import no_ranges
 from tests.fuzz.agent import answered, as_input
 from tests.fuzz.images import DUMPS, SUITES, dump
 from tests.fuzz.patches import patched, sample_patches
@@ -78,11 +79,13 @@ def receive(path: Path, pieces: list[tuple[str, bytes]]) -> None:
         into.save(name, piece)
     into.check_complete()
     assert sorted(into.names) == names_in(path)
-    assert not {"parent", "pre-copy"} & {*into.names}
+    assert not {"parent", "pre-copy-1"} & {*into.names}
     with suppress(OvrError):
         rseq_pages(into.names, images)
     for one in dumped_pages(into.names, images):
-        placed = place(one, images, lambda one, size: images.sink(one.pages_name, size))
+        placed = place(
+            one, images, lambda one, size: images.sink(one.pages_name, size), no_ranges()
+        )
         with placed.sink:
             check(placed.sink, placed.pieces)
         again = decode_pagemap((path / one.name).read_bytes(), one.name).entries
@@ -119,8 +122,11 @@ def dumping(data: bytes) -> None:
         with images.sink("pages-1.img", 16) as sink:
             fetched = Fetched(sink)
             for step in (
-                lambda: agent.track(5),
-                lambda: agent.dump(5, {"inventory.img": b"x"}, into.save),
+                lambda: agent.start_dump(5, {"inventory.img": b"x"}),
+                agent.track,
+                agent.freeze,
+                lambda: agent.track(stop=True),
+                lambda: agent.held(into.save),
                 into.check_complete,
                 lambda: agent.fetch("pages-1.img", fetched.save),
                 fetched.check_complete,
@@ -141,7 +147,9 @@ def dumping_seeds() -> Iterator[bytes]:
     ]
     pages = [dump_protocol.Saved("pages-1.img", data) for data in (b"x" * 16, b"")]
     stopped = protocol.Stopped(5, 6, (5,), 0, "")
-    good = [dump_protocol.Tracked(), *saved, stopped, *pages, stopped, dump_protocol.Dumped(b"x")]
+    tracked = dump_protocol.Tracked(1000)
+    starting = [dump_protocol.Starts(), tracked, dump_protocol.Frozen(), tracked]
+    good = [*starting, *saved, stopped, *pages, stopped, dump_protocol.Dumped(b"x")]
     ends = [
         protocol.Aborted("silent", "x", False), protocol.Failed(1, ("Error (a.c:1): x",), True),
         protocol.Error("busy", "x"), dump_protocol.Saved("../x", b"x"),

@@ -11,9 +11,10 @@ import struct
 import subprocess
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from ovr.guest import dump_protocol, protocol
 from ovr.guest.client.results import HeldTree
@@ -254,14 +255,21 @@ def large(kib: int) -> bytes:
     return b"".join(number.to_bytes(4, "little") * 256 for number in range(kib))
 
 
+def dump(agent: LabAgent, pid: int, save: Callable[[str, bytes], None], **options: Any) -> HeldTree:
+    """Have the stand-in dump a process and hold it."""
+    agent.start_dump(pid, PARENT, **options)
+    agent.track(stop=True)
+    return agent.held(save)
+
+
 def begin(
     host: AgentHost, agent: LabAgent, tree: Tree, images: Images | None = None,
     criu_options: Sequence[str] | None = None, **limits: float,
 ) -> HeldTree:  # fmt: skip
     """Have the stand-in dump the tree and hold it."""
     images = Images() if images is None else images
-    return agent.dump(
-        tree.process.pid, PARENT, images.save,
+    return dump(
+        agent, tree.process.pid, images.save,
         criu_options=options(host) if criu_options is None else criu_options, **limits,
     )  # type: ignore[arg-type]  # fmt: skip
 
@@ -270,12 +278,19 @@ def start(
     host: AgentHost, agent: LabAgent, tree: Tree, criu_options: Sequence[str], silence: float = 60
 ) -> None:
     """Send the request, and read nothing."""
-    dump = dump_protocol.Dump(
-        tree.process.pid, tuple(criu_options), False, False, int(silence * 1000), 60000, 2, False
+    request = dump_protocol.Dump(
+        tree.process.pid, tuple(criu_options), False, int(silence * 1000), 60000, 2, False
     )
     agent._dumps = True
-    for message in (protocol.Files(tuple(PARENT), tuple(PARENT.values())), dump):
+    for message in (protocol.Files(tuple(PARENT), tuple(PARENT.values())), request):
         agent._send(message)
+
+
+def stop(host: AgentHost, agent: LabAgent, tree: Tree, *options: Any) -> None:
+    """Have the stand-in stop the tree, and read nothing from then on; as `start`."""
+    start(host, agent, tree, *options)
+    agent._outcome(dump_protocol.Starts)
+    agent._send(dump_protocol.Track(stop=True))
 
 
 def criu_of(host: AgentHost) -> int:
@@ -304,8 +319,8 @@ def assert_unharmed(host: AgentHost, tree: Tree) -> None:
     shut_gate(host)
     with host.connect() as other:
         images = Images()
-        held = other.dump(
-            tree.process.pid, PARENT, images.save, criu_options=options(host), leave_running=True
+        held = dump(
+            other, tree.process.pid, images.save, criu_options=options(host), leave_running=True
         )
         assert images == expected()
         assert sorted(held.tasks) == sorted(tree.pids)

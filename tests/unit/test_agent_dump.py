@@ -20,13 +20,13 @@ from ovr.guest.protocol import Touching
 from ovr.lab.agent import LabAgent
 from tests.unit.agent_host import AgentHost, alive, wait_for
 from tests.unit.dump_host import (
-    PARENT,
     STATS,
     Images,
     Tree,
     assert_unharmed,
     begin,
     counting,
+    dump,
     expected,
     large,
     options,
@@ -58,9 +58,7 @@ def test_the_tree_is_held_and_ended(host: AgentHost, agent: LabAgent, tree: Tree
 
 def test_the_tree_runs_on_if_it_is_to(host: AgentHost, agent: LabAgent, tree: Tree) -> None:
     images = Images()
-    agent.dump(
-        tree.process.pid, PARENT, images.save, criu_options=options(host), leave_running=True
-    )
+    dump(agent, tree.process.pid, images.save, criu_options=options(host), leave_running=True)
     assert tree.is_stopped()
     assert agent.end_dump() == STATS
     assert_unharmed(host, tree)
@@ -149,13 +147,13 @@ def test_what_is_no_pages_image(host: AgentHost, agent: LabAgent, tree: Tree, na
 @pytest.mark.parametrize("pid", [0, 1, 1 << 31, (1 << 32) + 2])
 def test_no_such_process(host: AgentHost, agent: LabAgent, tree: Tree, pid: int) -> None:
     with pytest.raises(AttemptFailed, check=lambda error: error.code == Code.TASK):
-        agent.dump(pid, PARENT, Images().save, criu_options=options(host))
+        dump(agent, pid, Images().save, criu_options=options(host))
     assert_unharmed(host, tree)
 
 
 def test_a_dump_needs_a_parent(host: AgentHost, agent: LabAgent, tree: Tree) -> None:
     with pytest.raises(AttemptFailed, check=lambda error: error.code == Code.PROTOCOL):
-        agent.dump(tree.process.pid, {}, Images().save, criu_options=options(host))
+        agent.start_dump(tree.process.pid, {}, criu_options=options(host))
     assert_unharmed(host, tree)
 
 
@@ -213,8 +211,8 @@ def test_criu_is_not_there(host: AgentHost, agent: LabAgent, tree: Tree) -> None
 
 def test_log_is_kept_on_request(host: AgentHost, agent: LabAgent, tree: Tree) -> None:
     with pytest.raises(CriuFailed):
-        agent.dump(
-            tree.process.pid, PARENT, Images().save,
+        dump(
+            agent, tree.process.pid, Images().save,
             criu_options=options(host, "fail-seized"), keep_log=True,
         )  # fmt: skip
     (directory,) = host.restores
@@ -278,7 +276,7 @@ def soft_dirty_works() -> bool:
 
 
 def hold(host: AgentHost, agent: LabAgent, pid: int) -> None:
-    agent.dump(pid, PARENT, Images().save, criu_options=options(host), leave_running=True)
+    dump(agent, pid, Images().save, criu_options=options(host), leave_running=True)
 
 
 def test_touching_to_read_changes_nothing(
@@ -334,7 +332,7 @@ def test_the_messages_of_a_dump_are_not_those_of_a_restore(
 ) -> None:
     """Out of order they end the session, and the tree runs."""
     begin(host, agent, tree)
-    agent._send(dump_protocol.Dump(tree.process.pid, (), False, False, 1000, 1000, 2, False))
+    agent._send(dump_protocol.Dump(tree.process.pid, (), False, 1000, 1000, 2, False))
     with pytest.raises(AttemptFailed, match="out of order"):
         agent.end_dump()
     assert_unharmed(host, tree)

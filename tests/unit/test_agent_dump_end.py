@@ -8,13 +8,12 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from ovr.errors import AgentUnreachable, AttemptFailed
-from ovr.guest import protocol
+from ovr.guest import dump_protocol, protocol
 from ovr.guest.codes import Code
 from ovr.guest.dump_protocol import Dumped
 from ovr.lab.agent import LabAgent
 from tests.unit.agent_host import AgentHost, alive, kill, restarted, wait_for
 from tests.unit.dump_host import (
-    PARENT,
     STATS,
     Images,
     Tree,
@@ -22,6 +21,7 @@ from tests.unit.dump_host import (
     begin,
     counting,
     criu_of,
+    dump,
     has_come_to,
     open_gate,
     open_gate_later,
@@ -29,6 +29,7 @@ from tests.unit.dump_host import (
     programs_of,
     shut_gate,
     start,
+    stop,
 )
 
 LARGE = 8 << 10  # KiB of an image: more than the buffers of agent and link
@@ -53,9 +54,22 @@ def to_start(host: AgentHost, agent: LabAgent, tree: Tree) -> None:
     wait_for(lambda: has_come_to(host, "start"))
 
 
+def to_tracking(host: AgentHost, agent: LabAgent, tree: Tree) -> None:
+    """CRIU waits before it stops the tree."""
+    start(host, agent, tree, options(host))
+    agent._outcome(dump_protocol.Starts)
+
+
+def to_frozen(host: AgentHost, agent: LabAgent, tree: Tree) -> None:
+    """So it does, and the agent has stopped the tree."""
+    to_tracking(host, agent, tree)
+    agent.freeze()
+    assert tree.is_stopped()
+
+
 def to_seized(host: AgentHost, agent: LabAgent, tree: Tree) -> None:
     """CRIU holds the tree, where the real one has code of its own in it."""
-    start(host, agent, tree, options(host, "wait-seized"))
+    stop(host, agent, tree, options(host, "wait-seized"))
     wait_for(lambda: has_come_to(host, "seized"))
 
 
@@ -69,9 +83,7 @@ def to_saving(host: AgentHost, agent: LabAgent, tree: Tree) -> None:
             raise StopHere
 
     with pytest.raises(StopHere):
-        agent.dump(
-            tree.process.pid, PARENT, give_up, criu_options=options(host, "ok", LARGE), silence=60
-        )
+        dump(agent, tree.process.pid, give_up, criu_options=options(host, "ok", LARGE), silence=60)
     assert images.open
 
 
@@ -93,7 +105,7 @@ def to_held(host: AgentHost, agent: LabAgent, tree: Tree) -> None:
 
 Stage = Callable[[AgentHost, LabAgent, Tree], None]
 AT_THE_HOOK = [to_saving, to_fetching, to_held]
-STAGES = [to_start, to_seized, *AT_THE_HOOK]
+STAGES = [to_start, to_tracking, to_frozen, to_seized, *AT_THE_HOOK]
 at_each = pytest.mark.parametrize("to", STAGES)
 at_the_hook = pytest.mark.parametrize("to", AT_THE_HOOK)
 
@@ -122,7 +134,7 @@ def test_the_link_breaks(host: AgentHost, agent: LabAgent, tree: Tree, to: Stage
 @pytest.mark.parametrize("kib", [4, LARGE])
 def test_the_host_is_silent(host: AgentHost, agent: LabAgent, tree: Tree, kib: int) -> None:
     """And reads nothing of what was sent, which may be all, or not."""
-    start(host, agent, tree, options(host, "ok", kib), silence=0.5)
+    stop(host, agent, tree, options(host, "ok", kib), 0.5)
     wait_for(lambda: has_come_to(host, "seized"))
     # It runs again without a word of ours.
     wait_for(lambda: tree.tracers() == {0} and tree.runs() and not programs_of(host))

@@ -35,7 +35,7 @@ def test_a_command_line_of_criu_dump(asked, capsys):
     _, (images, options) = calls
     assert images == Path("images")
     assert options == {
-        "pid": 4711, "agent": None, "leave_running": True, "pre_copies": False, "verify": "sample",
+        "pid": 4711, "agent": None, "leave_running": True, "pre_copies": 0, "verify": "sample",
         "log_level": 4, "timeout": 9.0,
         "criu_options": [
             "--shell-job", "--tcp-established", "--ext-unix-sk", "--external=mnt[]:m",

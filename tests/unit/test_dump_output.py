@@ -24,12 +24,12 @@ def test_who_can_read_the_images(tmp_path, user_namespace):
     with Output(tmp_path) as output:
         for name in names:
             output.images.write(name, b"data")
-        output.parent().write("pages-1.img", b"earlier")
+        output.next_parent().write("pages-1.img", b"earlier")
         inside = modes(tmp_path)
         assert all(not mode & 0o077 for mode in inside.values())
         with output.committing():
             pass
     file, directory = (0o644, 0o755) if user_namespace else (0o600, 0o700)
     assert modes(tmp_path) == {
-        **dict.fromkeys(names, file), PRE_COPY: directory, f"{PRE_COPY}/pages-1.img": file
+        **dict.fromkeys(names, file), f"{PRE_COPY}1": directory, f"{PRE_COPY}1/pages-1.img": file
     }  # fmt: skip

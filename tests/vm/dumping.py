@@ -28,7 +28,7 @@ def dump_outside(
     criu_options: Sequence[str] = (),
     *,
     leave_running: bool = False,
-    pre_copies: bool = False,
+    pre_copies: int = 0,
 ) -> DumpReport:
     """Dump a tree of the guest by ``ovr dump`` into the new directory `images`; verify it all.
 

@@ -81,7 +81,7 @@ def depart(vm: lab.LabVm, program: pool.Program, journey: Journey) -> None:
             vm, pid, pool.processes(vm, program), Path(f"{images}-still"), options
         )
         journey.pre_copied[name] = dump_outside(
-            vm, pid, Path(f"{images}{PRE_COPIED}"), options, leave_running=True, pre_copies=True
+            vm, pid, Path(f"{images}{PRE_COPIED}"), options, leave_running=True, pre_copies=2
         )
         journey.reports[name] = dump_outside(vm, pid, images, options)
         assert not pool.processes(vm, program)

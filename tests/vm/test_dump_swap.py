@@ -7,6 +7,7 @@ import pytest
 
 from ovr import lab
 from ovr.attempt.saver import Saver
+from ovr.dump import AS_MANY_AS_HELP
 from ovr.lab import demo
 from ovr.lab.share import SHARE
 from tests import subject
@@ -40,7 +41,7 @@ def in_swap(vm: lab.LabVm) -> int:
     return sum(int(line.split()[1]) << 10 for line in subject.must(vm, show).splitlines())
 
 
-@pytest.mark.parametrize("pre_copies", [False, True], ids=["stopped", "pre-copied"])
+@pytest.mark.parametrize("pre_copies", [0, AS_MANY_AS_HELP], ids=["stopped", "pre-copied"])
 def test_pages_in_swap_are_read(vm, share, pre_copies, monkeypatch):
     """They are in swap when the dump begins, and again when it has had them read once."""
     images = share / str(pre_copies)

@@ -21,6 +21,9 @@ from ovr.memory.addresses import Gva
 __all__ = ["Agent"]
 
 _ABORT_SECONDS: Final = 180.0
+_OF_A_DUMP: Final = (
+    dump_protocol.Starts, dump_protocol.Frozen, dump_protocol.Tracked, dump_protocol.Saved,
+)  # fmt: skip
 
 
 class Agent(Dumps):
@@ -239,9 +242,8 @@ class Agent(Dumps):
         self._send(protocol.Abort())
         deadline = self._deadline(_ABORT_SECONDS)
         # What the agent sent before it read this.
-        while isinstance(
-            message := self._receive(deadline), dump_protocol.Saved | protocol.Stopped
-        ):
+        sent = (*_OF_A_DUMP, protocol.Stopped)
+        while isinstance(message := self._receive(deadline), sent):
             pass
         if isinstance(message, protocol.Aborted | protocol.Failed):
             if not message.undone:

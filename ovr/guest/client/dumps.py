@@ -11,37 +11,22 @@ __all__ = ["Dumps"]
 
 
 class Dumps(Steps):
-    """A session for a dump: `track`, `dump`, then `end_dump` or, of the agent, `abort`."""
+    """A session for a dump: `start_dump`, `track`, `stop`, then `end_dump` or `Agent.abort`."""
 
-    def track(self, pid: int) -> None:
-        """Clear the soft-dirty bits of a running tree, before a `dump` with `tracked`.
-
-        Args:
-            pid: the root task, in the guest's initial pid namespace.
-
-        Raises:
-            AttemptFailed: the agent is busy with another session.
-            AgentUnreachable: the link broke.
-        """
-        self._send(dump_protocol.Track(pid))
-        self._outcome(dump_protocol.Tracked, self._deadline(STEP_SECONDS))
-
-    def dump(
+    def start_dump(
         self,
         pid: int,
         parent: Files,
-        save: Callable[[str, bytes], None],
         *,
         criu_options: Sequence[str] = (),
         leave_running: bool = False,
-        tracked: bool = False,
         silence: float = 10.0,
         stall: float = STALL_SECONDS,
         timeout: float | None = None,
         log_level: int = 2,
         keep_log: bool = False,
-    ) -> HeldTree:
-        """Have the guest's CRIU dump a running tree but for its memory, up to its post-dump hook.
+    ) -> None:
+        """Have the guest's CRIU start to dump a running tree; it waits before it stops the tree.
 
         From here on the agent lets the tree run on after `silence` seconds without a frame: stay
         within `keep_alive`.
@@ -49,11 +34,8 @@ class Dumps(Steps):
         Args:
             pid: the root task, in the guest's initial pid namespace.
             parent: the parent image set.
-            save: called with a name and the next piece of that image, empty at its end, for all
-                images but pages images. Names are as the agent sent them.
             criu_options: added to ``criu dump …``.
             leave_running: let the tree run on after `end_dump`, instead of ending it.
-            tracked: `track` has cleared the soft-dirty bits, which must stay as they are.
             silence: seconds without a frame after which the agent aborts.
             stall: seconds without progress of CRIU after which the agent aborts.
             timeout: seconds that CRIU may take; None: as long as it makes progress.
@@ -64,14 +46,12 @@ class Dumps(Steps):
             CriuFailed: CRIU failed; a note on the error has the end of its log.
             AttemptFailed: the agent aborted, or is busy with another session.
             AgentUnreachable: the link broke.
-            BaseException: whatever `save` raises.
         """
         self._engine, self._dumps = "criu", True
         begin = dump_protocol.Dump(
             pid,
             tuple(criu_options),
             leave_running,
-            tracked,
             silence_ms=int(silence * 1000),
             stall_ms=int(stall * 1000),
             timeout_ms=None if timeout is None else int(timeout * 1000),
@@ -79,14 +59,60 @@ class Dumps(Steps):
             keep_log=keep_log,
         )
         with self.keep_alive(silence / 4):
-            for files in file_frames(parent):
-                self._send_or_fail(files)
+            self.add_to_parent(parent)
             self._send_or_fail(begin)
-            held = self._receive_images(save)
+            self._outcome(dump_protocol.Starts)
+
+    def add_to_parent(self, files: Files) -> None:
+        """Add files to the parent image set, before CRIU stops the tree.
+
+        Raises:
+            CriuFailed, AttemptFailed, AgentUnreachable: as `start_dump`.
+        """
+        for message in file_frames(files):
+            self._send_or_fail(message)
+
+    def freeze(self) -> None:
+        """Stop all threads of the tree until `track`; the agent aborts if that does not come soon.
+
+        Raises:
+            CriuFailed, AttemptFailed, AgentUnreachable: as `start_dump`.
+        """
+        self._send(dump_protocol.Freeze())
+        self._outcome(dump_protocol.Frozen, self._deadline(STEP_SECONDS))
+
+    def track(self, *, stop: bool = False) -> float:
+        """Clear the soft-dirty bits of the tree; if it is frozen, let it run on.
+
+        Args:
+            stop: then let CRIU go on, which stops the tree: call `held` next.
+
+        Returns:
+            Seconds for which it was frozen.
+
+        Raises:
+            CriuFailed, AttemptFailed, AgentUnreachable: as `start_dump`.
+        """
+        self._send(dump_protocol.Track(stop))
+        tracked = self._outcome(dump_protocol.Tracked, self._deadline(STEP_SECONDS))
+        return tracked.frozen_us / 1e6
+
+    def held(self, save: Callable[[str, bytes], None]) -> HeldTree:
+        """Wait until CRIU has dumped the tree but for its memory, and holds it.
+
+        Args:
+            save: called with a name and the next piece of that image, empty at its end, for all
+                images but pages images. Names are as the agent sent them.
+
+        Raises:
+            CriuFailed, AttemptFailed, AgentUnreachable: as `start_dump`.
+            BaseException: whatever `save` raises.
+        """
+        held = self._receive_images(save)
         return HeldTree(held.root_pid, held.criu_pid, held.tasks)
 
     def fetch(self, name: str, save: Callable[[str, bytes], None]) -> None:
-        """Get a pages image that CRIU has written; `save` as for `dump`.
+        """Get a pages image that CRIU has written; `save` as for `held`.
 
         Raises:
             AttemptFailed: there is none.

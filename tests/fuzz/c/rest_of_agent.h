@@ -132,7 +132,42 @@ bool directory_make_dump(struct directory *directory)
 	return directory->dump >= 0;
 }
 
-void tree_clear_refs(pid_t root) { CHECK(root > 1); }
+/* The worker that looks after soft-dirty bits: it acts or dies when the input says so. */
+static enum { NO_WORKER, FREEZING, FROZEN, CLEARING } worker;
+
+bool track_begin(pid_t root, bool look)
+{
+	CHECK(restore.phase == TRACKING && root == ROOT && worker == NO_WORKER && !dump.hooks);
+	worker = look ? FREEZING : CLEARING;
+	return true;
+}
+
+bool track_under_way(void) { return worker != NO_WORKER; }
+bool track_may_look(void) { return worker == FROZEN; }
+void track_end(void) { worker = NO_WORKER; }
+
+void track_looked(void)
+{
+	CHECK(worker == FROZEN);
+	worker = CLEARING;
+}
+
+static void worker_acts(bool dies)
+{
+	if (worker == NO_WORKER)
+		return;
+	if (dies) {
+		track_end();
+		restore_abort(CODE_TREE, "the tree cannot be frozen");
+	} else if (worker == CLEARING) {
+		track_end();
+		dump_tracked(1);
+	} else if (worker == FREEZING) {
+		worker = FROZEN;
+		dump_frozen();
+	}
+}
+
 void oom_hide(pid_t pid) { CHECK(pid == CRIU && criu_lives); }
 void priority_raise(pid_t pid) { (void)pid; }
 void priority_reset(pid_t pid) { (void)pid; }

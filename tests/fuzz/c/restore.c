@@ -186,10 +186,31 @@ static uint64_t some_pid(uint8_t value)
 	return value & 2 ? 6000 : 1;
 }
 
+/* What says which task, image or pages a message is about. */
+static uint64_t add_object(struct writer *writer, enum op op, uint8_t value)
+{
+	switch (op) {
+	case OP_FETCH:
+		message_add_str(writer, KEY_NAME, value & 1 ? "pages-1.img" : "core-1.img");
+		return 1ull << KEY_NAME;
+	case OP_TRACK: message_add_bool(writer, KEY_STOP, value & 1); return 1ull << KEY_STOP;
+	case OP_MAP: message_add_uint(writer, KEY_PID, some_pid(value)); return 1ull << KEY_PID;
+	case OP_TOUCH:
+		message_add_list(writer, KEY_PORTIONS, 6);
+		for (int i = 0; i < 2; i++) {
+			message_item_uint(writer, some_pid(i ? value >> 2 : value));
+			message_item_uint(writer, value >> 4 & 3);
+			message_item_uint(writer, 1);
+		}
+		return 1ull << KEY_PORTIONS;
+	default: return 0;
+	}
+}
+
 static void host_speaks(struct input *input, struct session *host)
 {
-	static const enum op ops[] = {OP_FILES, OP_BEGIN, OP_TOUCH, OP_MAP,  OP_GO,
-				      OP_ABORT, OP_DUMP,  OP_TRACK, OP_FETCH};
+	static const enum op ops[] = {OP_FILES, OP_BEGIN, OP_TOUCH, OP_MAP,   OP_GO,
+				      OP_ABORT, OP_DUMP,  OP_TRACK, OP_FETCH, OP_FREEZE};
 	enum op op = ops[input_byte(input) % ARRAY_SIZE(ops)];
 	static uint8_t frame[4096];
 	struct message message;
@@ -215,20 +236,8 @@ static void host_speaks(struct input *input, struct session *host)
 			given |= 1ull << KEY_PID;
 			message_add_uint(&writer, KEY_PID, value ? ROOT : 1);
 		}
-	} else if (op == OP_FETCH) {
-		given = 1ull << KEY_NAME;
-		message_add_str(&writer, KEY_NAME, value & 1 ? "pages-1.img" : "core-1.img");
-	} else if (op == OP_MAP || op == OP_TRACK) {
-		given = 1ull << KEY_PID;
-		message_add_uint(&writer, KEY_PID, some_pid(value));
-	} else if (op == OP_TOUCH) {
-		given = 1ull << KEY_PORTIONS;
-		message_add_list(&writer, KEY_PORTIONS, 6);
-		for (int i = 0; i < 2; i++) {
-			message_item_uint(&writer, some_pid(i ? value >> 2 : value));
-			message_item_uint(&writer, value >> 4 & 3);
-			message_item_uint(&writer, 1);
-		}
+	} else {
+		given = add_object(&writer, op, value);
 	}
 	add_rest(&writer, op, given);
 	size = message_close(&writer);
@@ -259,8 +268,13 @@ static void step(struct input *input)
 		break;
 	case 5: now += 100 * (int64_t)input_byte(input); break;
 	case 6: restore_session_ended(host); break;
-	default: restore_session_heard(host); break;
+	default:
+		if (what & 8)
+			worker_acts(what & 16);
+		else
+			restore_session_heard(host);
 	}
+	CHECK(worker == NO_WORKER || (restore.phase == TRACKING && criu_lives && !dump.hooks));
 	/* A connection, what came on it, and what follows of that. */
 	for (int i = 0; i < 3; i++)
 		turn();
