@@ -31,6 +31,8 @@ PYTHON = Path(
 _PF_EXITING = 0x4  # include/linux/sched.h
 SECRET_AT = len(protocol.SECRET_MAGIC) + 3 * 8
 """Where in its page the agent's secret is: `proof.c`."""
+one_link = pytest.mark.parametrize("agent", [False], ids=["stream"], indirect=True)
+"""For what is the same over each kind of link: the fixture `agent` is a session over one."""
 IMAGES = {"inventory.img": b"inventory", "core-1.img": b"\x00" * 5000, "empty.img": b""}
 
 _FAKE_CRIU = """#!{python} -Ss
@@ -109,8 +111,9 @@ tree = {{int(word) for word in found.split()}} | {{root}}
 if mode == "stalled":
     time.sleep(60)
 if mode == "slow":
-    while time.monotonic() < started + 6:
-        pass
+    while time.monotonic() < started + 4:
+        sum(range(1 << 20))
+        time.sleep(0.1)
 if mode == "fail-built":
     say("(00.3) Error (criu/cr-restore.c:3): too late")
     for pid in tree:

@@ -52,7 +52,7 @@ def at(stage):
         while not os.path.exists(gate + "/open"):
             time.sleep(0.01)
     if mode == "sleep-" + stage:
-        time.sleep(4.5)
+        time.sleep(float(options["--seconds"]))
     if mode == "crash-" + stage:
         os.kill(os.getpid(), signal.SIGKILL)
     if mode == "fail-" + stage:

@@ -12,7 +12,7 @@ from ovr.guest import dump_protocol, protocol
 from ovr.guest.codes import Code
 from ovr.guest.dump_protocol import Dumped
 from ovr.lab.agent import LabAgent
-from tests.unit.agent_host import AgentHost, alive, kill, restarted, wait_for
+from tests.unit.agent_host import AgentHost, alive, kill, one_link, restarted, wait_for
 from tests.unit.dump_host import (
     STATS,
     Images,
@@ -150,6 +150,8 @@ def test_the_agent_is_told_to_end(host: AgentHost, agent: LabAgent, tree: Tree, 
     open_gate_later(host, 0.5)
     if to not in (to_saving, to_fetching):  # there is no room for it in a full buffer
         assert reported(agent).code == Code.AGENT
+    wait_for(lambda: not host.restores)
+    agent.close()
     assert host.process.wait() == 0
     assert tree.tracers() == {0}
     assert tree.runs()
@@ -188,6 +190,7 @@ def test_agent_and_hook_are_killed_at_once(
         assert_unharmed(host, tree)
 
 
+@one_link
 @at_the_hook
 def test_the_hook_is_killed(host: AgentHost, agent: LabAgent, tree: Tree, to: Stage) -> None:
     """CRIU takes that for success, and would end the tree: the second hook keeps it from that."""
@@ -203,6 +206,7 @@ def test_the_hook_is_killed(host: AgentHost, agent: LabAgent, tree: Tree, to: St
     assert_unharmed(host, tree)
 
 
+@one_link
 def test_the_hook_is_killed_as_the_host_says_go(
     host: AgentHost, agent: LabAgent, tree: Tree
 ) -> None:
@@ -217,6 +221,7 @@ def test_the_hook_is_killed_as_the_host_says_go(
         wait_for(lambda: not alive(*tree.pids))
 
 
+@one_link
 def test_the_hook_is_stopped_while_go_is_said(host: AgentHost, agent: LabAgent, tree: Tree) -> None:
     """And killed with the word unread: it was said."""
     begin(host, agent, tree)
@@ -231,6 +236,7 @@ def test_the_hook_is_stopped_while_go_is_said(host: AgentHost, agent: LabAgent, 
     wait_for(lambda: not alive(*tree.pids))
 
 
+@one_link
 @pytest.mark.parametrize("to", [to_start, to_seized])
 def test_criu_is_killed_before_its_hook(
     host: AgentHost, agent: LabAgent, tree: Tree, to: Stage
@@ -245,6 +251,7 @@ def test_criu_is_killed_before_its_hook(
     assert_unharmed(host, tree)
 
 
+@one_link
 @pytest.mark.parametrize("to", [to_start, to_seized])
 def test_criu_is_killed_after_an_abort(
     host: AgentHost, agent: LabAgent, tree: Tree, to: Stage
@@ -260,6 +267,7 @@ def test_criu_is_killed_after_an_abort(
     assert_unharmed(host, tree)
 
 
+@one_link
 @at_the_hook
 def test_criu_is_killed_at_its_hook(
     host: AgentHost, agent: LabAgent, tree: Tree, to: Stage
@@ -274,6 +282,7 @@ def test_criu_is_killed_at_its_hook(
     assert_unharmed(host, tree)
 
 
+@one_link
 @pytest.mark.parametrize("option", ["--tcp-established", "--freeze-cgroup=x"])
 def test_criu_is_killed_with_something_locked(
     host: AgentHost, agent: LabAgent, tree: Tree, option: str
@@ -286,6 +295,7 @@ def test_criu_is_killed_with_something_locked(
     assert_unharmed(host, tree)
 
 
+@one_link
 def test_criu_is_killed_after_go(host: AgentHost, agent: LabAgent, tree: Tree) -> None:
     begin(host, agent, tree, criu_options=options(host, "crash-end"))
     with pytest.raises(AttemptFailed, match="may not run as before"):
@@ -293,6 +303,7 @@ def test_criu_is_killed_after_go(host: AgentHost, agent: LabAgent, tree: Tree) -
     assert_unharmed(host, tree)
 
 
+@one_link
 def test_criu_hangs_after_an_abort(host: AgentHost, agent: LabAgent, tree: Tree) -> None:
     """It is not killed: the host is told, and others are told to wait until it ends."""
     with pytest.raises(AttemptFailed) as caught:
@@ -308,14 +319,18 @@ def test_criu_hangs_after_an_abort(host: AgentHost, agent: LabAgent, tree: Tree)
     assert_unharmed(host, tree)
 
 
+@one_link
 @pytest.mark.parametrize(
-    ("limit", "code"), [({"timeout": 1.0}, Code.TIMEOUT), ({"stall": 3.0}, Code.STALLED)]
+    ("limit", "code"), [({"timeout": 0.5}, Code.TIMEOUT), ({"stall": 3.0}, Code.STALLED)]
 )
 def test_criu_takes_too_long(
     host: AgentHost, agent: LabAgent, tree: Tree, limit: dict[str, float], code: Code
 ) -> None:
+    """It ends after the limit, and less than `stall` after that: it does not hang."""
+    seconds = str(sum(limit.values()) + 1.5)
+    sleeps = options(host, "sleep-seized", 4, "--seconds", seconds)
     with pytest.raises(AttemptFailed) as caught:
-        begin(host, agent, tree, criu_options=options(host, "sleep-seized"), **limit)
+        begin(host, agent, tree, criu_options=sleeps, **limit)
     assert caught.value.code == code
     assert "runs on" in caught.value.hint
     assert_unharmed(host, tree)

@@ -67,7 +67,7 @@ def status(pid: int) -> str:
 
 
 def test_abort_and_again(host: AgentHost, agent: Agent) -> None:
-    for _ in range(3):
+    for _ in range(2):
         skeleton = begin(host, agent)
         agent.abort()
         # When abort() returns it is over, for the engine too.
@@ -137,7 +137,7 @@ def test_it_makes_progress(host: AgentHost, agent: Agent, engine: str | None) ->
     """Large trees take long."""
     skeleton = agent.begin(
         ARCHIVE if engine else IMAGES, criu_options=host.criu_options("slow"), engine=engine,
-        stall=4.0,
+        stall=2.5,
     )  # fmt: skip
     agent.go()
     kill(*skeleton.tasks)

@@ -23,6 +23,7 @@ from tests.unit.agent_host import (
     begin,
     hook_dies,
     kill,
+    one_link,
     wait_for,
 )
 
@@ -59,7 +60,7 @@ def test_the_agent_itself_stood_still(host: AgentHost, agent: Agent) -> None:
     """The host spoke meanwhile: what it sent is read before its silence is judged."""
     skeleton = begin(host, agent, silence=0.4)
     with agent.keep_alive(0.1):
-        for _ in range(5):
+        for _ in range(2):
             host.process.send_signal(signal.SIGSTOP)
             time.sleep(0.8)
             host.process.send_signal(signal.SIGCONT)
@@ -157,6 +158,7 @@ def test_agent_dies_before_the_hook(host: AgentHost, agent: Agent) -> None:
     assert not host.marks
 
 
+@one_link
 @pytest.mark.parametrize(
     ("mode", "limit", "code"),
     [("slow", {"timeout": 1.0}, Code.TIMEOUT), ("stalled", {"stall": 2.0}, Code.STALLED)],
