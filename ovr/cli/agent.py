@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from ovr.cli.output import common, document
-from ovr.guest import build
+from ovr.guest.compiler import build, deliver
 from ovr.guest.package import cloud_init, debian_package, unit
 
 __all__ = ["HELP", "add"]
@@ -54,7 +54,9 @@ def _verb(verbs: Any, verb: str, run: Any, text: str) -> Any:
 
 
 def _build(options: argparse.Namespace) -> int:
-    return _made(build(output=options.output or Path("ovr-agent")), options)
+    path = options.output or Path("ovr-agent")
+    deliver(build(), path, 0o755)
+    return _made(path, options)
 
 
 def _deb(options: argparse.Namespace) -> int:

@@ -36,14 +36,11 @@ _LIBRARY_FLAGS = (
 _INSTALL = "apt-get install gcc libc6-dev"
 
 
-def build(
-    *, lab: bool = False, output: Path | None = None, flags: Sequence[str] | None = None
-) -> Path:
+def build(*, lab: bool = False, flags: Sequence[str] | None = None) -> Path:
     """Compile the agent for guests with this machine's architecture; cached by its sources.
 
     Args:
         lab: include the part that runs commands and copies files.
-        output: path of the binary, instead of the cache.
         flags: additional flags to compile and link with; default: static linking or, with
             ``OVR_SANITIZE`` in the environment, sanitizers.
 
@@ -55,8 +52,8 @@ def build(
     sources = sorted(_SOURCES.glob("*.c"))
     command = ["gcc", *_CFLAGS, *(["-DOVR_LAB"] if lab else []), *flags]
     # Root of the guest runs the file, so no other user may be able to put one there.
-    target = output or own_cache("agent") / f"ovr-agent-{_digest(command)}"
-    if output is None and target.exists():
+    target = own_cache("agent") / f"ovr-agent-{_digest(command)}"
+    if target.exists():
         return target
     with tempfile.TemporaryDirectory(prefix="ovr-agent-") as scratch:
         Path(scratch, "protocol.h").write_text(header())
@@ -68,7 +65,7 @@ def build(
         _compile([*command, f"-I{scratch}", *map(str, sources), "-o", str(binary)])
         # Another process may have built it meanwhile, and run it: an agent whose program file is
         # replaced refuses to start CRIU.
-        if output is not None or not target.exists():
+        if not target.exists():
             deliver(binary, target, 0o755)
     return target
 

@@ -9,7 +9,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from unittest.mock import patch
 
@@ -31,19 +31,42 @@ SYNC = bytes(protocol.SYNC_ZEROS) + protocol.MAGIC
 
 @pytest.fixture(scope="module")
 def binary(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    where = tmp_path_factory.mktemp("agent") / "ovr-agent"
-    return build(lab=True, output=where, flags=flags())
+    return sanitized(tmp_path_factory.mktemp("agent"))
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An agent with other limits than its own."""
+    where = tmp_path_factory.mktemp("small")
+    sources = where / "sources"
+    shutil.copytree(GUEST, sources, ignore=shutil.ignore_patterns("*.py", "packaging"))
+    (sources / "protocol.h").write_text(header())
+    limits = {"UPLOAD_SILENCE_MS": 2000, "MAX_IMAGE_BYTES": 1 << 20, "MAX_FILES": 20}
+    for name, value in limits.items():
+        found = 0
+        for path in sources.glob("*.[ch]"):
+            line = rf"(?m)^#define {name} \d+"
+            new, count = re.subn(line, f"#define {name} {value}", path.read_text())
+            path.write_text(new)
+            found += count
+        assert found == 1, name
+    changed = (sources / "protocol.h").read_text()
+    with patch.multiple(compiler, _SOURCES=sources, header=lambda: changed):
+        return sanitized(where)
+
+
+def sanitized(cache: Path) -> Path:
+    """Build an agent with sanitizers; without optimization, which takes most of a build's time."""
+    # Valgrind and AddressSanitizer get into each other's way.
+    flags = ("-O1",) if os.environ.get("OVR_VALGRIND") else (*SANITIZED, "-O0")
+    with patch.dict(os.environ, XDG_CACHE_HOME=str(cache)):
+        return build(lab=True, flags=flags)
 
 
 @pytest.fixture
 def host(tmp_path: Path, binary: Path) -> Iterator[AgentHost]:
     with agent_host(tmp_path, binary) as host:
         yield host
-
-
-def flags() -> tuple[str, ...]:
-    # Valgrind and AddressSanitizer get into each other's way.
-    return ("-O1",) if os.environ.get("OVR_VALGRIND") else SANITIZED
 
 
 def secret_of(host: AgentHost) -> bytes:
@@ -256,8 +279,8 @@ def test_who_cannot_read_its_memory_gets_no_restore(host: AgentHost) -> None:
                     "secret itself": secret,
                 }[what]  # fmt: skip
                 connection.sendall(encode(protocol.Prove(guess)) + RESTORE)
-                answer = receive_until(connection, b"error")
-                assert b"authentication failed" in answer + connection.recv(4096), what
+                answer = receive_until(connection, b"authentication failed")
+                assert b"error" in answer, what
     touch = protocol.Touch((1, 1, 1), (0, 4096))
     for message in (*UPLOAD, protocol.Go(), protocol.Abort(), touch, protocol.Config()):
         for serial in (False, True):
@@ -282,9 +305,9 @@ def test_the_secret_is_another_one_each_time(tmp_path: Path, binary: Path) -> No
     assert bytes(protocol.SECRET_SIZE) not in found
 
 
-def test_an_upload_that_has_no_end(tmp_path: Path) -> None:
+def test_an_upload_that_has_no_end(tmp_path: Path, small: Path) -> None:
     """More bytes, and more files, than an image set has: the agent says the limit and hangs up."""
-    with small_agent(tmp_path, MAX_IMAGE_BYTES=1 << 20, MAX_FILES=20) as host:
+    with agent_host(tmp_path, small) as host:
         piece = encode(protocol.Files(("a.img",), (bytes(100_000),)))
         answer = send(host, 50 * piece, proven=True)
         assert b"cannot store image files: more than 1048576 bytes in all" in answer
@@ -315,8 +338,8 @@ def test_memory_stays_bounded(host: AgentHost) -> None:
     wait_for(lambda: has_room(host))  # it reads what they have sent before it sees that they left
 
 
-def test_silent_upload(tmp_path: Path) -> None:
-    with small_agent(tmp_path, UPLOAD_SILENCE_MS=300) as host, host.connect() as agent:
+def test_silent_upload(tmp_path: Path, small: Path) -> None:
+    with agent_host(tmp_path, small) as host, host.connect() as agent:
         agent._send(protocol.Files(("a.img",), (b"x",)))
         message = agent._receive(time.monotonic() + 30)
         assert isinstance(message, protocol.Aborted)
@@ -369,28 +392,6 @@ def test_links_among_what_is_left_over(tmp_path: Path, binary: Path) -> None:
 def test_a_directory_whose_name_is_too_long(tmp_path: Path, binary: Path) -> None:
     done = subprocess.run([binary, "--dir", "/" + "x" * 81], capture_output=True, check=False)
     assert done.returncode == 2
-
-
-@contextmanager
-def small_agent(tmp_path: Path, **limits: int) -> Iterator[AgentHost]:
-    """An agent with other limits than its own."""
-    binary = tmp_path / "ovr-agent"
-    sources = tmp_path / "sources"
-    shutil.copytree(GUEST, sources, ignore=shutil.ignore_patterns("*.py", "packaging"))
-    (sources / "protocol.h").write_text(header())
-    for name, value in limits.items():
-        found = 0
-        for path in sources.glob("*.[ch]"):
-            line = rf"(?m)^#define {name} \d+"
-            new, count = re.subn(line, f"#define {name} {value}", path.read_text())
-            path.write_text(new)
-            found += count
-        assert found == 1, name
-    changed = (sources / "protocol.h").read_text()
-    with patch.multiple(compiler, _SOURCES=sources, header=lambda: changed):
-        build(lab=True, output=binary, flags=flags())
-    with agent_host(tmp_path, binary) as host:
-        yield host
 
 
 def has_room(host: AgentHost) -> bool:
