@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from ovr.lab.workload import build_workload
 from ovr.memory.addresses import Gpa, Offset
 from ovr.memory.ram import Slot
 from tests.unit.machine import ram_file
@@ -34,7 +35,7 @@ class RunningMachine:
     """It runs.
 
     Args:
-        directory: where its program and its RAM file are put.
+        directory: where its RAM file is put.
         options: of `machine.c`.
         threads: how many.
         parent: a Python program that starts the command that is its arguments.
@@ -49,9 +50,7 @@ class RunningMachine:
         parent: str = "",
         terminal: int | None = None,
     ) -> None:
-        program = directory / "machine"
-        if not program.exists():
-            subprocess.run(["gcc", "-O1", "-pthread", str(SOURCE), "-o", str(program)], check=True)
+        program = build_workload(SOURCE, "-std=gnu11", "-pthread")
         self.path = directory / "ram"
         self.path.write_bytes(bytes(RAM_BYTES))
         command = [str(program), str(self.path), str(threads), *options]

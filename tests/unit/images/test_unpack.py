@@ -40,14 +40,14 @@ def pack(path: Path, *parts: bytes | int, packer: str = "zstd") -> Path:
 
 @pytest.fixture
 def small(monkeypatch):
-    """A file system of 128 MiB to unpack to; gives a function: least that was free in it."""
+    """A file system of 32 MiB to unpack to; gives a function: least that was free in it."""
     where = Path(tempfile.mkdtemp(prefix="ovr-test-"))
-    command = ["mount", "-t", "tmpfs", "-o", "size=128M", "ovr-test", where]
+    command = ["mount", "-t", "tmpfs", "-o", "size=32M", "ovr-test", where]
     if subprocess.run(command, check=False, capture_output=True).returncode:
         where.rmdir()
         pytest.skip("cannot mount a file system here")
     monkeypatch.setenv("TMPDIR", str(where))
-    ended, least = threading.Event(), [128 << 20]
+    ended, least = threading.Event(), [32 << 20]
 
     def watch():
         while not ended.wait(0.001):
@@ -67,34 +67,34 @@ def small(monkeypatch):
 @pytest.mark.parametrize("packer", PACKERS)
 def test_a_bomb_leaves_room_for_others(tmp_path, small, packer):
     """Its header says how much is to come, and there is no room for it."""
-    size = 256 << 20
+    size = 64 << 20
     path = pack(tmp_path / "x", head("checkpoint/pages-1.img", size), size, END, packer=packer)
-    assert path.stat().st_size < 2 << 20
+    assert path.stat().st_size < 1 << 20
     with pytest.raises(UsageError, match="no space to unpack it") as caught:
         Archive.open(path)
     assert "TMPDIR" in caught.value.hint
-    assert small() > 120 << 20  # nothing of it was written
+    assert small() > 30 << 20  # nothing of it was written
 
 
 def test_a_bomb_of_many_members(tmp_path, small):
     parts = []
     for number in range(32):
-        parts += [head(f"checkpoint/pages-{number}.img", 8 << 20), 8 << 20]
+        parts += [head(f"checkpoint/pages-{number}.img", 2 << 20), 2 << 20]
     with pytest.raises(UsageError, match="no space to unpack it"):
         Archive.open(pack(tmp_path / "x", *parts, END))
-    assert 4 << 20 < small() < 40 << 20  # a tenth is left, but for the last member's size
+    assert 1 << 20 < small() < 10 << 20  # a tenth is left, but for the last member's size
 
 
 def test_what_is_no_tar_is_not_unpacked(tmp_path, small):
     with pytest.raises(UsageError, match="no tar archive inside"):
-        Archive.open(pack(tmp_path / "x", 256 << 20))
-    assert small() > 120 << 20
+        Archive.open(pack(tmp_path / "x", 64 << 20))
+    assert small() > 30 << 20
 
 
 def test_what_follows_the_end_is_not_unpacked(tmp_path, small):
     with pytest.raises(ImagesDamaged, match="more data after the end of the tar"):
-        Archive.open(pack(tmp_path / "x", container(), END, 256 << 20))
-    assert small() > 120 << 20
+        Archive.open(pack(tmp_path / "x", container(), END, 64 << 20))
+    assert small() > 30 << 20
 
 
 def test_more_than_this_host_has_memory_for(tmp_path):
