@@ -34,38 +34,23 @@ def boot(name):
     vm.save()
     return vm
 
+RUNS = set()
+
 @pytest.fixture
 def first(request):
-    count = request.config.cache.get("runs", 0)
-    request.config.cache.set("runs", count + 1)
-    return count == 0
+    new = request.path not in RUNS
+    RUNS.add(request.path)
+    return new
 """
 
 
-@pytest.fixture
-def outcome(tmp_path):
-    """Run a module of tests that have `vm` and `first`; give what pytest says."""
-
-    def run(module: str) -> str:
-        (tmp_path / "conftest.py").write_text(CONFTEST)
-        (tmp_path / "test_it.py").write_text(module)
-        environment = {**os.environ, "XDG_RUNTIME_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
-        done = subprocess.run(
-            [sys.executable, "-m", "pytest", "-v", "-p", "no:benchmark", "test_it.py"],
-            cwd=tmp_path, env=environment, capture_output=True, text=True, check=False,
-        )  # fmt: skip
-        assert not list((tmp_path / "ovr" / "lab").glob("mine*")), done.stdout
-        return done.stdout
-
-    return run
-
-
 FELL = "Oops: int3: 0000 [#1] PREEMPT SMP NOPTI"
-
-
-def test_runs_again_with_a_new_vm(outcome):
-    said = outcome(
-        f"""
+OTHER_DEATHS = {
+    "oops": "Oops: 0002 [#1] PREEMPT SMP",
+    "panic": "Kernel panic - not syncing",
+}
+MODULES = {
+    "new_vm": f"""
 def test_it(vm, first):
     if first:
         vm.console.write_text("{FELL}")
@@ -73,32 +58,18 @@ def test_it(vm, first):
 
 def test_next(vm):
     assert vm.console.read_text() == "ready\\n"
-"""
-    )
-    assert re.search(r"RAN AGAIN .*::test_it: stale int3 in mine-1", said), said
-    assert "2 passed" in said
-
-
-def test_runs_again_once(outcome):
-    said = outcome(f'def test_it(vm):\n    vm.console.write_text("{FELL}")\n    assert not vm.ram')
-    assert "1 passed" in said
-    said = outcome(f'def test_it(vm):\n    vm.console.write_text("{FELL}")\n    assert vm.ram')
-    assert "1 failed" in said
-    assert f"console of mine-1 -\n{FELL}" in said.replace("-" * 5, "").replace("\n\n", "\n")
-
-
-@pytest.mark.parametrize("death", ["Oops: 0002 [#1] PREEMPT SMP", "Kernel panic - not syncing"])
-def test_other_deaths_are_not_forgiven(outcome, death):
-    module = f'def test_it(vm, first):\n    vm.console.write_text("{death}")\n    assert not first'
-    said = outcome(module)
-    assert "1 failed" in said
-    assert death in said
-
-
-def test_a_vm_that_fell_in_a_fixture(outcome):
-    """The fixture has ended it already."""
-    said = outcome(
-        f"""
+""",
+    "no_failure": f"""
+def test_it(vm):
+    vm.console.write_text("{FELL}")
+    assert not vm.ram
+""",
+    "again": f"""
+def test_it(vm):
+    vm.console.write_text("{FELL}")
+    assert vm.ram
+""",
+    "in_a_fixture": f"""
 import pytest
 from conftest import boot
 
@@ -114,15 +85,8 @@ def booted(first):
 
 def test_it(booted):
     pass
-"""
-    )
-    assert "stale int3 in mine-2" in said
-    assert "1 passed" in said
-
-
-def test_a_boot_that_was_tried_again(outcome):
-    said = outcome(
-        f"""
+""",
+    "boot_again": f"""
 from conftest import boot
 
 def test_it(first):
@@ -131,6 +95,74 @@ def test_it(first):
     vm.down()
     boot("mine-2").down()
     assert not first
+""",
+} | {
+    name: f"""
+def test_it(vm, first):
+    vm.console.write_text("{death}")
+    assert not first
 """
-    )
-    assert "1 failed" in said
+    for name, death in OTHER_DEATHS.items()
+}
+
+
+@pytest.fixture(scope="module")
+def said(tmp_path_factory):
+    """What pytest says of each module of tests that have `vm` and `first`, and in all."""
+    directory = tmp_path_factory.mktemp("modules")
+    (directory / "conftest.py").write_text(CONFTEST)
+    for name, module in MODULES.items():
+        (directory / f"test_{name}.py").write_text(module)
+    environment = {**os.environ, "XDG_RUNTIME_DIR": str(directory), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-v", "-p", "no:benchmark", *(
+            f"test_{name}.py" for name in MODULES
+        )],
+        cwd=directory, env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert not list((directory / "ovr" / "lab").glob("mine*")), done.stdout
+    return done.stdout
+
+
+def outcomes(said: str, name: str) -> list[str]:
+    """What became of a module's tests."""
+    return re.findall(rf"^test_{name}\.py::\w+ (\w+)", said, re.MULTILINE)
+
+
+def ran_again(said: str, name: str) -> list[str]:
+    """Why tests of a module ran again."""
+    return re.findall(rf"^RAN AGAIN test_{name}\.py::test_it: (.*)", said, re.MULTILINE)
+
+
+def test_runs_again_with_a_new_vm(said):
+    assert outcomes(said, "new_vm") == ["PASSED", "PASSED"]
+    assert ran_again(said, "new_vm") == ["stale int3 in mine-1 (TCG)"]
+
+
+def test_runs_again_only_if_it_failed(said):
+    assert outcomes(said, "no_failure") == ["PASSED"]
+    assert not ran_again(said, "no_failure")
+
+
+def test_runs_again_once(said):
+    assert outcomes(said, "again") == ["FAILED"]
+    assert ran_again(said, "again") == ["stale int3 in mine-1 (TCG)"]
+    assert f"console of mine-1 -\n{FELL}" in said.replace("-" * 5, "").replace("\n\n", "\n")
+
+
+@pytest.mark.parametrize("name", OTHER_DEATHS)
+def test_other_deaths_are_not_forgiven(said, name):
+    assert outcomes(said, name) == ["FAILED"]
+    assert not ran_again(said, name)
+    assert OTHER_DEATHS[name] in said
+
+
+def test_a_vm_that_fell_in_a_fixture(said):
+    """The fixture has ended it already."""
+    assert outcomes(said, "in_a_fixture") == ["PASSED"]
+    assert ran_again(said, "in_a_fixture") == ["stale int3 in mine-2 (TCG)"]
+
+
+def test_a_boot_that_was_tried_again(said):
+    assert outcomes(said, "boot_again") == ["FAILED"]
+    assert not ran_again(said, "boot_again")
