@@ -18,7 +18,7 @@ from ovr.guest.client.requests import Portion
 from ovr.guest.codes import Code
 from ovr.guest.protocol import Touching
 from ovr.lab.agent import LabAgent
-from tests.unit.agent_host import AgentHost, alive, wait_for
+from tests.unit.agent_host import AgentHost, alive, one_link, wait_for
 from tests.unit.dump_host import (
     STATS,
     Images,
@@ -64,6 +64,7 @@ def test_the_tree_runs_on_if_it_is_to(host: AgentHost, agent: LabAgent, tree: Tr
     assert_unharmed(host, tree)
 
 
+@one_link
 def test_dumps_in_a_row_in_one_session(host: AgentHost, agent: LabAgent, tree: Tree) -> None:
     for _ in range(3):
         begin(host, agent, tree)
@@ -111,6 +112,7 @@ def test_images_come_without_a_word_of_the_host(host: AgentHost, tree: Tree) -> 
     assert_unharmed(host, tree)
 
 
+@one_link
 def test_only_regular_files_are_images(host: AgentHost, agent: LabAgent, tree: Tree) -> None:
     """Links, such as that to the parent, pipes and sockets are not opened."""
     images = Images()
@@ -132,6 +134,7 @@ def test_pages_images_come_on_request(host: AgentHost, agent: LabAgent, tree: Tr
     wait_for(lambda: not alive(*tree.pids))
 
 
+@one_link
 @pytest.mark.parametrize(
     "name", ["pages-2.img", "core-1.img", "pages-/../core-1.img", "pages-" + "x" * 300, ""]
 )
@@ -144,6 +147,7 @@ def test_what_is_no_pages_image(host: AgentHost, agent: LabAgent, tree: Tree, na
     assert_unharmed(host, tree)
 
 
+@one_link
 @pytest.mark.parametrize("pid", [0, 1, 1 << 31, (1 << 32) + 2])
 def test_no_such_process(host: AgentHost, agent: LabAgent, tree: Tree, pid: int) -> None:
     with pytest.raises(AttemptFailed, check=lambda error: error.code == Code.TASK):
@@ -151,12 +155,14 @@ def test_no_such_process(host: AgentHost, agent: LabAgent, tree: Tree, pid: int)
     assert_unharmed(host, tree)
 
 
+@one_link
 def test_a_dump_needs_a_parent(host: AgentHost, agent: LabAgent, tree: Tree) -> None:
     with pytest.raises(AttemptFailed, check=lambda error: error.code == Code.PROTOCOL):
         agent.start_dump(tree.process.pid, {}, criu_options=options(host))
     assert_unharmed(host, tree)
 
 
+@one_link
 def test_one_at_a_time(host: AgentHost, agent: LabAgent, tree: Tree) -> None:
     begin(host, agent, tree)
     for act in (lambda other: begin(host, other, tree), LabAgent.end_dump):
@@ -168,6 +174,7 @@ def test_one_at_a_time(host: AgentHost, agent: LabAgent, tree: Tree) -> None:
     assert_unharmed(host, tree)
 
 
+@one_link
 @pytest.mark.parametrize("own", [False, True])
 def test_another_tree_than_the_one_held(
     host: AgentHost, agent: LabAgent, tree: Tree, *, own: bool
@@ -180,12 +187,14 @@ def test_another_tree_than_the_one_held(
     assert_unharmed(host, tree)
 
 
+@one_link
 def test_no_tree_is_held(host: AgentHost, agent: LabAgent, tree: Tree) -> None:
     with pytest.raises(AttemptFailed, check=lambda error: error.code == Code.CRIU):
         begin(host, agent, tree, criu_options=options(host, "no-tree"))
     assert_unharmed(host, tree)
 
 
+@one_link
 @pytest.mark.parametrize("stage", ["start", "seized"])
 def test_criu_fails(host: AgentHost, agent: LabAgent, tree: Tree, stage: str) -> None:
     with pytest.raises(CriuFailed, match=rf"failed \(1\): .*at {stage}"):
@@ -193,6 +202,7 @@ def test_criu_fails(host: AgentHost, agent: LabAgent, tree: Tree, stage: str) ->
     assert_unharmed(host, tree)
 
 
+@one_link
 def test_criu_fails_at_the_last_moment(host: AgentHost, agent: LabAgent, tree: Tree) -> None:
     begin(host, agent, tree, criu_options=options(host, "fail-end"))
     with pytest.raises(CriuFailed, match=r"failed \(1\): .*at end"):
@@ -200,6 +210,7 @@ def test_criu_fails_at_the_last_moment(host: AgentHost, agent: LabAgent, tree: T
     assert_unharmed(host, tree)
 
 
+@one_link
 def test_criu_is_not_there(host: AgentHost, agent: LabAgent, tree: Tree) -> None:
     criu = host.directory / "criu"
     there = criu.rename(host.directory / "aside")
@@ -209,6 +220,7 @@ def test_criu_is_not_there(host: AgentHost, agent: LabAgent, tree: Tree) -> None
     assert_unharmed(host, tree)
 
 
+@one_link
 def test_log_is_kept_on_request(host: AgentHost, agent: LabAgent, tree: Tree) -> None:
     with pytest.raises(CriuFailed):
         dump(
@@ -279,6 +291,7 @@ def hold(host: AgentHost, agent: LabAgent, pid: int) -> None:
     dump(agent, pid, Images().save, criu_options=options(host), leave_running=True)
 
 
+@one_link
 def test_touching_to_read_changes_nothing(
     host: AgentHost, agent: LabAgent, subject: tuple[subprocess.Popen[bytes], int]
 ) -> None:
@@ -302,6 +315,7 @@ def test_touching_to_read_changes_nothing(
     assert process.poll() is None
 
 
+@one_link
 @pytest.mark.parametrize("how", [Touching.KEEP, Touching.DISCARD])
 def test_the_memory_of_a_dumped_tree_is_not_written(
     host: AgentHost,
@@ -318,6 +332,7 @@ def test_the_memory_of_a_dumped_tree_is_not_written(
     agent.end_dump()
 
 
+@one_link
 def test_only_the_held_tree_is_touched(host: AgentHost, agent: LabAgent, tree: Tree) -> None:
     held = begin(host, agent, tree)
     for pid in (os.getpid(), host.process.pid, held.criu_pid, 1):
