@@ -63,7 +63,7 @@ cdef class RamMap:
             if file.st_size < offset + size or size <= 0:
                 raise ValueError(f"slot at GPA {gpa:#x} does not lie inside its RAM file")
             # Firmware cuts RAM below 1 MiB into slots of small pages, and a hugetlbfs maps whole
-            # huge ones only: what is around the slot is mapped with it, and never addressed.
+            # huge ones only: the mapping may extend beyond the slot, where nothing accesses it.
             unit = mapping_unit(fd)
             if unit == 0:
                 raise OSError(errno, os.strerror(errno))
@@ -108,7 +108,7 @@ cdef class RamMap:
         self._hold = hold
 
     cdef HoldPage *_gate(self) except? NULL:
-        # What a write must enter; NULL only where writes need no hold.
+        # Writers must enter it; NULL only where writes need no hold.
         if not self._writable:
             raise PermissionError("guest RAM is mapped read-only")
         if self._hold is not None:
@@ -162,12 +162,12 @@ cdef class RamMap:
             raise GuestFault(f"guest physical range {gpa:#x}+{size:#x} is not RAM", gpa)
 
     cdef void _begin(self) noexcept:
-        # Before a loop; whoever calls this counts `_users` down again.
+        # Call it before a loop; the caller decrements `_users` afterwards.
         self._users += 1
         ovr_guard_install()
 
     cdef int _done(self, void *lost) except -1:
-        # `lost` is what guarded work could not touch: guest RAM, or else its source.
+        # `lost` is the address of a failed access of guarded work: in guest RAM, or in its source.
         cdef Py_ssize_t i
         cdef uint64_t offset
         if lost == NULL:

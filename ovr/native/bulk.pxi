@@ -1,24 +1,24 @@
-# Many pages at once: mapped ahead, copied, compared.
+# Map ahead, copy and compare many pages at once.
 
 cdef enum:
-    # Bytes for which a system call is worth it, when host pages are mapped ahead.
+    # Minimum size of a range to map ahead by a system call.
     WORTH_ADVICE = 65536
 
-    # What the kernel maps when a page of a file is looked at: fault_around_bytes of mm/memory.c,
-    # or a huge page.
+    # Unit that the kernel maps on a read fault of a file: fault_around_bytes (mm/memory.c) or a
+    # huge page.
     AROUND_SHIFT = 16
     HUGE_SHIFT = 21
 
     # UIO_MAXIOV of include/uapi/linux/uio.h
     MAX_VECTORS = 1024
 
-    # In the place of an errno: a file has ended before the read; the kernel's go up to 4095.
+    # Instead of an errno, which is at most 4095: the file ended before the read.
     WAS_CUT_OFF = 4096
 
-    # What is copied between two looks at the gate: 0.2 ms or so.
+    # Bytes copied between two checks of the gate: about 0.2 ms.
     CHUNK = 1 << 20
 
-    # What is read of a source at once to be compared: fits into a core's cache.
+    # Bytes of the source read at once for a comparison: they fit into a core's cache.
     GLASS = 256 << 10
 
 cdef packed struct Pair:
@@ -31,8 +31,8 @@ cdef struct Matching:
     const Run *runs
     Py_ssize_t count
     const uint8_t *source
-    Py_ssize_t which        # the run that differs, `count` if none does
-    int64_t at              # where in it
+    Py_ssize_t which        # index of the run that differs, `count` if none does
+    int64_t at              # offset in that run
 
 cdef struct Reading:
     const Ram *ram
@@ -40,15 +40,15 @@ cdef struct Reading:
     Py_ssize_t count
     int fd
     int flags               # of preadv2
-    int64_t base            # where in the file the source begins
-    Py_ssize_t at           # the run that is next, and how much of it is done
+    int64_t base            # offset of the source in the file
+    Py_ssize_t at           # index of the next run; `done` bytes of it are copied
     uint64_t done
     uint64_t copied         # bytes, in the order of the runs
     HoldPage *gate
     uint32_t generation
-    GateEntry entry         # what the gate said at last
-    int error               # an errno; EFAULT is of guest RAM
-    void *lost              # what could not be written to, then
+    GateEntry entry         # last result of gate_enter()
+    int error               # an errno; EFAULT is about guest RAM
+    void *lost              # the address, if `error` is EFAULT
     iovec vectors[MAX_VECTORS]
 
 cdef struct Pouring:
@@ -60,7 +60,7 @@ cdef struct Pouring:
     HoldPage *gate
     uint32_t generation
     GateEntry entry
-    bint inside             # of the gate, where the work was left by a jump
+    bint inside             # whether a jump left the work inside the gate
 
 cdef struct Drawing:
     const Ram *ram
@@ -78,9 +78,9 @@ cdef struct Reviewing:
     int flags
     int64_t base
     const HoldPage *gate
-    uint8_t *glass          # what was read of the source
+    uint8_t *glass          # buffer for the source
     uint64_t compared       # bytes, in the order of the runs
-    uint64_t differs        # the GVA of the page that does, if `found`
+    uint64_t differs        # GVA of the page that differs, if `found`
     bint found
     int error
 
@@ -89,7 +89,7 @@ cdef struct Mapping:
     const Run *runs
     Py_ssize_t count
     int advice
-    uint64_t seen           # so that no compiler leaves out to look
+    uint64_t seen           # keeps the compiler from dropping the reads
 
 cdef struct Comparing:
     const uint8_t *one
@@ -100,7 +100,7 @@ cdef struct Comparing:
 
 
 cdef void _map(void *given) noexcept nogil:
-    # Errors do not matter here: what is not mapped ahead faults during the copy.
+    # Errors do not matter here: pages not mapped ahead fault during the copy.
     cdef Mapping *job = <Mapping *>given
     cdef Py_ssize_t i
     cdef uint64_t size, at, end, first, around
@@ -126,9 +126,9 @@ cdef void _map(void *given) noexcept nogil:
 
 
 cdef void _look(Mapping *job, const Slot *slot, uint64_t at) noexcept nogil:
-    # To look at a page maps it, and those around it that are in the file, of a shared file for
-    # writing too. It is a miss of the cache, so once is enough; what is not mapped then faults
-    # during the copy. Where pages should be huge but are not, the kernel looks at each.
+    # A read fault maps the page and those around it that are in the page cache; of a shared file
+    # for writing, too. It costs a cache miss, so one per unit is enough; pages not mapped by it
+    # fault during the copy. Where pages should be huge but are not, populate them all.
     cdef uint64_t begin = <uint64_t>slot.host
     cdef uint64_t end = begin + slot.size
     if slot.around_shift == HUGE_SHIFT:
@@ -140,9 +140,9 @@ cdef void _look(Mapping *job, const Slot *slot, uint64_t at) noexcept nogil:
 
 
 cdef void _copy_in(Reading *job) noexcept nogil:
-    # The kernel copies from its page cache to the RAM file: no page of the source is mapped here,
-    # which costs as much as half of the copy, and what is cut off is an error instead of a signal.
-    # Ends before its end where the source would have to be waited for, or the hold is to end.
+    # The kernel copies from its page cache to the RAM file. No page of the source is mapped, which
+    # would cost as much as half of the copy, and a truncated source is an error, not a signal.
+    # Stops early if the source is not in the page cache, or if the hold should end.
     cdef int64_t start = 0
     cdef int count
     cdef bint more = True
@@ -158,7 +158,7 @@ cdef void _copy_in(Reading *job) noexcept nogil:
 
 
 cdef bint _read_chunk(Reading *job, int count, int64_t start) noexcept nogil:
-    # False: that is all.
+    # Returns False if nothing more can be copied now.
     cdef ssize_t got
     cdef size_t part
     cdef int i = 0
@@ -185,7 +185,7 @@ cdef bint _read_chunk(Reading *job, int count, int64_t start) noexcept nogil:
 
 
 cdef int _gather(Reading *job, int64_t *start) noexcept nogil:
-    # Where the next bytes of the source go, as long as they follow each other there.
+    # Collect the destinations of the next bytes of the source, up to a gap in the source.
     cdef const Run *run = &job.runs[job.at]
     cdef int64_t at = run.offset + <int64_t>job.done
     cdef uint64_t part = 0
@@ -229,7 +229,7 @@ cdef void _differ(void *given) noexcept nogil:
 
 
 cdef void _pour(void *given) noexcept nogil:
-    # As `_copy_in`, from memory. Left by a jump where guest RAM is cut off: inside of the gate.
+    # As `_copy_in`, from memory. If guest RAM was truncated, a jump leaves it inside the gate.
     cdef Pouring *job = <Pouring *>given
     cdef Py_ssize_t i
     cdef uint64_t done, part = 0
@@ -255,7 +255,7 @@ cdef void _pour(void *given) noexcept nogil:
 
 
 cdef void _draw(void *given) noexcept nogil:
-    # Ends before its end if the hold is to end.
+    # Stops early if the hold should end.
     cdef Drawing *job = <Drawing *>given
     cdef Py_ssize_t i
     cdef uint64_t done, part = 0
@@ -273,11 +273,11 @@ cdef void _draw(void *given) noexcept nogil:
 
 
 cdef void _review(void *given) noexcept nogil:
-    # Ends before its end as `_copy_in` does. Several small runs share a look into the source.
+    # Stops early as `_copy_in` does. Several small runs share one read of the source.
     cdef Reviewing *job = <Reviewing *>given
     cdef Py_ssize_t i
     cdef uint64_t done, part
-    cdef uint64_t there = 0     # how much of the glass is left, and where it begins
+    cdef uint64_t there = 0     # bytes left in the buffer, and where they begin
     cdef uint64_t used = 0
     for i in range(job.count):
         done = 0
@@ -297,8 +297,8 @@ cdef void _review(void *given) noexcept nogil:
 
 
 cdef uint64_t _read_glass(Reviewing *job, Py_ssize_t i, uint64_t done) noexcept nogil:
-    # How much was read, of runs that follow each other in the source; 0: that would have to be
-    # waited for, or there is an error.
+    # Returns the bytes read, of runs that are adjacent in the source; 0 if they are not in the page
+    # cache, or on an error.
     cdef int64_t offset = job.runs[i].offset + <int64_t>done
     cdef uint64_t size = job.runs[i].size - done
     cdef iovec vector

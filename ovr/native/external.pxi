@@ -1,4 +1,4 @@
-# What is C: the guard, what the kernel and the compiler give.
+# Declarations of C: the guard, system calls, compiler builtins.
 
 cdef extern from "guard.h":
     void ovr_guard_install() noexcept
@@ -25,7 +25,7 @@ cdef extern from *:
         return syscall(SYS_cachestat, fd, range, found, 0u) ? -1 : (int64_t)found[0];
     }
 
-    /* What a mapping of the file has to be made of: huge pages in a hugetlbfs; 0 is an error. */
+    /* Page size of the file's mappings, larger in a hugetlbfs; 0 on error. */
     static inline uint64_t ovr_mapping_unit(int fd)
     {
         struct statfs info;
@@ -52,11 +52,11 @@ cdef extern from *:
     static inline void ovr_prefetch(const void *p)
     {
         __builtin_prefetch(p);
-        /* Else GCC takes whoever does nothing else for a pure function, and leaves it out. */
+        /* Otherwise GCC takes a caller that does nothing else for a pure function, and drops it. */
         __asm__ volatile("");
     }
 
-    /* What was stored before is in memory if guarded work is left after it. */
+    /* Make earlier stores reach memory before guarded work is left by a jump. */
     static inline void ovr_settle(void)
     {
         __atomic_signal_fence(__ATOMIC_SEQ_CST);

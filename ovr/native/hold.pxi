@@ -1,4 +1,4 @@
-# Holding a VM still: the gate that writes to guest RAM go through, and what a tracer is asked.
+# Hold a VM: the gate for writes to guest RAM, and the requests to the tracer.
 
 cdef extern from "hold.h" nogil:
     struct hold_page:

@@ -1,17 +1,17 @@
 # Where guest memory is on the host, and plain access to it.
 #
-# Everything read from guest memory is a claim: an address counts only after `_host` found it in a
-# slot. What touches mapped files is guarded work (`guard.h`): a function of a struct, which says
-# what it is given and what it leaves.
+# Nothing read from guest memory is trusted: an address is used only after `_host` has found it in
+# a slot. Code that touches mapped files is guarded work (`guard.h`): a function of one struct,
+# which has its arguments and results.
 
 cdef struct Slot:
     uint64_t gpa
     uint64_t size
     char *host
-    void *mapping           # which has the slot in it
-    uint64_t mapped         # its bytes
-    int around_shift        # of the bytes that the kernel maps at once
-    uint8_t *looked         # of each of them, whether a page was mapped ahead
+    void *mapping           # contains the slot
+    uint64_t mapped         # size of the mapping
+    int around_shift        # log2 of the bytes that the kernel maps at once
+    uint8_t *looked         # for each such unit, whether it was mapped ahead
 
 cdef struct Ram:
     Slot *slots

@@ -1,4 +1,4 @@
-# Page tables, and whose the pages are.
+# Walk page tables, and check who owns the pages.
 
 # arch/x86/include/asm/pgtable_types.h
 cdef uint64_t PTE_PRESENT = 1
@@ -22,11 +22,11 @@ cdef enum:
     F_SOFT_DIRTY = 16
 
 cdef enum:
-    # Struct pages of scattered frames are scattered: translations of the array, a large page
-    # each, are remembered, enough for 128 GiB of guest RAM.
+    # Struct pages of scattered frames are scattered: cache translations of the array, one for each
+    # of its large pages, enough for 128 GiB of guest RAM.
     VMEMMAP_SHIFT = 21
     VMEMMAP_PIECES = 1024
-    # How many page table entries ahead a struct page is fetched: a miss takes as long as some.
+    # Prefetch distance of struct pages, in page table entries.
     FETCH_AHEAD = 48
 
 cdef enum:
@@ -49,10 +49,10 @@ cdef packed struct Run:
 
 cdef struct Vmemmap:
     uint64_t gva
-    char *host              # NULL: not known
+    char *host              # NULL if not cached
 
 cdef struct Frames:
-    # Where the guest keeps its `struct page` array and what to look at in an element.
+    # Place of the guest's `struct page` array, and offsets of members.
     uint64_t root
     int levels
     uint64_t vmemmap
@@ -60,13 +60,13 @@ cdef struct Frames:
     uint64_t flags
     uint64_t mapping
     uint64_t compound_head
-    # What makes a frame the owner's: bits of its own flags, and of its folio's flags and mapping.
+    # Proof of ownership: bits of the page's flags, and of its folio's flags and mapping.
     uint64_t page_mask
     uint64_t folio_mask
     uint64_t folio_value
     uint64_t mapping_mask
     uint64_t mapping_value
-    # What makes reclaim keep what is written to it: see `ovr.memory.paging.Frames`.
+    # Proof that reclaim keeps a page's content: see `ovr.memory.paging.Frames`.
     uint64_t dirty_mask
     uint64_t clean_mask
     uint64_t clean_value
@@ -80,7 +80,7 @@ cdef struct Walk:
     Frames *frames
     uint64_t soft_dirty     # the bit of an entry that tells pages apart; 0: none does
     uint64_t fault          # GPA of a table that is not in RAM, when status is WALK_FAULT
-    Piece piece             # the one being walked: gives each run its source offset
+    Piece piece             # being walked: gives each run its source offset
 
 cdef struct Translation:
     const Ram *ram
@@ -223,9 +223,9 @@ cdef int _leaf(
 
 
 cdef bint _owned(const Ram *ram, Frames *f, uint64_t pfn, uint64_t entry) noexcept nogil:
-    # True if the kernel itself says what `frames` asks for: of an anonymous page that it
-    # belongs to one process alone, of a page of shared memory which object it belongs to; and
-    # of both that reclaim will not drop what is written to them.
+    # True if the page's state is what `frames` requires: an anonymous page belongs to one process
+    # alone, a page of shared memory to the given object; and reclaim will not drop the content
+    # written to it.
     cdef uint64_t gva = f.vmemmap + pfn * f.stride
     cdef char *page = _page(ram, f, gva)
     cdef uint64_t head, flags
@@ -249,8 +249,8 @@ cdef bint _owned(const Ram *ram, Frames *f, uint64_t pfn, uint64_t entry) noexce
 
 
 cdef inline bint _stays(const Frames *f, uint64_t flags, uint64_t entry) noexcept nogil:
-    # Reclaim collects the dirty bits of all page table entries in that of the folio, and drops a
-    # folio that is clean then if its content is elsewhere or was given up.
+    # Reclaim transfers the dirty bits of all page table entries to the folio, and drops a folio
+    # that is still clean if its content is on disk or was given up (MADV_FREE).
     if flags & f.dirty_mask or entry & (PTE_DIRTY | PTE_SAVED_DIRTY):
         return True
     return f.clean_mask and flags & f.clean_mask == f.clean_value
@@ -264,7 +264,7 @@ cdef char *_page(const Ram *ram, Frames *f, uint64_t gva) noexcept nogil:
     cdef uint64_t available = 0
     cdef uint64_t in_slot = 0
     cdef char *host
-    if gva & 7:  # the guest says where a folio's head is
+    if gva & 7:  # a folio's head is an address read from the guest
         return NULL
     if known.host != NULL and known.gva == gva - inside and piece - inside >= f.stride:
         return known.host + inside
@@ -273,7 +273,7 @@ cdef char *_page(const Ram *ram, Frames *f, uint64_t gva) noexcept nogil:
     host = _host(ram, gpa, &in_slot)
     if host == NULL or min(available, in_slot) < f.stride:
         return NULL
-    # Remembered only if all of the piece is in one page of the guest, and in one slot.
+    # Cached only if the whole piece is in one page of the guest, and in one slot.
     if available + inside >= piece and gpa >= inside:
         if _host(ram, gpa - inside, &in_slot) == host - inside and in_slot >= piece:
             known.gva = gva - inside
@@ -282,7 +282,7 @@ cdef char *_page(const Ram *ram, Frames *f, uint64_t gva) noexcept nogil:
 
 
 cdef void _fetch(Frames *f, uint64_t entry) noexcept nogil:
-    # Only where a known piece is: a guess that is wrong or missing costs a little time.
+    # Only in cached pieces: a wrong or missing guess costs a little time.
     cdef uint64_t gva = f.vmemmap + ((entry & PTE_ADDRESS) >> 12) * f.stride
     cdef uint64_t inside = gva & ((<uint64_t>1 << VMEMMAP_SHIFT) - 1)
     cdef Vmemmap *known = &f.known[(gva >> VMEMMAP_SHIFT) & (VMEMMAP_PIECES - 1)]
