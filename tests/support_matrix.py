@@ -2,7 +2,7 @@
 
 ::
 
-    export OVR_RECORD=1
+    export OVR_RECORD=1 OVR_ALL=1
     python -m pytest tests/vm/test_states.py tests/vm/test_pool.py tests/vm/test_services.py
     python -m tests.support_matrix
 

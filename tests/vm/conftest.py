@@ -17,7 +17,8 @@ SIZE = 192 << 20
 SUITES = ("trixie", "bookworm", "forky")
 EVERYTHING = bool(os.environ.get("OVR_ALL"))
 """Whether to run what is much the same on another suite, too: an hour under TCG."""
-
+one_suite = pytest.mark.parametrize("suite", SUITES if EVERYTHING else SUITES[:1], indirect=True)
+"""For a test of what no kernel and no CRIU has different."""
 
 PREFIX = f"test-{os.getpid()}-"
 FINDING = re.compile(r"ERROR: \w+Sanitizer|runtime error:")
@@ -121,8 +122,9 @@ def dumps(tmp_path_factory) -> Iterator[dict[str, Dump]]:
     yield Dumps()
 
 
-@pytest.fixture(params=SUITES)
+@pytest.fixture(scope="module", params=SUITES)
 def suite(request) -> str:
+    """A suite. A module runs all tests of one before those of the next: `Pool` has few VMs."""
     return request.param
 
 

@@ -16,7 +16,7 @@ from ovr.images.framing import encode, image_bytes
 from ovr.state import KINDS
 from tests.support_matrix import RECORD
 from tests.vm import states_lab as states
-from tests.vm.conftest import SUITES
+from tests.vm.conftest import EVERYTHING, SUITES
 from tests.vm.pool import MAPPED, ROOT
 
 NAMES = [kind.name for kind in KINDS]
@@ -35,7 +35,13 @@ class Experiment:
     report: ovr.Report
 
 
-@pytest.fixture(scope="session", params=[(s, n) for s in SUITES for n in (1, 3)], ids=str)
+EXPERIMENTS = [
+    (suite, processes) for suite in SUITES for processes in (1, 3)
+    if EVERYTHING or processes > 1 or suite == SUITES[0]
+]  # fmt: skip
+
+
+@pytest.fixture(scope="session", params=EXPERIMENTS, ids=str)
 def experiment(request, pool, tmp_path_factory) -> Experiment:
     suite, processes = request.param
     path = tmp_path_factory.mktemp(f"states-{suite}-{processes}") / "images"
@@ -129,6 +135,7 @@ def test_nothing_is_left_out(experiment):
     assert set(experiment.report.states) == {"memory", *NAMES}
 
 
+@pytest.mark.parametrize("suite", SUITES if EVERYTHING else SUITES[:2], indirect=True)
 def test_chosen_kinds(suite, pool, tmp_path):
     """A group and a name: those outside, everything else inside, and all of it right."""
     vm = pool.get(suite)
