@@ -46,7 +46,7 @@ class RunningMachine:
         self,
         directory: Path,
         *options: str,
-        threads: int = 4,
+        threads: int = 2,
         parent: str = "",
         terminal: int | None = None,
     ) -> None:
