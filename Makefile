@@ -82,13 +82,14 @@ lint: setup
 	$(LIST_C) | xargs $(BIN)/python -m tests.lint_c
 	$(BIN)/codespell
 
+# In the order of names: the files with few tests, which would come last, are those that take long.
 unit: setup
-	$(BIN)/python -m pytest tests/unit -q $(PARALLEL) $(PYTEST)
+	$(BIN)/python -m pytest tests/unit -q $(PARALLEL) --no-loadscope-reorder $(PYTEST)
 
 # The benchmarks run, small and once; nobody judges their times. The fuzz targets run for seconds.
 smoke: setup
 	OVR_BENCH=smoke $(BIN)/python -m pytest bench -q
-	$(BIN)/python -m pytest tests/fuzz -q
+	$(BIN)/python -m pytest tests/fuzz -q -n 2
 
 vm: setup
 	$(BIN)/python -m pytest tests/vm -v -rs --durations=40 $(PARALLEL) $(PYTEST)
