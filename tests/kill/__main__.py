@@ -19,8 +19,9 @@ from ovr.lab.cache import cache_directory
 from ovr.lab.image import SUITES
 from tests import subject
 from tests.kill import check
-from tests.kill.attempt import RESTORE, VICTIMS, Event, Point, events_of, perform, points
+from tests.kill.attempt import RESTORE, VICTIMS, Point, perform, points
 from tests.kill.dumping import DumpRange
+from tests.kill.place import Place
 
 MIB = 1 << 20
 MEMORY = "512M"
@@ -34,8 +35,8 @@ class Outcome:
     failed: list[str] = field(default_factory=list)
 
 
-class Range:
-    """Where restores are done: images, and a VM that is booted when there is none.
+class Range(Place):
+    """Images, and a VM in which they are restored.
 
     Args:
         boot: boots a VM.
@@ -48,39 +49,15 @@ class Range:
     def __init__(
         self, boot: Callable[[], lab.LabVm], images: subject.Images, scratch: Path
     ) -> None:
-        self._boot = boot
+        super().__init__(boot, scratch)
         self.images = images
         self._checksums = images.checksums()
-        self.temporary = scratch / "tmp"
-        self.temporary.mkdir()
-        self._vm: lab.LabVm | None = None
-        self.events: list[Event] = []
 
-    @property
-    def vm(self) -> lab.LabVm:
-        """A VM that runs."""
-        if self._vm is None or not self._vm.alive:
-            self.down()
-            self._vm = self._boot()
-            subject.install(self._vm)
-            for _ in range(0 if self.events else 2):  # the first is slow
-                self.events = events_of(self.command(), self.temporary)
-                subject.end(self._vm)
-        return self._vm
-
-    def command(self) -> list[str]:
-        """Return the command of one restore."""
-        assert self._vm is not None
-        return ["tests.kill.restorer", f"lab:{self._vm.name}", str(self.images.path)]
-
-    def down(self) -> None:
-        """End the VM."""
-        if self._vm is not None:
-            self._vm.down()
-            self._vm = None
+    def command(self, vm: lab.LabVm) -> list[str]:
+        subject.end(vm)
+        return ["tests.kill.restorer", f"lab:{vm.name}", str(self.images.path)]
 
     def shoot(self, victim: str, point: Point) -> str:
-        """Kill the victim at that point, and restore again; returns what became of the tree."""
         became = self.hit(victim, point)
         check.next_restore(self.vm, self.images)
         return became
@@ -88,8 +65,7 @@ class Range:
     def hit(self, victim: str, point: Point) -> str:
         """Kill the victim at that point of a restore; returns what became of the tree."""
         vm = self.vm
-        subject.end(vm)
-        attempt, met = perform(vm, self.command(), victim, point, self.temporary)
+        attempt, met = perform(vm, self.command(vm), victim, point, self.temporary)
         try:
             became = check.after(vm, victim, attempt, self.temporary)
         finally:
@@ -99,7 +75,7 @@ class Range:
         return became if met else f"{became}; nobody to kill"
 
 
-def sweep(place: Range | DumpRange, victim: str, count: int, outcome: Outcome) -> None:
+def sweep(place: Place, victim: str, count: int, outcome: Outcome) -> None:
     """Kill the victim at so many points."""
     place.vm  # noqa: B018 - boots, and learns the events
     for point in points(place.events, victim, count, place.story):

@@ -16,8 +16,8 @@ from ovr.errors import AgentUnreachable, OvrError
 from tests import subject
 
 __all__ = [
-    "DUMP", "ON_THE_HOST", "RESTORE", "TRACER", "VICTIMS", "Attempt", "Event", "Point", "events_of",
-    "name_of", "perform", "points",
+    "DUMP", "ON_THE_HOST", "RESTORE", "TRACER", "VICTIMS", "Attempt", "Event", "Point", "Story",
+    "events_of", "name_of", "perform", "points",
 ]  # fmt: skip
 
 PATIENCE = 90.0  # seconds for it to come to its end, whatever was killed

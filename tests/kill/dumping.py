@@ -8,7 +8,8 @@ from ovr import lab
 from ovr.lab.share import SHARE
 from tests import subject
 from tests.kill import check
-from tests.kill.attempt import DUMP, Attempt, Event, Point, events_of, perform
+from tests.kill.attempt import DUMP, Attempt, Point, events_of, perform
+from tests.kill.place import Place
 
 __all__ = ["DumpRange"]
 
@@ -17,7 +18,7 @@ OF_THE_TREE = ("root", "task")
 DAMAGED = "may not run as before"
 
 
-class DumpRange:
+class DumpRange(Place):
     """A VM with a tree, which is dumped into a directory that host and guest share.
 
     Args:
@@ -29,32 +30,11 @@ class DumpRange:
     story = DUMP
 
     def __init__(self, boot: Callable[[], lab.LabVm], share: Path, scratch: Path) -> None:
-        self._boot = boot
+        super().__init__(boot, scratch)
         self._images = share / "dump"
-        self.temporary = scratch / "tmp"
-        self.temporary.mkdir(exist_ok=True)
-        self._vm: lab.LabVm | None = None
-        self.events: list[Event] = []
 
-    @property
-    def vm(self) -> lab.LabVm:
-        """A VM that runs."""
-        if self._vm is None or not self._vm.alive:
-            self.down()
-            self._vm = self._boot()
-            subject.install(self._vm)
-            for _ in range(0 if self.events else 2):  # the first is slow
-                self.events = events_of(self._command(self._vm), self.temporary)
-        return self._vm
-
-    def down(self) -> None:
-        """End the VM."""
-        if self._vm is not None:
-            self._vm.down()
-            self._vm = None
-
-    def _command(self, vm: lab.LabVm) -> list[str]:
-        # Of one dump of a tree that was just started.
+    def command(self, vm: lab.LabVm) -> list[str]:
+        """Start a tree, and return the command of a dump of it."""
         subject.end(vm)
         shutil.rmtree(self._images, ignore_errors=True)
         self._images.mkdir()
@@ -62,15 +42,14 @@ class DumpRange:
         return ["tests.kill.dumper", f"lab:{vm.name}", str(pid), str(self._images)]
 
     def shoot(self, victim: str, point: Point) -> str:
-        """Kill the victim at that point of a dump, and dump again; returns the tree's fate."""
         vm = self.vm
-        attempt, met = perform(vm, self._command(vm), victim, point, self.temporary)
+        attempt, met = perform(vm, self.command(vm), victim, point, self.temporary)
         try:
             became = self._after(vm, victim, attempt)
         finally:
             attempt.close()
         vm = self.vm
-        events_of(self._command(vm), self.temporary)
+        events_of(self.command(vm), self.temporary)
         self._restore(vm)
         shutil.rmtree(self._images)
         return became if met else f"{became}; nobody to kill"

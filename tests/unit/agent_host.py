@@ -35,16 +35,18 @@ one_link = pytest.mark.parametrize("agent", [False], ids=["stream"], indirect=Tr
 """For what is the same over each kind of link: the fixture `agent` is a session over one."""
 IMAGES = {"inventory.img": b"inventory", "core-1.img": b"\x00" * 5000, "empty.img": b""}
 
-_FAKE_CRIU = """#!{python} -Ss
-import ctypes, os, signal, sys, time
+FAKE_CRIU = """#!{python} -Ss
+import ctypes, os, signal, socket, sys, time
 
-started = time.monotonic()
 if "--version" in sys.argv:
     print("Version: 9.9.9")
     raise SystemExit
 libc = ctypes.CDLL(None, use_errno=True)
 libc.ptrace.argtypes = [ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p]
 SEIZE, INTERRUPT, DETACH = 0x4206, 0x4207, 17
+"""
+_RESTORING = """
+started = time.monotonic()
 options = dict(zip(sys.argv[2:], sys.argv[3:]))
 work, script, marks = options["-W"], options["--action-script"], options["--marks"]
 mode = options["--mode"]
@@ -264,7 +266,7 @@ def agent_host(directory: Path, binary: Path | None = None) -> Iterator[AgentHos
     valgrind = valgrind_command(directory)
     binary = binary or agent_program()
     criu = directory / "criu"
-    criu.write_text(_FAKE_CRIU.format(python=PYTHON, valgrind=valgrind))
+    criu.write_text((FAKE_CRIU + _RESTORING).format(python=PYTHON, valgrind=valgrind))
     criu.chmod(0o755)
     podman = directory / "podman"
     names = {"directory": str(directory), "criu": str(criu)}

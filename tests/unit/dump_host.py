@@ -19,20 +19,12 @@ from typing import Any
 from ovr.guest import dump_protocol, protocol
 from ovr.guest.client.results import HeldTree
 from ovr.lab.agent import LabAgent
-from tests.unit.agent_host import PYTHON, AgentHost, alive, valgrind_command, wait_for
+from tests.unit.agent_host import FAKE_CRIU, PYTHON, AgentHost, alive, valgrind_command, wait_for
 
 PARENT = {"inventory.img": b"parent", "pagemap-1.img": b"\x00" * 100}
 STATS = b"statistics"
 
-_FAKE_CRIU = """#!{python} -Ss
-import ctypes, os, signal, socket, sys, time
-
-if "--version" in sys.argv:
-    print("Version: 9.9.9")
-    raise SystemExit
-libc = ctypes.CDLL(None, use_errno=True)
-libc.ptrace.argtypes = [ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p]
-SEIZE, INTERRUPT, DETACH = 0x4206, 0x4207, 17
+_DUMPING = """
 assert sys.argv[1] == "dump" and "--track-mem" in sys.argv
 options = dict(zip(sys.argv[2:], sys.argv[3:]))
 scripts = [word for option, word in zip(sys.argv, sys.argv[1:]) if option == "--action-script"]
@@ -191,7 +183,7 @@ def counting(host: AgentHost) -> Iterator[Tree]:
     """Run a tree, and have the host's agent dump with the stand-in."""
     criu = host.directory / "criu"
     criu.write_text(
-        _FAKE_CRIU.format(
+        (FAKE_CRIU + _DUMPING).format(
             python=PYTHON, valgrind=valgrind_command(host.directory), stats=STATS
         )
     )  # fmt: skip

@@ -1,8 +1,5 @@
 """Pages that a dump reads last, since the kernel writes the CPU's number there."""
 
-import tarfile
-from pathlib import Path
-
 import numpy as np
 import pytest
 
@@ -12,21 +9,12 @@ from ovr.images import ImageSet
 from ovr.memory.addresses import PAGE_SIZE
 from ovr.memory.ranges import common, join
 
-DATA = Path(__file__).parent / "images" / "data"
-
-
-@pytest.fixture(params=["bookworm", "trixie", "forky"])
-def recorded(request, tmp_path) -> Path:
-    with tarfile.open(DATA / f"{request.param}.tar.xz") as tar:
-        tar.extractall(tmp_path, filter="data")
-    return tmp_path
-
 
 @pytest.mark.parametrize("name", ["one", "tree"])
-def test_the_pages_of_all_threads(recorded, name):
+def test_the_pages_of_all_threads(dumps, name):
     """Three threads; a child and a zombie."""
-    with ImageSet.open(recorded / name) as images:
-        found = rseq_pages(images.names, NewImages(recorded / name))
+    with ImageSet.open(dumps / name) as images:
+        found = rseq_pages(images.names, NewImages(dumps / name))
         assert {*found} == {task.pid for task in images.tasks}
         for task in images.tasks:
             wanted, pages = task.rseq_areas if task.alive else join(), found[task.pid]
