@@ -26,7 +26,7 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.pluginmanager.register(Guests(PREFIX))
-    # Before pytest-benchmark looks at its options: it leaves out what is no benchmark, or what is.
+    # Before pytest-benchmark reads its options, which skip benchmarks or everything else.
     config.option.benchmark_skip = config.option.benchmark_only = False
     if SMOKE:
         config.option.benchmark_disable = True

@@ -34,7 +34,7 @@ def memory_for(size: int) -> int:
 
 @dataclass(frozen=True)
 class Subject:
-    """What has been dumped and can be restored.
+    """A dumped tree that can be restored.
 
     Attributes:
         name: unique among the subjects of a VM.
@@ -97,7 +97,7 @@ class Guest:
         self.sh(f"rm -rf {subject.inside}")
 
     def clear(self, subject: Subject) -> None:
-        """End what was restored and wait until its memory is free again."""
+        """End the restored tree and wait until its memory is free again."""
         name = subject.program
         self.sh(f"pkill -9 -x {name}; while pgrep -x {name} >/dev/null; do sleep 0.05; done")
 
@@ -112,7 +112,7 @@ class Guest:
         return {"seconds": seconds}
 
     def check(self, subject: Subject) -> None:
-        """Have what was restored look at all of its memory."""
+        """Have the restored tree check all of its memory."""
         if subject.program == "ovr-workload":
             answer = demo.answer_of(self.vm, subject.pid)
             assert (answer.words, answer.wrong) == (subject.size // 8, 0)

@@ -72,7 +72,7 @@ class MemcpyLimit:
             assert total(runs) == total(self._pieces), "pages of the restored process are missing"
             pieces = self._placed(np.concatenate(list(split(runs, LONGEST))))
             # SAFETY: the frames are the restored process's own, found in this hold, and the process
-            # only waits for a signal; what is written is what is there already.
+            # only waits for a signal, and the bytes written are those already there.
             took = self._copy(
                 ctypes.c_void_p(pieces.ctypes.data), ctypes.c_uint64(len(pieces)), self._threads
             )

@@ -13,7 +13,7 @@ from ovr.host.credentials import peer_of
 from ovr.lab import LabVm
 from ovr.standby.place import connect
 
-# Where it is set, every start compiles all of ovr: not what an installed one does.
+# Where it is set, every start compiles all of ovr, which an installed one does not.
 ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
 PHASES = ("attach", "plan", "skeleton", "populate", "memory", "state", "verify", "commit")
 

@@ -1,10 +1,10 @@
-"""Variants measured in turn, round after round, so that what disturbs one disturbs all."""
+"""Measure variants in turn, round after round, so that a disturbance hits all of them."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 Measures = Mapping[str, float]
-"""What one heat gave; ``seconds`` is among it."""
+"""The figures of one heat; ``seconds`` is among them."""
 
 
 def nothing() -> None:
@@ -45,7 +45,7 @@ def race(lanes: Sequence[Lane], rounds: int) -> Heats:
 
 
 def values(heats: Heats, lane: str, measure: str = "seconds") -> list[float]:
-    """Return what a lane gave in each round."""
+    """Return the figures of a lane in each round."""
     return [heat[measure] for heat in heats[lane]]
 
 
@@ -55,7 +55,7 @@ def ratios(over: Sequence[float], under: Sequence[float]) -> list[float]:
 
 
 class Replay:
-    """Gives pytest-benchmark the times of a race: its timer, and what it is to time.
+    """A timer and a function for pytest-benchmark, which give it the times of a race.
 
     pytest-benchmark runs all rounds of one benchmark before the next; ours are interleaved. So
     they are measured first, and then told.

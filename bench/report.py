@@ -28,7 +28,7 @@ NAMES = {
     LIMIT: "memcpy limit",
 }
 GOALS = (
-    # what, key, whether more is better, limit, how it is written
+    # name, key, whether more is better, limit, format
     ("copy by memcpy limit, 2 MiB pages", f"{COLD}.idle.copy_of_limit", True, 0.9, "{:.2f}"),
     ("copy by memcpy limit, scattered", f"{COLD}.scattered.copy_of_limit", True, 0.8, "{:.2f}"),
     ("cold, idle, against CRIU inside", f"{COLD}.idle.times.{INSIDE}", True, 3, "{:.1f} x"),
@@ -116,7 +116,7 @@ def _caption(whole: Mapping[str, Any]) -> str:
 
 
 def phase_table(figures: Figures, runs: Mapping[str, Any]) -> str:
-    """Where the time of `ovr` goes; what was measured with another size says so."""
+    """Where the time of `ovr` goes; figures of another size are marked."""
 
     def heading(name: str, state: str) -> str:
         size, usual = (
@@ -146,7 +146,7 @@ def phase_table(figures: Figures, runs: Mapping[str, Any]) -> str:
 
 
 def goal_table(figures: Figures) -> str:
-    """Each number that was asked for, and what was measured."""
+    """Each required number beside the measured one."""
     lines = ["| | wanted | measured | |", "|---|---:|---:|---|"]
     for what, key, more, limit, form in GOALS:
         found = median(figures, key)

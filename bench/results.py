@@ -25,7 +25,7 @@ COMMITTED = Path(__file__).with_name("results.json")
 
 
 def figure(values: Sequence[float], unit: str) -> dict[str, Any]:
-    """Return what is kept of the values of all rounds."""
+    """Return a summary of the values of all rounds."""
     return {
         "median": statistics.median(values),
         "min": min(values),
@@ -57,7 +57,7 @@ class Results:
         self.conditions |= machine() | guest(vm)
 
     def write(self) -> None:
-        """Merge with what is in the file; runs of which nothing is left are forgotten."""
+        """Merge with the file; runs without results left are dropped."""
         if not self.figures:
             return
         old = json.loads(self.path.read_text()) if self.path.exists() else {}
@@ -70,7 +70,7 @@ class Results:
 
 
 def machine() -> dict[str, Any]:
-    """What the host is."""
+    """Describe the host."""
     models = [
         line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
     ]
@@ -87,7 +87,7 @@ def machine() -> dict[str, Any]:
 
 
 def guest(vm: LabVm) -> dict[str, Any]:
-    """What the VM is."""
+    """Describe the VM."""
     command = "uname -r; criu --version | sed -n 's/^Version: //p'"
     kernel, criu = vm.sh(command).stdout.decode().split()
     return {

@@ -8,7 +8,7 @@ import pytest
 from bench.race import Replay
 from tests.unit.machine_process import RunningMachine, run_script
 
-# Only who may not trace it stops it by SIGSTOP.
+# Without the right to trace it, ovr stops it by SIGSTOP.
 UNPRIVILEGED = (
     ("setpriv", "--bounding-set=-sys_ptrace", "--inh-caps=-sys_ptrace") if os.geteuid() == 0 else ()
 )

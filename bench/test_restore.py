@@ -25,7 +25,7 @@ SMALLEST = 64 << 20
 
 @dataclass(frozen=True)
 class Comparison:
-    """What came of it, by state of the VM, and what could not be measured."""
+    """Results by state of the VM, and what could not be measured."""
 
     heats: dict[str, Heats]
     notes: dict[str, str]
@@ -151,7 +151,7 @@ def _sizes(size):
 
 @pytest.mark.parametrize("name", (COLD, WARM))
 def test_linear(curve, name, results):
-    """The line through the medians: what is fixed, and how far from it the medians are."""
+    """Fit a line through the medians: the fixed part, and the distance of the medians from it."""
     if name not in curve or len(curve[name]) < 3:
         pytest.skip("not enough sizes" if name in curve else "this ovr has no warm skeleton")
     sizes = np.array(sorted(curve[name]), float)

@@ -44,7 +44,7 @@ def test_start(benchmark, name, request):
             words, capture_output=True, text=True, check=False, env=ENVIRONMENT, cwd=os.sep
         )
 
-    start()  # compiles what is not compiled yet
+    start()  # compiles modules that are not compiled yet
     done = benchmark.pedantic(start, rounds=1 if SMOKE else 30)
     assert done.returncode == 2, done.stderr
     served = "done by the standby process" in done.stderr

@@ -25,7 +25,7 @@ class Warm:
         assert done.returncode == 0, done.stderr
 
     def off(self) -> None:
-        """Give back what is left of it."""
+        """Return its remains to the guest."""
         done = self._ovr("--vm", f"lab:{self._vm.name}", "--off")
         assert done.returncode == 0, done.stderr
 

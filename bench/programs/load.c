@@ -68,7 +68,7 @@ int main(int argc, char **argv)
 		for (int i = 0; i < atoi(argv[2]); i++)
 			start(strtoull(argv[3], NULL, 0));
 	}
-	wait(NULL); /* nobody ends by himself */
+	wait(NULL); /* no child exits by itself */
 	fprintf(stderr, "bench-load: one of my processes has died\n");
 	return 1;
 }

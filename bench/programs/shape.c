@@ -45,7 +45,7 @@ static uint64_t word(const uint64_t *at, uint64_t who)
 static void allocate(uint64_t bytes, uint64_t count, uint64_t who)
 {
 	uint64_t size = bytes / count / PAGE * PAGE;
-	/* A page that nobody may touch keeps neighbours from being joined. */
+	/* A PROT_NONE page keeps neighbours from being joined. */
 	char *place = mmap(NULL, (size + PAGE) * count, PROT_NONE,
 			   MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
 

@@ -134,7 +134,7 @@ MOVES = {"tasks", "page-tables"}
 
 
 def lie(chance: random.Random, areas: list[Area], truth: int, other: int) -> int:
-    """What stands there instead of a word."""
+    """Return the replacement of a word."""
     flags = truth & ~TABLE
     return chance.choice(
         [

@@ -75,14 +75,14 @@ SAID: dict[str, Lie] = {
     "held by nobody": _changed(protocol.Stopped, criu_pid=4_000_000),
     "nonsense": _nonsense,
 }
-"""What may be said instead of what the agent says."""
+"""Replacements of the agent's messages."""
 
 KEPT: dict[str, tuple[type[Message], Message]] = {
     "touched without touching": (protocol.Touch, protocol.Touched()),
     "mapped without mapping": (protocol.Map, protocol.Mapped(1, 1 << 40)),
     "gone without going": (protocol.Go, protocol.Restored(1)),
 }
-"""What the agent never hears, and what is answered in its place."""
+"""Messages kept from the agent, and the answers given in its place."""
 
 LIES = (*SAID, *KEPT)
 

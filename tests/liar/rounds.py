@@ -40,7 +40,7 @@ WHAT = (*KINDS, "agent")
 
 @dataclass
 class Watch:
-    """What a process has open for writing, seen by looking often.
+    """Files that a process has open for writing, sampled often.
 
     Attributes:
         allowed: files that it may have open.
@@ -85,7 +85,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Subject:
-    """What is restored: images in `images`, of a tree whose root has the pid `pid`.
+    """A restore's input: images in `images`, of a tree whose root has the pid `pid`.
 
     Attributes:
         name: one of the pool, or empty: the demo's workload.
@@ -97,7 +97,7 @@ class Subject:
 
     @property
     def comm(self) -> str:
-        """What its processes are called."""
+        """The name of its processes."""
         return f"pool-{self.name}" if self.name else "ovr-workload"
 
     @classmethod
@@ -220,7 +220,7 @@ class Liar:
                 said.append(f"it took more than {LIMIT:g} s")
             for reader in readers:
                 reader.join()
-        # What `ovr check` finds is no error but its result.
+        # Findings of `ovr check` are its result, not errors.
         words = said or (printed if command[0] == "check" else [])
         return ovr.returncode, " ".join("".join(words).split()), watch
 
@@ -276,7 +276,7 @@ class Liar:
         return False
 
     def _furnish(self) -> None:
-        # What the subjects need; and files beside the VM's own, with which nobody has any business.
+        # Files that the subjects need, and files beside the VM's own, which no restore may touch.
         assert self.vm is not None
         for subject in self.subjects:
             subject.prepare(self.vm)

@@ -32,7 +32,7 @@ PAUSE = 0.1
 
 @dataclass
 class Outcome:
-    """What came of a run.
+    """The result of a run.
 
     Attributes:
         passed: restores after which everything was right.

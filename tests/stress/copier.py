@@ -28,7 +28,7 @@ HOLD_BYTES = 16 << 20
 
 @dataclass
 class Races:
-    """What the copier met.
+    """Events that the copier met.
 
     Attributes:
         away: pages that no page table led to when it came to them.

@@ -110,7 +110,7 @@ class Noise:
         must(self._vm, _CALM)
 
     def canaries(self) -> Canaries:
-        """What the canaries have found."""
+        """Return the findings of the canaries."""
         lines = must(self._vm, f"cat {NOISE}/canary-?").splitlines()
         assert len(lines) == self._canaries, lines
         assert self._vm.sh("pgrep -c -x ovr-noise").status == 0, "the noise has died"
@@ -132,5 +132,5 @@ class Noise:
 
 
 def trouble(vm: lab.LabVm) -> str:
-    """What the guest's kernel complains of."""
+    """Return the complaints of the guest's kernel."""
     return vm.sh(f"dmesg | grep -E '{TROUBLE}'").stdout.decode(errors="replace")

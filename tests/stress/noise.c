@@ -1,5 +1,5 @@
 /*
- * What a busy and hostile guest does to memory while a tree is restored into it.
+ * Load of a busy and hostile guest on its memory while a tree is restored into it.
  *
  *     ovr-noise CGROUP CANARIES MIB
  *

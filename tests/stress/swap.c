@@ -36,7 +36,7 @@ struct area {
 	unsigned long start, end;
 };
 
-/* What the task can write to, but for what the kernel maps itself. */
+/* The writable areas, without those that the kernel maps itself. */
 static int areas_of(pid_t pid, struct area areas[MAX_AREAS])
 {
 	char path[64], line[512], access[8];

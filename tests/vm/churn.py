@@ -14,7 +14,7 @@ PID = 21_000
 
 
 class Answer(NamedTuple):
-    """What it found in its own memory."""
+    """Its result about its own memory."""
 
     pages: int
     wrong: int

@@ -65,7 +65,7 @@ class Program:
 
     @property
     def path(self) -> str:
-        """Where the guest has the program."""
+        """The path of the program in the guest."""
         return f"/usr/local/bin/pool-{self.name}"
 
     @property
@@ -84,7 +84,7 @@ class Program:
         return FIRST_PID + PIDS_EACH * self.number
 
     def arguments(self, suite: str) -> tuple[str, ...]:
-        """What it gets after its directory."""
+        """Return its arguments after its directory."""
         return self.args.get(suite, self.args.get("", ()))
 
 

@@ -1,4 +1,4 @@
-"""What the kernel says of the memory of a tree: /proc/PID/smaps, without what is chance."""
+"""/proc/PID/smaps of a tree, without what varies by chance."""
 
 import re
 from collections.abc import Iterable
@@ -8,7 +8,7 @@ from ovr import lab
 _HEAD = re.compile(r"^([0-9a-f]+)-([0-9a-f]+) (\S+) ([0-9a-f]+) \S+ \d+ *(.*)$")
 _FIGURE = re.compile(r"^(\w+): +(\d+) kB$")
 _MARK = "== "
-# Who looked at a page last; sizes that follow from the bounds.
+# Depends on the last access to a page; sizes that follow from the bounds.
 _CHANCE = {"Referenced", "Size", "KernelPageSize", "MMUPageSize"}
 # Which unchanged pages of a file are mapped depends on what the page cache has at a fault.
 _CHANCE_OF_FILES = {"Rss", "Pss", "Shared_Clean", "Private_Clean"}

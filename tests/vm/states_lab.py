@@ -26,7 +26,7 @@ UNLIMITED = ("prlimit", "--nice=40", "--rtprio=99", *(f"--{name}=unlimited" for 
 """Within a user namespace limits can only be lowered."""
 
 Answers = list[dict]
-"""What each process said of itself, the root first."""
+"""The answer of each process about itself, the root first."""
 
 
 def build() -> Path:

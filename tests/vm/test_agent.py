@@ -36,7 +36,7 @@ def test_processes_of_the_guest_are_not_answered(vm):
 
 
 def heard(link, last: bytes, seconds: float = 30.0) -> bytes:
-    """What comes in time, until it ends with `last`."""
+    """Return the data received in time, until it ends with `last`."""
     found = b""
     deadline = time.monotonic() + seconds
     with suppress(AgentUnreachable):
@@ -63,7 +63,7 @@ def test_a_port_whose_host_comes_back(vm):
 
 
 def test_a_proof_ends_with_its_host(vm):
-    """Whoever comes next to the port has not given it."""
+    """The next program to open the port has not authenticated."""
     with ovr.attach(f"lab:{vm.name}") as attached, Agent.connect(vm.serial) as agent:
         authentication.authenticate_alone(attached.kernel, agent, attached.qmp, attached.ram.slots)
         agent.ping()

@@ -43,7 +43,7 @@ with ovr.attach(sys.argv[1]) as vm:
 
 @pytest.fixture(params=("trixie", "bookworm"))
 def suite(request):
-    """What fails here does so before, or apart from, what a newer kernel has different."""
+    """These failures do not depend on changes in newer kernels."""
     return request.param
 
 
@@ -93,7 +93,7 @@ def test_killed_in_the_middle_of_the_memory_step(vm, dump):
 
 
 def test_interrupted(vm, dump):
-    # Who is started in the background of a script may have been told to ignore it.
+    # A background job of a script may have inherited SIG_IGN for it.
     heard = "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
     script = heard + KILLED_IN_THE_MIDDLE.replace("SIGKILL", "SIGINT")
     done = subprocess.run(
@@ -260,7 +260,7 @@ def test_lab_commands(tmp_path):
 
 
 JOB = 98765
-"""What the job's sleep is told, to find it by."""
+"""An argument of the job's sleep, to find it by."""
 UNDER_A_TERMINAL = f"script -qc 'exec sleep {JOB}' /dev/null"
 WITHOUT = f"setsid sh -c 'sleep {JOB}; true'"
 

@@ -1,4 +1,4 @@
-"""Whoever poses as the agent gets nothing; bytes that look like its secret do not count."""
+"""A program that poses as the agent gets nothing, whatever looks like the secret in memory."""
 
 import shutil
 import time

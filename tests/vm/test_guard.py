@@ -1,4 +1,4 @@
-"""What keeps a restore from harm when something happens to the VM, the tree or the images."""
+"""Restores while something happens to the VM, the tree or the images."""
 
 import os
 import shutil
@@ -125,7 +125,7 @@ def test_images_that_are_cut_off_while_they_are_copied(vm, dump, tmp_path, monke
 
 @pytest.mark.parametrize("why", ["mismatch", "agent killed"])
 def test_names_of_a_namespace_that_outlives_the_tree(vm, tmp_path, monkeypatch, why):
-    """Somebody joins the tree's namespace and names the machine; after the abort it is so again."""
+    """A process joins the tree's namespace and sets the nodename; the abort restores it."""
     vm.sh("rm -f /tmp/joined")
     [pid] = states.start(vm, 1)
     images = tmp_path / "images"

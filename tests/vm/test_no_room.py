@@ -27,7 +27,7 @@ PATIENCE = 60.0  # seconds
 
 @pytest.fixture(params=("trixie",))
 def suite(request):
-    """What has no room is much the same on all of them."""
+    """Suites differ little in running out of space."""
     return request.param
 
 

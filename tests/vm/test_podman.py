@@ -171,7 +171,7 @@ def test_from_python(journey, monkeypatch, capsys):
 
 
 def goes_on(journey, was, container, report):
-    """What `was` in VM A is podman's container in VM B, and can be ended as any other."""
+    """The container of VM A is podman's in VM B, and can be ended as any other."""
     assert report["bytes_outside"] >= 0.95 * (report["bytes_total"] - report["bytes_cow"])
     found = container.inspect(journey.vm)
     assert found["Id"] == report["container"]

@@ -30,7 +30,7 @@ from tests.vm.conftest import EVERYTHING, PREFIX, SUITES
 from tests.vm.smaps import Area, as_areas, differences, memory_of, resident, showing
 
 ROUNDS = int(os.environ.get("OVR_ROUNDS", "50" if EVERYTHING else "5"))
-# What another kernel or CRIU has different.
+# Programs for which other kernels or CRIUs differ.
 ALSO = {
     "bookworm": {"private", "threads", "cow", "shared", "special", "memfd", "sysv", "hugetlb"},
     "forky": {"private", "threads", "special"},

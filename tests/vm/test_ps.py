@@ -1,4 +1,4 @@
-"""What we read from outside is what the guest's own /proc says."""
+"""Values read from outside agree with the guest's own /proc."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""What a terminal shows of a restore, as golden files; see `tests.screens`."""
+"""Screens of a restore, as golden files; see `tests.screens`."""
 
 import sys
 from xml.etree import ElementTree

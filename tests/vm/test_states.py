@@ -27,7 +27,7 @@ AMBIENT = 1 << 5  # CAP_KILL
 
 @dataclass(frozen=True)
 class Experiment:
-    """What the processes said before the dump, restored from outside, and neutral."""
+    """Answers of the processes before the dump, restored from outside, and restored neutral."""
 
     before: states.Answers
     after: states.Answers
@@ -97,7 +97,7 @@ def record(vm, found: Experiment) -> None:
 
 
 def said(answers: states.Answers, name: str) -> list:
-    """What each process says of a kind: of itself, or of its threads."""
+    """Return each process's value of a kind, or those of its threads."""
     return [
         answer[name] if name in answer else [thread[name] for thread in answer["threads"]]
         for answer in answers

@@ -1,4 +1,4 @@
-"""What is said of a guest in which a test has failed."""
+"""The report about a guest in which a test has failed."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""What is written stays, though the guest wrote the pages to swap and read them back meanwhile."""
+"""Written content survives, though the guest swaps the pages out and in meanwhile."""
 
 from collections.abc import Iterator
 

@@ -149,7 +149,7 @@ def test_every_symbol_agrees_with_drgn(attached):
 
 
 def pages_by_proc(vm, pid, areas):
-    """What /proc/PID/pagemap says of each area: the frame of each page that is there."""
+    """Return the frame of each present page of each area, by /proc/PID/pagemap."""
     wanted = " ".join(f"{start >> 9}:{(end - start) >> 9}" for start, end in areas)
     done = vm.sh(
         f"for area in {wanted}; do dd if=/proc/{pid}/pagemap bs=64K status=none "

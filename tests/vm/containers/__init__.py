@@ -80,11 +80,11 @@ class Container:
         podman(vm, f"rm -v {self.name}")
 
     def answer(self, vm: lab.LabVm) -> str:
-        """What it says of itself."""
+        """Return its answer about itself."""
         return self.exec(vm, self.ask)
 
     def inspect(self, vm: lab.LabVm) -> Any:
-        """What podman says of it."""
+        """Return podman's data about it."""
         return json.loads(podman(vm, f"container inspect {self.name}"))[0]
 
 

@@ -82,7 +82,7 @@ class Plain:
         return self._run(vm, f"exec {self.name} sh -ec '{script}'")
 
     def answer(self, vm: lab.LabVm) -> str:
-        """What it says of itself."""
+        """Return its answer about itself."""
         client = "redis-cli -s /tmp/socket"
         return self.exec(vm, f"{client} get answer; {client} debug digest; hostname; echo $COLOUR")
 
@@ -91,7 +91,7 @@ class Plain:
         return run(vm, "cat /proc/$(pgrep -o -x redis-server)/uid_map")
 
     def state(self, vm: lab.LabVm) -> str:
-        """What its runtime says of it."""
+        """Return its runtime's data about it."""
         return str(json.loads(self._run(vm, f"state {self.name}"))["status"])
 
     def end(self, vm: lab.LabVm) -> None:

@@ -74,13 +74,13 @@ def checkpoint(vm: lab.LabVm) -> None:
 
 
 def restore_options() -> tuple[str, ...]:
-    """What CRIU is told at a restore."""
+    """Options for CRIU at a restore."""
     bound = [("--external", f"mnt[{inside}]:{outside}") for inside, outside in _BOUND.items()]
     return ("--root", _ROOT, *(word for pair in bound for word in pair))
 
 
 def answer(vm: lab.LabVm) -> str:
-    """What redis says of its data."""
+    """Return redis's answers about its data."""
     client = "redis-cli -s /tmp/socket"
     return _exec(vm, f"{client} get answer; {client} debug digest; hostname")
 

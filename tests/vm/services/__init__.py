@@ -48,4 +48,4 @@ PACKAGES: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "bookworm": (*_PACKAGES, "postgresql-15", "openjdk-17-jre-headless"),
     }
 )
-"""What the one image for all of them has, by suite, for `ovr.lab.up`."""
+"""Packages of the one image for all of them, by suite, for `ovr.lab.up`."""

@@ -1,4 +1,4 @@
-"""What the real services have in common: a place, a root process, questions, an end.
+"""Shared by the real services: a place, a root process, questions, an end.
 
 Every service lives in one directory of the guest, runs under one root process, and is asked by a
 client that runs in the guest too (`guest/NAME.py`, with the guest's own Python).
@@ -14,7 +14,7 @@ from ovr import lab
 GUEST = Path(__file__).parent / "guest"
 """Programs for the guest: clients, and services that are programs of ours."""
 
-# Who is stopped does not fork: when a look finds nobody new, all are stopped.
+# A stopped process does not fork: once no new one is found, all are stopped.
 _END = """
     tree() {
         test -d /proc/$1 && echo $1

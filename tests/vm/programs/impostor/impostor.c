@@ -168,7 +168,7 @@ static void in_namespace(void)
 	check(setresuid(0, 0, 0) == 0 && getpid() == 1, "be root inside");
 }
 
-/* What engines leave to a container's root by default. */
+/* Default capabilities of a container's root. */
 static void as_container(void)
 {
 	static const int kept[] = {0, 1, 3, 4, 5, 6, 7, 8, 10, 18, 31};
@@ -255,7 +255,7 @@ static void welcome(struct writer *writer, const struct message *hello)
 	message_add_uint(writer, KEY_WARM_AT, 0);
 }
 
-/* What the agent would say, as far as something is said at once. */
+/* The agent's messages, as far as they are sent at once. */
 static void answer(int host, const struct message *message)
 {
 	static uint8_t frame[4 + MAX_FRAME];

@@ -1,4 +1,4 @@
-/* What the impostor does not share with the agent. */
+/* Declarations that the impostor does not share with the agent. */
 #ifndef IMPOSTOR_H
 #define IMPOSTOR_H
 

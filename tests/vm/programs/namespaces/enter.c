@@ -117,7 +117,7 @@ static void change_root(bool own_proc)
 	check(chdir("/"), "chdir");
 }
 
-/* What was opened before leads to mounts of another mount namespace. */
+/* Files opened before are on mounts of another mount namespace. */
 static void reopen_standard_descriptors(void)
 {
 	int null = check(open("/dev/null", O_RDWR), "/dev/null");

@@ -113,7 +113,7 @@ static void check_note(void)
 	expect(!strcmp(text, wanted), "%d: " NOTE " is %s", self, text);
 }
 
-/* Who else has a socket on that port is in another network namespace. */
+/* Other sockets on that port are in other network namespaces. */
 static void check_socket(void)
 {
 	struct sockaddr_in here = address();

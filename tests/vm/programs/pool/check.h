@@ -1,5 +1,5 @@
 /*
- * What the programs of the pool have in common: a protocol, pages with known content, a family.
+ * Shared by the programs of the pool: a protocol, pages with known content, a family.
  *
  *     PROGRAM DIR [WORD…]         the workload; "surroundings": checks that they stay as they are
  *     PROGRAM --prepare DIR       make the files that it maps
@@ -49,7 +49,7 @@ long check(long result, const char *what); /* dies of a negative result */
 
 /* Count a check, and note what is wrong if it is not `right`. Any thread may. Returns `right`. */
 bool expect(bool right, const char *format, ...) __attribute__((format(printf, 2, 3)));
-/* What is wrong once is said in every round from now on: for threads that check all the time. */
+/* An error is reported in every later round: for threads that check all the time. */
 void remember_findings(void);
 bool all_right(void); /* so far in this round, in this process and the children it asked */
 
@@ -67,7 +67,7 @@ enum {
 	FIRST, /* written; further generations follow */
 };
 
-/* What a page holds: generated for `writer` and `generation`, one byte inverted if `flip`. */
+/* Content of a page: generated for `writer` and `generation`, one byte inverted if `flip`. */
 struct content {
 	uint32_t writer;
 	uint16_t generation;

@@ -41,7 +41,7 @@ static void make_object(struct object *object, const char *name, size_t size, bo
 	if (mapped)
 		return;
 	check(munmap(start, size), "munmap");
-	/* What it holds is read into a buffer that is empty between the rounds. */
+	/* Its content is read into a buffer that is empty between the rounds. */
 	object->pages.start = map_anonymous(size, PROT_READ | PROT_WRITE, 0);
 }
 
@@ -58,7 +58,7 @@ static void map_copy(struct object *object, const char *name)
 	if (start == MAP_FAILED)
 		die("mmap");
 	pages_at(&object->copy, name, start, size);
-	/* What is not changed is the memfd's: read-only looks at it are elsewhere. */
+	/* Unchanged pages are the memfd's, checked elsewhere by reading it. */
 	pages_note(&object->copy, 0, object->copy.count, 0, GONE);
 	pages_write_every(&object->copy, 1, 3, 50 + self, FIRST);
 }

@@ -1,5 +1,5 @@
 /*
- * What a process sees of its surroundings: ids and their maps, capabilities, limits, names, mounts,
+ * The surroundings of a process as it sees them: ids and their maps, capabilities, limits, names, mounts,
  * interfaces, clocks. In namespaces of its own ("own-uts" and so on) all of that comes with it.
  */
 #include "check.h"
@@ -98,7 +98,7 @@ static int in_order(const void *one, const void *other)
 	return strcmp(*(char *const *)one, *(char *const *)other);
 }
 
-/* What is mounted where, and how; numbers are new ones in each namespace. */
+/* All mounts and their options, without numbers, which are new in each namespace. */
 static void add_mounts(char *text)
 {
 	char content[8192], *rest = content, *line, *lines[LINES];

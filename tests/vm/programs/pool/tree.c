@@ -21,7 +21,7 @@
 #define ZOMBIES 3
 #define WORKERS 5
 
-/* What this process is, and what it knows of its place. */
+/* This process, and its place in the tree. */
 static struct {
 	int number; /* 0: root, 1 … DEEP: in the chain, 100 …: in the row */
 	pid_t pid, parent, group, session;

@@ -1,4 +1,4 @@
-/* What the kernel says of everything, as JSON: asked anew each time. */
+/* All values as the kernel has them, as JSON: read anew each time. */
 #include <fcntl.h>
 #include <linux/capability.h>
 #include <signal.h>
@@ -51,7 +51,7 @@ static size_t read_all(const char *path, unsigned char *to, size_t size)
 	return at;
 }
 
-/* What follows `key` in a file of lines, up to the end of the line. */
+/* The rest of the line that begins with `key`. */
 static const char *line_of(const char *path, const char *key)
 {
 	static __thread unsigned char content[8192];

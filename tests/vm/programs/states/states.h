@@ -1,4 +1,4 @@
-/* What the parts of the program share; see main.c. */
+/* Shared by the parts of the program; see main.c. */
 #include <linux/futex.h>
 #include <sys/types.h>
 
