@@ -1,4 +1,4 @@
-"""What stands in the fences of the documents: commands, programs, XML, pictures.
+"""The fenced blocks of the documents: commands, programs, XML, pictures.
 
 A test asks for a block by words in it, or for all blocks of a document. Which blocks have a test
 is seen from these calls (`tests/unit/test_documents.py`), so their arguments are literals.
@@ -25,7 +25,7 @@ _FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 @dataclass(frozen=True)
 class Block:
-    """What one fence holds: ``sh``, ``python``, ``xml`` or ``text``; empty if it does not say."""
+    """The language of a fence: ``sh``, ``python``, ``xml`` or ``text``; empty if it has none."""
 
     language: str
     text: str

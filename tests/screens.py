@@ -1,4 +1,4 @@
-"""What a terminal shows: commands run in tmux, their screens kept as golden files.
+"""Screens of commands run in tmux, kept as golden files.
 
 ``OVR_GOLDEN=1`` writes the files anew; look at them (``cat`` shows the colours) before you commit.
 """
@@ -44,7 +44,7 @@ def screen(
     kept = {name: os.environ[name] for name in KEPT if name in os.environ}
     words = " ".join(f"{k}={shlex.quote(v)}" for k, v in (env or {}).items())
     typed = f"env {words} {shlex.join(map(str, command))}"
-    # What comes after the command keeps its screen.
+    # A command after it keeps the screen.
     ended = f"{shlex.join((*tmux, 'wait-for', '-S', 'ended'))}; sleep 1000"
     # tmux's server is what the command inherits its environment from.
     session = subprocess.run(

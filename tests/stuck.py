@@ -1,4 +1,4 @@
-"""What a guest does that does not answer: its vCPUs and its tasks, seen from outside."""
+"""The vCPUs and tasks of a guest that does not answer, seen from outside."""
 
 import bisect
 import re

@@ -17,7 +17,7 @@ CORPUS = Path(__file__).parent / "corpus"
 
 
 def unpack(target: str) -> list[bytes]:
-    """What is kept of a target's earlier runs, and what once failed."""
+    """The inputs kept of a target's earlier runs, and those that once failed."""
     archive = CORPUS / f"{target}.tar.xz"
     if not archive.exists():
         return []

@@ -180,7 +180,7 @@ def archive_seeds() -> Iterator[bytes]:
 
 
 def packed(data: bytes) -> None:
-    """What is packed is told from images by its first bytes; a file is no directory."""
+    """Packed files are told from images by their first bytes; a file is no directory."""
     refused = packing(data) is not None
     try:
         refuse_packed(data, "pages-1.img")

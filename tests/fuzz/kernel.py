@@ -122,7 +122,7 @@ def vmcoreinfo_seeds() -> Iterator[bytes]:
 
 
 class Image:
-    """What slide() reads: a kernel that claims to be the file's."""
+    """The input of slide(): a kernel that claims to be the file's."""
 
     def read(self, gva: Gva, size: int) -> bytes:
         return BUILD_ID[:size]

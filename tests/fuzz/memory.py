@@ -285,7 +285,7 @@ def _same_translation(root, levels, gva):
 
 
 def _copy(runs):
-    """What is copied is there afterwards, and nothing else; or it is refused, and nothing is."""
+    """A copy writes its runs and nothing else, or is refused and writes nothing."""
     before = RAM.content()
     runs = runs[:64].copy()
     runs["size"] = np.minimum(runs["size"], 4 * PAGE_SIZE)

@@ -1,4 +1,4 @@
-"""What a fuzz target in Python is, and what may come of an input."""
+"""A fuzz target in Python, and the errors that an input may raise."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass

@@ -88,7 +88,7 @@ class _Memory:
 
 
 def tar(data: bytes) -> None:
-    """What is accepted lies one behind the other in the file, and is what tarfile has it for."""
+    """Accepted members do not overlap, and tarfile reads the same."""
     made = _made(Input(data))
     found = read_members(_Memory(made), Path("x"))
     at = 0

@@ -32,7 +32,7 @@ HUGE_PAGE = 2 << 20
 
 @dataclass
 class Outcome:
-    """What came of a setup.
+    """The result of a setup.
 
     Attributes:
         kernel: the guest's ``uname -r``; "" if it did not boot.

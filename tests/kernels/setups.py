@@ -29,13 +29,13 @@ class Setup:
 
     @property
     def machine(self) -> str:
-        """What is unusual about the machine."""
+        """The unusual properties of the machine."""
         words = [f"{name}={value}" for name, value in self.hardware.items()]
         return " ".join([*words, *([f"memory={self.memory}"] if self.memory != "1G" else [])])
 
     @property
     def name(self) -> str:
-        """What tells it from the others."""
+        """A name that no other setup has."""
         return " ".join(filter(None, (self.suite, self.kernel or CLOUD, self.machine)))
 
 
@@ -88,7 +88,7 @@ CANNOT = {
     "arm64, i386": "ovr is for x86-64 hosts and guests",
     "KVM": "not recorded yet: the machines used had no /dev/kvm that boots a guest",
 }
-"""What the matrix cannot have, each with its reason."""
+"""Setups that the matrix cannot have, each with its reason."""
 
 
 def in_turn(number: int, count: int = 2) -> list[Setup]:

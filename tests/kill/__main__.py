@@ -1,4 +1,4 @@
-"""Kill all who have a part in a restore or dump, at every point of it.
+"""Kill each process that takes part in a restore or dump, at every point of it.
 
 ``python -m tests.kill [--dump] [--points N] [--victims NAME,…] [--suite NAME]``
 """
@@ -29,7 +29,7 @@ MEMORY = "512M"
 
 @dataclass
 class Outcome:
-    """What came of the points so far."""
+    """Results of the points so far."""
 
     passed: int = 0
     failed: list[str] = field(default_factory=list)

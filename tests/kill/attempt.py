@@ -96,7 +96,7 @@ class Attempt:
         self._input = b""
         self.events: list[Event] = []
         self.last = ""
-        """What it said at last: done, or failed and why; empty if it was killed."""
+        """Its last message: done, or failed and why; empty if it was killed."""
 
     def read_up_to(self, event: int) -> bool:
         """Read what it tells until that event has come; False when it ended before."""
@@ -135,7 +135,7 @@ class Attempt:
 
     @property
     def errors(self) -> str:
-        """What it wrote to stderr."""
+        """Its stderr."""
         self._log.seek(0)
         return self._log.read()
 

@@ -1,4 +1,4 @@
-"""What must hold after a victim was killed in a restore or dump, whoever it was."""
+"""Checks after any victim was killed in a restore or dump."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -20,7 +20,7 @@ PATIENCE = 30.0
 
 
 def wait_for(condition: Callable[[], bool], what: str) -> None:
-    """Raise unless it comes to that."""
+    """Wait until the condition holds, or raise."""
     deadline = time.monotonic() + PATIENCE
     while not condition():
         assert time.monotonic() < deadline, what

@@ -1,4 +1,4 @@
-"""Where those who have a part in a dump are killed, and what must hold after it."""
+"""Kill processes that take part in a dump, and check what is left."""
 
 import shutil
 from collections.abc import Callable

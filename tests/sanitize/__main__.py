@@ -20,7 +20,7 @@ from xml.etree import ElementTree
 from tests.sanitize.build import BUILD, ROOT, build_tree
 
 NATIVE = ("tests/unit", "tests/fuzz")
-# What works on the agent and on guest memory, on one kernel; the others are much the same to them.
+# Tests of the agent and of guest memory, on one kernel: others make little difference to them.
 IN_VMS = ("tests/vm/test_failures.py", "tests/vm/test_restore.py", "tests/vm/test_pool.py")
 ONE_SUITE = "not bookworm and not forky"
 # They build packages of the tree in its repository, which the copy is not.

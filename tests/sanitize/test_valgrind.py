@@ -22,7 +22,7 @@ from tests.vm.test_failures import restart_agent
 AGENT = "/usr/local/sbin/ovr-agent"
 PROGRAMS = ("private", "memfd", "cow")
 LOGS = "/var/log/valgrind"
-# What CRIU starts as its action script is valgrind's client, so the script as such runs without it.
+# CRIU's action script is valgrind with the agent as its client: as such it runs without valgrind.
 UNDER_VALGRIND = f"""#!/bin/sh
 mkdir -p {LOGS}
 exec valgrind -q --leak-check=full --log-file={LOGS}/%p --trace-children=no {AGENT}.real "$@"

@@ -58,7 +58,7 @@ class Leak:
 
 
 def measure(vm: lab.LabVm) -> dict[str, int]:
-    """What both sides have, once the guest has come to rest."""
+    """Return the resources of both sides, once the guest is idle."""
     must(vm, "sleep 1; sync; echo 3 > /proc/sys/vm/drop_caches")
     time.sleep(1)  # so that the agent has heard of that connection's end, too
     gc.collect()  # the view classes of an attached VM are cycles of objects
@@ -81,7 +81,7 @@ def measure(vm: lab.LabVm) -> dict[str, int]:
 def leaks(
     before: Mapping[str, int], after: Mapping[str, int], growth: Mapping[str, int] = GROWTH
 ) -> list[Leak]:
-    """What has grown more than it may."""
+    """Return what has grown beyond its limit."""
     allowed = dict.fromkeys(EQUAL, 0) | growth
     return [
         Leak(what, before[what], after[what])

@@ -32,7 +32,7 @@ PATIENCE = 240.0  # seconds; a guest under TCG with all that noise is slow
 
 @dataclass(frozen=True)
 class Answer:
-    """What both processes say of themselves: pages checked, pages wrong, the first of them."""
+    """The result of both processes: pages checked, pages wrong, the first wrong one."""
 
     pages: int
     wrong: int
@@ -48,7 +48,7 @@ class Images:
     size: int
 
     def checksums(self) -> dict[str, str]:
-        """What each file holds."""
+        """Return a checksum of each file."""
         files = sorted(self.path.iterdir())
         return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 

@@ -22,7 +22,7 @@ static inline uint64_t mix(uint64_t z)
 	return z ^ (z >> 31);
 }
 
-/* What the page holds: `whose` memory it is, which page, written for the how manieth time. */
+/* The content of a page: of the owner `whose`, the page's number, the number of the write. */
 static inline uint64_t key_of(uint64_t whose, size_t page, uint64_t generation, bool mergeable)
 {
 	if (mergeable && page % 8 == 0)

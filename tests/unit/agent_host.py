@@ -142,7 +142,7 @@ if mode == "fail-late":
     raise SystemExit(1)
 """
 
-# What podman, conmon and a runtime are to the agent: a program that has another one run CRIU, with
+# Podman, conmon and a runtime as the agent sees them: a program has another one run CRIU, with
 # its environment handed down, in the container's directory; it removes CRIU's log when that fails,
 # and leaves the container.
 _FAKE_PODMAN = """#!{python} -Ss
@@ -178,7 +178,7 @@ print("c0ffee")
 
 @dataclass
 class AgentHost:
-    """A running agent and what it works with."""
+    """A running agent, and its files."""
 
     directory: Path
     process: subprocess.Popen[bytes]
@@ -206,11 +206,11 @@ class AgentHost:
 
     @property
     def containers(self) -> list[Path]:
-        """What the stand-in for podman has of its containers."""
+        """The directories of the containers of the stand-in for podman."""
         return list(self.directory.glob("containers/*"))
 
     def criu_options(self, mode: str = "ok") -> tuple[str, ...]:
-        """What tells the stand-in how to behave."""
+        """Options that choose the behaviour of the stand-in."""
         return ("--marks", str(self.directory / "marks"), "--mode", mode)
 
     def socket(self, *, serial: bool = False) -> socket.socket:
@@ -229,7 +229,7 @@ class AgentHost:
                 time.sleep(0.01)
 
     def connect(self, *, serial: bool = False, timeout: float = 10.0) -> LabAgent:
-        """A session of somebody who can read the agent's memory."""
+        """Open an authenticated session."""
         kind = Address("serial" if serial else "unix", path="test")
         link = Link(kind, self.socket(serial=serial))
         try:
@@ -241,7 +241,7 @@ class AgentHost:
         return agent
 
     def secret(self, address: int) -> bytes:
-        """What the agent has in its memory."""
+        """Read the agent's secret from its memory."""
         with Path(f"/proc/{self.process.pid}/mem").open("rb", buffering=0) as memory:
             memory.seek(address + SECRET_AT)
             return memory.read(protocol.SECRET_SIZE)
@@ -309,7 +309,7 @@ def restarted(host: AgentHost) -> Iterator[None]:
 
 
 def valgrind_command(directory: Path) -> list[str]:
-    """What runs a program of ours, if valgrind is asked for."""
+    """Return the command of valgrind if it is asked for, else nothing."""
     if not os.environ.get("OVR_VALGRIND"):
         return []
     # Quiet: what is in the logs are errors.

@@ -30,7 +30,7 @@ def dumps(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.fixture(scope="session")
 def crit(dumps: Path) -> dict[str, list[dict[str, Any]]]:
-    """What crit makes of the images, by path below `dumps`."""
+    """The images as decoded by crit, by path below `dumps`."""
     loaded: dict[str, list[dict[str, Any]]] = json.loads((dumps / "crit.json").read_text())
     return loaded
 

@@ -38,7 +38,7 @@ def unmap(address: int, size: int) -> None:
 
 
 class FalseQemu:
-    """What runs in the fork.
+    """A process that poses as QEMU, in a fork.
 
     Attributes:
         address: where "RAM" is mapped.

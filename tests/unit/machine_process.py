@@ -22,7 +22,7 @@ RAM_BYTES = 4 << 20
 
 
 class Monitor:
-    """What a holder asks of QMP."""
+    """The part of QMP that a holder uses."""
 
     def __init__(self, pid: int) -> None:
         self.qemu_pid = pid
@@ -32,7 +32,7 @@ class Monitor:
 
 
 class RunningMachine:
-    """It runs.
+    """A machine that runs.
 
     Args:
         directory: where its RAM file is put.
@@ -73,7 +73,7 @@ class RunningMachine:
 
     @property
     def counters(self) -> bytes:
-        """What its threads have counted; another one at each look, while it runs."""
+        """The counters of its threads, which change while it runs."""
         return self._ram[4096:8192]
 
     @property

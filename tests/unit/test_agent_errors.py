@@ -1,4 +1,4 @@
-"""What a user reads of the agent's errors: hints go by codes, whatever the text is."""
+"""Errors of the agent as shown to users: hints follow codes, whatever the text is."""
 
 import ast
 import re

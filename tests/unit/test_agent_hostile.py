@@ -1,4 +1,4 @@
-"""Bytes that no honest host sends, to an agent built with sanitizers."""
+"""Input from a hostile host, to an agent built with sanitizers."""
 
 import hmac
 import os
@@ -108,7 +108,7 @@ def proof(secret: bytes, nonce: bytes, side: bytes = protocol.PROOF_OF_HOST) -> 
 
 
 def send(host: AgentHost, data: bytes, *, serial: bool = False, proven: bool = False) -> bytes:
-    """What the agent says to it, up to its error, or until it hangs up."""
+    """Return the agent's answer, up to its error, or until it hangs up."""
     answer = b""
     with host.socket(serial=serial) as connection, suppress(OSError):
         if proven:

@@ -1,4 +1,4 @@
-"""What lab builds of the agent do, with the real agent."""
+"""Lab builds of the agent, with the real agent."""
 
 import subprocess
 import time

@@ -1,4 +1,4 @@
-"""What brings the agent into a guest: looked at by the tools that will read it there."""
+"""The agent's packages, read by the tools that read them in the guest."""
 
 import base64
 import gzip
@@ -93,7 +93,7 @@ def test_systemd_understands_the_unit(capsys, tmp_path):
 
 
 def test_restored_processes_inherit_nothing_from_the_unit(capsys):
-    """What systemd would put on them for good is not in the unit."""
+    """The unit has no settings that tasks would keep for good."""
     settings = dict(
         line.split("=", 1) for line in run(capsys, "unit").splitlines() if re.match(r"\w+=", line)
     )

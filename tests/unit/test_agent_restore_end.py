@@ -78,7 +78,7 @@ def test_hook_dies(host: AgentHost, agent: Agent) -> None:
 
 
 def test_hook_dies_as_the_host_says_go(host: AgentHost, agent: Agent) -> None:
-    # Whoever is heard first: all of the tree runs, or nothing of it ever did.
+    # Either event may be handled first: all of the tree runs, or nothing of it ever did.
     for _ in range(5):
         skeleton = begin(host, agent)
         os.kill(host.hook(skeleton.criu_pid), signal.SIGKILL)  # and do not wait

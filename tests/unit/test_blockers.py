@@ -1,4 +1,4 @@
-"""What QEMU says of a VM's state, and whether a write from outside may come then."""
+"""The states of a VM, and whether they permit writes from outside."""
 
 import re
 from pathlib import Path

@@ -161,8 +161,8 @@ def test_nothing_is_read_from_disk_in_a_hold(machine, source, reads, work, times
             assert ours.verify([target], "full") == SIZE
         else:
             ours.write([(target, target.pieces)])
-        # What was not there at once was left for another hold; what cannot be read without waiting
-        # was in memory before.
+        # Without waiting, pages not in the page cache are left for another hold; a source that must
+        # be waited for is in memory before.
         assert ours.holder.count - holds > (1 if source.nowait else 0)
     assert bool(reads) == source.nowait
     assert all(held and not wait for held, wait in reads)

@@ -22,7 +22,7 @@ FRAMES = st.lists(st.sampled_from([None, 0, 1, 2, 3, 7, 8, 9]), min_size=1, max_
 
 
 def runs_of(frames):
-    """What a walk gives for pages with these frames: neighbours in both spaces are one run."""
+    """Return runs as a walk does, for pages with these frames."""
     rows = []
     for page, frame in enumerate(frames):
         if frame is None:

@@ -1,4 +1,4 @@
-"""What is shown of CRIU's log: the cause of a failure, and its cure.
+"""The lines of CRIU's log that are shown: the cause of a failure, and its cure.
 
 The logs are CRIU's own: 4.1.1 in a guest of Debian trixie.
 """

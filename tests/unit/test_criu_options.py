@@ -40,7 +40,7 @@ DUMPED = DumpReport(
 
 @pytest.fixture
 def asked(monkeypatch, tmp_path):
-    """What `attach`, `restore` and `dump` are called with; no VM is there."""
+    """The arguments of the calls of `attach`, `restore` and `dump`, which need no VM here."""
     calls = []
 
     class Vm:

@@ -1,4 +1,4 @@
-"""What a hostile agent may send as images."""
+"""Images from a hostile agent."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""What help and man page tell people to type is what the parser takes."""
+"""The parser takes all commands and options of the help and the man page."""
 
 import argparse
 import ast
@@ -100,7 +100,7 @@ def run(capsys, *words):
 
 
 def completed(script, *words):
-    """What bash offers for the last of these words."""
+    """Return bash's completions of the last word."""
     program = f"""source {script}
 COMP_WORDS=({shlex.join(["ovr", *words])}); COMP_CWORD={len(words)}
 COMP_LINE="ovr {" ".join(words)}"; COMP_POINT=${{#COMP_LINE}}

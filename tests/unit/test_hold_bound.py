@@ -110,7 +110,7 @@ TRIES = 50  # it writes nearly all the time
 
 
 def test_stopped_in_a_write(machine):
-    """Nobody can say when it will go on to write: it is killed, and then the VM runs."""
+    """It may write at any later time: it is killed, and then the VM runs."""
     for _ in range(TRIES):
         process = run_script(WRITING, machine.pid, machine.path)
         assert process.stdout.readline() == "held\n"

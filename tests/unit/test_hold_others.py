@@ -1,4 +1,4 @@
-"""What others do to a VM that is held, and to who holds it, neither ends a hold nor prolongs it."""
+"""Other processes can neither end nor prolong a hold, whatever they do to QEMU or its holder."""
 
 import os
 import select
@@ -109,7 +109,7 @@ def test_no_signal_is_lost_when_the_tracer_dies(machine):
 
 
 def test_a_stop_by_others_stays(machine):
-    """Whoever has stopped QEMU finds it stopped after a hold."""
+    """A QEMU that another process has stopped is still stopped after a hold."""
     os.kill(machine.pid, signal.SIGSTOP)
     assert eventually(lambda: machine.states() == {"T"})
     with holder(machine) as held:
@@ -227,7 +227,7 @@ def test_a_debugger_is_refused(machine, debugger):
 
 
 def test_a_debugger_between_holds(machine, debugger):
-    """Nobody traces QEMU in between: one can attach, and is seen at the next hold."""
+    """Between holds QEMU is not traced: a debugger can attach, and is found at the next hold."""
     with holder(machine) as held:
         with held.held():
             pass

@@ -1,4 +1,4 @@
-"""What counts as a failure of a setup in `make kernels`."""
+"""Failures of a setup in `make kernels`."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""What can be said of a lab VM without booting one."""
+"""Properties of lab VMs that need no boot."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""What is missing or fails on the host is said in one line."""
+"""Tools of the host that are missing or fail: errors of one line."""
 
 import os
 import subprocess

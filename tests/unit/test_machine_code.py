@@ -1,4 +1,4 @@
-"""What a compiler may leave out of the native module without any test of what it does noticing."""
+"""Instructions of the native module that a compiler might drop without another test failing."""
 
 import re
 import shutil

@@ -1,4 +1,4 @@
-"""What ``pip install`` gives: sdist and wheels, tried in an empty environment, not in the tree."""
+"""The sdist and the wheel, installed into an empty environment."""
 
 import json
 import os

@@ -21,7 +21,7 @@ MIB2 = 1 << 21
 
 
 def merged(leaves):
-    """What `walk` promises: neighbours in both spaces with the same flags are one run."""
+    """Join runs as `walk` does: neighbours in both spaces with the same flags are one run."""
     runs = []
     for leaf in leaves:
         if runs:

@@ -58,7 +58,7 @@ def test_every_page_is_placed_once(images):
 
 
 def test_pieces_hold_the_right_bytes(images):
-    """What would be written at an address is what the images have for that address."""
+    """The planned content of each address is that of the images."""
     for task in make_plan(images).tasks:
         entries = task.task.memory.entries
         offset_of = {

@@ -119,7 +119,7 @@ def parsed(table):
 
 
 def placed(task, pieces) -> Iterator[tuple[int, int, int, int]]:
-    """What the library gives to CRIU's mmaps: address, size, place in the pool, how."""
+    """The library's answers to CRIU's mmaps: address, size, place in the pool, how."""
     at = 0
     assert len(task.rows) == len(pieces)
     for (where, size, start, how), piece in zip(task.rows, pieces, strict=True):
@@ -131,7 +131,7 @@ def placed(task, pieces) -> Iterator[tuple[int, int, int, int]]:
 
 
 def check(plans, pieces, warm):
-    """Whoever carries out the table gives each task its pages, and nobody another's."""
+    """The table gives each task its own pages, and never those of another."""
     size, tasks, dropped = parsed(warm.table)
     given: list[tuple[int, int]] = []
     kept = 0

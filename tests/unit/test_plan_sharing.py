@@ -83,7 +83,7 @@ def pieces(one, cuts):
 
 
 def build(guest, plans, asked):
-    """What CRIU does up to its hook."""
+    """Build the tree as CRIU does before its hook."""
     kept = {p.task.pid: {page for run in p.runs[p.runs["reason"] > Reason.INHERITED]
                          for page in pages_of(join(np.array(
                              [(run["gva"], run["gva"] + run["size"])], RANGE)))}
@@ -112,7 +112,7 @@ def build(guest, plans, asked):
 
 
 def write(guest, plans):
-    """What we do: touch, write what is shared, write what is not."""
+    """Restore from outside: touch, write shared pages, write the rest."""
     written = set()
     for plan in plans:
         for page in pages_of(plan.to_touch()):
@@ -212,7 +212,7 @@ def test_the_page_that_criu_must_have_is_none_that_is_shared(tmp_path):
 
 
 def test_a_server_and_its_workers(tmp_path):
-    """What is equal in all is not in the images; what one has changed is its own."""
+    """Pages equal in all tasks are not in the images; changed ones are the task's own."""
     areas = [(0, 100, ANON), (200, 210, ANON)]
     common = {page: 1 + page % 3 for page in range(100)} | {205: 9}
     tasks = [task(tmp_path, 1, 0, areas, common)]

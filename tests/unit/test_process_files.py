@@ -1,4 +1,4 @@
-"""Who plays QEMU gets `ovr` to write to no file that he may not write to himself."""
+"""A process that poses as QEMU cannot make `ovr` write to files that it may not write to itself."""
 
 import ctypes
 import errno

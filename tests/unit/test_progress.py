@@ -97,7 +97,7 @@ def test_auto_is_silent_in_a_pipe():
 
 
 def on_a_terminal(code, **environment):
-    """What a program of this Python prints when stdout and stderr are a terminal."""
+    """Return the output of a Python program whose stdout and stderr are a terminal."""
     leader, terminal = pty.openpty()
     env = {**os.environ, "TERM": "xterm", **environment}
     command = [sys.executable, "-c", code]

@@ -114,7 +114,7 @@ def socket_path() -> Path:
 
 @pytest.fixture
 def vm() -> Iterator[subprocess.Popen]:
-    """What the server stands by for: any process that can end."""
+    """The process whose end the server waits for."""
     with subprocess.Popen(["sleep", "600"]) as process:
         yield process
         process.kill()

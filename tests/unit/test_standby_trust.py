@@ -1,4 +1,4 @@
-"""Who is served by the process that stands by, and by whom a command lets itself be served."""
+"""Trust between the standby process and its clients, in both directions."""
 
 import json
 import os
@@ -34,7 +34,7 @@ from .test_standby import (  # noqa: F401 - fixtures
 
 root_only = pytest.mark.skipif(os.geteuid() != 0, reason="only root can do what root is kept from")
 
-# What has uid 0, and the directory, but not the rights of who stands by.
+# A process with uid 0 and the directory, but without the capabilities of the standby process.
 ELSEWHERE = {
     "mount": ["unshare", "--mount"],
     "pid": ["unshare", "--pid", "--fork", "--mount-proc"],

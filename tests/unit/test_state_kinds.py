@@ -27,7 +27,7 @@ IPC = {
     "mq_msgsize_default": 13,
 }  # fmt: skip
 
-# What a kind of state is written to, as a type's name, and values that it may have.
+# The type of object that a kind of state is written to, and possible values.
 VALUES = {
     "alternate_signal_stack": ("task", [(0x7000, 8192, 0), (0, 0, 2), (0x7000, 8192, 1 << 31)]),
     "arguments": ("mm", [(1, 2, 3, 4)]),
@@ -119,7 +119,7 @@ def test_every_kind_is_explained():
     assert all(kind.reason for kind in INSIDE_KINDS)
 
 
-# What real images say.
+# Content of real images.
 
 
 @pytest.fixture
@@ -169,7 +169,7 @@ def test_what_the_sample_set(images):
     assert len(limits) == 15
 
 
-# What a hostile or strange image says.
+# Content of hostile or unusual images.
 
 
 @pytest.mark.parametrize(
@@ -328,7 +328,7 @@ def test_values_that_do_not_fit(kernel):
 
 
 def test_types_of_the_guest_that_make_no_sense():
-    """What must be a struct is a number: an error of the guest's, not a TypeError of ours."""
+    """A number in place of a struct is an error of the guest, not a TypeError."""
     binding = SimpleNamespace(find=lambda guest: guest, label="task 1")
     kind = SimpleNamespace(read=lambda task: task.fs.umask, name="umask")
     setting = SimpleNamespace(kind=kind, binding=binding, value=0)

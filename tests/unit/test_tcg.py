@@ -108,7 +108,7 @@ def test_it(vm, first):
 
 @pytest.fixture(scope="module")
 def said(tmp_path_factory):
-    """What pytest says of each module of tests that have `vm` and `first`, and in all."""
+    """The output of pytest for all modules; their tests may use `vm` and `first`."""
     directory = tmp_path_factory.mktemp("modules")
     (directory / "conftest.py").write_text(CONFTEST)
     for name, module in MODULES.items():
@@ -125,12 +125,12 @@ def said(tmp_path_factory):
 
 
 def outcomes(said: str, name: str) -> list[str]:
-    """What became of a module's tests."""
+    """Return the outcomes of a module's tests."""
     return re.findall(rf"^test_{name}\.py::\w+ (\w+)", said, re.MULTILINE)
 
 
 def ran_again(said: str, name: str) -> list[str]:
-    """Why tests of a module ran again."""
+    """Return why tests of a module ran again."""
     return re.findall(rf"^RAN AGAIN test_{name}\.py::test_it: (.*)", said, re.MULTILINE)
 
 

@@ -1,4 +1,4 @@
-/* What the fuzz targets of the agent share. */
+/* Shared by the fuzz targets of the agent. */
 #ifndef OVR_FUZZ_H
 #define OVR_FUZZ_H
 

@@ -3,7 +3,7 @@
 
 #include "../../../ovr/guest/populate.c"
 
-/* What populate.c needs of the rest of the agent, never called here. */
+/* Parts of the agent that populate.c needs, never called here. */
 void loop_watch(struct loop *loop, int fd, short events, callback call, void *context)
 {
 	(void)loop, (void)fd, (void)events, (void)call, (void)context;

@@ -158,7 +158,7 @@ static void hook_comes(struct input *input)
 	send(hook, &report, size, MSG_NOSIGNAL);
 }
 
-/* What a message must have besides what is of interest here. */
+/* Required fields of a message that do not matter here. */
 static void add_rest(struct writer *writer, enum op op, uint64_t given)
 {
 	for (int i = 0; i < schemas[op].count; i++) {

@@ -101,7 +101,7 @@ void restore_message(struct session *session, const struct message *message)
 
 /* ------------------------------------------------------------------------ the host */
 
-/* What the agent sends on a stream is read as the protocol has it. */
+/* Parse the agent's output on a stream by the protocol. */
 static struct {
 	uint8_t data[8 * MAX_FRAME];
 	size_t size;

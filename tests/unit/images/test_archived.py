@@ -172,7 +172,7 @@ def test_a_circle_of_two(tmp_path, both):
 
 
 def test_the_other_archive_cannot_lead_back(archives, before, tmp_path):
-    """What the pre-checkpoint builds on is looked for in its own archive alone."""
+    """The parent of a pre-checkpoint is looked up in its own archive only."""
     path, _ = archives
     links = [("pre-checkpoint/parent", "../checkpoint")]
     refused(

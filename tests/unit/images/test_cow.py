@@ -1,4 +1,4 @@
-"""What CRIU would leave shared, against a page-by-page model of criu/mem.c; and equal_pages."""
+"""Pages that CRIU leaves shared, against a page-by-page model of criu/mem.c; and equal_pages."""
 
 import os
 from types import SimpleNamespace
@@ -96,7 +96,7 @@ AREAS = [(0, 10, ANON), (10, 16, FILE), (20, 30, STACK)]
 
 @given(contents=st.lists(CONTENTS, min_size=2, max_size=4), fathers=st.lists(st.integers(1, 3)))
 def test_generations(tmp_path_factory, contents, fathers):
-    """What is equal in a task and its parent, whoever else has it."""
+    """Pages equal in a task and its parent, whichever other tasks have them."""
     path = tmp_path_factory.mktemp("images")
     inside = {page for first, end, _ in AREAS for page in range(first, end)}
     contents = [{p: b for p, b in pages.items() if p in inside} or {0: 0} for pages in contents]

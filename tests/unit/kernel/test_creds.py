@@ -1,4 +1,4 @@
-"""Who is root of the whole guest."""
+"""Which tasks are root of the whole guest."""
 
 import pytest
 
@@ -48,7 +48,7 @@ def test_root_with_fewer_capabilities_than_init(toy, kernel):
 
 
 def test_a_guest_whose_init_has_not_all_of_them(toy, kernel):
-    """What an administrator has taken from all of the guest the agent need not have."""
+    """Capabilities that the whole guest lacks are not required of the agent."""
     init = find_task(kernel, 1)
     toy.poke(init.address_ + 192, "Q", toy.cred(effective=ALL & ~1))
     assert reason(toy, kernel, toy.cred(effective=ALL & ~1)) == ""

@@ -27,7 +27,7 @@ def test_starts_may_be_anything(text, starts):
 
 
 def test_suffixes_may_share_their_bytes():
-    # what linkers do to string tables
+    # as linkers merge string tables
     names = np.frombuffer(b"\0start_kernel\0", np.uint8)
     table = SymbolTable(names, np.array([1, 7]), np.array([10, 20], np.uint64), b"\0")
     assert list(table) == [("start_kernel", 10), ("kernel", 20)]

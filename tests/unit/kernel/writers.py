@@ -1,4 +1,4 @@
-"""What a kernel build makes, made by hand: BTF, kallsyms, VMCOREINFO; and memory to put it in.
+"""BTF, kallsyms and VMCOREINFO made by hand, and memory to put them in.
 
 Written from the formats' descriptions, not from the readers that they test.
 """
