@@ -21,6 +21,7 @@ from tests.unit.agent_host import (
     alive,
     assert_gone,
     begin,
+    fails,
     hook_dies,
     kill,
     one_link,
@@ -50,7 +51,7 @@ def test_host_is_silent(host: AgentHost, agent: Agent) -> None:
         time.sleep(1)
     assert alive(*skeleton.tasks)
     wait_for(lambda: not alive(*skeleton.tasks))
-    with pytest.raises(AttemptFailed, check=lambda error: error.code == Code.SILENT):
+    with fails(Code.SILENT):
         agent.go()
     agent.ping()
     assert_gone(host, skeleton)
@@ -100,7 +101,7 @@ def test_criu_is_killed_while_it_holds_the_tree(host: AgentHost, agent: Agent) -
         skeleton = begin(host, agent)
         kill(skeleton.criu_pid)
         wait_for(lambda tasks=skeleton.tasks: not alive(*tasks))
-        with pytest.raises(AttemptFailed, match="criu died"):
+        with fails(Code.CRIU):
             agent.go()
         agent.ping()
         assert not host.marks
@@ -226,7 +227,7 @@ def test_criu_fails_after_go(host: AgentHost, agent: Agent) -> None:
 def test_criu_is_not_there(tmp_path: Path) -> None:
     with agent_host(tmp_path) as host, host.connect() as agent:
         (tmp_path / "criu").unlink()
-        with pytest.raises(AttemptFailed, match="criu cannot be started: No such file"):
+        with fails(Code.START):
             begin(host, agent)
         wait_for(lambda: not host.restores)
 
