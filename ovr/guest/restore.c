@@ -363,7 +363,7 @@ void restore_watch(struct loop *loop)
 	if (restore.phase == SAVING && session_has_room(restore.owner))
 		loop_wake_at(loop, now_ms());
 	if (stop_at)
-		loop_wake_at(loop, stop_at);
+		loop_wake_at(loop, restore_lingers() ? stop_at : now_ms());
 }
 
 void restore_shutdown(void)
