@@ -268,10 +268,10 @@ void dump_fetch(struct session *session, const struct message *message)
 bool dump_is_whole(void)
 {
 	/*
-	 * Killed before its hook CRIU may leave parasite code in a task. At its hook it leaves what
-	 * it has locked, and after Go a part of the tree.
+	 * Killed between its hooks CRIU may leave parasite code in a task. At the second one it
+	 * leaves what it has locked, and after Go a part of the tree.
 	 */
-	return !WIFSIGNALED(restore.child_status) ||
+	return !WIFSIGNALED(restore.child_status) || !restore.tracked ||
 	       (restore.root > 1 && !restore.dump_locks && !restore.dump_released);
 }
 

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from ovr import lab
@@ -106,12 +107,13 @@ def shooting_range(name: str, suite: str, scratch: Path) -> Iterator[Range]:
 
 
 @contextmanager
-def dumping_range(name: str, suite: str, scratch: Path) -> Iterator[DumpRange]:
+def dumping_range(name: str, suite: str, scratch: Path, rounds: int = 0) -> Iterator[DumpRange]:
     """Make a range for dumps."""
     share = scratch / "share"
     share.mkdir()
     place = DumpRange(
-        lambda: lab.up(name, suite=suite, memory=MEMORY, share=share), share, scratch
+        lambda: lab.up(name, suite=suite, memory=MEMORY, share=share), share, scratch,
+        rounds,
     )  # fmt: skip
     try:
         yield place
@@ -123,6 +125,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Return what the command line asks for."""
     parser = argparse.ArgumentParser(prog="python -m tests.kill", description=__doc__)
     parser.add_argument("--dump", action="store_true", help="instead of a restore")
+    parser.add_argument(
+        "--pre-copy", type=int, default=0, metavar="N", help="dump with so many rounds of copies"
+    )
     parser.add_argument("--points", type=int, default=10, help="of each victim")
     parser.add_argument(
         "--victims", type=victims, default=VICTIMS, help=f"some of {','.join(VICTIMS)}"
@@ -141,11 +146,10 @@ def victims(names: str) -> list[str]:
 def main() -> int:
     asked = parse()
     outcome = Outcome()
+    make = partial(dumping_range, rounds=asked.pre_copy) if asked.dump else shooting_range
     with (
         tempfile.TemporaryDirectory(prefix="ovr-kill-", dir=cache_directory()) as scratch,
-        (dumping_range if asked.dump else shooting_range)(
-            f"kill-{os.getpid()}", asked.suite, Path(scratch)
-        ) as place,
+        make(f"kill-{os.getpid()}", asked.suite, Path(scratch)) as place,
     ):
         for victim in asked.victims:
             sweep(place, victim, asked.points, outcome)

@@ -43,7 +43,7 @@ class Story:
 
 
 RESTORE = Story("after sending begin", "end of skeleton")
-DUMP = Story("after sending dump", "end of images")
+DUMP = Story("after sending track and stop", "end of start")
 
 
 @dataclass(frozen=True)

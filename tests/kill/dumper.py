@@ -1,7 +1,7 @@
 """A dump that tells where it is, and waits there.
 
-``python -m tests.kill.dumper VM PID IMAGES POINT`` does for a dump what `restorer` does for a
-restore.
+``python -m tests.kill.dumper VM PID IMAGES ROUNDS POINT`` does for a dump, with so many rounds of
+pre-copies, what `restorer` does for a restore.
 """
 
 import sys
@@ -12,9 +12,11 @@ from tests.kill.restorer import Events, perform
 
 
 def main() -> int:
-    spec, pid, images, point = sys.argv[1:]
+    spec, pid, images, rounds, point = sys.argv[1:]
     return perform(
-        spec, Events(int(point)), lambda vm: dump(vm, int(pid), Path(images), verify="full")
+        spec,
+        Events(int(point)),
+        lambda vm: dump(vm, int(pid), Path(images), pre_copies=int(rounds), verify="full"),
     )
 
 

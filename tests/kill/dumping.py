@@ -25,13 +25,17 @@ class DumpRange(Place):
         boot: boots a VM that has the directory `share`.
         share: the directory.
         scratch: another one, for this run.
+        rounds: of pre-copies.
     """
 
     story = DUMP
 
-    def __init__(self, boot: Callable[[], lab.LabVm], share: Path, scratch: Path) -> None:
+    def __init__(
+        self, boot: Callable[[], lab.LabVm], share: Path, scratch: Path, rounds: int
+    ) -> None:
         super().__init__(boot, scratch)
         self._images = share / "dump"
+        self._rounds = rounds
 
     def command(self, vm: lab.LabVm) -> list[str]:
         """Start a tree, and return the command of a dump of it."""
@@ -39,7 +43,13 @@ class DumpRange(Place):
         shutil.rmtree(self._images, ignore_errors=True)
         self._images.mkdir()
         pid = subject.start(vm, SIZE)
-        return ["tests.kill.dumper", f"lab:{vm.name}", str(pid), str(self._images)]
+        return [
+            "tests.kill.dumper",
+            f"lab:{vm.name}",
+            str(pid),
+            str(self._images),
+            str(self._rounds),
+        ]
 
     def shoot(self, victim: str, point: Point) -> str:
         vm = self.vm

@@ -18,6 +18,7 @@ from ovr.attempt.copier import Copier
 from ovr.attempt.stopwatch import Stopwatch
 from ovr.errors import OvrError
 from ovr.guest.client.agent import Agent
+from ovr.guest.dump_protocol import Track
 from ovr.guest.message import Message
 from ovr.guest.protocol import Alive
 from ovr.vm import hold
@@ -87,7 +88,10 @@ def watch_holds(events: Events) -> None:
 
 
 def sent(_: Agent, message: Message) -> str | None:
-    return None if isinstance(message, Alive) else f"sending {message.op}"
+    if isinstance(message, Alive):
+        return None
+    stop = isinstance(message, Track) and message.stop
+    return f"sending {message.op}{' and stop' if stop else ''}"
 
 
 def watch(events: Events) -> None:

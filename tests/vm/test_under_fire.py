@@ -70,7 +70,7 @@ def test_many_in_a_row(vm, images, tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def place(target, tmp_path_factory) -> Range:
     vm, images = target
-    return Range(lambda: vm, images, tmp_path_factory.mktemp("scratch"))
+    return Range(lambda: vm, images, tmp_path_factory.mktemp("scratch"), rounds=1)
 
 
 # Where each is killed: the first event of that name.
