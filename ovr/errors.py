@@ -16,6 +16,7 @@
     ├── ImagesUnsupported        5   valid images with content we cannot restore
     ├── ImagesDamaged            6
     ├── VerifyMismatch           7
+    ├── ArchiveFailed            8   a container has ended, its archive is incomplete
     ├── GuestFault               1   invalid content of guest memory
     ├── AttemptFailed            1   a restore or dump was aborted, and undone
     │   ├── HoldBroken           1
@@ -34,6 +35,7 @@ from typing import Any, ClassVar
 __all__ = [
     "AgentUnreachable",
     "AgentUntrusted",
+    "ArchiveFailed",
     "AttemptFailed",
     "CheckFailed",
     "CriuFailed",
@@ -147,6 +149,13 @@ class VerifyMismatch(OvrError):
     """Memory or state read back differs from the content written."""
 
     exit_code = 7
+
+
+class ArchiveFailed(OvrError):
+    """A dumped container has ended, but its archive is incomplete: the images are kept."""
+
+    exit_code = 8
+    code = "archive"
 
 
 class GuestFault(OvrError):

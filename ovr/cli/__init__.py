@@ -35,6 +35,7 @@ ADDR is vsock:CID[:PORT], unix:PATH[:PORT] or serial:PATH; not needed for lab VM
 exit codes:
   0 done   1 failed and undone, VM unharmed   2 usage   3 VM or agent not reachable
   4 check failed   5 images cannot be restored   6 images damaged   7 verify mismatch
+  8 container ended, archive incomplete
 """
 
 
