@@ -7,6 +7,7 @@ from ovr.checkpoint.checkpoint import (
     ImagesCheckpoint,
     PodmanCheckpoint,
     RuntimeCheckpoint,
+    check_engine,
     open_checkpoint,
     runs_scripts_for_engines,
 )
@@ -19,6 +20,7 @@ __all__ = [
     "ImagesCheckpoint",
     "PodmanCheckpoint",
     "RuntimeCheckpoint",
+    "check_engine",
     "open_checkpoint",
     "runs_scripts_for_engines",
 ]

@@ -24,6 +24,7 @@ __all__ = [
     "ImagesCheckpoint",
     "PodmanCheckpoint",
     "RuntimeCheckpoint",
+    "check_engine",
     "open_checkpoint",
     "runs_scripts_for_engines",
 ]
@@ -60,19 +61,9 @@ class Checkpoint(Closing):
 
     def check(self, hello: AgentInfo) -> None:
         """Raise `CheckFailed` if the guest cannot restore this checkpoint."""
-        if hello.criu is None:
-            raise CheckFailed("the guest has no CRIU", "apt-get install criu, in the guest")
-        if self.engine is None:
-            return
-        if self.engine not in hello.engines:
-            raise CheckFailed(
-                f"the guest has no {self.engine}", f"apt-get install {self.engine}, in the guest"
-            )
-        if not runs_scripts_for_engines(hello):
-            raise CheckFailed(
-                f"the guest's CRIU {hello.criu} runs no action scripts for {self.engine}",
-                "use CRIU 3.19 or later in the guest",
-            )
+        _check_criu(hello)
+        if self.engine is not None:
+            check_engine(hello, self.engine)
 
     def close(self) -> None:
         """Close the images."""
@@ -209,6 +200,25 @@ class RuntimeCheckpoint(Checkpoint):
         super().close()
         if self._archive:
             self._archive.close()
+
+
+def check_engine(hello: AgentInfo, engine: str) -> None:
+    """Raise `CheckFailed` if the guest has no such engine, or no CRIU that runs our hook for it."""
+    _check_criu(hello)
+    if engine not in hello.engines:
+        raise CheckFailed(f"the guest has no {engine}", f"apt-get install {engine}, in the guest")
+    if not runs_scripts_for_engines(hello):
+        error = CheckFailed(
+            f"the guest's CRIU {hello.criu} runs no action scripts for {engine}",
+            "use CRIU 3.19 or later in the guest",
+        )
+        error.code = "engine-scripts"
+        raise error
+
+
+def _check_criu(hello: AgentInfo) -> None:
+    if hello.criu is None:
+        raise CheckFailed("the guest has no CRIU", "apt-get install criu, in the guest")
 
 
 def runs_scripts_for_engines(hello: AgentInfo) -> bool:
