@@ -1,6 +1,6 @@
 """Checkpoints: a directory of CRIU's images, or the archive or bundle of a container engine."""
 
-from ovr.checkpoint.archive import Archive, Container
+from ovr.checkpoint.archive import Archive, BareArchive, Container
 from ovr.checkpoint.checkpoint import (
     RUNTIMES,
     Checkpoint,
@@ -15,6 +15,7 @@ from ovr.checkpoint.checkpoint import (
 __all__ = [
     "RUNTIMES",
     "Archive",
+    "BareArchive",
     "Checkpoint",
     "Container",
     "ImagesCheckpoint",

@@ -22,9 +22,10 @@ from ovr.images.framing import DUMP_AGAIN
 from ovr.images.imageset import ImageSet
 from ovr.images.rewrite import Slices, image_chunks
 
-__all__ = ["Archive", "Container"]
+__all__ = ["Archive", "BareArchive", "Container"]
 
 _IMAGES: Final = "checkpoint/"
+_IMAGE: Final = ".img"
 _PRE_DUMP: Final = "pre-checkpoint/"
 _CONFIG: Final = "config.dump"
 _SPEC: Final = "spec.dump"
@@ -190,6 +191,41 @@ class Archive:
         else:
             what, cure = "no checkpoint/ directory", "is it a checkpoint of podman or CRI-O?"
         return ImagesUnsupported(f"{self.path}: {what}", cure)
+
+
+class BareArchive(Tarball):
+    """An archive of podman's whose images are of no use: their memory is elsewhere. Not trusted.
+
+    Args:
+        path: the file.
+
+    Raises:
+        ImagesDamaged: it is truncated, or no checkpoint of a container.
+        OvrError: as `Tarball`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        missing = [name for name in (_CONFIG, _SPEC) if name not in self.members]
+        if missing or not self.has_below(_IMAGES):
+            self.close()
+            raise ImagesDamaged(
+                f"{path}: podman's archive has no {' and no '.join(missing or [_IMAGES])}",
+                "is it a version of podman that docs/podman.md names?",
+            )
+
+    def with_images(self, images: Mapping[str, bytes | Slices]) -> Iterator[bytes]:
+        """Yield the archive in pieces, uncompressed, with `images` instead of CRIU's images.
+
+        All other members are copied byte for byte, including files beside the images.
+        """
+        for name in self.members:
+            image = name.startswith(_IMAGES) and name.endswith(_IMAGE)
+            if not image and name != _IMAGES + PARENT:
+                yield from self.copy(name)
+        for name, content in images.items():
+            yield from _member(_IMAGES + name, content)
+        yield _END
 
 
 # The mode of CRIU's own images (CR_FD_PERM): CRIU opens some of them from inside the container's
