@@ -142,9 +142,12 @@ bool directory_make_parent(const struct directory *directory, char **names);
 void directory_remove_parent(const struct directory *directory);
 /* Make path/dump, which CRIU dumps into. */
 bool directory_make_dump(struct directory *directory);
+/* Make path/path, which wrapper.c describes, with links to two programs: this one, and CRIU. */
+bool directory_make_wrapper(struct directory *directory, const char *self, const char *criu);
 void directory_remove(struct directory *directory, bool keep_log);
 
 #define AGENT_PATH "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+#define AGENT_DIRECTORIES (&AGENT_PATH[sizeof("PATH=") - 1])
 
 /* criu.c */
 /* Record this program's path. Call it at start, before an upgrade can replace the file. */
@@ -173,6 +176,7 @@ const char *criu_version(void);
 
 /* engine.c: container engines and runtimes, which start CRIU themselves */
 #define ENGINE_OUT "engine.out"
+#define ENGINE_FIFO "archive" /* podman writes a container's archive into it */
 #define ENGINE_ERR "engine.err"
 
 /* The engine's CRIU. Descriptors are -1 until the hook has reported it. */
@@ -184,11 +188,14 @@ struct engine_criu {
 };
 
 bool engine_known(const char *name);
+bool engine_is_podman(const char *name);
 void engine_add_installed(struct writer *writer);
+/* Find a program in the directories of the agent's PATH. False if there is none. */
+bool engine_find_program(const char *program, char path[512]);
 
 /* The engine's pid, or -1 and errno. */
 pid_t engine_start(const struct directory *directory, const struct message *begin);
-struct engine_criu engine_adopt(pid_t criu);
+struct engine_criu engine_adopt(pid_t criu, const char *log);
 /*
  * Start one step of the cleanup after a failed restore, in a child. Returns its pid, 0 if the step
  * has nothing to do, -1 after the last step.
@@ -200,6 +207,32 @@ void engine_forget_names(void);
 void engine_result(const struct directory *directory, char line[LOG_WIDTH]);
 int engine_log_errors(const struct directory *directory, const struct engine_criu *criu,
 		      char lines[LOG_LINES][LOG_WIDTH]);
+
+/* engine_dump.c: dumps of containers */
+/* Start the engine's checkpoint; its pid, or -1 and errno. */
+pid_t engine_start_dump(struct directory *directory, const struct message *message);
+/* Open the directory that the engine's CRIU writes its images to. False if that is another one. */
+bool engine_open_images(struct directory *directory, pid_t criu);
+/* CRIU has given up and let the tree run on, or was never there. */
+bool engine_criu_gave_up(const struct engine_criu *criu);
+/* CRIU has dumped the tree, and ended it unless it was to run on. */
+bool engine_criu_succeeded(const struct engine_criu *criu);
+
+/* wrapper.c: this program in the place of CRIU, where an engine looks for it */
+#define WRAPPER_DIRECTORY "path"
+#define WRAPPER_NAME "criu"
+#define WRAPPER_REAL "real"
+#define WRAPPER_CONFIG "criu.conf"
+bool wrapper_is_meant(const char *name);
+int wrapper_main(char **argv);
+
+/* find.c: the root process of a container */
+void find_message(struct session *session, const struct message *message);
+void find_session_ended(struct session *session);
+bool find_reaped(pid_t pid, int status);
+bool find_owns(pid_t pid);
+void find_watch(struct loop *loop);
+void find_work(void);
 
 /* config.c: CRIU's default configuration files */
 void config_message(struct session *session);
@@ -237,6 +270,10 @@ void tree_renice_zombies(struct tree tree, int nice);
 pid_t tree_tracer(pid_t pid);
 /* The parent of a task, or 0. */
 pid_t tree_parent(pid_t pid);
+/* Whether `pid` is `ancestor` or descends from it. */
+bool tree_descends(pid_t pid, pid_t ancestor);
+/* Whether a process exists that has not ended. */
+bool tree_task_lives(pid_t pid);
 
 /* exitkill.c */
 /* Set PTRACE_O_EXITKILL on all tracees of CRIU, which is stopped. NULL, or an error message. */
@@ -345,6 +382,8 @@ struct child_io {
  * Its pid, or -1 with errno of the failed fork or exec.
  */
 pid_t child_start(char *const argv[], char *const env[], struct child_io io);
+/* The same; it is killed when the agent dies. */
+pid_t child_start_mortal(char *const argv[], char *const env[], struct child_io io);
 
 /* lab.c, lab_run.c */
 #ifdef OVR_LAB

@@ -3,6 +3,7 @@
 #include <fcntl.h>
 #include <signal.h>
 #include <stdlib.h>
+#include <sys/prctl.h>
 #include <unistd.h>
 
 #include "agent.h"
@@ -12,7 +13,7 @@ static int or_null(int fd)
 	return fd < 0 ? open("/dev/null", O_RDWR | O_CLOEXEC) : fd;
 }
 
-static void become(char *const argv[], char *const env[], struct child_io io)
+static void become(char *const argv[], char *const env[], struct child_io io, bool mortal)
 {
 	int from[3] = {io.in, io.out, io.err};
 	sigset_t none;
@@ -23,6 +24,8 @@ static void become(char *const argv[], char *const env[], struct child_io io)
 	sigprocmask(SIG_SETMASK, &none, NULL);
 	signal(SIGPIPE, SIG_DFL);
 	setsid();
+	if (mortal && prctl(PR_SET_PDEATHSIG, SIGKILL) < 0)
+		return;
 	for (int i = 0; i < 3; i++) {
 		int fd = or_null(from[i]);
 
@@ -44,7 +47,7 @@ static int exec_error(int pipe_end)
 	return size == (ssize_t)sizeof(error) ? error : 0;
 }
 
-pid_t child_start(char *const argv[], char *const env[], struct child_io io)
+static pid_t start(char *const argv[], char *const env[], struct child_io io, bool mortal)
 {
 	int news[2], error;
 	pid_t pid;
@@ -53,7 +56,7 @@ pid_t child_start(char *const argv[], char *const env[], struct child_io io)
 		return -1;
 	pid = fork();
 	if (pid == 0) {
-		become(argv, env, io);
+		become(argv, env, io, mortal);
 		error = errno;
 		_exit(write(news[1], &error, sizeof(error)) < 0 ? 126 : 127);
 	}
@@ -64,4 +67,14 @@ pid_t child_start(char *const argv[], char *const env[], struct child_io io)
 	close(news[0]);
 	errno = error;
 	return error ? -1 : pid;
+}
+
+pid_t child_start(char *const argv[], char *const env[], struct child_io io)
+{
+	return start(argv, env, io, false);
+}
+
+pid_t child_start_mortal(char *const argv[], char *const env[], struct child_io io)
+{
+	return start(argv, env, io, true);
 }

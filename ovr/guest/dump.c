@@ -29,6 +29,8 @@ void dump_forget(void)
 	sending.files = NULL;
 	sending.single = false;
 	track_end();
+	archive_forget();
+	engine_remove_images(&restore.directory);
 }
 
 /* Whether CRIU changes more of the tree than it does to stop it, and undoes it only at its end. */
@@ -81,18 +83,45 @@ static bool good_pid(struct session *session, const struct message *message)
 	return false;
 }
 
+/* A dump by the container's engine. Its CRIU is known when it runs the hook. */
+static pid_t start_engine(const struct message *message)
+{
+	/* All engines have CRIU freeze the container's cgroup. */
+	restore.dump_locks = true;
+	return engine_start_dump(&restore.directory, message);
+}
+
+static bool good_container(struct session *session, const struct message *message)
+{
+	char engine[MAX_STRING], name[MAX_STRING];
+
+	if (!message_has(message, KEY_ENGINE))
+		return true;
+	message_str(message, KEY_ENGINE, engine);
+	name[0] = 0;
+	if (message_has(message, KEY_NAME))
+		message_str(message, KEY_NAME, name);
+	if (engine_known(engine) && name[0] && name[0] != '-')
+		return true;
+	session_break(session, CODE_ENGINE, "no such engine, or no name of a container");
+	return false;
+}
+
 void dump_begin(struct session *session, const struct message *message)
 {
-	if (!restore_in_phase(session, UPLOADING) || !good_pid(session, message))
+	if (!restore_in_phase(session, UPLOADING) || !good_pid(session, message) ||
+	    !good_container(session, message))
 		return;
-	if (!hook_listen() || !directory_make_dump(&restore.directory)) {
+	restore.engine = message_has(message, KEY_ENGINE);
+	if (!hook_listen() || !(restore.engine || directory_make_dump(&restore.directory))) {
 		session_break(session, code_of_errno(errno), "cannot prepare the dump: %s",
 			      strerror(errno));
 		return;
 	}
 	restore.dump = true;
 	restore.dumped = (pid_t)message_uint(message, KEY_PID);
-	restore.child = start_dump(message);
+	restore.leave_running = message_uint(message, KEY_LEAVE_RUNNING);
+	restore.child = restore.engine ? start_engine(message) : start_dump(message);
 	if (restore.child < 0) {
 		restore_refuse_start(session, errno);
 		return;
@@ -267,12 +296,28 @@ void dump_fetch(struct session *session, const struct message *message)
 
 bool dump_is_whole(void)
 {
+	if (!restore.tracked)
+		return true; /* CRIU has not stopped it */
+	/* An engine's exit status does not tell how its CRIU has ended. */
+	if (restore.engine)
+		return engine_criu_gave_up(&restore.theirs);
 	/*
 	 * Killed between its hooks CRIU may leave parasite code in a task. At the second one it
 	 * leaves what it has locked, and after Go a part of the tree.
 	 */
-	return !WIFSIGNALED(restore.child_status) || !restore.tracked ||
+	return !WIFSIGNALED(restore.child_status) ||
 	       (restore.root > 1 && !restore.dump_locks && !restore.dump_released);
+}
+
+bool dump_runs_on(void)
+{
+	/*
+	 * Killed in the middle, CRIU may have ended a part of the tree. A tree that it has ended
+	 * may take a moment to die.
+	 */
+	return tree_task_lives(restore.root) &&
+	       (engine_criu_gave_up(&restore.theirs) ||
+		(restore.leave_running && engine_criu_succeeded(&restore.theirs)));
 }
 
 void dump_report_success(void)

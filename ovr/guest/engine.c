@@ -22,7 +22,7 @@
 
 static const char *const programs[] = {"podman", "runc", "crun"};
 
-static bool is_podman(const char *program)
+bool engine_is_podman(const char *program)
 {
 	return !strcmp(program, "podman");
 }
@@ -36,18 +36,24 @@ bool engine_known(const char *name)
 }
 
 /* Search the same directories as execvpe(). */
-static bool installed(const char *program)
+bool engine_find_program(const char *program, char path[512])
 {
 	const char *places = getenv("PATH"), *next;
-	char path[512];
 
 	for (; places && *places; places = *next ? next + 1 : next) {
 		next = places + strcspn(places, ":");
-		snprintf(path, sizeof(path), "%.*s/%s", (int)(next - places), places, program);
+		snprintf(path, 512, "%.*s/%s", (int)(next - places), places, program);
 		if (access(path, X_OK) == 0)
 			return true;
 	}
 	return false;
+}
+
+static bool installed(const char *program)
+{
+	char path[512];
+
+	return engine_find_program(program, path);
 }
 
 void engine_add_installed(struct writer *writer)
@@ -92,8 +98,8 @@ static pid_t start(char *const argv[], const struct directory *directory, const 
 	snprintf(out, sizeof(out), "%s/" ENGINE_OUT, directory->path);
 	snprintf(err, sizeof(err), "%s/" ENGINE_ERR, directory->path);
 	/* A container restored by a runtime inherits these descriptors for good: /dev/null. */
-	io.out = is_podman(argv[0]) ? open(out, flags, 0600) : -1;
-	io.err = is_podman(argv[0]) ? open(err, flags, 0600) : -1;
+	io.out = engine_is_podman(argv[0]) ? open(out, flags, 0600) : -1;
+	io.err = engine_is_podman(argv[0]) ? open(err, flags, 0600) : -1;
 	pid = child_start(argv, env, io);
 	if (io.out >= 0)
 		close(io.out);
@@ -112,7 +118,7 @@ static int fixed_arguments(const char *argv[FIXED_ARGUMENTS], const char *progra
 		"--image-path", images,  "--work-path", work,
 	};
 
-	if (is_podman(program)) {
+	if (engine_is_podman(program)) {
 		memcpy(argv, podman, sizeof(podman));
 		return ARRAY_SIZE(podman);
 	}
@@ -174,7 +180,7 @@ static pid_t remove_container(const struct engine_criu *criu)
 	char *podman[] = {current.program, "container", "rm", "--force", "--time", "0",
 			  "--volumes",     id,          NULL};
 	char *runtime[] = {current.program, "delete", "--force", current.name, NULL};
-	bool by_podman = is_podman(current.program);
+	bool by_podman = engine_is_podman(current.program);
 	pid_t pid = 0;
 
 	memcpy(id, criu->container, sizeof(id));
@@ -236,7 +242,7 @@ static void container_of(pid_t criu, char id[65])
 		memcpy(id, end - 64, 64);
 }
 
-struct engine_criu engine_adopt(pid_t criu)
+struct engine_criu engine_adopt(pid_t criu, const char *log)
 {
 	struct engine_criu found = {
 		/* The agent is not its parent: only the pidfd reports its exit. */
@@ -247,7 +253,7 @@ struct engine_criu engine_adopt(pid_t criu)
 	char path[64];
 
 	/* The log is in the working directory, which podman removes after a failure. */
-	snprintf(path, sizeof(path), "/proc/%d/cwd/restore.log", criu);
+	snprintf(path, sizeof(path), "/proc/%d/cwd/%s", criu, log);
 	found.log = open(path, O_RDONLY | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC);
 	container_of(criu, found.container);
 	return found;

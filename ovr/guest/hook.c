@@ -10,7 +10,8 @@
  *
  * At pre-restore and post-restore, where a non-zero exit status makes CRIU give
  * up or kill the tree, the hook only checks that the agent answers. At
- * pre-restore it then renames the image withheld from an engine's CRIU (engine.c).
+ * pre-restore it then renames the image withheld from an engine's CRIU (engine.c); at pre-dump,
+ * that of the parent image set (engine_dump.c).
  *
  * CRIU runs the hooks of a dump twice, one after the other. It takes a post-dump script that was
  * killed by a signal for one that succeeded (cr_dump_finish() in criu/cr-dump.c looks only at the
@@ -108,9 +109,8 @@ static int hold(void)
 }
 
 /* Give withheld images the names that CRIU expects. */
-static bool hand_out_images(void)
+static bool hand_out_images(const char *path)
 {
-	const char *path = getenv("CRTOOLS_IMAGE_DIR");
 	DIR *images = path ? opendir(path) : NULL;
 	struct dirent *entry;
 	int at = images ? dirfd(images) : -1;
@@ -136,16 +136,32 @@ static int hold_dumped(void)
 	return root > 1 && ask(root, tree_tracer(root), -1) == HOOK_GO ? 0 : 1;
 }
 
+/* The parent image set is beside the hook's socket (images.c). */
+static bool hand_out_parent(void)
+{
+	char path[300], *end;
+
+	snprintf(path, sizeof(path), "%s", getenv(HOOK_SOCKET));
+	end = strrchr(path, '/');
+	if (!end)
+		return false;
+	snprintf(end, sizeof(path) - (size_t)(end - path), "/images");
+	return hand_out_images(path);
+}
+
 int hook_main(const char *action)
 {
 	block_all_signals();
 	/* CRIU starts the hook without a shell: the parent is CRIU. */
 	if (!strcmp(action, "pre-restore"))
-		return ask(0, getppid(), ANSWER_MS) == HOOK_GO && hand_out_images() ? 0 : 1;
+		return ask(0, getppid(), ANSWER_MS) == HOOK_GO &&
+				       hand_out_images(getenv("CRTOOLS_IMAGE_DIR")) ?
+			       0 :
+			       1;
 	if (!strcmp(action, "pre-resume"))
 		return hold();
 	if (!strcmp(action, "pre-dump"))
-		return ask(0, getppid(), -1) == HOOK_GO ? 0 : 1;
+		return ask(0, getppid(), -1) == HOOK_GO && hand_out_parent() ? 0 : 1;
 	if (!strcmp(action, "post-dump"))
 		return hold_dumped();
 	if (!strcmp(action, "post-restore"))

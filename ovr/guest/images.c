@@ -71,6 +71,9 @@ static void remove_tree(const char *name, bool keep_log)
 	unlinkat(fd, "images", AT_REMOVEDIR);
 	empty(fd, "dump");
 	unlinkat(fd, "dump", AT_REMOVEDIR);
+	empty(fd, WRAPPER_DIRECTORY);
+	unlinkat(fd, WRAPPER_DIRECTORY, AT_REMOVEDIR);
+	unlinkat(fd, ENGINE_FIFO, 0);
 	if (!keep_log)
 		empty(fd, ".");
 	close(fd);
@@ -253,6 +256,20 @@ bool directory_make_dump(struct directory *directory)
 	snprintf(name, sizeof(name), "%s/dump", strrchr(directory->path, '/') + 1);
 	directory->dump = make_directory(base, name, IMAGES_DIRECTORY);
 	return directory->dump >= 0;
+}
+
+bool directory_make_wrapper(struct directory *directory, const char *self, const char *criu)
+{
+	char name[64];
+	int fd;
+	bool done;
+
+	snprintf(name, sizeof(name), "%s/" WRAPPER_DIRECTORY, strrchr(directory->path, '/') + 1);
+	fd = make_directory(base, name, PRIVATE_DIRECTORY);
+	done = fd >= 0 && symlinkat(self, fd, WRAPPER_NAME) == 0 &&
+	       symlinkat(criu, fd, WRAPPER_REAL) == 0;
+	close_fd(&fd);
+	return done;
 }
 
 void directory_remove(struct directory *directory, bool keep_log)

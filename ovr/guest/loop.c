@@ -49,7 +49,7 @@ void reap_children(void)
 
 	while ((pid = waitpid(-1, &status, WNOHANG)) > 0)
 		if (!restore_reaped(pid, status) && !populate_reaped(pid, status) &&
-		    !warm_reaped(pid, status) && !track_reaped(pid))
+		    !warm_reaped(pid, status) && !track_reaped(pid) && !find_reaped(pid, status))
 			lab_reaped(pid, status);
 }
 
@@ -114,6 +114,7 @@ void loop_run(struct loop *loop)
 		/* Work first: watched descriptors must not change while they are collected. */
 		restore_work();
 		lab_work();
+		find_work();
 		session_work();
 		restore_rest();
 		loop->count = 0;
@@ -123,6 +124,7 @@ void loop_run(struct loop *loop)
 		populate_watch(loop);
 		track_watch(loop);
 		warm_watch(loop);
+		find_watch(loop);
 		lab_watch(loop);
 		session_watch(loop);
 		transport_watch(loop);

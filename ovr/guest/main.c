@@ -74,6 +74,8 @@ int main(int argc, char **argv)
 	/* CRIU runs its action script without arguments; the environment identifies it. */
 	if (action && getenv(HOOK_SOCKET))
 		return hook_main(action);
+	if (wrapper_is_meant(argv[0]))
+		return wrapper_main(argv);
 	parse(argc, argv);
 	if (options.vsock_port > LAST_PRIVILEGED_PORT)
 		complain("port %u is not privileged: any user of this guest can serve it while the"

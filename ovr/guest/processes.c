@@ -171,7 +171,7 @@ static bool is_top(const struct tree *tree, const struct process *process)
 	if (tree->engine > 1 && process->parent == tree->engine)
 		return true;
 	return tree->orphans && process->parent == getpid() && !lab_owns(process->pid) &&
-	       !warm_owns(process->pid);
+	       !warm_owns(process->pid) && !find_owns(process->pid);
 }
 
 struct process *table_find(const struct table *table, pid_t pid)

@@ -182,6 +182,8 @@ static void go(struct session *session)
 	if (!restore.engine && !restore.dump)
 		hook_reset_priorities();
 	restore.phase = RELEASED;
+	if (restore.engine && restore.dump)
+		engine_strip_images(&restore.directory);
 	if (!hook_say(HOOK_GO)) {
 		restore.phase = HELD;
 		prctl(PR_SET_CHILD_SUBREAPER, !restore.engine && !restore.dump);
@@ -320,8 +322,10 @@ void restore_work(void)
 {
 	if (restore.phase == IDLE)
 		return;
-	if (restore.child_ended)
+	if (restore_all_ended())
 		restore_child_ended();
+	else if (archive_is_awaited() && now_ms() >= restore.silent_at)
+		restore.owner = NULL;
 	else if (restore.phase >= SAVING && restore.phase <= HELD && restore_criu_ended())
 		restore_abort(CODE_CRIU, "criu died while it held the tree");
 	else if (restore.phase == BUILDING && now_ms() >= restore.late_at)
@@ -351,7 +355,9 @@ void restore_rest(void)
 void restore_watch(struct loop *loop)
 {
 	hook_watch(loop);
-	if (restore.phase == HELD && restore.theirs.end >= 0)
+	archive_watch(loop);
+	if ((restore.phase == HELD || (restore.child_ended && restore.dump)) &&
+	    restore.theirs.end >= 0)
 		loop_watch(loop, restore.theirs.end, POLLIN, on_criu_end, NULL);
 	if ((restore.phase == BUILDING || restore.phase == ENDING) && restore.late_at < LLONG_MAX)
 		loop_wake_at(loop, restore.late_at);
@@ -362,6 +368,8 @@ void restore_watch(struct loop *loop)
 	/* All output was written: nothing else wakes the loop. */
 	if (restore.phase == SAVING && session_has_room(restore.owner))
 		loop_wake_at(loop, now_ms());
+	if (archive_is_awaited())
+		loop_wake_at(loop, restore.silent_at);
 	if (stop_at)
 		loop_wake_at(loop, restore_lingers() ? stop_at : now_ms());
 }

@@ -6,6 +6,8 @@
  *   restore_end.c	commit, failure and abort, and their reports to the host
  *   dump.c		start of a dump, its images, its report
  *   track.c		the soft-dirty bits of its tree
+ *   engine_dump.c	the same of a container, by its engine
+ *   archive.c		the container's archive, on its way to the host
  *   progress.c		detection of a stalled CRIU
  */
 #ifndef OVR_RESTORE_H
@@ -32,7 +34,8 @@ struct restore {
 	pid_t child; /* CRIU, or an engine that starts it, or a cleanup step */
 	pid_t criu, root;
 	bool engine, dump;
-	bool tracked; /* the host has let CRIU stop the tree */
+	bool tracked;       /* the host has let CRIU stop the tree */
+	bool leave_running; /* a dump's tree is to run on after Go */
 	int64_t tracking_since;
 	pid_t dumped;              /* root of the tree */
 	bool dump_locks;           /* CRIU locks the tree's network, or freezes its cgroup */
@@ -69,6 +72,8 @@ bool hook_say(char word);
 
 /* restore_end.c */
 bool restore_criu_ended(void);
+/* Whether restore.child has exited, and all that a dump's engine has started or sent. */
+bool restore_all_ended(void);
 /* The restore's tree, as far as it is known. */
 struct tree restore_tree(void);
 /* Kill the tree and tell the host why. */
@@ -92,6 +97,8 @@ void dump_fetch(struct session *session, const struct message *message);
 void dump_send_images(void);
 /* Whether the tree is whole after CRIU's exit. */
 bool dump_is_whole(void);
+/* Whether the tree of a container runs after Go: CRIU gave up at last, or was to leave it running. */
+bool dump_runs_on(void);
 void dump_report_success(void);
 void dump_forget(void);
 
@@ -106,6 +113,21 @@ void track_looked(void);
 void track_end(void);
 bool track_reaped(pid_t pid);
 void track_watch(struct loop *loop);
+
+/* engine_dump.c */
+/* CRIU is about to succeed: take away what nobody is to restore from podman's directory. */
+void engine_strip_images(const struct directory *directory);
+/* Remove the images from podman's directory. */
+void engine_remove_images(const struct directory *directory);
+
+/* archive.c */
+bool archive_open(const char *path);
+void archive_forget(void);
+void archive_watch(struct loop *loop);
+/* podman has ended: whether the rest is sent. */
+bool archive_is_sent(void);
+/* Whether the host has to be there for it. */
+bool archive_is_awaited(void);
 
 /* progress.c */
 /* Watch restore.child and its descendants: they are stalled if nothing changes for this long. */

@@ -35,6 +35,16 @@ bool restore_criu_ended(void)
 	return restore.child_ended;
 }
 
+bool restore_all_ended(void)
+{
+	if (!restore.child_ended || !restore.engine || !restore.dump)
+		return restore.child_ended;
+	/* Without its engine CRIU still ends the tree, or lets it run on. */
+	if (restore.phase == RELEASED)
+		return restore_criu_ended() && archive_is_sent();
+	return restore.phase != ENDING || restore_criu_ended();
+}
+
 struct tree restore_tree(void)
 {
 	/* After CRIU's exit its pids may be reused. */
@@ -165,7 +175,7 @@ static void end_restore(void)
 	restore.phase = ENDING;
 	restore.late_at =
 		now_ms() + (restore.dump && restore.stall_ms < END_MS ? restore.stall_ms : END_MS);
-	if (restore.child_ended)
+	if (restore_all_ended())
 		clean_up();
 }
 
@@ -219,7 +229,8 @@ static void report_failure(void)
 
 	outcome = (struct outcome){
 		.failed = true,
-		.undone = restore.dump || released || kill_everything(),
+		.undone = released ? !restore.dump || dump_runs_on() :
+				     restore.dump || kill_everything(),
 		.status = exit_code(restore.child_status),
 	};
 	outcome.count = restore.engine ? engine_log_errors(&restore.directory, &restore.theirs,
@@ -263,7 +274,7 @@ void restore_child_ended(void)
 		restore.dump ? dump_report_success() : report_success();
 	else if (restore.phase == HELD || restore.phase == SAVING)
 		restore_abort(restore.engine ? CODE_ENGINE : CODE_CRIU,
-			      restore.engine ? "the container engine ended before the restore" :
+			      restore.engine ? "the container engine ended too early" :
 					       "criu died while it held the tree");
 	else
 		/* In BUILDING even with status 0: the tree did not pass the hook. */

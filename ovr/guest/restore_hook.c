@@ -38,6 +38,10 @@ static void tree_stands(pid_t root)
 {
 	restore.phase = restore.dump ? SAVING : HELD;
 	restore.root = root;
+	if (restore.dump && root != restore.dumped) {
+		restore_abort(CODE_TREE, "criu has dumped another tree");
+		return;
+	}
 	/* If a dump's CRIU dies at its hook the tree runs on, as it should. */
 	if (!restore.dump && !tree_stop_criu(restore.criu)) {
 		restore_abort(CODE_CRIU, "criu does not stop");
@@ -69,11 +73,15 @@ static bool adopt(pid_t criu)
 {
 	if (!restore.engine || restore.criu > 1)
 		return !restore.engine || criu == 0 || criu == restore.criu;
-	restore.theirs = engine_adopt(criu);
+	if (restore.dump && !tree_descends(criu, restore.child))
+		return false;
+	restore.theirs = engine_adopt(criu, restore.dump ? "dump.log" : "restore.log");
 	if (restore.theirs.end < 0)
 		return false;
 	restore.criu = criu;
-	return true;
+	if (restore.dump)
+		oom_hide(criu); /* as in start_dump() */
+	return !restore.dump || engine_open_images(&restore.directory, criu);
 }
 
 bool hook_say(char word)
@@ -112,6 +120,9 @@ static void on_hook(int fd, short events, void *context)
 			/* Even if it died before that: Go was received. */
 			kill(restore.criu, SIGCONT);
 	} else if (restore.phase == ENDING) {
+		/* It will give up; its directory and its log are looked at afterwards. */
+		if (restore.dump && size == (ssize_t)sizeof(report) && report.root == 0)
+			adopt(report.criu);
 		close_fd(&restore.hook);
 	} else if (restore.phase == RELEASED && restore.dump) {
 		/* The second post-dump hook */

@@ -48,6 +48,7 @@ void session_forget(struct session *session)
 	lab_session_ended(session);
 	session->greeted = session->proved = false;
 	warm_session_ended(session);
+	find_session_ended(session);
 	session->in_size = session->out_start = session->out_size = 0;
 	if (session->link != LINK_STREAM)
 		session->state = STATE_LOST;
@@ -96,6 +97,7 @@ void session_break(struct session *session, enum code code, const char *format, 
 	restore_session_ended(session);
 	lab_session_ended(session);
 	warm_session_ended(session);
+	find_session_ended(session);
 	va_start(args, format);
 	send_error(session, code, format, args);
 	va_end(args);
@@ -207,6 +209,8 @@ static void proven_message(struct session *session, const struct message *messag
 		session_break(session, CODE_UNPROVEN, "the session is not authenticated");
 	else if (message->op == OP_WARM)
 		warm_message(session, message);
+	else if (message->op == OP_FIND)
+		find_message(session, message);
 	else if (message->op == OP_CONFIG)
 		config_message(session);
 	else
@@ -246,6 +250,7 @@ void session_dispatch(struct session *session, const uint8_t *body, size_t size)
 	case OP_CONFIG:
 	case OP_FILES:
 	case OP_BEGIN:
+	case OP_FIND:
 	case OP_FREEZE:
 	case OP_TRACK:
 	case OP_DUMP:

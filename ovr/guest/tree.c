@@ -166,6 +166,22 @@ pid_t tree_parent(pid_t pid)
 	return process_read(path, &process) ? process.parent : 0;
 }
 
+bool tree_descends(pid_t pid, pid_t ancestor)
+{
+	while (pid > 1 && pid != ancestor)
+		pid = tree_parent(pid);
+	return pid > 1;
+}
+
+bool tree_task_lives(pid_t pid)
+{
+	struct process process;
+	char path[64];
+
+	snprintf(path, sizeof(path), "/proc/%d/status", pid);
+	return pid > 1 && process_read(path, &process) && process_alive(&process);
+}
+
 static int traced_threads(pid_t pid, pid_t criu, uint32_t ids[MAX_TREE], int count)
 {
 	char path[320];

@@ -115,6 +115,23 @@ def _restores() -> Iterator[bytes]:
         yield start + late + killed + held + hook_ends + b"\4\1"
         yield start + late + criu_killed + hook_ends + start
         yield start + late + go + killed + held + hook_ends + criu_ends
+    # An engine, which ends after its CRIU, or is killed before.
+    by_engine, engine_ends, engine_killed = b"\0\6\xff\6\3", b"\x24", b"\x34"
+    saved = held + b"\7\7"  # all images are with the host
+    start = track + files + by_engine + 2 * (asked + hook_ends) + saved
+    over = criu_ends + engine_ends
+    for late in (b"", fetch + b"\7", no_room + fetch + no_room, abort, b"\6", b"\5\xff"):
+        yield start + late + go + second + over + start + abort + second + over
+        yield start + late + killed + held + hook_ends + over
+        yield start + late + criu_killed + hook_ends + engine_ends + start
+        yield start + late + engine_killed + second + criu_ends + start
+        yield start + late + go + engine_killed + second + criu_ends
+        yield start + late + go + second + criu_ends + no_room + b"\x64" + b"\5\xff"
+        yield start + late + go + criu_killed + hook_ends + engine_ends
+    for name in (1, 7, 0x13, 0x1B):
+        yield files + by_engine[:-1] + bytes([name]) + asked
+    for ends in (engine_ends, engine_killed, abort + over):
+        yield files + by_engine + ends + asked + over
     for ends in (criu_killed, b"\5\xff\5\xff\5\xff\7" + criu_ends):
         yield files + dump + asked + abort + ends + files + dump + held
 

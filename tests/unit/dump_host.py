@@ -25,13 +25,23 @@ PARENT = {"inventory.img": b"parent", "pagemap-1.img": b"\x00" * 100}
 STATS = b"statistics"
 
 _DUMPING = """
+engine = "--engine" in sys.argv
+if engine and "--mode" in sys.argv and os.environ.get("CRIU_CONFIG_FILE"):
+    with open(os.environ["CRIU_CONFIG_FILE"]) as config:
+        for name, *values in map(str.split, config):
+            sys.argv += ["--" + name, *(value.strip('"') for value in values)]
 assert sys.argv[1] == "dump" and "--track-mem" in sys.argv
 options = dict(zip(sys.argv[2:], sys.argv[3:]))
 scripts = [word for option, word in zip(sys.argv, sys.argv[1:]) if option == "--action-script"]
 work, images, mode, gate = (options[name] for name in ("-W", "-D", "--mode", "--gate"))
+if mode == "no-hook":
+    scripts = []
 log = open(work + "/" + options["-o"], "w")
 root = int(options["-t"])
-assert os.listdir(images + "/" + options["--prev-images-dir"])
+parent = os.path.join(images, options["--prev-images-dir"])
+assert os.listdir(parent)
+if engine and not os.path.islink(images + "/parent"):
+    os.symlink(options["--prev-images-dir"], images + "/parent")
 
 
 def say(line):
@@ -44,7 +54,7 @@ def at(stage):
         while not os.path.exists(gate + "/open"):
             time.sleep(0.01)
     if mode == "sleep-" + stage:
-        time.sleep(float(options["--seconds"]))
+        time.sleep(float(options.get("--seconds", "4.5")))
     if mode == "crash-" + stage:
         os.kill(os.getpid(), signal.SIGKILL)
     if mode == "fail-" + stage:
@@ -86,8 +96,16 @@ def write_images():
         socket.socket(socket.AF_UNIX).bind("socket.img")
 
 
+FAILED = "(00.9) Error (criu/cr-dump.c:2): Dumping FAILED."
 if at("start") or run_scripts("pre-dump", root):
+    say(FAILED)
     raise SystemExit(1)
+if engine:
+    assert os.readlink(images + "/parent")[0] == "/" or not scripts
+    if "inventory.img" not in os.listdir(images + "/parent"):
+        say("(00.2) Error (criu/mem.c:354): no parent inventory")
+        say(FAILED)
+        raise SystemExit(1)
 tree = [root, *children(root)]
 for pid in tree if mode != "no-tree" else []:
     if libc.ptrace(SEIZE, pid, None, None) or libc.ptrace(INTERRUPT, pid, None, None):
@@ -105,7 +123,8 @@ for pid in reversed(tree):
     if ends:
         os.kill(pid, signal.SIGKILL)
     libc.ptrace(DETACH, pid, None, None)
-if not failed:
+say(FAILED if failed or code else "(00.9) Dumping finished successfully")
+if not failed and not code:
     with open(work + "/stats-dump", "wb") as file:
         file.write({stats!r})
 raise SystemExit(code or failed)
@@ -250,8 +269,9 @@ def large(kib: int) -> bytes:
 def dump(agent: LabAgent, pid: int, save: Callable[[str, bytes], None], **options: Any) -> HeldTree:
     """Have the stand-in dump a process and hold it."""
     agent.start_dump(pid, PARENT, **options)
-    agent.track(stop=True)
-    return agent.held(save)
+    with agent.keep_alive(options.get("silence", 4.0) / 4):
+        agent.track(stop=True)
+        return agent.held(save)
 
 
 def begin(

@@ -1,17 +1,41 @@
 """Send the requests of a dump to the agent in the guest."""
 
 from collections.abc import Callable, Sequence
+from typing import Final
 
+from ovr.errors import ArchiveFailed
 from ovr.guest import dump_protocol, protocol
+from ovr.guest.client.failures import failure
 from ovr.guest.client.requests import Files, file_frames
 from ovr.guest.client.results import HeldTree
 from ovr.guest.client.steps import STALL_SECONDS, STEP_SECONDS, Steps
+from ovr.guest.protocol import ENGINE_ARCHIVE, HOOK_HELD
 
 __all__ = ["Dumps"]
 
+_NEEDED: Final = "inventory.img"
+"""The image of the parent without which CRIU dumps nothing."""
+
 
 class Dumps(Steps):
-    """A session for a dump: `start_dump`, `track`, `stop`, then `end_dump` or `Agent.abort`."""
+    """A session for a dump.
+
+    `find` for a container; `start_dump`, `track`, `held`; then `end_dump`, or the agent's `abort`.
+    """
+
+    def find(self, engine: str, name: str) -> dump_protocol.Found:
+        """Ask an engine in the guest for a container.
+
+        Args:
+            engine: ``podman``, ``runc`` or ``crun``.
+            name: name or id of the container.
+
+        Raises:
+            AttemptFailed: the engine cannot be started, or another session asks.
+            AgentUnreachable: the link broke.
+        """
+        self._send(dump_protocol.Find(engine, name))
+        return self._outcome(dump_protocol.Found, self._deadline(STEP_SECONDS))
 
     def start_dump(
         self,
@@ -25,6 +49,8 @@ class Dumps(Steps):
         timeout: float | None = None,
         log_level: int = 2,
         keep_log: bool = False,
+        engine: str | None = None,
+        name: str | None = None,
     ) -> None:
         """Have the guest's CRIU start to dump a running tree; it waits before it stops the tree.
 
@@ -34,20 +60,23 @@ class Dumps(Steps):
         Args:
             pid: the root task, in the guest's initial pid namespace.
             parent: the parent image set.
-            criu_options: added to ``criu dump …``.
+            criu_options: added to ``criu dump …``, or to the engine's ``checkpoint``.
             leave_running: let the tree run on after `end_dump`, instead of ending it.
             silence: seconds without a frame after which the agent aborts.
             stall: seconds without progress of CRIU after which the agent aborts.
             timeout: seconds that CRIU may take; None: as long as it makes progress.
             log_level: CRIU's ``-v``.
             keep_log: leave CRIU's log in the guest.
+            engine: the engine that runs CRIU: ``podman``, ``runc`` or ``crun``. Then CRIU fails
+                without the agent's hook.
+            name: then the name or id of its container.
 
         Raises:
-            CriuFailed: CRIU failed; a note on the error has the end of its log.
+            CriuFailed: CRIU or the engine failed; a note on the error has the end of its log.
             AttemptFailed: the agent aborted, or is busy with another session.
             AgentUnreachable: the link broke.
         """
-        self._engine, self._dumps = "criu", True
+        self._engine, self._dumps = engine or "criu", True
         begin = dump_protocol.Dump(
             pid,
             tuple(criu_options),
@@ -57,7 +86,11 @@ class Dumps(Steps):
             timeout_ms=None if timeout is None else int(timeout * 1000),
             log_level=log_level,
             keep_log=keep_log,
+            engine=engine,
+            name=name,
         )
+        if engine:
+            parent = {HOOK_HELD + key if key == _NEEDED else key: parent[key] for key in parent}
         with self.keep_alive(silence / 4):
             self.add_to_parent(parent)
             self._send_or_fail(begin)
@@ -127,12 +160,27 @@ class Dumps(Steps):
             save(message.name, message.data)
         return self._checked(message, protocol.Stopped)
 
-    def end_dump(self) -> bytes:
+    def end_dump(self, save_archive: Callable[[bytes], None] | None = None) -> bytes:
         """Let CRIU end a dump; return its ``stats-dump`` when it has ended.
+
+        Args:
+            save_archive: called with the pieces of podman's archive, if podman dumps.
 
         Raises:
             AttemptFailed: the dump had been aborted before, or CRIU failed at the last moment.
+            ArchiveFailed: the engine failed after the container had ended.
             AgentUnreachable: the link broke.
+            BaseException: whatever `save_archive` raises.
         """
         self._send(protocol.Go())
-        return self._outcome(dump_protocol.Dumped, self._deadline(STEP_SECONDS)).stats
+        deadline = None if save_archive else self._deadline(STEP_SECONDS)
+        with self.keep_alive():
+            while isinstance(message := self._receive(deadline), dump_protocol.Saved):
+                if message.name != ENGINE_ARCHIVE or save_archive is None:
+                    raise self._broken(f"{message.name[:80]!r} after the commit")
+                save_archive(message.data)
+        if isinstance(message, protocol.Failed) and not message.undone and self._engine != "criu":
+            said = protocol.Failed(message.status, message.log, undone=True)
+            cause = failure(said, self._engine)
+            raise ArchiveFailed(str(cause), cause.hint)
+        return self._checked(message, dump_protocol.Dumped).stats

@@ -38,19 +38,23 @@ static int fuzz_prctl(int option, unsigned long value);
 
 #define CRIU 4242
 #define ROOT 5000
+#define ENGINE 4343
 
 struct options options;
 
 static struct session hosts[2];
 static int64_t now;
 static int hook = -1; /* CRIU's action script: our end of its connection */
-static bool criu_lives, subreaper, directory_there, said_go, tree_lives, tree_runs, traced;
+static bool criu_lives, engine_lives, subreaper, directory_there, said_go, tree_lives, tree_runs,
+	traced;
 static bool host_reads = true;
 static int room; /* for messages in the buffer of what is sent to the host */
 static int mappers;
 static struct dump {
 	bool on;           /* CRIU was started for a dump, */
 	bool killed;       /* and killed */
+	bool engine;       /* by an engine, */
+	bool adopted;      /* and known to the agent since its first hook */
 	int hooks;         /* its post-dump hooks so far */
 	bool last_is_post; /* the present hook is such a one */
 	bool refused;      /* one of them did not end well */
@@ -87,6 +91,12 @@ static int exit_status(uint8_t code)
 	if (dump.on)
 		code = dump.tree_ended ? 0 : code | 1;
 	return code << 8;
+}
+
+/* An engine succeeds if its CRIU has ended well, and may be killed before. */
+static void engine_ends(bool killed)
+{
+	end_engine(killed ? SIGKILL : (criu_lives || !dump.tree_ended) << 8);
 }
 
 /*
@@ -179,6 +189,35 @@ static void add_rest(struct writer *writer, enum op op, uint64_t given)
 	}
 }
 
+static void add_container(struct writer *writer, uint8_t value)
+{
+	static const char *const names[] = {"web", "web", "", "--all"};
+
+	if (!(value & 1))
+		return;
+	message_add_str(writer, KEY_ENGINE, value & 2 ? "podman" : "sh");
+	if (!(value & 4))
+		message_add_str(writer, KEY_NAME, names[value >> 3 & 3]);
+}
+
+/* What starts CRIU; returns the fields that were given. */
+static uint64_t add_start(struct writer *writer, enum op op, uint8_t value, struct input *input)
+{
+	uint8_t more = input_byte(input);
+
+	message_add_uint(writer, KEY_SILENCE_MS, 100u * (value & 15));
+	message_add_uint(writer, KEY_TIMEOUT_MS, 100u * (value >> 4));
+	message_add_uint(writer, KEY_LOG_LEVEL, more & 7);
+	message_add_uint(writer, KEY_STALL_MS, 100u * (31 - (more >> 3)));
+	if (op == OP_DUMP) {
+		message_add_uint(writer, KEY_PID, value ? ROOT : 1);
+		if ((more & 7) == 6)
+			add_container(writer, input_byte(input));
+	}
+	return 1ull << KEY_SILENCE_MS | 1ull << KEY_TIMEOUT_MS | 1ull << KEY_LOG_LEVEL |
+	       1ull << KEY_STALL_MS | (op == OP_DUMP ? 1ull << KEY_PID : 0);
+}
+
 static uint64_t some_pid(uint8_t value)
 {
 	if (value & 1)
@@ -216,7 +255,7 @@ static void host_speaks(struct input *input, struct session *host)
 	struct message message;
 	struct writer writer;
 	size_t size;
-	uint8_t value = input_byte(input), more;
+	uint8_t value = input_byte(input);
 	uint64_t given = 0;
 
 	message_open(&writer, frame, sizeof(frame), op);
@@ -226,16 +265,7 @@ static void host_speaks(struct input *input, struct session *host)
 		message_add_list(&writer, KEY_NAMES, 1);
 		message_item_str(&writer, "more names than contents");
 	} else if (op == OP_BEGIN || op == OP_DUMP) {
-		given = 1ull << KEY_SILENCE_MS | 1ull << KEY_TIMEOUT_MS | 1ull << KEY_LOG_LEVEL |
-			1ull << KEY_STALL_MS;
-		message_add_uint(&writer, KEY_SILENCE_MS, 100u * (value & 15));
-		message_add_uint(&writer, KEY_TIMEOUT_MS, 100u * (value >> 4));
-		message_add_uint(&writer, KEY_LOG_LEVEL, (more = input_byte(input)) & 7);
-		message_add_uint(&writer, KEY_STALL_MS, 100u * (31 - (more >> 3)));
-		if (op == OP_DUMP) {
-			given |= 1ull << KEY_PID;
-			message_add_uint(&writer, KEY_PID, value ? ROOT : 1);
-		}
+		given = add_start(&writer, op, value, input);
 	} else {
 		given = add_object(&writer, op, value);
 	}
@@ -260,6 +290,10 @@ static void step(struct input *input)
 	case 2: hook_comes(input); break;
 	case 3: hook_ends(what & 8); break;
 	case 4:
+		if (engine_lives && what & 32) {
+			engine_ends(what & 16);
+			break;
+		}
 		/* It is stopped at its hook; after "go" its end lets the tree go, too. */
 		if (criu_lives && said_go)
 			tree_runs = tree_lives;
@@ -279,7 +313,7 @@ static void step(struct input *input)
 	for (int i = 0; i < 3; i++)
 		turn();
 	CHECK(!(tree_runs || dump.tree_ended) || said_go);
-	CHECK(!dump.on || !criu_lives || restore.phase >= BUILDING);
+	CHECK(!dump.on || !criu_lives || !known_criu() || restore.phase >= BUILDING);
 	/* A new one begins with nothing of the last. */
 	if (restore.phase == IDLE) {
 		hook_ends(false);
@@ -288,8 +322,7 @@ static void step(struct input *input)
 		CHECK(!restore.owner && !subreaper && (!tree_lives || tree_runs));
 		criu_lives = criu_lives && said_go;
 		tree_lives = tree_runs = said_go = false;
-		if (criu_lives)
-			criu_lives = false;
+		criu_lives = engine_lives = false;
 	}
 }
 
@@ -308,11 +341,14 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 		CHECK(i < 4 && (restore.phase == RELEASED || restore_lingers()));
 		if (criu_lives)
 			end_criu(exit_status(0));
+		if (engine_lives)
+			engine_ends(false);
+		host_reads = true;
 		turn();
 	}
 	stop_at = 0;
 	CHECK(restore.hook < 0 && restore.listener < 0 && !directory_there);
-	criu_lives = tree_lives = tree_runs = said_go = false;
+	criu_lives = engine_lives = tree_lives = tree_runs = said_go = false;
 	dump = (struct dump){.on = false};
 	return 0;
 }

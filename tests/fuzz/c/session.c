@@ -34,10 +34,21 @@ const char *criu_version(void) { return "4.1"; }
 uint64_t warm_size(void) { return 1 << 20; }
 uint64_t warm_address(void) { return 1ull << 46; }
 void warm_session_ended(struct session *session) { (void)session; }
+void find_session_ended(struct session *session) { (void)session; }
 void engine_add_installed(struct writer *writer)
 {
 	message_add_list(writer, KEY_ENGINES, 1);
 	message_item_str(writer, "podman");
+}
+
+void find_message(struct session *session, const struct message *message)
+{
+	char text[MAX_STRING];
+
+	use_message(message);
+	message_str(message, KEY_ENGINE, text);
+	message_str(message, KEY_NAME, text);
+	session_refuse(session, CODE_ENGINE, "no container");
 }
 
 void warm_message(struct session *session, const struct message *message)

@@ -1,0 +1,85 @@
+/*
+ * The archive of a dumped container: podman writes it to a FIFO, and it goes to the host piece by
+ * piece, so that it needs no space in the guest.
+ *
+ * podman has ended the container by then. If the host is gone the archive is read all the same, or
+ * podman would wait for ever.
+ */
+#include <errno.h>
+#include <fcntl.h>
+#include <unistd.h>
+
+#include "restore.h"
+
+#define PIECE_SIZE (CHUNK / 2)
+
+static int fifo = -1;
+
+bool archive_open(const char *path)
+{
+	fifo = open(path, O_RDONLY | O_NONBLOCK | O_NOFOLLOW | O_CLOEXEC);
+	return fifo >= 0;
+}
+
+void archive_forget(void)
+{
+	close_fd(&fifo);
+}
+
+static bool host_takes_more(void)
+{
+	return !restore.owner || session_has_room(restore.owner);
+}
+
+static void send_piece(const uint8_t *data, size_t size)
+{
+	struct writer writer;
+
+	if (!restore.owner)
+		return;
+	writer = session_writer(restore.owner, OP_SAVED);
+	message_add_str(&writer, KEY_NAME, ENGINE_ARCHIVE);
+	message_add_bin(&writer, KEY_DATA, data, size);
+	session_send(restore.owner, &writer);
+}
+
+/* Read and send the next piece. False if there is none now. */
+static bool pass_on(void)
+{
+	static uint8_t data[PIECE_SIZE];
+	ssize_t size = read(fifo, data, sizeof(data));
+
+	if (size < 0 && errno == EINTR)
+		return true;
+	if (size > 0 && restore.phase == RELEASED)
+		send_piece(data, (size_t)size);
+	/* No writer: before podman opens it, too, but then nobody asks. */
+	if (size == 0 || (size < 0 && errno != EAGAIN))
+		close_fd(&fifo);
+	return size > 0;
+}
+
+static void on_data(int fd, short events, void *context)
+{
+	(void)events, (void)context;
+	if (fd == fifo && host_takes_more())
+		pass_on();
+}
+
+bool archive_is_sent(void)
+{
+	while (fifo >= 0 && host_takes_more() && pass_on())
+		;
+	return fifo < 0;
+}
+
+bool archive_is_awaited(void)
+{
+	return fifo >= 0 && restore.phase == RELEASED;
+}
+
+void archive_watch(struct loop *loop)
+{
+	if (fifo >= 0 && host_takes_more())
+		loop_watch(loop, fifo, POLLIN, on_data, NULL);
+}
