@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from ovr.attempt.attempt import Attempt
 from ovr.attempt.sink import Sink
 from ovr.dump.memory import Dumped
-from ovr.dump.output import NewImages, Output, writable
+from ovr.dump.output import NewImages, Staging, writable
 from ovr.dump.precopy import PreCopy
 from ovr.dump.running import RunningTask, running_tasks
 from ovr.errors import TaskDied
@@ -41,7 +41,7 @@ class Ahead:
             agent.track(stop=True)
 
 
-def work_ahead(attempt: Attempt, root_pid: int, output: Output, pre_copies: int) -> Ahead:
+def work_ahead(attempt: Attempt, root_pid: int, output: Staging, pre_copies: int) -> Ahead:
     """Copy pages while the tree runs, or only make room for them.
 
     Args:

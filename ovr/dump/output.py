@@ -1,5 +1,6 @@
 """The directory that a dump writes its images to."""
 
+import itertools
 import os
 import shutil
 from collections.abc import Iterable, Iterator
@@ -8,14 +9,26 @@ from pathlib import Path
 from typing import Final
 
 from ovr.attempt.sink import Sink
-from ovr.errors import AttemptFailed, ImagesDamaged, UsageError
-from ovr.host import UntrustedPath, cure_of, locate
+from ovr.errors import ArchiveFailed, AttemptFailed, ImagesDamaged, UsageError
+from ovr.guest.client.agent import Agent
+from ovr.host import Directory, UntrustedPath, cure_of, locate
 from ovr.host.closing import Closing
 from ovr.images.framing import DUMP_AGAIN
 
-__all__ = ["INVENTORY", "PRE_COPY", "NewImages", "Output", "writable"]
+__all__ = [
+    "DESCRIPTORS",
+    "INVENTORY",
+    "PRE_COPY",
+    "NewImages",
+    "Output",
+    "Staging",
+    "free_name",
+    "writable",
+]
 
 INVENTORY: Final = "inventory.img"
+DESCRIPTORS: Final = "descriptors.json"
+"""The file that runc and crun put beside CRIU's images."""
 PRE_COPY: Final = "pre-copy-"
 """Subdirectories of the images of pages that were copied while the tree ran, by round."""
 
@@ -86,36 +99,27 @@ class NewImages:
         return os.open(self.path / name, flags, _MODE)
 
 
-class Output(Closing):
-    """New images in an existing directory; a context manager.
-
-    They are written into a subdirectory with a name of its own, which is removed when this is
-    closed, and moved to their place by `committing`.
+class Staging(Closing):
+    """New images in a subdirectory with a name of its own, which is removed when this is closed.
 
     Args:
-        path: the directory.
+        directory: gets the subdirectory; this object owns it.
 
     Attributes:
         images: the images.
 
     Raises:
-        UsageError: it does not exist, has images already, or cannot be written to.
+        OSError: the subdirectory cannot be made.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, directory: Directory) -> None:
+        self._directory = directory
         self._parents = 0
-        with writable(path):
-            if not path.is_dir():
-                raise UsageError(f"{path} is not a directory", "create it, or name another with -D")
-            self._directory, _ = locate(path / INVENTORY)
-            try:
-                if any(_is_image(name) for name in self._directory.names()):
-                    raise UsageError(f"{path} has images already", "dump into an empty directory")
-                self.images = NewImages(self._make(f".ovr-dump-{os.urandom(8).hex()}"))
-            except BaseException:
-                self._directory.close()
-                raise
+        try:
+            self.images = NewImages(self._make(f".ovr-dump-{os.urandom(8).hex()}"))
+        except BaseException:
+            directory.close()
+            raise
 
     def next_parent(self) -> NewImages:
         """Return images of pages that these images build on, as those of a pre-dump of CRIU.
@@ -128,13 +132,52 @@ class Output(Closing):
         self._parents += 1
         name = f"{PRE_COPY}{self._parents}"
         link = self.images.path / _PARENT
-        with writable(self.path):
+        with writable(self.images.path):
             (self.images.path / name).mkdir(mode=0o700)
             if self._parents > 1:
                 (self.images.path / name / _PARENT).symlink_to(f"../{link.readlink()}")
                 link.unlink()
             link.symlink_to(name)
         return NewImages(self.images.path / name)
+
+    def close(self) -> None:
+        """Remove what is not in its place."""
+        _remove(self.images.path)
+        self._directory.close()
+
+    @property
+    def base(self) -> Path:
+        """The directory, not by name: another one may have that by now."""
+        return Path(f"/proc/self/fd/{self._directory.fileno()}")
+
+    def _make(self, name: str) -> Path:
+        os.mkdir(name, 0o700, dir_fd=self._directory.fileno())
+        return self.base / name
+
+
+class Output(Staging):
+    """New images in an existing directory; a context manager.
+
+    Args:
+        path: the directory.
+
+    Raises:
+        UsageError: it does not exist, has images already, or cannot be written to.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with writable(path):
+            if not path.is_dir():
+                raise UsageError(f"{path} is not a directory", "create it, or name another with -D")
+            directory, _ = locate(path / INVENTORY)
+            try:
+                if any(_is_image(name) for name in directory.names()):
+                    raise UsageError(f"{path} has images already", "dump into an empty directory")
+            except BaseException:
+                directory.close()
+                raise
+            super().__init__(directory)
 
     @contextmanager
     def committing(self) -> Iterator[None]:
@@ -155,27 +198,26 @@ class Output(Closing):
                 if any(path.name.startswith(_USER_NAMESPACE) for path in new):
                     _let_all_read(new)
                 for path in new:
-                    moved.append(self._base / path.name)
+                    moved.append(self.base / path.name)
                     path.rename(moved[-1])
             yield
         except (AttemptFailed, UsageError):
             for path in reversed(moved):
                 _remove(path)
             raise
+        except ArchiveFailed as error:
+            error.hint = f"the container has ended; its images are complete, in {self.path}"
+            raise
 
-    def close(self) -> None:
-        """Remove what is not in its place."""
-        _remove(self.images.path)
-        self._directory.close()
+    def end(self, agent: Agent) -> bytes:
+        """Have CRIU end the dump; return its statistics."""
+        return agent.end_dump()
 
-    @property
-    def _base(self) -> Path:
-        # Not by name: another directory may have it by now.
-        return Path(f"/proc/self/fd/{self._directory.fileno()}")
 
-    def _make(self, name: str) -> Path:
-        os.mkdir(name, 0o700, dir_fd=self._directory.fileno())
-        return self._base / name
+def free_name(directory: Path, name: str) -> str:
+    """Return `name`, or the first of ``name.1``, ``name.2``, … that `directory` does not have."""
+    names = itertools.chain([name], (f"{name}.{number}" for number in itertools.count(1)))
+    return next(one for one in names if not os.path.lexists(directory / one))
 
 
 def _let_all_read(paths: Iterable[Path]) -> None:
@@ -197,7 +239,7 @@ def _remove(path: Path) -> None:
 
 
 def _is_image(name: str) -> bool:
-    return name.endswith(".img") or name == _PARENT or name.startswith(PRE_COPY)
+    return name.endswith(".img") or name in (_PARENT, DESCRIPTORS) or name.startswith(PRE_COPY)
 
 
 @contextmanager

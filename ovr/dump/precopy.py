@@ -20,7 +20,7 @@ from ovr.attempt.attempt import Attempt
 from ovr.attempt.saver import Saver
 from ovr.attempt.targets import Target
 from ovr.dump.copies import Copies
-from ovr.dump.output import INVENTORY, NewImages, Output, writable
+from ovr.dump.output import INVENTORY, NewImages, Staging, writable
 from ovr.dump.running import RunningTask, running_tasks
 from ovr.errors import TaskDied
 from ovr.images.framing import encode, image_bytes
@@ -70,7 +70,7 @@ class PreCopy:
         rounds: what was done.
     """
 
-    def __init__(self, attempt: Attempt, root_pid: int, output: Output) -> None:
+    def __init__(self, attempt: Attempt, root_pid: int, output: Staging) -> None:
         self.copies = Copies()
         self.rounds: list[Round] = []
         self._attempt = attempt

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from ovr.dump.output import INVENTORY, PRE_COPY, Output
+from ovr.dump.output import DESCRIPTORS, INVENTORY, PRE_COPY, Output
+from ovr.errors import ArchiveFailed, UsageError
 
 
 def modes(path: Path) -> dict[str, int]:
@@ -33,3 +34,19 @@ def test_who_can_read_the_images(tmp_path, user_namespace):
     assert modes(tmp_path) == {
         **dict.fromkeys(names, file), f"{PRE_COPY}1": directory, f"{PRE_COPY}1/pages-1.img": file
     }  # fmt: skip
+
+
+def test_images_of_a_container_that_has_ended_stay(tmp_path):
+    """Its runtime failed after CRIU: nothing else has its memory."""
+    with pytest.raises(ArchiveFailed) as caught, Output(tmp_path) as output:
+        output.images.write(INVENTORY, b"data")
+        with output.committing():
+            raise ArchiveFailed("runc in the guest failed")
+    assert str(tmp_path) in caught.value.hint
+    assert [path.name for path in tmp_path.iterdir()] == [INVENTORY]
+
+
+def test_a_directory_with_a_containers_descriptors(tmp_path):
+    (tmp_path / DESCRIPTORS).touch()
+    with pytest.raises(UsageError, match="has images already"):
+        Output(tmp_path)
