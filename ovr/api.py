@@ -16,6 +16,7 @@ from pathlib import Path
 from ovr.attempt.stopwatch import Stopwatch
 from ovr.checkpoint import open_checkpoint
 from ovr.dump import dump
+from ovr.dump.container import to_dump
 from ovr.dump.report import DumpReport
 from ovr.restore import restore
 from ovr.restore.report import Report
@@ -91,39 +92,56 @@ class Vm(AttachedVm):
 
     def dump(
         self,
-        pid: int,
-        images: str | Path,
+        pid: int | None = None,
+        images: str | Path | None = None,
         *,
+        container: str | None = None,
+        export: str | Path | None = None,
+        runtime: str | None = None,
         agent: str | None = None,
         leave_running: bool = False,
         pre_copies: int = 0,
         verify: str = "sample",
         criu_options: Sequence[str] = (),
+        engine_options: Sequence[str] = (),
         log_level: int = 2,
         timeout: float | None = None,
     ) -> DumpReport:
-        """Save a running tree as CRIU's images, and end it; see `ovr.dump.story.dump`.
+        """Save a running tree or container, and end it; see `ovr.dump.story.dump`.
 
         Args:
-            pid: the root task, in the guest's initial pid namespace.
-            images: an existing directory without images.
+            pid: the root task, in the guest's initial pid namespace,
+            images: and an existing directory without images;
+            container: or the name or id of a container of podman,
+            export: and its archive: a new ``.tar``, ``.tar.zst`` or ``.tar.gz``.
+            runtime: ``runc`` or ``crun``, where it runs the container without podman, which goes to
+                `images`.
             agent: the agent's address; lab VMs know their own.
             leave_running: let the tree run on.
             pre_copies: copy pages while the tree runs, in so many rounds, or
                 `ovr.dump.AS_MANY_AS_HELP`; the images then build on those in the subdirectories
                 ``pre-copy-1`` and so on.
             verify: compare none of the memory with the images, a ``sample``, or all (``full``).
-            criu_options: further options for the guest's ``criu dump``.
+            criu_options: further options for the guest's ``criu dump``; for a container, only
+                ``--tcp-established`` and ``--file-locks``.
+            engine_options: further options for the engine's ``checkpoint``.
             log_level: how much the guest's CRIU logs (its ``-v``).
             timeout: seconds that CRIU may take; None: as long as it makes progress.
 
         Raises:
+            ArchiveFailed: the container has ended, and its archive is incomplete; the images are
+                kept.
             OvrError: what went wrong. The tree runs on, and there are no images.
         """
+        tree, place = to_dump(
+            pid, images, container=container, export=export, runtime=runtime,
+            criu_options=criu_options, engine_options=engine_options,
+        )  # fmt: skip
         watch, self._watch = self._watch, Stopwatch()
         return dump(
-            self, pid, Path(images), agent=agent, leave_running=leave_running,
-            pre_copies=pre_copies, verify=verify, criu_options=criu_options, log_level=log_level,
+            self, tree, place, agent=agent, leave_running=leave_running,
+            pre_copies=pre_copies, verify=verify,
+            criu_options=criu_options if container is None else (), log_level=log_level,
             timeout=timeout, watch=watch,
         )  # fmt: skip
 

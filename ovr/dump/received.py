@@ -22,14 +22,16 @@ class Received:
 
     Args:
         images: gets them.
+        also: name of a file that may come besides images.
         most: bytes that they may have in all.
 
     Attributes:
         names: names of the complete images, in the order in which they came.
     """
 
-    def __init__(self, images: NewImages, most: int) -> None:
+    def __init__(self, images: NewImages, most: int, *, also: str | None = None) -> None:
         self.names: list[str] = []
+        self._also = also
         self._left = most
         self._images = images
         self._done: set[str] = set()
@@ -42,7 +44,8 @@ class Received:
             ImagesDamaged: it is no name of an image, or the image has ended.
             UsageError: the file cannot be written.
         """
-        if not _NAME.fullmatch(name) or name in self._done or name.startswith(PAGES):
+        known = _NAME.fullmatch(name) or name == self._also
+        if not known or name in self._done or name.startswith(PAGES):
             raise ImagesDamaged(f"the agent sent an image with the name {name[:80]!r}", _SUSPECT)
         self._seen.add(name)
         if len(self._seen) > _MAX_FILES:

@@ -7,6 +7,7 @@ from typing import Any
 
 from ovr.attempt.attempt import Attempt
 from ovr.attempt.stopwatch import Span, Stopwatch, rounded, timeline
+from ovr.dump.container import Running
 from ovr.dump.memory import Placed
 from ovr.dump.precopy import Round
 from ovr.errors import ImagesDamaged, ImagesUnsupported
@@ -25,6 +26,7 @@ class DumpReport:
 
     Attributes:
         pid: the root task's pid, in the guest's initial pid namespace.
+        container: the engine's id of the container; None: it was no container.
         tasks: number of tasks with memory.
         left_running: whether the tree runs on.
         bytes_total: size of all pages in the images.
@@ -44,6 +46,7 @@ class DumpReport:
     """
 
     pid: int = 0
+    container: str | None = None
     tasks: int = 0
     left_running: bool = False
     bytes_total: int = 0
@@ -72,6 +75,7 @@ class DumpReport:
         """Return the fields of ``ovr.dump/1``."""
         return {
             "pid": self.pid,
+            "container": self.container,
             "tasks": self.tasks,
             "left_running": self.left_running,
             "bytes_total": self.bytes_total,
@@ -91,7 +95,7 @@ class DumpReport:
 
 
 def make_report(
-    pid: int,
+    running: Running,
     placed: Sequence[Placed],
     fetched: Sequence[Placed],
     attempt: Attempt,
@@ -106,7 +110,7 @@ def make_report(
     """Return the report of a dump that was committed.
 
     Args:
-        pid: the root task.
+        running: the tree.
         placed: the pages that were read outside.
         fetched: those that CRIU has written.
         attempt: committed.
@@ -124,7 +128,8 @@ def make_report(
     private = sum(total(one.dumped.pagemap.entries) for one in placed if not one.dumped.shared)
     result = _stats(stats, private, pre_copied, watch.seconds.get("memory", 0.0))
     return DumpReport(
-        pid=pid,
+        pid=running.pid,
+        container=running.id,
         tasks=sum(not one.dumped.shared for one in placed),
         left_running=left_running,
         bytes_total=outside + inside,

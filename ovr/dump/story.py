@@ -9,7 +9,9 @@ from ovr.attempt.attempt import Attempt
 from ovr.attempt.copier import VERIFY_MODES
 from ovr.attempt.stopwatch import Stopwatch
 from ovr.dump.ahead import work_ahead
-from ovr.dump.output import Output, writable
+from ovr.dump.container import PODMAN, Container, Running
+from ovr.dump.export import Export
+from ovr.dump.output import DESCRIPTORS, Output, writable
 from ovr.dump.parent import Parent
 from ovr.dump.plan import tree_to_dump
 from ovr.dump.received import Received
@@ -31,8 +33,8 @@ log = logging.getLogger("ovr.dump")
 
 def dump(
     vm: AttachedVm,
-    pid: int,
-    images: Path,
+    tree: int | Container,
+    place: Path,
     *,
     agent: str | None = None,
     leave_running: bool = False,
@@ -47,35 +49,48 @@ def dump(
 
     Args:
         vm: attached.
-        pid: the root task, in the guest's initial pid namespace.
-        images: the directory for the images; it has none yet.
+        tree: the root task, in the guest's initial pid namespace; or a container.
+        place: the directory for the images, which has none yet; of a container of podman, the
+            archive, which does not exist yet.
         agent: the agent's address; None: as the VM's devices say.
         leave_running: let the tree run on.
         pre_copies: copy pages while the tree runs, in so many rounds, or `AS_MANY_AS_HELP`; 0: do
-            not. The images then build on those in subdirectories, as after pre-dumps of CRIU.
+            not. The images then build on those in subdirectories, as after pre-dumps of CRIU. An
+            archive has them in its images.
         verify: compare none of the memory, a ``sample``, or all (``full``).
-        criu_options: further options for the guest's ``criu dump``.
+        criu_options: further options for the guest's ``criu dump``; none for a container.
         log_level: CRIU's ``-v``.
         timeout: seconds that CRIU may take; None: as long as it makes progress.
         watch: continues the times of attaching.
 
     Raises:
-        UsageError: there is no such process, or the images cannot be written.
+        UsageError: there is no such process or container, or the images cannot be written.
+        ArchiveFailed: the container has ended, and its archive is incomplete; the images are kept.
         OvrError: the cause; the tree runs on, and no images are left.
     """
     if verify not in VERIFY_MODES:
         raise UsageError(f"no way to verify called {verify!r}", f"take {', '.join(VERIFY_MODES)}")
     watch = watch or Stopwatch()
-    with Output(images) as output, ExitStack() as stack, Attempt(vm, agent) as attempt:
+    container = tree if isinstance(tree, Container) else None
+    with (
+        _output(container, place, leave_running) as output,
+        ExitStack() as stack,
+        Attempt(vm, agent) as attempt,
+    ):
         with watch("start"):
+            running = _find(tree, attempt)
+            pid = running.pid
             tree_to_dump(vm.kernel, pid)
-            unread = attempt.agent.criu_config()
+            # An engine's CRIU reads them.
+            unread = {} if container else attempt.agent.criu_config()
             parent = Parent(vm.kernel, pid)
             with criu_lacked(unread):
                 attempt.start(
                     lambda agent: agent.start_dump(
-                        pid, parent.new_images(), criu_options=criu_options,
+                        pid, parent.new_images(),
+                        criu_options=container.options if container else criu_options,
                         leave_running=leave_running, log_level=log_level, timeout=timeout,
+                        engine=container.engine if container else None, name=running.id,
                     )
                 )  # fmt: skip
         with watch("ahead"):
@@ -83,8 +98,10 @@ def dump(
             attempt.agent.add_to_parent(parent.new_images())
             ahead.let_stop(attempt.agent)
         with watch("images"), criu_lacked(unread):
-            received = Received(output.images, vm.ram.size)
-            held = attempt.begin(lambda agent: agent.held(received.save))
+            received = Received(output.images, vm.ram.size, also=DESCRIPTORS if container else None)
+            held = attempt.begin(
+                lambda agent: agent.held(received.save), engine=container is not None
+            )
             log.info("the tree is held: pid %d, %d threads", held.root_pid, len(held.tasks))
             received.check_complete()
             placed = place_pages(attempt, received, output.images, ahead, stack)
@@ -94,16 +111,29 @@ def dump(
             outside, inside = save_inside(attempt.agent, placed, objects, output.images)
             targets = [*targets_of(outside, objects, attempt.tree(), attempt.agent)]
             saver = attempt.saver(watch.counter(sum(total(target.pieces) for target in targets)))
-            with writable(images):
+            with writable(place):
                 saver.save(targets)
         with watch("verify"):
             if ahead.pre_copy:
                 targets += ahead.pre_copy.copies.targets(attempt.agent, stack)
             compared = verify_pages(attempt, targets, verify)
         with watch("commit"), output.committing():
-            stats = attempt.commit(lambda agent: agent.end_dump())
+            stats = attempt.commit(output.end)
+        if isinstance(output, Export):
+            with watch("archive"):
+                stats = output.pack()
         return make_report(
-            pid, outside, inside, attempt, stats, watch=watch, left_running=leave_running,
+            running, outside, inside, attempt, stats, watch=watch, left_running=leave_running,
             verified=(verify, compared), unread_config=unread,
             rounds=ahead.pre_copy.rounds if ahead.pre_copy else (),
         )  # fmt: skip
+
+
+def _output(container: Container | None, place: Path, left_running: bool) -> Output | Export:
+    if container is not None and container.engine == PODMAN:
+        return Export(place, left_running=left_running)
+    return Output(place)
+
+
+def _find(tree: int | Container, attempt: Attempt) -> Running:
+    return Running(tree) if isinstance(tree, int) else tree.find(attempt.agent)

@@ -61,3 +61,15 @@ def test_a_page_map_as_large_as_a_disk(images, tmp_path):
         file.truncate(1 << 40)
     with pytest.raises(ImagesDamaged, match=r"pagemap-1\.img: more than"):
         dumped_pages(["pagemap-1.img"], images)
+
+
+def test_a_file_of_the_runtimes_beside_the_images(images, tmp_path):
+    for received in (Received(images, 100), Received(images, 100, also="other.json")):
+        with pytest.raises(ImagesDamaged, match="with the name"):
+            received.save("descriptors.json", b"[]")
+    received = Received(images, 100, also="descriptors.json")
+    for data in (b"[]", b""):
+        received.save("descriptors.json", data)
+    with pytest.raises(ImagesDamaged, match="with the name"):
+        received.save("descriptors.json", b"again")
+    assert (tmp_path / "descriptors.json").read_bytes() == b"[]"
