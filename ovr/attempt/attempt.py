@@ -25,7 +25,7 @@ from ovr.vm.blockers import blockers, refuse_migration
 from ovr.vm.hold import Holder
 from ovr.vm.lock import locked
 
-__all__ = ["Attempt"]
+__all__ = ["Attempt", "agent_address"]
 
 T = TypeVar("T")
 
@@ -66,7 +66,7 @@ class Attempt:
     def __init__(self, vm: AttachedVm, address: str | None = None) -> None:
         self.vm = vm
         self.journal = Journal()
-        self._address = _agent_address(vm, address)
+        self._address = agent_address(vm, address)
         self._tracer = Gva(0)
         self._held: HeldTree | None = None
         self._to_abort = False
@@ -205,7 +205,12 @@ class Attempt:
             log.log(level, "the agent does not confirm the abort: %s", error)
 
 
-def _agent_address(vm: AttachedVm, given: str | None) -> str:
+def agent_address(vm: AttachedVm, given: str | None) -> str:
+    """Return the address of the VM's agent: the one given, or the one that its devices tell.
+
+    Raises:
+        AgentUnreachable: neither is known.
+    """
     address = given or vm.address.agent
     if address is None:
         raise AgentUnreachable(

@@ -5,9 +5,12 @@ import logging
 import sys
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from ovr.api import attach
+from ovr.attempt.attempt import agent_address
+from ovr.attempt.authentication import authenticate_alone, check_same_guest
+from ovr.checkpoint import RUNTIMES
 from ovr.cli.as_criu import (
     add_files,
     add_progress,
@@ -26,9 +29,11 @@ from ovr.cli.progress import make_watch
 from ovr.cli.signals import ended_in_order
 from ovr.cli.vm_options import add_agent_option, add_vm_options
 from ovr.dump import AS_MANY_AS_HELP, VERIFY_MODES
+from ovr.dump.container import Container, to_dump
 from ovr.dump.plan import plan_dump
 from ovr.dump.report import DumpReport
 from ovr.errors import UsageError
+from ovr.guest.client.agent import Agent
 from ovr.vm.attach import AttachedVm
 
 __all__ = ["HELP", "USAGE", "add"]
@@ -39,30 +44,37 @@ log = logging.getLogger("ovr.dump")
 
 
 HELP: Final = """\
-save a running process tree of a VM as images, from outside
+save a running process tree or container of a VM, from outside
 
 Save a process tree that runs in a VM as images of CRIU, its memory from outside the VM, and end it
-or let it run on. CRIU alone restores the images, and so does `ovr restore`. Accepts the options of
-`criu dump`.
+or let it run on; or a container, as its engine would. CRIU alone restores the images, podman the
+archive, and so does `ovr restore`. Accepts the options of `criu dump`.
 
 ovr dump -t 4242 -D images/ --vm libvirt:web
 ovr dump -t 4242 -D images/ --vm libvirt:web --dry-run
 ovr dump -t 4242 -D images/ --vm name:web -R --pre-copy --verify full
+ovr dump --container web --export web.tar.zst --vm libvirt:web
+ovr dump --container web --runtime runc -D images/ --vm libvirt:web -- --shell-job
 OVR_VM=libvirt:web ovr dump -t 4242 -D images/ -W work/ -o dump.log -v4 --tcp-established
 """
-USAGE: Final = "ovr dump -t PID -D DIR --vm VM [option …] [option of criu dump …]"
+USAGE: Final = (
+    "ovr dump -t PID -D DIR --vm VM [option …] [option of criu dump …]\n"
+    "       ovr dump --container NAME --export FILE --vm VM [option …] [-- podman option …]\n"
+    "       ovr dump --container NAME --runtime runc|crun -D DIR --vm VM [option …]"
+)
 
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
     parser.add_argument(
-        "-t", "--tree", required=True, metavar="PID",
+        "-t", "--tree", metavar="PID",
         help="the root task, by its pid in the guest (`ovr ps` shows them)",
     )  # fmt: skip
     parser.add_argument(
-        "-D", "--images-dir", type=Path, default=Path(), metavar="DIR",
+        "-D", "--images-dir", type=Path, metavar="DIR",
         help="the directory for the images, without any yet (default: the current one)",
     )  # fmt: skip
+    _add_container(parser)
     add_vm_options(parser)
     add_agent_option(parser)
     parser.add_argument(
@@ -72,7 +84,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--pre-copy", nargs="?", type=_rounds, const=AS_MANY_AS_HELP, default=0, metavar="auto|N",
         help="copy pages while the tree runs, in as many rounds as help or in N, so that it is"
-        " stopped for less time; the images then build on those in subdirectories pre-copy-…",
+        " stopped for less time; images in a directory then build on those in subdirectories",
     )  # fmt: skip
     parser.add_argument(
         "--verify", choices=VERIFY_MODES, default="sample",
@@ -89,15 +101,36 @@ def add(parser: argparse.ArgumentParser) -> None:
     add_criu_options(parser, "dump")
 
 
+def _add_container(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--container", metavar="NAME", help="a container, by its name or id, instead of -t"
+    )
+    parser.add_argument(
+        "--export", type=Path, metavar="FILE",
+        help="a new archive for a container of podman, as of podman container checkpoint --export:"
+        " .tar, .tar.zst or .tar.gz",
+    )  # fmt: skip
+    parser.add_argument(
+        "--runtime", choices=RUNTIMES,
+        help="the container is one of this runtime, without podman, and goes to -D",
+    )  # fmt: skip
+    parser.add_argument(
+        "engine_options", nargs="*", metavar="-- OPTION",
+        help="after --: options of podman container checkpoint, or of runc checkpoint; values as"
+        " --option=value",
+    )  # fmt: skip
+
+
 def run(options: argparse.Namespace) -> int:
     """Dump; with ``--dry-run`` only read the VM."""
-    pid = _pid(options.tree)
+    wanted = _wanted(options)
+    tree, _ = to_dump(**wanted, criu_options=options.criu_options)
     if options.dry_run:
         with AttachedVm(options.vm, vmlinux=options.vmlinux) as vm:
-            show(plan_dump(vm.kernel, pid), options)
+            show(plan_dump(vm.kernel, _root(vm, tree, options.agent)), options)
         return 0
     with ended_in_order():
-        report = _dump(pid, options)
+        report = _dump(wanted, options)
     with printed(f"pid {report.pid} is dumped, and {_fate(report)}"):
         if options.json:
             document("ovr.dump/1", report.as_json())
@@ -122,9 +155,33 @@ def _pid(text: str) -> int:
     return int(text)
 
 
-def _dump(pid: int, options: argparse.Namespace) -> DumpReport:
+def _wanted(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the arguments of `ovr.Vm.dump` that name the tree and its place."""
+    images = options.images_dir
+    if images is None and options.export is None:
+        images = Path()
+    return {
+        "pid": None if options.tree is None else _pid(options.tree),
+        "images": images,
+        "container": options.container,
+        "export": options.export,
+        "runtime": options.runtime,
+        "engine_options": options.engine_options,
+    }
+
+
+def _root(vm: AttachedVm, tree: int | Container, address: str | None) -> int:
+    if isinstance(tree, int):
+        return tree
+    with Agent.connect(agent_address(vm, address)) as agent:
+        check_same_guest(vm.kernel, agent)
+        authenticate_alone(vm.kernel, agent, vm.qmp, vm.ram.slots)
+        return tree.find(agent).pid
+
+
+def _dump(wanted: dict[str, Any], options: argparse.Namespace) -> DumpReport:
     files = criu_files(
-        work_directory(options, options.images_dir), DUMPING,
+        work_directory(options, wanted["images"]), DUMPING,
         log_file=options.log_file, level=options.log_level,
     )  # fmt: skip
     with (
@@ -135,7 +192,7 @@ def _dump(pid: int, options: argparse.Namespace) -> DumpReport:
     ):
         with config_in_hints(options, "dump"):
             report = vm.dump(
-                pid, options.images_dir, agent=options.agent,
+                **wanted, agent=options.agent,
                 leave_running=options.leave_running, pre_copies=options.pre_copy,
                 verify=options.verify,
                 criu_options=options.criu_options, log_level=options.log_level,
@@ -143,9 +200,11 @@ def _dump(pid: int, options: argparse.Namespace) -> DumpReport:
             )  # fmt: skip
         if missed := missed_options(report.unread_config, options, "dump"):
             log.warning("%s", missed)
-        finish(report.stats, report.pid)
+        if options.export is None or options.work_dir:
+            finish(report.stats, report.pid)  # podman's archive has the statistics
         if picture:
-            draw(picture, report, options.report, images=options.images_dir, vm=options.vm)
+            place = options.export or wanted["images"]
+            draw(picture, report, options.report, images=place, vm=options.vm)
     return report
 
 
@@ -154,8 +213,11 @@ def _fate(report: DumpReport) -> str:
 
 
 def _sentence(report: DumpReport) -> str:
+    what = f"pid {report.pid}"
+    if report.container is not None:
+        what = f"container {report.container[:12]}, {what}"
     return (
-        f"dumped pid {report.pid}, which {_fate(report)} ({report.tasks} tasks, "
+        f"dumped {what}, which {_fate(report)} ({report.tasks} tasks, "
         f"{size(report.bytes_outside)} of {size(report.bytes_total)} from outside) in "
         f"{report.seconds['total']:.3f} s; frozen {report.frozen:.3f} s; "
         f"VM held {report.held['seconds'] * 1e3:.0f} ms, at most "

@@ -35,7 +35,8 @@ def test_a_command_line_of_criu_dump(asked, capsys):
     _, (images, options) = calls
     assert images == Path("images")
     assert options == {
-        "pid": 4711, "agent": None, "leave_running": True, "pre_copies": 0, "verify": "sample",
+        "pid": 4711, "container": None, "export": None, "runtime": None, "engine_options": [],
+        "agent": None, "leave_running": True, "pre_copies": 0, "verify": "sample",
         "log_level": 4, "timeout": 9.0,
         "criu_options": [
             "--shell-job", "--tcp-established", "--ext-unix-sk", "--external=mnt[]:m",
@@ -164,3 +165,49 @@ def test_a_demo_whose_memory_was_not_read_outside(inside, enough):
     else:
         with pytest.raises(LabError, match=r"only 99\.9\d+% of the page bytes"):
             demo._check_outside(dumped)
+
+
+def test_a_container_goes_into_an_archive(asked, monkeypatch, capsys):
+    """The statistics are in it, and not beside it."""
+    calls, _ = asked
+    words = "dump --vm qmp:/x --container web --export web.tar.zst -R --tcp-established -- --keep"
+    monkeypatch.setattr(DUMPED, "container", "ab" * 32)
+    assert cli.main(words.split()) == 0
+    _, (images, options) = calls
+    wanted = {
+        "pid": None, "container": "web", "export": Path("web.tar.zst"), "runtime": None,
+        "engine_options": ["--keep"], "criu_options": ["--tcp-established"], "leave_running": True,
+    }  # fmt: skip
+    assert images is None
+    assert options.items() >= wanted.items()
+    assert {path.name for path in Path().iterdir()} == {"images", "work"}
+    assert "dumped container abababababab, pid 4711" in capsys.readouterr().out
+
+
+def test_a_container_of_a_runtime_goes_into_a_directory(asked):
+    calls, _ = asked
+    words = "dump --vm qmp:/x --container web --runtime crun -D images -W work"
+    assert cli.main(words.split()) == 0
+    assert calls[1][0] == Path("images")
+    assert calls[1][1]["runtime"] == "crun"
+    assert {path.name for path in Path("work").iterdir()} == {"stats-dump"}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("", "either a process or a container"),
+        ("-t 5 --container web", "either a process or a container"),
+        ("--container web", "goes into an archive"),
+        ("--container web -D images --export a.tar", "goes into an archive"),
+        ("--container=-a --export a.tar", "not the name or id"),
+        ("--container web --export a.tar --link-remap", "--link-remap cannot be passed on"),
+        ("--container web --export a.tar -- --all", "--all cannot be passed on"),
+        ("-t 5 -D images -- --keep", "-- needs a container"),
+    ],
+)
+def test_nothing_is_attached_to_for_a_wrong_command_line(asked, capsys, words, message):
+    calls, _ = asked
+    assert cli.main(["dump", "--vm", "qmp:/x", *words.split()]) == 2
+    assert message in capsys.readouterr().err
+    assert not calls
