@@ -167,6 +167,7 @@ class Output(Staging):
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._told = False
         with writable(path):
             if not path.is_dir():
                 raise UsageError(f"{path} is not a directory", "create it, or name another with -D")
@@ -185,8 +186,9 @@ class Output(Staging):
 
         Images of a tree with a user namespace can be read by all, as CRIU's own: to restore them,
         it opens them as the namespace's root, which is another user outside.
-        The inventory, without which they are no images, is moved last. If the body says that the
-        dump has failed, they are removed; if it fails otherwise, it is not known, and they stay.
+        The inventory, without which they are no images, is moved last. If the body fails before it
+        calls `end`, or says that the dump has failed, they are removed; if it fails otherwise, it
+        is not known, and they stay.
 
         Raises:
             UsageError: they cannot be moved.
@@ -201,16 +203,17 @@ class Output(Staging):
                     moved.append(self.base / path.name)
                     path.rename(moved[-1])
             yield
-        except (AttemptFailed, UsageError):
-            for path in reversed(moved):
-                _remove(path)
-            raise
-        except ArchiveFailed as error:
-            error.hint = f"the container has ended; its images are complete, in {self.path}"
+        except BaseException as error:
+            if not self._told or isinstance(error, AttemptFailed):
+                for path in reversed(moved):
+                    _remove(path)
+            elif isinstance(error, ArchiveFailed):
+                error.hint = f"the container has ended; its images are complete, in {self.path}"
             raise
 
     def end(self, agent: Agent) -> bytes:
         """Have CRIU end the dump; return its statistics."""
+        self._told = True
         return agent.end_dump()
 
 

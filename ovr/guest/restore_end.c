@@ -171,7 +171,7 @@ static void end_restore(void)
 	 */
 	close_fd(&restore.hook);
 	populate_end();
-	dump_forget();
+	track_end();
 	restore.phase = ENDING;
 	restore.late_at =
 		now_ms() + (restore.dump && restore.stall_ms < END_MS ? restore.stall_ms : END_MS);

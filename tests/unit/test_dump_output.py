@@ -6,7 +6,14 @@ from pathlib import Path
 import pytest
 
 from ovr.dump.output import DESCRIPTORS, INVENTORY, PRE_COPY, Output
-from ovr.errors import ArchiveFailed, UsageError
+from ovr.errors import (
+    AgentUnreachable,
+    ArchiveFailed,
+    AttemptFailed,
+    CheckFailed,
+    OvrError,
+    UsageError,
+)
 
 
 def modes(path: Path) -> dict[str, int]:
@@ -41,9 +48,37 @@ def test_images_of_a_container_that_has_ended_stay(tmp_path):
     with pytest.raises(ArchiveFailed) as caught, Output(tmp_path) as output:
         output.images.write(INVENTORY, b"data")
         with output.committing():
-            raise ArchiveFailed("runc in the guest failed")
+            output.end(Agent(ArchiveFailed("runc in the guest failed")))
     assert str(tmp_path) in caught.value.hint
     assert [path.name for path in tmp_path.iterdir()] == [INVENTORY]
+
+
+class Agent:
+    """Fails to end the dump."""
+
+    def __init__(self, error: OvrError) -> None:
+        self._error = error
+
+    def end_dump(self) -> bytes:
+        raise self._error
+
+
+@pytest.mark.parametrize(
+    ("told", "error", "left"),
+    [
+        pytest.param(False, CheckFailed("the VM migrates"), [], id="it was not told to end"),
+        pytest.param(True, AttemptFailed("aborted"), [], id="it runs on"),
+        pytest.param(True, AgentUnreachable("broken"), [INVENTORY], id="not known"),
+    ],
+)
+def test_images_stay_unless_the_tree_runs_on(tmp_path, told, error, left):
+    with pytest.raises(type(error)), Output(tmp_path) as output:
+        output.images.write(INVENTORY, b"data")
+        with output.committing():
+            if told:
+                output.end(Agent(error))
+            raise error
+    assert [path.name for path in tmp_path.iterdir()] == left
 
 
 def test_a_directory_with_a_containers_descriptors(tmp_path):
