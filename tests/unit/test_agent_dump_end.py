@@ -236,12 +236,22 @@ def test_the_hook_is_stopped_while_go_is_said(host: AgentHost, agent: LabAgent, 
 
 
 @one_link
-@pytest.mark.parametrize("to", [to_start, to_seized])
-def test_criu_is_killed_before_its_hook(
+@pytest.mark.parametrize("to", [to_start, to_tracking, to_frozen])
+def test_criu_is_killed_before_it_stops_the_tree(
     host: AgentHost, agent: LabAgent, tree: Tree, to: Stage
 ) -> None:
-    """Nobody knows whether the tree is whole: the host hears so."""
+    """It has not touched the tree."""
     to(host, agent, tree)
+    os.kill(criu_of(host), signal.SIGKILL)
+    error = reported(agent)
+    assert "criu in the guest ended with status 137" in str(error)
+    assert_unharmed(host, tree)
+
+
+@one_link
+def test_criu_is_killed_between_its_hooks(host: AgentHost, agent: LabAgent, tree: Tree) -> None:
+    """The tree may be damaged, and the host is told so."""
+    to_seized(host, agent, tree)
     os.kill(criu_of(host), signal.SIGKILL)
     error = reported(agent)
     assert "may not run as before: criu in the guest was killed (137)" in str(error)
@@ -251,11 +261,8 @@ def test_criu_is_killed_before_its_hook(
 
 
 @one_link
-@pytest.mark.parametrize("to", [to_start, to_seized])
-def test_criu_is_killed_after_an_abort(
-    host: AgentHost, agent: LabAgent, tree: Tree, to: Stage
-) -> None:
-    to(host, agent, tree)
+def test_criu_is_killed_after_an_abort(host: AgentHost, agent: LabAgent, tree: Tree) -> None:
+    to_seized(host, agent, tree)
     agent._send(protocol.Abort())
     agent.ping()
     os.kill(criu_of(host), signal.SIGKILL)
