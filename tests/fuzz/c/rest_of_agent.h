@@ -171,6 +171,7 @@ static void worker_acts(bool dies)
 		restore_abort(CODE_TREE, "the tree cannot be frozen");
 	} else if (worker == CLEARING) {
 		track_end();
+		dump.may_stop |= restore.tracked;
 		dump_tracked(1);
 	} else if (worker == FREEZING) {
 		worker = FROZEN;
@@ -427,7 +428,7 @@ static void check_dump(const struct message *message)
 	case OP_ABORTED:
 		if (message_uint(message, KEY_UNDONE))
 			CHECK((!criu_lives || !known_criu()) && !dump.tree_ended &&
-			      (dump.hooks || !dump.killed || !known_criu()));
+			      (dump.hooks || !dump.killed || !dump.may_stop || !known_criu()));
 		break;
 	default: break;
 	}

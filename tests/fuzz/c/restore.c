@@ -55,6 +55,7 @@ static struct dump {
 	bool killed;       /* and killed */
 	bool engine;       /* by an engine, */
 	bool adopted;      /* and known to the agent since its first hook */
+	bool may_stop;     /* the agent has let it stop the tree */
 	int hooks;         /* its post-dump hooks so far */
 	bool last_is_post; /* the present hook is such a one */
 	bool refused;      /* one of them did not end well */
