@@ -296,7 +296,7 @@ void dump_fetch(struct session *session, const struct message *message)
 
 bool dump_is_whole(void)
 {
-	if (!restore.tracked)
+	if (!restore.tracked && !restore.root)
 		return true; /* CRIU has not stopped it */
 	/* An engine's exit status does not tell how its CRIU has ended. */
 	if (restore.engine)

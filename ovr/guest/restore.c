@@ -318,6 +318,12 @@ static bool host_is_silent(void)
 	return false;
 }
 
+/* CRIU waits for one of its hooks. */
+static bool criu_waits(void)
+{
+	return restore.phase >= TRACKING && restore.phase <= HELD;
+}
+
 void restore_work(void)
 {
 	if (restore.phase == IDLE)
@@ -326,8 +332,10 @@ void restore_work(void)
 		restore_child_ended();
 	else if (archive_is_awaited() && now_ms() >= restore.silent_at)
 		restore.owner = NULL;
-	else if (restore.phase >= SAVING && restore.phase <= HELD && restore_criu_ended())
-		restore_abort(CODE_CRIU, "criu died while it held the tree");
+	else if (criu_waits() && restore_criu_ended())
+		restore_abort(CODE_CRIU, restore.phase == TRACKING ?
+						 "criu died before it stopped the tree" :
+						 "criu died while it held the tree");
 	else if (restore.phase == BUILDING && now_ms() >= restore.late_at)
 		restore_abort(CODE_TIMEOUT, "criu took longer than the given timeout");
 	else if (restore.phase == BUILDING && progress_stalled())
@@ -356,8 +364,7 @@ void restore_watch(struct loop *loop)
 {
 	hook_watch(loop);
 	archive_watch(loop);
-	if ((restore.phase == HELD || (restore.child_ended && restore.dump)) &&
-	    restore.theirs.end >= 0)
+	if ((criu_waits() || (restore.child_ended && restore.dump)) && restore.theirs.end >= 0)
 		loop_watch(loop, restore.theirs.end, POLLIN, on_criu_end, NULL);
 	if ((restore.phase == BUILDING || restore.phase == ENDING) && restore.late_at < LLONG_MAX)
 		loop_wake_at(loop, restore.late_at);

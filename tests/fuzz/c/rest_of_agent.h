@@ -147,7 +147,7 @@ static enum { NO_WORKER, FREEZING, FROZEN, CLEARING } worker;
 
 bool track_begin(pid_t root, bool look)
 {
-	CHECK(restore.phase == TRACKING && root == ROOT && worker == NO_WORKER && !dump.hooks);
+	CHECK(restore.phase == TRACKING && root == ROOT && worker == NO_WORKER);
 	worker = look ? FREEZING : CLEARING;
 	return true;
 }

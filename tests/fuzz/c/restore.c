@@ -309,10 +309,10 @@ static void step(struct input *input)
 		else
 			restore_session_heard(host);
 	}
-	CHECK(worker == NO_WORKER || (restore.phase == TRACKING && criu_lives && !dump.hooks));
 	/* A connection, what came on it, and what follows of that. */
 	for (int i = 0; i < 3; i++)
 		turn();
+	CHECK(worker == NO_WORKER || (restore.phase == TRACKING && criu_lives));
 	CHECK(!(tree_runs || dump.tree_ended) || said_go);
 	CHECK(!dump.on || !criu_lives || !known_criu() || restore.phase >= BUILDING);
 	/* A new one begins with nothing of the last. */
