@@ -70,7 +70,7 @@ def test_many_in_a_row(vm, images, tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def place(target, tmp_path_factory) -> Range:
     vm, images = target
-    return Range(lambda: vm, images, tmp_path_factory.mktemp("scratch"), rounds=1)
+    return Range(lambda: vm, images, tmp_path_factory.mktemp("scratch"))
 
 
 # Where each is killed: the first event of that name.
@@ -93,7 +93,7 @@ def test_killed(vm, place, victim):
 @pytest.fixture(scope="module")
 def dumping(target, tmp_path_factory) -> DumpRange:
     vm, images = target
-    return DumpRange(lambda: vm, images.path, tmp_path_factory.mktemp("scratch"))
+    return DumpRange(lambda: vm, images.path, tmp_path_factory.mktemp("scratch"), rounds=1)
 
 
 # The tree is held by CRIU's hook, and its memory is being read: for victims on the host in a hold.
