@@ -109,10 +109,7 @@ class Attempt:
             CheckFailed: the VM must not be written to any more.
             OvrError: as `start`.
         """
-        self._check_vm()
-        self._to_abort = True
-        start(self.agent)
-        self._heartbeat.enter_context(self.agent.keep_alive())
+        self._do(start)
 
     def begin(self, start: Callable[[Agent], HeldTree], *, engine: bool = False) -> HeldTree:
         """Have the agent hold a tree; from here on leaving without `commit` aborts.
@@ -126,12 +123,7 @@ class Attempt:
             OvrError: as `start`.
             AgentUntrusted: the tree is not held by the agent's own CRIU.
         """
-        self._check_vm()
-        # Before the first byte is sent: whatever interrupts us, the attempt is aborted.
-        self._to_abort = True
-        held = start(self.agent)
-        self._heartbeat.enter_context(self.agent.keep_alive())
-        self._held = held
+        held = self._held = self._do(start)
         with self.holder.held():
             self._tracer = find_tracer(self.vm.kernel, self._process, held.criu_pid, engine=engine)
         return held
@@ -178,6 +170,16 @@ class Attempt:
         self._to_abort = False
         with self.recording.reverted_on(AttemptFailed):
             return go(self.agent)
+
+    def _do(self, step: Callable[[Agent], T]) -> T:
+        self._check_vm()
+        begun = self._to_abort
+        # Before the first byte is sent: whatever interrupts us, the attempt is aborted.
+        self._to_abort = True
+        done = step(self.agent)
+        if not begun:
+            self._heartbeat.enter_context(self.agent.keep_alive())
+        return done
 
     def _check_vm(self) -> None:
         self.vm.check_same_boot()

@@ -30,7 +30,7 @@ from ovr.memory.extents import (
     on_same_frames,
 )
 from ovr.memory.paging import AddressSpace, pieces
-from ovr.memory.ranges import Ranges
+from ovr.memory.ranges import Ranges, no_ranges
 from ovr.state import GuestTree
 from ovr.vm.hold import Holder
 
@@ -94,7 +94,7 @@ class Copies:
     def addresses(self, task: RunningTask) -> Ranges:
         """Return the addresses of the pages of a task that are there."""
         copy = self._of.get(task.pid)
-        return addresses_of(copy.runs if copy else np.empty(0, RUN))
+        return addresses_of(copy.runs) if copy else no_ranges()
 
     def check_unchanged(
         self, dumped: Dumped, late: Ranges, guest: GuestTree, holder: Holder
@@ -113,7 +113,7 @@ class Copies:
         """
         copy = None if dumped.shared else self._of.get(dumped.number)
         if copy is None:
-            return addresses_of(np.empty(0, RUN))
+            return no_ranges()
         if _space_of(guest, dumped.number).root != copy.task.space.root:  # execve(2)
             copy.runs = copy.runs[:0]
         clean = np.zeros(len(dumped.clean), pieces(()).dtype)
