@@ -145,6 +145,8 @@ bool directory_make_dump(struct directory *directory);
 /* Make path/path, which wrapper.c describes, with links to two programs: this one, and CRIU. */
 bool directory_make_wrapper(struct directory *directory, const char *self, const char *criu);
 void directory_remove(struct directory *directory, bool keep_log);
+/* Remove the files in the directory `name`, all or those chosen. */
+void directory_empty(int parent, const char *name, bool (*chosen)(const char *file));
 
 #define AGENT_PATH "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 #define AGENT_DIRECTORIES (&AGENT_PATH[sizeof("PATH=") - 1])

@@ -10,7 +10,6 @@
  * wrapper is not run: runc and crun name that parent to CRIU themselves. podman's checkpoint would
  * be a whole one then, in its own directory and archive.
  */
-#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <limits.h>
@@ -137,20 +136,16 @@ pid_t engine_start_dump(struct directory *directory, const struct message *messa
 
 /* ------------------------------------------------------------------------ images */
 
-static void remove_files(int directory, const char *prefix)
+static bool is_image(const char *name)
 {
-	int again = openat(directory, ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-	DIR *files = again < 0 ? NULL : fdopendir(again);
-	struct dirent *entry;
+	size_t size = strlen(name);
 
-	if (!files) {
-		close_fd(&again);
-		return;
-	}
-	while ((entry = readdir(files)))
-		if (!strncmp(entry->d_name, prefix, strlen(prefix)))
-			unlinkat(directory, entry->d_name, 0);
-	closedir(files);
+	return size > 4 && !strcmp(name + size - 4, ".img");
+}
+
+static bool is_pages_image(const char *name)
+{
+	return !strncmp(name, PAGES, strlen(PAGES));
 }
 
 /* podman's CRIU works in ID/userdata, and writes its images to a directory in it. */
@@ -169,37 +164,14 @@ static bool open_podmans(struct directory *directory, pid_t criu)
 	return podmans_images;
 }
 
-static bool is_image(const char *name)
-{
-	size_t size = strlen(name);
-
-	return size > 4 && !strcmp(name + size - 4, ".img");
-}
-
-/* CRIU has written none yet: these are of a checkpoint that failed, and would be taken for ours. */
-static void remove_old_images(int directory)
-{
-	int again = openat(directory, ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-	DIR *files = again < 0 ? NULL : fdopendir(again);
-	struct dirent *entry;
-
-	if (!files) {
-		close_fd(&again);
-		return;
-	}
-	while ((entry = readdir(files)))
-		if (is_image(entry->d_name))
-			unlinkat(directory, entry->d_name, 0);
-	closedir(files);
-}
-
 bool engine_open_images(struct directory *directory, pid_t criu)
 {
 	char parent[300];
 
 	if (directory->dump < 0 && !open_podmans(directory, criu))
 		return false;
-	remove_old_images(directory->dump);
+	/* CRIU has written none yet: those of a checkpoint that failed would be taken for ours. */
+	directory_empty(directory->dump, ".", is_image);
 	/* CRIU leaves a link that is there already, which may lead anywhere. */
 	snprintf(parent, sizeof(parent), "%s/images", directory->path);
 	unlinkat(directory->dump, "parent", 0);
@@ -210,7 +182,7 @@ void engine_strip_images(const struct directory *directory)
 {
 	if (!podmans_images)
 		return;
-	remove_files(directory->dump, PAGES);
+	directory_empty(directory->dump, ".", is_pages_image);
 	unlinkat(directory->dump, "parent", 0);
 }
 
@@ -222,7 +194,7 @@ void engine_remove_images(const struct directory *directory)
 	if (!podmans_images)
 		return;
 	podmans_images = false;
-	remove_files(directory->dump, "");
+	directory_empty(directory->dump, ".", NULL);
 	snprintf(link, sizeof(link), "/proc/self/fd/%d", directory->dump);
 	size = readlink(link, path, sizeof(path) - 1);
 	if (size > 0) {

@@ -32,7 +32,7 @@
 /* Descriptor of options.dir, which only root can write to. */
 static int base = -1;
 
-static void empty(int parent, const char *name)
+void directory_empty(int parent, const char *name, bool (*chosen)(const char *file))
 {
 	int fd = openat(parent, name, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
 	DIR *files = fd < 0 ? NULL : fdopendir(fd);
@@ -44,14 +44,15 @@ static void empty(int parent, const char *name)
 		return;
 	}
 	while ((entry = readdir(files)))
-		if (strcmp(entry->d_name, ".") && strcmp(entry->d_name, ".."))
+		if (strcmp(entry->d_name, ".") && strcmp(entry->d_name, "..") &&
+		    (!chosen || chosen(entry->d_name)))
 			unlinkat(fd, entry->d_name, 0);
 	closedir(files);
 }
 
 static void remove_parent(int images)
 {
-	empty(images, "parent");
+	directory_empty(images, "parent", NULL);
 	unlinkat(images, "parent", AT_REMOVEDIR);
 }
 
@@ -67,15 +68,15 @@ static void remove_tree(const char *name, bool keep_log)
 		remove_parent(images);
 		close(images);
 	}
-	empty(fd, "images");
+	directory_empty(fd, "images", NULL);
 	unlinkat(fd, "images", AT_REMOVEDIR);
-	empty(fd, "dump");
+	directory_empty(fd, "dump", NULL);
 	unlinkat(fd, "dump", AT_REMOVEDIR);
-	empty(fd, WRAPPER_DIRECTORY);
+	directory_empty(fd, WRAPPER_DIRECTORY, NULL);
 	unlinkat(fd, WRAPPER_DIRECTORY, AT_REMOVEDIR);
 	unlinkat(fd, ENGINE_FIFO, 0);
 	if (!keep_log)
-		empty(fd, ".");
+		directory_empty(fd, ".", NULL);
 	close(fd);
 	unlinkat(base, name, AT_REMOVEDIR);
 }
