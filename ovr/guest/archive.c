@@ -11,8 +11,6 @@
 
 #include "restore.h"
 
-#define PIECE_SIZE (CHUNK / 2)
-
 static int fifo = -1;
 
 bool archive_open(const char *path)
@@ -31,28 +29,16 @@ static bool host_takes_more(void)
 	return !restore.owner || session_has_room(restore.owner);
 }
 
-static void send_piece(const uint8_t *data, size_t size)
-{
-	struct writer writer;
-
-	if (!restore.owner)
-		return;
-	writer = session_writer(restore.owner, OP_SAVED);
-	message_add_str(&writer, KEY_NAME, ENGINE_ARCHIVE);
-	message_add_bin(&writer, KEY_DATA, data, size);
-	session_send(restore.owner, &writer);
-}
-
 /* Read and send the next piece. False if there is none now. */
 static bool pass_on(void)
 {
-	static uint8_t data[PIECE_SIZE];
+	static uint8_t data[DUMP_PIECE];
 	ssize_t size = read(fifo, data, sizeof(data));
 
 	if (size < 0 && errno == EINTR)
 		return true;
-	if (size > 0 && restore.phase == RELEASED)
-		send_piece(data, (size_t)size);
+	if (size > 0 && restore.phase == RELEASED && restore.owner)
+		dump_send(ENGINE_ARCHIVE, data, (size_t)size);
 	/* No writer: before podman opens it, too, but then nobody asks. */
 	if (size == 0 || (size < 0 && errno != EAGAIN))
 		close_fd(&fifo);

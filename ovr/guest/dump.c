@@ -11,8 +11,6 @@
 
 #include "restore.h"
 
-#define PIECE_SIZE (CHUNK / 2)
-
 /* The images that are sent to the host. */
 static struct {
 	DIR *files;
@@ -245,21 +243,26 @@ static bool next_image(void)
 	return false;
 }
 
+void dump_send(const char *name, const uint8_t *data, size_t size)
+{
+	struct writer writer = session_writer(restore.owner, OP_SAVED);
+
+	message_add_str(&writer, KEY_NAME, name);
+	message_add_bin(&writer, KEY_DATA, data, size);
+	session_send(restore.owner, &writer);
+}
+
 /* Send the next piece of the present image; the last one, which is empty, closes it. */
 static void send_piece(void)
 {
-	static uint8_t data[PIECE_SIZE];
-	struct writer writer;
+	static uint8_t data[DUMP_PIECE];
 	ssize_t size = read(sending.fd, data, sizeof(data));
 
 	if (size < 0) {
 		restore_abort(code_of_errno(errno), "cannot read an image");
 		return;
 	}
-	writer = session_writer(restore.owner, OP_SAVED);
-	message_add_str(&writer, KEY_NAME, sending.name);
-	message_add_bin(&writer, KEY_DATA, data, (size_t)size);
-	session_send(restore.owner, &writer);
+	dump_send(sending.name, data, (size_t)size);
 	if (!size)
 		close_fd(&sending.fd);
 }

@@ -93,6 +93,9 @@ void dump_frozen(void);
 void dump_tracked(uint64_t frozen_us);
 void dump_begin(struct session *session, const struct message *message);
 void dump_fetch(struct session *session, const struct message *message);
+/* Send a piece of the file `name`: at most DUMP_PIECE bytes. */
+#define DUMP_PIECE (CHUNK / 2)
+void dump_send(const char *name, const uint8_t *data, size_t size);
 /* Send images as long as the session has room; then report the tree. */
 void dump_send_images(void);
 /* Whether the tree is whole after CRIU's exit. */
