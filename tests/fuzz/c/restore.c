@@ -63,6 +63,7 @@ static struct dump {
 } dump;
 
 #include "rest_of_agent.h"
+#include "link_to_hosts.h"
 
 /* ------------------------------------------------------------------------ what happens */
 
