@@ -38,6 +38,9 @@ Restore (one restore or dump at a time, owned by one session)
 Dump
     `dump_protocol`.
 
+Move
+    `move_protocol`.
+
 Pool (at any time, for the next restore)
     `Warm` → `Warmed` when it is filled; `Pool` → `Warmed`.
 
@@ -108,7 +111,7 @@ __all__ = [
     "proof_text",
 ]
 
-VERSION = 9
+VERSION = 10
 VSOCK_PORT = 687
 """The agent's vsock port. Below 1024: to bind it needs CAP_NET_BIND_SERVICE in the initial user
 namespace (__vsock_bind_connectible in net/vmw_vsock/af_vsock.c). On a telephone's keys it reads
@@ -203,6 +206,7 @@ class Begin(Message):
             `ENGINE_ARCHIVE`. The name of one image that CRIU needs has the prefix `HOOK_HELD`.
         warm_images: to use the CRIU with the pool: pagemaps and pages images of the tasks that get
             memory from it. Empty: do not use the pool.
+        move: the id of the move that ends here (`move_protocol`); none: it is no move.
     """
 
     criu_options: tuple[str, ...]
@@ -214,6 +218,7 @@ class Begin(Message):
     engine: str | None = None
     volumes: tuple[str, ...] = ()
     timeout_ms: int | None = None
+    move: str | None = None
 
 
 class Touching(IntEnum):

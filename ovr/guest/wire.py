@@ -6,7 +6,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import msgpack
 
-from ovr.guest import dump_protocol, lab_protocol, protocol
+from ovr.guest import dump_protocol, lab_protocol, move_protocol, protocol
 from ovr.guest.codes import Code
 from ovr.guest.message import Message
 from ovr.guest.protocol import Touching
@@ -76,7 +76,7 @@ def _schema(message: type[Message]) -> tuple[_Field, ...]:
 
 _MESSAGES: dict[str, type[Message]] = {
     cls.op: cls
-    for module in (protocol, dump_protocol, lab_protocol)
+    for module in (protocol, dump_protocol, move_protocol, lab_protocol)
     for cls in vars(module).values()
     if isinstance(cls, type) and issubclass(cls, Message) and cls.op
 }
@@ -165,8 +165,10 @@ def header() -> str:
         "CONFIG_FILES": protocol.CONFIG_FILES,
         "MAX_IMAGE_BYTES": protocol.MAX_IMAGE_BYTES,
         "SYNC_ZEROS": protocol.SYNC_ZEROS,
+        "MOVE_ID": move_protocol.MOVE_ID,
+        "MOVES_KEPT": move_protocol.MOVES_KEPT,
     }
-    lines = ["/* Made from protocol.py and lab_protocol.py in ovr/guest: change those. */"]
+    lines = ["/* Made from the protocol modules in ovr/guest: change those. */"]
     lines += ["#ifndef OVR_PROTOCOL_H", "#define OVR_PROTOCOL_H", ""]
     lines += [f'#define MAGIC "{protocol.MAGIC.decode()}"']
     lines += [f"#define MAGIC_SIZE {len(protocol.MAGIC)}"]

@@ -7,8 +7,8 @@ from typing import Final
 
 from ovr.errors import AgentUntrusted, ImagesUnsupported
 from ovr.guest import dump_protocol, protocol
-from ovr.guest.client.dumps import Dumps
 from ovr.guest.client.failures import refused
+from ovr.guest.client.moves import Moves
 from ovr.guest.client.requests import Files, Portion, file_frames, flat, touch_requests
 from ovr.guest.client.results import HeldTree, MappedObject, PoolInfo, Restored
 from ovr.guest.client.session import one_line
@@ -26,7 +26,7 @@ _OF_A_DUMP: Final = (
 )  # fmt: skip
 
 
-class Agent(Dumps):
+class Agent(Moves):
     """A session for a restore or dump: `authenticate`, `begin` or `dump`, `go` or `abort`.
 
     ::
@@ -84,6 +84,7 @@ class Agent(Dumps):
         engine: str | None = None,
         volumes: Sequence[str] = (),
         warm_images: Sequence[str] = (),
+        move: str | None = None,
     ) -> HeldTree:
         """Have the guest's CRIU build the tree from `images`, up to its pre-resume hook.
 
@@ -103,6 +104,7 @@ class Agent(Dumps):
                 `protocol.Begin`.
             warm_images: pagemaps and pages images of the tasks that get memory from the pool; empty
                 if the pool is not used.
+            move: the id of the move that ends here; see `Moves`.
 
         Raises:
             PidTaken: a pid of the images is in use in the guest.
@@ -122,6 +124,7 @@ class Agent(Dumps):
             engine=engine,
             warm_images=tuple(warm_images),
             volumes=tuple(volumes),
+            move=move,
         )
         with self.keep_alive(silence / 4):
             try:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from ovr.memory.addresses import Gva
 
-__all__ = ["HeldTree", "MappedObject", "PoolInfo", "Restored"]
+__all__ = ["HeldTree", "MappedObject", "Outcome", "PoolInfo", "Restored"]
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,19 @@ class MappedObject:
 
     pid: int
     address: Gva
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The outcome of a move, in its destination.
+
+    Attributes:
+        released: since its boot, the guest has let the moved tree run.
+        held: a restore of the move is under way; nothing is decided yet.
+    """
+
+    released: bool
+    held: bool
 
 
 @dataclass(frozen=True)
