@@ -9,6 +9,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include "freeze.h"
 #include "restore.h"
 
 /* The images that are sent to the host. */
@@ -27,6 +28,7 @@ void dump_forget(void)
 	sending.files = NULL;
 	sending.single = false;
 	track_end();
+	freeze_forget();
 	archive_forget();
 	engine_remove_images(&restore.directory);
 }
@@ -297,10 +299,29 @@ void dump_fetch(struct session *session, const struct message *message)
 
 /* ------------------------------------------------------------------------ end */
 
+/* Whether a prepared tree is in its own cgroups, and its CRIU has not ended it unasked. */
+static bool undone_whole(void)
+{
+	if (restore.move_damaged)
+		return false;
+	/*
+	 * Of an earlier agent's CRIU only this is known: if it was still there, it has put back what
+	 * it had locked. If not, it may have been killed.
+	 */
+	if (restore.adopted)
+		return restore.criu > 1;
+	/* Both hooks were killed: CRIU has ended the tree. */
+	return restore.engine || restore.child_status != 0;
+}
+
 bool dump_is_whole(void)
 {
-	if (!restore.tracked && !restore.root)
+	if (!restore.tracked && !restore.root && !restore.adopted)
 		return true; /* CRIU has not stopped it */
+	if (restore.move[0] && !undone_whole())
+		return false;
+	if (restore.adopted)
+		return true;
 	/* An engine's exit status does not tell how its CRIU has ended. */
 	if (restore.engine)
 		return engine_criu_gave_up(&restore.theirs);
@@ -333,7 +354,8 @@ void dump_report_success(void)
 	int fd;
 
 	snprintf(path, sizeof(path), "%s/stats-dump", restore.directory.path);
-	fd = open(path, O_RDONLY | O_NOFOLLOW | O_CLOEXEC);
+	/* That of an adopted move is gone with its agent. */
+	fd = restore.adopted ? -1 : open(path, O_RDONLY | O_NOFOLLOW | O_CLOEXEC);
 	size = fd < 0 ? 0 : read(fd, stats, sizeof(stats));
 	close_fd(&fd);
 	restore_forget();

@@ -17,6 +17,8 @@
  * killed by a signal for one that succeeded (cr_dump_finish() in criu/cr-dump.c looks only at the
  * exit status), and would end the tree. The second hook asks the agent whether it has said Go: if
  * not, its exit status, which CRIU adds to that of the first, lets the tree run on.
+ *
+ * Once the tree of a move is prepared (prepare.c), its hook outlives the agent.
  */
 #include <dirent.h>
 #include <errno.h>
@@ -30,9 +32,11 @@
 #include <sys/un.h>
 #include <unistd.h>
 
-#include "agent.h"
+#include "freeze.h"
+#include "move.h"
 
 #define ANSWER_MS 30000
+#define LOOK_MS 50
 
 static int connect_agent(void)
 {
@@ -47,18 +51,32 @@ static int connect_agent(void)
 	return fd;
 }
 
-/* The agent's one-byte answer, or 0 if the connection failed or closed without one. */
-static char ask(pid_t root, pid_t criu, int timeout_ms)
+/* The agent's next word, or 0 if the connection failed or closed without one. */
+static char next_word(int fd, int timeout_ms)
 {
-	struct hook_report report = {root, criu};
-	int fd = connect_agent();
 	struct pollfd answer = {.fd = fd, .events = POLLIN};
 	char word = 0;
 
-	if (fd < 0 || send(fd, &report, sizeof(report), MSG_NOSIGNAL) != sizeof(report) ||
-	    poll(&answer, 1, timeout_ms) != 1 || recv(fd, &word, 1, 0) != 1)
+	if (fd < 0 || poll(&answer, 1, timeout_ms) != 1 || recv(fd, &word, 1, 0) != 1)
 		return 0;
 	return word;
+}
+
+/* A connection to the agent, which has the report, or -1. */
+static int report_to_agent(pid_t root, pid_t criu)
+{
+	struct hook_report report = {root, criu};
+	int fd = connect_agent();
+
+	if (fd >= 0 && send(fd, &report, sizeof(report), MSG_NOSIGNAL) != sizeof(report))
+		close_fd(&fd);
+	return fd;
+}
+
+/* The agent's one-byte answer, or 0 if the connection failed or closed without one. */
+static char ask(pid_t root, pid_t criu, int timeout_ms)
+{
+	return next_word(report_to_agent(root, criu), timeout_ms);
 }
 
 static void block_all_signals(void)
@@ -127,13 +145,31 @@ static bool hand_out_images(const char *path)
 	return done;
 }
 
+/*
+ * The tree of a move is prepared. While CRIU waits, the network of the tree stays as it locked it:
+ * so without the agent, too, wait until the tree has been killed, or is no longer frozen.
+ */
+static char decision(int agent, pid_t root)
+{
+	int group = freeze_open(root);
+	char word = next_word(agent, -1);
+
+	while (!word && freeze_holds(group) && tree_task_lives(root))
+		sleep_ms(LOOK_MS);
+	return word;
+}
+
 /* Wait while the host reads the dumped tree's memory. Without the agent's word the tree runs on. */
 static int hold_dumped(void)
 {
 	const char *text = getenv("CRTOOLS_INIT_PID");
 	pid_t root = text ? atoi(text) : 0;
+	int agent = root > 1 ? report_to_agent(root, tree_tracer(root)) : -1;
+	char word = next_word(agent, -1);
 
-	return root > 1 && ask(root, tree_tracer(root), -1) == HOOK_GO ? 0 : 1;
+	if (word == HOOK_PREPARED)
+		word = decision(agent, root);
+	return word == HOOK_GO ? 0 : 1;
 }
 
 /* The parent image set is beside the hook's socket (images.c). */

@@ -18,7 +18,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-#include "agent.h"
+#include "move.h"
 
 #define PREFIX "restore-"
 #define QUOTE(words) #words
@@ -257,6 +257,13 @@ bool directory_make_dump(struct directory *directory)
 	snprintf(name, sizeof(name), "%s/dump", strrchr(directory->path, '/') + 1);
 	directory->dump = make_directory(base, name, IMAGES_DIRECTORY);
 	return directory->dump >= 0;
+}
+
+int directory_open_moves(void)
+{
+	if (mkdirat(base, "moved", PRIVATE_DIRECTORY) < 0 && errno != EEXIST)
+		return -1;
+	return openat(base, "moved", O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
 }
 
 bool directory_make_wrapper(struct directory *directory, const char *self, const char *criu)

@@ -38,8 +38,10 @@ void restore_forget(void)
 bool restore_in_phase(struct session *session, enum phase phase)
 {
 	if (restore.phase != IDLE && restore.owner != session)
-		session_break(session, CODE_BUSY,
-			      "busy: another session has a restore or dump under way");
+		session_break(session, CODE_BUSY, "busy: %s",
+			      restore.owner || restore.phase != PREPARED ?
+				      "another session has a restore or dump under way" :
+				      "a move from this guest is in doubt");
 	else if (restore.phase == ENDING && phase >= TRACKING)
 		return false; /* Aborted is the answer, and follows */
 	else if (restore.phase == IDLE && phase >= TRACKING)
@@ -155,6 +157,8 @@ static void begin(struct session *session, const struct message *message)
 		session_break(session, CODE_ENGINE, "unknown container engine");
 		return;
 	}
+	if (message_has(message, KEY_MOVE) && !move_id(session, message, restore.move))
+		return;
 	if (!hook_listen()) {
 		session_break(session, code_of_errno(errno), "cannot create the hook's socket: %s",
 			      strerror(errno));
@@ -170,28 +174,6 @@ static void begin(struct session *session, const struct message *message)
 		return;
 	}
 	restore_building(message);
-}
-
-static void go(struct session *session)
-{
-	if (!restore_in_phase(session, HELD))
-		return;
-	/* The restored root becomes a child of init, as after any `criu restore -d`. */
-	prctl(PR_SET_CHILD_SUBREAPER, 0);
-	populate_end();
-	if (!restore.engine && !restore.dump)
-		hook_reset_priorities();
-	restore.phase = RELEASED;
-	if (restore.engine && restore.dump)
-		engine_strip_images(&restore.directory);
-	if (!hook_say(HOOK_GO)) {
-		restore.phase = HELD;
-		prctl(PR_SET_CHILD_SUBREAPER, !restore.engine && !restore.dump);
-		restore_abort(CODE_HOOK, "the hook died");
-	} else if (restore.dump) {
-		restore.dump_released = true;
-		close_fd(&restore.hook); /* a second one follows */
-	}
 }
 
 /* A task of the held tree, or a worker that maps its memory. */
@@ -260,7 +242,7 @@ void restore_message(struct session *session, const struct message *message)
 		populate(session, message);
 		break;
 	case OP_GO:
-		go(session);
+		restore_go(session);
 		break;
 	default:
 		if (restore.owner == session && restore.phase == ENDING)
@@ -277,6 +259,10 @@ void restore_session_ended(struct session *session)
 	if (restore.phase == IDLE || restore.owner != session)
 		return;
 	restore.owner = NULL;
+	if (restore.phase == PREPARED) {
+		move_session_ended();
+		return;
+	}
 	/* After Go the tree belongs to the guest, with or without a session. */
 	if (restore.phase != RELEASED && restore.phase != ENDING)
 		restore_abort(CODE_LINK, "the link to the host broke");
@@ -326,7 +312,7 @@ static bool criu_waits(void)
 
 void restore_work(void)
 {
-	if (restore.phase == IDLE)
+	if (restore.phase == IDLE || restore.phase == PREPARED || move_work())
 		return;
 	if (restore_all_ended())
 		restore_child_ended();
@@ -356,7 +342,7 @@ static void on_criu_end(int fd, short events, void *context)
 
 void restore_rest(void)
 {
-	if (restore.phase == IDLE)
+	if (restore.phase == IDLE || (restore.phase == PREPARED && !restore.owner))
 		priority_reset(0);
 }
 
@@ -377,6 +363,7 @@ void restore_watch(struct loop *loop)
 		loop_wake_at(loop, now_ms());
 	if (archive_is_awaited())
 		loop_wake_at(loop, restore.silent_at);
+	move_watch(loop);
 	if (stop_at)
 		loop_wake_at(loop, restore_lingers() ? stop_at : now_ms());
 }
@@ -391,5 +378,6 @@ void restore_shutdown(void)
 
 bool restore_lingers(void)
 {
-	return restore.dump && restore.phase >= BUILDING && (!stop_at || now_ms() < stop_at);
+	return restore.dump && restore.phase >= BUILDING && restore.phase != PREPARED &&
+	       (!stop_at || now_ms() < stop_at);
 }

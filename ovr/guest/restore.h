@@ -7,6 +7,7 @@
  *   dump.c		start of a dump, its images, its report
  *   track.c		the soft-dirty bits of its tree
  *   engine_dump.c	the same of a container, by its engine
+ *   prepare.c		the commit of a move (move.h)
  *   archive.c		the container's archive, on its way to the host
  *   progress.c		detection of a stalled CRIU
  */
@@ -14,6 +15,7 @@
 #define OVR_RESTORE_H
 
 #include "agent.h"
+#include "move.h"
 
 enum phase {
 	IDLE,
@@ -22,6 +24,7 @@ enum phase {
 	TRACKING,  /* dump: CRIU waits before it stops the tree, for the host to look at it */
 	SAVING,    /* dump: CRIU waits for its hook, its images are sent to the host */
 	HELD,      /* CRIU waits for its hook, with the whole tree */
+	PREPARED,  /* the tree of a move is frozen in cgroups, until Go or Abort */
 	RELEASED,  /* Go received: CRIU detaches (dump: or kills the tree) and exits */
 	ENDING, /* after an abort: an engine removes its container, a dump lets the tree run on */
 };
@@ -46,7 +49,11 @@ struct restore {
 	int child_status;
 	int64_t silence_ms, silent_at, late_at; /* late_at: LLONG_MAX is no limit */
 	int64_t stall_ms;
-	int step; /* ENDING: next cleanup step */
+	int step;               /* ENDING: next cleanup step */
+	char move[MOVE_ID + 1]; /* empty: no move; of a dump, none that is prepared */
+	bool adopted;           /* prepared by an earlier agent */
+	bool move_damaged;      /* some of its tasks are not in their own cgroups */
+	int64_t dead_by; /* RELEASED: when the tasks of a prepared move must have died, or 0 */
 };
 
 /* restore.c */
@@ -71,6 +78,10 @@ void hook_reset_priorities(void);
 bool hook_say(char word);
 
 /* restore_end.c */
+/* The host commits. */
+void restore_go(struct session *session);
+/* Tasks of a prepared tree do not die. */
+void restore_lives_on(void);
 bool restore_criu_ended(void);
 /* Whether restore.child has exited, and all that a dump's engine has started or sent. */
 bool restore_all_ended(void);

@@ -7,6 +7,7 @@
 #include <signal.h>
 #include <stdio.h>
 #include <string.h>
+#include <sys/prctl.h>
 #include <sys/wait.h>
 
 #include "restore.h"
@@ -121,6 +122,13 @@ static void report_end(void)
 	send_outcome(owner);
 }
 
+void restore_lives_on(void)
+{
+	outcome = (struct outcome){.code = CODE_CGROUP};
+	snprintf(outcome.reason, sizeof(outcome.reason), "its processes do not end");
+	report_end();
+}
+
 /* CRIU has exited after the abort of a dump. */
 static void dump_ended(void)
 {
@@ -181,6 +189,8 @@ static void end_restore(void)
 
 void restore_abort(enum code code, const char *reason)
 {
+	if (restore.phase == PREPARED)
+		move_undo();
 	outcome = (struct outcome){
 		.undone = restore.phase == UPLOADING || restore.dump || kill_everything(),
 		.code = code,
@@ -219,6 +229,52 @@ void restore_end_too_late(void)
 	kill(restore.child, SIGKILL);
 	restore.engine_killed = true;
 	restore.late_at = now_ms() + END_MS;
+}
+
+/* False if it was not told so. */
+static bool say_go(void)
+{
+	/* The restored root becomes a child of init, as after any `criu restore -d`. */
+	prctl(PR_SET_CHILD_SUBREAPER, 0);
+	populate_end();
+	if (!restore.engine && !restore.dump)
+		hook_reset_priorities();
+	restore.phase = RELEASED;
+	if (restore.engine && restore.dump && !restore.adopted)
+		engine_strip_images(&restore.directory);
+	restore.dump_released = restore.dump && hook_say(HOOK_GO);
+	if (restore.dump_released)
+		close_fd(&restore.hook); /* a second one follows */
+	return restore.dump ? restore.dump_released : hook_say(HOOK_GO);
+}
+
+/* A restored tree that is moved here may run from the moment that this is recorded. */
+static bool may_run(void)
+{
+	return restore.dump || !restore.move[0] || moved_mark(restore.move);
+}
+
+void restore_go(struct session *session)
+{
+	bool prepared = restore.phase == PREPARED, told;
+
+	if (!restore_in_phase(session, prepared ? PREPARED : HELD))
+		return;
+	if (!may_run()) {
+		restore_abort(CODE_OUTCOME, "cannot record that the moved tree runs");
+		return;
+	}
+	told = say_go();
+	if (prepared) {
+		/* Another tree runs: there is no way back. */
+		move_go(told);
+	} else if (!told) {
+		restore.phase = HELD;
+		prctl(PR_SET_CHILD_SUBREAPER, !restore.engine && !restore.dump);
+		if (!restore.dump && restore.move[0])
+			moved_unmark(restore.move);
+		restore_abort(CODE_HOOK, "the hook died");
+	}
 }
 
 static void report_failure(void)
@@ -266,11 +322,18 @@ static void report_success(void)
 	session_send(owner, &writer);
 }
 
+/* However CRIU has ended, its tree has been killed. */
+static bool prepared_without_engine(void)
+{
+	return restore.dump && restore.move[0] && !restore.engine;
+}
+
 void restore_child_ended(void)
 {
 	if (restore.phase == ENDING)
 		clean_up();
-	else if (restore.phase == RELEASED && exit_code(restore.child_status) == 0)
+	else if (restore.phase == RELEASED &&
+		 (exit_code(restore.child_status) == 0 || prepared_without_engine()))
 		restore.dump ? dump_report_success() : report_success();
 	else if (restore.phase == HELD || restore.phase == SAVING)
 		restore_abort(restore.engine ? CODE_ENGINE : CODE_CRIU,

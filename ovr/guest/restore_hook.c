@@ -119,6 +119,10 @@ static void on_hook(int fd, short events, void *context)
 		else if (restore.phase == RELEASED && !restore_criu_ended())
 			/* Even if it died before that: Go was received. */
 			kill(restore.criu, SIGCONT);
+	} else if (restore.phase == PREPARED) {
+		/* The second post-dump hook, too early */
+		if (size != (ssize_t)sizeof(report) || !move_hook(report.root, report.criu))
+			close_fd(&restore.hook);
 	} else if (restore.phase == ENDING) {
 		/* It will give up; its directory and its log are looked at afterwards. */
 		if (restore.dump && size == (ssize_t)sizeof(report) && report.root == 0)

@@ -6,6 +6,7 @@
 #include <sys/utsname.h>
 #include <unistd.h>
 
+#include "move.h"
 #include "session.h"
 
 #define LINGER_MS 1000
@@ -203,6 +204,33 @@ static void prove(struct session *session, const struct message *message)
 	session_send(session, &writer);
 }
 
+static bool is_about_a_move(enum op op)
+{
+	return op == OP_PREPARE || op == OP_ADOPT || op == OP_DOUBTS || op == OP_MOVED;
+}
+
+static bool needs_proof(enum op op)
+{
+	switch (op) {
+	case OP_WARM:
+	case OP_CONFIG:
+	case OP_FILES:
+	case OP_BEGIN:
+	case OP_FIND:
+	case OP_FREEZE:
+	case OP_TRACK:
+	case OP_DUMP:
+	case OP_FETCH:
+	case OP_TOUCH:
+	case OP_MAP:
+	case OP_GO:
+	case OP_ABORT:
+		return true;
+	default:
+		return is_about_a_move(op);
+	}
+}
+
 static void proven_message(struct session *session, const struct message *message)
 {
 	if (!session->proved)
@@ -213,6 +241,8 @@ static void proven_message(struct session *session, const struct message *messag
 		find_message(session, message);
 	else if (message->op == OP_CONFIG)
 		config_message(session);
+	else if (is_about_a_move(message->op))
+		move_message(session, message);
 	else
 		restore_message(session, message);
 }
@@ -246,23 +276,10 @@ void session_dispatch(struct session *session, const uint8_t *body, size_t size)
 	case OP_POOL:
 		warm_message(session, &message);
 		break;
-	case OP_WARM:
-	case OP_CONFIG:
-	case OP_FILES:
-	case OP_BEGIN:
-	case OP_FIND:
-	case OP_FREEZE:
-	case OP_TRACK:
-	case OP_DUMP:
-	case OP_FETCH:
-	case OP_TOUCH:
-	case OP_MAP:
-	case OP_GO:
-	case OP_ABORT:
-		proven_message(session, &message);
-		break;
 	default:
-		if (!lab_message(session, &message))
+		if (needs_proof(message.op))
+			proven_message(session, &message);
+		else if (!lab_message(session, &message))
 			session_break(session, CODE_PROTOCOL,
 				      "message not supported by this agent");
 	}

@@ -33,7 +33,9 @@ static void check_dump(const struct message *message)
 		CHECK(criu_lives && dump.hooks && strcmp(name, "parent"));
 		break;
 	case OP_STOPPED: CHECK(criu_lives && dump.hooks && traced); break;
-	case OP_DUMPED: CHECK(said_go && !criu_lives && dump.tree_ended); break;
+	case OP_DUMPED:
+		CHECK(said_go && !criu_lives && (dump.tree_ended || prepared.emptied));
+		break;
 	case OP_FAILED:
 	case OP_ABORTED:
 		if (message_uint(message, KEY_UNDONE))
@@ -53,6 +55,12 @@ void session_send(struct session *session, struct writer *writer)
 	use_message(&message);
 	session->answers++;
 	room--;
+	if (message.op == OP_PREPARED) {
+		CHECK(restore.phase == PREPARED && restore.owner == session);
+		prepared.answered = true;
+	}
+	if (message.op == OP_ABORTED)
+		CHECK(!marked);
 	if (message.op == OP_RESTORED)
 		CHECK(said_go && tree_runs);
 	if (message.op == OP_FAILED || message.op == OP_ABORTED)

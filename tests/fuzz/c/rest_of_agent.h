@@ -72,6 +72,7 @@ void directory_remove(struct directory *directory, bool keep_log)
 	CHECK(!tree_lives || tree_runs);
 	/* CRIU releases the tree of a dump, and is not left alone before. */
 	CHECK(!dump.on || !criu_lives || !known_criu());
+	CHECK(!restore.adopted || !directory->path[0]);
 	if (directory->path[0]) {
 		snprintf(path, sizeof(path), "%s/hook", directory->path);
 		unlink(path);
@@ -194,7 +195,9 @@ pid_t tree_parent(pid_t pid) { return pid == ROOT ? CRIU : 0; }
 bool engine_known(const char *name) { return !strcmp(name, "podman"); }
 bool engine_criu_ended(const struct engine_criu *criu)
 {
-	CHECK(criu->end >= 0 && dump.adopted);
+	CHECK(criu->end >= 0 && (dump.adopted || restore.criu == EARLIER_CRIU));
+	if (restore.adopted)
+		return !earlier.criu_lives;
 	return !criu_lives;
 }
 void engine_forget(struct engine_criu *criu)

@@ -1,17 +1,19 @@
 /*
- * One restore or dump at a time (restore*.c, dump.c): two hosts, CRIU, its hooks
+ * One restore or dump at a time (restore*.c, dump.c, prepare.c): two hosts, CRIU, its hooks
  * and the clock do anything in any order.
  *
  * No tree of a restore is let go but by its owner's word while it is held; no
  * hook ends before the tree is dead or let go. No tree of a dump ends but by
- * that word, even if a hook is killed, and nobody kills its CRIU. When all is
- * over, nothing is left open.
+ * that word, even if a hook is killed, and nobody kills its CRIU. A prepared one
+ * waits for a word of its owner's (moves.h). When all is over, nothing is left
+ * open.
  */
 #include <fcntl.h>
 #include <signal.h>
 #include <sys/prctl.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
 #include <sys/un.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -26,15 +28,19 @@ struct session {
 
 static int fuzz_kill(pid_t pid, int number);
 static int fuzz_prctl(int option, unsigned long value);
+static long fuzz_syscall(long number, pid_t pid, unsigned flags);
 
 #define kill fuzz_kill
 #define prctl fuzz_prctl
+#define syscall fuzz_syscall
 #include "../../../ovr/guest/restore.c"
 #include "../../../ovr/guest/restore_end.c"
 #include "../../../ovr/guest/restore_hook.c"
 #include "../../../ovr/guest/dump.c"
+#include "../../../ovr/guest/prepare.c"
 #undef kill
 #undef prctl
+#undef syscall
 
 #define CRIU 4242
 #define ROOT 5000
@@ -62,6 +68,7 @@ static struct dump {
 	bool tree_ended;   /* as CRIU does after two good ones */
 } dump;
 
+#include "moves.h"
 #include "rest_of_agent.h"
 #include "link_to_hosts.h"
 
@@ -126,6 +133,9 @@ static void hook_ends(bool killed)
 
 	if (hook < 0)
 		return;
+	if (told && word == HOOK_PREPARED)
+		told = recv(hook, &word, 1, MSG_DONTWAIT) == 1;
+	CHECK(!told || word != HOOK_PREPARED);
 	if (dump.on && dump.last_is_post)
 		dump_hook_ends(told && word == HOOK_GO, killed);
 	if (told && tree_lives && word == HOOK_GO && said_go)
@@ -216,6 +226,8 @@ static uint64_t add_start(struct writer *writer, enum op op, uint8_t value, stru
 		if ((more & 7) == 6)
 			add_container(writer, input_byte(input));
 	}
+	if (op == OP_BEGIN && (value & 15) == 3)
+		message_add_str(writer, KEY_MOVE, ids[more >> 3 & 3]);
 	return 1ull << KEY_SILENCE_MS | 1ull << KEY_TIMEOUT_MS | 1ull << KEY_LOG_LEVEL |
 	       1ull << KEY_STALL_MS | (op == OP_DUMP ? 1ull << KEY_PID : 0);
 }
@@ -234,6 +246,9 @@ static uint64_t add_object(struct writer *writer, enum op op, uint8_t value)
 	case OP_FETCH:
 		message_add_str(writer, KEY_NAME, value & 1 ? "pages-1.img" : "core-1.img");
 		return 1ull << KEY_NAME;
+	case OP_PREPARE:
+	case OP_ADOPT:
+	case OP_MOVED: message_add_str(writer, KEY_MOVE, ids[value & 3]); return 1ull << KEY_MOVE;
 	case OP_TRACK: message_add_bool(writer, KEY_STOP, value & 1); return 1ull << KEY_STOP;
 	case OP_MAP: message_add_uint(writer, KEY_PID, some_pid(value)); return 1ull << KEY_PID;
 	case OP_TOUCH:
@@ -252,7 +267,9 @@ static void host_speaks(struct input *input, struct session *host)
 {
 	static const enum op ops[] = {OP_FILES, OP_BEGIN, OP_TOUCH, OP_MAP,   OP_GO,
 				      OP_ABORT, OP_DUMP,  OP_TRACK, OP_FETCH, OP_FREEZE};
-	enum op op = ops[input_byte(input) % ARRAY_SIZE(ops)];
+	static const enum op of_moves[] = {OP_PREPARE, OP_ADOPT, OP_DOUBTS, OP_MOVED};
+	uint8_t which = input_byte(input);
+	enum op op = which < 240 ? ops[which % ARRAY_SIZE(ops)] : of_moves[which & 3];
 	static uint8_t frame[4096];
 	struct message message;
 	struct writer writer;
@@ -274,10 +291,15 @@ static void host_speaks(struct input *input, struct session *host)
 	add_rest(&writer, op, given);
 	size = message_close(&writer);
 	CHECK(size && !message_parse(&message, frame + 4, size - 4));
-	if (op == OP_GO && restore.phase == HELD && restore.owner == host)
+	if (op == OP_GO && (restore.phase == HELD || restore.phase == PREPARED) &&
+	    restore.owner == host)
 		said_go = true;
+	said_abort = op == OP_ABORT && restore.phase == PREPARED && restore.owner == host;
 	restore_session_heard(host);
-	restore_message(host, &message);
+	if (which < 240)
+		restore_message(host, &message);
+	else
+		move_message(host, &message);
 }
 
 static void step(struct input *input)
@@ -305,7 +327,9 @@ static void step(struct input *input)
 	case 5: now += 100 * (int64_t)input_byte(input); break;
 	case 6: restore_session_ended(host); break;
 	default:
-		if (what & 8)
+		if (what & 32)
+			earlier_acts(what & 16);
+		else if (what & 8)
 			worker_acts(what & 16);
 		else
 			restore_session_heard(host);
@@ -316,6 +340,8 @@ static void step(struct input *input)
 	CHECK(worker == NO_WORKER || (restore.phase == TRACKING && criu_lives));
 	CHECK(!(tree_runs || dump.tree_ended) || said_go);
 	CHECK(!dump.on || !criu_lives || !known_criu() || restore.phase >= BUILDING);
+	CHECK(!prepared.on || restore.phase == PREPARED || restore.phase == RELEASED);
+	CHECK(!tree_runs || !restore.move[0] || marked);
 	/* A new one begins with nothing of the last. */
 	if (restore.phase == IDLE) {
 		hook_ends(false);
@@ -324,8 +350,24 @@ static void step(struct input *input)
 		CHECK(!restore.owner && !subreaper && (!tree_lives || tree_runs));
 		criu_lives = criu_lives && said_go;
 		tree_lives = tree_runs = said_go = false;
-		criu_lives = engine_lives = false;
+		criu_lives = engine_lives = marked = false;
 	}
+}
+
+/* It is in doubt, and for ever would be. */
+static void decide(void)
+{
+	static uint8_t frame[64];
+	struct message message;
+	struct writer writer;
+	size_t size;
+
+	message_open(&writer, frame, sizeof(frame), OP_ABORT);
+	size = message_close(&writer);
+	CHECK(!message_parse(&message, frame + 4, size - 4) && !restore_lingers());
+	restore.owner = &hosts[0];
+	said_abort = true;
+	restore_message(restore.owner, &message);
 }
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
@@ -338,7 +380,10 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 	while (input_left(&input))
 		step(&input);
 	restore_shutdown();
+	if (restore.phase == PREPARED)
+		decide();
 	hook_ends(false);
+	earlier.criu_lives = false;
 	for (int i = 0; restore.phase != IDLE; i++) {
 		CHECK(i < 4 && (restore.phase == RELEASED || restore_lingers()));
 		if (criu_lives)
@@ -350,7 +395,9 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 	}
 	stop_at = 0;
 	CHECK(restore.hook < 0 && restore.listener < 0 && !directory_there);
-	criu_lives = engine_lives = tree_lives = tree_runs = said_go = false;
+	criu_lives = engine_lives = tree_lives = tree_runs = said_go = marked = false;
+	CHECK(!prepared.on);
+	earlier.there = false;
 	dump = (struct dump){.on = false};
 	return 0;
 }

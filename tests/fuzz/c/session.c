@@ -110,6 +110,16 @@ void restore_message(struct session *session, const struct message *message)
 	}
 }
 
+void move_message(struct session *session, const struct message *message)
+{
+	char text[MAX_STRING];
+
+	use_message(message);
+	if (message->op != OP_DOUBTS)
+		message_str(message, KEY_MOVE, text);
+	session_refuse(session, CODE_DOUBT, "no move");
+}
+
 /* ------------------------------------------------------------------------ the host */
 
 /* Parse the agent's output on a stream by the protocol. */
