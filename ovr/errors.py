@@ -175,7 +175,13 @@ class AttemptFailed(OvrError):
 
 
 class HoldBroken(AttemptFailed):
-    """The VM ran, or may have run, during a hold."""
+    """The VM ran, or may have run, during a hold.
+
+    Attributes:
+        after_writes: whether it ran only after the last write of the hold had ended.
+    """
+
+    after_writes = False
 
 
 class PidTaken(AttemptFailed):

@@ -22,7 +22,7 @@ from ovr.memory.addresses import Gva
 from ovr.state import GuestTree
 from ovr.vm.attach import AttachedVm
 from ovr.vm.blockers import blockers, refuse_migration
-from ovr.vm.hold import Holder
+from ovr.vm.hold import Holder, unbroken
 from ovr.vm.lock import locked
 
 __all__ = ["Attempt", "agent_address"]
@@ -124,8 +124,10 @@ class Attempt:
             AgentUntrusted: the tree is not held by the agent's own CRIU.
         """
         held = self._held = self._do(start)
-        with self.holder.held():
-            self._tracer = find_tracer(self.vm.kernel, self._process, held.criu_pid, engine=engine)
+        self._tracer = unbroken(
+            self.holder,
+            lambda: find_tracer(self.vm.kernel, self._process, held.criu_pid, engine=engine),
+        )
         return held
 
     def tree(self) -> GuestTree:

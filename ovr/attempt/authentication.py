@@ -14,7 +14,7 @@ from ovr.guest.client.agent import Agent
 from ovr.guest.client.secret_page import AgentProcess, NotTheAgent, read_secret
 from ovr.kernel import Kernel
 from ovr.memory.ram import Slot
-from ovr.vm.hold import Holder
+from ovr.vm.hold import Holder, unbroken
 from ovr.vm.lock import locked
 from ovr.vm.qmp import Monitor
 
@@ -101,8 +101,7 @@ def _process(kernel: Kernel, agent: Agent, holder: Holder) -> AgentProcess:
     fault: GuestFault | None = None
     for _ in range(_TRIES):
         try:
-            with holder.held():
-                return read_secret(kernel, pid, address)
+            return unbroken(holder, lambda: read_secret(kernel, pid, address))
         except GuestFault as error:
             fault = error
             time.sleep(_PAUSE)

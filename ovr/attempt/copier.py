@@ -32,7 +32,7 @@ from ovr.memory.extents import (
     sample,
     total,
 )
-from ovr.vm.hold import Holder
+from ovr.vm.hold import Holder, unbroken
 
 __all__ = ["VERIFY_MODES", "Copier"]
 
@@ -100,7 +100,7 @@ class Copier(InHolds[Feed]):
             GuestFault: page tables of the guest are damaged.
         """
         for batch in self._batches(parts):
-            self._each_run(batch, self._copy, OWNED, after=self._note)
+            self._each_run(batch, self._copy, OWNED, after=self._note, writes=True)
 
     def write_families(self, families: Iterable[Family]) -> list[Part]:
         """Write pages shared by fork; return those that turn out not to be shared.
@@ -111,14 +111,26 @@ class Copier(InHolds[Feed]):
         """
         unlike: list[_Unlike] = []
         for family in families:
-            for batch in self._batches([(family.first, family.first.pieces)]):
-                kin = partial(self._look_at_kin, family, unlike)
-                self._each_run(batch, self._copy, OWNED, kin, after=self._note)
+            self._write_family(family, unlike)
         return self._not_shared(unlike)
 
-    def _look_at_kin(
-        self, family: Family, unlike: list[_Unlike], target: Target, runs: Extents
-    ) -> None:
+    def _write_family(self, family: Family, unlike: list[_Unlike]) -> None:
+        seen: list[_Unlike] = []
+
+        def look(target: Target, runs: Extents) -> None:
+            seen[:] = self._look_at_kin(family, target, runs)
+
+        def after(target: Target, runs: Extents) -> None:
+            unlike.extend(seen)
+            seen.clear()
+            self._note(target, runs)
+
+        # Batches of one target each: one look in a hold.
+        for batch in self._batches([(family.first, family.first.pieces)]):
+            self._each_run(batch, self._copy, OWNED, look, after=after, writes=True)
+
+    def _look_at_kin(self, family: Family, target: Target, runs: Extents) -> list[_Unlike]:
+        # The pages that descendants do not share.
         # All pages of a hold at once: there may be a hundred page tables to walk.
         for space, ranges in family.excluded:
             near = cut_to(runs, ranges["start"], ranges["end"])
@@ -127,11 +139,13 @@ class Copier(InHolds[Feed]):
                     f"{target.name}: a descendant has inherited pages that it should not have",
                     "report it, with the images",
                 )
+        unlike = []
         for descendant in family.descendants:
             pieces = cut_to(descendant.pieces, runs["gva"], ends_of(runs))
             same = on_same_frames(descendant.space.walk(pieces), runs)
             if len(rest := left_of(pieces, same)):
                 unlike.append(_Unlike(target, descendant, rest))
+        return unlike
 
     def _not_shared(self, unlike: Sequence[_Unlike]) -> list[Part]:
         # Pages that a descendant still has on other frames than the first task. While the guest
@@ -142,21 +156,8 @@ class Copier(InHolds[Feed]):
             if not unlike:
                 break
             time.sleep(TRY_AGAIN_AFTER)
-            absent: list[_Unlike] = []
-            with self.holder.held():
-                for check in {
-                    one.check for pair in unlike for one in (pair.first, pair.descendant)
-                }:
-                    check()
-                for first, descendant, pieces in unlike:
-                    theirs = first.space.walk(pieces)
-                    there = cut_to(descendant.space.walk(pieces), theirs["gva"], ends_of(theirs))
-                    same = on_same_frames(there, theirs)
-                    if len(other := left_of(as_pieces(there), same)):
-                        left.append((descendant, other))
-                    if len(gone := left_of(pieces, there)):
-                        absent.append(_Unlike(first, descendant, gone))
-            unlike = absent
+            own, unlike = unbroken(self.holder, partial(_look_again, unlike))
+            left += own
         return left + [(descendant, pieces) for _, descendant, pieces in unlike]
 
     def verify(self, targets: Sequence[Target], mode: str) -> int:
@@ -202,3 +203,20 @@ class Copier(InHolds[Feed]):
     def _note(self, target: Target, runs: Extents) -> None:
         self.journal.add_memory(target.name, runs)
         self._advance(total(runs))
+
+
+def _look_again(unlike: Sequence[_Unlike]) -> tuple[list[Part], list[_Unlike]]:
+    # In a hold: pages that are still on other frames, and those that cannot be compared.
+    own: list[Part] = []
+    absent = []
+    for check in {one.check for pair in unlike for one in (pair.first, pair.descendant)}:
+        check()
+    for first, descendant, pieces in unlike:
+        theirs = first.space.walk(pieces)
+        there = cut_to(descendant.space.walk(pieces), theirs["gva"], ends_of(theirs))
+        same = on_same_frames(there, theirs)
+        if len(other := left_of(as_pieces(there), same)):
+            own.append((descendant, other))
+        if len(gone := left_of(pieces, there)):
+            absent.append(_Unlike(first, descendant, gone))
+    return own, absent

@@ -5,6 +5,11 @@ KSM, reclaim). So pages are looked up, judged and worked on in one hold of the V
 of bytes at a time; everything that can be done ahead is done ahead, with the VM running. Pages that
 are not there, or not as wanted, are looked up again after the guest was asked to map them once
 more.
+
+A hold that is broken off is repeated as a whole (`ovr.vm.hold.unbroken`): pages are looked up and
+worked on again. That is right for writes, too, where all of them had ended before the VM ran on:
+they went to frames that were the target's own and would keep what was written, as those of any
+hold that ends well, and a page of which half was written is written once more.
 """
 
 import time
@@ -28,7 +33,7 @@ from ovr.memory.extents import (
     total,
     with_flags,
 )
-from ovr.vm.hold import Holder
+from ovr.vm.hold import Holder, unbroken
 
 __all__ = ["ANY_OWNER", "TRY_AGAIN_AFTER", "InHolds", "Look", "Ready", "Share", "Work"]
 
@@ -75,6 +80,7 @@ class Share(NamedTuple):
 Work = Callable[[Ready[PagesT], Extents], int]
 """Works on runs; returns the number of bytes done, from the first run on."""
 Look = Callable[[Target, Extents], None]
+"""Looks at runs. In a hold that is broken off it may be called in vain, and is called again."""
 
 
 class InHolds(Generic[PagesT]):
@@ -151,17 +157,18 @@ class InHolds(Generic[PagesT]):
         *,
         after: Look | None = None,
         again: bool = True,
+        writes: bool = False,
     ) -> None:
         # Do `work` on every run of the parts, by several threads, in the hold in which the run was
         # found with the wanted flags; in that hold, do `then` on all runs of a part. `after` is
         # called when the hold has ended: nothing that may block is done in a hold. Unless `again`,
-        # pages that are not found as wanted are left out.
+        # pages that are not found as wanted are left out. `writes`: to guest RAM.
         left = list(batch)
         tries = 0
         stuck = False
         while left:
             ready = self._prepare(left, aside=stuck)
-            shares = self._held(ready, work, wanted, then)
+            shares = self._held(ready, work, wanted, then, writes=writes)
             whole = [_joined(one) for one in shares]
             done = sum(total(share.done) for share in whole)
             self._after_hold(
@@ -197,10 +204,12 @@ class InHolds(Generic[PagesT]):
         work: Work[PagesT],
         wanted: int,
         then: Look | None,
+        *,
+        writes: bool = False,
     ) -> list[list[Share]]:
         # One hold; its work counts if it ends without an error.
-        shares = []
-        with self.holder.held():
+        def in_hold() -> tuple[list[list[Share]], float]:
+            shares = []
             start = time.perf_counter()
             # The process may be dead, and its top page table in use by another process, whose
             # pages are exclusive as well.
@@ -210,7 +219,9 @@ class InHolds(Generic[PagesT]):
                 shares.append(self._threads.on_each(part, partial(_find_and_do, work, wanted)))
                 if then and part:
                     then(part[0].target, _joined(shares[-1]).done)
-            seconds = time.perf_counter() - start
+            return shares, time.perf_counter() - start
+
+        shares, seconds = unbroken(self.holder, in_hold, writes=writes)
         self._learn(sum(total(share.done) for part in shares for share in part), seconds)
         return shares
 

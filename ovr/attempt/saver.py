@@ -7,21 +7,15 @@ after the guest was asked to read them.
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
-from contextlib import suppress
-from typing import Final
 
 from ovr._fastcopy import OWNED
-from ovr.attempt.in_holds import ANY_OWNER, InHolds, Look, Ready, Share, Work
+from ovr.attempt.in_holds import ANY_OWNER, InHolds, Look, Ready
 from ovr.attempt.sink import Buffers, Drain, Sink
 from ovr.attempt.targets import Target
-from ovr.errors import HoldBroken
 from ovr.memory.extents import Extents, total
 from ovr.vm.hold import Holder
 
 __all__ = ["Saver"]
-
-_BROKEN_HOLDS: Final = 10
-"""Holds in a row that may be broken off before the dump is."""
 
 
 class Saver(InHolds[Drain]):
@@ -72,19 +66,6 @@ class Saver(InHolds[Drain]):
 
         for batch in self._batches([(target, target.pieces)]):
             self._each_run(batch, _copy, OWNED, after=after, again=False)
-
-    def _held(
-        self,
-        ready: Sequence[Sequence[Ready[Drain]]],
-        work: Work[Drain],
-        wanted: int,
-        then: Look | None,
-    ) -> list[list[Share]]:
-        # On a busy host. Nothing was written to the VM, so what was copied is just copied again.
-        for _ in range(_BROKEN_HOLDS):
-            with suppress(HoldBroken):
-                return super()._held(ready, work, wanted, then)
-        return super()._held(ready, work, wanted, then)
 
     def _make_ready(self, target: Target, part: Extents, *, aside: bool) -> Drain:
         assert isinstance(target.source, Sink)

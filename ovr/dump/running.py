@@ -24,7 +24,7 @@ from ovr.kernel import (
 from ovr.memory.extents import Extents, addresses_of, split, with_flags
 from ovr.memory.paging import AddressSpace, Frames, pieces
 from ovr.memory.ranges import Ranges, inside
-from ovr.vm.hold import Holder
+from ovr.vm.hold import Holder, unbroken
 
 __all__ = ["RunningTask", "running_tasks"]
 
@@ -91,9 +91,12 @@ class RunningTask(NamedTuple):
         """
         found = [np.empty(0, RUN)]
         for part in split(areas, _WALK_BYTES):
-            with holder.held():
+
+            def look(part: Extents = part) -> Extents:
                 self.check()
-                found.append(self.space.walk(part, frames, soft_dirty=soft_dirty))
+                return self.space.walk(part, frames, soft_dirty=soft_dirty)
+
+            found.append(unbroken(holder, look))
         return np.concatenate(found)
 
 

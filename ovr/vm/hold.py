@@ -20,23 +20,26 @@ dead within 100 holds under traffic).
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Final, Self
+from contextlib import AbstractContextManager, contextmanager
+from typing import Final, Protocol, Self, TypeVar
 
 from ovr._fastcopy import Hold
-from ovr.errors import AttemptFailed, CheckFailed, OvrError, VmUnreachable
+from ovr.errors import AttemptFailed, CheckFailed, HoldBroken, OvrError, VmUnreachable
 from ovr.memory.ram import GuestRam
 from ovr.vm.deferred import DeferredSignals
 from ovr.vm.hold_errors import BECOME, Result, hold_error
 from ovr.vm.qmp import Monitor
 
-__all__ = ["BOUND_SECONDS", "Holder"]
+__all__ = ["BOUND_SECONDS", "Holder", "unbroken"]
 
 BOUND_SECONDS: Final = 0.2
 """Seconds until a hold is broken off, once all threads stand. Copying ends at half of it."""
 
 _PATIENCE: Final = 2.0  # seconds for all threads to stop; one may wait for a disk
+_BROKEN_HOLDS: Final = 10
+"""Holds in a row that may be broken off before work in them is given up."""
 
+T = TypeVar("T")
 
 _WAYS: Final[Mapping[int, str]] = {1: "ptrace", 2: "sigstop"}
 """``enum hold_way`` of native/hold.h."""
@@ -191,6 +194,35 @@ class Holder:
 
     def _error(self, result: int, native: Hold) -> OvrError:
         return hold_error(result, self._pid, native.who, bound=self._bound, patience=_PATIENCE)
+
+
+class _Holds(Protocol):
+    def held(self) -> AbstractContextManager[None]: ...
+
+
+def unbroken(holder: _Holds, work: Callable[[], T], *, writes: bool = False) -> T:
+    """Do work in a hold, once more if the hold is broken off; return what the last one returns.
+
+    Args:
+        holder: holds the VM.
+        work: what is done; it forgets what an earlier call of it has found.
+        writes: it writes to guest RAM, and may do so again. A hold in which the VM may have run
+            during a write is never repeated: the write may have met another page, and an error has
+            to say so.
+
+    Raises:
+        HoldBroken: holds are broken off again and again, or one must not be repeated.
+        OvrError: as `Holder.held`, or as `work`.
+    """
+    for _ in range(_BROKEN_HOLDS):
+        try:
+            with holder.held():
+                return work()
+        except HoldBroken as error:
+            if writes and not error.after_writes:
+                raise
+    with holder.held():
+        return work()
 
 
 def _running_qemu(qmp: Monitor) -> int:

@@ -64,7 +64,12 @@ def hold_error(result: int, pid: int, who: int, *, bound: float, patience: float
     """
     kind, text, hint = _ERRORS[Result(result)]
     name = _named("thread" if result == Result.STUCK else "process", who)
-    return kind(text.format(qemu=f"QEMU {pid}", who=name, bound=bound, patience=patience), hint)
+    error = kind(text.format(qemu=f"QEMU {pid}", who=name, bound=bound, patience=patience), hint)
+    if isinstance(error, HoldBroken):
+        # keep_held() in native/tracer.c: it awaits writers before it lets the VM run. Nobody does
+        # if the tracer dies.
+        error.after_writes = result == Result.BROKEN
+    return error
 
 
 def _named(what: str, tid: int) -> str:

@@ -100,10 +100,13 @@ def unprotected(races: Races, pause: float) -> Iterator[None]:
             work: Work[Feed],
             wanted: int,
             then: Look | None = None,
+            *,
             after: Look | None = None,
+            again: bool = True,
+            writes: bool = False,
         ) -> None:
-            if wanted != OWNED:  # to verify is not what is tried here
-                super()._each_run(batch, work, wanted, then, after)
+            if not writes:  # to verify is not what is tried here
+                super()._each_run(batch, work, wanted, then, after=after, again=again)
                 return
             for target, part in batch:
                 feed = Feed.make(target.source, part, aside=True)
@@ -117,6 +120,8 @@ def unprotected(races: Races, pause: float) -> Iterator[None]:
                     races.moved += len(_pages(did) - _pages(now[(now["flags"] & OWNED) == OWNED]))
                     if then:
                         then(target, did)
+                    if after:
+                        after(target, did)
                     runs = left_of(runs, did)
 
     with _in_place_of_the_copier(Unprotected):

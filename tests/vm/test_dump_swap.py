@@ -51,10 +51,10 @@ def test_pages_in_swap_are_read(vm, share, pre_copies, monkeypatch):
         subject.must(vm, f"{SWAP} out $(pgrep -x ovr-subject)")
         outs.append(in_swap(vm))
 
-    def out_first(*args):
+    def out_first(*args, **kwargs):
         if len(outs) < 1 + OUTS:
             out()
-        return real(*args)
+        return real(*args, **kwargs)
 
     monkeypatch.setattr(Saver, "_held", out_first)
     pid = subject.start(vm, SIZE)
