@@ -90,18 +90,26 @@ def test_killed(vm, place, victim):
     assert place.shoot(victim, Point(number, 0.0, POINTS[victim])) == "gone"
 
 
-@pytest.fixture(scope="module")
-def dumping(target, tmp_path_factory) -> DumpRange:
+@pytest.fixture(scope="module", params=[0, 2], ids=["stopped", "pre-copied"])
+def dumping(request, target, tmp_path_factory) -> DumpRange:
     vm, images = target
-    return DumpRange(lambda: vm, images.path, tmp_path_factory.mktemp("scratch"), rounds=0)
+    scratch = tmp_path_factory.mktemp("scratch")
+    return DumpRange(lambda: vm, images.path, scratch, rounds=request.param)
 
 
-# The tree is held by CRIU's hook, and its memory is being read: for victims on the host in a hold.
-@pytest.mark.parametrize("victim", [*ON_THE_HOST, "agent", "hook", "criu"])
-def test_killed_in_a_dump(vm, dumping, victim):
+# The memory is being read, while the tree runs or is held by CRIU's hook: for victims on the host
+# in a hold.
+@pytest.mark.parametrize(
+    ("victim", "before"),
+    [
+        *((victim, "end of ahead") for victim in (*ON_THE_HOST, "agent")),
+        *((victim, "end of memory") for victim in (*ON_THE_HOST, "agent", "hook", "criu")),
+    ],
+)
+def test_killed_in_a_dump(vm, dumping, victim, before):
     assert dumping.vm is vm
     names = [event.name for event in dumping.events]
-    number = names.index("end of memory")
+    number = names.index(before)
     while dumping.events[number].held != (victim in ON_THE_HOST):
         number -= 1
     # Without its tracer a hold is broken off, and read again.
