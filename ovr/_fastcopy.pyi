@@ -215,15 +215,21 @@ class RamMap:
         Returns and raises what `copy_in` does; `source` is memory of this process's own.
         """
 
-    def copy_to(self, runs: NDArray[np.void], target: Buffer) -> int:
+    def copy_to(
+        self, runs: NDArray[np.void], target: Buffer, zero: NDArray[np.uint8]
+    ) -> int:
         """Copy ``run.size`` bytes from ``run.gpa`` to ``target[run.offset:]`` for every run.
+
+        `zero` has an element for each page, in the order of the runs. Those of pages that are
+        copied tell afterwards whether they have zeros only (1 or 0).
 
         Returns the number of bytes copied, in the order of the runs: it also ends when half of the
         time is over that the hold may last.
 
         Raises:
             GuestFault: a run is not RAM; nothing was copied.
-            ValueError: a run reaches past the end of the target; nothing was copied.
+            ValueError: a run reaches past the end of the target or has parts of pages, or `zero`
+                is too short; nothing was copied.
             RamNotShared: the RAM file was cut off.
             OSError: the target is a mapped file, and was cut off, or its disk is full.
         """
@@ -270,6 +276,13 @@ def is_in_memory(fd: int) -> bool:
 
     Raises:
         OSError: it cannot be told.
+    """
+
+def punch_hole(fd: int, at: int, size: int) -> None:
+    """Make a range of a file a hole: zeros that take no space.
+
+    Raises:
+        OSError: it fails; ``EOPNOTSUPP``: its file system has no holes.
     """
 
 def equal_pages(one: Buffer, other: Buffer, pairs: NDArray[np.void]) -> NDArray[np.bool_]:

@@ -293,14 +293,18 @@ cdef class RamMap:
         _entered(job.entry)
         return job.copied
 
-    def copy_to(self, const Run[::1] runs not None, uint8_t[::1] target not None):
+    def copy_to(
+        self, const Run[::1] runs not None, uint8_t[::1] target not None,
+        uint8_t[::1] zero not None,
+    ):
         cdef Drawing job
         cdef void *lost
         self._check_runs(runs, target.shape[0])
+        _check_marks(runs, zero.shape[0])
         if runs.shape[0] == 0:
             return 0
         job.ram, job.runs, job.count, job.copied = &self._ram, &runs[0], runs.shape[0], 0
-        job.target = &target[0]
+        job.target, job.zero = &target[0], &zero[0]
         job.gate = self._hold._hold.page if self._hold is not None else NULL
         self._begin()
         try:
@@ -400,6 +404,17 @@ def is_in_memory(int fd):
     if found < 0:
         raise OSError(errno, os.strerror(errno))
     return found == 1
+
+
+def punch_hole(int fd, int64_t at, int64_t size):
+    cdef int failed
+    while True:
+        with nogil:
+            failed = punch(fd, at, size)
+        if not failed:
+            return
+        if errno != EINTR:
+            raise OSError(errno, os.strerror(errno))
 
 
 def equal_pages(

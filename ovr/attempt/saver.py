@@ -79,4 +79,4 @@ class Saver(InHolds[Drain]):
 
 
 def _copy(ready: Ready[Drain], runs: Extents) -> int:
-    return ready.target.space.ram.copy_to(runs, ready.pages.buffer)
+    return ready.target.space.ram.copy_to(runs, ready.pages.buffer, ready.pages.zero)

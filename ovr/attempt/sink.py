@@ -1,20 +1,30 @@
-"""Pages images that are written to from holds, in which nothing may block."""
+"""Pages images that are written to from holds, in which nothing may block.
 
+Pages of zeros are written like all others, and become holes of the file later: to make one may take
+a disk longer than to write the page, and the tree need not wait for it.
+"""
+
+import logging
 import mmap
 import os
 from contextlib import suppress
 from typing import Final, Self
 
 import numpy as np
+from numpy.typing import NDArray
 
-from ovr._fastcopy import is_in_memory
+from ovr._fastcopy import is_in_memory, punch_hole
 from ovr.host.closing import Closing
 from ovr.memory.addresses import PAGE_SIZE
-from ovr.memory.extents import Extents, ends_of, file_ranges, total
+from ovr.memory.extents import Extents, ends_of, file_ranges, pages_in, total
 
 __all__ = ["Buffers", "Drain", "Sink"]
 
+log = logging.getLogger("ovr.dump")
+
 _MADV_POPULATE_WRITE: Final = 23  # since v5.14
+_LEAST_HOLE: Final = 64 << 10
+"""Least size of a hole on a disk: each is a change of the file system's own data."""
 
 
 class Sink(Closing):
@@ -28,6 +38,7 @@ class Sink(Closing):
     Attributes:
         nowait: whether the file is in memory (tmpfs), so that pages can be copied to it in a hold.
         pages: then its content, mapped.
+        zero: for each of its pages, whether it is known to have zeros only.
 
     Raises:
         OSError: there is no space for it.
@@ -40,6 +51,7 @@ class Sink(Closing):
         os.ftruncate(fd, size)
         self.nowait = size > 0 and is_in_memory(fd)
         self.pages = mmap.mmap(fd, size) if self.nowait else None
+        self.zero = np.zeros(size // PAGE_SIZE, np.bool_)
 
     def allocate(self) -> None:
         """Allocate the whole file.
@@ -63,6 +75,21 @@ class Sink(Closing):
         else:
             os.ftruncate(self.fd, size)
         self.size = size
+        self.zero = np.zeros(size // PAGE_SIZE, np.bool_)
+
+    def make_holes(self) -> None:
+        """Give back the space of pages of zeros, when they have been written.
+
+        A file system that does not do that keeps them, which is logged.
+        """
+        edges = np.flatnonzero(np.diff(self.zero, prepend=False, append=False)) * PAGE_SIZE
+        least = PAGE_SIZE if self.nowait else _LEAST_HOLE
+        try:
+            for start, end in edges.reshape(-1, 2).tolist():
+                if end - start >= least:
+                    punch_hole(self.fd, start, end - start)
+        except OSError as error:
+            log.info("%s: no holes for pages of zeros: %s", self.name, error.strerror)
 
     def close(self) -> None:
         """Close the file."""
@@ -104,6 +131,7 @@ class Drain:
         sink: the image.
         part: the pages, a `_fastcopy.PIECE` array; offsets are positions in `buffer`.
         buffer: the mapped image, or one of our own.
+        zero: for each page that is copied, in their order, whether it has zeros only.
     """
 
     def __init__(self, sink: Sink, placed: Extents, part: Extents, buffer: memoryview) -> None:
@@ -111,6 +139,7 @@ class Drain:
         self._placed = placed
         self.part = part
         self.buffer = buffer
+        self.zero = np.zeros(total(part) // PAGE_SIZE, np.uint8)
 
     @classmethod
     def make(cls, sink: Sink, part: Extents, buffers: Buffers) -> Self:
@@ -136,19 +165,30 @@ class Drain:
     def flush(self, done: Extents, buffers: Buffers) -> None:
         """Write the runs that were copied to the buffer to the file, and give the buffer back.
 
+        Args:
+            done: the runs, in the order in which they were copied.
+            buffers: gets the buffer.
+
         Raises:
             OSError: the file system is full, or fails.
         """
+        at = np.searchsorted(ends_of(self._placed), done["gva"], side="right")
+        target = done["offset"] + self._placed["offset"][at] - self.part["offset"][at]
+        self._note_zero(target, pages_in(done))
         if self.sink.pages is not None:
             return
-        at = np.searchsorted(ends_of(self._placed), done["gva"], side="right")
-        delta = self._placed["offset"][at] - self.part["offset"][at]
-        for start, size, target in zip(
-            done["offset"].tolist(), done["size"].tolist(), (done["offset"] + delta).tolist(),
-            strict=True,
-        ):  # fmt: skip
-            _write(self.sink.fd, self.buffer[start : start + size], target)
+        for start, size, place in zip(
+            done["offset"].tolist(), done["size"].tolist(), target.tolist(), strict=True
+        ):
+            _write(self.sink.fd, self.buffer[start : start + size], place)
         buffers.give(self.buffer)
+
+    def _note_zero(self, target: NDArray[np.int64], pages: NDArray[np.int64]) -> None:
+        zero = np.flatnonzero(self.zero[: pages.sum()])
+        if len(zero):
+            ends = np.cumsum(pages)
+            run = np.searchsorted(ends, zero, side="right")
+            self.sink.zero[target[run] // PAGE_SIZE + zero - (ends - pages)[run]] = True
 
 
 def _write(fd: int, data: memoryview, at: int) -> None:

@@ -160,6 +160,7 @@ class PreCopy:
                 pieces=as_pieces(pages), source=sink, ask=lambda _: None, check=task.check,
             )  # fmt: skip
             saver.save_own(target, lambda _, runs: copied.append(runs))
+            sink.make_holes()
         runs = np.concatenate(copied)
         # Offsets in the image, not in a buffer.
         at = np.searchsorted(ends_of(pages), runs["gva"], side="right")

@@ -122,6 +122,10 @@ def dump(
         if isinstance(output, Export):
             with watch("archive"):
                 stats = output.pack()
+        else:
+            with watch("holes"):
+                for one in outside:
+                    one.sink.make_holes()
         return make_report(
             running, outside, inside, attempt, stats, watch=watch, left_running=leave_running,
             verified=(verify, compared), unread_config=unread,

@@ -11,6 +11,9 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from ovr._fastcopy import Hold, RamMap
 from ovr.errors import RamNotShared
 from ovr.host.closing import Closing
@@ -172,9 +175,9 @@ class GuestRam(Closing):
         """See `_fastcopy.RamMap.copy_from`; the caller states why the frames stay."""
         return self._map.copy_from(runs, source)
 
-    def copy_to(self, runs: Extents, target: "Buffer") -> int:
+    def copy_to(self, runs: Extents, target: "Buffer", zero: NDArray[np.uint8]) -> int:
         """See `_fastcopy.RamMap.copy_to`."""
-        return self._map.copy_to(runs, target)
+        return self._map.copy_to(runs, target, zero)
 
     def review(
         self, runs: Extents, fd: int, base: int, size: int, *, wait: bool = True

@@ -67,6 +67,7 @@ cdef struct Drawing:
     const Run *runs
     Py_ssize_t count
     uint8_t *target
+    uint8_t *zero           # for each page, in the order of the runs: whether it has zeros only
     const HoldPage *gate
     uint64_t copied         # bytes, in the order of the runs
 
@@ -265,11 +266,26 @@ cdef void _draw(void *given) noexcept nogil:
         while done < job.runs[i].size:
             host = _host(job.ram, job.runs[i].gpa + done, &part)
             part = min(min(part, job.runs[i].size - done), <uint64_t>CHUNK)
+            _mark_zero(host, part, job.zero + job.copied // 4096)
             memcpy(job.target + job.runs[i].offset + done, host, part)
             done += part
             job.copied += part
             if gate_late(job.gate):
                 return
+
+
+cdef void _mark_zero(const char *host, uint64_t size, uint8_t *zero) noexcept nogil:
+    # Of most pages that is only the first word. Many pages are looked at before they are copied:
+    # the cache misses overlap.
+    cdef uint64_t at = 0
+    while at < size:
+        zero[0] = _is_zero(host + at)
+        zero += 1
+        at += 4096
+
+
+cdef bint _is_zero(const char *page) noexcept nogil:
+    return (<const uint64_t *>page)[0] == 0 and memcmp(page, page + 8, 4096 - 8) == 0
 
 
 cdef void _review(void *given) noexcept nogil:
@@ -363,6 +379,19 @@ cdef int64_t _differs(const Ram *ram, const Run *run, const uint8_t *source) noe
             return done
         done += part
     return -1
+
+
+cdef int _check_marks(const Run[::1] runs, Py_ssize_t marks) except -1:
+    # One for each page; and pages that are no parts of two pages.
+    cdef Py_ssize_t i
+    cdef uint64_t pages = 0
+    for i in range(runs.shape[0]):
+        if (runs[i].gpa | runs[i].size) & 4095:
+            raise ValueError(f"run at {runs[i].gva:#x} has parts of pages")
+        pages += runs[i].size // 4096
+    if pages > <uint64_t>marks:
+        raise ValueError(f"{marks} marks for {pages} pages")
+    return 0
 
 
 cdef int _check_range(int64_t offset, uint64_t size, uint64_t source_size) except -1:

@@ -6,6 +6,7 @@ cdef extern from "guard.h":
 
 cdef extern from *:
     """
+    #include <fcntl.h>
     #include <string.h>
     #include <stdint.h>
     #include <unistd.h>
@@ -43,6 +44,11 @@ cdef extern from *:
         return fstatfs(fd, &info) ? -1 : info.f_type == TMPFS_MAGIC;
     }
 
+    static inline int ovr_punch_hole(int fd, int64_t at, int64_t size)
+    {
+        return fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, at, size);
+    }
+
     /* The guest may change any word while we look at it: read it once, whole. */
     static inline uint64_t ovr_read_once(const void *p)
     {
@@ -66,6 +72,7 @@ cdef extern from *:
     void prefetch "ovr_prefetch"(const void *) noexcept nogil
     void settle "ovr_settle"() noexcept nogil
     int in_tmpfs "ovr_in_tmpfs"(int) noexcept nogil
+    int punch "ovr_punch_hole"(int, int64_t, int64_t) noexcept nogil
     int64_t cached_pages "ovr_cached_pages"(int, uint64_t, uint64_t) noexcept nogil
     uint64_t mapping_unit "ovr_mapping_unit"(int) noexcept nogil
     void *memmem(const void *, size_t, const void *, size_t) noexcept nogil
