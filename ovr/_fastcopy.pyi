@@ -215,6 +215,12 @@ class RamMap:
         Returns and raises what `copy_in` does; `source` is memory of this process's own.
         """
 
+    def copy_across(self, runs: NDArray[np.void], other: RamMap) -> int:
+        """Copy ``run.size`` bytes at the GPA ``run.offset`` of another guest to ``run.gpa``.
+
+        Returns and raises what `copy_from` does; `GuestFault`: a run is not RAM, here or there.
+        """
+
     def copy_to(
         self, runs: NDArray[np.void], target: Buffer, zero: NDArray[np.uint8]
     ) -> int:
@@ -260,6 +266,12 @@ class RamMap:
             ValueError: a run reaches past the end of `source`.
             OSError: the file behind `source` was cut off, or has a bad page.
             RamNotShared: that of the guest's RAM was.
+        """
+
+    def first_difference_across(self, runs: NDArray[np.void], other: RamMap) -> int | None:
+        """Compare ``run.size`` bytes at the GPA ``run.offset`` of another guest with ``run.gpa``.
+
+        Returns and raises what `first_difference` does; `GuestFault` as `copy_across`.
         """
 
 def in_page_cache(fd: int, offset: int, size: int) -> bool:

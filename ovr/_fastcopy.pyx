@@ -166,12 +166,18 @@ cdef class RamMap:
         self._users += 1
         ovr_guard_install()
 
-    cdef int _done(self, void *lost) except -1:
+    cdef int _done(self, void *lost, RamMap other=None) except -1:
         # `lost` is the address of a failed access of guarded work: in guest RAM, or in its source.
-        cdef Py_ssize_t i
-        cdef uint64_t offset
         if lost == NULL:
             return 0
+        self._check_file(lost)
+        if other is not None:
+            other._check_file(lost)
+        raise OSError(EIO, CUT_OFF)
+
+    cdef int _check_file(self, void *lost) except -1:
+        cdef Py_ssize_t i
+        cdef uint64_t offset
         for i in range(self._ram.count):
             offset = <uint64_t>lost - <uint64_t>self._ram.slots[i].host
             if offset < self._ram.slots[i].size:
@@ -180,7 +186,7 @@ cdef class RamMap:
                     " cut off",
                     "end the VM: it cannot go on without its RAM",
                 )
-        raise OSError(EIO, CUT_OFF)
+        return 0
 
     # ---- page tables -----------------------------------------------------------------------
 
@@ -273,21 +279,37 @@ cdef class RamMap:
 
     def copy_from(self, const Run[::1] runs not None, const uint8_t[::1] source not None):
         cdef Pouring job
-        cdef HoldPage *gate = self._gate()
-        cdef void *lost
+        memset(&job, 0, sizeof(job))
         self._check_runs(runs, source.shape[0])
         if runs.shape[0] == 0:
             return 0
-        memset(&job, 0, sizeof(job))
-        job.ram, job.runs, job.count, job.gate = &self._ram, &runs[0], runs.shape[0], gate
         job.source = &source[0]
+        return self._pour(&job, runs)
+
+    def copy_across(self, const Run[::1] runs not None, RamMap other not None):
+        cdef Pouring job
+        memset(&job, 0, sizeof(job))
+        self._check_across(runs, other)
+        if runs.shape[0] == 0:
+            return 0
+        job.other = &other._ram
+        other._users += 1
+        try:
+            return self._pour(&job, runs, other)
+        finally:
+            other._users -= 1
+
+    cdef _pour(self, Pouring *job, const Run[::1] runs, RamMap other=None):
+        cdef HoldPage *gate = self._gate()
+        cdef void *lost
+        job.ram, job.runs, job.count, job.gate = &self._ram, &runs[0], runs.shape[0], gate
         self._begin()
         try:
             with nogil:
-                lost = ovr_guarded(_pour, &job)
+                lost = ovr_guarded(_pour, job)
                 if job.inside:
                     gate_leave(gate)
-            self._done(lost)
+            self._done(lost, other)
         finally:
             self._users -= 1
         _entered(job.entry)
@@ -344,28 +366,43 @@ cdef class RamMap:
 
     def first_difference(self, const Run[::1] runs not None, const uint8_t[::1] source not None):
         cdef Matching job
-        self._on_runs(&job, _differ, runs, source)
-        return None if job.which == job.count else runs[job.which].gva + <uint64_t>job.at
-
-    cdef _on_runs(
-        self, Matching *job, void (*work)(void *) noexcept nogil, const Run[::1] runs,
-        const uint8_t[::1] source
-    ):
-        cdef void *lost
+        memset(&job, 0, sizeof(job))
         self._check_runs(runs, source.shape[0])
-        memset(job, 0, sizeof(job[0]))
-        job.ram, job.count = &self._ram, runs.shape[0]
         if runs.shape[0] == 0:
-            return
-        job.runs = &runs[0]
+            return None
         job.source = &source[0]
+        return self._differ(&job, runs)
+
+    def first_difference_across(self, const Run[::1] runs not None, RamMap other not None):
+        cdef Matching job
+        memset(&job, 0, sizeof(job))
+        self._check_across(runs, other)
+        if runs.shape[0] == 0:
+            return None
+        job.other = &other._ram
+        other._users += 1
+        try:
+            return self._differ(&job, runs, other)
+        finally:
+            other._users -= 1
+
+    cdef _differ(self, Matching *job, const Run[::1] runs, RamMap other=None):
+        cdef void *lost
+        job.ram, job.runs, job.count = &self._ram, &runs[0], runs.shape[0]
         self._begin()
         try:
             with nogil:
-                lost = ovr_guarded(work, job)
-            self._done(lost)
+                lost = ovr_guarded(_differ, job)
+            self._done(lost, other)
         finally:
             self._users -= 1
+        return None if job.which == job.count else runs[job.which].gva + <uint64_t>job.at
+
+    cdef _check_across(self, const Run[::1] runs, RamMap other):
+        cdef Py_ssize_t i
+        for i in range(runs.shape[0]):
+            self._check(runs[i].gpa, runs[i].size)
+            other._check(<uint64_t>runs[i].offset, runs[i].size)
 
     cdef _check_runs(self, const Run[::1] runs, uint64_t source_size):
         # All of it before the first byte moves: a bad list must not leave a half-done copy.

@@ -146,9 +146,16 @@ class Attempt:
             )
         return GuestTree(self.vm.kernel, root, self._tracer)
 
-    def copier(self, advance: Callable[[int], None]) -> Copier:
-        """Return a copier of pages; `advance` is called with the size of every copy, in bytes."""
-        return Copier(self.holder, self._executor, self._threads, self.journal, advance)
+    def copier(self, advance: Callable[[int], None], *, origin: Holder | None = None) -> Copier:
+        """Return a copier of pages.
+
+        Args:
+            advance: called with the size of every copy, in bytes.
+            origin: holds the VM that pages come from, if that is another one.
+        """
+        return Copier(
+            self.holder, self._executor, self._threads, self.journal, advance, origin=origin
+        )
 
     def saver(self, advance: Callable[[int], None]) -> Saver:
         """Return a saver of pages; `advance` is called with the size of every copy, in bytes."""

@@ -12,13 +12,23 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Executor
+from contextlib import nullcontext
 from functools import partial
 from typing import Final, NamedTuple
 
 from ovr._fastcopy import OWNED
 from ovr.attempt.feed import Feed
-from ovr.attempt.in_holds import ANY_OWNER, TRY_AGAIN_AFTER, InHolds, Ready
+from ovr.attempt.in_holds import (
+    ANY_OWNER,
+    TRY_AGAIN_AFTER,
+    InHolds,
+    Look,
+    Ready,
+    Share,
+    Work,
+)
 from ovr.attempt.journal import Journal
+from ovr.attempt.origin import Lane, Origin
 from ovr.attempt.targets import Family, Part, Target
 from ovr.errors import AttemptFailed, VerifyMismatch
 from ovr.images.source import Source
@@ -52,7 +62,7 @@ class _Unlike(NamedTuple):
     pieces: Extents
 
 
-class Copier(InHolds[Feed]):
+class Copier(InHolds[Feed | Lane]):
     """Copies and compares memory.
 
     Args:
@@ -61,6 +71,7 @@ class Copier(InHolds[Feed]):
         threads: number of threads to use in one hold.
         journal: gets the writes.
         advance: called with the size of every write in bytes.
+        origin: holds the VM that pages come from, if that is another one.
     """
 
     def __init__(
@@ -70,15 +81,30 @@ class Copier(InHolds[Feed]):
         threads: int,
         journal: Journal,
         advance: Callable[[int], None] = lambda count: None,
+        *,
+        origin: Holder | None = None,
     ) -> None:
         super().__init__(holder, pool, threads)
         self.journal = journal
         self._advance = advance
+        self._origin = origin
 
-    def _make_ready(self, target: Target, part: Extents, *, aside: bool) -> Feed:
+    def _make_ready(self, target: Target, part: Extents, *, aside: bool) -> Feed | Lane:
         # Read the source, which may fail.
+        if isinstance(target.source, Origin):
+            return Lane.make(target.source, part, aside=aside)
         assert isinstance(target.source, Source)
         return Feed.make(target.source, part, aside=aside)
+
+    def _held(
+        self,
+        ready: Sequence[Sequence[Ready[Feed | Lane]]],
+        work: Work[Feed | Lane],
+        wanted: int,
+        then: Look | None,
+    ) -> list[list[Share]]:
+        with self._origin.held() if self._origin else nullcontext():
+            return super()._held(ready, work, wanted, then)
 
     def copy(self, families: Iterable[Family], targets: Iterable[Target]) -> None:
         """Write pages shared by fork, then all others.
@@ -182,7 +208,7 @@ class Copier(InHolds[Feed]):
             self._each_run(batch, self._compare, ANY_OWNER)
         return sum(total(part) for _, part in parts)
 
-    def _copy(self, ready: Ready[Feed], runs: Extents) -> int:
+    def _copy(self, ready: Ready[Feed | Lane], runs: Extents) -> int:
         # SAFETY: the guest kernel's flags, read in this hold, say that the frames are the target's
         # own: a task's exclusive anonymous pages, anonymous pages that only tasks of the tree can
         # have, or pages of a shared object that only the tree has. The hold keeps them still: no
@@ -191,7 +217,7 @@ class Copier(InHolds[Feed]):
         # dirty, or swap has no copy that reclaim could go back to. Undone by killing the tree.
         return ready.pages.copy(ready.target.space.ram, runs)
 
-    def _compare(self, ready: Ready[Feed], runs: Extents) -> int:
+    def _compare(self, ready: Ready[Feed | Lane], runs: Extents) -> int:
         compared, gva = ready.pages.compare(ready.target.space.ram, runs)
         if gva is not None:
             raise VerifyMismatch(

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from ovr.attempt.origin import Origin
 from ovr.attempt.sink import Sink
 from ovr.images.source import Source
 from ovr.memory.extents import Extents
@@ -21,7 +22,8 @@ class Target:
         space: the address space in the guest.
         frames: tells which frames are the target's own; None where any will do.
         pieces: a `_fastcopy.PIECE` array; offsets are positions in `source`.
-        source: the pages image: a `Source` to be copied from, or a `Sink` to be copied to.
+        source: a pages image to be copied from (`Source`) or to (`Sink`), or the memory in another
+            VM to be copied from (`Origin`).
         ask: asks the guest to map pages, given as pieces, once more with their content.
         check: raises `AttemptFailed` if `space` is not that of its process any more; called in
             every hold before a page table is walked.
@@ -32,7 +34,7 @@ class Target:
     space: AddressSpace
     frames: Frames | None
     pieces: Extents
-    source: Source | Sink
+    source: Source | Sink | Origin
     ask: Callable[[Extents], None]
     check: Callable[[], None]
     spared: Ranges = field(default_factory=no_ranges)

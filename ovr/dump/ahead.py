@@ -4,11 +4,13 @@ To allocate room for the pages takes longer than to copy them.
 """
 
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 
 from ovr.attempt.attempt import Attempt
 from ovr.attempt.sink import Sink
+from ovr.attempt.targets import Target
+from ovr.dump.copied import CopiedImages
 from ovr.dump.memory import Dumped
 from ovr.dump.output import NewImages, Staging, writable
 from ovr.dump.precopy import PreCopy
@@ -26,7 +28,18 @@ class Ahead:
     """What was done: pages that were copied, if they were to be, and room for others."""
 
     pre_copy: PreCopy | None
+    images: CopiedImages
     room: "Room"
+
+    def unchanged(self, agent: Agent, stack: ExitStack) -> Iterator[Target]:
+        """Yield the pages that were copied and have not changed, with their images.
+
+        Args:
+            agent: asked for pages that are not in memory any more.
+            stack: closes the images.
+        """
+        if self.pre_copy:
+            yield from self.images.targets(self.pre_copy.copies, agent, stack)
 
     def let_stop(self, agent: Agent) -> None:
         """Let CRIU stop the tree, with its soft-dirty bits cleared.
@@ -56,8 +69,9 @@ def work_ahead(attempt: Attempt, root_pid: int, output: Staging, pre_copies: int
         GuestFault, KernelNotFound: invalid kernel objects or types in the guest.
         AgentUnreachable: the link broke.
     """
-    pre_copy = PreCopy(attempt, root_pid, output) if pre_copies else None
-    ahead = Ahead(pre_copy, Room(output.images))
+    images = CopiedImages(attempt, output)
+    pre_copy = PreCopy(attempt, root_pid, images) if pre_copies else None
+    ahead = Ahead(pre_copy, images, Room(output.images))
     if pre_copy:
         pre_copy.run(pre_copies)
     else:

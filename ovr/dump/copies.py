@@ -7,28 +7,15 @@ copied.
 """
 
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from ovr._fastcopy import OWNED, RUN, SOFT_DIRTY
-from ovr.attempt.targets import Target
 from ovr.dump.memory import Dumped
 from ovr.dump.running import RunningTask
-from ovr.dump.targets import reader
-from ovr.dump.verify import written
-from ovr.guest.client.agent import Agent
 from ovr.kernel import mm_space, types_that_fit
-from ovr.memory.extents import (
-    Extents,
-    addresses_of,
-    as_pieces,
-    cut_out,
-    left_of,
-    on_same_frames,
-)
+from ovr.memory.extents import Extents, addresses_of, cut_out, left_of, on_same_frames
 from ovr.memory.paging import AddressSpace, pieces
 from ovr.memory.ranges import Ranges, no_ranges
 from ovr.state import GuestTree
@@ -39,10 +26,8 @@ __all__ = ["Copies"]
 
 @dataclass
 class _Copy:
-    # `runs`: a `_fastcopy.RUN` array, sorted by GVA. `offset` is the position in a pages image, and
-    # `flags` the position of that in `images`.
+    # `runs`: a `_fastcopy.RUN` array, sorted by GVA. `offset` and `flags` are the caller's.
     task: RunningTask
-    images: list[Path]
     runs: Extents
 
 
@@ -56,17 +41,15 @@ class Copies:
     def __bool__(self) -> bool:
         return bool(self._of)
 
-    def add(self, task: RunningTask, image: Path, copied: Extents) -> None:
+    def add(self, task: RunningTask, copied: Extents) -> None:
         """Add pages that were copied, none of which is there already.
 
         Args:
             task: the task.
-            image: its pages image.
-            copied: the runs as copied, a `_fastcopy.RUN` array; `offset` is the position in it.
+            copied: the runs as copied, a `_fastcopy.RUN` array; ``offset`` follows when a run is
+                cut, ``flags`` stay.
         """
-        copy = self._of.setdefault(task.pid, _Copy(task, [], np.empty(0, RUN)))
-        copied["flags"] = len(copy.images)
-        copy.images.append(image)
+        copy = self._of.setdefault(task.pid, _Copy(task, np.empty(0, RUN)))
         runs = np.concatenate([copy.runs, copied])
         copy.runs = runs[np.argsort(runs["gva"], kind="stable")]
 
@@ -83,7 +66,7 @@ class Copies:
             if copy and copy.task.space.root == task.space.root:
                 clean = found[found["flags"] & (OWNED | SOFT_DIRTY) == OWNED]
                 runs = on_same_frames(copy.runs, clean)
-                kept[task.pid] = _Copy(task, copy.images, runs)
+                kept[task.pid] = _Copy(task, runs)
         self._of = kept
 
     def without(self, task: RunningTask, pages: Extents) -> Extents:
@@ -122,23 +105,10 @@ class Copies:
         self._checked[dumped.number] = copy
         return addresses_of(copy.runs)
 
-    def targets(self, agent: Agent, stack: ExitStack) -> Iterator[Target]:
-        """Yield the pages that `check_unchanged` has returned, with their images as the sources.
-
-        Args:
-            agent: asked for pages that are not in memory any more.
-            stack: closes the images.
-        """
-        for pid, copy in self._checked.items():
-            for number, image in enumerate(copy.images):
-                part = copy.runs[copy.runs["flags"] == number]
-                if not len(part):
-                    continue
-                yield Target(
-                    name=f"pid {pid}", space=copy.task.space, frames=None,
-                    pieces=as_pieces(part), source=written(image, stack),
-                    ask=reader(agent, copy.task.tgid), check=copy.task.check,
-                )  # fmt: skip
+    def unchanged(self) -> Iterator[tuple[RunningTask, Extents]]:
+        """Yield the tasks with the runs that `check_unchanged` has kept."""
+        for copy in self._checked.values():
+            yield copy.task, copy.runs
 
 
 @types_that_fit()

@@ -3,32 +3,23 @@
 In the first round all pages are copied. In each further one, and once more right before CRIU stops
 the tree, the agent freezes the tree for a moment: the host looks which pages have changed, and the
 agent clears the soft-dirty bits. What has changed is copied in the next round, or at the stop.
-
-Each round makes an image set that builds on the one before, as pre-dumps of CRIU do.
 """
 
 import logging
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, Protocol
 
-import numpy as np
-
-from ovr._fastcopy import OWNED, RUN, SOFT_DIRTY
+from ovr._fastcopy import OWNED, SOFT_DIRTY
 from ovr.attempt.attempt import Attempt
-from ovr.attempt.saver import Saver
-from ovr.attempt.targets import Target
 from ovr.dump.copies import Copies
-from ovr.dump.output import INVENTORY, NewImages, Staging, writable
 from ovr.dump.running import RunningTask, running_tasks
 from ovr.errors import TaskDied
-from ovr.images.framing import encode, image_bytes
-from ovr.images.messages import InventoryEntry
-from ovr.images.pagemap import PAGEMAP_DTYPE, PE_PARENT, PE_PRESENT, Pagemap, encode_pagemap
-from ovr.memory.extents import Extents, as_pieces, ends_of, joined, total, with_flags
+from ovr.memory.extents import Extents, total, with_flags
+from ovr.memory.ranges import Ranges
 
-__all__ = ["AS_MANY_AS_HELP", "PreCopy", "Round"]
+__all__ = ["AS_MANY_AS_HELP", "PreCopy", "Round", "Store"]
 
 log = logging.getLogger("ovr.dump")
 
@@ -36,8 +27,6 @@ AS_MANY_AS_HELP: Final = -1
 """Rounds as long as little changes in one, and more than is soon copied at the stop."""
 _FEW_BYTES: Final = 8 << 20
 """What is copied at the stop in less time than a round takes."""
-_PRE_DUMP: Final = 0
-"""Image version of a pre-dump, which no tree can be restored from (criu/cr-dump.c)."""
 
 
 _Seen = tuple[RunningTask, Extents]
@@ -57,25 +46,48 @@ class Round(NamedTuple):
     frozen: float
 
 
+class Store(Protocol):
+    """Where the copies go."""
+
+    def begin_round(self) -> None:
+        """Begin a round."""
+
+    def save(self, task: RunningTask, number: int, pages: Extents, before: Ranges) -> Extents:
+        """Copy pages of a running task; return the runs that were copied.
+
+        Args:
+            task: the task.
+            number: its number in this round.
+            pages: a `_fastcopy.RUN` array.
+            before: addresses of its pages that were copied before, and have not changed.
+
+        Raises:
+            TaskDied: the task has died.
+        """
+
+    def end_round(self) -> None:
+        """End a round."""
+
+
 class PreCopy:
     """Copies of pages of a running tree, and the rounds in which they are made.
 
     Args:
         attempt: the attempt, with CRIU started.
         root_pid: the root task, in the guest's initial pid namespace.
-        output: gets the images.
+        store: gets the pages.
 
     Attributes:
         copies: the pages.
         rounds: what was done.
     """
 
-    def __init__(self, attempt: Attempt, root_pid: int, output: Staging) -> None:
+    def __init__(self, attempt: Attempt, root_pid: int, store: Store) -> None:
         self.copies = Copies()
         self.rounds: list[Round] = []
         self._attempt = attempt
         self._pid = root_pid
-        self._output = output
+        self._store = store
 
     def run(self, rounds: int) -> None:
         """Copy pages.
@@ -133,52 +145,17 @@ class PreCopy:
         return changed > _FEW_BYTES and 2 * changed < self.rounds[-1].size
 
     def _copy(self, seen: Sequence[_Seen], frozen: float, started: float) -> None:
-        images = self._output.next_parent()
-        saver = self._attempt.saver(lambda count: None)
+        self._store.begin_round()
         size = 0
         for number, (task, found) in enumerate(seen, 1):
+            pages = self.copies.without(task, with_flags(found, OWNED))
             with suppress(TaskDied):
-                size += self._copy_task(task, found, number, saver, images)
-        inventory = InventoryEntry(img_version=_PRE_DUMP)
-        images.write(INVENTORY, image_bytes(INVENTORY, [encode(inventory)]))
+                copied = self._store.save(task, number, pages, self.copies.addresses(task))
+                self.copies.add(task, copied)
+                size += total(copied)
+        self._store.end_round()
         self.rounds.append(Round(size, time.perf_counter() - started, frozen))
         log.info(
             "round %d: %.1f MB copied in %.3f s, frozen %.3f s",
             len(self.rounds), size / 1e6, self.rounds[-1].seconds, frozen,
         )  # fmt: skip
-
-    def _copy_task(
-        self, task: RunningTask, found: Extents, number: int, saver: Saver, images: NewImages
-    ) -> int:
-        pages = self.copies.without(task, with_flags(found, OWNED))
-        pages["offset"] = np.cumsum(pages["size"]) - pages["size"]
-        self._write_pagemap(images, task, number, pages)
-        copied = [np.empty(0, RUN)]
-        with images.sink(f"pages-{number}.img", total(pages)) as sink, writable(images.path):
-            target = Target(
-                name=f"pid {task.pid}", space=task.space, frames=task.frames,
-                pieces=as_pieces(pages), source=sink, ask=lambda _: None, check=task.check,
-            )  # fmt: skip
-            saver.save_own(target, lambda _, runs: copied.append(runs))
-            sink.make_holes()
-        runs = np.concatenate(copied)
-        # Offsets in the image, not in a buffer.
-        at = np.searchsorted(ends_of(pages), runs["gva"], side="right")
-        runs["offset"] = pages["offset"][at] + (runs["gva"] - pages["gva"][at]).astype("<i8")
-        self.copies.add(task, images.path / f"pages-{number}.img", runs)
-        return total(runs)
-
-    def _write_pagemap(
-        self, images: NewImages, task: RunningTask, number: int, pages: Extents
-    ) -> None:
-        # Pages that are not there any more are listed as well: no pagemap refers to them.
-        before = self.copies.addresses(task)
-        entries = np.zeros(len(pages) + len(before), PAGEMAP_DTYPE)
-        entries["gva"] = np.concatenate([pages["gva"], before["start"]])
-        entries["size"] = np.concatenate([pages["size"], before["end"] - before["start"]])
-        entries["flags"] = PE_PARENT
-        entries["flags"][: len(pages)] = PE_PRESENT
-        entries = entries[np.argsort(entries["gva"], kind="stable")]
-        name = f"pagemap-{task.pid}.img"
-        final = Pagemap(number, joined(entries), compat=True)
-        images.write(name, encode_pagemap(final, name))

@@ -114,8 +114,7 @@ def dump(
             with writable(place):
                 saver.save(targets)
         with watch("verify"):
-            if ahead.pre_copy:
-                targets += ahead.pre_copy.copies.targets(attempt.agent, stack)
+            targets += ahead.unchanged(attempt.agent, stack)
             compared = verify_pages(attempt, targets, verify)
         with watch("commit"), output.committing():
             stats = attempt.commit(output.end)

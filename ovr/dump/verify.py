@@ -38,6 +38,7 @@ def verify_pages(attempt: Attempt, targets: Sequence[Target], mode: str) -> int:
 def _source_of(target: Target, stack: ExitStack) -> Source:
     if isinstance(target.source, Sink):
         return _mapped(target.source.name, os.dup(target.source.fd), stack)
+    assert isinstance(target.source, Source)
     return target.source
 
 

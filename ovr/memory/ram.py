@@ -1,7 +1,7 @@
 """Guest RAM: slots of guest physical memory, each a range of a RAM file on the host.
 
 Knows no kernel and no page tables. Every byte that `ovr` writes to a guest goes through
-`GuestRam.write` (single values), `GuestRam.copy_in` or `GuestRam.copy_from` (pages), and so through
+`GuestRam.write` (single values), or `copy_in`, `copy_from` or `copy_across` (pages), and so through
 the bounds checks of `_fastcopy.RamMap`, and through the gate of the hold that governs it.
 """
 
@@ -175,6 +175,10 @@ class GuestRam(Closing):
         """See `_fastcopy.RamMap.copy_from`; the caller states why the frames stay."""
         return self._map.copy_from(runs, source)
 
+    def copy_across(self, runs: Extents, other: "GuestRam") -> int:
+        """See `_fastcopy.RamMap.copy_across`; the caller states why the frames stay."""
+        return self._map.copy_across(runs, other._map)
+
     def copy_to(self, runs: Extents, target: "Buffer", zero: NDArray[np.uint8]) -> int:
         """See `_fastcopy.RamMap.copy_to`."""
         return self._map.copy_to(runs, target, zero)
@@ -189,6 +193,11 @@ class GuestRam(Closing):
     def first_difference(self, runs: Extents, source: "Buffer") -> Gva | None:
         """See `_fastcopy.RamMap.first_difference`."""
         at = self._map.first_difference(runs, source)
+        return None if at is None else Gva(at)
+
+    def first_difference_across(self, runs: Extents, other: "GuestRam") -> Gva | None:
+        """See `_fastcopy.RamMap.first_difference_across`."""
+        at = self._map.first_difference_across(runs, other._map)
         return None if at is None else Gva(at)
 
 

@@ -30,7 +30,8 @@ cdef struct Matching:
     const Ram *ram
     const Run *runs
     Py_ssize_t count
-    const uint8_t *source
+    const uint8_t *source   # or
+    const Ram *other        # as for `Pouring`
     Py_ssize_t which        # index of the run that differs, `count` if none does
     int64_t at              # offset in that run
 
@@ -55,7 +56,8 @@ cdef struct Pouring:
     const Ram *ram
     const Run *runs
     Py_ssize_t count
-    const uint8_t *source
+    const uint8_t *source   # or
+    const Ram *other        # RAM of another guest, where `offset` of a run is a GPA
     uint64_t copied
     HoldPage *gate
     uint32_t generation
@@ -223,7 +225,7 @@ cdef int _gather(Reading *job, int64_t *start) noexcept nogil:
 cdef void _differ(void *given) noexcept nogil:
     cdef Matching *job = <Matching *>given
     for job.which in range(job.count):
-        job.at = _differs(job.ram, &job.runs[job.which], job.source)
+        job.at = _differs(job.ram, &job.runs[job.which], job.source, job.other)
         if job.at >= 0:
             return
     job.which = job.count
@@ -235,17 +237,19 @@ cdef void _pour(void *given) noexcept nogil:
     cdef Py_ssize_t i
     cdef uint64_t done, part = 0
     cdef char *host
+    cdef const uint8_t *source
     for i in range(job.count):
         done = 0
         while done < job.runs[i].size:
             host = _host(job.ram, job.runs[i].gpa + done, &part)
             part = min(min(part, job.runs[i].size - done), <uint64_t>CHUNK)
+            source = _source(job.source, job.other, job.runs[i].offset + <int64_t>done, &part)
             job.entry = gate_enter(job.gate, &job.generation)
             if job.entry != GATE_ENTERED:
                 return
             job.inside = True
             settle()
-            memcpy(host, job.source + job.runs[i].offset + done, part)
+            memcpy(host, source, part)
             settle()
             gate_leave(job.gate)
             job.inside = False
@@ -253,6 +257,19 @@ cdef void _pour(void *given) noexcept nogil:
             job.copied += part
             if gate_late(job.gate):
                 return
+
+
+cdef const uint8_t *_source(
+    const uint8_t *source, const Ram *other, int64_t offset, uint64_t *size
+) noexcept nogil:
+    # Where the source's bytes at `offset` are; limits `size` to those that follow one another.
+    cdef uint64_t part = 0
+    cdef char *host
+    if other == NULL:
+        return source + offset
+    host = _host(other, <uint64_t>offset, &part)
+    size[0] = min(size[0], part)
+    return <const uint8_t *>host
 
 
 cdef void _draw(void *given) noexcept nogil:
@@ -368,14 +385,18 @@ cdef void _compare(void *given) noexcept nogil:
             done += 4096
 
 
-cdef int64_t _differs(const Ram *ram, const Run *run, const uint8_t *source) noexcept nogil:
+cdef int64_t _differs(
+    const Ram *ram, const Run *run, const uint8_t *source, const Ram *other
+) noexcept nogil:
     # Offset in the run of the first page-sized step that differs, or -1.
     cdef uint64_t done = 0, part = 0
     cdef char *host
+    cdef const uint8_t *theirs
     while done < run.size:
         host = _host(ram, run.gpa + done, &part)
         part = min(part, run.size - done, <uint64_t>4096)
-        if memcmp(host, source + run.offset + done, part):
+        theirs = _source(source, other, run.offset + <int64_t>done, &part)
+        if memcmp(host, theirs, part):
             return done
         done += part
     return -1

@@ -1,0 +1,167 @@
+"""Pages that come straight from the RAM of another VM, frame to frame."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar, Final, Self
+
+import numpy as np
+
+from ovr._fastcopy import OWNED, PIECE, RUN
+from ovr.errors import AttemptFailed
+from ovr.memory.addresses import Gva
+from ovr.memory.extents import Extents, left_of, split, total, with_flags
+from ovr.memory.paging import AddressSpace, Frames
+from ovr.memory.ram import GuestRam
+
+__all__ = ["EVERYWHERE", "Lane", "Origin"]
+
+_TRIES: Final = 20
+EVERYWHERE: Final = np.array([(0, 1 << 63, 0)], PIECE)
+"""Places for positions that are addresses in the other VM."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The memory of a process, or of a shared object, in the VM that it comes from.
+
+    Attributes:
+        name: its name in messages.
+        space: its address space there.
+        places: where positions are there, a `_fastcopy.PIECE` array sorted by ``offset``, which is
+            a position; those of neighbours may be joined.
+        check: as for `ovr.attempt.targets.Target`, there.
+        ask: has that guest read pages into its memory, given as pieces.
+        frames: of a running process: tells its own pages, and others are left out; None: it is
+            stopped, and all of its pages are copied.
+    """
+
+    name: str
+    space: AddressSpace
+    places: Extents
+    check: Callable[[], None]
+    ask: Callable[[Extents], None]
+    frames: Frames | None = None
+
+    nowait: ClassVar = True
+    """Pages are copied in holds without waiting."""
+
+    def addresses(self, positions: Extents) -> Extents:
+        """Return the addresses of positions as pieces, in the same order.
+
+        Args:
+            positions: pieces or runs; ``offset`` is the position. That of the result says how many
+                bytes are before it.
+        """
+        at = np.searchsorted(self.places["offset"], positions["offset"], side="right") - 1
+        pieces = np.empty(len(positions), PIECE)
+        apart = (positions["offset"] - self.places["offset"][at]).astype("<u8")
+        pieces["gva"] = self.places["gva"][at] + apart
+        pieces["size"] = positions["size"]
+        pieces["offset"] = np.cumsum(positions["size"]) - positions["size"]
+        return pieces
+
+
+class Lane:
+    """Some pages of an origin, ready to be copied to, or compared with, frames of a guest.
+
+    Attributes:
+        part: the pages, a `_fastcopy.PIECE` array; offsets are positions in the origin.
+        copied: after `copy`, the runs of the origin's address space that were copied.
+    """
+
+    def __init__(self, origin: Origin, part: Extents) -> None:
+        self.part = part
+        self.copied: Extents = np.empty(0, RUN)
+        self._origin = origin
+
+    @classmethod
+    def make(cls, origin: Origin, part: Extents, *, aside: bool) -> Self:
+        """Map the host pages of the origin, with its VM running.
+
+        Args:
+            origin: has the pages.
+            part: pieces; offsets are positions in it.
+            aside: they were not in memory in the last hold: have them read.
+
+        Raises:
+            AttemptFailed: they stay away.
+            GuestFault: page tables there are damaged.
+        """
+        pieces = origin.addresses(part)
+        found = origin.space.walk(pieces)
+        if aside:
+            found = _read_in(origin, pieces, found)
+        origin.space.ram.prefault(found)
+        return cls(origin, part)
+
+    def copy(self, ram: GuestRam, runs: Extents) -> int:
+        """Copy pages to the frames in `runs`; the caller states why they stay there.
+
+        Returns the number of bytes done, in the order of the runs: fewer than all if the hold is to
+        end, or a page of a stopped process is not in memory.
+
+        Raises:
+            GuestFault: page tables there are damaged.
+            HoldBroken: the VM is not held any more.
+        """
+        self._origin.check()
+        there = self._there(runs)
+        done = ram.copy_across(_crossing(runs, there), self._origin.space.ram)
+        if done == total(there):
+            self.copied = there
+            return self._until(runs, there)
+        self.copied = next(split(there, done), there[:0]) if done else there[:0]
+        return int(self.copied["offset"][-1]) + int(self.copied["size"][-1]) if done else 0
+
+    def compare(self, ram: GuestRam, runs: Extents) -> tuple[int, Gva | None]:
+        """Compare pages with the frames in `runs`.
+
+        Returns the number of bytes that are equal, counted as `copy` does, and the address of the
+        first page that differs, or None.
+
+        Raises:
+            GuestFault: page tables there are damaged.
+        """
+        self._origin.check()
+        there = self._there(runs)
+        gva = ram.first_difference_across(_crossing(runs, there), self._origin.space.ram)
+        return self._until(runs, there), gva
+
+    def _there(self, runs: Extents) -> Extents:
+        # Offsets are the bytes of `runs` before each.
+        origin = self._origin
+        found = origin.space.walk(origin.addresses(runs), origin.frames)
+        if origin.frames is not None:
+            return with_flags(found, OWNED)
+        whole = np.cumsum(found["size"]) - found["size"]
+        gaps = np.flatnonzero(found["offset"] != whole.astype("<i8"))
+        return found[: gaps[0]] if len(gaps) else found
+
+    def _until(self, runs: Extents, there: Extents) -> int:
+        return total(runs) if self._origin.frames is not None else total(there)
+
+
+def _read_in(origin: Origin, pieces: Extents, found: Extents) -> Extents:
+    for _ in range(_TRIES):
+        absent = left_of(pieces, found)
+        if not len(absent):
+            return found
+        origin.ask(absent)
+        found = origin.space.walk(pieces)
+    raise AttemptFailed(
+        f"{origin.name}: {total(absent)} bytes at {int(absent['gva'][0]):#x} and above were never"
+        f" in memory when looked at ({_TRIES} tries)",
+        "the guest that it comes from may be out of memory; free some and try again",
+    )
+
+
+def _crossing(runs: Extents, there: Extents) -> Extents:
+    # The runs of a guest with the GPA of their content in the other.
+    before = np.cumsum(runs["size"]) - runs["size"]
+    at = np.searchsorted(before, there["offset"].astype("<u8"), side="right") - 1
+    crossing = there.copy()
+    apart = there["offset"].astype("<u8") - before[at]
+    crossing["gva"] = runs["gva"][at] + apart
+    crossing["gpa"] = runs["gpa"][at] + apart
+    crossing["offset"] = there["gpa"]
+    return crossing
