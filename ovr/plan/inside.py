@@ -4,7 +4,8 @@ Pages that go outside are left out of the pagemaps, areas are cut and marked so 
 frames for them, and values that go outside are replaced by neutral ones.
 """
 
-from collections.abc import Mapping, Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,7 +23,7 @@ from ovr.memory.ranges import Ranges
 from ovr.plan.areas import Cuts, MemoryPlan, TaskPlan, cuts_of
 from ovr.plan.pages import Reason
 from ovr.plan.plan import Plan
-from ovr.plan.pool.layout import Pool, fitting_pool
+from ovr.plan.pool.layout import Pool, PoolArea, fitting_pool, pool_areas
 from ovr.plan.pool.table import TABLE, Cold, Warm, plan_warm
 from ovr.state.settings import neutralise
 
@@ -57,6 +58,8 @@ def build_inside(plan: Plan, pool: Pool | Cold) -> Inside:
         builder.add_tasks(large_by_criu=False)
         return Inside(builder.build(), pool)
     areas = builder.add_tasks(large_by_criu=True)
+    if pool.seats is not None:
+        areas = builder.cut(pool_areas(plan.tasks, plan.cow, areas, pool.seats))
     memory = plan_warm(plan.tasks, plan.cow, areas, pool)
     table = {TABLE: memory.table} if isinstance(memory, Warm) else {}
     return Inside(builder.build() | table, memory)
@@ -85,6 +88,18 @@ class _Builder:
         for task in self._plan.tasks:
             self._drop(task)
             found[task.task.pid] = self._cut(task, cuts[task.task.pid], large_by_criu)
+        return found
+
+    def cut(self, served: Mapping[int, Sequence[PoolArea]]) -> dict[int, Sequence[VmaEntry]]:
+        """Cut areas where only a part of them uses the pool; return the areas by pid."""
+        found: dict[int, Sequence[VmaEntry]] = {}
+        for pid, each in served.items():
+            mm = self._draft.message(f"mm-{pid}.img", 0, MmEntry)
+            edges = sorted({edge for area in each for edge in (area.start, area.end)})
+            areas = [piece for vma in mm.vmas for piece in _cut_at(vma, edges)]
+            del mm.vmas[:]
+            mm.vmas.extend(areas)
+            found[pid] = list(mm.vmas)
         return found
 
     def build(self) -> dict[str, bytes | Slices]:
@@ -124,6 +139,11 @@ def mark_piece(piece: VmaEntry, task: TaskPlan, *, large_by_criu: bool) -> None:
         piece.madv |= 1 << MADV_DONTNEED_LOCKED
     if _contains(task.sharing.cow.before_fork, piece):
         piece.flags |= MAP_POPULATE
+
+
+def _cut_at(vma: VmaEntry, edges: Sequence[int]) -> Iterable[VmaEntry]:
+    first, last = bisect_right(edges, vma.start), bisect_left(edges, vma.end)
+    return split_vma(vma, edges[first:last]) if first < last else (vma,)
 
 
 def _contains(ranges: Ranges, vma: VmaEntry) -> bool:

@@ -26,8 +26,9 @@ from ovr.images.vma import (
 )
 from ovr.memory.addresses import PAGE_SIZE
 from ovr.memory.ranges import RANGE, common, join, no_ranges, without
-from ovr.plan.pool.layout import POOL_ADDRESS, TABLE_SPAN, UNIT, Pool, fitting_pool
+from ovr.plan.pool.layout import POOL_ADDRESS, Pool, fitting_pool
 from ovr.plan.pool.table import Cold, Warm, foreign_cgroup, plan_warm
+from ovr.plan.pool.units import TABLE_SPAN, UNIT
 
 MIB = 1 << 20
 RW = PROT_READ | PROT_WRITE

@@ -6,7 +6,7 @@ they are moved. The largest area, if possible, has the same offset modulo 1 GiB,
 tables can be moved too.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -28,13 +28,13 @@ from ovr.images.vma import (
 )
 from ovr.memory.ranges import RANGE, Ranges, common, join, ranges_of
 from ovr.plan.areas import TaskPlan
+from ovr.plan.pool.seats import Seat, Seats, family_order
+from ovr.plan.pool.units import TABLE_SPAN, UNIT
 from ovr.plan.sharing import CowPlan
 
 __all__ = [
     "NOTHING",
     "POOL_ADDRESS",
-    "TABLE_SPAN",
-    "UNIT",
     "Pool",
     "PoolArea",
     "alone",
@@ -47,13 +47,8 @@ __all__ = [
     "total_of",
 ]
 
-UNIT: Final = 2 << 20
-"""Granularity of memory from the pool, in bytes: a huge page."""
 POOL_ADDRESS: Final = 0x4000_0000_0000
 """Preferred GVA of the guest's pool (POOL_SEAT in guest/warm/pool.h)."""
-TABLE_SPAN: Final = 1 << 30
-"""Range of a page table of 2 MiB entries, in bytes: the kernel moves such a table at once if source
-and destination are aligned to it (``move_normal_pud`` of mm/mremap.c)."""
 NOTHING: Final = "no area has enough units of 2 MiB to use a pool"
 
 _FLAGS: Final = MAP_PRIVATE | MAP_FIXED | MAP_ANONYMOUS | MAP_STACK
@@ -69,11 +64,13 @@ class Pool:
         size: its size in bytes.
         criu: the version of the CRIU that has it.
         at: its GVA in that CRIU's process.
+        seats: if it has pages of the tree already: the parts of it that only those areas can use.
     """
 
     size: int
     criu: str
     at: int
+    seats: Seats | None = None
 
 
 @dataclass
@@ -85,14 +82,12 @@ class PoolArea:
         end: the GVA after it.
         kept: its units that have pages, as GVAs in the task.
         at: offset of its start in the pool, in bytes.
-        gap: unused bytes of the pool before its part.
     """
 
     start: int
     end: int
     kept: Ranges
     at: int = 0
-    gap: int = 0
 
     @property
     def low(self) -> int:
@@ -103,6 +98,12 @@ class PoolArea:
     def room(self) -> int:
         """Size of its part of the pool, in bytes."""
         return -(-self.end // UNIT) * UNIT - self.low
+
+    @property
+    def part(self) -> tuple[int, int]:
+        """Its part of the pool: offsets, half-open."""
+        first = self.at - (self.start - self.low)
+        return first, first + self.room
 
 
 def fitting_pool(
@@ -127,15 +128,36 @@ def fitting_pool(
 
 
 def pool_areas(
-    plans: Sequence[TaskPlan], cow: CowPlan, areas: Mapping[int, Sequence[VmaEntry]]
+    plans: Sequence[TaskPlan],
+    cow: CowPlan,
+    areas: Mapping[int, Sequence[VmaEntry]],
+    seats: Seats | None = None,
 ) -> dict[int, list[PoolArea]]:
     """Return the areas of each task that can use a pool, by pid, descendants after ancestors.
 
-    The arguments are those of `fitting_pool`.
+    Args:
+        plans: the live tasks, parents first.
+        cow: the pages that they share.
+        areas: the areas of each task in the inside image set, by pid.
+        seats: the parts of areas that can use it; None: all can.
     """
     by_pid = {plan.task.pid: plan for plan in plans}
     taken = _inherited(plans, areas)
-    return {pid: [*_served(by_pid[pid], cow, taken[pid])] for pid in _family_order(plans)}
+    found = {}
+    end = 0
+    for pid in _family_order(plans):
+        candidates = _candidates(by_pid[pid], cow, taken[pid])
+        if seats is not None:
+            relatives = _relatives(plans, by_pid[pid])
+            candidates = _seated(candidates, seats.of.get(pid, ()), relatives)
+        # The tree may be another one since, and its order too.
+        found[pid] = [
+            area
+            for area in candidates
+            if 2 * total_of(area.kept) >= area.room and (seats is None or area.part[0] >= end)
+        ]
+        end = max([end, *(area.part[1] for area in found[pid])]) if seats is not None else 0
+    return found
 
 
 def pool_size_of(served: Mapping[int, Sequence[PoolArea]]) -> int:
@@ -158,7 +180,12 @@ def _to_align(served: Mapping[int, Sequence[PoolArea]]) -> PoolArea | None:
 def assign_ranges(
     served: Mapping[int, Sequence[PoolArea]], pool: Pool
 ) -> dict[int, tuple[int, int]]:
-    """Place the areas in the pool, one after the other; return the part of each task, by pid."""
+    """Place the areas in the pool, one after the other; return the part of each task, by pid.
+
+    Areas with seats are there already.
+    """
+    if pool.seats is not None:
+        return _parts_of_seats(served)
     aligned = _to_align(served)
     left = pool.size - pool_size_of(served)
     at = 0
@@ -168,24 +195,26 @@ def assign_ranges(
         for area in each:
             gap = (area.low - pool.at - at) % TABLE_SPAN
             if area is aligned and gap <= left and gap % UNIT == 0:
-                area.gap = gap
-            area.at = at + area.gap + area.start - area.low
-            at += area.gap + area.room
+                at += gap
+            area.at = at + area.start - area.low
+            at += area.room
+        parts[pid] = first, at
+    return parts
+
+
+def _parts_of_seats(served: Mapping[int, Sequence[PoolArea]]) -> dict[int, tuple[int, int]]:
+    at = 0
+    parts = {}
+    for pid, each in served.items():
+        first = each[0].part[0] if each else at
+        at = max([at, *(area.part[1] for area in each)])
         parts[pid] = first, at
     return parts
 
 
 def _family_order(plans: Sequence[TaskPlan]) -> list[int]:
     # In this order the parts of a task and its descendants are one range of the pool.
-    children: dict[int, list[int]] = {}
-    for plan in plans:
-        children.setdefault(plan.task.ppid, []).append(plan.task.pid)
-    order: list[int] = []
-    left = [plans[0].task.pid]
-    while left:
-        order.append(left.pop())
-        left += children.get(order[-1], [])
-    return order
+    return family_order((plan.task.pid, plan.task.ppid) for plan in plans)
 
 
 def _inherited(
@@ -204,8 +233,8 @@ def _inherited(
     return {pid: join(np.array([*each], dtype=RANGE)) for pid, each in same.items()}
 
 
-def _served(plan: TaskPlan, cow: CowPlan, inherited: Ranges) -> Iterator[PoolArea]:
-    # The areas of a task for which the pool saves time.
+def _candidates(plan: TaskPlan, cow: CowPlan, inherited: Ranges) -> Iterator[PoolArea]:
+    # The areas of a task that may get memory from a pool.
     vmas, mm, pid = plan.task.vmas, plan.task.mm, plan.task.pid
     assert vmas is not None and mm is not None
     if mm.thp_disabled:
@@ -222,9 +251,35 @@ def _served(plan: TaskPlan, cow: CowPlan, inherited: Ranges) -> Iterator[PoolAre
         area = one_range(start, end)
         if len(common(area, others)):
             continue
-        served = PoolArea(start, end, _units(common(plan.pieces_of_criu, area)))
-        if 2 * total_of(served.kept) >= served.room:
-            yield served
+        yield PoolArea(start, end, _units(common(plan.pieces_of_criu, area)))
+
+
+def _seated(
+    candidates: Iterable[PoolArea], seats: Sequence[Seat], relatives: Ranges
+) -> Iterator[PoolArea]:
+    # The parts of areas that have a seat. An area that is cut must not become one that CRIU takes
+    # for that of a parent or child.
+    for area in candidates:
+        for seat in seats:
+            start, end = max(area.start, seat.low), min(area.end, seat.high)
+            if end - start < UNIT:
+                continue
+            whole = (start, end) == (area.start, area.end)
+            if whole or not len(common(relatives, one_range(area.start, area.end))):
+                at = seat.at + start - seat.low
+                yield PoolArea(start, end, common(area.kept, one_range(start, end)), at)
+
+
+def _relatives(plans: Sequence[TaskPlan], plan: TaskPlan) -> Ranges:
+    # The private areas of the parent and the children of a task.
+    near = []
+    for other in plans:
+        if plan.task.ppid == other.task.pid or other.task.ppid == plan.task.pid:
+            vmas = other.task.vmas
+            assert vmas is not None
+            private = vmas[is_private(vmas)]
+            near.append(ranges_of(private["start"], private["end"]))
+    return join(*near)
 
 
 def family(cow: CowPlan, pid: int) -> Ranges:

@@ -16,11 +16,10 @@ from numpy.typing import NDArray
 from ovr.images import ImageSet, VmaEntry
 from ovr.images.vma import MADV_DOFORK, PROT_WRITE, Vmas, is_private, vma_array
 from ovr.memory.extents import ends_of
-from ovr.memory.ranges import Ranges, common, ranges_of, without
+from ovr.memory.ranges import Ranges, common, join, ranges_of, without
 from ovr.plan.areas import TaskPlan
 from ovr.plan.pool.layout import (
     NOTHING,
-    UNIT,
     Pool,
     PoolArea,
     alone,
@@ -31,6 +30,7 @@ from ovr.plan.pool.layout import (
     pool_size_of,
     total_of,
 )
+from ovr.plan.pool.units import UNIT
 from ovr.plan.sharing import CowPlan
 
 __all__ = ["NO_POOL", "TABLE", "Cold", "Warm", "foreign_cgroup", "plan_warm"]
@@ -65,12 +65,14 @@ class Warm:
         images: the pagemaps and pages images of the tasks that get memory from the pool.
         size: bytes of areas that use the pool, absent pages included.
         bytes: bytes of restored memory that come from it.
+        kept: addresses of that memory, by pid.
     """
 
     table: bytes
     images: tuple[str, ...]
     size: int
     bytes: int
+    kept: Mapping[int, Ranges]
 
 
 NO_POOL: Final = Cold("the guest has no pool")
@@ -108,11 +110,11 @@ def plan_warm(
         pool: the guest's pool.
     """
     by_pid = {plan.task.pid: plan for plan in plans}
-    served = pool_areas(plans, cow, areas)
+    served = pool_areas(plans, cow, areas, pool.seats)
     size = pool_size_of(served)
     if not size:
         return Cold(NOTHING)
-    if size > pool.size:
+    if size > pool.size and pool.seats is None:
         needed = f"the tasks need {size >> 20} MiB"
         return Cold(f"the pool has {pool.size >> 20} MiB, and {needed}")
     parts = assign_ranges(served, pool)
@@ -127,6 +129,7 @@ def plan_warm(
         tuple(names),
         sum(area.end - area.start for area in all_served),
         sum(total_of(area.kept) for area in all_served),
+        {pid: join(*(area.kept for area in each)) for pid, each in served.items()},
     )
 
 
@@ -138,7 +141,7 @@ class _Table:
         self._pool = pool
         self._alone = alone  # all areas belong to one task
         self._tasks: list[bytes] = []
-        self._drops: list[bytes] = []
+        self._kept: list[Ranges] = []
         self._rows: list[bytes] = []
         self._lowest = _LOWEST
         self._end = 0
@@ -161,14 +164,16 @@ class _Table:
             _mark(areas, served)
         first = len(self._rows)
         self._tasks.append(struct.pack("<7Q", plan.task.pid, *part, extent, base, first, len(rows)))
-        self._drops += [struct.pack("<2Q", *drop) for area in served for drop in _drops(area)]
+        self._kept += [_in_pool(area) for area in served]
         self._rows += rows
         self._end = max(self._end, part[1])
 
     def build(self) -> bytes:
-        parts = self._tasks, self._drops, self._rows
+        unused = without(one_range(0, self._end), join(*self._kept))
+        drops = [struct.pack("<2Q", *drop) for drop in unused.tolist()]
+        parts = self._tasks, drops, self._rows
         head = struct.pack("<5Q", _MAGIC, self._end, *map(len, parts))
-        return b"".join([head, *self._tasks, *self._drops, *self._rows])
+        return b"".join([head, *self._tasks, *drops, *self._rows])
 
 
 def _subtrees(
@@ -184,14 +189,10 @@ def _subtrees(
     return {pid: part for pid, part in found.items() if part[0] < part[1]}
 
 
-def _drops(served: PoolArea) -> Iterator[tuple[int, int]]:
-    # The ranges of its part of the pool that it does not need.
-    whole = one_range(served.low, served.low + served.room)
-    shift = served.at - served.start
-    if served.gap:
-        yield served.low + shift - served.gap, served.low + shift
-    for start, end in without(whole, served.kept).tolist():
-        yield start + shift, end + shift
+def _in_pool(served: PoolArea) -> Ranges:
+    # The units of the pool that have its pages.
+    shift = np.uint64((served.at - served.start) % (1 << 64))
+    return ranges_of(served.kept["start"] + shift, served.kept["end"] + shift)
 
 
 def _window(areas: Sequence[VmaEntry], pid: int) -> _Window:
