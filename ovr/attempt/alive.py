@@ -2,11 +2,13 @@
 
 from typing import Final
 
-from ovr.errors import TaskDied
-from ovr.kernel import Kernel, Struct, find_task, mm_space, types_that_fit
+from ovr.errors import AgentUntrusted, TaskDied
+from ovr.guest.client.results import PoolInfo
+from ovr.kernel import Kernel, Struct, find_task, find_vma, mm_space, types_that_fit
+from ovr.kernel.linux.mm import VM_SHARED
 from ovr.memory.paging import AddressSpace
 
-__all__ = ["OF_THE_TASK", "Alive"]
+__all__ = ["OF_THE_TASK", "Alive", "alive_with_pool"]
 
 OF_THE_TASK: Final = "was it killed? look for the OOM killer in the guest's kernel log"
 
@@ -41,3 +43,26 @@ class Alive:
         alive = task is not None and task == self._task and task.mm
         if not alive or mm_space(self._kernel, alive).root != self.space.root:
             raise TaskDied(f"{self.name} has died in the guest", OF_THE_TASK)
+
+
+@types_that_fit()
+def alive_with_pool(kernel: Kernel, pool: PoolInfo) -> Alive:
+    """Return the process that has a pool, if its memory is private and anonymous.
+
+    Raises:
+        AgentUntrusted: it is not.
+        TaskDied: there is no such process any more.
+        GuestFault, KernelNotFound: invalid kernel objects or types in the guest.
+    """
+    name = "the process with the pool"
+    task: Struct | None = find_task(kernel, pool.pid)
+    if task is None or not task.mm:
+        raise TaskDied(f"{name} has died in the guest", OF_THE_TASK)
+    vma = find_vma(task.mm, pool.address)
+    end = pool.address + pool.size
+    if not vma or vma.vm_end < end or vma.vm_flags & VM_SHARED or vma.vm_file:
+        raise AgentUntrusted(
+            f"pid {pool.pid} has no pool at {pool.address:#x}", "is this agent the guest's own?",
+            "pool",
+        )  # fmt: skip
+    return Alive(name, kernel, task, mm_space(kernel, task.mm))

@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from types import TracebackType
 from typing import Self, TypeVar
 
+from ovr.attempt.alive import Alive, alive_with_pool
 from ovr.attempt.authentication import authenticate, check_same_guest
 from ovr.attempt.copier import Copier
 from ovr.attempt.journal import Journal
@@ -15,7 +16,7 @@ from ovr.attempt.saver import Saver
 from ovr.attempt.undo import Recording
 from ovr.errors import AgentUnreachable, AttemptFailed, OvrError
 from ovr.guest.client.agent import Agent
-from ovr.guest.client.results import HeldTree
+from ovr.guest.client.results import HeldTree, PoolInfo
 from ovr.guest.client.tracer import find_tracer
 from ovr.kernel import find_task
 from ovr.memory.addresses import Gva
@@ -179,6 +180,23 @@ class Attempt:
         self._to_abort = False
         with self.recording.reverted_on(AttemptFailed):
             return go(self.agent)
+
+    def leave(self) -> None:
+        """Do not abort: what is held stays as it is, and is left to another session."""
+        self._heartbeat.close()
+        self._to_abort = False
+
+    def find_pool(self, pool: PoolInfo) -> Alive:
+        """Find the process that has the guest's pool, and make sure that it is the agent's.
+
+        Raises:
+            AgentUntrusted: it is not the agent's CRIU, or has no such memory.
+            AttemptFailed: it is gone.
+            GuestFault, KernelNotFound: invalid kernel objects or types in the guest.
+        """
+        with self.holder.held():
+            find_tracer(self.vm.kernel, self._process, pool.pid, engine=False)
+        return alive_with_pool(self.vm.kernel, pool)
 
     def _do(self, step: Callable[[Agent], T]) -> T:
         self._check_vm()

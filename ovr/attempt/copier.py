@@ -88,6 +88,7 @@ class Copier(InHolds[Feed | Lane]):
         self.journal = journal
         self._advance = advance
         self._origin = origin
+        self._saved: Callable[[Extents], None] = lambda copied: None
 
     def _make_ready(self, target: Target, part: Extents, *, aside: bool) -> Feed | Lane:
         # Read the source, which may fail.
@@ -127,6 +128,26 @@ class Copier(InHolds[Feed | Lane]):
         """
         for batch in self._batches(parts):
             self._each_run(batch, self._copy, OWNED, after=self._note, writes=True)
+
+    def copy_own(self, target: Target, saved: Callable[[Extents], None]) -> None:
+        """Write the pages of a running process of another VM, but for those that are not its own.
+
+        Args:
+            target: the pages; its source is an `Origin` with frames.
+            saved: called after each hold with the runs of the origin that were copied in it.
+
+        Raises:
+            AttemptFailed: a process has died.
+            GuestFault: page tables of a guest are damaged.
+        """
+        self._saved = saved
+        for batch in self._batches([(target, target.pieces)]):
+            self._each_run(batch, self._copy, OWNED, after=self._note, again=False)
+
+    def _after_hold(self, done: Sequence[tuple[Ready[Feed | Lane], Extents]]) -> None:
+        for ready, _ in done:
+            if isinstance(ready.pages, Lane) and ready.pages.origin.frames is not None:
+                self._saved(ready.pages.copied)
 
     def write_families(self, families: Iterable[Family]) -> list[Part]:
         """Write pages shared by fork; return those that turn out not to be shared.
@@ -210,8 +231,9 @@ class Copier(InHolds[Feed | Lane]):
 
     def _copy(self, ready: Ready[Feed | Lane], runs: Extents) -> int:
         # SAFETY: the guest kernel's flags, read in this hold, say that the frames are the target's
-        # own: a task's exclusive anonymous pages, anonymous pages that only tasks of the tree can
-        # have, or pages of a shared object that only the tree has. The hold keeps them still: no
+        # own: a task's exclusive anonymous pages, or those of the waiting CRIU that has the pool,
+        # anonymous pages that only tasks of the tree can have, or pages of a shared object that
+        # only the tree has. The hold keeps them still: no
         # vCPU runs until it ends, and the tasks themselves are stopped under CRIU until we commit;
         # and once it has ended the gate lets no write through. The content stays: the frame is
         # dirty, or swap has no copy that reclaim could go back to. Undone by killing the tree.

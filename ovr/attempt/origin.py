@@ -20,7 +20,7 @@ EVERYWHERE: Final = np.array([(0, 1 << 63, 0)], PIECE)
 """Places for positions that are addresses in the other VM."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Origin:
     """The memory of a process, or of a shared object, in the VM that it comes from.
 
@@ -65,6 +65,7 @@ class Lane:
     """Some pages of an origin, ready to be copied to, or compared with, frames of a guest.
 
     Attributes:
+        origin: has the pages.
         part: the pages, a `_fastcopy.PIECE` array; offsets are positions in the origin.
         copied: after `copy`, the runs of the origin's address space that were copied.
     """
@@ -72,7 +73,7 @@ class Lane:
     def __init__(self, origin: Origin, part: Extents) -> None:
         self.part = part
         self.copied: Extents = np.empty(0, RUN)
-        self._origin = origin
+        self.origin = origin
 
     @classmethod
     def make(cls, origin: Origin, part: Extents, *, aside: bool) -> Self:
@@ -89,7 +90,7 @@ class Lane:
         """
         pieces = origin.addresses(part)
         found = origin.space.walk(pieces)
-        if aside:
+        if aside and origin.frames is None:
             found = _read_in(origin, pieces, found)
         origin.space.ram.prefault(found)
         return cls(origin, part)
@@ -104,9 +105,9 @@ class Lane:
             GuestFault: page tables there are damaged.
             HoldBroken: the VM is not held any more.
         """
-        self._origin.check()
+        self.origin.check()
         there = self._there(runs)
-        done = ram.copy_across(_crossing(runs, there), self._origin.space.ram)
+        done = ram.copy_across(_crossing(runs, there), self.origin.space.ram)
         if done == total(there):
             self.copied = there
             return self._until(runs, there)
@@ -122,14 +123,14 @@ class Lane:
         Raises:
             GuestFault: page tables there are damaged.
         """
-        self._origin.check()
+        self.origin.check()
         there = self._there(runs)
-        gva = ram.first_difference_across(_crossing(runs, there), self._origin.space.ram)
+        gva = ram.first_difference_across(_crossing(runs, there), self.origin.space.ram)
         return self._until(runs, there), gva
 
     def _there(self, runs: Extents) -> Extents:
         # Offsets are the bytes of `runs` before each.
-        origin = self._origin
+        origin = self.origin
         found = origin.space.walk(origin.addresses(runs), origin.frames)
         if origin.frames is not None:
             return with_flags(found, OWNED)
@@ -138,7 +139,7 @@ class Lane:
         return found[: gaps[0]] if len(gaps) else found
 
     def _until(self, runs: Extents, there: Extents) -> int:
-        return total(runs) if self._origin.frames is not None else total(there)
+        return total(runs) if self.origin.frames is not None else total(there)
 
 
 def _read_in(origin: Origin, pieces: Extents, found: Extents) -> Extents:

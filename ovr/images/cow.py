@@ -9,6 +9,7 @@ rules.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +22,17 @@ from ovr.memory.addresses import PAGE_SIZE
 from ovr.memory.extents import Extents, cut_to, ends_of, pages_in
 from ovr.memory.ranges import RANGE, Ranges, ranges_of
 
-__all__ = ["Inheritance", "inheritance", "zero_pages"]
+__all__ = ["Contents", "ImageContents", "Inheritance", "inheritance"]
+
+
+class Contents(Protocol):
+    """Compares pages."""
+
+    def equal(self, own: Memory, theirs: Memory, areas: Vmas) -> Ranges:
+        """Return the pages in some areas that are equal in two memories, neighbours joined."""
+
+    def zeros(self, task: Task, ranges: Ranges) -> Ranges:
+        """Return the pages of a task in `ranges` that are filled with zeros."""
 
 
 @dataclass(frozen=True)
@@ -37,34 +48,45 @@ class Inheritance:
     equal: Ranges
 
 
-def inheritance(tasks: Sequence[Task]) -> Mapping[int, Inheritance]:
+def inheritance(tasks: Sequence[Task], contents: Contents) -> Mapping[int, Inheritance]:
     """Return the inheritance of each task by pid; tasks whose parent is not in `tasks` have none.
 
     Args:
         tasks: the live tasks of one image set.
+        contents: compares their pages.
 
     Raises:
         ImagesDamaged: a pages image became shorter, or cannot be read.
     """
     by_pid = {task.pid: task for task in tasks}
     found: dict[int, Inheritance] = {}
-    with Sources() as sources:
-        for task in tasks:
-            parent = by_pid.get(task.ppid)
-            if parent is not None:
-                areas = _inherited(task, parent)
-                assert task.memory is not None and parent.memory is not None
-                equal = _equal(task.memory, parent.memory, areas, sources)
-                found[task.pid] = Inheritance(ranges_of(areas["start"], areas["end"]), equal)
+    for task in tasks:
+        parent = by_pid.get(task.ppid)
+        if parent is not None:
+            areas = _inherited(task, parent)
+            assert task.memory is not None and parent.memory is not None
+            equal = contents.equal(task.memory, parent.memory, areas)
+            found[task.pid] = Inheritance(ranges_of(areas["start"], areas["end"]), equal)
     return found
 
 
-def zero_pages(task: Task, ranges: Ranges) -> Ranges:
-    """Return the pages of a task in `ranges` that are filled with zeros.
+class ImageContents:
+    """Compares pages in the images.
 
-    Raises:
-        ImagesDamaged: a pages image became shorter, or cannot be read.
+    Its functions raise `ImagesDamaged` if a pages image became shorter, or cannot be read.
     """
+
+    def equal(self, own: Memory, theirs: Memory, areas: Vmas) -> Ranges:
+        """Return the pages in some areas that are equal in two memories, neighbours joined."""
+        with Sources() as sources:
+            return _equal(own, theirs, areas, sources)
+
+    def zeros(self, task: Task, ranges: Ranges) -> Ranges:
+        """Return the pages of a task in `ranges` that are filled with zeros."""
+        return _zero_pages(task, ranges)
+
+
+def _zero_pages(task: Task, ranges: Ranges) -> Ranges:
     assert task.memory is not None
     runs = cut_to(task.memory.entries, ranges["start"], ranges["end"])
     run_of_page = np.repeat(np.arange(len(runs)), pages_in(runs))

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ovr.images import Memory, Task
-from ovr.images.cow import inheritance
+from ovr.images.cow import Contents, inheritance
 from ovr.images.shared import SharedMemory
 from ovr.images.vma import (
     MAP_GROWSDOWN,
@@ -192,17 +192,19 @@ class SharedPlan(MemoryPlan):
 
 
 def plan_tasks(
-    alive: Sequence[Task], *, asked: bool, force: bool
+    alive: Sequence[Task], contents: Contents, *, asked: bool, force: bool
 ) -> tuple[tuple[TaskPlan, ...], CowPlan]:
     """Plan the private pages of tasks, and the pages that they share by fork.
 
     Args:
         alive: the live tasks, parents first.
+        contents: compares their pages.
         asked: whether memory is to be written outside at all.
         force: whether the guest's agent can allocate pages of areas that are not writable.
     """
     areas = {task.pid: _areas(task, asked=asked, force=force) for task in alive}
-    cow = plan_cow(alive, inheritance(alive) if asked else {}, lambda task: _open(areas[task.pid]))
+    inherited = inheritance(alive, contents) if asked else {}
+    cow = plan_cow(alive, inherited, lambda task: _open(areas[task.pid]), contents)
     plans = []
     for task in alive:
         assert task.memory is not None

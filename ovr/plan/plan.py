@@ -10,6 +10,7 @@ from typing import Final
 
 from ovr.errors import UsageError
 from ovr.images import ImageSet, Memory
+from ovr.images.cow import Contents, ImageContents
 from ovr.images.shared import shared_memory
 from ovr.images.vma import without_content
 from ovr.plan.areas import MemoryPlan, SharedPlan, TaskPlan, plan_shared, plan_tasks
@@ -97,7 +98,11 @@ class Plan:
 
 
 def make_plan(
-    images: ImageSet, outside: Sequence[str] = (ALL,), *, force_write: bool = True
+    images: ImageSet,
+    outside: Sequence[str] = (ALL,),
+    *,
+    force_write: bool = True,
+    contents: Contents | None = None,
 ) -> Plan:
     """Decide for every run of pages and every kind of state.
 
@@ -106,6 +111,7 @@ def make_plan(
         outside: names of kinds of state, of groups of them, or ``all``.
         force_write: whether the guest's kernel lets the agent write to pages that the task itself
             cannot write to (FOLL_FORCE through ``/proc/PID/mem``).
+        contents: compares pages; None: as they are in the images.
 
     Raises:
         UsageError: there is no such kind or group.
@@ -115,7 +121,7 @@ def make_plan(
     asked = _asked(outside)
     memory = MEMORY in asked
     alive = [task for task in images.tasks if task.alive]
-    tasks, cow = plan_tasks(alive, asked=memory, force=force_write)
+    tasks, cow = plan_tasks(alive, contents or ImageContents(), asked=memory, force=force_write)
     shared = plan_shared(shared_memory(images), asked=memory)
     for one in (*tasks, *shared):
         one.memory.check_readable()

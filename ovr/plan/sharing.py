@@ -19,7 +19,7 @@ from typing import Final
 import numpy as np
 
 from ovr.images import Task
-from ovr.images.cow import Inheritance, zero_pages
+from ovr.images.cow import Contents, Inheritance
 from ovr.memory.addresses import PAGE_SIZE
 from ovr.memory.extents import addresses_of
 from ovr.memory.ranges import Ranges, common, join, no_ranges, ranges_of, without
@@ -70,6 +70,7 @@ def plan_cow(
     tasks: Sequence[Task],
     inherited: Mapping[int, Inheritance],
     allowed: Callable[[Task], Ranges],
+    contents: Contents,
 ) -> CowPlan:
     """Plan the sharing of a tree.
 
@@ -77,8 +78,9 @@ def plan_cow(
         tasks: the live tasks, parents first.
         inherited: the inheritance of each from its parent, by pid.
         allowed: returns the areas of a task whose pages go outside and that may be cut.
+        contents: compares their pages.
     """
-    lineage = _lineage(tasks, inherited)
+    lineage = _lineage(tasks, inherited, contents)
     seeds = {}
     for root, family in _families(lineage).items():
         seed = join(*(common(lineage.chained[task.pid], areas) for task, areas in family[1:]))
@@ -100,7 +102,9 @@ class _Lineage:
     zeros: Ranges
 
 
-def _lineage(tasks: Sequence[Task], inherited: Mapping[int, Inheritance]) -> _Lineage:
+def _lineage(
+    tasks: Sequence[Task], inherited: Mapping[int, Inheritance], contents: Contents
+) -> _Lineage:
     rooted = _rooted(tasks, inherited)
     chained = _chained(tasks, inherited, rooted)
     deep = {
@@ -109,7 +113,7 @@ def _lineage(tasks: Sequence[Task], inherited: Mapping[int, Inheritance]) -> _Li
         if task.pid in inherited
     }
     by_pid = {task.pid: task for task in tasks}
-    zeros = join(*(zero_pages(by_pid[pid], ranges) for pid, ranges in deep.items()))
+    zeros = join(*(contents.zeros(by_pid[pid], ranges) for pid, ranges in deep.items()))
     return _Lineage(by_pid, inherited, rooted, chained, zeros)
 
 

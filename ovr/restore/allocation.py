@@ -5,20 +5,22 @@ agent touches the other pages of tasks, and maps each shared object in a process
 page table leads to the object's pages: the restored tasks show no trace of it.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
 import numpy as np
 
 from ovr.attempt.alive import Alive
+from ovr.attempt.origin import Origin
 from ovr.attempt.shared_object import mapper, reach
 from ovr.attempt.targets import Family, Target
 from ovr.errors import AttemptFailed
 from ovr.guest.client.agent import Agent
 from ovr.guest.client.requests import Portion
 from ovr.guest.protocol import Touching
-from ovr.images.source import Sources
+from ovr.images import Memory
+from ovr.images.source import Source
 from ovr.kernel import (
     Kernel,
     Struct,
@@ -37,6 +39,9 @@ from ovr.plan.areas import SharedPlan, TaskPlan
 from ovr.state import GuestTree
 
 __all__ = ["Outside", "allocate_outside"]
+
+Content = Callable[[Memory, int], Source | Origin]
+"""Returns the pages of a memory at a level of its chain of dumps."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +72,7 @@ class Outside:
 
 
 def allocate_outside(
-    plan: Plan, guest: GuestTree, agent: Agent, sources: Sources, *, warm: bool = False
+    plan: Plan, guest: GuestTree, agent: Agent, content: Content, *, warm: bool = False
 ) -> Outside:
     """Have the guest allocate the memory that the plan writes outside, and find it.
 
@@ -75,7 +80,7 @@ def allocate_outside(
         plan: the plan.
         guest: the skeleton.
         agent: the agent, which holds the skeleton.
-        sources: the pages images.
+        content: returns the pages to be written.
         warm: CRIU has populated the large pieces as well.
 
     Raises:
@@ -84,7 +89,7 @@ def allocate_outside(
         KernelNotFound: invalid types of its kernel.
         AgentUnreachable: the link broke.
     """
-    restorees = {task.task.pid: _Restoree(task, guest, agent, sources) for task in plan.tasks}
+    restorees = {task.task.pid: _Restoree(task, guest, agent, content) for task in plan.tasks}
     families: list[Family] = []
     targets: list[Target] = []
     agent.touch(chain.from_iterable(r.portions(large=not warm) for r in restorees.values()))
@@ -94,14 +99,14 @@ def allocate_outside(
         if restoree.plan.before_fork:
             families += _families(restoree, restorees, guest)
     for shared in plan.shared:
-        targets += _of_shared(shared, guest, agent, sources)
+        targets += _of_shared(shared, guest, agent, content)
     return Outside(families, targets)
 
 
 class _Restoree:
     # A task of the plan, found in the guest.
 
-    def __init__(self, plan: TaskPlan, guest: GuestTree, agent: Agent, sources: Sources) -> None:
+    def __init__(self, plan: TaskPlan, guest: GuestTree, agent: Agent, content: Content) -> None:
         self.plan = plan
         with types_that_fit():
             task = guest.task(plan.task.pid)
@@ -111,7 +116,7 @@ class _Restoree:
             self.check = Alive(f"pid {plan.task.pid}", guest.kernel, task, self.space)
         self._kernel = guest.kernel
         self._agent = agent
-        self._sources = sources
+        self._content = content
 
     def targets(
         self, pieces: Mapping[int, Extents], frames: Frames | None = None
@@ -123,7 +128,7 @@ class _Restoree:
                     space=self.space,
                     frames=frames or self._kernel.private_frames,
                     pieces=here,
-                    source=self._sources.of(self.plan.memory, level),
+                    source=self._content(self.plan.memory, level),
                     ask=self._ask,
                     check=self.check,
                     spared=self.plan.spared,
@@ -225,7 +230,7 @@ def _overlaps(ranges: Ranges, others: Ranges) -> np.ndarray[tuple[int], np.dtype
 
 
 def _of_shared(
-    plan: SharedPlan, guest: GuestTree, agent: Agent, sources: Sources
+    plan: SharedPlan, guest: GuestTree, agent: Agent, content: Content
 ) -> Iterator[Target]:
     if not plan.bytes_outside:
         return
@@ -252,7 +257,7 @@ def _of_shared(
             space=check.space,
             frames=guest.kernel.shared_frames(there.mapping),
             pieces=here,
-            source=sources.of(plan.memory, level),
+            source=content(plan.memory, level),
             ask=ask,
             check=check,
         )

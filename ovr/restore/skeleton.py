@@ -14,6 +14,7 @@ from ovr.guest.protocol import MAX_IMAGE_BYTES
 from ovr.images import image_size
 from ovr.images.regular import regular_file
 from ovr.plan import NO_POOL, Cold, Inside, Plan, Pool, Warm, build_inside
+from ovr.plan.pool.seats import Seats
 from ovr.plan.pool.table import foreign_cgroup
 
 __all__ = ["Built", "build_skeleton", "inside_of"]
@@ -28,21 +29,31 @@ class Built:
     Attributes:
         root_pid: pid of its root task, in the guest's initial pid namespace.
         memory: where its memory came from.
+        complete: whether all memory that was to come from the pool did.
         unread_config: CRIU's configuration files in the guest that were not read, by path.
     """
 
     root_pid: int
     memory: Warm | Cold
+    complete: bool
     unread_config: Mapping[str, str]
 
 
-def inside_of(plan: Plan, checkpoint: Checkpoint, guest: AgentInfo) -> Inside:
+def inside_of(
+    plan: Plan, checkpoint: Checkpoint, guest: AgentInfo, seats: Seats | None = None
+) -> Inside:
     """Build the inside image set for a guest, with its pool where that can be used.
+
+    Args:
+        plan: the plan.
+        checkpoint: what is restored.
+        guest: the guest, with its pool.
+        seats: the parts of the pool that have pages of the tree already.
 
     Raises:
         ImagesUnsupported: it is larger than the agent takes.
     """
-    inside = build_inside(plan, _pool(plan, checkpoint, guest))
+    inside = build_inside(plan, _pool(plan, checkpoint, guest, seats))
     size = sum(map(image_size, inside.images.values()))
     if size > MAX_IMAGE_BYTES:
         raise ImagesUnsupported(
@@ -53,7 +64,7 @@ def inside_of(plan: Plan, checkpoint: Checkpoint, guest: AgentInfo) -> Inside:
     return inside
 
 
-def _pool(plan: Plan, checkpoint: Checkpoint, guest: AgentInfo) -> Pool | Cold:
+def _pool(plan: Plan, checkpoint: Checkpoint, guest: AgentInfo, seats: Seats | None) -> Pool | Cold:
     if not guest.warm:
         return NO_POOL
     if checkpoint.engine is not None:
@@ -62,7 +73,7 @@ def _pool(plan: Plan, checkpoint: Checkpoint, guest: AgentInfo) -> Pool | Cold:
         return Cold(
             "the tasks belong into a cgroup of their own, and the pool is charged to the agent's"
         )
-    return Pool(guest.warm, guest.criu or "", guest.warm_at)
+    return Pool(guest.warm, guest.criu or "", guest.warm_at, seats)
 
 
 def build_skeleton(
@@ -72,6 +83,7 @@ def build_skeleton(
     *,
     timeout: float | None,
     log_level: int,
+    move: str | None = None,
 ) -> Built:
     """Have the guest build the skeleton, up to CRIU's pre-resume hook.
 
@@ -81,6 +93,7 @@ def build_skeleton(
         inside: its inside image set.
         timeout: seconds that CRIU or an engine may take; None: as long as it makes progress.
         log_level: CRIU's ``-v``.
+        move: the id of the move that ends here.
 
     Raises:
         OvrError: as `Agent.begin`.
@@ -96,11 +109,14 @@ def build_skeleton(
                 warm_images=inside.memory.images if isinstance(inside.memory, Warm) else (),
                 timeout=timeout,
                 log_level=log_level,
+                move=move,
             ),
             engine=checkpoint.engine is not None,
         )
     log.info("skeleton stands: pid %d, %d threads", skeleton.root_pid, len(skeleton.tasks))
-    return Built(skeleton.root_pid, _memory_of(inside.memory, skeleton), unread)
+    memory = _memory_of(inside.memory, skeleton)
+    complete = isinstance(memory, Warm) and skeleton.warm == memory.size and not skeleton.note
+    return Built(skeleton.root_pid, memory, complete, unread)
 
 
 def _memory_of(planned: Warm | Cold, skeleton: HeldTree) -> Warm | Cold:

@@ -70,7 +70,7 @@ def restore(
             )
         with watch("populate"):
             warm = isinstance(built.memory, Warm)
-            memory = allocate_outside(plan, attempt.tree(), attempt.agent, sources, warm=warm)
+            memory = allocate_outside(plan, attempt.tree(), attempt.agent, sources.of, warm=warm)
         copier = attempt.copier(watch.counter(memory.bytes))
         with watch("memory"):
             copier.copy(memory.families, memory.targets)

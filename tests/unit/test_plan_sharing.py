@@ -13,6 +13,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from ovr.images.cow import ImageContents
 from ovr.images.vma import (
     MADV_DONTNEED_LOCKED,
     MADV_POPULATE_WRITE,
@@ -174,7 +175,7 @@ def test_every_task_sees_its_own_content(tmp_path_factory, family):
         one.vmas["prot"] = PROT_READ | PROT_WRITE
         one.areas, one.contents, one.rseq_areas = AREAS, pages, no_ranges()
         tasks.append(one)
-    plans, cow = plan_tasks(tasks, asked=True, force=True)
+    plans, cow = plan_tasks(tasks, ImageContents(), asked=True, force=True)
     cuts = cuts_of(plans, cow)
     asked = {plan.task.pid: [*pieces(plan.task, cuts[plan.task.pid])] for plan in plans}
     bounds = [[(piece.start, piece.end) for piece in asked[plan.task.pid]] for plan in plans]
@@ -205,7 +206,7 @@ def test_the_page_that_criu_must_have_is_none_that_is_shared(tmp_path):
     for one in tasks:
         one.vmas["prot"] = PROT_READ | PROT_WRITE
         one.rseq_areas = no_ranges()
-    plans, _ = plan_tasks(tasks, asked=True, force=True)
+    plans, _ = plan_tasks(tasks, ImageContents(), asked=True, force=True)
     for plan in plans:
         [anchor] = plan.runs[plan.runs["reason"] == Reason.ANCHOR].tolist()
         assert anchor[:2] == (200 * PAGE_SIZE, PAGE_SIZE)
@@ -220,7 +221,7 @@ def test_a_server_and_its_workers(tmp_path):
     for one in tasks:
         one.vmas["prot"] = PROT_READ | PROT_WRITE
         one.rseq_areas = no_ranges()
-    plans, _ = plan_tasks(tasks, asked=True, force=True)
+    plans, _ = plan_tasks(tasks, ImageContents(), asked=True, force=True)
     first, *workers = plans
     assert pages_of(first.sharing.cow.before_fork) == {*range(100)}
     for worker in workers:

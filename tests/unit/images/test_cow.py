@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ovr._fastcopy import PAIR, equal_pages
-from ovr.images.cow import inheritance, zero_pages
+from ovr.images.cow import ImageContents, inheritance
 from ovr.images.pagemap import PAGEMAP_DTYPE
 from ovr.images.task import Memory
 from ovr.images.vma import MAP_GROWSDOWN, VMA_ANON_PRIVATE, VMA_DTYPE, VMA_FILE_PRIVATE
@@ -62,7 +62,7 @@ def pages_of(ranges):
 
 
 def equal_of(parent, child):
-    return pages_of(inheritance([parent, child])[child.pid].equal)
+    return pages_of(inheritance([parent, child], ImageContents())[child.pid].equal)
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ def test_areas_must_be_alike(tmp_path, areas, exe, shared):
     parent = task(tmp_path, 1, 0, [(10, 20, ANON)], {10: 1, 11: 2, 12: 3, 13: 4})
     child = task(tmp_path, 2, 1, areas, {10: 1, 11: 9, 12: 3, 14: 4}, exe=exe)
     assert equal_of(parent, child) == shared
-    assert len(inheritance([parent, child])[2].areas) == bool(shared)
+    assert len(inheritance([parent, child], ImageContents())[2].areas) == bool(shared)
 
 
 @pytest.mark.parametrize(("theirs", "shared"), [(FILE, {3}), (OTHER_FILE, set())])
@@ -102,7 +102,7 @@ def test_generations(tmp_path_factory, contents, fathers):
     contents = [{p: b for p, b in pages.items() if p in inside} or {0: 0} for pages in contents]
     parents = [0, *(min(pid, dict(enumerate(fathers)).get(pid, 1)) for pid in range(1, 4))]
     tasks = [task(path, n + 1, parents[n], AREAS, pages) for n, pages in enumerate(contents)]
-    found = inheritance(tasks)
+    found = inheritance(tasks, ImageContents())
     assert found.keys() == {*range(2, len(tasks) + 1)}
     for n, pages in enumerate(contents[1:], 1):
         theirs = contents[parents[n] - 1]
@@ -113,8 +113,8 @@ def test_generations(tmp_path_factory, contents, fathers):
 def test_zero_pages(tmp_path):
     one = task(tmp_path, 1, 0, [(0, 30, ANON)], {0: 0, 1: 0, 2: 5, 7: 0, 9: 1, 12: 0})
     ranges = ranges_of(*(np.array(pages, "<u8") * PAGE_SIZE for pages in ([1, 5], [4, 12])))
-    assert pages_of(zero_pages(one, ranges)) == {1, 7}
-    assert len(zero_pages(one, ranges[:0])) == 0
+    assert pages_of(ImageContents().zeros(one, ranges)) == {1, 7}
+    assert len(ImageContents().zeros(one, ranges[:0])) == 0
 
 
 def pairs(*rows):
