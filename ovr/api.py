@@ -15,9 +15,10 @@ from pathlib import Path
 
 from ovr.attempt.stopwatch import Stopwatch
 from ovr.checkpoint import open_checkpoint
-from ovr.dump import dump
+from ovr.dump import AS_MANY_AS_HELP, dump
 from ovr.dump.container import to_dump
 from ovr.dump.report import DumpReport
+from ovr.move import MoveReport, move
 from ovr.restore import restore
 from ovr.restore.report import Report
 from ovr.vm.attach import AttachedVm
@@ -142,6 +143,46 @@ class Vm(AttachedVm):
             self, tree, place, agent=agent, leave_running=leave_running,
             pre_copies=pre_copies, verify=verify,
             criu_options=criu_options if container is None else (), log_level=log_level,
+            timeout=timeout, watch=watch,
+        )  # fmt: skip
+
+    def move(
+        self,
+        pid: int,
+        to: AttachedVm,
+        *,
+        agent: str | None = None,
+        to_agent: str | None = None,
+        rounds: int = AS_MANY_AS_HELP,
+        verify: str = "sample",
+        check_cpu: bool = True,
+        criu_options: Sequence[str] = (),
+        log_level: int = 2,
+        timeout: float | None = None,
+    ) -> MoveReport:
+        """Move a running tree to another VM of this host; see `ovr.move.story.move`.
+
+        Args:
+            pid: the root task, in the guest's initial pid namespace.
+            to: the VM that gets it.
+            agent: the agent's address; lab VMs know their own.
+            to_agent: that of the other VM's agent.
+            rounds: copy pages while the tree runs, in so many rounds, or
+                `ovr.dump.AS_MANY_AS_HELP`.
+            verify: read back none of the memory, a ``sample``, or all (``full``).
+            check_cpu: refuse a VM whose CPU lacks a feature of this one's.
+            criu_options: further options for ``criu dump`` and ``criu restore``.
+            log_level: how much both guests' CRIUs log (their ``-v``).
+            timeout: seconds that either CRIU may take; None: as long as it makes progress.
+
+        Raises:
+            MoveInDoubt: the tree may run in the other VM, or does, and is here too, frozen.
+            OvrError: what went wrong. The tree runs on here, and the other VM is as it was.
+        """
+        watch, self._watch = self._watch, Stopwatch()
+        return move(
+            self, to, pid, source_agent=agent, destination_agent=to_agent, rounds=rounds,
+            verify=verify, check_cpu=check_cpu, criu_options=criu_options, log_level=log_level,
             timeout=timeout, watch=watch,
         )  # fmt: skip
 

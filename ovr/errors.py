@@ -47,6 +47,7 @@ __all__ = [
     "ImagesUnsupported",
     "KernelNotFound",
     "LabError",
+    "MoveInDoubt",
     "OvrError",
     "PidTaken",
     "RamNotShared",
@@ -156,6 +157,21 @@ class ArchiveFailed(OvrError):
 
     exit_code = 8
     code = "archive"
+
+
+class MoveInDoubt(OvrError):
+    """The source's tree is frozen, and that of the destination may run, or does.
+
+    Attributes:
+        move: the id of the move.
+    """
+
+    exit_code = 9
+    code = "in-doubt"
+
+    def __init__(self, message: str, hint: str, move: str) -> None:
+        super().__init__(message, hint)
+        self.move = move
 
 
 class GuestFault(OvrError):

@@ -5,17 +5,29 @@ from dataclasses import dataclass
 from typing import ClassVar, Final, Self
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ovr._fastcopy import OWNED, PIECE, RUN
 from ovr.errors import AttemptFailed
-from ovr.memory.addresses import Gva
-from ovr.memory.extents import Extents, left_of, split, total, with_flags
+from ovr.memory.addresses import PAGE_SIZE, Gva
+from ovr.memory.extents import (
+    Extents,
+    cut_at,
+    ends_of,
+    left_of,
+    split,
+    total,
+    with_flags,
+)
 from ovr.memory.paging import AddressSpace, Frames
 from ovr.memory.ram import GuestRam
 
 __all__ = ["EVERYWHERE", "Lane", "Origin"]
 
 _TRIES: Final = 20
+_INDEX_SHIFT: Final = 40
+"""Bits of an offset within a piece; above them is the number of the piece."""
+_DELTA_MASK: Final = (1 << _INDEX_SHIFT) - 1
 EVERYWHERE: Final = np.array([(0, 1 << 63, 0)], PIECE)
 """Places for positions that are addresses in the other VM."""
 
@@ -131,15 +143,47 @@ class Lane:
     def _there(self, runs: Extents) -> Extents:
         # Offsets are the bytes of `runs` before each.
         origin = self.origin
-        found = origin.space.walk(origin.addresses(runs), origin.frames)
+        parts = _page_by_page_at_the_edges(runs)
+        pieces, heads = _whole_pages(origin.addresses(parts))
+        found = origin.space.walk(pieces, origin.frames)
         if origin.frames is not None:
-            return with_flags(found, OWNED)
+            found = with_flags(found, OWNED)
+        at = found["offset"] >> _INDEX_SHIFT
+        before = np.cumsum(parts["size"]) - parts["size"]
+        cut = parts["size"][at] < PAGE_SIZE
+        found["gva"] += heads[at]
+        found["gpa"] += heads[at]
+        found["size"] = np.where(cut, parts["size"][at], found["size"])
+        found["offset"] = before[at].astype("<i8") + (found["offset"] & _DELTA_MASK)
+        if origin.frames is not None:
+            return found
         whole = np.cumsum(found["size"]) - found["size"]
         gaps = np.flatnonzero(found["offset"] != whole.astype("<i8"))
         return found[: gaps[0]] if len(gaps) else found
 
     def _until(self, runs: Extents, there: Extents) -> int:
         return total(runs) if self.origin.frames is not None else total(there)
+
+
+def _page_by_page_at_the_edges(runs: Extents) -> Extents:
+    # Bytes of a page that are spared leave runs that begin or end within a page.
+    page = np.uint64(PAGE_SIZE)
+    ends = ends_of(runs)
+    edges = [(runs["gva"] + page - np.uint64(1)) // page * page, ends // page * page]
+    ragged = [runs["gva"] % page != 0, ends % page != 0]
+    inner = np.concatenate([edge[odd] for edge, odd in zip(edges, ragged, strict=True)])
+    return cut_at(runs, np.unique(inner)) if len(inner) else runs
+
+
+def _whole_pages(pieces: Extents) -> tuple[Extents, NDArray[np.uint64]]:
+    # The pages of pieces, numbered in their offsets, and the bytes before each piece in its page.
+    page = np.uint64(PAGE_SIZE)
+    heads = pieces["gva"] % page
+    whole = pieces.copy()
+    whole["gva"] -= heads
+    whole["size"] = np.where(pieces["size"] < page, page, pieces["size"])
+    whole["offset"] = np.arange(len(pieces), dtype="<i8") << _INDEX_SHIFT
+    return whole, heads
 
 
 def _read_in(origin: Origin, pieces: Extents, found: Extents) -> Extents:

@@ -21,10 +21,11 @@ __all__ = ["main", "make_parser"]
 
 # Modules of this package. Only the module of the command is imported, to start fast.
 _COMMANDS: Final = (
-    "dump", "restore", "warm", "plan", "states", "ps", "list", "check", "agent", "lab", "demo",
+    "dump", "restore", "move", "warm", "plan", "states", "ps", "list", "check", "agent", "lab",
+    "demo",
 )  # fmt: skip
-_AS_CRIU: Final = ("dump", "restore")
-"""Commands with the options of CRIU's command of the same name."""
+_AS_CRIU: Final = ("dump", "restore", "move")
+"""Commands with options of CRIU's, whose -v is CRIU's."""
 
 _WIDTH: Final = 92
 _EPILOG: Final = """\
@@ -35,7 +36,7 @@ ADDR is vsock:CID[:PORT], unix:PATH[:PORT] or serial:PATH; not needed for lab VM
 exit codes:
   0 done   1 failed and undone, VM unharmed   2 usage   3 VM or agent not reachable
   4 check failed   5 images cannot be restored   6 images damaged   7 verify mismatch
-  8 container ended, archive incomplete
+  8 container ended, archive incomplete   9 move in doubt
 """
 
 
@@ -122,7 +123,10 @@ def make_parser(only: str | None = None) -> argparse.ArgumentParser:
     """
     parser = _Command(
         prog="ovr",
-        description="Save processes of a running QEMU VM, and restore them into one, from outside.",
+        description=(
+            "Save processes of a running QEMU VM, restore them into one, or move them from one to"
+            " another, from outside."
+        ),
         examples="""\
             ovr list
             ovr check --vm libvirt:web

@@ -36,7 +36,7 @@ from ovr.errors import UsageError
 from ovr.guest.client.agent import Agent
 from ovr.vm.attach import AttachedVm
 
-__all__ = ["HELP", "USAGE", "add"]
+__all__ = ["HELP", "USAGE", "add", "pid_of", "rounds_of"]
 
 _PID_MAX_LIMIT: Final = 1 << 22
 
@@ -82,7 +82,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         help="let the tree run on",
     )  # fmt: skip
     parser.add_argument(
-        "--pre-copy", nargs="?", type=_rounds, const=AS_MANY_AS_HELP, default=0, metavar="auto|N",
+        "--pre-copy", nargs="?", type=rounds_of, const=AS_MANY_AS_HELP, default=0, metavar="auto|N",
         help="copy pages while the tree runs, in as many rounds as help or in N, so that it is"
         " stopped for less time; images in a directory then build on those in subdirectories",
     )  # fmt: skip
@@ -141,7 +141,12 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _rounds(text: str) -> int:
+def rounds_of(text: str) -> int:
+    """Return a number of rounds of pre-copies: ``auto`` or a number.
+
+    Raises:
+        argparse.ArgumentTypeError: it is neither.
+    """
     if text == "auto":
         return AS_MANY_AS_HELP
     if not (text.isascii() and text.isdecimal() and len(text) < 3):
@@ -149,7 +154,12 @@ def _rounds(text: str) -> int:
     return int(text)
 
 
-def _pid(text: str) -> int:
+def pid_of(text: str) -> int:
+    """Return a pid of the guest.
+
+    Raises:
+        UsageError: it is none.
+    """
     if not (text.isascii() and text.isdecimal() and 0 < int(text) < _PID_MAX_LIMIT):
         raise UsageError(f"{text!r} is not a pid", "ovr ps shows the guest's processes")
     return int(text)
@@ -161,7 +171,7 @@ def _wanted(options: argparse.Namespace) -> dict[str, Any]:
     if images is None and options.export is None:
         images = Path()
     return {
-        "pid": None if options.tree is None else _pid(options.tree),
+        "pid": None if options.tree is None else pid_of(options.tree),
         "images": images,
         "container": options.container,
         "export": options.export,

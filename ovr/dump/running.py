@@ -1,6 +1,6 @@
 """The tasks of a running tree, and the pages that they have."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Final, NamedTuple
 
@@ -16,6 +16,7 @@ from ovr.kernel import (
     VM_SOFTDIRTY,
     Kernel,
     Struct,
+    Vma,
     mm_space,
     tree_of,
     types_that_fit,
@@ -38,9 +39,11 @@ class RunningTask(NamedTuple):
 
     Attributes:
         pid: its pid in the pid namespace of the tree.
+        ppid: its parent's, likewise; the root's is of no use.
         tgid: its pid in the initial pid namespace.
         space: its address space.
-        areas: the areas of private memory, a `_fastcopy.PIECE` array.
+        mappings: its private memory.
+        areas: the same as a `_fastcopy.PIECE` array.
         marked: those of which the kernel takes every page for soft-dirty, whatever its page table
             entry says (``VM_SOFTDIRTY``): new ones, and what has become a part of them.
         frames: tells anonymous pages from those of files.
@@ -48,8 +51,10 @@ class RunningTask(NamedTuple):
     """
 
     pid: int
+    ppid: int
     tgid: int
     space: AddressSpace
+    mappings: Sequence[Vma]
     areas: Extents
     marked: Ranges
     frames: Frames
@@ -110,16 +115,21 @@ def running_tasks(kernel: Kernel, root_pid: int) -> Iterator[RunningTask]:
     Raises:
         GuestFault, KernelNotFound: invalid kernel objects or types in the guest.
     """
-    for pid, task in tree_of(kernel, root_pid):
+    tasks = tree_of(kernel, root_pid)
+    pids = {task.tgid: pid for pid, task in tasks}
+    for pid, task in tasks:
         with suppress(TaskDied):
-            if found := _describe(kernel, pid, task):
+            if found := _describe(kernel, pid, task, pids):
                 yield found
 
 
 @types_that_fit()
-def _describe(kernel: Kernel, pid: int, task: Struct) -> RunningTask | None:
+def _describe(
+    kernel: Kernel, pid: int, task: Struct, pids: Mapping[int, int]
+) -> RunningTask | None:
     if not task.mm:  # a zombie
         return None
+    ppid = pids.get(task.real_parent.tgid, 0)
     space = mm_space(kernel, task.mm)
     check = Alive(f"pid {pid}", kernel, task, space)
     try:
@@ -130,5 +140,6 @@ def _describe(kernel: Kernel, pid: int, task: Struct) -> RunningTask | None:
     areas = pieces((vma.start, vma.end - vma.start, 0) for vma in private)
     new = pieces((vma.start, vma.end - vma.start, 0) for vma in private if vma.flags & VM_SOFTDIRTY)
     return RunningTask(
-        pid, task.tgid, space, areas, addresses_of(new), kernel.anonymous_frames, check
-    )
+        pid, ppid, task.tgid, space, private, areas, addresses_of(new), kernel.anonymous_frames,
+        check,
+    )  # fmt: skip

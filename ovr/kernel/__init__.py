@@ -26,7 +26,12 @@ from ovr.kernel.linux.mm import (
     mm_space,
     vmas,
 )
-from ovr.kernel.linux.pid import find_pid_ns, find_task_by_pid_ns, task_active_pid_ns
+from ovr.kernel.linux.pid import (
+    find_pid_ns,
+    find_task_by_pid_ns,
+    pid_nr_ns,
+    task_active_pid_ns,
+)
 from ovr.kernel.linux.rbtree import rbtree_for_each_entry
 from ovr.kernel.linux.tasks import (
     Process,
@@ -87,6 +92,7 @@ __all__ = [
     "is_traced",
     "list_for_each_entry",
     "mm_space",
+    "pid_nr_ns",
     "processes",
     "rbtree_for_each_entry",
     "settled",

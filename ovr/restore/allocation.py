@@ -6,7 +6,7 @@ page table leads to the object's pages: the restored tasks show no trace of it.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 
 import numpy as np
@@ -31,7 +31,7 @@ from ovr.kernel import (
     types_that_fit,
 )
 from ovr.memory.addresses import PAGE_SIZE, Gva
-from ovr.memory.extents import Extents, cut_to, total
+from ovr.memory.extents import Extents, cut_out, cut_to, total
 from ovr.memory.paging import Frames
 from ovr.memory.ranges import RANGE, Ranges, common, join, ranges_of, without
 from ovr.plan import Plan
@@ -61,6 +61,22 @@ class Outside:
         """Bytes to be written."""
         shared = sum(total(family.first.pieces) for family in self.families)
         return shared + sum(total(target.pieces) for target in self.targets)
+
+    def without(self, there: Mapping[Origin, Ranges]) -> "Outside":
+        """Return the memory without pages that are there already.
+
+        Args:
+            there: addresses of pages of tasks, not shared by fork, by the content of the task.
+        """
+        if not there:
+            return self
+        left = [
+            replace(target, pieces=cut_out(target.pieces, there[target.source]))
+            if isinstance(target.source, Origin) and target.source in there
+            else target
+            for target in self.targets
+        ]
+        return Outside(self.families, left)
 
     @property
     def all(self) -> Sequence[Target]:

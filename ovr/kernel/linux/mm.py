@@ -17,13 +17,21 @@ from ovr.memory.addresses import PAGE_SIZE, Gva
 from ovr.memory.paging import AddressSpace
 
 __all__ = [
+    "VM_DONTCOPY",
+    "VM_DONTDUMP",
     "VM_EXEC",
+    "VM_GROWSDOWN",
     "VM_HUGETLB",
     "VM_IO",
+    "VM_LOCKED",
+    "VM_MERGEABLE",
+    "VM_NOHUGEPAGE",
+    "VM_NORESERVE",
     "VM_PFNMAP",
     "VM_READ",
     "VM_SHARED",
     "VM_SOFTDIRTY",
+    "VM_WIPEONFORK",
     "VM_WRITE",
     "Vma",
     "anon_vma_users",
@@ -37,10 +45,18 @@ VM_READ: Final = 0x1
 VM_WRITE: Final = 0x2
 VM_EXEC: Final = 0x4
 VM_SHARED: Final = 0x8
+VM_GROWSDOWN: Final = 0x100
 VM_PFNMAP: Final = 0x400
+VM_LOCKED: Final = 0x2000
 VM_IO: Final = 0x4000
+VM_DONTCOPY: Final = 0x2_0000
+VM_NORESERVE: Final = 0x20_0000
 VM_HUGETLB: Final = 0x40_0000
+VM_WIPEONFORK: Final = 0x200_0000
+VM_DONTDUMP: Final = 0x400_0000
 VM_SOFTDIRTY: Final = 0x800_0000  # where CONFIG_MEM_SOFT_DIRTY is set
+VM_NOHUGEPAGE: Final = 0x4000_0000
+VM_MERGEABLE: Final = 0x8000_0000
 
 
 @dataclass(frozen=True)

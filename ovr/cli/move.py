@@ -1,0 +1,158 @@
+"""``ovr move``: move a running tree from one VM to another."""
+
+import argparse
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Final
+
+from ovr.api import attach
+from ovr.attempt.attempt import Attempt, agent_address
+from ovr.attempt.authentication import authenticate_alone, check_same_guest
+from ovr.cli.as_criu import add_progress, add_timeout, progress_mode
+from ovr.cli.criu_options import add_criu_options, add_verbosity
+from ovr.cli.dump import pid_of, rounds_of
+from ovr.cli.output import document, json_option, printed, size
+from ovr.cli.progress import make_watch
+from ovr.cli.signals import ended_in_order
+from ovr.dump import AS_MANY_AS_HELP, VERIFY_MODES
+from ovr.errors import UsageError
+from ovr.guest.client.agent import Agent
+from ovr.move import MoveReport
+from ovr.move.decide import decide
+from ovr.vm.attach import AttachedVm
+
+__all__ = ["HELP", "USAGE", "add"]
+
+
+HELP: Final = """\
+move a running process tree from one VM to another, from outside
+
+Move a process tree that runs in a VM of this host to another VM of this host: its memory goes from
+RAM to RAM while it runs, then it is stopped for a moment. Accepts options of `criu dump` and `criu
+restore` that both have.
+
+ovr move -t 4242 --from libvirt:a --to libvirt:b
+ovr move -t 4242 --from name:a --to name:b --rounds 3 --verify full --json
+ovr move --finish --from libvirt:a --to libvirt:b
+ovr move --back --from libvirt:a --to libvirt:b
+"""
+USAGE: Final = (
+    "ovr move -t PID --from VM --to VM [option …] [option of criu …]\n"
+    "       ovr move --finish|--back --from VM [--to VM] [--id ID]"
+)
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the command."""
+    parser.add_argument(
+        "-t", "--tree", metavar="PID",
+        help="the root task, by its pid in the guest (`ovr ps` shows them)",
+    )  # fmt: skip
+    parser.add_argument("--from", dest="source", metavar="VM", required=True, help="has the tree")
+    parser.add_argument("--to", dest="destination", metavar="VM", help="gets the tree")
+    for side in ("from", "to"):
+        parser.add_argument(
+            f"--{side}-agent", metavar="ADDR",
+            help=f"address of the agent of the VM --{side} (default: found from its devices)",
+        )  # fmt: skip
+        parser.add_argument(
+            f"--{side}-vmlinux", metavar="FILE", type=Path,
+            help=f"the kernel of the VM --{side}, if its memory has no symbols or types",
+        )  # fmt: skip
+    parser.add_argument(
+        "--rounds", type=rounds_of, default=AS_MANY_AS_HELP, metavar="auto|N",
+        help="copy pages while the tree runs in N rounds, or in as many as help (auto)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--verify", choices=VERIFY_MODES, default="sample",
+        help="compare none, a sample or all of the memory before the tree may run",
+    )  # fmt: skip
+    parser.add_argument(
+        "--ignore-cpu", action="store_true",
+        help="move to a VM whose CPU lacks features that the source has",
+    )  # fmt: skip
+    _add_decisions(parser)
+    add_timeout(parser, "save or build the tree, without its memory")
+    add_progress(parser)
+    add_verbosity(parser)
+    parser.add_argument("-o", "--log-file", metavar="FILE", help="log there, not to stderr")
+    json_option(parser)
+    add_criu_options(parser, "dump")
+
+
+def _add_decisions(parser: argparse.ArgumentParser) -> None:
+    decision = parser.add_mutually_exclusive_group()
+    decision.add_argument(
+        "--finish", action="store_true",
+        help="a move is in doubt: end the tree of --from, because that of --to runs or has run",
+    )  # fmt: skip
+    decision.add_argument(
+        "--back", action="store_true",
+        help="a move is in doubt: let the tree of --from run on, because that of --to never ran;"
+        " without --to, because that VM is gone for good",
+    )  # fmt: skip
+    parser.add_argument("--id", metavar="ID", help="the move, if several are in doubt")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Move, or decide a move."""
+    if options.finish or options.back:
+        return _decide(options)
+    if options.tree is None or options.destination is None:
+        raise UsageError("what is to be moved, and where to?", "give -t PID and --to VM")
+    with ended_in_order():
+        report = _move(options)
+    with printed(f"pid {report.pid} runs in {options.destination}"):
+        if options.json:
+            document("ovr.move/1", report.as_json())
+        else:
+            print(_sentence(report, options))
+    return 0
+
+
+def _move(options: argparse.Namespace) -> MoveReport:
+    with (
+        make_watch(progress_mode(options)) as watch,
+        attach(options.source, vmlinux=options.from_vmlinux, watch=watch) as source,
+        attach(options.destination, vmlinux=options.to_vmlinux) as destination,
+    ):
+        return source.move(
+            pid_of(options.tree), destination, agent=options.from_agent, to_agent=options.to_agent,
+            rounds=options.rounds, verify=options.verify, check_cpu=not options.ignore_cpu,
+            criu_options=options.criu_options, log_level=options.log_level,
+            timeout=options.timeout,
+        )  # fmt: skip
+
+
+def _decide(options: argparse.Namespace) -> int:
+    with ExitStack() as stack:
+        there = None
+        if options.destination is not None:
+            there = _authenticated(options, stack)
+        vm = stack.enter_context(attach(options.source, vmlinux=options.from_vmlinux))
+        source = stack.enter_context(Attempt(vm, options.from_agent))
+        name = decide(source, there, options.id, finish=options.finish)
+    done = "finished" if options.finish else "taken back"
+    with printed(f"the move {name} was {done}"):
+        if options.json:
+            document("ovr.move.decided/1", {"move": name, "decision": done})
+        else:
+            where = options.destination if options.finish else options.source
+            print(f"move {name} was {done}: the tree runs in {where}")
+    return 0
+
+
+def _authenticated(options: argparse.Namespace, stack: ExitStack) -> Agent:
+    vm = stack.enter_context(AttachedVm(options.destination, vmlinux=options.to_vmlinux))
+    agent = stack.enter_context(Agent.connect(agent_address(vm, options.to_agent)))
+    check_same_guest(vm.kernel, agent)
+    authenticate_alone(vm.kernel, agent, vm.qmp, vm.ram.slots)
+    return agent
+
+
+def _sentence(report: MoveReport, options: argparse.Namespace) -> str:
+    return (
+        f"moved pid {report.pid} from {options.source} to {options.destination}"
+        f" ({report.tasks} tasks, {size(report.bytes_total)}) in {report.seconds['total']:.3f} s;"
+        f" down for {report.downtime:.3f} s"
+    )

@@ -1,0 +1,87 @@
+"""The commit of a move: at most one of the two trees ever runs.
+
+The source's tree is prepared: frozen so that nothing but a decision lets it run. Then the
+destination's is let run, and the source's is ended when the other is seen to run. If it cannot be
+known whether the destination's tree runs, the move is in doubt until `decide` has looked there.
+"""
+
+from collections.abc import Callable
+from typing import Final, TypeVar
+
+from ovr.attempt.attempt import Attempt
+from ovr.errors import AttemptFailed, MoveInDoubt, OvrError
+from ovr.guest.client.agent import Agent
+from ovr.kernel import find_task
+
+__all__ = ["commit"]
+
+T = TypeVar("T")
+
+_DECIDE: Final = "ovr move --finish or ovr move --back, with the same --from and --to, decides it"
+
+
+def commit(
+    source: Attempt,
+    destination: Attempt,
+    move: str,
+    root_pid: int,
+    let_run: Callable[[Agent], T],
+) -> tuple[T, bytes]:
+    """Let the destination's tree run, and end that of the source.
+
+    Args:
+        source: holds the tree that was dumped.
+        destination: holds the restored one.
+        move: the id of the move, which the destination's agent knows.
+        root_pid: pid of the restored root task, in the initial pid namespace.
+        let_run: lets the restored tree run, and checks that it does.
+
+    Returns:
+        What `let_run` returns, and the ``stats-dump`` of the source's CRIU.
+
+    Raises:
+        MoveInDoubt: it is not known whether the destination's tree runs; the source's is frozen.
+            Or it runs, and the source's is still there, frozen.
+        OvrError: the source's tree runs on, and there is none in the destination.
+    """
+    told = False
+
+    def tell(agent: Agent) -> T:
+        nonlocal told
+        told = True
+        return let_run(agent)
+
+    source.agent.prepare(move)
+    try:
+        done = destination.commit(tell)
+    except BaseException as error:
+        if not told or (isinstance(error, AttemptFailed) and _gone(destination, root_pid)):
+            raise
+        source.leave()
+        raise MoveInDoubt(
+            f"it is not known whether the tree runs in the destination: {_said(error)}", _DECIDE,
+            move,
+        ) from error  # fmt: skip
+    try:
+        return done, source.commit(Agent.end_dump)
+    except BaseException as error:
+        source.leave()
+        raise MoveInDoubt(
+            f"the tree runs in the destination, and that of the source is still there, frozen:"
+            f" {_said(error)}",
+            "ovr move --finish, with the same --from and --to, ends it",
+            move,
+        ) from error
+
+
+def _gone(destination: Attempt, root_pid: int) -> bool:
+    try:
+        destination.vm.check_same_boot()
+        task = find_task(destination.vm.kernel, root_pid)
+        return task is None or not task.mm
+    except OvrError:
+        return False
+
+
+def _said(error: BaseException) -> str:
+    return "interrupted" if isinstance(error, KeyboardInterrupt) else str(error)

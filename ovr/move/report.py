@@ -1,0 +1,127 @@
+"""The result of a move."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ovr.attempt.attempt import Attempt
+from ovr.attempt.stopwatch import Span, Stopwatch, rounded, timeline
+from ovr.dump.precopy import Round
+from ovr.plan import Cold, Plan, Warm
+from ovr.restore.skeleton import Built
+
+__all__ = ["MoveReport", "make_report"]
+
+
+@dataclass
+class MoveReport:
+    """One move. Bytes are page bytes of all tasks and of shared memory; times are seconds.
+
+    Attributes:
+        move: its id.
+        pid: the root task's pid in the destination's initial pid namespace.
+        tasks: number of tasks with memory.
+        bytes_total: size of all pages.
+        bytes_outside: of those, what went from RAM to RAM.
+        bytes_inside: what CRIU had in its images.
+        bytes_ahead: of those outside, what was copied while the tree ran, and had not changed.
+        bytes_copied: all that was copied from RAM to RAM; what changed meanwhile, more than once.
+        rounds: the rounds of copies while the tree ran; the last one is the look before CRIU stops
+            the tree.
+        downtime: from the last look at the running tree to its first instruction in the
+            destination, as measured by ``ovr``; neither is later or earlier than that.
+        verified: ``none``, ``sample`` or ``full``.
+        skeleton: ``warm`` if memory came from a pool in the destination, else ``cold``.
+        skeleton_why: why it is cold.
+        held: for each side, as for a restore.
+        spans: when each phase was.
+    """
+
+    move: str = ""
+    pid: int = 0
+    tasks: int = 0
+    bytes_total: int = 0
+    bytes_outside: int = 0
+    bytes_inside: int = 0
+    bytes_ahead: int = 0
+    bytes_copied: int = 0
+    rounds: Sequence[Round] = ()
+    downtime: float = 0.0
+    verified: str = "none"
+    bytes_verified: int = 0
+    skeleton: str = "cold"
+    skeleton_why: str = ""
+    seconds: dict[str, float] = field(default_factory=dict)
+    held: dict[str, dict[str, Any]] = field(default_factory=dict)
+    spans: Sequence[Span] = ()
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the fields of ``ovr.move/1``."""
+        return {
+            "move": self.move,
+            "pid": self.pid,
+            "tasks": self.tasks,
+            "bytes_total": self.bytes_total,
+            "bytes_outside": self.bytes_outside,
+            "bytes_inside": self.bytes_inside,
+            "bytes_ahead": self.bytes_ahead,
+            "bytes_copied": self.bytes_copied,
+            "rounds": [rounded(one._asdict()) for one in self.rounds],
+            "downtime": round(self.downtime, 6),
+            "verify": self.verified,
+            "bytes_verified": self.bytes_verified,
+            "skeleton": self.skeleton,
+            "skeleton_why": self.skeleton_why,
+            "seconds": rounded(self.seconds),
+            "held": {side: rounded(held) for side, held in self.held.items()},
+            "timeline": timeline(self.spans),
+        }
+
+
+def make_report(
+    move: str,
+    plan: Plan,
+    built: Built,
+    *,
+    source: Attempt,
+    destination: Attempt,
+    rounds: Sequence[Round],
+    copied: int,
+    downtime: float,
+    watch: Stopwatch,
+    verified: tuple[str, int],
+) -> MoveReport:
+    """Return the report of a move that was committed.
+
+    Args:
+        move: its id.
+        plan: the plan of the restore.
+        built: the skeleton.
+        source: committed.
+        destination: committed.
+        rounds: of copies while the tree ran.
+        copied: bytes copied while it was stopped.
+        downtime: as in the report.
+        watch: the times.
+        verified: how memory was verified, and how many bytes of it.
+    """
+    watch.seconds["total"] = watch.total()
+    return MoveReport(
+        move=move,
+        pid=built.root_pid,
+        tasks=len(plan.tasks),
+        bytes_total=plan.bytes_total,
+        bytes_outside=plan.bytes_outside,
+        bytes_inside=plan.bytes_total - plan.bytes_outside,
+        bytes_ahead=plan.bytes_outside - copied,
+        bytes_copied=copied + sum(one.size for one in rounds),
+        rounds=rounds,
+        downtime=downtime,
+        verified=verified[0],
+        bytes_verified=verified[1],
+        skeleton="warm" if isinstance(built.memory, Warm) else "cold",
+        skeleton_why=built.memory.why if isinstance(built.memory, Cold) else "",
+        seconds=watch.seconds,
+        held={"source": source.holder.as_json(), "destination": destination.holder.as_json()},
+        spans=tuple(watch.spans),
+    )

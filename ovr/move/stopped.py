@@ -1,0 +1,160 @@
+"""The stopped tree in the source: its images without memory, and where its memory is."""
+
+from collections.abc import Mapping
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ovr.attempt.attempt import Attempt
+from ovr.attempt.origin import Origin
+from ovr.attempt.targets import Target
+from ovr.dump.copies import Copies
+from ovr.dump.memory import dumped_pages, place
+from ovr.dump.output import NewImages, writable
+from ovr.dump.received import Received
+from ovr.dump.rseq import rseq_pages
+from ovr.dump.stop import save_inside
+from ovr.dump.targets import targets_of
+from ovr.images import ImageSet, Memory, Task
+from ovr.images.cow import ImageContents
+from ovr.images.shared import shared_memory
+from ovr.images.vma import Vmas
+from ovr.memory.extents import Extents, addresses_of, as_pieces, cut_to, on_same_frames
+from ovr.memory.paging import pieces
+from ovr.memory.ranges import Ranges, common, no_ranges
+from ovr.plan import Plan, Warm
+from ovr.plan.pages import Reason
+from ovr.restore.skeleton import Built
+
+__all__ = ["Stopped", "look_at_stopped", "pages_there"]
+
+
+@dataclass(frozen=True)
+class Stopped:
+    """A tree that CRIU holds in the source.
+
+    A `ovr.images.cow.Contents`: pages of parent and child are equal if they are the same frame.
+
+    Attributes:
+        attempt: holds it.
+        unchanged: addresses of pages that were copied before and have not changed since, by pid in
+            the pid namespace of the tree.
+    """
+
+    attempt: Attempt
+    unchanged: Mapping[int, Ranges]
+    _place: Path
+    _targets: Mapping[str, Target]
+    _origins: Mapping[str, Origin]
+
+    def content(self, memory: Memory, level: int) -> Origin:
+        """Return the pages of a memory of the images."""
+        return self._origins[memory.name]
+
+    def equal(self, own: Memory, theirs: Memory, areas: Vmas) -> Ranges:
+        """Return the pages in some areas that two memories share, neighbours joined."""
+        wanted = pieces((start, end - start, 0) for start, end in areas[["start", "end"]].tolist())
+        if not len(wanted) or not {own.name, theirs.name} <= self._targets.keys():
+            return no_ranges()
+        one, other = self._targets[own.name], self._targets[theirs.name]
+        with self.attempt.holder.held():
+            one.check()
+            other.check()
+            mine, his = one.space.walk(wanted), other.space.walk(wanted)
+        same = addresses_of(on_same_frames(mine, his))
+        return common(common(same, addresses_of(own.entries)), addresses_of(theirs.entries))
+
+    def zeros(self, task: Task, ranges: Ranges) -> Ranges:
+        """Return the pages of a task in `ranges` that are filled with zeros."""
+        assert task.memory is not None
+        if not len(ranges):
+            return no_ranges()
+        self._save(task.memory, cut_to(task.memory.entries, ranges["start"], ranges["end"]))
+        return ImageContents().zeros(task, ranges)
+
+    def save_inside(self, plan: Plan) -> None:
+        """Write the pages that stay inside to the images.
+
+        Raises:
+            AttemptFailed: some pages are not there, and stay away.
+            GuestFault: page tables of the guest are damaged.
+            UsageError: they cannot be written.
+        """
+        for memory in plan.memories:
+            self._save(memory.memory, memory.runs[memory.runs["reason"] > Reason.INHERITED])
+
+    def _save(self, memory: Memory, runs: Extents) -> None:
+        # What CRIU has written itself is there, and has no target.
+        if len(runs) and memory.name in self._targets:
+            target = replace(self._targets[memory.name], pieces=as_pieces(runs))
+            with writable(self._place / memory.pages_name):
+                self.attempt.saver(lambda count: None).save([target])
+
+
+def look_at_stopped(
+    attempt: Attempt, received: Received, images: NewImages, copies: Copies, stack: ExitStack
+) -> Stopped:
+    """Write the final pagemaps, with empty pages images, and find the pages in the guest.
+
+    Args:
+        attempt: holds the tree.
+        received: the images of the guest's CRIU.
+        images: gets pagemaps and pages images.
+        copies: the pages that were copied while the tree ran.
+        stack: closes the pages images.
+
+    Raises:
+        ImagesDamaged, ImagesUnsupported: CRIU's images are invalid.
+        AttemptFailed: a task is not there.
+        GuestFault, KernelNotFound: invalid kernel objects or types in the guest.
+        UsageError: the images cannot be written.
+    """
+    placed = []
+    unchanged = {}
+    late = rseq_pages(received.names, images)
+    for dumped in dumped_pages(received.names, images):
+        if not dumped.shared:
+            of_task = late.get(dumped.number, no_ranges())
+            unchanged[dumped.number] = copies.check_unchanged(
+                dumped, of_task, attempt.tree(), attempt.holder
+            )
+        placed.append(
+            place(dumped, images, lambda one, size: images.sink(one.pages_name, size), no_ranges())
+        )
+        stack.enter_context(placed[-1].sink)
+    with closing(ImageSet.open(images.path)) as saved:
+        objects = {one.shmid: one for one in shared_memory(saved)}
+    outside, _ = save_inside(attempt.agent, placed, objects, images)
+    targets = {
+        one.dumped.name: target
+        for one in outside
+        for target in targets_of([one], objects, attempt.tree(), attempt.agent)
+    }
+    origins = {name: _origin(target) for name, target in targets.items()}
+    return Stopped(attempt, unchanged, images.path, targets, origins)
+
+
+def _origin(target: Target) -> Origin:
+    return Origin(
+        name=f"{target.name} of the source", space=target.space, places=target.pieces,
+        check=target.check, ask=target.ask,
+    )  # fmt: skip
+
+
+def pages_there(plan: Plan, built: Built, stopped: Stopped) -> Mapping[Origin, Ranges]:
+    """Return the pages that came with the pool and have not changed, by their origin.
+
+    Args:
+        plan: the plan.
+        built: the skeleton.
+        stopped: the tree in the source.
+    """
+    if not (isinstance(built.memory, Warm) and built.complete):
+        return {}
+    return {
+        stopped.content(task.memory, 0): common(
+            built.memory.kept.get(task.task.pid, no_ranges()),
+            stopped.unchanged.get(task.task.pid, no_ranges()),
+        )
+        for task in plan.tasks
+    }

@@ -1,0 +1,161 @@
+"""One move, step by step: docs/architecture.md, section 1, as code."""
+
+import logging
+import os
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Final
+
+from ovr.attempt import settings
+from ovr.attempt.attempt import Attempt
+from ovr.attempt.copier import VERIFY_MODES
+from ovr.attempt.stopwatch import Stopwatch
+from ovr.checkpoint import ImagesCheckpoint
+from ovr.dump.output import NewImages
+from ovr.dump.parent import Parent
+from ovr.dump.plan import tree_to_dump
+from ovr.dump.precopy import AS_MANY_AS_HELP, PreCopy
+from ovr.dump.received import Received
+from ovr.errors import UsageError
+from ovr.guest.client.agent import Agent
+from ovr.guest.client.failures import criu_lacked
+from ovr.kernel import Kernel
+from ovr.move.commit import commit
+from ovr.move.pool import PoolStore, make_pool, seats_of, with_pool
+from ovr.move.preflight import check_move
+from ovr.move.report import MoveReport, make_report
+from ovr.move.stopped import look_at_stopped, pages_there
+from ovr.plan import Warm, make_plan
+from ovr.restore.allocation import allocate_outside
+from ovr.restore.preflight import refuse_taken_pids
+from ovr.restore.release import let_run
+from ovr.restore.skeleton import build_skeleton, inside_of
+from ovr.vm.attach import AttachedVm
+
+__all__ = ["move"]
+
+log = logging.getLogger("ovr.move")
+
+_MEMORY: Final = "/dev/shm"
+"""Images are small, and nobody else reads them."""
+
+
+def move(
+    source: AttachedVm,
+    destination: AttachedVm,
+    pid: int,
+    *,
+    source_agent: str | None = None,
+    destination_agent: str | None = None,
+    rounds: int = AS_MANY_AS_HELP,
+    verify: str = "sample",
+    check_cpu: bool = True,
+    criu_options: Sequence[str] = (),
+    log_level: int = 2,
+    timeout: float | None = None,
+    watch: Stopwatch | None = None,
+) -> MoveReport:
+    """Move a running tree from one VM of this host to another.
+
+    Args:
+        source: the VM that has it, attached writable.
+        destination: the VM that gets it, likewise.
+        pid: the root task, in the source's initial pid namespace.
+        source_agent: address of the source's agent; None: as the VM's devices say.
+        destination_agent: likewise.
+        rounds: copy pages while the tree runs, in so many rounds, at least one, or
+            `AS_MANY_AS_HELP`.
+        verify: read back none of the memory, a ``sample``, or all (``full``).
+        check_cpu: refuse a destination whose CPU lacks a feature of the source's.
+        criu_options: further options for ``criu dump`` in the source and ``criu restore`` in the
+            destination.
+        log_level: CRIU's ``-v``.
+        timeout: seconds that either CRIU may take; None: as long as it makes progress.
+        watch: continues the times of attaching.
+
+    Raises:
+        UsageError: there is no such process, or no such way to verify.
+        CheckFailed: the tree cannot be moved to that VM; nothing was touched.
+        MoveInDoubt: the destination's tree may run or does, and the source's is there, frozen.
+        OvrError: the cause; the tree runs on in the source, and the destination is as it was.
+    """
+    if verify not in VERIFY_MODES:
+        raise UsageError(f"no way to verify called {verify!r}", f"take {', '.join(VERIFY_MODES)}")
+    watch = watch or Stopwatch()
+    name = os.urandom(16).hex()
+    with (
+        tempfile.TemporaryDirectory(prefix="ovr-move-", dir=_MEMORY) as scratch,
+        ExitStack() as stack,
+        Attempt(source, source_agent) as leaving,
+        Attempt(destination, destination_agent) as arriving,
+    ):
+        images = NewImages(Path(scratch))
+        with watch("check"):
+            tree_to_dump(source.kernel, pid)
+            check_move(leaving, arriving, pid, cpu=check_cpu)
+            unread = leaving.agent.criu_config()
+        with watch("pool"):
+            seats = seats_of(leaving, pid)
+            pool = make_pool(arriving, seats)
+            store = PoolStore(leaving, arriving, pool, seats)
+        with watch("start"), criu_lacked(unread):
+            parent = Parent(source.kernel, pid)
+            leaving.start(
+                lambda agent: agent.start_dump(
+                    pid, parent.new_images(), criu_options=criu_options, log_level=log_level,
+                    timeout=timeout,
+                )
+            )  # fmt: skip
+        with watch("ahead"):
+            pre_copy = PreCopy(leaving, pid, store)
+            pre_copy.run(rounds)
+            leaving.agent.add_to_parent(parent.new_images())
+        down = time.perf_counter()
+        with watch("stop"), criu_lacked(unread):
+            pre_copy.let_stop()
+            received = Received(images, source.ram.size)
+            leaving.begin(lambda agent: agent.held(received.save))
+            received.check_complete()
+            stopped = look_at_stopped(leaving, received, images, pre_copy.copies, stack)
+        with watch("plan"):
+            checkpoint = stack.enter_context(ImagesCheckpoint(images.path, criu_options))
+            refuse_taken_pids(checkpoint.images, destination.kernel)
+            guest = with_pool(arriving.agent.hello, pool)
+            plan = make_plan(checkpoint.images, force_write=guest.force_write, contents=stopped)
+            stopped.save_inside(plan)
+            inside = inside_of(plan, checkpoint, guest, seats)
+        with watch("skeleton"):
+            built = build_skeleton(
+                arriving, checkpoint, inside, timeout=timeout, log_level=log_level, move=name
+            )
+        with watch("populate"):
+            memory = allocate_outside(
+                plan, arriving.tree(), arriving.agent, stopped.content,
+                warm=isinstance(built.memory, Warm),
+            )  # fmt: skip
+            left = memory.without(pages_there(plan, built, stopped))
+        copier = arriving.copier(watch.counter(left.bytes), origin=leaving.holder)
+        with watch("memory"):
+            copier.copy(left.families, left.targets)
+        with watch("state"):
+            settings.write(plan.settings, arriving.tree, arriving.holder, arriving.recording)
+        with watch("verify"):
+            settings.verify(plan.settings, arriving.tree())
+            compared = copier.verify(memory.all, verify)
+        with watch("commit"):
+            up, _ = commit(
+                leaving, arriving, name, built.root_pid,
+                lambda agent: _let_run(agent, destination.kernel, built.root_pid),
+            )  # fmt: skip
+        return make_report(
+            name, plan, built, source=leaving, destination=arriving, rounds=pre_copy.rounds,
+            copied=left.bytes, downtime=up - down, watch=watch, verified=(verify, compared),
+        )  # fmt: skip
+
+
+def _let_run(agent: Agent, kernel: Kernel, root_pid: int) -> float:
+    let_run(agent, kernel, root_pid)
+    return time.perf_counter()
