@@ -7,8 +7,8 @@ from typing import Any
 from ovr.attempt.attempt import Attempt
 from ovr.attempt.stopwatch import Span, Stopwatch, rounded, timeline
 from ovr.dump.precopy import Round
-from ovr.plan import Cold, Plan, Warm
-from ovr.restore.skeleton import Built
+from ovr.move.arrival import Arrived
+from ovr.plan import Cold, Warm
 
 __all__ = ["MoveReport", "make_report"]
 
@@ -80,47 +80,44 @@ class MoveReport:
 
 def make_report(
     move: str,
-    plan: Plan,
-    built: Built,
+    arrived: Arrived,
     *,
     source: Attempt,
     destination: Attempt,
     rounds: Sequence[Round],
-    copied: int,
     downtime: float,
     watch: Stopwatch,
-    verified: tuple[str, int],
+    verified: str,
 ) -> MoveReport:
     """Return the report of a move that was committed.
 
     Args:
         move: its id.
-        plan: the plan of the restore.
-        built: the skeleton.
+        arrived: the tree.
         source: committed.
         destination: committed.
         rounds: of copies while the tree ran.
-        copied: bytes copied while it was stopped.
         downtime: as in the report.
         watch: the times.
-        verified: how memory was verified, and how many bytes of it.
+        verified: how memory was verified.
     """
     watch.seconds["total"] = watch.total()
+    plan, memory = arrived.plan, arrived.built.memory
     return MoveReport(
         move=move,
-        pid=built.root_pid,
+        pid=arrived.root_pid,
         tasks=len(plan.tasks),
         bytes_total=plan.bytes_total,
         bytes_outside=plan.bytes_outside,
         bytes_inside=plan.bytes_total - plan.bytes_outside,
-        bytes_ahead=plan.bytes_outside - copied,
-        bytes_copied=copied + sum(one.size for one in rounds),
+        bytes_ahead=plan.bytes_outside - arrived.copied,
+        bytes_copied=arrived.copied + sum(one.size for one in rounds),
         rounds=rounds,
         downtime=downtime,
-        verified=verified[0],
-        bytes_verified=verified[1],
-        skeleton="warm" if isinstance(built.memory, Warm) else "cold",
-        skeleton_why=built.memory.why if isinstance(built.memory, Cold) else "",
+        verified=verified,
+        bytes_verified=arrived.compared,
+        skeleton="warm" if isinstance(memory, Warm) else "cold",
+        skeleton_why=memory.why if isinstance(memory, Cold) else "",
         seconds=watch.seconds,
         held={"source": source.holder.as_json(), "destination": destination.holder.as_json()},
         spans=tuple(watch.spans),

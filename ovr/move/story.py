@@ -9,11 +9,9 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Final
 
-from ovr.attempt import settings
 from ovr.attempt.attempt import Attempt
 from ovr.attempt.copier import VERIFY_MODES
 from ovr.attempt.stopwatch import Stopwatch
-from ovr.checkpoint import ImagesCheckpoint
 from ovr.dump.output import NewImages
 from ovr.dump.parent import Parent
 from ovr.dump.plan import tree_to_dump
@@ -23,16 +21,13 @@ from ovr.errors import UsageError
 from ovr.guest.client.agent import Agent
 from ovr.guest.client.failures import criu_lacked
 from ovr.kernel import Kernel
+from ovr.move.arrival import arrive
 from ovr.move.commit import commit
-from ovr.move.pool import PoolStore, make_pool, seats_of, with_pool
+from ovr.move.pool import PoolStore, make_pool, seats_of
 from ovr.move.preflight import check_move
 from ovr.move.report import MoveReport, make_report
-from ovr.move.stopped import look_at_stopped, pages_there
-from ovr.plan import Warm, make_plan
-from ovr.restore.allocation import allocate_outside
-from ovr.restore.preflight import refuse_taken_pids
+from ovr.move.stopped import look_at_stopped
 from ovr.restore.release import let_run
-from ovr.restore.skeleton import build_skeleton, inside_of
 from ovr.vm.attach import AttachedVm
 
 __all__ = ["move"]
@@ -120,39 +115,18 @@ def move(
             leaving.begin(lambda agent: agent.held(received.save))
             received.check_complete()
             stopped = look_at_stopped(leaving, received, images, pre_copy.copies, stack)
-        with watch("plan"):
-            checkpoint = stack.enter_context(ImagesCheckpoint(images.path, criu_options))
-            refuse_taken_pids(checkpoint.images, destination.kernel)
-            guest = with_pool(arriving.agent.hello, pool)
-            plan = make_plan(checkpoint.images, force_write=guest.force_write, contents=stopped)
-            stopped.save_inside(plan)
-            inside = inside_of(plan, checkpoint, guest, seats)
-        with watch("skeleton"):
-            built = build_skeleton(
-                arriving, checkpoint, inside, timeout=timeout, log_level=log_level, move=name
-            )
-        with watch("populate"):
-            memory = allocate_outside(
-                plan, arriving.tree(), arriving.agent, stopped.content,
-                warm=isinstance(built.memory, Warm),
-            )  # fmt: skip
-            left = memory.without(pages_there(plan, built, stopped))
-        copier = arriving.copier(watch.counter(left.bytes), origin=leaving.holder)
-        with watch("memory"):
-            copier.copy(left.families, left.targets)
-        with watch("state"):
-            settings.write(plan.settings, arriving.tree, arriving.holder, arriving.recording)
-        with watch("verify"):
-            settings.verify(plan.settings, arriving.tree())
-            compared = copier.verify(memory.all, verify)
+        arrived = arrive(
+            arriving, stopped, images, stack, move=name, pool=pool, seats=seats, verify=verify,
+            criu_options=criu_options, log_level=log_level, timeout=timeout, watch=watch,
+        )  # fmt: skip
         with watch("commit"):
             up, _ = commit(
-                leaving, arriving, name, built.root_pid,
-                lambda agent: _let_run(agent, destination.kernel, built.root_pid),
+                leaving, arriving, name, arrived.root_pid,
+                lambda agent: _let_run(agent, destination.kernel, arrived.root_pid),
             )  # fmt: skip
         return make_report(
-            name, plan, built, source=leaving, destination=arriving, rounds=pre_copy.rounds,
-            copied=left.bytes, downtime=up - down, watch=watch, verified=(verify, compared),
+            name, arrived, source=leaving, destination=arriving, rounds=pre_copy.rounds,
+            downtime=up - down, watch=watch, verified=verify,
         )  # fmt: skip
 
 
