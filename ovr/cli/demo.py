@@ -1,13 +1,13 @@
-"""``ovr demo``: dump and restore a process of lab VMs, end to end."""
+"""``ovr demo``: dump and restore a process of lab VMs, or move it, end to end."""
 
 import argparse
 import shutil
 import sys
-from typing import Final
+from typing import Any, Final
 
 from ovr.cli.output import document, size
 from ovr.dump.report import DumpReport
-from ovr.lab import demo
+from ovr.lab import demo, demo_move
 from ovr.lab.image import SUITES
 from ovr.lab.ram import memory_size
 from ovr.restore import VERIFY_MODES
@@ -20,9 +20,11 @@ HELP: Final = """\
 dump a process of one lab VM and restore it into another, from outside
 
 Dump a process of one lab VM from outside, end that VM, boot another, restore the process into it
-from outside, and let it check itself. With --dump the other VM's own CRIU restores it.
+from outside, and let it check itself. With --dump the other VM's own CRIU restores it. With --move
+both VMs run, and the process goes on writing to its memory while it is moved.
 
 ovr demo
+ovr demo --move
 ovr demo --size 5G --memory 8G
 ovr demo --dump
 ovr demo --suite bookworm --json
@@ -31,7 +33,14 @@ ovr demo --suite bookworm --json
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument(
+        "--move", action="store_true", help="move the process while it runs and writes"
+    )
     parser.add_argument(
+        "--rate", type=int, default=50, metavar="MIB", help="with --move: MiB written a second (50)"
+    )
+    what.add_argument(
         "--dump", action="store_true", dest="by_criu",
         help="restore by the CRIU of the other VM alone, without ovr",
     )  # fmt: skip
@@ -45,12 +54,15 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Run the demo and print the result."""
-    outcome = demo.run(
-        size=memory_size(options.size), memory=options.memory, umask=options.umask,
-        suite=options.suite, accel=options.accel, verify=options.verify,
-        by_criu=options.by_criu,
-        say=lambda line: print(f"ovr demo: {line}", file=sys.stderr),
-    )  # fmt: skip
+    common: dict[str, Any] = {
+        "size": memory_size(options.size), "memory": options.memory, "umask": options.umask,
+        "suite": options.suite, "accel": options.accel, "verify": options.verify,
+        "say": lambda line: print(f"ovr demo: {line}", file=sys.stderr),
+    }  # fmt: skip
+    if options.move:
+        _show_move(demo_move.run(**common, rate=options.rate), options)
+        return 0
+    outcome = demo.run(**common, by_criu=options.by_criu)
     if options.json:
         document("ovr.demo.dump/1" if options.by_criu else "ovr.demo/1", outcome.as_json())
         return 0
@@ -61,6 +73,25 @@ def run(options: argparse.Namespace) -> int:
     if outcome.report is not None:
         _show("restore", outcome.report)
     return 0
+
+
+def _show_move(outcome: demo_move.MoveDemo, options: argparse.Namespace) -> None:
+    report, answer = outcome.report, outcome.answer
+    if options.json:
+        document("ovr.demo.move/1", outcome.as_json())
+        return
+    print(f"It says: {answer.words} words checked, {answer.wrong} wrong, umask {answer.umask}")
+    print(
+        f"It did not run for {outcome.gap:.3f} s (± {outcome.gap_error:.3f} s by its clocks);"
+        f" ovr says {report.downtime:.3f} s"
+    )
+    left = report.bytes_outside - report.bytes_ahead
+    print(
+        f"move: {size(report.bytes_ahead)} copied while it ran, in {len(report.rounds) - 1} rounds,"
+        f" {size(left)} while it was stopped, {size(report.bytes_inside)} inside"
+    )
+    for phase, seconds in report.seconds.items():
+        print(f"  {phase:<9}{seconds:8.3f} s  {'█' * _bar(seconds, report.seconds['total'])}")
 
 
 def _show(what: str, report: Report | DumpReport) -> None:

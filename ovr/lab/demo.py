@@ -1,4 +1,4 @@
-"""The main job on lab VMs, end to end: dump from VM A, restore into VM B, self-check.
+"""Dump from lab VM A, restore into lab VM B, self-check.
 
 Both are done from outside; or the dump alone, and VM B's own CRIU restores the process without ovr.
 
@@ -37,13 +37,27 @@ _PID: Final = 20_000
 
 @dataclass(frozen=True)
 class Answer:
-    """Result of the workload's self-check: checked words, wrong words, its umask."""
+    """Result of the workload's self-check.
+
+    Attributes:
+        pid: its pid.
+        words: words that it has checked.
+        wrong: of those, wrong ones.
+        first_wrong: index of the first of them; -1 if there is none.
+        umask: its umask.
+        written: pages that it has written to since its start.
+        before: when it ran for the last time before its longest pause, in seconds of its clock.
+        after: when it ran again.
+    """
 
     pid: int
     words: int
     wrong: int
     first_wrong: int
     umask: str
+    written: int = 0
+    before: float = 0.0
+    after: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -173,14 +187,22 @@ def prepare(vm: lab.LabVm) -> None:
     vm.put(build_workload(), _PROGRAM, 0o755)
 
 
-def start_workload(vm: lab.LabVm, size: int, umask: int) -> int:
-    """Start the workload and return its pid once its memory is filled."""
+def start_workload(vm: lab.LabVm, size: int, umask: int, rate: int | None = None) -> int:
+    """Start the workload and return its pid once its memory is filled.
+
+    Args:
+        vm: starts it.
+        size: bytes of its memory.
+        umask: its umask.
+        rate: MiB of pages that it writes to in a second; None: it waits.
+    """
     prepare(vm)
     # An earlier writer of the file had the same pid, which no process of a freshly booted guest
     # has.
     vm.sh(f"rm -f {_DIRECTORY}/pid; echo {_PID - 1} > /proc/sys/kernel/ns_last_pid")
     with vm.connect() as agent:
-        agent.spawn([_PROGRAM, _DIRECTORY, str(size), f"{umask:o}"])
+        written = [] if rate is None else [str(rate)]
+        agent.spawn([_PROGRAM, _DIRECTORY, str(size), f"{umask:o}", *written])
     return int(_await(vm, f"{_DIRECTORY}/pid"))
 
 

@@ -1,7 +1,7 @@
 /*
  * ovr-workload: the process that the demo and the tests dump and restore.
  *
- *     ovr-workload DIR BYTES UMASK
+ *     ovr-workload DIR BYTES UMASK [RATE]
  *
  * Fills BYTES of private anonymous memory with generated words, sets its umask (octal), forgets
  * its terminal and every open file, and writes its pid to DIR/pid. On SIGUSR1 it checks every
@@ -10,6 +10,10 @@
  *     {"pid": 123, "words": 134217728, "wrong": 0, "first_wrong": -1, "umask": "0137"}
  *
  * The expected words are recomputed, not stored, so that a restore that misses a page cannot pass.
+ *
+ * With RATE it also writes to so many MiB of pages in a second, one after the other and again from
+ * the first: the number of the pass goes into each page. The answer then has the longest time in
+ * which it did not run: seconds of its clock before and after.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -21,7 +25,18 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
+#include <time.h>
 #include <unistd.h>
+
+#define PAGE_WORDS 512
+#define STEPS 1000 /* in a second */
+
+/* With RATE: the memory, and what was written to it. */
+static struct {
+	uint64_t *words;
+	uint64_t pages, per_step, written; /* pages; since the start */
+	double gap, before, after;
+} state;
 
 static void die(const char *what)
 {
@@ -57,15 +72,52 @@ static void publish(const char *dir, const char *name, const char *text)
 		die(path);
 }
 
+static double now(void)
+{
+	struct timespec time;
+
+	clock_gettime(CLOCK_REALTIME, &time);
+	return (double)time.tv_sec + (double)time.tv_nsec / 1e9;
+}
+
+/* How often a page was written to: the first word of it was changed by that number. */
+static uint64_t passes(uint64_t page)
+{
+	return state.pages ? (state.written + state.pages - 1 - page) / state.pages : 0;
+}
+
+static void step(void)
+{
+	static double last;
+	double time = now();
+
+	if (last && time - last > state.gap) {
+		state.gap = time - last;
+		state.before = last;
+		state.after = time;
+	}
+	last = time;
+	for (uint64_t i = 0; state.pages && i < state.per_step; i++) {
+		uint64_t page = state.written++ % state.pages;
+
+		state.words[page * PAGE_WORDS] = word_at(page * PAGE_WORDS) ^ passes(page);
+	}
+}
+
+static uint64_t expected(uint64_t index)
+{
+	return word_at(index) ^ (index % PAGE_WORDS ? 0 : passes(index / PAGE_WORDS));
+}
+
 static void answer(const char *dir, const uint64_t *words, uint64_t count)
 {
 	uint64_t wrong = 0;
 	long long first = -1;
-	char text[256];
+	char text[512];
 	mode_t mask;
 
 	for (uint64_t i = 0; i < count; i++) {
-		if (words[i] == word_at(i))
+		if (words[i] == expected(i))
 			continue;
 		if (!wrong++)
 			first = (long long)i;
@@ -74,22 +126,23 @@ static void answer(const char *dir, const uint64_t *words, uint64_t count)
 	umask(mask);
 	snprintf(text, sizeof(text),
 		 "{\"pid\": %d, \"words\": %llu, \"wrong\": %llu, \"first_wrong\": %lld, "
-		 "\"umask\": \"%04o\"}\n",
+		 "\"umask\": \"%04o\", \"written\": %llu, \"before\": %.6f, \"after\": %.6f}\n",
 		 getpid(), (unsigned long long)count, (unsigned long long)wrong, first,
-		 (unsigned int)mask);
+		 (unsigned int)mask, (unsigned long long)state.written, state.before, state.after);
 	publish(dir, "answer", text);
 }
 
 int main(int argc, char **argv)
 {
+	const struct timespec pause = {0, 1000000000 / STEPS};
 	uint64_t bytes, count;
 	uint64_t *words;
 	char text[32];
 	sigset_t set;
 	int fd, signal_number;
 
-	if (argc != 4) {
-		fprintf(stderr, "usage: ovr-workload DIR BYTES UMASK\n");
+	if (argc != 4 && argc != 5) {
+		fprintf(stderr, "usage: ovr-workload DIR BYTES UMASK [RATE]\n");
 		return 2;
 	}
 	bytes = strtoull(argv[2], NULL, 0);
@@ -113,7 +166,16 @@ int main(int argc, char **argv)
 	if (fd > 2)
 		close(fd);
 
-	for (;;)
-		if (!sigwait(&set, &signal_number))
+	if (argc == 5) {
+		state.words = words;
+		state.pages = count / PAGE_WORDS;
+		state.per_step = (strtoull(argv[4], NULL, 0) * 256 + STEPS - 1) / STEPS;
+	}
+	for (;;) {
+		if (argc == 4 ? !sigwait(&set, &signal_number) :
+				sigtimedwait(&set, NULL, &pause) > 0)
 			answer(argv[1], words, count);
+		if (argc == 5)
+			step();
+	}
 }

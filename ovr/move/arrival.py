@@ -69,7 +69,9 @@ def arrive(
         pool: the destination's pool, with pages of the tree.
         seats: where they are in it.
         verify: compare none of the memory with the source, a ``sample``, or all (``full``).
-        criu_options, log_level, timeout: as for `ovr.move.story.move`.
+        criu_options: as for `ovr.move.story.move`.
+        log_level: likewise.
+        timeout: likewise.
         watch: measures the phases.
 
     Raises:
