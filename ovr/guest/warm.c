@@ -116,6 +116,8 @@ static int make(uint64_t size, uint64_t place)
 
 /* ------------------------------------------------------------------------ end */
 
+static void answer(void);
+
 static void lost(enum code code, const char *why)
 {
 	if (pool.state && pool.state->error)
@@ -151,7 +153,7 @@ void pool_end(const char *why)
 
 bool warm_owns(pid_t pid)
 {
-	return pool.stage != NONE && pool.pid == pid;
+	return prime_owns(pid) || (pool.stage != NONE && pool.pid == pid);
 }
 
 bool warm_reaped(pid_t pid, int status)
@@ -159,6 +161,10 @@ bool warm_reaped(pid_t pid, int status)
 	bool killed = WIFSIGNALED(status) && WTERMSIG(status) == SIGKILL;
 	char why[80];
 
+	if (prime_reaped(pid)) {
+		answer();
+		return true;
+	}
 	if (!warm_owns(pid))
 		return false;
 	if (killed)
@@ -209,6 +215,17 @@ static void report(struct session *session)
 	session_send(session, &writer);
 }
 
+/* Answer the Warm when all is done. */
+static void answer(void)
+{
+	struct session *waiting = pool.waiting;
+
+	if (pool.stage != READY || prime_under_way() || !waiting)
+		return;
+	pool.waiting = NULL;
+	report(waiting);
+}
+
 static uint64_t available_bytes(void)
 {
 	unsigned long long kib = 0;
@@ -228,7 +245,7 @@ static void warm(struct session *session, uint64_t size, uint64_t place)
 	uint64_t available;
 	int error;
 
-	if (pool.stage == FILLING) {
+	if (pool.stage == FILLING || pool.waiting) {
 		session_refuse(session, CODE_BUSY, "a pool is being filled already");
 		return;
 	}
@@ -248,10 +265,12 @@ static void warm(struct session *session, uint64_t size, uint64_t place)
 	}
 	pool_end("it was replaced by another pool");
 	error = make(size, place);
-	if (error)
+	if (error) {
 		session_refuse(session, code_of_errno(error), "no pool: %s", strerror(error));
-	else
-		pool.waiting = session;
+		return;
+	}
+	pool.waiting = session;
+	prime_begin();
 }
 
 void warm_message(struct session *session, const struct message *message)
@@ -279,7 +298,6 @@ void warm_session_ended(struct session *session)
 
 static void on_news(int fd, short events, void *context)
 {
-	struct session *waiting = pool.waiting;
 	char word;
 
 	(void)events, (void)context;
@@ -292,15 +310,14 @@ static void on_news(int fd, short events, void *context)
 		return;
 	}
 	pool.stage = READY;
-	pool.waiting = NULL;
-	if (waiting)
-		report(waiting);
+	answer();
 }
 
 void warm_watch(struct loop *loop)
 {
 	if (pool.socket >= 0)
 		loop_watch(loop, pool.socket, POLLIN, on_news, NULL);
+	prime_watch(loop);
 }
 
 uint64_t warm_address(void)

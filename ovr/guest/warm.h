@@ -3,6 +3,7 @@
  *
  *   warm.c	creation and end
  *   warm_use.c	restores that use it
+ *   warm_prime.c	a first run of CRIU, meanwhile
  */
 #ifndef OVR_WARM_H
 #define OVR_WARM_H
@@ -27,5 +28,11 @@ void pool_unmap(struct pool_state **state);
 /* Forget the pool, without waiting for its process. */
 void pool_forget(void);
 void pool_end(const char *why);
+
+void prime_begin(void);
+bool prime_under_way(void);
+bool prime_owns(pid_t pid);
+bool prime_reaped(pid_t pid);
+void prime_watch(struct loop *loop);
 
 #endif
