@@ -40,7 +40,8 @@ class Origin:
         name: its name in messages.
         space: its address space there.
         places: where positions are there, a `_fastcopy.PIECE` array sorted by ``offset``, which is
-            a position; those of neighbours may be joined.
+            a position. Pages that are neighbours in the destination, and by position, are
+            neighbours there, too.
         check: as for `ovr.attempt.targets.Target`, there.
         ask: has that guest read pages into its memory, given as pieces.
         frames: of a running process: tells its own pages, and others are left out; None: it is
