@@ -95,6 +95,7 @@ class DumpRange(Place):
     def _restore(self, vm: lab.LabVm) -> None:
         # By the guest's CRIU alone.
         subject.end(vm)
-        subject.must(vm, f"criu restore -d -D {SHARE}/{self._images.name} -v2 -o /tmp/restore.log")
+        restore = f"criu restore -d -D {SHARE}/{self._images.name} -v2 -o /tmp/restore.log"
+        subject.must(vm, f"{restore} || {{ grep Error /tmp/restore.log >&2; false; }}")
         check.restored(vm, SIZE)
         subject.end(vm)
