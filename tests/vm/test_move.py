@@ -42,15 +42,17 @@ class Pair:
 @pytest.fixture(scope="module", params=SUITES if EVERYTHING else SUITES[:1])
 def pair(request) -> Iterator[Pair]:
     hardware = {"suite": request.param, "memory": "1G"}
-    with demo.lab_vm(f"{PREFIX}one", **hardware) as one:
-        with demo.lab_vm(f"{PREFIX}other", **hardware) as other:
-            for vm in (one, other):
-                demo.prepare(vm)
-            yield Pair(one, other)
-            for vm in (one, other):
-                trouble = vm.sh(f"dmesg | grep -E '{TROUBLE}'").stdout.decode(errors="replace")
-                assert not trouble
-                assert vm.sh("find /sys/fs/cgroup -name 'ovr-move-*'").stdout == b""
+    with (
+        demo.lab_vm(f"{PREFIX}one", **hardware) as one,
+        demo.lab_vm(f"{PREFIX}other", **hardware) as other,
+    ):
+        for vm in (one, other):
+            demo.prepare(vm)
+        yield Pair(one, other)
+        for vm in (one, other):
+            trouble = vm.sh(f"dmesg | grep -E '{TROUBLE}'").stdout.decode(errors="replace")
+            assert not trouble
+            assert vm.sh("find /sys/fs/cgroup -name 'ovr-move-*'").stdout == b""
 
 
 def move(source: lab.LabVm, destination: lab.LabVm, pid: int, **options) -> ovr.move.MoveReport:
