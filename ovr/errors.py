@@ -10,13 +10,14 @@
     │   ├── VmUnreachable        3   no such VM, no QMP
     │   └── AgentUnreachable     3   no agent in the guest, or the link broke
     │       └── AgentUntrusted   3   the peer is not the agent run by root of this guest
-    ├── CheckFailed              4   this VM cannot be restored into
+    ├── CheckFailed              4   this VM cannot be used, or a move not be made or decided so
     │   ├── RamNotShared         4
     │   └── KernelNotFound       4   no kernel, or one whose types do not fit
     ├── ImagesUnsupported        5   valid images with content we cannot restore
     ├── ImagesDamaged            6
     ├── VerifyMismatch           7
     ├── ArchiveFailed            8   a container has ended, its archive is incomplete
+    ├── MoveInDoubt              9   a moved tree is frozen in its source, and may run elsewhere
     ├── GuestFault               1   invalid content of guest memory
     ├── AttemptFailed            1   a restore or dump was aborted, and undone
     │   ├── HoldBroken           1
@@ -68,11 +69,13 @@ class OvrError(Exception):
         code: the exact cause, where one class is not enough, or an empty string; see docs/json.md.
         undone: for an aborted restore, the outcome of reverting its writes to kernel objects that
             may outlive the tree; see docs/json.md.
+        move: the id of the move that is in doubt, or an empty string.
     """
 
     exit_code: ClassVar[int] = 1
     undone: Sequence[Mapping[str, Any]] = ()
     code: str = ""
+    move: str = ""
 
     def __init__(self, message: str, hint: str = "") -> None:
         super().__init__(message)
@@ -121,7 +124,7 @@ class AgentUntrusted(AgentUnreachable):
 
 
 class CheckFailed(OvrError):
-    """This VM cannot be restored into."""
+    """This VM cannot be dumped from or restored into; or a move cannot be made, or decided so."""
 
     exit_code = 4
 
@@ -160,11 +163,7 @@ class ArchiveFailed(OvrError):
 
 
 class MoveInDoubt(OvrError):
-    """The source's tree is frozen, and that of the destination may run, or does.
-
-    Attributes:
-        move: the id of the move.
-    """
+    """The source's tree is frozen, and that of the destination may run, or does."""
 
     exit_code = 9
     code = "in-doubt"

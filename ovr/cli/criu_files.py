@@ -30,6 +30,7 @@ __all__ = [
     "Job",
     "criu_files",
     "dump_stats_text",
+    "logged",
     "restore_stats_text",
 ]
 
@@ -80,20 +81,39 @@ def criu_files(
     """
     with ExitStack() as stack:
         if log_file is not None:
-            with _usage("log file", work / log_file):
-                log_to_file(work / log_file, level)
+            stack.enter_context(logged(work / log_file, level, job.log, job.failed))
         reserved = None
         if pidfile is not None:
             with _usage("pidfile", work / pidfile):
                 reserved = stack.enter_context(_Pidfile(work / pidfile))
         try:
             yield partial(_finish, work, job, reserved)
-        except BaseException as error:
+        except BaseException:
             if reserved is not None:
                 reserved.remove()
-            if log_file is not None:
-                _log_failure(error, job)
             raise
+
+
+@contextmanager
+def logged(path: Path, level: int, log: logging.Logger, failed: str) -> Iterator[None]:
+    """Log to a file, from here on, and log an error in the body of the ``with``.
+
+    Args:
+        path: the file.
+        level: CRIU's log level.
+        log: gets the error.
+        failed: the last line after an error.
+
+    Raises:
+        UsageError: the file cannot be made.
+    """
+    with _usage("log file", path):
+        log_to_file(path, level)
+    try:
+        yield
+    except BaseException as error:
+        _log_failure(error, log, failed)
+        raise
 
 
 class _Pidfile:
@@ -174,13 +194,13 @@ def _finish(work: Path, job: Job, pidfile: _Pidfile | None, stats: Stats, pid: i
     job.log.info("%s", job.done)
 
 
-def _log_failure(error: BaseException, job: Job) -> None:
+def _log_failure(error: BaseException, log: logging.Logger, failed: str) -> None:
     for note in getattr(error, "__notes__", ()):
         for line in note.splitlines():  # the guest's CRIU
-            job.log.error("guest: %s", line)
+            log.error("guest: %s", line)
     hint = f" ({error.hint})" if isinstance(error, OvrError) and error.hint else ""
-    job.log.error("%s%s", str(error) or type(error).__name__, hint)
-    job.log.error("%s", job.failed)
+    log.error("%s%s", str(error) or type(error).__name__, hint)
+    log.error("%s", failed)
 
 
 @contextmanager

@@ -1,7 +1,8 @@
 """``ovr move``: move a running tree from one VM to another."""
 
 import argparse
-from contextlib import ExitStack
+import logging
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Final
 
@@ -9,6 +10,7 @@ from ovr.api import attach
 from ovr.attempt.attempt import Attempt, agent_address
 from ovr.attempt.authentication import authenticate_alone, check_same_guest
 from ovr.cli.as_criu import add_progress, add_timeout, progress_mode
+from ovr.cli.criu_files import logged
 from ovr.cli.criu_options import add_criu_options, add_verbosity
 from ovr.cli.dump import pid_of, rounds_of
 from ovr.cli.output import document, json_option, printed, size
@@ -23,13 +25,16 @@ from ovr.vm.attach import AttachedVm
 
 __all__ = ["HELP", "USAGE", "add"]
 
+_log = logging.getLogger("ovr.move")
 
 HELP: Final = """\
 move a running process tree from one VM to another, from outside
 
-Move a process tree that runs in a VM of this host to another VM of this host: its memory goes from
-RAM to RAM while it runs, then it is stopped for a moment. Accepts options of `criu dump` and `criu
-restore` that both have.
+Move a process tree from one VM of this host to another. Its memory goes from RAM to RAM while it
+runs; then it is stopped, the rest follows, and it runs on in the other VM. It never runs in both,
+and after an error it runs on where it was. If ovr cannot tell whether it runs in the other VM (exit
+code 9), the old tree stays frozen until --finish or --back decides the move. Accepts the options of
+`criu dump`, for the CRIU of both VMs.
 
 ovr move -t 4242 --from libvirt:a --to libvirt:b
 ovr move -t 4242 --from name:a --to name:b --rounds 3 --verify full --json
@@ -48,31 +53,35 @@ def add(parser: argparse.ArgumentParser) -> None:
         "-t", "--tree", metavar="PID",
         help="the root task, by its pid in the guest (`ovr ps` shows them)",
     )  # fmt: skip
-    parser.add_argument("--from", dest="source", metavar="VM", required=True, help="has the tree")
-    parser.add_argument("--to", dest="destination", metavar="VM", help="gets the tree")
+    parser.add_argument(
+        "--from", dest="source", metavar="VM", required=True, help="the VM that has the tree"
+    )
+    parser.add_argument(
+        "--to", dest="destination", metavar="VM", help="the VM that gets it, on this host"
+    )
     for side in ("from", "to"):
         parser.add_argument(
             f"--{side}-agent", metavar="ADDR",
-            help=f"address of the agent of the VM --{side} (default: found from its devices)",
+            help=f"the agent of the VM --{side} (default: found from the VM's devices)",
         )  # fmt: skip
         parser.add_argument(
             f"--{side}-vmlinux", metavar="FILE", type=Path,
-            help=f"the kernel of the VM --{side}, if its memory has no symbols or types",
+            help=f"the kernel of the VM --{side}, if the guest keeps no symbols or types",
         )  # fmt: skip
     parser.add_argument(
-        "--rounds", type=rounds_of, default=AS_MANY_AS_HELP, metavar="auto|N",
-        help="copy pages while the tree runs in N rounds, or in as many as help (auto)",
+        "--rounds", type=_rounds_of, default=AS_MANY_AS_HELP, metavar="auto|N",
+        help="copy memory while the tree runs in N rounds, or in as many as help (default: auto)",
     )  # fmt: skip
     parser.add_argument(
         "--verify", choices=VERIFY_MODES, default="sample",
-        help="compare none, a sample or all of the memory before the tree may run",
+        help="compare none, a sample or all of the memory of both VMs before the tree may run",
     )  # fmt: skip
     parser.add_argument(
         "--ignore-cpu", action="store_true",
-        help="move to a VM whose CPU lacks features that the source has",
+        help="move the tree even if the CPU of --to lacks features of that of --from",
     )  # fmt: skip
     _add_decisions(parser)
-    add_timeout(parser, "save or build the tree, without its memory")
+    add_timeout(parser, "save, or to build, the tree without its memory")
     add_progress(parser)
     add_verbosity(parser)
     parser.add_argument("-o", "--log-file", metavar="FILE", help="log there, not to stderr")
@@ -84,24 +93,53 @@ def _add_decisions(parser: argparse.ArgumentParser) -> None:
     decision = parser.add_mutually_exclusive_group()
     decision.add_argument(
         "--finish", action="store_true",
-        help="a move is in doubt: end the tree of --from, because that of --to runs or has run",
+        help="decide a move that is in doubt: end the frozen tree of --from, because that of --to"
+        " runs, or has run",
     )  # fmt: skip
     decision.add_argument(
         "--back", action="store_true",
-        help="a move is in doubt: let the tree of --from run on, because that of --to never ran;"
-        " without --to, because that VM is gone for good",
+        help="decide a move that is in doubt: let the frozen tree of --from run on, because that"
+        " of --to never ran; without --to, because that VM is gone for good",
     )  # fmt: skip
-    parser.add_argument("--id", metavar="ID", help="the move, if several are in doubt")
+    parser.add_argument(
+        "--id", metavar="ID", help="with --finish or --back: the move, if several are in doubt"
+    )
 
 
 def run(options: argparse.Namespace) -> int:
     """Move, or decide a move."""
+    _check(options)
+    log: AbstractContextManager[None] = nullcontext()
+    if options.log_file is not None:
+        log = logged(Path(options.log_file), options.log_level, _log, "Moving FAILED.")
+    with log:
+        return _decide(options) if options.finish or options.back else _move_and_tell(options)
+
+
+def _rounds_of(text: str) -> int:
+    rounds = rounds_of(text)
+    if not rounds:
+        raise argparse.ArgumentTypeError("a move takes one round at least")
+    return rounds
+
+
+def _check(options: argparse.Namespace) -> None:
     if options.finish or options.back:
-        return _decide(options)
+        if options.tree is not None:
+            raise UsageError("-t begins a move, --finish and --back decide one", "omit one of them")
+        if options.finish and options.destination is None:
+            raise UsageError("a move is finished by looking into its destination", "give --to VM")
+        return
+    if options.id is not None:
+        raise UsageError("--id names a move that is in doubt", "give --finish or --back, too")
     if options.tree is None or options.destination is None:
-        raise UsageError("what is to be moved, and where to?", "give -t PID and --to VM")
+        raise UsageError("no tree to move, or no VM to move it to", "give -t PID and --to VM")
+
+
+def _move_and_tell(options: argparse.Namespace) -> int:
+    pid = pid_of(options.tree)
     with ended_in_order():
-        report = _move(options)
+        report = _move(pid, options)
     with printed(f"pid {report.pid} runs in {options.destination}"):
         if options.json:
             document("ovr.move/1", report.as_json())
@@ -110,14 +148,14 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _move(options: argparse.Namespace) -> MoveReport:
+def _move(pid: int, options: argparse.Namespace) -> MoveReport:
     with (
         make_watch(progress_mode(options)) as watch,
         attach(options.source, vmlinux=options.from_vmlinux, watch=watch) as source,
         attach(options.destination, vmlinux=options.to_vmlinux) as destination,
     ):
         return source.move(
-            pid_of(options.tree), destination, agent=options.from_agent, to_agent=options.to_agent,
+            pid, destination, agent=options.from_agent, to_agent=options.to_agent,
             rounds=options.rounds, verify=options.verify, check_cpu=not options.ignore_cpu,
             criu_options=options.criu_options, log_level=options.log_level,
             timeout=options.timeout,
@@ -138,7 +176,7 @@ def _decide(options: argparse.Namespace) -> int:
             document("ovr.move.decided/1", {"move": name, "decision": done})
         else:
             where = options.destination if options.finish else options.source
-            print(f"move {name} was {done}: the tree runs in {where}")
+            print(f"move {name} was {done}: {where} has the tree")
     return 0
 
 

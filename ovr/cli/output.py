@@ -56,6 +56,7 @@ def error(problem: OvrError, *, as_json: bool) -> None:
         "code": problem.code,
         "exit_code": problem.exit_code,
         "undone": list(problem.undone),
+        "move": problem.move,
     }
     if as_json:
         with printed("it ended with this error"):

@@ -11,7 +11,7 @@ OVR = (sys.executable, "-m", "ovr")
 
 
 @pytest.mark.skipif(sys.version_info[:2] != (3, 11), reason="argparse formats help differently")
-@pytest.mark.parametrize("command", [(), ("dump",), ("restore",), ("check",)])
+@pytest.mark.parametrize("command", [(), ("dump",), ("restore",), ("move",), ("check",)])
 def test_help(command):
     shown = screen([*OVR, *command, "--help"], height=150)
     assert_golden("-".join(("help", *command)), shown)
