@@ -3,10 +3,12 @@
 import argparse
 import json
 import logging
+import shlex
 from pathlib import Path
 
 import pytest
 
+import ovr
 from ovr import cli
 from ovr.cli import demo, move
 from ovr.dump import AS_MANY_AS_HELP
@@ -16,6 +18,7 @@ from ovr.guest.client.results import Outcome
 from ovr.lab.demo import Answer
 from ovr.lab.demo_move import MoveDemo
 from ovr.move import MoveReport
+from tests.documents import block, commands
 
 ID, OTHER = "a1" * 16, "b2" * 16
 HELD = {"count": 3, "seconds": 0.02, "longest": 0.01, "by": "ptrace"}
@@ -77,7 +80,7 @@ class Host:
         self.destination = DestinationAgent()
 
     def attach(self, spec, **options):
-        self.attached.append((spec, options["vmlinux"]))
+        self.attached.append((spec, options.get("vmlinux")))
         return Vm(self, spec)
 
 
@@ -333,3 +336,31 @@ def test_the_demo_of_a_move(monkeypatch, capsys):
     found = json.loads(capsys.readouterr().out)
     assert found["schema"] == "ovr.demo.move/1"
     assert (found["verified"], found["gap"], found["downtime"]) == (True, 0.3, 0.25)
+
+
+def test_the_document_moves(host, monkeypatch):
+    """Its command and its program do the same."""
+    [line] = commands(block("docs/move.md", "ovr move -t"))
+    assert cli.main(shlex.split(line)[1:]) == 0
+    monkeypatch.setattr(ovr, "attach", host.attach)
+    exec(block("docs/move.md", "import ovr"), {})
+    assert host.attached == 2 * [("libvirt:vm-a", None), ("libvirt:vm-b", None)]
+    by_command, by_program = ((*move[:3],) for move in host.moves)
+    assert by_command == by_program == ("libvirt:vm-a", 4242, "libvirt:vm-b")
+
+
+def test_the_document_decides(host):
+    finish, back, gone = commands(block("docs/move.md", "ovr move --finish"))
+    assert cli.main(shlex.split(finish)[1:]) == 0
+    assert cli.main(shlex.split(back)[1:]) == 4
+    host.destination.outcome = Outcome(released=False, held=False)
+    assert cli.main(shlex.split(back)[1:]) == 0
+    assert cli.main(shlex.split(gone)[1:]) == 0
+    assert host.source.told == [("adopt", ID), "end", *2 * [("adopt", ID), "abort"]]
+    assert host.destination.asked == 3 * [ID]
+
+
+def test_the_readme_moves(host):
+    *_, line = commands(block("README.md", "ovr move  "))
+    assert cli.main(shlex.split(line)[1:]) == 0
+    assert host.moves[0][:3] == ("libvirt:vm-a", 4242, "libvirt:vm-b")
