@@ -18,7 +18,7 @@ from ovr.checkpoint import open_checkpoint
 from ovr.dump import AS_MANY_AS_HELP, dump
 from ovr.dump.container import to_dump
 from ovr.dump.report import DumpReport
-from ovr.move import MoveReport, move
+from ovr.move import DOWNTIME, MoveReport, move
 from ovr.restore import restore
 from ovr.restore.report import Report
 from ovr.vm.attach import AttachedVm
@@ -154,6 +154,8 @@ class Vm(AttachedVm):
         agent: str | None = None,
         to_agent: str | None = None,
         rounds: int = AS_MANY_AS_HELP,
+        downtime: float = DOWNTIME,
+        strict: bool = False,
         verify: str = "sample",
         check_cpu: bool = True,
         criu_options: Sequence[str] = (),
@@ -169,6 +171,8 @@ class Vm(AttachedVm):
             to_agent: that of the other VM's agent.
             rounds: copy pages while the tree runs, in so many rounds, or
                 `ovr.dump.AS_MANY_AS_HELP`.
+            downtime: with the latter: seconds that it may take to copy what is left then.
+            strict: let the tree stay where it is if more is left.
             verify: read back none of the memory, a ``sample``, or all (``full``).
             check_cpu: refuse a VM whose CPU lacks a feature of this one's.
             criu_options: further options for ``criu dump`` and ``criu restore``.
@@ -182,8 +186,8 @@ class Vm(AttachedVm):
         watch, self._watch = self._watch, Stopwatch()
         return move(
             self, to, pid, source_agent=agent, destination_agent=to_agent, rounds=rounds,
-            verify=verify, check_cpu=check_cpu, criu_options=criu_options, log_level=log_level,
-            timeout=timeout, watch=watch,
+            downtime=downtime, strict=strict, verify=verify, check_cpu=check_cpu,
+            criu_options=criu_options, log_level=log_level, timeout=timeout, watch=watch,
         )  # fmt: skip
 
 

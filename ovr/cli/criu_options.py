@@ -259,8 +259,28 @@ DUMP: Final[Table] = (
 )  # fmt: skip
 """The same options, after ``criu dump``."""
 
+
 TABLES: Final = {"restore": RESTORE, "dump": DUMP}
-"""By command."""
+"""By command of CRIU's."""
+
+
+def _both() -> Iterator[Option]:
+    ours = ("--tree", "--log-file", "--verbosity", "--timeout", "--help")
+    passed = {option.long for option in RESTORE if option.fate is Fate.PASSED}
+    for option in DUMP:
+        if option.fate is Fate.OURS and option.long not in ours:
+            why = "a move leaves no images, and no statistics; omit the option"
+            yield option._replace(fate=Fate.REFUSED, why=why)
+        elif option.long in passed:
+            yield option._replace(fate=Fate.PASSED)
+        else:
+            yield option
+
+
+MOVE: Final[Table] = tuple(_both())
+"""The options of ``ovr move``, which go to both CRIUs."""
+
+_TABLES: Final = {**TABLES, "dump and criu restore": MOVE}
 
 _HIDDEN: Final = argparse.SUPPRESS  # the description of their group lists them
 
@@ -277,9 +297,9 @@ def add_criu_options(parser: argparse.ArgumentParser, command: str) -> None:
 
     Args:
         parser: of ovr's command.
-        command: a key of `TABLES`.
+        command: ``restore``, ``dump``, or ``dump and criu restore``.
     """
-    table = TABLES[command]
+    table = _TABLES[command]
     group = parser.add_argument_group(
         f"options of criu {command}",
         f"These go to the guest's CRIU (see criu(8)):\n{_names(table, Fate.PASSED)}\n"

@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import re
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Final
@@ -19,7 +20,7 @@ from ovr.cli.signals import ended_in_order
 from ovr.dump import AS_MANY_AS_HELP, VERIFY_MODES
 from ovr.errors import UsageError
 from ovr.guest.client.agent import Agent
-from ovr.move import MoveReport
+from ovr.move import DOWNTIME, MoveReport
 from ovr.move.decide import decide
 from ovr.vm.attach import AttachedVm
 
@@ -73,6 +74,15 @@ def add(parser: argparse.ArgumentParser) -> None:
         help="copy memory while the tree runs in N rounds, or in as many as help (default: auto)",
     )  # fmt: skip
     parser.add_argument(
+        "--downtime", type=_duration, default=DOWNTIME, metavar="300ms",
+        help="with --rounds auto: stop the tree when what has changed is copied in that time"
+        " (default: 300ms); the two CRIUs' part of the downtime comes on top",
+    )  # fmt: skip
+    parser.add_argument(
+        "--strict", action="store_true",
+        help="let the tree stay where it is if it writes too fast for that",
+    )  # fmt: skip
+    parser.add_argument(
         "--verify", choices=VERIFY_MODES, default="sample",
         help="compare none, a sample or all of the memory of both VMs before the tree may run",
     )  # fmt: skip
@@ -86,7 +96,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     add_verbosity(parser)
     parser.add_argument("-o", "--log-file", metavar="FILE", help="log there, not to stderr")
     json_option(parser)
-    add_criu_options(parser, "dump")
+    add_criu_options(parser, "dump and criu restore")
 
 
 def _add_decisions(parser: argparse.ArgumentParser) -> None:
@@ -123,6 +133,13 @@ def _rounds_of(text: str) -> int:
     return rounds
 
 
+def _duration(text: str) -> float:
+    match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)(ms|s)", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is no time such as 300ms or 1.5s")
+    return float(match[1]) / (1000 if match[2] == "ms" else 1)
+
+
 def _check(options: argparse.Namespace) -> None:
     if options.finish or options.back:
         if options.tree is not None:
@@ -156,7 +173,8 @@ def _move(pid: int, options: argparse.Namespace) -> MoveReport:
     ):
         return source.move(
             pid, destination, agent=options.from_agent, to_agent=options.to_agent,
-            rounds=options.rounds, verify=options.verify, check_cpu=not options.ignore_cpu,
+            rounds=options.rounds, downtime=options.downtime, strict=options.strict,
+            verify=options.verify, check_cpu=not options.ignore_cpu,
             criu_options=options.criu_options, log_level=options.log_level,
             timeout=options.timeout,
         )  # fmt: skip

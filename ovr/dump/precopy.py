@@ -80,20 +80,25 @@ class PreCopy:
     Attributes:
         copies: the pages.
         rounds: what was done.
+        left: after `run` with `AS_MANY_AS_HELP`, bytes that have changed again, and how many of
+            them are few.
     """
 
     def __init__(self, attempt: Attempt, root_pid: int, store: Store) -> None:
         self.copies = Copies()
         self.rounds: list[Round] = []
+        self.left = (0, 0)
         self._attempt = attempt
         self._pid = root_pid
         self._store = store
 
-    def run(self, rounds: int) -> None:
+    def run(self, rounds: int, budget: float = 0.0) -> None:
         """Copy pages.
 
         Args:
             rounds: the number of rounds, or `AS_MANY_AS_HELP`.
+            budget: seconds that it may take to copy what has changed at the end; what takes as
+                long as that is few enough.
 
         Raises:
             AttemptFailed: the tree cannot be frozen.
@@ -105,7 +110,7 @@ class PreCopy:
         agent = self._attempt.agent
         agent.track()
         self._copy(self._walk(self._list()), 0.0, started)
-        while self._another_helps() if rounds < 0 else len(self.rounds) < rounds:
+        while self._another_helps(budget) if rounds < 0 else len(self.rounds) < rounds:
             started = time.perf_counter()
             agent.freeze()
             self._copy(*self._look(), started)
@@ -139,10 +144,13 @@ class PreCopy:
         self.copies.keep(seen)
         return seen, frozen
 
-    def _another_helps(self) -> bool:
+    def _another_helps(self, budget: float) -> bool:
         found = [pages for _, pages in self._walk(self._list())]
         changed = sum(total(with_flags(pages, OWNED | SOFT_DIRTY)) for pages in found)
-        return changed > _FEW_BYTES and 2 * changed < self.rounds[-1].size
+        first = self.rounds[0]
+        few = max(_FEW_BYTES, int(budget * first.size / first.seconds))
+        self.left = changed, few
+        return changed > few and 2 * changed < self.rounds[-1].size
 
     def _copy(self, seen: Sequence[_Seen], frozen: float, started: float) -> None:
         self._store.begin_round()

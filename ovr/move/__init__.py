@@ -1,6 +1,6 @@
 """The move of a tree between VMs: `story` has its steps in order, `report` its result."""
 
 from ovr.move.report import MoveReport
-from ovr.move.story import move
+from ovr.move.story import DOWNTIME, move
 
-__all__ = ["MoveReport", "move"]
+__all__ = ["DOWNTIME", "MoveReport", "move"]

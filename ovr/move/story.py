@@ -17,7 +17,7 @@ from ovr.dump.parent import Parent
 from ovr.dump.plan import tree_to_dump
 from ovr.dump.precopy import AS_MANY_AS_HELP, PreCopy
 from ovr.dump.received import Received
-from ovr.errors import UsageError
+from ovr.errors import AttemptFailed, UsageError
 from ovr.guest.client.agent import Agent
 from ovr.guest.client.failures import criu_lacked
 from ovr.kernel import Kernel
@@ -30,10 +30,12 @@ from ovr.move.stopped import look_at_stopped
 from ovr.restore.release import let_run
 from ovr.vm.attach import AttachedVm
 
-__all__ = ["move"]
+__all__ = ["DOWNTIME", "move"]
 
 log = logging.getLogger("ovr.move")
 
+DOWNTIME: Final = 0.3
+"""Default for the time in which the last changes are copied, in seconds."""
 _MEMORY: Final = "/dev/shm"
 """Images are small, and nobody else reads them."""
 
@@ -46,6 +48,8 @@ def move(
     source_agent: str | None = None,
     destination_agent: str | None = None,
     rounds: int = AS_MANY_AS_HELP,
+    downtime: float = DOWNTIME,
+    strict: bool = False,
     verify: str = "sample",
     check_cpu: bool = True,
     criu_options: Sequence[str] = (),
@@ -63,6 +67,9 @@ def move(
         destination_agent: likewise.
         rounds: copy pages while the tree runs, in so many rounds, at least one, or
             `AS_MANY_AS_HELP`.
+        downtime: with the latter: seconds that it may take to copy what is left then, with the tree
+            stopped; rounds end earlier if they stop helping.
+        strict: let the tree stay where it is if more is left.
         verify: read back none of the memory, a ``sample``, or all (``full``).
         check_cpu: refuse a destination whose CPU lacks a feature of the source's.
         criu_options: further options for ``criu dump`` in the source and ``criu restore`` in the
@@ -74,6 +81,7 @@ def move(
     Raises:
         UsageError: there is no such process, or no such way to verify.
         CheckFailed: the tree cannot be moved to that VM; nothing was touched.
+        AttemptFailed: among others, with `strict`: the tree writes too fast.
         MoveInDoubt: the destination's tree may run or does, and the source's is there, frozen.
         OvrError: the cause; the tree runs on in the source, and the destination is as it was.
     """
@@ -106,7 +114,8 @@ def move(
             )  # fmt: skip
         with watch("ahead"):
             pre_copy = PreCopy(leaving, pid, store)
-            pre_copy.run(rounds)
+            pre_copy.run(rounds, downtime)
+            _check_converged(pre_copy, strict=strict)
             leaving.agent.add_to_parent(parent.new_images())
         down = time.perf_counter()
         with watch("stop"), criu_lacked(unread):
@@ -128,6 +137,18 @@ def move(
             name, arrived, source=leaving, destination=arriving, rounds=pre_copy.rounds,
             downtime=up - down, watch=watch, verified=verify,
         )  # fmt: skip
+
+
+def _check_converged(pre_copy: PreCopy, *, strict: bool) -> None:
+    left, few = pre_copy.left
+    if left <= few:
+        return
+    text = f"the tree writes too fast: {left >> 20} MiB are left, where {few >> 20} MiB are few"
+    if strict:
+        error = AttemptFailed(text, "it runs on in the source; give a longer --downtime")
+        error.code = "not-converging"
+        raise error
+    log.warning("%s", text)
 
 
 def _let_run(agent: Agent, kernel: Kernel, root_pid: int) -> float:
