@@ -17,6 +17,8 @@ from ovr.cli.dump_plan import show
 from ovr.dump.plan import Area, DumpPlan, Reason, SharedPlan, TaskPlan
 from ovr.dump.report import DumpReport
 from ovr.lab.demo import Answer, Demo
+from ovr.lab.demo_move import MoveDemo
+from ovr.move import MoveReport
 from ovr.restore.report import Report
 
 ROOT = Path(__file__).parents[2]
@@ -118,6 +120,8 @@ printf '%s\\n' "${{COMPREPLY[@]}}"
         (["agent", ""], {"build", "unit", "cloud-init", "deb"}),
         (["restore", "--pid"], {"--pidfile"}),
         (["restore", "--verify", ""], {"none", "sample", "full"}),
+        (["mo"], {"move"}),
+        (["move", "--fr"], {"--from", "--from-agent", "--from-vmlinux"}),
         (["lab", "up", "--su"], {"--suite"}),
     ],
 )
@@ -205,6 +209,15 @@ def test_fields_of_a_demo_are_documented():
     demo = Demo(DumpReport(), Report(), Answer(1, 2, 0, 0, "0137"), 16, 0o137)
     for one in (demo, replace(demo, report=None)):
         assert {key for key in keys(one.as_json()) if f"`{key}`" not in JSON} == set()
+
+
+def test_fields_of_a_move_are_documented():
+    section = JSON.split("\n## ovr.move/1\n")[1].split("\n## ")[0]
+    report = MoveReport(seconds={"total": 1}, held={"source": {}, "destination": {}})
+    fields = report.as_json()
+    assert {key for key in (*fields, *fields["held"]) if f"`{key}`" not in section} == set()
+    demo = MoveDemo(report, Answer(1, 2, 0, 0, "0137"), 0.1, 0.01, 16, 0o137).as_json()
+    assert {key for key in keys(demo) if f"`{key}`" not in JSON} == set()
 
 
 def test_fields_of_the_plan_of_a_dump_are_documented(capsys):
