@@ -221,9 +221,7 @@ class RamMap:
         Returns and raises what `copy_from` does; `GuestFault`: a run is not RAM, here or there.
         """
 
-    def copy_to(
-        self, runs: NDArray[np.void], target: Buffer, zero: NDArray[np.uint8]
-    ) -> int:
+    def copy_to(self, runs: NDArray[np.void], target: Buffer, zero: NDArray[np.uint8]) -> int:
         """Copy ``run.size`` bytes from ``run.gpa`` to ``target[run.offset:]`` for every run.
 
         `zero` has an element for each page, in the order of the runs. Those of pages that are

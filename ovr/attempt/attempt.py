@@ -194,8 +194,10 @@ class Attempt:
             AttemptFailed: it is gone.
             GuestFault, KernelNotFound: invalid kernel objects or types in the guest.
         """
-        with self.holder.held():
-            find_tracer(self.vm.kernel, self._process, pool.pid, engine=False)
+        unbroken(
+            self.holder,
+            lambda: find_tracer(self.vm.kernel, self._process, pool.pid, engine=False),
+        )
         return alive_with_pool(self.vm.kernel, pool)
 
     def _do(self, step: Callable[[Agent], T]) -> T:

@@ -12,7 +12,6 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Executor
-from contextlib import nullcontext
 from functools import partial
 from typing import Final, NamedTuple
 
@@ -22,10 +21,7 @@ from ovr.attempt.in_holds import (
     ANY_OWNER,
     TRY_AGAIN_AFTER,
     InHolds,
-    Look,
     Ready,
-    Share,
-    Work,
 )
 from ovr.attempt.journal import Journal
 from ovr.attempt.origin import Lane, Origin
@@ -42,7 +38,7 @@ from ovr.memory.extents import (
     sample,
     total,
 )
-from ovr.vm.hold import Holder, unbroken
+from ovr.vm.hold import BothHeld, Holder, unbroken
 
 __all__ = ["VERIFY_MODES", "Copier"]
 
@@ -84,10 +80,9 @@ class Copier(InHolds[Feed | Lane]):
         *,
         origin: Holder | None = None,
     ) -> None:
-        super().__init__(holder, pool, threads)
+        super().__init__(holder if origin is None else BothHeld(origin, holder), pool, threads)
         self.journal = journal
         self._advance = advance
-        self._origin = origin
         self._saved: Callable[[Extents], None] = lambda copied: None
 
     def _make_ready(self, target: Target, part: Extents, *, aside: bool) -> Feed | Lane:
@@ -96,16 +91,6 @@ class Copier(InHolds[Feed | Lane]):
             return Lane.make(target.source, part, aside=aside)
         assert isinstance(target.source, Source)
         return Feed.make(target.source, part, aside=aside)
-
-    def _held(
-        self,
-        ready: Sequence[Sequence[Ready[Feed | Lane]]],
-        work: Work[Feed | Lane],
-        wanted: int,
-        then: Look | None,
-    ) -> list[list[Share]]:
-        with self._origin.held() if self._origin else nullcontext():
-            return super()._held(ready, work, wanted, then)
 
     def copy(self, families: Iterable[Family], targets: Iterable[Target]) -> None:
         """Write pages shared by fork, then all others.
@@ -142,7 +127,7 @@ class Copier(InHolds[Feed | Lane]):
         """
         self._saved = saved
         for batch in self._batches([(target, target.pieces)]):
-            self._each_run(batch, self._copy, OWNED, after=self._note, again=False)
+            self._each_run(batch, self._copy, OWNED, after=self._note, again=False, writes=True)
 
     def _after_hold(self, done: Sequence[tuple[Ready[Feed | Lane], Extents]]) -> None:
         for ready, _ in done:

@@ -33,7 +33,7 @@ from ovr.memory.extents import (
     total,
     with_flags,
 )
-from ovr.vm.hold import Holder, unbroken
+from ovr.vm.hold import Holds, unbroken
 
 __all__ = ["ANY_OWNER", "TRY_AGAIN_AFTER", "InHolds", "Look", "Ready", "Share", "Work"]
 
@@ -92,7 +92,7 @@ class InHolds(Generic[PagesT]):
         threads: number of threads to use in one hold.
     """
 
-    def __init__(self, holder: Holder, pool: Executor, threads: int) -> None:
+    def __init__(self, holder: Holds, pool: Executor, threads: int) -> None:
         self.holder = holder
         self._threads = Threads(pool, threads)
         self._room = HOLD_BYTES // 16

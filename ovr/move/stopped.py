@@ -25,6 +25,7 @@ from ovr.memory.ranges import Ranges, common, no_ranges
 from ovr.plan import Plan, Warm
 from ovr.plan.pages import Reason
 from ovr.restore.skeleton import Built
+from ovr.vm.hold import unbroken
 
 __all__ = ["Stopped", "look_at_stopped", "pages_there"]
 
@@ -57,11 +58,13 @@ class Stopped:
         if not len(wanted) or not {own.name, theirs.name} <= self._targets.keys():
             return no_ranges()
         one, other = self._targets[own.name], self._targets[theirs.name]
-        with self.attempt.holder.held():
+
+        def same_frames() -> Extents:
             one.check()
             other.check()
-            mine, his = one.space.walk(wanted), other.space.walk(wanted)
-        same = addresses_of(on_same_frames(mine, his))
+            return on_same_frames(one.space.walk(wanted), other.space.walk(wanted))
+
+        same = addresses_of(unbroken(self.attempt.holder, same_frames))
         return common(common(same, addresses_of(own.entries)), addresses_of(theirs.entries))
 
     def zeros(self, task: Task, ranges: Ranges) -> Ranges:

@@ -30,7 +30,7 @@ from ovr.vm.deferred import DeferredSignals
 from ovr.vm.hold_errors import BECOME, Result, hold_error
 from ovr.vm.qmp import Monitor
 
-__all__ = ["BOUND_SECONDS", "Holder", "unbroken"]
+__all__ = ["BOUND_SECONDS", "BothHeld", "Holder", "Holds", "unbroken"]
 
 BOUND_SECONDS: Final = 0.2
 """Seconds until a hold is broken off, once all threads stand. Copying ends at half of it."""
@@ -196,11 +196,38 @@ class Holder:
         return hold_error(result, self._pid, native.who, bound=self._bound, patience=_PATIENCE)
 
 
-class _Holds(Protocol):
-    def held(self) -> AbstractContextManager[None]: ...
+class Holds(Protocol):
+    """Holds one VM, or more."""
+
+    def held(self) -> AbstractContextManager[None]:
+        """As `Holder.held`."""
 
 
-def unbroken(holder: _Holds, work: Callable[[], T], *, writes: bool = False) -> T:
+class BothHeld:
+    """Holds two VMs.
+
+    Args:
+        one: holds the VM that is held first, and longer.
+        other: holds the other one.
+    """
+
+    def __init__(self, one: Holds, other: Holds) -> None:
+        self._one = one
+        self._other = other
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Hold both for the body of the ``with``.
+
+        Raises:
+            HoldBroken: one of them ran before the end of the body, or may have.
+            OvrError: as `Holder.held`.
+        """
+        with self._one.held(), self._other.held():
+            yield
+
+
+def unbroken(holder: Holds, work: Callable[[], T], *, writes: bool = False) -> T:
     """Do work in a hold, once more if the hold is broken off; return what the last one returns.
 
     Args:

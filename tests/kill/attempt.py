@@ -20,7 +20,7 @@ __all__ = [
     "events_of", "name_of", "perform", "points",
 ]  # fmt: skip
 
-PATIENCE = 90.0  # seconds for it to come to its end, whatever was killed
+PATIENCE = 180.0  # seconds for it to come to its end, whatever was killed: CRIU may hang for 120
 IN_THE_GUEST = ("agent", "hook", "criu", "root", "task")
 OF_THE_TREE = ("hook", "criu", "root", "task")
 ON_THE_HOST = ("ovr", "tracer", "all")

@@ -148,14 +148,15 @@ def code_of(capsys):
 
 def test_options_are_arguments_of_the_move(host, capsys):
     words = "-t 4242 --from-agent vsock:3 --to-agent vsock:4 --from-vmlinux a --to-vmlinux b"
-    words += " --rounds 3 --downtime 1.5s --strict --verify full --ignore-cpu --timeout 9 -v4 -j --tcp-established"
-    words += " --external mnt[]:m"
+    words += " --rounds 3 --downtime 1.5s --strict --verify full --ignore-cpu --timeout 9 -v4 -j"
+    words += " --tcp-established --external mnt[]:m"
     assert run(*words.split()) == 0
     assert host.attached == [("qmp:/a", Path("a")), ("qmp:/b", Path("b"))]
     [(source, pid, destination, options)] = host.moves
     assert (source, pid, destination) == ("qmp:/a", 4242, "qmp:/b")
     assert options == {
-        "agent": "vsock:3", "to_agent": "vsock:4", "rounds": 3, "downtime": 1.5, "strict": True, "verify": "full",
+        "agent": "vsock:3", "to_agent": "vsock:4", "rounds": 3, "downtime": 1.5,
+        "strict": True, "verify": "full",
         "check_cpu": False, "log_level": 4, "timeout": 9.0,
         "criu_options": ["--shell-job", "--tcp-established", "--external=mnt[]:m"],
     }  # fmt: skip
@@ -168,7 +169,8 @@ def test_what_is_not_asked_for(host):
     assert run("-t", "4242") == 0
     assert host.attached == [("qmp:/a", None), ("qmp:/b", None)]
     assert host.moves[0][3] == {
-        "agent": None, "to_agent": None, "rounds": AS_MANY_AS_HELP, "downtime": 0.3, "strict": False, "verify": "sample",
+        "agent": None, "to_agent": None, "rounds": AS_MANY_AS_HELP, "downtime": 0.3,
+        "strict": False, "verify": "sample",
         "check_cpu": True, "log_level": 2, "timeout": None, "criu_options": [],
     }  # fmt: skip
 
