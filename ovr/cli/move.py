@@ -35,7 +35,7 @@ Move a process tree from one VM of this host to another. Its memory goes from RA
 runs; then it is stopped, the rest follows, and it runs on in the other VM. It never runs in both,
 and after an error it runs on where it was. If ovr cannot tell whether it runs in the other VM (exit
 code 9), the old tree stays frozen until --finish or --back decides the move. Accepts the options of
-`criu dump`, for the CRIU of both VMs.
+`criu dump` and `criu restore`, for the CRIU of both VMs.
 
 ovr move -t 4242 --from libvirt:a --to libvirt:b
 ovr move -t 4242 --from name:a --to name:b --rounds 3 --verify full --json

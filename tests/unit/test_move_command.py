@@ -149,7 +149,8 @@ def code_of(capsys):
 def test_options_are_arguments_of_the_move(host, capsys):
     words = "-t 4242 --from-agent vsock:3 --to-agent vsock:4 --from-vmlinux a --to-vmlinux b"
     words += " --rounds 3 --downtime 1.5s --strict --verify full --ignore-cpu --timeout 9 -v4 -j"
-    words += " --tcp-established --external mnt[]:m"
+    words += " --tcp-established"
+    words += " --external mnt[]:m"
     assert run(*words.split()) == 0
     assert host.attached == [("qmp:/a", Path("a")), ("qmp:/b", Path("b"))]
     [(source, pid, destination, options)] = host.moves
