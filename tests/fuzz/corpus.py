@@ -136,10 +136,35 @@ def _restores() -> Iterator[bytes]:
         yield files + dump + asked + abort + ends + files + dump + held
 
 
+def _moves() -> Iterator[bytes]:
+    # The same, of a dump whose tree is prepared, and of a move in doubt of an earlier agent.
+    prepare, adopt, doubts, moved = (bytes([0, 240 + op, 0]) for op in range(4))
+    go, abort, gone, other = b"\0\4\1", b"\0\5\1", b"\6", b"\x80"
+    asked, held, hook_ends, hook_killed = b"\2\0", b"\2\1", b"\3", b"\x0b"
+    files, criu_ends, criu_killed, late = b"\0\0\1", b"\4\0", b"\x0c", b"\5\xff"
+    dump, track, tracked, turns = b"\0\6\xff\2", b"\0\7\1", b"\x0f", b"\7\7\7"
+    own = files + dump + asked + track + tracked + hook_ends + held + turns
+    second = hook_ends + held + hook_ends + criu_ends
+    for number in range(3):
+        start = own + prepare[:2] + bytes([number])
+        for happens in (b"", late, gone, hook_killed + held, hook_ends, criu_killed):
+            for decided in (go, abort):
+                yield start + happens + decided + second
+                again = other + adopt[1:2] + bytes([number])
+                yield start + happens + gone + doubts + again + other + decided[1:] + second
+    earlier, earlier_with_criu = b"\x27", b"\x37"
+    for start in (earlier, earlier_with_criu, earlier_with_criu + earlier):
+        for decided in (go, abort, gone + adopt + go, b"\x40" + go[1:] + b"\x47\x45\xff"):
+            yield start + doubts + adopt + decided + earlier + moved
+    arrival = files + b"\0\1\x13\2" + asked + hook_ends + held
+    for decided in (go + hook_ends + criu_ends, abort, hook_killed + go):
+        yield arrival + moved + decided + moved
+
+
 C_SEEDS = {
     "agent-message": _messages,
     "agent-ranges": _ranges,
     "agent-images": _names,
-    "agent-restore": _restores,
+    "agent-restore": lambda: [*_restores(), *_moves()],
     "agent-session": _sessions,
 }
