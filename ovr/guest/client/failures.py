@@ -37,6 +37,8 @@ _CURES: Final[Mapping[str, str]] = {
     " ovr-agent with another --dir",
     Code.KILLED: KILLED,
     Code.REPLACED: "restart the agent in the guest: systemctl restart ovr-agent",
+    Code.CGROUP: "the tree must be in cgroups of version 2 that are not threaded",
+    Code.DOUBT: "it was decided, or its tree has ended",
     Code.START: "is it installed in the guest, where the agent finds it?",
 }
 
@@ -47,12 +49,14 @@ _CURES_OF_ABORTS: Final[Mapping[str, str]] = {
     Code.STALLED: "does it wait for a file server or a full pipe in the guest?",
     Code.AGENT: "wait until the agent runs again",
     Code.CRIU: f"see the guest's kernel log; {FREE_MEMORY}",
+    Code.OUTCOME: "free memory in the guest where the agent's directory is",
     Code.HOOK: "was a process called ovr-agent killed in the guest?",
 }
 
 _CURES_OF_DAMAGE: Final[Mapping[str, str]] = {
     Code.HANGS: "the tree may be stopped until CRIU ends: look in the guest for what it waits for,"
     " such as a file server",
+    Code.CGROUP: "they have been killed: look in the guest for what they wait for",
 }
 _CHECK_TREE: Final = (
     "see whether the tree still works, and its network; if not, end it and start it again"
