@@ -14,7 +14,7 @@ from ovr.dump.output import NewImages
 from ovr.dump.received import Fetched, Received
 from ovr.dump.rseq import rseq_pages
 from ovr.errors import OvrError
-from ovr.guest import dump_protocol, protocol
+from ovr.guest import dump_protocol, move_protocol, protocol
 from ovr.guest.wire import encode
 from ovr.images import ImageSet
 from ovr.images.pagemap import PE_PRESENT, decode_pagemap
@@ -34,6 +34,7 @@ NAMES = (
     "../x.img", "a/b.img", "/x.img", ".x.img", "", "x" * 300 + ".img", "x\n.img",
 )  # fmt: skip
 SMALL = 1 << 12
+MOVE = "0" * move_protocol.MOVE_ID
 
 
 def sent(number: int) -> tuple[list[str], list[bytes]]:
@@ -132,6 +133,10 @@ def dumping(data: bytes) -> None:
                 fetched.check_complete,
                 agent.end_dump,
                 agent.abort,
+                lambda: agent.prepare(MOVE),
+                agent.doubts,
+                lambda: agent.adopt(MOVE),
+                lambda: agent.moved(MOVE),
             ):
                 with suppress(OvrError):
                     step()
@@ -150,6 +155,11 @@ def dumping_seeds() -> Iterator[bytes]:
     tracked = dump_protocol.Tracked(1000)
     starting = [dump_protocol.Starts(), tracked, dump_protocol.Frozen(), tracked]
     good = [*starting, *saved, stopped, *pages, stopped, dump_protocol.Dumped(b"x")]
+    moves = [
+        protocol.Aborted("host", "x", True), protocol.Pong(1), move_protocol.Prepared(),
+        move_protocol.InDoubt((MOVE, "")), move_protocol.Prepared(),
+        move_protocol.Outcome(True, False),
+    ]  # fmt: skip
     ends = [
         protocol.Aborted("silent", "x", False), protocol.Failed(1, ("Error (a.c:1): x",), True),
         protocol.Error("busy", "x"), dump_protocol.Saved("../x", b"x"),
@@ -159,6 +169,7 @@ def dumping_seeds() -> Iterator[bytes]:
             for last in ([], *([one] for one in ends)):
                 yield as_input([encode(one) for one in [*good[:end], *last]], serial=serial)
         yield as_input([encode(one) for one in good], serial=serial)
+        yield as_input([encode(one) for one in [*good, *moves]], serial=serial)
 
 
 TARGETS = (
