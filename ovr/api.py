@@ -114,7 +114,8 @@ class Vm(AttachedVm):
             pid: the root task, in the guest's initial pid namespace,
             images: and an existing directory without images;
             container: or the name or id of a container of podman,
-            export: and its archive: a new ``.tar``, ``.tar.zst`` or ``.tar.gz``.
+            export: and its archive: a new ``.tar``, ``.tar.zst`` or ``.tar.gz``; ``-``: standard
+                output gets a ``.tar.zst``, and images that are kept go to the current directory.
             runtime: ``runc`` or ``crun``, where it runs the container without podman, which goes to
                 `images`.
             agent: the agent's address; lab VMs know their own.

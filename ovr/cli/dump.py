@@ -29,7 +29,7 @@ from ovr.cli.progress import make_watch
 from ovr.cli.signals import ended_in_order
 from ovr.cli.vm_options import add_agent_option, add_vm_options
 from ovr.dump import AS_MANY_AS_HELP, VERIFY_MODES
-from ovr.dump.container import Container, to_dump
+from ovr.dump.container import STDOUT, Container, to_dump
 from ovr.dump.plan import plan_dump
 from ovr.dump.report import DumpReport
 from ovr.errors import UsageError
@@ -108,7 +108,7 @@ def _add_container(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--export", type=Path, metavar="FILE",
         help="a new archive for a container of podman, as of podman container checkpoint --export:"
-        " .tar, .tar.zst or .tar.gz",
+        " .tar, .tar.zst or .tar.gz; -: a .tar.zst to standard output",
     )  # fmt: skip
     parser.add_argument(
         "--runtime", choices=RUNTIMES,
@@ -132,12 +132,13 @@ def run(options: argparse.Namespace) -> int:
     with ended_in_order():
         report = _dump(wanted, options)
     with printed(f"pid {report.pid} is dumped, and {_fate(report)}"):
+        taken = options.json or options.export == STDOUT
         if options.json:
             document("ovr.dump/1", report.as_json())
         else:
-            print(_sentence(report))
+            print(_sentence(report), file=sys.stderr if taken else sys.stdout)
         if options.display_stats:
-            print(dump_stats_text(report.stats), file=sys.stderr if options.json else sys.stdout)
+            print(dump_stats_text(report.stats), file=sys.stderr if taken else sys.stdout)
     return 0
 
 
@@ -168,6 +169,8 @@ def pid_of(text: str) -> int:
 def _wanted(options: argparse.Namespace) -> dict[str, Any]:
     """Return the arguments of `ovr.Vm.dump` that name the tree and its place."""
     images = options.images_dir
+    if options.export == STDOUT and options.json and not options.dry_run:
+        raise UsageError("standard output cannot get an archive and JSON", "leave out --json")
     if images is None and options.export is None:
         images = Path()
     return {

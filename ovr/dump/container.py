@@ -12,12 +12,14 @@ from ovr.errors import AgentUnreachable, UsageError
 from ovr.guest.client.agent import Agent
 from ovr.guest.client.session import one_line
 
-__all__ = ["PODMAN", "Container", "Running", "to_dump"]
+__all__ = ["PODMAN", "STDOUT", "Container", "Running", "to_dump"]
 
 _NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,254}")
 _PID_MAX_LIMIT: Final = 1 << 22  # include/linux/threads.h
 PODMAN: Final = "podman"
 """The engine that writes archives."""
+STDOUT: Final = Path("-")
+"""Stands for standard output in the place of an archive."""
 _BOTH: Final = ("--tcp-established", "--file-locks")
 """Options of CRIU's that all engines have, too."""
 _PASSED: Final = {

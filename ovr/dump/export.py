@@ -4,8 +4,11 @@ podman in the guest writes one without the memory, which the agent sends. This h
 for byte, but for CRIU's images: these are the ones that were made outside.
 """
 
+import fcntl
 import os
+import select
 import shutil
+import signal
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -46,14 +49,20 @@ class Export(Staging):
     Args:
         file: the archive.
         left_running: the container runs on after the dump: nothing is lost by a failure.
+        stream: a descriptor that gets the archive in place of the file: only the images are kept
+            beside that.
 
     Raises:
         UsageError: the file exists or cannot be written, or is to be packed by a program that is
-            not there.
+            not there; the stream is a terminal, or is not open for writing.
     """
 
-    def __init__(self, file: Path, *, left_running: bool) -> None:
+    def __init__(self, file: Path, *, left_running: bool, stream: int | None = None) -> None:
         self._file = file
+        self._stream = stream
+        self._shown = Path("standard output") if stream is not None else file
+        if stream is not None:
+            _check_stream(stream)
         self._pack = _packer(file)
         self._left_running = left_running
         self._told = False
@@ -61,7 +70,7 @@ class Export(Staging):
         with writable(file):
             directory, self._name = locate(file)
             super().__init__(directory)
-            if os.path.lexists(self.base / self._name):
+            if stream is None and os.path.lexists(self.base / self._name):
                 self.close()
                 raise UsageError(f"{file} exists", "remove it, or name another file")
 
@@ -71,7 +80,10 @@ class Export(Staging):
 
         Raises:
             ArchiveFailed: the container has ended or may have, and podman's archive has not come.
+            UsageError: the reader of the stream has gone; the container runs on.
         """
+        if self._stream is not None:
+            _check_reader(self._stream)
         with writable(self._file), (self.images.path / _PODMANS).open("xb") as self._archive:
             try:
                 yield
@@ -96,16 +108,29 @@ class Export(Staging):
         """
         try:
             with BareArchive(self.images.path / _PODMANS) as podmans:
-                finished = self.images.path / _FINISHED
-                with writable(self._file), finished.open("xb") as file:
-                    with ImageSet.open(self.images.path) as images:
-                        # The pages that were copied ahead are in a parent image set.
-                        self._write(podmans.with_images(InsideImages(images).build()), file)
-                    finished.chmod(0o600)
-                    finished.rename(self.base / self._name)
+                with (
+                    writable(self._shown),
+                    self._opened() as file,
+                    ImageSet.open(self.images.path) as images,
+                ):
+                    # The pages that were copied ahead are in a parent image set.
+                    self._write(podmans.with_images(InsideImages(images).build()), file)
                 return podmans.read(STATS_DUMP, _STATS_LIMIT)
         except BaseException as error:
             raise self._kept(error) from error
+
+    @contextmanager
+    def _opened(self) -> Iterator[IO[bytes]]:
+        """Open what gets the archive; a file gets its name when all has been written."""
+        if self._stream is not None:
+            with os.fdopen(os.dup(self._stream), "wb") as file:
+                yield file
+            return
+        finished = self.images.path / _FINISHED
+        with finished.open("xb") as file:
+            yield file
+            finished.chmod(0o600)
+            finished.rename(self.base / self._name)
 
     def _write(self, chunks: Iterator[bytes], file: IO[bytes]) -> None:
         if not self._pack:
@@ -129,11 +154,13 @@ class Export(Staging):
             except BaseException:
                 packer.kill()
                 raise
-            if packer.wait():
+            if status := packer.wait():
+                if status == -signal.SIGPIPE:
+                    raise _without_reader()
                 messages.seek(0)
                 said = messages.read(1 << 12).decode(errors="replace").strip().splitlines()
                 raise UsageError(
-                    f"{self._file} cannot be written: {said[-1] if said else self._pack[0]}",
+                    f"{self._shown} cannot be written: {said[-1] if said else self._pack[0]}",
                     "free space there",
                 )
 
@@ -143,7 +170,7 @@ class Export(Staging):
         where = os.fstatvfs(archive.fileno())
         spare = min(_SPARE, where.f_blocks * where.f_frsize // 10)
         if len(data) > where.f_bavail * where.f_frsize - spare:
-            raise ImagesDamaged(f"{self._file}: no space for podman's part", "free space there")
+            raise ImagesDamaged(f"{self._shown}: no space for podman's part", "free space there")
         archive.write(data)
 
     def _kept(self, error: BaseException) -> BaseException:
@@ -166,6 +193,41 @@ def _said(error: BaseException, podmans: str) -> str:
     if isinstance(error, OvrError) or str(error):
         return str(error).replace(podmans, "podman's archive")
     return type(error).__name__
+
+
+def _check_stream(stream: int) -> None:
+    try:
+        terminal = os.isatty(stream)
+        for_writing = fcntl.fcntl(stream, fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDONLY
+    except OSError:
+        terminal = for_writing = False
+    if terminal:
+        error = UsageError(
+            "an archive cannot be written to a terminal",
+            "name a file, or have another program read it: ovr dump … --export - | ssh …",
+        )
+        error.code = "terminal"
+        raise error
+    if not for_writing:
+        error = UsageError("standard output is not open for writing", "name a file, or redirect it")
+        error.code = "no-output"
+        raise error
+
+
+def _check_reader(stream: int) -> None:
+    poll = select.poll()
+    poll.register(stream, 0)
+    if any(events & select.POLLERR for _, events in poll.poll(0)):  # pipe_poll() of fs/pipe.c
+        raise _without_reader()
+
+
+def _without_reader() -> UsageError:
+    error = UsageError(
+        "standard output cannot be written: the program that reads it has ended",
+        "what does it say?",
+    )
+    error.code = "no-reader"
+    return error
 
 
 def _packer(file: Path) -> tuple[str, ...]:

@@ -4,12 +4,13 @@ import logging
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Final
 
 from ovr.attempt.attempt import Attempt
 from ovr.attempt.copier import VERIFY_MODES
 from ovr.attempt.stopwatch import Stopwatch
 from ovr.dump.ahead import work_ahead
-from ovr.dump.container import PODMAN, Container, Running
+from ovr.dump.container import PODMAN, STDOUT, Container, Running
 from ovr.dump.export import Export
 from ovr.dump.output import DESCRIPTORS, Output, writable
 from ovr.dump.parent import Parent
@@ -29,6 +30,8 @@ from ovr.vm.attach import AttachedVm
 __all__ = ["dump"]
 
 log = logging.getLogger("ovr.dump")
+
+_STDOUT: Final = 1
 
 
 def dump(
@@ -51,7 +54,7 @@ def dump(
         vm: attached.
         tree: the root task, in the guest's initial pid namespace; or a container.
         place: the directory for the images, which has none yet; of a container of podman, the
-            archive, which does not exist yet.
+            archive, which does not exist yet, or `STDOUT`.
         agent: the agent's address; None: as the VM's devices say.
         leave_running: let the tree run on.
         pre_copies: copy pages while the tree runs, in so many rounds, or `AS_MANY_AS_HELP`; 0: do
@@ -134,6 +137,10 @@ def dump(
 
 def _output(container: Container | None, place: Path, left_running: bool) -> Output | Export:
     if container is not None and container.engine == PODMAN:
+        if place == STDOUT:
+            # Packed as podman packs it unless told otherwise.
+            place = Path(f"{container.name}.tar.zst")
+            return Export(place, left_running=left_running, stream=_STDOUT)
         return Export(place, left_running=left_running)
     return Output(place)
 

@@ -184,6 +184,18 @@ def test_a_container_goes_into_an_archive(asked, monkeypatch, capsys):
     assert "dumped container abababababab, pid 4711" in capsys.readouterr().out
 
 
+def test_an_archive_on_stdout_is_alone_there(asked, monkeypatch, capsys):
+    calls, _ = asked
+    monkeypatch.setattr(DUMPED, "container", "ab" * 32)
+    words = "dump --vm qmp:/x --container web --export - --display-stats"
+    assert cli.main(words.split()) == 0
+    assert calls[1][1]["export"] == Path("-")
+    out, err = capsys.readouterr()
+    assert not out
+    assert "dumped container abababababab" in err
+    assert "Displaying dump stats" in err
+
+
 def test_a_container_of_a_runtime_goes_into_a_directory(asked):
     calls, _ = asked
     words = "dump --vm qmp:/x --container web --runtime crun -D images -W work"
@@ -202,6 +214,7 @@ def test_a_container_of_a_runtime_goes_into_a_directory(asked):
         ("--container web -D images --export a.tar", "goes into an archive"),
         ("--container=-a --export a.tar", "not the name or id"),
         ("--container web --export a.tar --link-remap", "--link-remap cannot be passed on"),
+        ("--container web --export - --json", "standard output cannot get"),
         ("--container web --export a.tar -- --all", "--all cannot be passed on"),
         ("-t 5 -D images -- --keep", "-- needs a container"),
     ],

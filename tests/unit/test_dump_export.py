@@ -222,3 +222,78 @@ def test_a_guest_cannot_fill_the_disk(
         Export(tmp_path / "web.tar", left_running=False) as output,
     ):
         finish(output, images, Agent(tar_of(PODMANS)))
+
+
+def test_to_a_stream(tmp_path: Path, images: Path) -> None:
+    file = tmp_path / "web.tar.zst"
+    directory = tmp_path / "place"
+    directory.mkdir()
+    with (
+        file.open("wb") as stream,
+        Export(directory / file.name, left_running=False, stream=stream.fileno()) as output,
+    ):
+        finish(output, images, Agent(tar_of(PODMANS)))
+    assert not names(directory)
+    with Archive.open(file) as archive, ImageSet.open(images) as wanted:
+        assert archive.container.id == CONFIG["id"]
+        found = {image: archive.images.read(image) for image in archive.images.names}
+        assert found == {image: wanted.read(image) for image in wanted.names}
+
+
+def test_a_file_of_that_name_is_no_matter_for_a_stream(tmp_path: Path) -> None:
+    (tmp_path / "web.tar.zst").touch()
+    reader, writer = os.pipe()
+    with Export(tmp_path / "web.tar.zst", left_running=False, stream=writer):
+        pass
+    assert names(tmp_path) == {"web.tar.zst"}
+    os.close(reader)
+    os.close(writer)
+
+
+def test_a_terminal_is_refused(tmp_path: Path) -> None:
+    leader, follower = os.openpty()
+    with pytest.raises(UsageError) as caught:
+        Export(tmp_path / "web.tar.zst", left_running=False, stream=follower)
+    assert caught.value.code == "terminal"
+    os.close(leader)
+    os.close(follower)
+    with pytest.raises(UsageError) as caught:
+        Export(tmp_path / "web.tar.zst", left_running=False, stream=follower)
+    assert caught.value.code == "no-output"
+    assert not names(tmp_path)
+
+
+def test_a_reader_that_has_gone_before_the_end(tmp_path: Path) -> None:
+    """The container runs on."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with (
+        pytest.raises(UsageError) as caught,
+        Export(tmp_path / "web.tar.zst", left_running=False, stream=writer) as output,
+        output.committing(),
+    ):
+        raise AssertionError("podman was told")
+    assert caught.value.code == "no-reader"
+    assert not names(tmp_path)
+    os.close(writer)
+
+
+@pytest.mark.parametrize("left_running", [False, True])
+def test_a_reader_that_goes_away(tmp_path: Path, images: Path, left_running: bool) -> None:
+    """The images stay, unless the container runs on."""
+    reader, writer = os.pipe()
+
+    class Last(Agent):
+        def end_dump(self, save: Any) -> bytes:
+            os.close(reader)
+            return super().end_dump(save)
+
+    expected = UsageError if left_running else ArchiveFailed
+    with (
+        pytest.raises(expected, match="has ended") as caught,
+        Export(tmp_path / "web.tar.zst", left_running=left_running, stream=writer) as output,
+    ):
+        finish(output, images, Last(tar_of(PODMANS)))
+    assert caught.value.code == ("no-reader" if left_running else "archive")
+    assert names(tmp_path) == (set() if left_running else {"web.tar.zst.images"})
+    os.close(writer)

@@ -29,7 +29,7 @@ from tests.vm.test_podman import HARDWARE
 pytestmark = pytest.mark.timeout(1800)
 
 RUNTIMES = ("runc", "crun") if EVERYTHING else ("crun",)
-EXPORTED = block("docs/podman.md", "dump --container web --export")
+EXPORTED = block("docs/podman.md", "--export web.tar.zst --vm libvirt:vm-a")
 INCOMPLETE = block("docs/podman.md", "podman container inspect")
 FROM_PYTHON = block("docs/podman.md", "vm.dump")
 BUNDLED = block("docs/podman.md", "dump --container web --runtime runc")
