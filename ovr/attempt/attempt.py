@@ -181,6 +181,16 @@ class Attempt:
         with self.recording.reverted_on(AttemptFailed):
             return go(self.agent)
 
+    def abort(self) -> None:
+        """Abort now; leaving does nothing then.
+
+        Raises:
+            AttemptFailed, AgentUnreachable: as `Agent.abort`.
+        """
+        self._heartbeat.close()
+        self._to_abort = False
+        self.agent.abort()
+
     def leave(self) -> None:
         """Do not abort: what is held stays as it is, and is left to another session."""
         self._heartbeat.close()

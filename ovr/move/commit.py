@@ -17,6 +17,7 @@ __all__ = ["commit"]
 
 T = TypeVar("T")
 
+_BACK: Final = "ovr move --back, with the same --from and --to, lets it run on"
 _DECIDE: Final = "ovr move --finish or ovr move --back, with the same --from and --to, decides it"
 
 
@@ -51,17 +52,18 @@ def commit(
         told = True
         return let_run(agent)
 
-    source.agent.prepare(move)
+    _prepare(source, move)
     try:
         done = destination.commit(tell)
     except BaseException as error:
-        if not told or (isinstance(error, AttemptFailed) and _gone(destination, root_pid)):
-            raise
-        source.leave()
-        raise MoveInDoubt(
-            f"it is not known whether the tree runs in the destination: {_said(error)}", _DECIDE,
-            move,
-        ) from error  # fmt: skip
+        if told and not (isinstance(error, AttemptFailed) and _gone(destination, root_pid)):
+            source.leave()
+            raise MoveInDoubt(
+                f"it is not known whether the tree runs in the destination: {_said(error)}",
+                _DECIDE, move,
+            ) from error  # fmt: skip
+        _take_back(source, move, error)
+        raise
     try:
         return done, source.commit(Agent.end_dump)
     except BaseException as error:
@@ -72,6 +74,33 @@ def commit(
             "ovr move --finish, with the same --from and --to, ends it",
             move,
         ) from error
+
+
+def _prepare(source: Attempt, move: str) -> None:
+    try:
+        source.agent.prepare(move)
+    except AttemptFailed:
+        raise  # it is held as before
+    except BaseException as error:
+        source.leave()
+        raise MoveInDoubt(
+            f"the tree does not run in the destination, and may be frozen in the source:"
+            f" {_said(error)}",
+            _BACK, move,
+        ) from error  # fmt: skip
+
+
+def _take_back(source: Attempt, move: str, cause: BaseException) -> None:
+    try:
+        source.abort()
+    except AttemptFailed:
+        raise  # it runs, but not as before
+    except OvrError as error:
+        raise MoveInDoubt(
+            f"the tree does not run in the destination ({_said(cause)}), and is frozen in the"
+            f" source: {_said(error)}",
+            _BACK, move,
+        ) from cause  # fmt: skip
 
 
 def _gone(destination: Attempt, root_pid: int) -> bool:

@@ -23,7 +23,7 @@ from ovr.guest.client.failures import criu_lacked
 from ovr.kernel import Kernel
 from ovr.move.arrival import arrive
 from ovr.move.commit import commit
-from ovr.move.pool import PoolStore, make_pool, seats_of
+from ovr.move.pool import PoolStore, pool_for, seats_of
 from ovr.move.preflight import check_move
 from ovr.move.report import MoveReport, make_report
 from ovr.move.stopped import look_at_stopped
@@ -91,9 +91,10 @@ def move(
     name = os.urandom(16).hex()
     with (
         tempfile.TemporaryDirectory(prefix="ovr-move-", dir=_MEMORY) as scratch,
-        ExitStack() as stack,
-        Attempt(source, source_agent) as leaving,
         Attempt(destination, destination_agent) as arriving,
+        ExitStack() as late,
+        Attempt(source, source_agent) as leaving,  # the first to be aborted: its tree runs on
+        ExitStack() as stack,
     ):
         images = NewImages(Path(scratch))
         with watch("check"):
@@ -102,7 +103,7 @@ def move(
             unread = leaving.agent.criu_config()
         with watch("pool"):
             seats = seats_of(leaving, pid)
-            pool = make_pool(arriving, seats)
+            pool = late.enter_context(pool_for(arriving, seats))
             store = PoolStore(leaving, arriving, pool, seats)
         with watch("start"), criu_lacked(unread):
             parent = Parent(source.kernel, pid)

@@ -60,6 +60,8 @@ class Side:
         self.events.append(f"{self.name} is left")
 
     def abort(self):
+        self.to_abort = False
+        self.fail("abort")
         self.events.append(f"{self.name} aborted")
 
     def close(self):
@@ -104,7 +106,31 @@ def test_a_source_that_cannot_be_frozen(monkeypatch, events):
 def test_a_destination_that_was_not_told(monkeypatch, events, error):
     with pytest.raises(type(error)):
         run(monkeypatch, events, destination={"before go": error})
-    assert events == ["source is frozen", "destination aborted", "source aborted"]
+    assert events == ["source is frozen", "source aborted", "destination aborted"]
+
+
+@pytest.mark.parametrize("error", [AgentUnreachable("the link broke"), KeyboardInterrupt()])
+def test_a_source_that_may_be_frozen(monkeypatch, events, error):
+    with pytest.raises(MoveInDoubt) as caught:
+        run(monkeypatch, events, source={"prepare": error})
+    assert "--back" in caught.value.hint
+    assert events == ["source is left", "destination aborted"]
+
+
+@pytest.mark.parametrize("when", ["before go", "go"])
+def test_a_source_that_does_not_say_that_it_runs_on(monkeypatch, events, when):
+    lost = {"abort": AgentUnreachable("the link broke")}
+    with pytest.raises(MoveInDoubt) as caught:
+        run(monkeypatch, events, source=lost, destination={when: AttemptFailed("CRIU failed")})
+    assert "--back" in caught.value.hint
+    assert "destination runs" not in events
+
+
+def test_a_source_that_does_not_run_as_before(monkeypatch, events):
+    damaged = {"abort": AttemptFailed("it may not run as before")}
+    with pytest.raises(AttemptFailed) as caught:
+        run(monkeypatch, events, source=damaged, destination={"go": AttemptFailed("CRIU failed")})
+    assert caught.value is damaged["abort"]
 
 
 def test_a_destination_that_says_it_failed_and_has_nothing(monkeypatch, events):
