@@ -5,6 +5,10 @@ CRIU 3.19), so this is about trixie.
 """
 
 import json
+import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +17,7 @@ import pytest
 
 import ovr
 from ovr import lab
+from ovr.checkpoint import Archive
 from ovr.dump import story
 from ovr.dump.parent import parent_images
 from ovr.errors import ArchiveFailed, OvrError, UsageError
@@ -28,8 +33,18 @@ from tests.vm.test_podman import HARDWARE
 
 pytestmark = pytest.mark.timeout(1800)
 
+LOCKED = Container(
+    name="locked",
+    runtime="crun",
+    options="",
+    command="sh -c 'exec 9> /tmp/lock; flock 9; exec sleep 1000000'",
+    prepare="while flock -n /tmp/lock true; do sleep 0.1; done",
+    packing="zstd",
+    ask="flock -n /tmp/lock echo free || echo locked",
+)
 RUNTIMES = ("runc", "crun") if EVERYTHING else ("crun",)
 EXPORTED = block("docs/podman.md", "--export web.tar.zst --vm libvirt:vm-a")
+STREAMED = block("docs/podman.md", "--export - --vm libvirt:vm-a")
 INCOMPLETE = block("docs/podman.md", "podman container inspect")
 FROM_PYTHON = block("docs/podman.md", "vm.dump")
 BUNDLED = block("docs/podman.md", "dump --container web --runtime runc")
@@ -97,6 +112,31 @@ def test_a_dump_that_fails_while_the_tree_is_held(origin, monkeypatch):
     assert not [*origin.share.glob("never*"), *origin.share.glob(".ovr-*")]
 
 
+def test_ovr_is_killed_while_the_tree_is_held(origin):
+    """The container runs on, for podman as well."""
+    killed = origin.share / "killed"
+    killed.mkdir()
+    with subprocess.Popen(
+        [sys.executable, "-m", "ovr", "dump", "--container", "web", "--export", "web.tar",
+         "--vm", f"lab:{origin.vm.name}", "-v4", "--verify", "full"],
+        cwd=killed, stderr=subprocess.PIPE, text=True,
+    ) as process:  # fmt: skip
+        assert process.stderr is not None
+        try:
+            assert any("the tree is held" in line for line in process.stderr)
+        finally:
+            process.kill()
+    assert process.returncode == -signal.SIGKILL
+    run(origin.vm, "while pgrep -x 'criu|podman'; do sleep 0.2; done", timeout=300)
+    assert status(origin.vm, CACHE) == "Up"
+    assert CACHE.answer(origin.vm) == origin.answers["web"]
+    assert nothing_is_left(origin.vm)
+    # What the guest must not see is gone; the host's part is ours alone.
+    (left,) = killed.iterdir()
+    assert left.name.startswith(".ovr-dump-")
+    shutil.rmtree(killed)
+
+
 def test_criu_dumps_nothing_without_the_hook(origin):
     """The parent as it is until the hook has run makes CRIU fail, and the container runs on."""
     parent = origin.share / "parent"
@@ -143,6 +183,22 @@ def test_it_runs_on_after_a_dump(origin):
     (share / "web.tar.zst").unlink()
 
 
+def test_an_archive_goes_through_a_pipe(origin):
+    vm, share = origin.vm, origin.share
+    (command,) = commands(STREAMED, "on the host")
+    ours = {
+        "libvirt:vm-a": f"lab:{vm.name}", "ovr dump": "ovr dump --leave-running",
+        "ssh backup": "sh -c", "web.tar.zst": "piped.tar.zst",
+    }  # fmt: skip
+    assert not shell(said(command, ours), share)
+    with Archive.open(share / "piped.tar.zst") as archive:
+        assert archive.container.name == CACHE.name
+        assert sum(len(one.entries) for one in archive.images.memories) > 0
+    assert status(vm, CACHE) == "Up"
+    assert nothing_is_left(vm)
+    (share / "piped.tar.zst").unlink()
+
+
 def test_podman_fails_after_the_end(origin):
     """The images stay, and podman restores the container from them as the document says."""
     vm, file = origin.vm, origin.share / "web.tar.zst"
@@ -161,8 +217,9 @@ def test_podman_fails_after_the_end(origin):
 def destination(origin, tmp_path_factory) -> Iterator[lab.LabVm]:
     """A fresh VM; all containers of the other one are dumped, and that is gone."""
     vm, share = origin.vm, origin.share
-    POD.start(vm)
-    origin.answers["pod"] = POD.answer(vm)
+    for container in (POD, LOCKED):
+        container.start(vm)
+        origin.answers[container.name] = container.answer(vm)
     for plain in map(Plain, RUNTIMES):
         plain.prepare(vm)
         plain.start(vm)
@@ -179,6 +236,9 @@ def destination(origin, tmp_path_factory) -> Iterator[lab.LabVm]:
     assert report["bytes_outside"] == report["bytes_total"] > 30 << 20
     with ovr.attach(f"lab:{vm.name}") as attached:
         saved = attached.dump(container="pod", export=share / "pod.tar", verify="full")
+        attached.dump(
+            container="locked", export=share / LOCKED.archive, criu_options=["--file-locks"]
+        )
     assert saved.bytes_outside > 0.95 * saved.bytes_total
     assert [status(vm, one) for one in (CACHE, POD)] == ["Exited", "Exited"]
     assert nothing_is_left(vm)
@@ -204,6 +264,13 @@ def test_ovr_restores_the_archive(origin, destination):
     assert report.bytes_outside > 0.95 * report.bytes_total
     assert CACHE.answer(destination) == origin.answers["web"]
     podman(destination, "rm -f -t 0 web")
+
+
+def test_a_file_lock_is_held_again(origin, destination):
+    assert origin.answers["locked"].strip() == "locked"
+    podman(destination, f"container restore --file-locks --import {SHARE}/{LOCKED.archive}")
+    assert LOCKED.answer(destination) == origin.answers["locked"]
+    podman(destination, "rm -f -t 0 locked")
 
 
 @pytest.mark.parametrize("runtime", RUNTIMES)
