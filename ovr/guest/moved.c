@@ -5,7 +5,6 @@
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
-#include <stdio.h>
 #include <string.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -38,7 +37,7 @@ static bool remove_oldest(int moves, const char *newest)
 		count++;
 		if (!strcmp(entry->d_name, newest) || (oldest[0] && !older(&stat.st_mtim, &least)))
 			continue;
-		snprintf(oldest, sizeof(oldest), "%s", entry->d_name);
+		memcpy(oldest, entry->d_name, sizeof(oldest));
 		least = stat.st_mtim;
 	}
 	if (files)

@@ -17,7 +17,7 @@ import msgpack
 import pytest
 
 from ovr.errors import AgentUnreachable, AttemptFailed
-from ovr.guest import build, compiler, lab_protocol, protocol
+from ovr.guest import build, compiler, lab_protocol, move_protocol, protocol
 from ovr.guest.compiler import SANITIZED
 from ovr.guest.wire import decode, encode, header
 from tests.unit.agent_host import IMAGES, AgentHost, agent_host, wait_for
@@ -282,7 +282,13 @@ def test_who_cannot_read_its_memory_gets_no_restore(host: AgentHost) -> None:
                 answer = receive_until(connection, b"authentication failed")
                 assert b"error" in answer, what
     touch = protocol.Touch((1, 1, 1), (0, 4096))
-    for message in (*UPLOAD, protocol.Go(), protocol.Abort(), touch, protocol.Config()):
+    move = "0" * move_protocol.MOVE_ID
+    about_moves = (
+        move_protocol.Prepare(move), move_protocol.Adopt(move), move_protocol.Moved(move),
+        move_protocol.Doubts(),
+    )  # fmt: skip
+    others = (protocol.Go(), protocol.Abort(), touch, protocol.Config())
+    for message in (*UPLOAD, *others, *about_moves):
         for serial in (False, True):
             start = SYNC if serial else b""
             answer = send(host, start + HELLO + encode(message), serial=serial)

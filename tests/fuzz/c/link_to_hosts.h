@@ -59,8 +59,6 @@ void session_send(struct session *session, struct writer *writer)
 		CHECK(restore.phase == PREPARED && restore.owner == session);
 		prepared.answered = true;
 	}
-	if (message.op == OP_ABORTED)
-		CHECK(!marked);
 	if (message.op == OP_RESTORED)
 		CHECK(said_go && tree_runs);
 	if (message.op == OP_FAILED || message.op == OP_ABORTED)
