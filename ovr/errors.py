@@ -22,6 +22,7 @@
     ├── AttemptFailed            1   a restore or dump was aborted, and undone
     │   ├── HoldBroken           1
     │   ├── PidTaken             1
+    │   ├── TreeDamaged          1   a dumped tree may not run as before
     │   ├── TaskDied             1
     │   └── CriuFailed           1
     └── LabError                 1   the lab's own set-up
@@ -53,6 +54,7 @@ __all__ = [
     "PidTaken",
     "RamNotShared",
     "TaskDied",
+    "TreeDamaged",
     "Unreachable",
     "UsageError",
     "VerifyMismatch",
@@ -201,6 +203,10 @@ class HoldBroken(AttemptFailed):
 
 class PidTaken(AttemptFailed):
     """A pid that the images need is in use in the guest."""
+
+
+class TreeDamaged(AttemptFailed):
+    """A dump failed, and its tree may not run as before, or not at all."""
 
 
 class TaskDied(AttemptFailed):

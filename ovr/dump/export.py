@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import IO, Final
 
 from ovr.checkpoint import BareArchive
-from ovr.dump.output import Staging, free_name, writable
-from ovr.errors import ArchiveFailed, AttemptFailed, ImagesDamaged, OvrError, UsageError
+from ovr.dump.output import Staging, free_name, runs_on, writable
+from ovr.errors import ArchiveFailed, ImagesDamaged, OvrError, UsageError
 from ovr.guest.client.agent import Agent
 from ovr.host import locate
 from ovr.images import ImageSet
@@ -87,10 +87,8 @@ class Export(Staging):
         with writable(self._file), (self.images.path / _PODMANS).open("xb") as self._archive:
             try:
                 yield
-            except AttemptFailed:
-                raise  # the container runs
             except BaseException as error:
-                if not self._told:
+                if not self._told or runs_on(error):
                     raise
                 raise self._kept(error) from error
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Final
 
 from ovr.attempt.sink import Sink
-from ovr.errors import ArchiveFailed, AttemptFailed, ImagesDamaged, UsageError
+from ovr.errors import ArchiveFailed, AttemptFailed, ImagesDamaged, TreeDamaged, UsageError
 from ovr.guest.client.agent import Agent
 from ovr.host import Directory, UntrustedPath, cure_of, locate
 from ovr.host.closing import Closing
@@ -23,6 +23,7 @@ __all__ = [
     "Output",
     "Staging",
     "free_name",
+    "runs_on",
     "writable",
 ]
 
@@ -187,8 +188,8 @@ class Output(Staging):
         Images of a tree with a user namespace can be read by all, as CRIU's own: to restore them,
         it opens them as the namespace's root, which is another user outside.
         The inventory, without which they are no images, is moved last. If the body fails before it
-        calls `end`, or says that the dump has failed, they are removed; if it fails otherwise, it
-        is not known, and they stay.
+        calls `end`, or the tree runs on, they are removed. If it is not known, or CRIU may have
+        ended a part of the tree, they stay: nothing else may have its memory.
 
         Raises:
             UsageError: they cannot be moved.
@@ -204,9 +205,11 @@ class Output(Staging):
                     path.rename(moved[-1])
             yield
         except BaseException as error:
-            if not self._told or isinstance(error, AttemptFailed):
+            if not self._told or runs_on(error):
                 for path in reversed(moved):
                     _remove(path)
+            elif isinstance(error, TreeDamaged):
+                error.hint += f"; its images are complete, in {self.path}"
             elif isinstance(error, ArchiveFailed):
                 error.hint = f"the container has ended; its images are complete, in {self.path}"
             raise
@@ -215,6 +218,11 @@ class Output(Staging):
         """Have CRIU end the dump; return its statistics."""
         self._told = True
         return agent.end_dump()
+
+
+def runs_on(error: BaseException) -> bool:
+    """Tell whether the error of a dump that was told to end means that the tree runs on, whole."""
+    return isinstance(error, AttemptFailed) and not isinstance(error, TreeDamaged)
 
 
 def free_name(directory: Path, name: str) -> str:

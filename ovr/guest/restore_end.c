@@ -196,6 +196,9 @@ void restore_abort(enum code code, const char *reason)
 		.code = code,
 	};
 	snprintf(outcome.reason, sizeof(outcome.reason), "%s", reason);
+	/* After Go, too: a moved tree that was killed is to run in its source again. */
+	if (restore.phase == RELEASED && !restore.dump && restore.move[0] && outcome.undone)
+		moved_unmark(restore.move);
 	end_restore();
 }
 

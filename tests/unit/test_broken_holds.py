@@ -122,7 +122,7 @@ def test_pages_are_compared_whatever_holds_are_broken_off(machine, content, how)
 @pytest.mark.parametrize("how", ["too long", "tracer killed"])
 def test_a_running_task_is_walked_whatever_holds_are_broken_off(machine, content, how):
     with copier(machine, content, how) as (ours, target, harm):
-        task = RunningTask(1, 1, SoftDirty(target.space.ram), target.pieces, (), None, harm)
+        task = RunningTask(1, 0, 1, SoftDirty(target.space.ram), (), target.pieces, (), None, harm)
         harm.times = 3
         assert total(task.walk(ours.holder, task.areas)) == SIZE
         assert not harm.times

@@ -19,6 +19,7 @@ from ovr.errors import (
     ArchiveFailed,
     AttemptFailed,
     CheckFailed,
+    TreeDamaged,
     UsageError,
 )
 from ovr.images import ImageSet
@@ -169,8 +170,19 @@ def test_nothing_stays_if_the_container_runs_on(tmp_path: Path, error: Exception
         Agent(b"not a tar" * 1000),
         Agent(tar_of(PODMANS), KeyboardInterrupt()),
         Agent(tar_of(PODMANS), ArchiveFailed("podman failed")),
+        Agent(b"", TreeDamaged("CRIU was killed")),
     ],
-    ids=["link", "cut", "nothing", "incomplete", "empty", "no tar", "interrupted", "podman"],
+    ids=[
+        "link",
+        "cut",
+        "nothing",
+        "incomplete",
+        "empty",
+        "no tar",
+        "interrupted",
+        "podman",
+        "criu",
+    ],
 )
 def test_images_stay_if_the_container_has_ended(tmp_path: Path, images: Path, agent: Agent) -> None:
     for number in range(2):

@@ -12,6 +12,7 @@ from ovr.errors import (
     AttemptFailed,
     CheckFailed,
     OvrError,
+    TreeDamaged,
     UsageError,
 )
 
@@ -69,6 +70,7 @@ class Agent:
         pytest.param(False, CheckFailed("the VM migrates"), [], id="it was not told to end"),
         pytest.param(True, AttemptFailed("aborted"), [], id="it runs on"),
         pytest.param(True, AgentUnreachable("broken"), [INVENTORY], id="not known"),
+        pytest.param(True, TreeDamaged("killed"), [INVENTORY], id="ended in part"),
     ],
 )
 def test_images_stay_unless_the_tree_runs_on(tmp_path, told, error, left):

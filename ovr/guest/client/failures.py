@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Final
 
-from ovr.errors import AttemptFailed, CriuFailed, PidTaken
+from ovr.errors import AttemptFailed, CriuFailed, PidTaken, TreeDamaged
 from ovr.guest import protocol
 from ovr.guest.client.criu_log import FREE_MEMORY, KILLED, failure_in
 from ovr.guest.client.session import one_line
@@ -137,7 +137,7 @@ def still_there() -> AttemptFailed:
 
 def _damaged(reason: str, code: str) -> AttemptFailed:
     """Return the error for a dumped tree that was not released in order."""
-    error = AttemptFailed(
+    error = TreeDamaged(
         f"the dump failed, and its tree may not run as before: {reason}",
         _CURES_OF_DAMAGE.get(code, _CHECK_TREE),
     )
