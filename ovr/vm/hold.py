@@ -223,8 +223,19 @@ class BothHeld:
             HoldBroken: one of them ran before the end of the body, or may have.
             OvrError: as `Holder.held`.
         """
-        with self._one.held(), self._other.held():
-            yield
+        during_a_write = False
+        try:
+            with self._one.held():
+                try:
+                    with self._other.held():
+                        yield
+                except HoldBroken as error:
+                    during_a_write = not error.after_writes
+                    raise
+        except HoldBroken as error:
+            # If both were broken, this one hides the first: the hold is only as good as the worse.
+            error.after_writes &= not during_a_write
+            raise
 
 
 def unbroken(holder: Holds, work: Callable[[], T], *, writes: bool = False) -> T:

@@ -16,11 +16,11 @@ from ovr.attempt.copier import Copier
 from ovr.attempt.journal import Journal
 from ovr.attempt.targets import Family, Target
 from ovr.dump.running import RunningTask
-from ovr.errors import HoldBroken
+from ovr.errors import HoldBroken, OvrError
 from ovr.images.source import Source
 from ovr.memory.extents import total
 from ovr.memory.ram import GuestRam
-from ovr.vm.hold import Holder
+from ovr.vm.hold import BothHeld, Holder, unbroken
 from tests.unit.machine_process import RAM_BYTES, Monitor, RunningMachine
 from tests.unit.test_copier import BEGIN, Space
 
@@ -162,3 +162,40 @@ def test_what_was_seen_in_a_broken_hold_is_forgotten(machine, content):
         assert not harm.times
     assert all(target is descendant for target, _ in left)
     assert sum(total(part) for _, part in left) == SIZE
+
+
+class Broken:
+    """Holds of which each ends as it is told."""
+
+    def __init__(self, *ends: OvrError | None) -> None:
+        self.ends = [*ends]
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            if (end := self.ends.pop(0)) is not None:
+                raise end
+
+
+def broken(*, after_writes: bool) -> HoldBroken:
+    error = HoldBroken("")
+    error.after_writes = after_writes
+    return error
+
+
+@pytest.mark.parametrize("source", [None, True, False])
+@pytest.mark.parametrize("destination", [None, True, False])
+def test_a_write_with_two_vms_held_is_repeated_if_both_ended_in_order(source, destination):
+    """The error of the hold that ends last does not hide that of the other."""
+    ends = [None if end is None else broken(after_writes=end) for end in (source, destination)]
+    times = []
+    both = BothHeld(Broken(ends[0], None), Broken(ends[1], None))
+    if False in (source, destination):
+        with pytest.raises(HoldBroken) as caught:
+            unbroken(both, lambda: times.append(1), writes=True)
+        assert not caught.value.after_writes and len(times) == 1
+    else:
+        unbroken(both, lambda: times.append(1), writes=True)
+        assert len(times) == (1 if source is None and destination is None else 2)
