@@ -96,7 +96,7 @@ class Attempt:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        with self._stack:
+        with self._stack, self._heartbeat:
             if self._to_abort:
                 self._abort(error)
 
@@ -190,6 +190,10 @@ class Attempt:
         self._heartbeat.close()
         self._to_abort = False
         self.agent.abort()
+
+    def keep(self) -> None:
+        """From here on leaving does not abort; the session goes on until `commit` or `abort`."""
+        self._to_abort = False
 
     def leave(self) -> None:
         """Do not abort: what is held stays as it is, and is left to another session."""

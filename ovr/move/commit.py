@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Final, TypeVar
 
 from ovr.attempt.attempt import Attempt
-from ovr.errors import AttemptFailed, MoveInDoubt, OvrError
+from ovr.errors import AttemptFailed, MoveInDoubt
 from ovr.guest.client.agent import Agent
 from ovr.kernel import find_task
 
@@ -45,17 +45,29 @@ def commit(
             Or it runs, and the source's is still there, frozen.
         OvrError: the source's tree runs on, and there is none in the destination.
     """
-    told = False
+    told = runs = False
 
     def tell(agent: Agent) -> T:
         nonlocal told
+        # Before the first byte is sent: whatever interrupts us, the source's tree stays frozen.
+        source.keep()
         told = True
         return let_run(agent)
 
     _prepare(source, move)
     try:
         done = destination.commit(tell)
+        runs = True
+        return done, source.commit(Agent.end_dump)
     except BaseException as error:
+        if runs:
+            source.leave()
+            raise MoveInDoubt(
+                f"the tree runs in the destination, and that of the source is still there, frozen:"
+                f" {_said(error)}",
+                "ovr move --finish, with the same --from and --to, ends it",
+                move,
+            ) from error
         if told and not (isinstance(error, AttemptFailed) and _gone(destination, root_pid)):
             source.leave()
             raise MoveInDoubt(
@@ -64,16 +76,6 @@ def commit(
             ) from error  # fmt: skip
         _take_back(source, move, error)
         raise
-    try:
-        return done, source.commit(Agent.end_dump)
-    except BaseException as error:
-        source.leave()
-        raise MoveInDoubt(
-            f"the tree runs in the destination, and that of the source is still there, frozen:"
-            f" {_said(error)}",
-            "ovr move --finish, with the same --from and --to, ends it",
-            move,
-        ) from error
 
 
 def _prepare(source: Attempt, move: str) -> None:
@@ -95,7 +97,7 @@ def _take_back(source: Attempt, move: str, cause: BaseException) -> None:
         source.abort()
     except AttemptFailed:
         raise  # it runs, but not as before
-    except OvrError as error:
+    except BaseException as error:
         raise MoveInDoubt(
             f"the tree does not run in the destination ({_said(cause)}), and is frozen in the"
             f" source: {_said(error)}",
@@ -108,8 +110,8 @@ def _gone(destination: Attempt, root_pid: int) -> bool:
         destination.vm.check_same_boot()
         task = find_task(destination.vm.kernel, root_pid)
         return task is None or not task.mm
-    except OvrError:
-        return False
+    except BaseException:
+        return False  # not known, whatever the reason; the caller reports the first error
 
 
 def _said(error: BaseException) -> str:

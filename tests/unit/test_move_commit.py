@@ -55,6 +55,9 @@ class Side:
         self.events.append("source ended")
         return b"stats"
 
+    def keep(self):
+        self.to_abort = False
+
     def leave(self):
         self.to_abort = False
         self.events.append(f"{self.name} is left")
@@ -74,13 +77,13 @@ def events():
     return []
 
 
-def run(monkeypatch, events, source=(), destination=(), there=False):
+def run(monkeypatch, events, source=(), destination=(), there=False, find=None):
     """Commit, and leave both attempts as the story does; return the result."""
     monkeypatch.setattr(
         commit_module, "Agent", SimpleNamespace(end_dump=lambda agent: agent.end_dump())
     )
     task = SimpleNamespace(mm=True) if there else None
-    monkeypatch.setattr(commit_module, "find_task", lambda kernel, pid: task)
+    monkeypatch.setattr(commit_module, "find_task", find or (lambda kernel, pid: task))
     one, other = Side("source", events, source), Side("destination", events, destination)
     try:
         return commit(one, other, MOVE, ROOT, lambda agent: agent.go())
@@ -144,6 +147,29 @@ def test_a_destination_that_says_it_failed_and_has_the_tree(monkeypatch, events)
         run(monkeypatch, events, destination={"go": AttemptFailed("?")}, there=True)
     assert caught.value.move == MOVE
     assert events == ["source is frozen", "source is left"]
+
+
+@pytest.mark.parametrize("second", [KeyboardInterrupt(), SystemExit(1), LookupError("pid table")])
+def test_a_look_for_the_tree_that_is_cut_off(monkeypatch, events, second):
+    """Whatever ends it, the source's tree does not run on: that of the destination may run."""
+
+    def cut_off(kernel, pid):
+        raise second
+
+    failed = {"after go": AttemptFailed("it is still held")}
+    with pytest.raises(MoveInDoubt) as caught:
+        run(monkeypatch, events, destination=failed, find=cut_off)
+    assert caught.value.move == MOVE
+    assert events == ["source is frozen", "destination runs", "source is left"]
+
+
+def test_a_source_that_is_interrupted_while_it_is_taken_back(monkeypatch, events):
+    with pytest.raises(MoveInDoubt) as caught:
+        run(
+            monkeypatch, events,
+            source={"abort": KeyboardInterrupt()}, destination={"go": AttemptFailed("CRIU failed")},
+        )  # fmt: skip
+    assert "--back" in caught.value.hint and caught.value.move == MOVE
 
 
 @pytest.mark.parametrize(
