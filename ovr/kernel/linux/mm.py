@@ -105,13 +105,15 @@ def for_each_vma(mm: Struct, first: int = 0, last: int = MAX_INDEX) -> Iterator[
         last: the last one.
 
     Raises:
-        GuestFault: the tree is invalid, or changed while it was read.
+        GuestFault: the tree is invalid, or changed while it was read; or a VMA has parts of pages.
     """
     # Linux kernel commit d4af56c5c7c6 ("mm: start tracking VMAs with maple tree") (in v6.1)
     for low, high, entry in mt_for_each(mm.mm_mt, first, last):
         vma = mm.types_.pointer("struct vm_area_struct", mm.space_, entry)
         if (vma.vm_start, vma.vm_end) != (low, high + 1):
             raise GuestFault(f"the VMA at {entry:#x} is not the one for {low:#x}", entry)
+        if low % PAGE_SIZE or (high + 1) % PAGE_SIZE:
+            raise GuestFault(f"the VMA at {entry:#x} is not a range of whole pages", entry)
         yield vma
 
 
