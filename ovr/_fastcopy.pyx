@@ -213,6 +213,7 @@ cdef class RamMap:
             _load_frames(&f, frames)
             job.walk.frames = &f
         job.walk.soft_dirty = PTE_SOFT_DIRTY if soft_dirty else 0
+        job.walk.most = _most_runs(&self._ram)
         job.walk.ram, job.root, job.levels, job.count = &self._ram, root, levels, pieces.shape[0]
         job.pieces = &pieces[0] if pieces.shape[0] else NULL
         self._begin()
@@ -222,6 +223,12 @@ cdef class RamMap:
             self._done(lost)
             if job.status == WALK_NOMEM:
                 raise MemoryError
+            if job.status == WALK_CROWDED:
+                raise GuestFault(
+                    f"page tables lead to more than {job.walk.most} runs of pages, up to"
+                    f" {job.walk.fault:#x}: the guest does not have that much memory",
+                    job.walk.fault,
+                )
             if job.status == WALK_FAULT:
                 raise GuestFault(
                     f"a guest page table at GPA {job.walk.fault:#x} is damaged or not in RAM",

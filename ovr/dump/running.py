@@ -22,6 +22,7 @@ from ovr.kernel import (
     types_that_fit,
     vmas,
 )
+from ovr.memory.addresses import PAGE_SIZE
 from ovr.memory.extents import Extents, addresses_of, split, with_flags
 from ovr.memory.paging import AddressSpace, Frames, pieces
 from ovr.memory.ranges import Ranges, inside
@@ -31,6 +32,8 @@ __all__ = ["RunningTask", "running_tasks"]
 
 _WALK_BYTES: Final = 4 << 30
 """Most bytes of address space that are walked in one hold."""
+_RUNS_OF_ANY: Final = 1 << 20
+"""Runs of pages that a task may have in any guest, as for a single walk (``native/walk.pxi``)."""
 _NOT_MEMORY: Final = VM_IO | VM_PFNMAP | VM_HUGETLB
 
 
@@ -95,6 +98,7 @@ class RunningTask(NamedTuple):
             TaskDied, GuestFault: as `pages`.
         """
         found = [np.empty(0, RUN)]
+        left = max(_RUNS_OF_ANY, 2 * self.space.ram.size // PAGE_SIZE)
         for part in split(areas, _WALK_BYTES):
 
             def look(part: Extents = part) -> Extents:
@@ -102,6 +106,12 @@ class RunningTask(NamedTuple):
                 return self.space.walk(part, frames, soft_dirty=soft_dirty)
 
             found.append(unbroken(holder, look))
+            left -= len(found[-1])
+            if left < 0:
+                raise GuestFault(
+                    f"the page tables of pid {self.pid} lead to more pages than the guest can have",
+                    int(part["gva"][0]),
+                )
         return np.concatenate(found)
 
 

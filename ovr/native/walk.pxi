@@ -33,6 +33,11 @@ cdef enum:
     WALK_OK = 0
     WALK_FAULT = -1
     WALK_NOMEM = -2
+    WALK_CROWDED = -3
+
+cdef enum:
+    # A walk may find this many runs in any guest: some map the same pages at many addresses.
+    RUNS_OF_ANY = 1 << 20
 
 cdef packed struct Piece:
     uint64_t gva
@@ -77,6 +82,7 @@ cdef struct Walk:
     Run *runs
     size_t count
     size_t capacity
+    size_t most             # page tables that lead to themselves have runs without end
     Frames *frames
     uint64_t soft_dirty     # the bit of an entry that tells pages apart; 0: none does
     uint64_t fault          # GPA of a table that is not in RAM, when status is WALK_FAULT
@@ -305,6 +311,9 @@ cdef int _emit(
         ):
             last.size += size
             return WALK_OK
+    if w.count == w.most:
+        w.fault = gva
+        return WALK_CROWDED
     if w.count == w.capacity:
         w.capacity = max(<size_t>64, 2 * w.capacity)
         grown = <Run *>realloc(w.runs, w.capacity * sizeof(Run))
@@ -321,6 +330,15 @@ cdef int _emit(
     last.page_shift = shift
     w.count += 1
     return WALK_OK
+
+
+cdef size_t _most_runs(const Ram *ram) noexcept:
+    # Twice as many as the RAM has pages.
+    cdef size_t bytes = 0
+    cdef Py_ssize_t i
+    for i in range(ram.count):
+        bytes += ram.slots[i].size
+    return max(<size_t>RUNS_OF_ANY, 2 * (bytes >> 12))
 
 
 cdef object _as_runs(Walk *w):

@@ -149,6 +149,19 @@ def test_tables_that_point_to_themselves_end(machine):
     )
 
 
+def test_tables_that_lead_to_themselves_have_runs_without_end(machine):
+    """Each 4 KiB of 128 TiB of addresses, on the same few frames."""
+    table = machine.new_table()
+    for index in range(512):
+        machine.set_entry(table, index, table | PTE_PRESENT)
+    for index in range(256):
+        machine.set_entry(machine.root, index, table | PTE_PRESENT)
+    ours = AddressSpace(machine.ram, machine.root, machine.levels)
+    assert len(ours.walk(pieces([(0, 1 << 30, 0)]))) == 1 << 18
+    with pytest.raises(GuestFault):
+        ours.walk(pieces([(0, 1 << 47, 0)]))
+
+
 def test_read_and_write_across_pages(machine):
     space = AddressSpace(machine.ram, machine.root, machine.levels)
     machine.map(0x4000_0000, 0x20000)

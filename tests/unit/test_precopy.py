@@ -1,14 +1,19 @@
 """When rounds of copies end."""
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from ovr._fastcopy import OWNED, RUN, SOFT_DIRTY
-from ovr.dump import precopy
+from ovr.dump import precopy, running
 from ovr.dump.precopy import AS_MANY_AS_HELP, PreCopy
-from ovr.errors import AttemptFailed
+from ovr.dump.running import RunningTask
+from ovr.errors import AttemptFailed, GuestFault
+from ovr.memory.addresses import PAGE_SIZE
+from ovr.memory.paging import pieces
+from ovr.memory.ranges import no_ranges
 from ovr.move.story import _check_converged
 
 MIB = 1 << 20
@@ -103,3 +108,24 @@ def test_a_move_of_one_that_does_not(caplog):
     for strict in (False, True):
         _check_converged(SimpleNamespace(left=(8, 8)), strict=strict)
     assert not caplog.records
+
+
+def test_a_task_with_more_pages_than_the_guest_can_have(monkeypatch):
+    """Its page tables lead to the same frames again and again."""
+    monkeypatch.setattr(running, "_WALK_BYTES", 8 * PAGE_SIZE)
+    monkeypatch.setattr(running, "_RUNS_OF_ANY", 4)
+    walked = []
+
+    class Space:
+        ram = SimpleNamespace(size=16 * PAGE_SIZE)
+
+        def walk(self, part, frames, *, soft_dirty):
+            walked.append(int(part["size"].sum()))
+            return np.zeros(walked[-1] // PAGE_SIZE, RUN)
+
+    areas = pieces([(0, 1 << 30, 0)])
+    task = RunningTask(7, 1, 7, Space(), (), areas, no_ranges(), None, lambda: None)
+    with pytest.raises(GuestFault):
+        task.walk(SimpleNamespace(held=nullcontext), areas)
+    assert len(walked) == 5
+    assert len(task.walk(SimpleNamespace(held=nullcontext), pieces([(0, 1 << 17, 0)]))) == 32
