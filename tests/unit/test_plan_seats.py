@@ -95,6 +95,15 @@ def test_an_area_that_has_not_changed():
     assert warm.kept[1].tolist() == [(BASE + 2 * MIB, BASE + 8 * MIB)]
 
 
+def test_two_tasks_with_one_pid_have_one_set_of_seats():
+    """No kernel has them, but one that lies may."""
+    twins = [RunningAreas(1, 0, [(BASE, BASE + 4 * MIB)])] * 2
+    twins += [RunningAreas(2, 1, [(BASE, BASE + 2 * MIB)])] * 2
+    seats = assign_seats(twins)
+    assert seats.size == 6 * MIB
+    assert {pid: len(each) for pid, each in seats.of.items()} == {1: 1, 2: 1}
+
+
 def test_the_largest_area_has_its_final_place_modulo_a_page_table():
     plan = one_area(BASE + 300 * MIB, BASE + 1900 * MIB)
     seats = seats_for([plan])

@@ -67,7 +67,8 @@ def assign_seats(tasks: Sequence[RunningAreas]) -> Seats:
     by_pid = {task.pid: task for task in tasks}
     of: dict[int, list[Seat]] = {}
     at = 0
-    for pid in family_order((task.pid, task.ppid) for task in tasks):
+    # A hostile guest may have two tasks with the same pid.
+    for pid in dict.fromkeys(family_order((task.pid, task.ppid) for task in tasks)):
         for low, high in _units(by_pid[pid].areas):
             of.setdefault(pid, []).append(Seat(low, high, at))
             at += high - low
