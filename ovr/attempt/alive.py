@@ -6,6 +6,7 @@ from ovr.errors import AgentUntrusted, TaskDied
 from ovr.guest.client.results import PoolInfo
 from ovr.kernel import Kernel, Struct, find_task, find_vma, mm_space, types_that_fit
 from ovr.kernel.linux.mm import VM_SHARED
+from ovr.memory.addresses import PAGE_SIZE
 from ovr.memory.paging import AddressSpace
 
 __all__ = ["OF_THE_TASK", "Alive", "alive_with_pool"]
@@ -49,6 +50,8 @@ class Alive:
 def alive_with_pool(kernel: Kernel, pool: PoolInfo) -> Alive:
     """Return the process that has a pool, if its memory is private and anonymous.
 
+    To be called in the hold in which the process was identified.
+
     Raises:
         AgentUntrusted: it is not.
         TaskDied: there is no such process any more.
@@ -60,7 +63,8 @@ def alive_with_pool(kernel: Kernel, pool: PoolInfo) -> Alive:
         raise TaskDied(f"{name} has died in the guest", OF_THE_TASK)
     vma = find_vma(task.mm, pool.address)
     end = pool.address + pool.size
-    if not vma or vma.vm_end < end or vma.vm_flags & VM_SHARED or vma.vm_file:
+    wrong = not vma or vma.vm_end < end or vma.vm_flags & VM_SHARED or vma.vm_file
+    if wrong or pool.address % PAGE_SIZE or pool.size % PAGE_SIZE:
         raise AgentUntrusted(
             f"pid {pool.pid} has no pool at {pool.address:#x}", "is this agent the guest's own?",
             "pool",

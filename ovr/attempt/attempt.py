@@ -208,11 +208,13 @@ class Attempt:
             AttemptFailed: it is gone.
             GuestFault, KernelNotFound: invalid kernel objects or types in the guest.
         """
-        unbroken(
-            self.holder,
-            lambda: find_tracer(self.vm.kernel, self._process, pool.pid, engine=False),
-        )
-        return alive_with_pool(self.vm.kernel, pool)
+
+        def find() -> Alive:
+            # In one hold: another process may get the pid of one that has died.
+            find_tracer(self.vm.kernel, self._process, pool.pid, engine=False)
+            return alive_with_pool(self.vm.kernel, pool)
+
+        return unbroken(self.holder, find)
 
     def _do(self, step: Callable[[Agent], T]) -> T:
         self._check_vm()

@@ -83,7 +83,7 @@ def _areas(
 
 @contextmanager
 def pool_for(attempt: Attempt, seats: Seats) -> Iterator[PoolInfo | None]:
-    """Have the destination allocate a pool, which it gets back if the body of the ``with`` fails.
+    """Have the destination allocate a pool, which it gets back unless the ``with`` ends well.
 
     Args:
         attempt: of the destination.
@@ -96,18 +96,24 @@ def pool_for(attempt: Attempt, seats: Seats) -> Iterator[PoolInfo | None]:
     if not seats.size:
         yield None
         return
-    made = attempt.agent.warm(seats.size, seats.place)
-    if made.size < seats.size:
-        raise AttemptFailed(
-            f"the destination has no pool of {seats.size >> 20} MiB: {made.note}",
-            "free memory in its guest",
-        )
+    refused = False
     try:
+        try:
+            made = attempt.agent.warm(seats.size, seats.place)
+        except AttemptFailed:
+            refused = True  # the pool that is there, if any, is not ours
+            raise
+        if made.size < seats.size:
+            raise AttemptFailed(
+                f"the destination has no pool of {seats.size >> 20} MiB: {made.note}",
+                "free memory in its guest",
+            )
         yield made
     except BaseException:
         # It has pages of the tree, and is of no use to other restores.
-        with suppress(OvrError):
-            attempt.agent.warm(0)
+        if not refused:
+            with suppress(OvrError):
+                attempt.agent.warm(0)
         raise
 
 
