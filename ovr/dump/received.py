@@ -32,7 +32,7 @@ class Received:
     def __init__(self, images: NewImages, most: int, *, also: str | None = None) -> None:
         self.names: list[str] = []
         self._also = also
-        self._left = most
+        self._left = self._most = most
         self._images = images
         self._done: set[str] = set()
         self._seen: set[str] = set()
@@ -52,7 +52,7 @@ class Received:
             raise ImagesDamaged(f"the agent sent more than {_MAX_FILES} images", _SUSPECT)
         self._left -= len(data)
         if self._left < 0:
-            raise ImagesDamaged("the agent sent more than the VM's RAM has room for", _SUSPECT)
+            raise ImagesDamaged(f"the agent sent more than {self._most} bytes of images", _SUSPECT)
         self._images.append(name, data)
         if not data:
             self._done.add(name)

@@ -20,6 +20,7 @@ from ovr.dump.received import Received
 from ovr.errors import AttemptFailed, UsageError
 from ovr.guest.client.agent import Agent
 from ovr.guest.client.failures import criu_lacked
+from ovr.guest.protocol import MAX_IMAGE_BYTES
 from ovr.kernel import Kernel
 from ovr.move.arrival import arrive
 from ovr.move.commit import commit
@@ -121,7 +122,8 @@ def move(
         down = time.perf_counter()
         with watch("stop"), criu_lacked(unread):
             pre_copy.let_stop()
-            received = Received(images, source.ram.size)
+            # The destination's agent takes no more, and they are in the host's memory.
+            received = Received(images, min(source.ram.size, MAX_IMAGE_BYTES))
             leaving.begin(lambda agent: agent.held(received.save))
             received.check_complete()
             stopped = look_at_stopped(leaving, received, images, pre_copy.copies, stack)

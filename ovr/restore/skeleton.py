@@ -17,7 +17,7 @@ from ovr.plan import NO_POOL, Cold, Inside, Plan, Pool, Warm, build_inside
 from ovr.plan.pool.seats import Seats
 from ovr.plan.pool.table import foreign_cgroup
 
-__all__ = ["Built", "build_skeleton", "inside_of"]
+__all__ = ["Built", "build_skeleton", "check_inside_size", "inside_of"]
 
 log = logging.getLogger("ovr.restore")
 
@@ -54,14 +54,22 @@ def inside_of(
         ImagesUnsupported: it is larger than the agent takes.
     """
     inside = build_inside(plan, _pool(plan, checkpoint, guest, seats))
-    size = sum(map(image_size, inside.images.values()))
+    check_inside_size(sum(map(image_size, inside.images.values())))
+    return inside
+
+
+def check_inside_size(size: int) -> None:
+    """Check that the agent takes so many bytes of images.
+
+    Raises:
+        ImagesUnsupported: it does not.
+    """
     if size > MAX_IMAGE_BYTES:
         raise ImagesUnsupported(
             f"{size} bytes of images would go to the guest's CRIU, which gets at most"
             f" {MAX_IMAGE_BYTES}",
             "restore more from outside (--outside all); `ovr plan` says what stays inside, and why",
         )
-    return inside
 
 
 def _pool(plan: Plan, checkpoint: Checkpoint, guest: AgentInfo, seats: Seats | None) -> Pool | Cold:

@@ -77,7 +77,7 @@ def events():
     return []
 
 
-def run(monkeypatch, events, source=(), destination=(), there=False, find=None):
+def run(monkeypatch, events, source=(), destination=(), *, there=False, find=None):
     """Commit, and leave both attempts as the story does; return the result."""
     monkeypatch.setattr(
         commit_module, "Agent", SimpleNamespace(end_dump=lambda agent: agent.end_dump())
