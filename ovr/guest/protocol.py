@@ -111,7 +111,7 @@ __all__ = [
     "proof_text",
 ]
 
-VERSION = 10
+VERSION = 11
 VSOCK_PORT = 687
 """The agent's vsock port. Below 1024: to bind it needs CAP_NET_BIND_SERVICE in the initial user
 namespace (__vsock_bind_connectible in net/vmw_vsock/af_vsock.c). On a telephone's keys it reads
@@ -269,10 +269,12 @@ class Warm(Message):
     Attributes:
         size: size of the pool in bytes; 0: no pool.
         place: offset of its address modulo 1 GiB, in bytes; whole huge pages.
+        keep: it outlives the session; otherwise it ends with it, unless a restore has taken it.
     """
 
     size: int
     place: int = 0
+    keep: bool = True
 
 
 class Pool(Message):

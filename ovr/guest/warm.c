@@ -3,8 +3,8 @@
  *
  * It is a child of the agent, waits in the constructor of a preloaded library
  * (warm/), and becomes the CRIU of the next restore that uses the pool. It
- * serves one restore. The OOM killer chooses it before any other process, and
- * it dies with the agent.
+ * serves one restore, or ends with the session that it was made for. The OOM
+ * killer chooses it before any other process, and it dies with the agent.
  */
 #include <errno.h>
 #include <fcntl.h>
@@ -38,6 +38,7 @@ void pool_forget(void)
 	pool_unmap(&pool.state);
 	pool.stage = NONE;
 	pool.pid = 0;
+	pool.owner = NULL;
 }
 
 /* ------------------------------------------------------------------------ creation */
@@ -240,7 +241,7 @@ static uint64_t available_bytes(void)
 	return kib << 10;
 }
 
-static void warm(struct session *session, uint64_t size, uint64_t place)
+static void warm(struct session *session, uint64_t size, uint64_t place, bool keep)
 {
 	uint64_t available;
 	int error;
@@ -270,6 +271,7 @@ static void warm(struct session *session, uint64_t size, uint64_t place)
 		return;
 	}
 	pool.waiting = session;
+	pool.owner = keep ? NULL : session;
 	prime_begin();
 }
 
@@ -278,7 +280,8 @@ void warm_message(struct session *session, const struct message *message)
 	uint64_t size = message_has(message, KEY_SIZE) ? message_uint(message, KEY_SIZE) : 0;
 
 	if (message->op == OP_WARM && size) {
-		warm(session, size, message_uint(message, KEY_PLACE));
+		warm(session, size, message_uint(message, KEY_PLACE),
+		     message_uint(message, KEY_KEEP));
 		return;
 	}
 	if (message->op == OP_WARM) {
@@ -294,6 +297,8 @@ void warm_session_ended(struct session *session)
 {
 	if (pool.waiting == session)
 		pool.waiting = NULL;
+	if (pool.owner == session)
+		pool_end("its session ended");
 }
 
 static void on_news(int fd, short events, void *context)

@@ -19,6 +19,7 @@ struct warm_pool {
 	int socket;
 	struct pool_state *state;
 	struct session *waiting; /* the session whose Warm is not answered yet */
+	struct session *owner;   /* the session that it ends with, or NULL */
 	char note[160];          /* why there is no pool */
 };
 

@@ -1,7 +1,7 @@
 """The destination's pool, which gets pages while the tree still runs in the source."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import replace
 from typing import Final
 
@@ -12,7 +12,7 @@ from ovr.attempt.attempt import Attempt
 from ovr.attempt.origin import EVERYWHERE, Origin
 from ovr.attempt.targets import Target
 from ovr.dump.running import RunningTask, running_tasks
-from ovr.errors import AttemptFailed, OvrError, TaskDied
+from ovr.errors import AttemptFailed, TaskDied
 from ovr.guest.client.results import PoolInfo
 from ovr.guest.client.session import AgentInfo
 from ovr.kernel.linux.mm import (
@@ -32,7 +32,7 @@ from ovr.memory.ranges import Ranges
 from ovr.plan.pool.seats import RunningAreas, Seats, assign_seats
 from ovr.plan.pool.units import UNIT
 
-__all__ = ["PoolStore", "pool_for", "seats_of", "with_pool"]
+__all__ = ["PoolStore", "make_pool", "seats_of", "with_pool"]
 
 _NOT_FOR_POOL: Final = (
     VM_GROWSDOWN | VM_LOCKED | VM_DONTCOPY | VM_DONTDUMP | VM_NORESERVE | VM_WIPEONFORK
@@ -81,40 +81,29 @@ def _areas(
             yield area.start, area.end
 
 
-@contextmanager
-def pool_for(attempt: Attempt, seats: Seats) -> Iterator[PoolInfo | None]:
-    """Have the destination allocate a pool, which it gets back unless the ``with`` ends well.
+def make_pool(attempt: Attempt, seats: Seats) -> PoolInfo | None:
+    """Have the destination allocate a pool for the attempt alone; None if nothing would use it.
+
+    However the attempt ends, the guest gets it back with the end of its session, unless a restore
+    has taken it.
 
     Args:
         attempt: of the destination.
-        seats: parts of the pool; if there are none, there is no pool.
+        seats: parts of the pool.
 
     Raises:
         AttemptFailed: it lacks the memory, or cannot have a pool.
         AgentUnreachable: the link broke.
     """
     if not seats.size:
-        yield None
-        return
-    refused = False
-    try:
-        try:
-            made = attempt.agent.warm(seats.size, seats.place)
-        except AttemptFailed:
-            refused = True  # the pool that is there, if any, is not ours
-            raise
-        if made.size < seats.size:
-            raise AttemptFailed(
-                f"the destination has no pool of {seats.size >> 20} MiB: {made.note}",
-                "free memory in its guest",
-            )
-        yield made
-    except BaseException:
-        # It has pages of the tree, and is of no use to other restores.
-        if not refused:
-            with suppress(OvrError):
-                attempt.agent.warm(0)
-        raise
+        return None
+    made = attempt.agent.warm(seats.size, seats.place, keep=False)
+    if made.size < seats.size:
+        raise AttemptFailed(
+            f"the destination has no pool of {seats.size >> 20} MiB: {made.note}",
+            "free memory in its guest",
+        )
+    return made
 
 
 def with_pool(guest: AgentInfo, pool: PoolInfo | None) -> AgentInfo:

@@ -24,7 +24,7 @@ from ovr.guest.protocol import MAX_IMAGE_BYTES
 from ovr.kernel import Kernel
 from ovr.move.arrival import arrive
 from ovr.move.commit import commit
-from ovr.move.pool import PoolStore, pool_for, seats_of
+from ovr.move.pool import PoolStore, make_pool, seats_of
 from ovr.move.preflight import check_move
 from ovr.move.report import MoveReport, make_report
 from ovr.move.stopped import look_at_stopped
@@ -93,7 +93,6 @@ def move(
     with (
         tempfile.TemporaryDirectory(prefix="ovr-move-", dir=_MEMORY) as scratch,
         Attempt(destination, destination_agent) as arriving,
-        ExitStack() as late,
         Attempt(source, source_agent) as leaving,  # the first to be aborted: its tree runs on
         ExitStack() as stack,
     ):
@@ -104,7 +103,7 @@ def move(
             unread = leaving.agent.criu_config()
         with watch("pool"):
             seats = seats_of(leaving, pid)
-            pool = late.enter_context(pool_for(arriving, seats))
+            pool = make_pool(arriving, seats)
             store = PoolStore(leaving, arriving, pool, seats)
         with watch("start"), criu_lacked(unread):
             parent = Parent(source.kernel, pid)

@@ -85,6 +85,32 @@ def test_whoever_asked_may_leave(host: AgentHost) -> None:
         wait_for(lambda: other.pool().size == 64 * MIB, 60)
 
 
+def test_without_its_session(host: AgentHost) -> None:
+    with host.connect(timeout=60) as agent:
+        pool = agent.warm(2 * MIB, keep=False)
+        with host.connect() as other:
+            assert other.pool() == pool
+    wait_for(lambda: not alive(pool.pid))
+    with host.connect() as other:
+        left = other.pool()
+    assert (left.size, left.note) == (0, "its session ended")
+
+
+def test_without_its_session_while_it_is_filled(host: AgentHost) -> None:
+    with host.connect() as agent:
+        agent._send(protocol.Warm(64 * MIB, keep=False))
+    with host.connect(timeout=60) as other:
+        wait_for(lambda: other.pool().note == "its session ended", 60)
+
+
+def test_another_pool_does_not_end_with_that_session(host: AgentHost, agent: Agent) -> None:
+    with host.connect(timeout=60) as other:
+        other.warm(2 * MIB, keep=False)
+        pool = agent.warm(2 * MIB)
+    with host.connect() as other:
+        assert other.pool() == pool
+
+
 def test_more_than_there_is(agent: Agent) -> None:
     pool = agent.warm(2 * MIB)
     with fails(Code.NO_MEMORY):

@@ -1,4 +1,4 @@
-"""The destination's pool: it is found once and for all, and given back when a move fails."""
+"""The destination's pool: it is found once and for all, and ends with the move."""
 
 from types import SimpleNamespace
 
@@ -6,10 +6,10 @@ import pytest
 
 from ovr.attempt import alive
 from ovr.attempt.alive import alive_with_pool
-from ovr.errors import AgentUnreachable, AgentUntrusted, AttemptFailed, TaskDied
+from ovr.errors import AgentUntrusted, AttemptFailed, TaskDied
 from ovr.guest.client.results import PoolInfo
 from ovr.kernel.linux.mm import VM_SHARED
-from ovr.move.pool import pool_for
+from ovr.move.pool import make_pool
 from ovr.plan.pool.seats import Seat, Seats
 from ovr.plan.pool.units import UNIT
 
@@ -18,49 +18,32 @@ SEATS = Seats({1: [Seat(0, 2 * UNIT, 0)]}, 2 * UNIT, 0)
 
 
 class Agent:
-    """Makes pools of a size; or fails."""
+    """Makes pools of a size."""
 
     def __init__(self, made):
         self.made, self.asked = made, []
         self.agent = self
 
-    def warm(self, size, place=0):
-        self.asked.append(size)
-        if isinstance(self.made, BaseException):
-            raise self.made
+    def warm(self, size, place=0, *, keep=True):
+        self.asked.append((size, keep))
         return PoolInfo(self.made, 0, 7, BASE, "")
 
 
-def test_a_pool_of_a_move_that_ends_well_stays():
+def test_a_pool_ends_with_the_move():
     agent = Agent(2 * UNIT)
-    with pool_for(agent, SEATS) as pool:
-        assert pool.size == 2 * UNIT
-    assert agent.asked == [2 * UNIT]
+    assert make_pool(agent, SEATS).size == 2 * UNIT
+    assert agent.asked == [(2 * UNIT, False)]
 
 
-@pytest.mark.parametrize("error", [AttemptFailed("CRIU failed"), KeyboardInterrupt()])
-def test_a_pool_of_a_move_that_fails_is_given_back(error):
-    agent = Agent(2 * UNIT)
-    with pytest.raises(type(error)), pool_for(agent, SEATS):
-        raise error
-    assert agent.asked == [2 * UNIT, 0]
+def test_no_area_uses_a_pool():
+    agent = Agent(0)
+    assert make_pool(agent, Seats({}, 0, 0)) is None
+    assert not agent.asked
 
 
-@pytest.mark.parametrize("made", [UNIT, KeyboardInterrupt(), AgentUnreachable("late")])
-def test_a_pool_that_may_have_been_made_is_given_back(made):
-    agent = Agent(made)
-    error = type(made) if isinstance(made, BaseException) else AttemptFailed
-    with pytest.raises(error), pool_for(agent, SEATS):
-        raise AssertionError
-    assert agent.asked == [2 * UNIT, 0]
-
-
-def test_a_pool_that_was_refused_leaves_that_of_others():
-    """Another session may have one, or fill one."""
-    agent = Agent(AttemptFailed("a pool is being filled already"))
-    with pytest.raises(AttemptFailed), pool_for(agent, SEATS):
-        raise AssertionError
-    assert agent.asked == [2 * UNIT]
+def test_a_pool_that_is_too_small():
+    with pytest.raises(AttemptFailed):
+        make_pool(Agent(UNIT), SEATS)
 
 
 @pytest.fixture

@@ -182,18 +182,20 @@ class Agent(Moves):
         self.touch([Portion(mapped.pid, Touching.KEEP, here)])
         return MappedObject(mapped.pid, Gva(mapped.address))
 
-    def warm(self, size: int, place: int = 0) -> "PoolInfo":
+    def warm(self, size: int, place: int = 0, *, keep: bool = True) -> "PoolInfo":
         """Start a CRIU with a pool in advance, or end it.
 
         Args:
             size: size of the pool in bytes; 0 ends the present one.
             place: offset of its address modulo 1 GiB, in bytes; whole huge pages.
+            keep: let it outlive this session; otherwise it ends with it, unless a restore has taken
+                it.
 
         Raises:
             AttemptFailed: the guest lacks the memory, or cannot have a pool.
             AgentUnreachable: the link broke.
         """
-        self._send(protocol.Warm(size, place))
+        self._send(protocol.Warm(size, place, keep))
         return self._warmed()
 
     def pool(self) -> "PoolInfo":
