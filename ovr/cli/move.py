@@ -22,6 +22,7 @@ from ovr.errors import UsageError
 from ovr.guest.client.agent import Agent
 from ovr.move import DOWNTIME, MoveReport
 from ovr.move.decide import decide
+from ovr.move.scratch import sweep
 from ovr.vm.attach import AttachedVm
 
 __all__ = ["HELP", "USAGE", "add"]
@@ -181,6 +182,7 @@ def _move(pid: int, options: argparse.Namespace) -> MoveReport:
 
 
 def _decide(options: argparse.Namespace) -> int:
+    sweep()  # the move may have been killed
     with ExitStack() as stack:
         there = None
         if options.destination is not None:

@@ -2,11 +2,9 @@
 
 import logging
 import os
-import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Final
 
 from ovr.attempt.attempt import Attempt
@@ -27,6 +25,7 @@ from ovr.move.commit import commit
 from ovr.move.pool import PoolStore, make_pool, seats_of
 from ovr.move.preflight import check_move
 from ovr.move.report import MoveReport, make_report
+from ovr.move.scratch import scratch_directory
 from ovr.move.stopped import look_at_stopped
 from ovr.restore.release import let_run
 from ovr.vm.attach import AttachedVm
@@ -37,8 +36,6 @@ log = logging.getLogger("ovr.move")
 
 DOWNTIME: Final = 0.3
 """Default for the time in which the last changes are copied, in seconds."""
-_MEMORY: Final = "/dev/shm"
-"""Images are small, and nobody else reads them."""
 
 
 def move(
@@ -91,12 +88,12 @@ def move(
     watch = watch or Stopwatch()
     name = os.urandom(16).hex()
     with (
-        tempfile.TemporaryDirectory(prefix="ovr-move-", dir=_MEMORY) as scratch,
+        scratch_directory() as scratch,
         Attempt(destination, destination_agent) as arriving,
         Attempt(source, source_agent) as leaving,  # the first to be aborted: its tree runs on
         ExitStack() as stack,
     ):
-        images = NewImages(Path(scratch))
+        images = NewImages(scratch)
         with watch("check"):
             tree_to_dump(source.kernel, pid)
             check_move(leaving, arriving, pid, cpu=check_cpu)
