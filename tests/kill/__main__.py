@@ -1,6 +1,6 @@
-"""Kill each process that takes part in a restore or dump, at every point of it.
+"""Kill each process that takes part in a restore, dump or move, at every point of it.
 
-``python -m tests.kill [--dump] [--points N] [--victims NAME,…] [--suite NAME]``
+``python -m tests.kill [--dump|--move] [--points N] [--victims NAME,…] [--suite NAME]``
 """
 
 import argparse
@@ -9,7 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -20,8 +20,9 @@ from ovr.lab.cache import cache_directory
 from ovr.lab.image import SUITES
 from tests import subject
 from tests.kill import check
-from tests.kill.attempt import RESTORE, VICTIMS, Point, perform, points
+from tests.kill.attempt import DUMP, MOVE, RESTORE, Point, Story, perform, points
 from tests.kill.dumping import DumpRange
+from tests.kill.moving import MoveRange
 from tests.kill.place import Place
 
 MIB = 1 << 20
@@ -50,11 +51,12 @@ class Range(Place):
     def __init__(
         self, boot: Callable[[], lab.LabVm], images: subject.Images, scratch: Path
     ) -> None:
-        super().__init__(boot, scratch)
+        super().__init__([boot], scratch)
         self.images = images
         self._checksums = images.checksums()
 
-    def command(self, vm: lab.LabVm) -> list[str]:
+    def command(self) -> list[str]:
+        vm = self.vm
         subject.end(vm)
         return ["tests.kill.restorer", f"lab:{vm.name}", str(self.images.path)]
 
@@ -66,7 +68,7 @@ class Range(Place):
     def hit(self, victim: str, point: Point) -> str:
         """Kill the victim at that point of a restore; returns what became of the tree."""
         vm = self.vm
-        attempt, met = perform(vm, self.command(vm), victim, point, self.temporary)
+        attempt, met = perform([vm], self.command(), victim, point, self.temporary)
         try:
             became = check.after(vm, victim, attempt, self.temporary)
         finally:
@@ -78,7 +80,6 @@ class Range(Place):
 
 def sweep(place: Place, victim: str, count: int, outcome: Outcome) -> None:
     """Kill the victim at so many points."""
-    place.vm  # noqa: B018 - boots, and learns the events
     for point in points(place.events, victim, count, place.story):
         started = time.monotonic()
         try:
@@ -89,7 +90,7 @@ def sweep(place: Place, victim: str, count: int, outcome: Outcome) -> None:
             outcome.failed.append(f"{victim} {point}: {error}")
             place.down()  # what is left in it must not spoil the next
         took = time.monotonic() - started
-        print(f"{victim:5}  {point.event:3} {point.name:32} {took:5.1f} s  {verdict}")
+        print(f"{victim:7}  {point.event:3} {point.name:32} {took:5.1f} s  {verdict}")
         sys.stdout.flush()
 
 
@@ -121,32 +122,54 @@ def dumping_range(name: str, suite: str, scratch: Path, rounds: int = 0) -> Iter
         place.down()
 
 
+@contextmanager
+def moving_range(name: str, suite: str, scratch: Path) -> Iterator[MoveRange]:
+    """Make a range for moves."""
+    boots = [partial(lab.up, f"{name}-{side}", suite=suite, memory=MEMORY) for side in "ab"]
+    place = MoveRange(boots, scratch)
+    try:
+        yield place
+    finally:
+        place.down()
+
+
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Return what the command line asks for."""
     parser = argparse.ArgumentParser(prog="python -m tests.kill", description=__doc__)
-    parser.add_argument("--dump", action="store_true", help="instead of a restore")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument(
+        "--dump", dest="story", action="store_const", const=DUMP, help="instead of a restore"
+    )
+    what.add_argument("--move", dest="story", action="store_const", const=MOVE, help="likewise")
+    parser.set_defaults(story=RESTORE)
     parser.add_argument(
         "--pre-copy", type=int, default=0, metavar="N", help="dump with so many rounds of copies"
     )
     parser.add_argument("--points", type=int, default=10, help="of each victim")
     parser.add_argument(
-        "--victims", type=victims, default=VICTIMS, help=f"some of {','.join(VICTIMS)}"
+        "--victims", metavar="NAME,…", help=f"some of {_names(RESTORE)}; of a move {_names(MOVE)}"
     )
     parser.add_argument("--suite", choices=SUITES, default="trixie")
-    return parser.parse_args(arguments)
+    asked = parser.parse_args(arguments)
+    there = asked.story.victims
+    asked.victims = asked.victims.split(",") if asked.victims else there
+    if unknown := {*asked.victims} - {*there}:
+        parser.error(f"no such victim: {', '.join(sorted(unknown))}")
+    return asked
 
 
-def victims(names: str) -> list[str]:
-    """Return the victims that an option names."""
-    if unknown := {*names.split(",")} - {*VICTIMS}:
-        raise argparse.ArgumentTypeError(f"no such victim: {', '.join(sorted(unknown))}")
-    return names.split(",")
+def _names(story: Story) -> str:
+    return ",".join(story.victims)
 
 
 def main() -> int:
     asked = parse()
     outcome = Outcome()
-    make = partial(dumping_range, rounds=asked.pre_copy) if asked.dump else shooting_range
+    make: Callable[..., AbstractContextManager[Place]]
+    if asked.story is DUMP:
+        make = partial(dumping_range, rounds=asked.pre_copy)
+    else:
+        make = moving_range if asked.story is MOVE else shooting_range
     with (
         tempfile.TemporaryDirectory(prefix="ovr-kill-", dir=cache_directory()) as scratch,
         make(f"kill-{os.getpid()}", asked.suite, Path(scratch)) as place,

@@ -1,4 +1,4 @@
-"""One restore or dump, and a victim that is killed at one point of it."""
+"""One restore, dump or move, and a victim that is killed at one point of it."""
 
 import contextlib
 import os
@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,42 +16,74 @@ from ovr.errors import AgentUnreachable, OvrError
 from tests import subject
 
 __all__ = [
-    "DUMP", "ON_THE_HOST", "RESTORE", "TRACER", "VICTIMS", "Attempt", "Event", "Point", "Story",
+    "DUMP", "MOVE", "ON_THE_HOST", "RESTORE", "TRACER", "Attempt", "Event", "Point", "Story",
     "events_of", "name_of", "perform", "points",
 ]  # fmt: skip
 
 PATIENCE = 180.0  # seconds for it to come to its end, whatever was killed: CRIU may hang for 120
 IN_THE_GUEST = ("agent", "hook", "criu", "root", "task")
 OF_THE_TREE = ("hook", "criu", "root", "task")
+OF_A_MOVE = ("agent", "criu", "hook", "qemu")
 ON_THE_HOST = ("ovr", "tracer", "all")
-VICTIMS = (*ON_THE_HOST, *IN_THE_GUEST, "qemu")
 TRACER = "ovr-hold"  # prctl(PR_SET_NAME) in native/tracer.c
 GO = "sending go"
 
 
 @dataclass(frozen=True)
 class Story:
-    """Events that a restore or dump has.
+    """Events that a restore, dump or move has.
 
     Attributes:
-        begun: after this CRIU works, and nothing tells the host how far it is.
-        held: from this on CRIU and its hook hold the tree.
+        victims: processes that take part. Those of a move's guests end in ``-a`` (the source) or
+            ``-b`` (the destination).
+        busy: after these the guest works, and nothing tells the host how far it is.
+        lives: events between which there is a victim that is not there all the time.
+        late: the share of points some time after an event in `busy`.
+        dense: from this event on are two thirds of the other points; empty: they are spread evenly.
     """
 
-    begun: str
-    held: str
+    victims: tuple[str, ...]
+    busy: tuple[str, ...]
+    lives: Mapping[str, tuple[str, str]]
+    late: float = 0.3
+    dense: str = ""
 
 
-RESTORE = Story("after sending begin", "end of skeleton")
-DUMP = Story("after sending track and stop", "end of start")
+def _in_one_vm(begun: str, held: str) -> Story:
+    return Story(
+        victims=(*ON_THE_HOST, *IN_THE_GUEST, "qemu"),
+        busy=(begun, f"after {GO}"),
+        lives=dict.fromkeys(OF_THE_TREE, (held, f"after {GO}")),
+    )
+
+
+RESTORE = _in_one_vm("after sending begin", "end of skeleton")
+DUMP = _in_one_vm("after sending track and stop", "end of start")
+MOVE = Story(
+    victims=(
+        *ON_THE_HOST, *(f"{victim}-{side}" for victim in OF_A_MOVE for side in "ab")
+    ),
+    busy=(
+        "after b sending go", "after a sending prepare", "after a sending go",
+        "after a sending track and stop", "after b sending begin",
+    ),
+    lives={
+        "hook-a": ("end of stop", "after a sending go"),
+        "criu-a": ("end of start", "after a sending go"),
+        "hook-b": ("end of skeleton", "after b sending go"),
+        "criu-b": ("end of pool", "after b sending go"),
+    },
+    late=0.5,
+    dense="begin of commit",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Event:
-    """A step of a restore or dump.
+    """A step of a restore, dump or move.
 
     Attributes:
-        held: whether the VM is stopped meanwhile.
+        held: whether a VM is stopped meanwhile.
         name: what it is.
         at: seconds since it began.
     """
@@ -77,10 +109,10 @@ class Point:
 
 
 class Attempt:
-    """A restore or dump in a process of its own.
+    """A restore, dump or move in a process of its own.
 
     Args:
-        command: module of `restorer` or `dumper`, with its arguments but for the last.
+        command: module of `restorer`, `dumper` or `mover`, with its arguments but for the last.
         event: the number of the event to wait at, or -1.
         scratch: an empty directory for its temporary files.
     """
@@ -131,7 +163,7 @@ class Attempt:
     @property
     def said_go(self) -> bool:
         """Whether it may have told the agent to let the tree run."""
-        return any(GO in event.name for event in self.events)
+        return any(event.name.endswith(GO) for event in self.events)
 
     @property
     def errors(self) -> str:
@@ -162,7 +194,7 @@ class Attempt:
 
 
 def events_of(command: Sequence[str], scratch: Path) -> list[Event]:
-    """Restore or dump once without harm, and return the events."""
+    """Restore, dump or move once without harm, and return the events."""
     attempt = Attempt(command, -1, scratch)
     try:
         attempt.finish()
@@ -172,50 +204,67 @@ def events_of(command: Sequence[str], scratch: Path) -> list[Event]:
         attempt.close()
 
 
-def points(events: list[Event], victim: str, count: int, story: Story = RESTORE) -> list[Point]:
-    """Spread points over that part of a restore or dump in which there is such a victim.
+def points(events: list[Event], victim: str, count: int, story: Story) -> list[Point]:
+    """Spread points over that part of a restore, dump or move in which there is such a victim.
 
-    Most are at events. The others are some time after its begin and "go": CRIU builds or dumps the
-    tree, and lets it go, and nothing tells the host how far it is. What runs in the guest cannot be
-    killed while the VM is held.
+    Some are at events. The others are some time after the messages upon which the guest works: CRIU
+    builds or dumps the tree, and lets it go, and nothing tells the host how far it is. What runs in
+    the guest cannot be killed while the VM is held.
     """
     names = [event.name for event in events]
-    built, gone = names.index(story.held), names.index(f"after {GO}")
-    there = range(built, gone + 1) if victim in OF_THE_TREE else range(len(events))
-    free = [n for n in there if not (victim in IN_THE_GUEST and events[n].held)]
-    late = max(count * 3 // 10, 1)
-    exact = count - late
-    numbers = [free[round((i + 0.5) * len(free) / exact - 0.5)] for i in range(exact)]
+    first, last = story.lives.get(victim, (names[0], names[-1]))
+    there = range(names.index(first), names.index(last) + 1)
+    free = [n for n in there if not (kind_of(victim) in IN_THE_GUEST and events[n].held)]
+    late = max(int(count * story.late), 1)
+    numbers = _spread(free, count - late, names.index(story.dense) if story.dense else None)
     found = [Point(number, 0.0, names[number]) for number in numbers]
-    building = -(-late // 2)
-    for words, share in ((story.begun, building), (f"after {GO}", late - building)):
+    for place, words in enumerate(story.busy):
         number = names.index(words)
         span = events[number + 2].at - events[number].at
+        share = len(range(place, late, len(story.busy)))
         for delay in (span * (i + 0.5) / share for i in range(share)):
             found.append(Point(number, delay, f"{delay * 1000:.0f} ms {words}"))
     return sorted(found, key=lambda point: (point.event, point.delay))
 
 
-def kill(vm: lab.LabVm, victim: str, attempt: Attempt) -> bool:
+def _spread(free: Sequence[int], count: int, dense: int | None) -> list[int]:
+    if dense is not None:
+        close = [number for number in free if number >= dense]
+        many = -(-2 * count // 3)
+        return _spread(free, count - many, None) + _spread(close, many, None)
+    return [free[round((i + 0.5) * len(free) / count - 0.5)] for i in range(count)]
+
+
+def kind_of(victim: str) -> str:
+    """Return what a victim is, without the VM that it is in."""
+    return victim.partition("-")[0]
+
+
+def kill(vms: Sequence[lab.LabVm], victim: str, attempt: Attempt) -> bool:
     """Kill the victim; False if there was none at that moment."""
     if victim in ON_THE_HOST:
-        return kill_here(victim, attempt.process.pid)
-    if victim == "qemu":
+        return kill_here(victim, attempt)
+    vm = vms[1 if victim.endswith("-b") else 0]
+    kind = kind_of(victim)
+    if kind == "qemu":
         os.kill(vm.pid, signal.SIGKILL)
         return True
     try:
-        return subject.kill(vm, victim)
+        return subject.kill(vm, kind)
     except AgentUnreachable:
-        if victim == "agent":
+        if kind == "agent":
             return True  # it cannot tell
         raise
 
 
-def kill_here(victim: str, ovr: int) -> bool:
-    """Kill `ovr`, what holds the VM for it, or itself and everything that it started."""
+def kill_here(victim: str, attempt: Attempt) -> bool:
+    """Kill `ovr`, what holds a VM for it, or itself and everything that it started."""
+    ovr = attempt.process.pid
     started = descendants(ovr)
     if victim == "tracer":
-        pids = [pid for pid in started if name_of(pid) == TRACER]
+        tracers = sorted(pid for pid in started if name_of(pid) == TRACER)
+        # Of a move's two, now the one and now the other.
+        pids = [tracers[len(attempt.events) % len(tracers)]] if tracers else []
     else:
         pids = [ovr, *(started if victim == "all" else ())]
     for pid in pids:
@@ -243,17 +292,27 @@ def name_of(pid: int) -> str:
 
 
 def perform(
-    vm: lab.LabVm, command: Sequence[str], victim: str, point: Point, scratch: Path
+    vms: Sequence[lab.LabVm],
+    command: Sequence[str],
+    victim: str,
+    point: Point,
+    scratch: Path,
+    *,
+    before: Callable[[], None] = lambda: None,
 ) -> tuple[Attempt, bool]:
-    """Run it, and kill the victim at that point; returns how it went, and whether it met one."""
+    """Run it, and kill the victim at that point; returns how it went, and whether it met one.
+
+    `before` is called while it waits at the event.
+    """
     attempt = Attempt(command, point.event, scratch)
     try:
         met = False
         if attempt.read_up_to(point.event):
+            before()
             if point.delay:
                 attempt.go_on()
                 time.sleep(point.delay)
-            met = kill(vm, victim, attempt)
+            met = kill(vms, victim, attempt)
             attempt.go_on()
         attempt.finish()
     except (AssertionError, OvrError):

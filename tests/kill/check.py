@@ -12,8 +12,8 @@ from tests import subject
 from tests.kill.attempt import TRACER, Attempt, name_of
 
 __all__ = [
-    "after", "host_is_clean", "next_restore", "once_quiet", "restored", "runs_on", "said",
-    "wait_for",
+    "after", "host_is_clean", "is_quiet", "next_restore", "no_files", "not_held", "once_quiet",
+    "restored", "runs_on", "said", "wait_for",
 ]  # fmt: skip
 
 PATIENCE = 30.0
@@ -50,8 +50,18 @@ def said(victim: str, attempt: Attempt) -> str:
 
 def host_is_clean(vm: lab.LabVm, scratch: Path) -> None:
     """Check that nothing holds the VM, if there is one, and that no temporary files are left."""
-    wait_for(lambda: not tracers(vm.name), "what held the VM is left")
+    not_held(vm)
+    no_files(scratch)
+
+
+def no_files(scratch: Path) -> None:
+    """Check that no temporary files are left."""
     assert not list(scratch.iterdir()), f"temporary files are left: {list(scratch.iterdir())}"
+
+
+def not_held(vm: lab.LabVm) -> None:
+    """Check that nothing holds the VM, if there is one."""
+    wait_for(lambda: not tracers(vm.name), "what held the VM is left")
     assert not vm.alive or state_of(vm.pid) not in "tT", "the VM is held"
 
 
@@ -111,10 +121,16 @@ def once_quiet(vm: lab.LabVm) -> dict[str, int]:
             seen = subject.look(vm)
         except AgentUnreachable:
             seen = {}
-        if seen and (seen["criu"], seen["restores"], seen["held"], seen["agents"]) == (0, 0, 0, 1):
+        if seen and is_quiet(seen):
             return seen
         assert time.monotonic() < deadline, f"something of the restore is left in the guest: {seen}"
         time.sleep(0.1)
+
+
+def is_quiet(seen: Mapping[str, int]) -> bool:
+    """Whether a look found an agent, and nothing of a restore, dump or move."""
+    left = seen["criu"] + seen["restores"] + seen["held"] + seen["cgroups"]
+    return not left and seen["agents"] == 1
 
 
 def state_of(pid: int) -> str:

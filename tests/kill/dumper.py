@@ -14,7 +14,7 @@ from tests.kill.restorer import Events, perform
 def main() -> int:
     spec, pid, images, rounds, point = sys.argv[1:]
     return perform(
-        spec,
+        [spec],
         Events(int(point)),
         lambda vm: dump(vm, int(pid), Path(images), pre_copies=int(rounds), verify="full"),
     )

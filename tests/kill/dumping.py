@@ -33,12 +33,13 @@ class DumpRange(Place):
     def __init__(
         self, boot: Callable[[], lab.LabVm], share: Path, scratch: Path, rounds: int
     ) -> None:
-        super().__init__(boot, scratch)
+        super().__init__([boot], scratch)
         self._images = share / "dump"
         self._rounds = rounds
 
-    def command(self, vm: lab.LabVm) -> list[str]:
+    def command(self) -> list[str]:
         """Start a tree, and return the command of a dump of it."""
+        vm = self.vm
         subject.end(vm)
         shutil.rmtree(self._images, ignore_errors=True)
         self._images.mkdir()
@@ -53,14 +54,13 @@ class DumpRange(Place):
 
     def shoot(self, victim: str, point: Point) -> str:
         vm = self.vm
-        attempt, met = perform(vm, self.command(vm), victim, point, self.temporary)
+        attempt, met = perform([vm], self.command(), victim, point, self.temporary)
         try:
             became = self._after(vm, victim, attempt)
         finally:
             attempt.close()
-        vm = self.vm
-        events_of(self.command(vm), self.temporary)
-        self._restore(vm)
+        events_of(self.command(), self.temporary)
+        self._restore(self.vm)
         shutil.rmtree(self._images)
         return became if met else f"{became}; nobody to kill"
 

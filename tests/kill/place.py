@@ -1,7 +1,8 @@
-"""A VM in which victims of a restore or dump are killed, booted when there is none."""
+"""VMs in which victims of a restore, dump or move are killed, booted when there are none."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import ClassVar
 
@@ -13,47 +14,63 @@ __all__ = ["Place"]
 
 
 class Place(ABC):
-    """A VM, and the events of one restore or dump in it.
+    """VMs, and the events of one restore, dump or move in them.
 
     Args:
-        boot: boots a VM.
+        boots: boot one VM each.
         scratch: a directory for this run.
 
     Attributes:
-        story: restore or dump.
-        events: of one that nothing happens to.
+        story: restore, dump or move.
         temporary: where it has its temporary files.
     """
 
     story: ClassVar[Story]
 
-    def __init__(self, boot: Callable[[], lab.LabVm], scratch: Path) -> None:
-        self._boot = boot
+    def __init__(self, boots: Sequence[Callable[[], lab.LabVm]], scratch: Path) -> None:
+        self._boots = boots
         self.temporary = scratch / "tmp"
         self.temporary.mkdir(exist_ok=True)
-        self._vm: lab.LabVm | None = None
-        self.events: list[Event] = []
+        self._vms: list[lab.LabVm | None] = [None] * len(boots)
+
+    @property
+    def vms(self) -> list[lab.LabVm]:
+        """VMs that run."""
+        return [self._running(number) for number in range(len(self._boots))]
 
     @property
     def vm(self) -> lab.LabVm:
-        """A VM that runs."""
-        if self._vm is None or not self._vm.alive:
-            self.down()
-            self._vm = self._boot()
-            subject.install(self._vm)
-            for _ in range(0 if self.events else 2):  # the first is slow
-                self.events = events_of(self.command(self._vm), self.temporary)
-        return self._vm
+        """The VM, if there is but one."""
+        [vm] = self.vms
+        return vm
+
+    @cached_property
+    def events(self) -> list[Event]:
+        """Events of one that nothing happens to."""
+        events_of(self.command(), self.temporary)  # the first is slow
+        return events_of(self.command(), self.temporary)
+
+    def _running(self, number: int) -> lab.LabVm:
+        vm = self._vms[number]
+        if vm is None or not vm.alive:
+            self._down(number)
+            vm = self._vms[number] = self._boots[number]()
+            subject.install(vm)
+        return vm
+
+    def _down(self, number: int) -> None:
+        if (vm := self._vms[number]) is not None:
+            vm.down()
+            self._vms[number] = None
 
     def down(self) -> None:
-        """End the VM."""
-        if self._vm is not None:
-            self._vm.down()
-            self._vm = None
+        """End the VMs."""
+        for number in range(len(self._vms)):
+            self._down(number)
 
     @abstractmethod
-    def command(self, vm: lab.LabVm) -> list[str]:
-        """Make the VM ready for one restore or dump, and return its command."""
+    def command(self) -> list[str]:
+        """Make the VMs ready for one restore, dump or move, and return its command."""
 
     @abstractmethod
     def shoot(self, victim: str, point: Point) -> str:

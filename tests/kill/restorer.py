@@ -8,8 +8,8 @@ POINT it waits for a line on stdin before it goes on. The last line is "done" or
 
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import ovr
@@ -32,12 +32,12 @@ class Events:
         self._point = point
         self._count = 0
         self._main = threading.current_thread()
-        self.held = False
+        self.holds = 0
 
     def __call__(self, name: str) -> None:
         if threading.current_thread() is not self._main:
             return
-        print(f"event {self._count} {int(self.held)} {name}", flush=True)
+        print(f"event {self._count} {int(self.holds > 0)} {name}", flush=True)
         if self._count == self._point:
             sys.stdin.readline()
         self._count += 1
@@ -78,11 +78,11 @@ def watch_holds(events: Events) -> None:
     @contextmanager
     def held(holder: Holder) -> Iterator[None]:
         with original(holder):
-            events.held = True
+            events.holds += 1
             events("the VM is held")
             yield
             events("the VM is let go")
-            events.held = False
+            events.holds -= 1
 
     Holder.held = held  # type: ignore[method-assign]
 
@@ -94,24 +94,41 @@ def sent(_: Agent, message: Message) -> str | None:
     return f"sending {message.op}{' and stop' if stop else ''}"
 
 
-def watch(events: Events) -> None:
-    """Make events of all that a restore does."""
+def watch(events: Events, side: Callable[[Agent], str]) -> None:
+    """Make events of all that a restore does; `side` begins the names of an agent's."""
     watch_phases(events)
     watch_holds(events)
-    around(events, Agent, "_send", sent)
-    around(events, Agent, "_receive", lambda *_: "hearing the agent")
+
+    def named(agent: Agent, message: Message) -> str | None:
+        words = sent(agent, message)
+        return words and side(agent) + words
+
+    around(events, Agent, "_send", named)
+    around(events, Agent, "_receive", lambda agent, *_: f"{side(agent)}hearing the agent")
     around(events, Copier, "_copy", lambda *_: "copying")
     around(events, settings, "_rehearse", lambda *_: "reading the state")
 
 
-def perform(spec: str, events: Events, act: Callable[[ovr.Vm], object]) -> int:
-    """Do something to a VM, watched; return what the command would exit with."""
+def perform(
+    specs: Sequence[str],
+    events: Events,
+    act: Callable[..., object],
+    side: Callable[[Agent], str] = lambda agent: "",
+) -> int:
+    """Do something to VMs, watched; return what the command would exit with.
+
+    Args:
+        specs: the VMs.
+        events: gets the events.
+        act: called with the VMs.
+        side: as for `watch`.
+    """
     in_holds.HOLD_BYTES = 1 << 20  # many holds: many points
     hold.BOUND_SECONDS = 600.0  # it waits in them  # type: ignore[misc]
-    watch(events)
+    watch(events, side)
     try:
-        with ovr.attach(spec) as vm:
-            act(vm)
+        with ExitStack() as stack:
+            act(*[stack.enter_context(ovr.attach(spec)) for spec in specs])
     except OvrError as error:
         print(f"failed {type(error).__name__}: {error}", flush=True)
         return error.exit_code
@@ -121,7 +138,7 @@ def perform(spec: str, events: Events, act: Callable[[ovr.Vm], object]) -> int:
 
 def main() -> int:
     spec, images, point = sys.argv[1:]
-    return perform(spec, Events(int(point)), lambda vm: vm.restore(images, verify="full"))
+    return perform([spec], Events(int(point)), lambda vm: vm.restore(images, verify="full"))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@
 #define _GNU_SOURCE
 #include <dirent.h>
 #include <fcntl.h>
+#include <ftw.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -152,6 +153,23 @@ static int entries(const char *path, const char *prefix)
 	return found;
 }
 
+static int moves;
+
+static int count_move(const char *path, const struct stat *status, int type, struct FTW *where)
+{
+	(void)status;
+	moves += type == FTW_D && !strncmp(path + where->base, "ovr-move-", 9);
+	return 0;
+}
+
+/* Cgroups of trees that are frozen for a move. */
+static int frozen_cgroups(void)
+{
+	moves = 0;
+	nftw("/sys/fs/cgroup", count_move, 16, FTW_PHYS);
+	return moves;
+}
+
 static int lines_of(const char *path)
 {
 	FILE *file = fopen(path, "re");
@@ -189,6 +207,7 @@ static void look(void)
 	       number_of(AGENT), held());
 	printf("processes %d\n", user_processes());
 	printf("restores %d\n", entries("/run/ovr", "restore-"));
+	printf("cgroups %d\n", frozen_cgroups());
 	printf("mounts %d\n", lines_of("/proc/self/mounts"));
 	printf("files in /run %d\n", entries("/run", "") + entries("/run/ovr", ""));
 	snprintf(path, sizeof(path), "/proc/%d/fd", agent ? agent->pid : 0);
