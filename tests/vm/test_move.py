@@ -21,7 +21,7 @@ from tests.vm.test_pool import ONLY_ALL, TROUBLE
 
 pytestmark = pytest.mark.timeout(3600)
 
-CHOSEN = {"private", "threads", "cow", "shared", "hugetlb"}
+CHOSEN = {"threads", "cow", "shared"}
 SIZE = 96 << 20
 UMASK = 0o137
 RATE = 20  # MiB/s
