@@ -177,7 +177,8 @@ class RamMap:
         from the result.
 
         Raises:
-            GuestFault: a page table lies outside of RAM or has a reserved bit set, or a piece
+            GuestFault: a page table lies outside of RAM or has a reserved bit set; there are more
+                runs than two for each page of RAM, and more than 2**20; or a piece
                 is not canonical.
             ValueError: a piece is empty or not page-aligned, or `frames` makes no sense.
         """

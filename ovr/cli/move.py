@@ -142,6 +142,11 @@ def _duration(text: str) -> float:
 
 
 def _check(options: argparse.Namespace) -> None:
+    if options.source == options.destination:
+        # To attach to it twice would end in an error about its monitor, which has one client.
+        error = UsageError("--from and --to are the same VM", "name two VMs")
+        error.code = "same-vm"
+        raise error
     if options.finish or options.back:
         if options.tree is not None:
             raise UsageError("-t begins a move, --finish and --back decide one", "omit one of them")

@@ -18,12 +18,13 @@ def decide(source: Attempt, destination: Agent | None, move: str | None, *, fini
             otherwise let it run on, because the other never ran.
 
     Raises:
-        UsageError: no such move is in doubt, or there are several.
+        UsageError: no such move is in doubt, or there are several; or both sides are one VM.
         CheckFailed: the destination says the opposite, or has not decided yet.
         AttemptFailed: the agent of the source failed.
         AgentUnreachable: a link broke.
     """
     move = _which(source.agent.doubts(), move)
+    _refuse_itself(source.agent, destination)
     _check(destination, move, finish=finish)
     source.agent.adopt(move)
     if finish:
@@ -44,11 +45,26 @@ def _which(found: tuple[str, ...], wanted: str | None) -> str:
     if not found:
         raise _coded(UsageError("no move is in doubt in the source", "nothing to do"), "no-doubt")
     if wanted is None and len(found) > 1:
-        raise UsageError(
-            f"{len(found)} moves are in doubt in the source: {', '.join(found)}",
-            "name one with --id",
+        raise _coded(
+            UsageError(
+                f"{len(found)} moves are in doubt in the source: {', '.join(found)}",
+                "name one with --id",
+            ),
+            "several-doubts",
         )
     return wanted or found[0]
+
+
+def _refuse_itself(source: Agent, destination: Agent | None) -> None:
+    # The source has never let the tree run as that of a move: its word would free both trees.
+    if destination is not None and destination.hello.boot_id == source.hello.boot_id:
+        raise _coded(
+            UsageError(
+                "the VM of --to is that of --from, which has the frozen tree",
+                "name the VM that the tree was moved to",
+            ),
+            "same-vm",
+        )
 
 
 def _check(destination: Agent | None, move: str, *, finish: bool) -> None:

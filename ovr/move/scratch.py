@@ -14,6 +14,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
+from ovr.dump.output import writable
+
 __all__ = ["scratch_directory", "sweep"]
 
 _MEMORY: Final = Path("/dev/shm")
@@ -32,11 +34,12 @@ def scratch_directory(place: Path | None = None) -> Iterator[Path]:
         place: its parent; None: a file system in memory.
 
     Raises:
-        OSError: it cannot be made.
+        UsageError: it cannot be made.
     """
     place = place or _MEMORY
     sweep(place)
-    path, lock = _make(place)
+    with writable(place):
+        path, lock = _make(place)
     try:
         yield path
     finally:

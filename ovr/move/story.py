@@ -77,7 +77,7 @@ def move(
         watch: continues the times of attaching.
 
     Raises:
-        UsageError: there is no such process, or no such way to verify.
+        UsageError: there is no such process, or no such way to verify; or both VMs are the same.
         CheckFailed: the tree cannot be moved to that VM; nothing was touched.
         AttemptFailed: among others, with `strict`: the tree writes too fast.
         MoveInDoubt: the destination's tree may run or does, and the source's is there, frozen.
@@ -85,6 +85,7 @@ def move(
     """
     if verify not in VERIFY_MODES:
         raise UsageError(f"no way to verify called {verify!r}", f"take {', '.join(VERIFY_MODES)}")
+    _refuse_itself(source, destination)
     watch = watch or Stopwatch()
     name = os.urandom(16).hex()
     with (
@@ -136,6 +137,16 @@ def move(
             name, arrived, source=leaving, destination=arriving, rounds=pre_copy.rounds,
             downtime=up - down, watch=watch, verified=verify,
         )  # fmt: skip
+
+
+def _refuse_itself(source: AttachedVm, destination: AttachedVm) -> None:
+    one, other = (min(vm.ram.slots, key=lambda slot: slot.gpa) for vm in (source, destination))
+    if os.path.sameopenfile(one.file.fileno(), other.file.fileno()):
+        error = UsageError(
+            "the source and the destination are the same VM", "name the VM that gets the tree"
+        )
+        error.code = "same-vm"
+        raise error
 
 
 def _check_converged(pre_copy: PreCopy, *, strict: bool) -> None:

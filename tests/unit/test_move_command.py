@@ -5,6 +5,7 @@ import json
 import logging
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -36,6 +37,7 @@ class SourceAgent:
 
     def __init__(self, doubts):
         self.in_doubt = doubts
+        self.hello = SimpleNamespace(boot_id="of the source")
         self.told = []
 
     def doubts(self):
@@ -56,6 +58,7 @@ class DestinationAgent:
 
     def __init__(self):
         self.outcome = Outcome(released=True, held=False)
+        self.hello = SimpleNamespace(boot_id="of the destination")
         self.asked = []
 
     def __enter__(self):
@@ -182,6 +185,12 @@ def test_the_result_as_json(host, capsys):
     assert found == {"schema": "ovr.move/1", **json.loads(json.dumps(MOVED.as_json()))}
     assert (found["move"], found["bytes_ahead"]) == (ID, 11000 * 4096)
     assert [one["size"] for one in found["rounds"]] == [14000 * 4096, 0]
+
+
+@pytest.mark.parametrize("what", ["-t 7", "--finish", "--back"])
+def test_a_vm_is_not_both_sides(host, capsys, what):
+    assert cli.main(f"move {what} --from pid:7 --to pid:7 --json".split()) == 2
+    assert code_of(capsys) == "same-vm"
 
 
 @pytest.mark.parametrize(

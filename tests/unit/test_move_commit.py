@@ -199,7 +199,9 @@ class Doubtful:
 
     def __init__(self, doubts=(MOVE,), released=False, held=False):
         self.agent = self
+        self.hello = SimpleNamespace(boot_id="source")
         self.found, self.outcome, self.events = doubts, Outcome(released, held), []
+        self.there = SimpleNamespace(hello=SimpleNamespace(boot_id="destination"), moved=self.moved)
 
     def doubts(self):
         return self.found
@@ -223,7 +225,7 @@ class Doubtful:
 )
 def test_the_destination_decides(released, finish, end):
     both = Doubtful(released=released)
-    assert decide(both, both, None, finish=finish) == MOVE
+    assert decide(both, both.there, None, finish=finish) == MOVE
     assert both.events == ["adopted 0", end]
 
 
@@ -239,7 +241,7 @@ def test_the_destination_decides(released, finish, end):
 def test_a_decision_against_the_destination(released, held, finish, code):
     both = Doubtful(released=released, held=held)
     with pytest.raises(CheckFailed) as caught:
-        decide(both, both, None, finish=finish)
+        decide(both, both.there, None, finish=finish)
     assert caught.value.code == code
     assert not both.events
 
@@ -253,18 +255,29 @@ def test_a_destination_that_is_gone():
     assert both.events == ["adopted 0", "runs on"]
 
 
+@pytest.mark.parametrize("finish", [True, False])
+def test_the_source_is_not_asked_what_the_destination_did(finish):
+    """It says truly that it never let the moved tree run, and both trees would run."""
+    both = Doubtful(released=finish)
+    with pytest.raises(UsageError) as caught:
+        decide(both, both, None, finish=finish)
+    assert caught.value.code == "same-vm"
+    assert not both.events
+
+
 def test_nothing_is_in_doubt():
     both = Doubtful(doubts=())
     for wanted in (None, MOVE):
         with pytest.raises(UsageError) as caught:
-            decide(both, both, wanted, finish=True)
+            decide(both, both.there, wanted, finish=True)
         assert caught.value.code == "no-doubt"
 
 
 def test_one_of_several_is_named():
     other = "f" * 32
     both = Doubtful(doubts=(MOVE, other), released=True)
-    with pytest.raises(UsageError):
-        decide(both, both, None, finish=True)
-    assert decide(both, both, other, finish=True) == other
+    with pytest.raises(UsageError) as caught:
+        decide(both, both.there, None, finish=True)
+    assert caught.value.code == "several-doubts"
+    assert decide(both, both.there, other, finish=True) == other
     assert both.events == ["adopted f", "ended"]
