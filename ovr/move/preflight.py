@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator
 from functools import partial
+from itertools import islice
 from typing import Any, Final, NamedTuple
 
 from ovr.attempt.attempt import Attempt
@@ -83,18 +84,29 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 
 @types_that_fit()
-def _of_pids(source: Kernel, destination: Kernel, root_pid: int) -> Iterator[Problem]:
+def _of_pids(source: Kernel, destination: Kernel, root_pid: int) -> list[Problem]:
+    # A list: the guard ends when a generator has been made.
     tree = tree_of(source, root_pid)
     if not tree or tree[0][0] == 1:
-        return  # a pid namespace of its own comes along
+        return []  # a pid namespace of its own comes along
     ns = task_active_pid_ns(tree[0][1])
-    for _, task in tree:
-        for tid in settled(partial(_tids, task, ns)):
-            if taken := find_task(destination, tid):
-                yield Problem(
-                    f"pid {tid} is taken in the destination by {taken.comm!r}",
-                    "end that process there; a tree keeps its pids",
-                )
+    tids = (tid for _, task in tree for tid in settled(partial(_tids, task, ns)))
+    taken = ((tid, task) for tid in tids if (task := find_task(destination, tid)))
+    found = [
+        Problem(
+            f"pid {tid} is taken in the destination by {task.comm!r}",
+            "end that process there; a tree keeps its pids",
+        )
+        for tid, task in islice(taken, _SHOWN)
+    ]
+    if more := sum(1 for _ in taken):
+        found.append(
+            Problem(
+                f"{more} more pids are taken there",
+                "move the tree to a VM that has just been booted",
+            )
+        )
+    return found
 
 
 def _tids(task: Struct, ns: Struct) -> list[int]:

@@ -87,6 +87,27 @@ def test_pids_that_are_taken(guests):
     assert len(cures) == 2  # one cure, which has a semicolon itself
 
 
+def test_many_pids_that_are_taken(guests):
+    """The message stays readable."""
+    guests.tids[0][1:] = range(5000, 6000)
+    guests.taken = {tid: SimpleNamespace(comm="sh") for tid in range(5000, 6000)}
+    texts, _ = guests.problems()
+    assert len(texts) == 9 and texts[-1].startswith("992 ")
+
+
+def test_a_process_of_an_unexpected_type(guests):
+    """A hostile kernel's types: an error of that kernel, wherever it is met."""
+
+    class Strange:
+        @property
+        def comm(self):
+            raise TypeError("a number in the place of an array")
+
+    guests.taken = {4243: Strange()}
+    with pytest.raises(KernelNotFound):
+        guests.check()
+
+
 def test_pids_of_a_namespace_of_its_own(guests):
     guests.taken = {4243: SimpleNamespace(comm="sleep")}
     guests.tree[0] = (1, guests.tree[0][1])
