@@ -215,13 +215,13 @@ class Copier(InHolds[Feed | Lane]):
         return sum(total(part) for _, part in parts)
 
     def _copy(self, ready: Ready[Feed | Lane], runs: Extents) -> int:
-        # SAFETY: the guest kernel's flags, read in this hold, say that the frames are the target's
-        # own: a task's exclusive anonymous pages, or those of the waiting CRIU that has the pool,
-        # anonymous pages that only tasks of the tree can have, or pages of a shared object that
-        # only the tree has. The hold keeps them still: no
-        # vCPU runs until it ends, and the tasks themselves are stopped under CRIU until we commit;
-        # and once it has ended the gate lets no write through. The content stays: the frame is
-        # dirty, or swap has no copy that reclaim could go back to. Undone by killing the tree.
+        # SAFETY: by the guest kernel's flags, read in this hold, the frames are the target's own: a
+        # task's exclusive anonymous pages, those of the waiting CRIU that has the pool, anonymous
+        # pages that only tasks of the tree can have, or pages of a shared object that only the tree
+        # has. The hold keeps them still: no vCPU runs until it ends, the tasks are stopped under
+        # CRIU until the commit, and CRIU waits with the pool for a request; once the hold has ended
+        # the gate lets no write through. The content stays: the frame is dirty, or swap has no copy
+        # that reclaim could go back to. Undone by killing the tree, and by giving the pool back.
         return ready.pages.copy(ready.target.space.ram, runs)
 
     def _compare(self, ready: Ready[Feed | Lane], runs: Extents) -> int:

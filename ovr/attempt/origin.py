@@ -34,7 +34,7 @@ EVERYWHERE: Final = np.array([(0, 1 << 63, 0)], PIECE)
 
 @dataclass(frozen=True, eq=False)
 class Origin:
-    """The memory of a process, or of a shared object, in the VM that it comes from.
+    """The memory of a process, or of a shared object, in another VM: a source of copies.
 
     Attributes:
         name: its name in messages.
@@ -44,7 +44,7 @@ class Origin:
             neighbours there, too.
         check: as for `ovr.attempt.targets.Target`, there.
         ask: has that guest read pages into its memory, given as pieces.
-        frames: of a running process: tells its own pages, and others are left out; None: it is
+        frames: for a running process: identifies its own pages; others are left out. None: it is
             stopped, and all of its pages are copied.
     """
 
@@ -62,8 +62,8 @@ class Origin:
         """Return the addresses of positions as pieces, in the same order.
 
         Args:
-            positions: pieces or runs; ``offset`` is the position. That of the result says how many
-                bytes are before it.
+            positions: pieces or runs; ``offset`` is the position. In the result it is the number
+                of bytes before the piece.
         """
         at = np.searchsorted(self.places["offset"], positions["offset"], side="right") - 1
         pieces = np.empty(len(positions), PIECE)

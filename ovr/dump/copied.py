@@ -34,8 +34,8 @@ _PRE_DUMP: Final = 0
 class CopiedImages:
     """A `ovr.dump.precopy.Store` of image sets.
 
-    In the runs that it returns, ``offset`` is the position in a pages image, and ``flags`` says
-    which.
+    In the runs that it returns, ``offset`` is the position in a pages image, and ``flags`` its
+    number.
 
     Args:
         attempt: the attempt.

@@ -133,7 +133,7 @@ class PreCopy:
     def _walk(self, tasks: Sequence[RunningTask]) -> list[_Seen]:
         seen = []
         for task in tasks:
-            with suppress(TaskDied):  # nobody will ask for its pages
+            with suppress(TaskDied):  # its pages are not needed any more
                 seen.append((task, task.walk_marked(self._attempt.holder)))
         return seen
 

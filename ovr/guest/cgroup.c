@@ -1,8 +1,8 @@
 /*
  * Cgroups of version 2, as descriptors of their directories.
  *
- * A user of the guest may own a part of the hierarchy, and so decides on names in it, and how deep
- * and wide it is. A cgroup cannot be renamed, nor removed while a process is in it.
+ * A user of the guest may own a part of the hierarchy, and controls its names, depth and width. A
+ * cgroup cannot be renamed, nor removed while a process is in it.
  */
 #include <dirent.h>
 #include <errno.h>
@@ -39,7 +39,7 @@ static int open_root(void)
 	return -1;
 }
 
-/* Bytes read of a file, up to its end or what there is room for; a NUL follows. -1 on failure. */
+/* Read a file up to its end, or as much as fits; a NUL follows. Returns its size, -1 on failure. */
 static ssize_t read_text(int fd, char *text, size_t room)
 {
 	ssize_t size = -1;
@@ -159,7 +159,7 @@ struct walk {
 	int depth, looked_at;
 };
 
-/* Go down into a directory, if it could be opened. */
+/* Descend into a directory, if it could be opened. */
 static void enter(struct walk *walk, int fd)
 {
 	DIR *entries = fd < 0 ? NULL : fdopendir(fd);

@@ -4,8 +4,8 @@
  *
  * In each cgroup with tasks of the tree a child is made, frozen, and the tasks are moved into it.
  * Frozen tasks run no instruction, are not moved by others than root or the owner of their cgroup,
- * and can be killed. Where they were before is the parent, and which move they belong to the name:
- * there is no other record, so none that could contradict.
+ * and can be killed. The parent is the cgroup that they were in before, and the name of the child
+ * has the id of the move: there is no other record that could contradict them.
  */
 #include <errno.h>
 #include <fcntl.h>
@@ -154,7 +154,7 @@ static bool move_in(const uint32_t *tasks, int count)
 	}
 	for (int i = 0; i < count; i++)
 		if (!is_inside((pid_t)tasks[i], &to)) {
-			/* The agent is not where /proc says that cgroups are, or a task has died. */
+			/* The agent and /proc differ on the root of the cgroups, or a task has died. */
 			errno = ESRCH;
 			return false;
 		}

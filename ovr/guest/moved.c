@@ -1,6 +1,6 @@
 /*
- * Which moved trees this guest has let run: one empty file each, in a directory of the agent's that
- * outlives the agent, but not the guest.
+ * A record of the moved trees that this guest has let run: one empty file each, in a directory of
+ * the agent's that outlives the agent, but not the guest.
  */
 #include <dirent.h>
 #include <errno.h>

@@ -4,7 +4,7 @@
  *
  * CRIU and its hook still wait, and end the tree or let it go when the agent answers. Should they be
  * gone, the cgroups alone hold the tree, and the agent ends it or lets it go itself. If the agent is
- * gone, the hook waits for what becomes of the cgroups (hook.c).
+ * gone, the hook waits until the cgroups are undone or empty (hook.c).
  */
 #include <stdio.h>
 #include <string.h>
@@ -73,7 +73,7 @@ bool move_hook(pid_t root, pid_t criu)
 void move_session_ended(void)
 {
 	populate_end();
-	/* The cgroups are all that there is of it. */
+	/* An adopted move has no other state than its cgroups. */
 	if (restore.adopted)
 		restore_forget();
 }
@@ -128,7 +128,7 @@ static void adopt_move(struct session *session, const struct message *message)
 	say_prepared(session);
 }
 
-/* Of the agent's own move the phase says whether it is in doubt. */
+/* The agent's own move is in doubt according to its phase, whatever its cgroups are. */
 static void correct(struct moves *moves)
 {
 	if (!restore.dump || !restore.move[0])

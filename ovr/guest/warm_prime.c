@@ -1,9 +1,9 @@
 /*
  * Run CRIU once while a pool is filled.
  *
- * At its first run after the boot CRIU tries out what the kernel can do, and
- * keeps the result (kerndat_init() in criu/kerndat.c). That takes longer than
- * all else that it does, and would be part of a tree's downtime.
+ * At its first run after the boot CRIU probes the kernel's features, and keeps
+ * the result (kerndat_init() in criu/kerndat.c). That takes longer than the rest
+ * of a small restore, and would be part of a tree's downtime.
  */
 #include <signal.h>
 #include <stdint.h>

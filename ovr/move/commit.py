@@ -2,7 +2,7 @@
 
 The source's tree is prepared: frozen so that nothing but a decision lets it run. Then the
 destination's is let run, and the source's is ended when the other is seen to run. If it cannot be
-known whether the destination's tree runs, the move is in doubt until `decide` has looked there.
+known whether the destination's tree runs, the move is in doubt until `decide` has asked there.
 """
 
 from collections.abc import Callable
@@ -38,7 +38,7 @@ def commit(
         let_run: lets the restored tree run, and checks that it does.
 
     Returns:
-        What `let_run` returns, and the ``stats-dump`` of the source's CRIU.
+        The result of `let_run`, and the ``stats-dump`` of the source's CRIU.
 
     Raises:
         MoveInDoubt: it is not known whether the destination's tree runs; the source's is frozen.

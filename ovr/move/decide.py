@@ -19,7 +19,7 @@ def decide(source: Attempt, destination: Agent | None, move: str | None, *, fini
 
     Raises:
         UsageError: no such move is in doubt, or there are several; or both sides are one VM.
-        CheckFailed: the destination says the opposite, or has not decided yet.
+        CheckFailed: the destination contradicts the decision, or still holds its tree.
         AttemptFailed: the agent of the source failed.
         AgentUnreachable: a link broke.
     """

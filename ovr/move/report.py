@@ -22,10 +22,10 @@ class MoveReport:
         pid: the root task's pid in the destination's initial pid namespace.
         tasks: number of tasks with memory.
         bytes_total: size of all pages.
-        bytes_outside: of those, what went from RAM to RAM.
-        bytes_inside: what CRIU had in its images.
-        bytes_ahead: of those outside, what was copied while the tree ran, and had not changed.
-        bytes_copied: all that was copied from RAM to RAM; what changed meanwhile, more than once.
+        bytes_outside: size of those that went from RAM to RAM.
+        bytes_inside: size of those in CRIU's images.
+        bytes_ahead: size of pages outside that were copied while the tree ran, and are unchanged.
+        bytes_copied: bytes copied from RAM to RAM; pages that changed meanwhile count each time.
         rounds: the rounds of copies while the tree ran; the last one is the look before CRIU stops
             the tree.
         downtime: from the last look at the running tree to its first instruction in the

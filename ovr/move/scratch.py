@@ -19,7 +19,7 @@ from ovr.dump.output import writable
 __all__ = ["scratch_directory", "sweep"]
 
 _MEMORY: Final = Path("/dev/shm")
-"""Images are small, and nobody else reads them."""
+"""The images have no memory that goes outside, and are removed at the end."""
 _PREFIX: Final = "ovr-move-"
 _OPEN: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 

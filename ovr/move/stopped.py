@@ -1,4 +1,4 @@
-"""The stopped tree in the source: its images without memory, and where its memory is."""
+"""The stopped tree in the source: its images without memory, and the location of its memory."""
 
 from collections.abc import Mapping
 from contextlib import ExitStack, closing
@@ -122,7 +122,7 @@ class Stopped:
             self._save(memory, runs)
 
     def _save(self, memory: Memory, runs: Extents) -> None:
-        # What CRIU has written itself is there, and has no target.
+        # Images written by CRIU itself are complete, and have no target.
         if len(runs) and memory.name in self._targets:
             target = replace(self._targets[memory.name], pieces=as_pieces(runs))
             with writable(self._place / memory.pages_name):

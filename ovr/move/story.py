@@ -61,11 +61,11 @@ def move(
         source: the VM that has it, attached writable.
         destination: the VM that gets it, likewise.
         pid: the root task, in the source's initial pid namespace.
-        source_agent: address of the source's agent; None: as the VM's devices say.
+        source_agent: address of the source's agent; None: as the VM's devices show.
         destination_agent: likewise.
         rounds: copy pages while the tree runs, in so many rounds, at least one, or
             `AS_MANY_AS_HELP`.
-        downtime: with the latter: seconds that it may take to copy what is left then, with the tree
+        downtime: with the latter: seconds for the copy of the remaining pages, with the tree
             stopped; rounds end earlier if they stop helping.
         strict: let the tree stay where it is if more is left.
         verify: read back none of the memory, a ``sample``, or all (``full``).
