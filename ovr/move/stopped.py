@@ -130,7 +130,8 @@ class Stopped:
 
     def _give_back(self, memory: Memory, runs: Extents) -> None:
         if memory.name in self._targets:
-            with (self._place / memory.pages_name).open("r+b") as file, writable(self._place):
+            path = self._place / memory.pages_name
+            with writable(path), path.open("r+b") as file:
                 for start, end in file_ranges(runs):
                     punch_hole(file.fileno(), start, end - start)
 
