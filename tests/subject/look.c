@@ -93,16 +93,39 @@ static int number_of(const char *name)
 	return found;
 }
 
-static const struct process *first(const char *name, pid_t parent)
+static bool is_child_of(const struct process *process, const char *name)
 {
-	const struct process *found = NULL;
-
-	/* Started before the others, in a guest whose pids have not come round. */
 	for (int i = 0; i < count; i++)
-		if (is(&table[i], name) && (!parent || table[i].parent == parent) &&
-		    (!found || table[i].pid < found->pid))
-			found = &table[i];
-	return found;
+		if (table[i].pid == process->parent)
+			return is(&table[i], name);
+	return false;
+}
+
+/* Not the hook, nor what the agent has forked. */
+static const struct process *agent(void)
+{
+	for (int i = 0; i < count; i++)
+		if (is(&table[i], AGENT) && !is_child_of(&table[i], CRIU) &&
+		    !is_child_of(&table[i], AGENT))
+			return &table[i];
+	return NULL;
+}
+
+/* Not a task that it has forked, and that has its name as yet. */
+static const struct process *criu(void)
+{
+	for (int i = 0; i < count; i++)
+		if (is(&table[i], CRIU) && !is_child_of(&table[i], CRIU))
+			return &table[i];
+	return NULL;
+}
+
+static const struct process *hook(void)
+{
+	for (int i = 0; i < count; i++)
+		if (is(&table[i], AGENT) && is_child_of(&table[i], CRIU))
+			return &table[i];
+	return NULL;
 }
 
 /* Without the kernel's own, which come and go. */
@@ -198,11 +221,11 @@ static long field_of(const char *path, const char *name)
 
 static void look(void)
 {
-	const struct process *agent;
+	const struct process *of_agent;
 	char path[64];
 
 	read_table();
-	agent = first(AGENT, 0);
+	of_agent = agent();
 	printf("subjects %d\ncriu %d\nagents %d\nheld %d\n", subjects(), number_of(CRIU),
 	       number_of(AGENT), held());
 	printf("processes %d\n", user_processes());
@@ -210,9 +233,9 @@ static void look(void)
 	printf("cgroups %d\n", frozen_cgroups());
 	printf("mounts %d\n", lines_of("/proc/self/mounts"));
 	printf("files in /run %d\n", entries("/run", "") + entries("/run/ovr", ""));
-	snprintf(path, sizeof(path), "/proc/%d/fd", agent ? agent->pid : 0);
+	snprintf(path, sizeof(path), "/proc/%d/fd", of_agent ? of_agent->pid : 0);
 	printf("descriptors of the agent %d\n", entries(path, ""));
-	snprintf(path, sizeof(path), "/proc/%d/status", agent ? agent->pid : 0);
+	snprintf(path, sizeof(path), "/proc/%d/status", of_agent ? of_agent->pid : 0);
 	printf("KiB of the agent %ld\n", field_of(path, "VmRSS:"));
 	printf("KiB available %ld\n", field_of("/proc/meminfo", "MemAvailable:"));
 	printf("KiB of slabs %ld\n", field_of("/proc/meminfo", "Slab:"));
@@ -225,15 +248,15 @@ static void look(void)
 
 static const struct process *victim(const char *name)
 {
-	const struct process *criu = first(CRIU, 0), *one = NULL;
+	const struct process *one = NULL;
 	int nth;
 
 	if (!strcmp(name, "agent"))
-		return first(AGENT, 0);
+		return agent();
 	if (!strcmp(name, "criu"))
-		return criu;
+		return criu();
 	if (!strcmp(name, "hook"))
-		return criu ? first(AGENT, criu->pid) : NULL;
+		return hook();
 	if (!strcmp(name, "root")) {
 		for (int i = 0; i < count; i++)
 			if (table[i].pid == ROOT && table[i].state != 'Z')
