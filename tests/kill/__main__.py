@@ -86,7 +86,7 @@ def sweep(place: Place, victim: str, count: int, outcome: Outcome) -> None:
             verdict = f"passed  {place.shoot(victim, point)}"
             outcome.passed += 1
         except (OvrError, AssertionError) as error:
-            verdict = f"FAILED  {error}"
+            verdict = "; ".join([f"FAILED  {error}", *place.trouble()])
             outcome.failed.append(f"{victim} {point}: {error}")
             place.down()  # what is left in it must not spoil the next
         took = time.monotonic() - started

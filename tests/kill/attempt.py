@@ -298,7 +298,7 @@ def perform(
     point: Point,
     scratch: Path,
     *,
-    before: Callable[[], None] = lambda: None,
+    before: Callable[[Attempt], None] = lambda attempt: None,
 ) -> tuple[Attempt, bool]:
     """Run it, and kill the victim at that point; returns how it went, and whether it met one.
 
@@ -308,7 +308,7 @@ def perform(
     try:
         met = False
         if attempt.read_up_to(point.event):
-            before()
+            before(attempt)
             if point.delay:
                 attempt.go_on()
                 time.sleep(point.delay)

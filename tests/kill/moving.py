@@ -11,7 +11,7 @@ from ovr.errors import AgentUnreachable, AttemptFailed, CheckFailed
 from ovr.move.decide import decide
 from tests import subject
 from tests.kill import check
-from tests.kill.attempt import MOVE, Attempt, Event, Point, events_of, kind_of, perform
+from tests.kill.attempt import MOVE, Attempt, Point, events_of, kind_of, perform
 from tests.kill.place import Place
 
 __all__ = ["MoveRange"]
@@ -49,12 +49,12 @@ class MoveRange(Place):
         return ["tests.kill.mover", f"lab:{source.name}", f"lab:{destination.name}", str(pid)]
 
     def shoot(self, victim: str, point: Point) -> str:
-        events, command = self.events, self.command()
+        command = self.command()
         source, destination = vms = self.vms
         self._frozen_and_forgotten = False
 
-        def forget() -> None:
-            if is_frozen_at(events, point.event):
+        def forget(attempt: Attempt) -> None:
+            if prepared(attempt):
                 subject.forget_marks(source)
                 self._frozen_and_forgotten = True
 
@@ -176,10 +176,10 @@ class MoveRange(Place):
         return self._runs_on(source, "qemu-b", said)
 
 
-def is_frozen_at(events: Sequence[Event], number: int) -> bool:
-    """Whether the tree is prepared at that event of a move that goes well."""
-    names = [event.name for event in events]
-    return number >= names.index(HEARD, names.index(PREPARED))
+def prepared(attempt: Attempt) -> bool:
+    """Whether the agent has answered that the tree in the source is prepared."""
+    names = [event.name for event in attempt.events]
+    return PREPARED in names and HEARD in names[names.index(PREPARED) :]
 
 
 def sent_go(attempt: Attempt) -> bool:

@@ -1,5 +1,6 @@
 """VMs in which victims of a restore, dump or move are killed, booted when there are none."""
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import cached_property
@@ -11,6 +12,10 @@ from tests import subject
 from tests.kill.attempt import Event, Point, Story, events_of
 
 __all__ = ["Place"]
+
+_TROUBLE = re.compile(
+    r"^.*(?:Oops|BUG:|Kernel panic|segfault|ERROR: \w+Sanitizer).*$", re.MULTILINE
+)
 
 
 class Place(ABC):
@@ -67,6 +72,13 @@ class Place(ABC):
         """End the VMs."""
         for number in range(len(self._vms)):
             self._down(number)
+
+    def trouble(self) -> list[str]:
+        """What the consoles of the guests show of crashes; see `tests.tcg` for stale int3."""
+        consoles = [vm.console for vm in self._vms if vm is not None and vm.console.exists()]
+        return [
+            line for one in consoles for line in _TROUBLE.findall(one.read_text("utf-8", "replace"))
+        ]
 
     @abstractmethod
     def command(self) -> list[str]:
