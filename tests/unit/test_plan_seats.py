@@ -206,7 +206,9 @@ def changed(draw):
                 low, high = 0, size
             if draw(st.integers(0, 4)) and low < high:
                 areas.append(area(vma.start + low, vma.start + high, prot=vma.prot))
-        areas = [one for n, one in enumerate(areas) if not n or areas[n - 1].end < one.start]
+        areas = [
+            one for n, one in enumerate(areas) if all(other.end < one.start for other in areas[:n])
+        ]
         areas = areas or [area(0x400000, 0x403000, prot=1)]
         held = [(one.start, one.end) for one in areas if one.prot & 2 and draw(st.integers(0, 5))]
         ppid = plan.task.ppid if plan.task.ppid not in gone else 1
