@@ -71,7 +71,9 @@ def check_seats(plans, pieces, warm, seats):
                 for seat in seats.of[task.pid]
             )
     for pid, kept in warm.kept.items():
-        for start, end in kept.tolist():
+        # Neighbours may be in the parts of two seats.
+        for start in _units(kept).tolist():
+            end = start + UNIT
             [seat] = [one for one in seats.of[pid] if one.low <= start and end <= one.high]
             part = ranges((start - seat.low + seat.at, end - seat.low + seat.at))
             assert not len(np.intersect1d(_units(part), _units(dropped)))
