@@ -16,14 +16,20 @@ from ovr.lab.accel import Accel
 from ovr.lab.demo import Answer, answer_of, lab_vm, prepare, start_workload
 from ovr.move import MoveReport
 
-__all__ = ["MoveDemo", "run"]
+__all__ = ["Clock", "MoveDemo", "clock_of", "pause_of", "run", "set_clock"]
 
 _LOOKS: Final = 20
 _SETTLE_SECONDS: Final = 1.0
 
 
-class _Clock(NamedTuple):
-    # Seconds that a guest's clock is ahead of the host's, and by how much that may be wrong.
+class Clock(NamedTuple):
+    """A guest's clock.
+
+    Attributes:
+        ahead: seconds that it is ahead of the host's.
+        error: by how much that may be wrong.
+    """
+
     ahead: float
     error: float
 
@@ -99,7 +105,7 @@ def run(
     say("booting VM A and VM B (the first time, their image is made first)")
     with lab_vm("demo-a", **hardware) as source, lab_vm("demo-b", **hardware) as target:
         prepare(target)
-        _set_clock(target)
+        set_clock(target)
         say(f"VM A: a process fills {size >> 20} MiB, and goes on writing {rate} MiB/s")
         pid = start_workload(source, size, umask, rate)
         time.sleep(_SETTLE_SECONDS)
@@ -109,17 +115,28 @@ def run(
         time.sleep(_SETTLE_SECONDS)
         say("VM B: the process checks itself")
         answer = answer_of(target, pid)
-        clocks = _clock(source), _clock(target)
-    gap = (answer.after - clocks[1].ahead) - (answer.before - clocks[0].ahead)
-    error = clocks[0].error + clocks[1].error
-    demo = MoveDemo(report, answer, gap, error, size, umask)
+        clocks = clock_of(source), clock_of(target)
+    demo = MoveDemo(report, answer, *pause_of(answer, *clocks), size, umask)
     if not demo.verified:
         raise VerifyMismatch(f"the moved process reports: {answer}")
     return demo
 
 
-def _clock(vm: lab.LabVm) -> _Clock:
-    best = _Clock(0.0, float("inf"))
+def pause_of(answer: Answer, before: Clock, after: Clock) -> tuple[float, float]:
+    """Return the longest pause of a moved process, and by how much that may be wrong, in seconds.
+
+    Args:
+        answer: of the process.
+        before: the clock of the VM that it came from.
+        after: the clock of the VM that it is in.
+    """
+    gap = (answer.after - after.ahead) - (answer.before - before.ahead)
+    return gap, before.error + after.error
+
+
+def clock_of(vm: lab.LabVm) -> Clock:
+    """Compare a guest's clock with the host's."""
+    best = Clock(0.0, float("inf"))
     with vm.connect() as agent:
         for _ in range(_LOOKS):
             before = time.time()
@@ -129,12 +146,15 @@ def _clock(vm: lab.LabVm) -> _Clock:
                 raise LabError(f"date failed in lab VM {vm.name}")
             if (after - before) / 2 < best.error:
                 middle = (before + after) / 2
-                best = _Clock(float(done.stdout) - middle, (after - before) / 2)
+                best = Clock(float(done.stdout) - middle, (after - before) / 2)
     return best
 
 
-def _set_clock(vm: lab.LabVm) -> None:
-    # The process takes the longest time between two looks at its clock for its longest pause: after
-    # the move, the clock must not be far behind.
+def set_clock(vm: lab.LabVm) -> None:
+    """Set a guest's clock to the host's.
+
+    The process takes the longest time between two looks at its clock for its longest pause: after
+    the move, the clock must not be far behind.
+    """
     with vm.connect() as agent:
         agent.run(["date", "-s", f"@{time.time():.3f}"])

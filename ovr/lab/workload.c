@@ -13,7 +13,7 @@
  *
  * With RATE it also writes to so many MiB of pages in a second, one after the other and again from
  * the first: the number of the pass goes into each page. The answer then has the longest time in
- * which it did not run: seconds of its clock before and after.
+ * which it did not run since the last answer: seconds of its clock before and after.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -35,7 +35,7 @@
 static struct {
 	uint64_t *words;
 	uint64_t pages, per_step, written; /* pages; since the start */
-	double gap, before, after;
+	double last, gap, before, after;   /* of the clock, in seconds */
 } state;
 
 static void die(const char *what)
@@ -88,15 +88,14 @@ static uint64_t passes(uint64_t page)
 
 static void step(void)
 {
-	static double last;
 	double time = now();
 
-	if (last && time - last > state.gap) {
-		state.gap = time - last;
-		state.before = last;
+	if (state.last && time - state.last > state.gap) {
+		state.gap = time - state.last;
+		state.before = state.last;
 		state.after = time;
 	}
-	last = time;
+	state.last = time;
 	for (uint64_t i = 0; state.pages && i < state.per_step; i++) {
 		uint64_t page = state.written++ % state.pages;
 
@@ -129,6 +128,7 @@ static void answer(const char *dir, const uint64_t *words, uint64_t count)
 		 "\"umask\": \"%04o\", \"written\": %llu, \"before\": %.6f, \"after\": %.6f}\n",
 		 getpid(), (unsigned long long)count, (unsigned long long)wrong, first,
 		 (unsigned int)mask, (unsigned long long)state.written, state.before, state.after);
+	state.last = state.gap = 0;
 	publish(dir, "answer", text);
 }
 
