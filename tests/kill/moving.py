@@ -82,9 +82,11 @@ class MoveRange(Place):
             check.not_held(vm)
         if said != "killed":  # else the next move removes them
             check.no_files(self.temporary)
-        if victim == "qemu-a":
+        for vm, side in ((source, "a"), (destination, "b")):
+            assert vm.alive or victim == f"qemu-{side}", f"the VM {side} is dead"
+        if not source.alive:
             return self._without_source(destination, attempt, said)
-        if victim == "qemu-b":
+        if not destination.alive:
             return self._without_destination(source, attempt, said)
         seen = check.once_quiet(destination)
         moves = doubts_or_quiet(source)
