@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from ovr.errors import UsageError
-from ovr.move import story
+from ovr.move import scratch
 from ovr.move.story import move
 
 
@@ -30,7 +30,7 @@ def test_a_vm_that_is_attached_twice(tmp_path):
 
 
 def test_a_host_without_memory_for_images(tmp_path, monkeypatch):
-    monkeypatch.setattr(story, "_MEMORY", tmp_path / "missing")
+    monkeypatch.setattr(scratch, "_MEMORY", tmp_path / "missing")
     one, first = vm_with(tmp_path / "ram")
     other, second = vm_with(tmp_path / "another")
     with pytest.raises(UsageError) as caught:
