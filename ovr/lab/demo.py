@@ -59,6 +59,11 @@ class Answer:
     before: float = 0.0
     after: float = 0.0
 
+    def right(self, size: int, umask: int) -> bool:
+        """Tell whether it found all of its memory, `size` bytes, and its umask correct."""
+        words = self.wrong == 0 and self.words == size // 8
+        return words and int(self.umask, 8) == umask
+
 
 @dataclass(frozen=True)
 class Demo:
@@ -81,8 +86,7 @@ class Demo:
     @property
     def verified(self) -> bool:
         """Whether the process found all of its memory and its umask correct."""
-        right = self.answer.wrong == 0 and self.answer.words == self.size // 8
-        return right and int(self.answer.umask, 8) == self.umask
+        return self.answer.right(self.size, self.umask)
 
     def as_json(self) -> dict[str, Any]:
         """Return the fields of ``ovr.demo/1``, or of ``ovr.demo.dump/1``."""

@@ -57,8 +57,7 @@ class MoveDemo:
     @property
     def verified(self) -> bool:
         """Whether the process found all of its memory and its umask correct, and has written."""
-        right = self.answer.wrong == 0 and self.answer.words == self.size // 8
-        return right and int(self.answer.umask, 8) == self.umask and self.answer.written > 0
+        return self.answer.right(self.size, self.umask) and self.answer.written > 0
 
     def as_json(self) -> dict[str, Any]:
         """Return the fields of ``ovr.demo.move/1``."""
