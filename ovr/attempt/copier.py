@@ -17,12 +17,7 @@ from typing import Final, NamedTuple
 
 from ovr._fastcopy import OWNED
 from ovr.attempt.feed import Feed
-from ovr.attempt.in_holds import (
-    ANY_OWNER,
-    TRY_AGAIN_AFTER,
-    InHolds,
-    Ready,
-)
+from ovr.attempt.in_holds import ANY_OWNER, TRY_AGAIN_AFTER, InHolds, Ready
 from ovr.attempt.journal import Journal
 from ovr.attempt.origin import Lane, Origin
 from ovr.attempt.targets import Family, Part, Target

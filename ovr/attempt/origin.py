@@ -12,6 +12,7 @@ from ovr.errors import AttemptFailed
 from ovr.memory.addresses import PAGE_SIZE, Gva
 from ovr.memory.extents import (
     Extents,
+    as_pieces,
     cut_at,
     ends_of,
     left_of,
@@ -62,15 +63,12 @@ class Origin:
         """Return the addresses of positions as pieces, in the same order.
 
         Args:
-            positions: pieces or runs; ``offset`` is the position. In the result it is the number
-                of bytes before the piece.
+            positions: pieces or runs; ``offset`` is the position.
         """
         at = np.searchsorted(self.places["offset"], positions["offset"], side="right") - 1
-        pieces = np.empty(len(positions), PIECE)
+        pieces = as_pieces(positions)
         apart = (positions["offset"] - self.places["offset"][at]).astype("<u8")
         pieces["gva"] = self.places["gva"][at] + apart
-        pieces["size"] = positions["size"]
-        pieces["offset"] = np.cumsum(positions["size"]) - positions["size"]
         return pieces
 
 
@@ -119,8 +117,8 @@ class Lane:
             HoldBroken: the VM is not held any more.
         """
         self.origin.check()
-        there = self._there(runs)
-        done = ram.copy_across(_crossing(runs, there), self.origin.space.ram)
+        there, crossing = self._look_up(runs)
+        done = ram.copy_across(crossing, self.origin.space.ram)
         if done == total(there):
             self.copied = there
             return self._until(runs, there)
@@ -137,30 +135,33 @@ class Lane:
             GuestFault: page tables there are damaged.
         """
         self.origin.check()
-        there = self._there(runs)
-        gva = ram.first_difference_across(_crossing(runs, there), self.origin.space.ram)
+        there, crossing = self._look_up(runs)
+        gva = ram.first_difference_across(crossing, self.origin.space.ram)
         return self._until(runs, there), gva
 
-    def _there(self, runs: Extents) -> Extents:
-        # Offsets are the bytes of `runs` before each.
+    def _look_up(self, runs: Extents) -> tuple[Extents, Extents]:
+        # The runs there, with the bytes of `runs` before each as the offset; and those here with
+        # the GPA there as the offset.
         origin = self.origin
         parts = _page_by_page_at_the_edges(runs)
         pieces, heads = _whole_pages(origin.addresses(parts))
-        found = origin.space.walk(pieces, origin.frames)
+        there = origin.space.walk(pieces, origin.frames)
         if origin.frames is not None:
-            found = with_flags(found, OWNED)
-        at = found["offset"] >> _INDEX_SHIFT
-        before = np.cumsum(parts["size"]) - parts["size"]
-        cut = parts["size"][at] < PAGE_SIZE
-        found["gva"] += heads[at]
-        found["gpa"] += heads[at]
-        found["size"] = np.where(cut, parts["size"][at], found["size"])
-        found["offset"] = before[at].astype("<i8") + (found["offset"] & _DELTA_MASK)
+            there = with_flags(there, OWNED)
+        at, within = there["offset"] >> _INDEX_SHIFT, there["offset"] & _DELTA_MASK
+        there["gva"] += heads[at]
+        there["gpa"] += heads[at]
+        there["size"] = np.minimum(there["size"], parts["size"][at])
+        there["offset"] = (np.cumsum(parts["size"]) - parts["size"])[at].astype("<i8") + within
+        crossing = there.copy()
+        crossing["gva"] = parts["gva"][at] + within.astype("<u8")
+        crossing["gpa"] = parts["gpa"][at] + within.astype("<u8")
+        crossing["offset"] = there["gpa"]
         if origin.frames is not None:
-            return found
-        whole = np.cumsum(found["size"]) - found["size"]
-        gaps = np.flatnonzero(found["offset"] != whole.astype("<i8"))
-        return found[: gaps[0]] if len(gaps) else found
+            return there, crossing
+        gaps = there["offset"] != (np.cumsum(there["size"]) - there["size"]).astype("<i8")
+        whole = int(gaps.argmax()) if gaps.any() else len(there)
+        return there[:whole], crossing[:whole]
 
     def _until(self, runs: Extents, there: Extents) -> int:
         return total(runs) if self.origin.frames is not None else total(there)
@@ -199,15 +200,3 @@ def _read_in(origin: Origin, pieces: Extents, found: Extents) -> Extents:
         f" in memory when looked at ({_TRIES} tries)",
         "the guest that it comes from may be out of memory; free some and try again",
     )
-
-
-def _crossing(runs: Extents, there: Extents) -> Extents:
-    # The runs of a guest with the GPA of their content in the other.
-    before = np.cumsum(runs["size"]) - runs["size"]
-    at = np.searchsorted(before, there["offset"].astype("<u8"), side="right") - 1
-    crossing = there.copy()
-    apart = there["offset"].astype("<u8") - before[at]
-    crossing["gva"] = runs["gva"][at] + apart
-    crossing["gpa"] = runs["gpa"][at] + apart
-    crossing["offset"] = there["gpa"]
-    return crossing
