@@ -1,4 +1,4 @@
-"""What ``ovr restore`` and ``ovr dump`` share, because each can be called in CRIU's place."""
+"""Parts of the commands that run CRIU: ``ovr restore``, ``ovr dump`` and ``ovr move``."""
 
 import argparse
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,19 +9,56 @@ from typing import Final
 from ovr.cli.criu_config import unread_options
 from ovr.cli.criu_options import add_verbosity
 from ovr.cli.progress import PROGRESS_MODES
+from ovr.dump import AS_MANY_AS_HELP
 from ovr.errors import CriuFailed, UsageError
 
 __all__ = [
     "add_files",
     "add_progress",
     "add_timeout",
+    "add_tree",
     "config_in_hints",
     "missed_options",
+    "pid_of",
     "progress_mode",
+    "rounds_of",
     "work_directory",
 ]
 
 _DAY: Final = 86_400
+_PID_MAX_LIMIT: Final = 1 << 22
+
+
+def add_tree(parser: argparse.ArgumentParser) -> None:
+    """Add ``-t``; `pid_of` reads it."""
+    parser.add_argument(
+        "-t", "--tree", metavar="PID",
+        help="the root task, by its pid in the guest (`ovr ps` shows them)",
+    )  # fmt: skip
+
+
+def pid_of(text: str) -> int:
+    """Return a pid of the guest.
+
+    Raises:
+        UsageError: it is none.
+    """
+    if not (text.isascii() and text.isdecimal() and 0 < int(text) < _PID_MAX_LIMIT):
+        raise UsageError(f"{text!r} is not a pid", "ovr ps shows the guest's processes")
+    return int(text)
+
+
+def rounds_of(text: str) -> int:
+    """Return a number of rounds of pre-copies: ``auto`` or a number.
+
+    Raises:
+        argparse.ArgumentTypeError: it is neither.
+    """
+    if text == "auto":
+        return AS_MANY_AS_HELP
+    if not (text.isascii() and text.isdecimal() and len(text) < 3):
+        raise argparse.ArgumentTypeError(f"{text!r} is not auto or a number below 100")
+    return int(text)
 
 
 def add_timeout(parser: argparse.ArgumentParser, work: str) -> None:

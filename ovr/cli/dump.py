@@ -15,9 +15,12 @@ from ovr.cli.as_criu import (
     add_files,
     add_progress,
     add_timeout,
+    add_tree,
     config_in_hints,
     missed_options,
+    pid_of,
     progress_mode,
+    rounds_of,
     work_directory,
 )
 from ovr.cli.criu_files import DUMPING, criu_files, dump_stats_text
@@ -36,9 +39,7 @@ from ovr.errors import UsageError
 from ovr.guest.client.agent import Agent
 from ovr.vm.attach import AttachedVm
 
-__all__ = ["HELP", "USAGE", "add", "pid_of", "rounds_of"]
-
-_PID_MAX_LIMIT: Final = 1 << 22
+__all__ = ["HELP", "USAGE", "add"]
 
 log = logging.getLogger("ovr.dump")
 
@@ -66,10 +67,7 @@ USAGE: Final = (
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
-    parser.add_argument(
-        "-t", "--tree", metavar="PID",
-        help="the root task, by its pid in the guest (`ovr ps` shows them)",
-    )  # fmt: skip
+    add_tree(parser)
     parser.add_argument(
         "-D", "--images-dir", type=Path, metavar="DIR",
         help="the directory for the images, without any yet (default: the current one)",
@@ -140,30 +138,6 @@ def run(options: argparse.Namespace) -> int:
         if options.display_stats:
             print(dump_stats_text(report.stats), file=sys.stderr if taken else sys.stdout)
     return 0
-
-
-def rounds_of(text: str) -> int:
-    """Return a number of rounds of pre-copies: ``auto`` or a number.
-
-    Raises:
-        argparse.ArgumentTypeError: it is neither.
-    """
-    if text == "auto":
-        return AS_MANY_AS_HELP
-    if not (text.isascii() and text.isdecimal() and len(text) < 3):
-        raise argparse.ArgumentTypeError(f"{text!r} is not auto or a number below 100")
-    return int(text)
-
-
-def pid_of(text: str) -> int:
-    """Return a pid of the guest.
-
-    Raises:
-        UsageError: it is none.
-    """
-    if not (text.isascii() and text.isdecimal() and 0 < int(text) < _PID_MAX_LIMIT):
-        raise UsageError(f"{text!r} is not a pid", "ovr ps shows the guest's processes")
-    return int(text)
 
 
 def _wanted(options: argparse.Namespace) -> dict[str, Any]:

@@ -10,10 +10,16 @@ from typing import Final
 from ovr.api import attach
 from ovr.attempt.attempt import Attempt, agent_address
 from ovr.attempt.authentication import authenticate_alone, check_same_guest
-from ovr.cli.as_criu import add_progress, add_timeout, progress_mode
+from ovr.cli.as_criu import (
+    add_progress,
+    add_timeout,
+    add_tree,
+    pid_of,
+    progress_mode,
+    rounds_of,
+)
 from ovr.cli.criu_files import logged
 from ovr.cli.criu_options import add_criu_options, add_verbosity
-from ovr.cli.dump import pid_of, rounds_of
 from ovr.cli.output import document, json_option, printed, size
 from ovr.cli.progress import make_watch
 from ovr.cli.signals import ended_in_order
@@ -51,10 +57,7 @@ USAGE: Final = (
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
-    parser.add_argument(
-        "-t", "--tree", metavar="PID",
-        help="the root task, by its pid in the guest (`ovr ps` shows them)",
-    )  # fmt: skip
+    add_tree(parser)
     parser.add_argument(
         "--from", dest="source", metavar="VM", required=True, help="the VM that has the tree"
     )
