@@ -144,20 +144,13 @@ def pool_areas(
     by_pid = {plan.task.pid: plan for plan in plans}
     taken = _inherited(plans, areas)
     found = {}
-    end = 0
     for pid in _family_order(plans):
         candidates = _candidates(by_pid[pid], cow, taken[pid])
         if seats is not None:
             relatives = _relatives(plans, by_pid[pid])
             candidates = _seated(candidates, seats.of.get(pid, ()), relatives)
-        # The tree may be another one since, and its order too.
-        found[pid] = [
-            area
-            for area in candidates
-            if 2 * total_of(area.kept) >= area.room and (seats is None or area.part[0] >= end)
-        ]
-        end = max([end, *(area.part[1] for area in found[pid])]) if seats is not None else 0
-    return found
+        found[pid] = [area for area in candidates if 2 * total_of(area.kept) >= area.room]
+    return found if seats is None else _in_order(found)
 
 
 def pool_size_of(served: Mapping[int, Sequence[PoolArea]]) -> int:
@@ -268,6 +261,16 @@ def _seated(
             if whole or not len(common(relatives, one_range(area.start, area.end))):
                 at = seat.at + start - seat.low
                 yield PoolArea(start, end, common(area.kept, one_range(start, end)), at)
+
+
+def _in_order(found: Mapping[int, Sequence[PoolArea]]) -> dict[int, list[PoolArea]]:
+    # The tree may be another one since it got its seats, and its order too.
+    end = 0
+    kept = {}
+    for pid, each in found.items():
+        kept[pid] = [area for area in each if area.part[0] >= end]
+        end = max([end, *(area.part[1] for area in kept[pid])])
+    return kept
 
 
 def _relatives(plans: Sequence[TaskPlan], plan: TaskPlan) -> Ranges:
