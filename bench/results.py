@@ -11,7 +11,7 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,22 @@ class Results:
     def put(self, key: str, values: Sequence[float], unit: str = "s") -> None:
         """Keep the values of all rounds under a key."""
         self.figures[key] = figure(values, unit) | {"run": self._run}
+
+    def put_race(
+        self, state: str, heats: Mapping[str, Sequence[Mapping[str, float]]],
+        units: Mapping[str, str],
+    ) -> None:  # fmt: skip
+        """Keep all measures of all lanes of a race.
+
+        Args:
+            state: of the VM, a part of the keys.
+            heats: as of `bench.race.race`.
+            units: of measures that are not seconds.
+        """
+        for lane, laps in heats.items():
+            for measure in laps[0]:
+                name = f"{lane}.{state}" + ("" if measure == "seconds" else f".{measure}")
+                self.put(name, [lap[measure] for lap in laps], units.get(measure, "s"))
 
     def note(self, key: str, text: str) -> None:
         """Say why there is no figure."""

@@ -85,11 +85,7 @@ def heats(guest, size, rounds, results):
         found["loaded"] = race(lanes, rounds)
     dumps.end()
     for state, by_lane in found.items():
-        for lane, laps in by_lane.items():
-            for measure in laps[0]:
-                unit = "bytes" if measure == "delta" else "s"
-                name = f"{lane}.{state}" + ("" if measure == "seconds" else f".{measure}")
-                results.put(name, values(by_lane, lane, measure), unit)
+        results.put_race(state, by_lane, {"delta": "bytes"})
     return found
 
 
