@@ -249,7 +249,7 @@ class AgentHost:
 
     def hook(self, criu_pid: int) -> int:
         """The pid of the action script that holds the tree."""
-        (hook,) = [pid for pid in _children(criu_pid) if _last_word(pid) == str(self.program)]
+        (hook,) = children(criu_pid, lambda words: words[-1] == str(self.program))
         return hook
 
 
@@ -328,6 +328,13 @@ def wait_for(condition: Callable[[], object], patience: float = 10.0) -> None:
         time.sleep(0.01)
 
 
+def children(pid: int, wanted: Callable[[list[str]], bool]) -> list[int]:
+    """The children of a process, none that has ended, whose command line is wanted."""
+    listed = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    words = {int(child): _words(int(child)) for child in listed}
+    return [child for child, line in words.items() if line and wanted(line)]
+
+
 def alive(*pids: int) -> bool:
     """Whether any of the processes may still run: no zombie, and none that exits."""
     return any(_may_run(pid) for pid in pids)
@@ -389,9 +396,8 @@ def _may_run(pid: int) -> bool:
     return state not in ("Z", "X") and not int(numbers[5]) & _PF_EXITING
 
 
-def _last_word(pid: int) -> str:
-    return Path(f"/proc/{pid}/cmdline").read_text().split("\0")[-2]
-
-
-def _children(pid: int) -> list[int]:
-    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+def _words(pid: int) -> list[str]:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text().split("\0")[:-1]
+    except (FileNotFoundError, ProcessLookupError):  # it has ended since it was listed
+        return []

@@ -19,7 +19,15 @@ from typing import Any
 from ovr.guest import dump_protocol, protocol
 from ovr.guest.client.results import HeldTree
 from ovr.lab.agent import LabAgent
-from tests.unit.agent_host import FAKE_CRIU, PYTHON, AgentHost, alive, valgrind_command, wait_for
+from tests.unit.agent_host import (
+    FAKE_CRIU,
+    PYTHON,
+    AgentHost,
+    alive,
+    children,
+    valgrind_command,
+    wait_for,
+)
 
 PARENT = {"inventory.img": b"parent", "pagemap-1.img": b"\x00" * 100}
 STATS = b"statistics"
@@ -307,13 +315,9 @@ def stop(host: AgentHost, agent: LabAgent, tree: Tree, *options: Any) -> None:
 
 def criu_of(host: AgentHost) -> int:
     """The pid of the stand-in."""
-    children = Path(f"/proc/{host.process.pid}/task/{host.process.pid}/children")
 
     def found() -> list[int]:
-        return [
-            int(word) for word in children.read_text().split()
-            if b"--track-mem" in Path(f"/proc/{word}/cmdline").read_bytes()
-        ]  # fmt: skip
+        return children(host.process.pid, lambda words: "--track-mem" in words)
 
     wait_for(found)
     (pid,) = found()

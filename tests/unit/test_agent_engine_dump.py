@@ -13,7 +13,7 @@ import pytest
 from ovr.errors import AgentUnreachable, ArchiveFailed, AttemptFailed, CriuFailed
 from ovr.guest.codes import Code
 from ovr.lab.agent import LabAgent
-from tests.unit.agent_host import AgentHost, alive, kill, wait_for
+from tests.unit.agent_host import AgentHost, alive, children, kill, wait_for
 from tests.unit.dump_host import (
     PARENT,
     STATS,
@@ -171,11 +171,7 @@ def test_hook_dies(host: AgentHost, agent: LabAgent, tree: Tree) -> None:
 
 
 def engine_of(host: AgentHost) -> int:
-    (engine,) = [
-        int(word)
-        for word in _children(host.process.pid)
-        if b"checkpoint" in Path(f"/proc/{word}/cmdline").read_bytes()
-    ]
+    (engine,) = children(host.process.pid, lambda words: "checkpoint" in words)
     return engine
 
 
@@ -233,10 +229,6 @@ def test_engine_is_killed_while_its_criu_ends_the_tree(
     killer.join()
     wait_for(lambda: not alive(*tree.pids))
     wait_for(lambda: not host.restores)
-
-
-def _children(pid: int) -> list[str]:
-    return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
 
 
 @pytest.mark.parametrize(
