@@ -19,13 +19,12 @@
 #include "cgroup.h"
 #include "freeze.h"
 
-#define PREFIX "ovr-move-"
 #define MAX_GROUPS 64
 #define FREEZE_MS 1000 /* tasks in a ptrace stop are frozen at once */
 #define BACK_MS 5000
 
 static struct {
-	char name[sizeof(PREFIX) + MOVE_ID];
+	char name[sizeof(FREEZE_PREFIX) + MOVE_ID];
 	int count;
 	struct group {
 		int parent, fd;
@@ -48,7 +47,7 @@ static struct problem refusal(const char *text)
 
 static void set_name(const char *move)
 {
-	snprintf(frozen.name, sizeof(frozen.name), PREFIX "%s", move);
+	snprintf(frozen.name, sizeof(frozen.name), FREEZE_PREFIX "%s", move);
 }
 
 void freeze_forget(void)
@@ -283,23 +282,6 @@ bool freeze_emptied(void)
 
 /* ------------------------------------------------------------------------ find again */
 
-/*
- * Whether it is that of a move: the agent's own, frozen, with processes in it. An empty one is
- * removed. One that is not frozen could not be undone, and is decided.
- */
-static int open_found(int parent, const char *name)
-{
-	int fd = cgroup_open_child(parent, name);
-	struct stat stat;
-
-	if (fd < 0)
-		return -1;
-	if (fstat(fd, &stat) < 0 || stat.st_uid != geteuid() ||
-	    unlinkat(parent, name, AT_REMOVEDIR) == 0 || !freeze_holds(fd))
-		close_fd(&fd);
-	return fd;
-}
-
 static void add_found(int parent, const char *name, void *context)
 {
 	bool *too_many = context;
@@ -307,7 +289,7 @@ static void add_found(int parent, const char *name, void *context)
 
 	if (strcmp(name, frozen.name))
 		return;
-	fd = open_found(parent, name);
+	fd = freeze_open_found(parent, name);
 	if (fd < 0)
 		return;
 	if (frozen.count == MAX_GROUPS) {
@@ -333,47 +315,6 @@ struct problem freeze_find(const char *move)
 	if (!frozen.count)
 		return (struct problem){CODE_DOUBT, "no such move is in doubt"};
 	return (struct problem){.text = NULL};
-}
-
-void moves_remove(struct moves *moves, const char *id)
-{
-	for (int i = 0; i < moves->count; i++)
-		if (!strcmp(moves->ids[i], id)) {
-			moves->count--;
-			memmove(moves->ids[i], moves->ids[moves->count], sizeof(moves->ids[i]));
-		}
-}
-
-void moves_add(struct moves *moves, const char *id)
-{
-	moves_remove(moves, id);
-	if (moves->count == MAX_DOUBTS)
-		moves->too_many = true;
-	else
-		snprintf(moves->ids[moves->count++], sizeof(moves->ids[0]), "%s", id);
-}
-
-static void list_found(int parent, const char *name, void *context)
-{
-	const char *id = name + strlen(PREFIX);
-	struct moves *moves = context;
-	int fd;
-
-	if (strlen(id) != MOVE_ID || strspn(id, "0123456789abcdef") != MOVE_ID)
-		return;
-	fd = open_found(parent, name);
-	if (fd < 0)
-		return;
-	close(fd);
-	moves_add(moves, id);
-}
-
-struct problem freeze_list(struct moves *moves)
-{
-	*moves = (struct moves){.count = 0};
-	if (!cgroup_find(PREFIX, list_found, moves))
-		return refusal("too many cgroups");
-	return moves->too_many ? refusal("too many moves") : (struct problem){.text = NULL};
 }
 
 pid_t freeze_tracer(void)

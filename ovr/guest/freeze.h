@@ -4,6 +4,8 @@
 
 #include "agent.h"
 
+#define FREEZE_PREFIX "ovr-move-" /* of the names of such cgroups */
+
 /* Move the tasks that CRIU holds into new cgroups, which are frozen. Undone if there is a problem. */
 struct problem freeze_tree(const char *move, pid_t criu);
 /* Find the cgroups that an earlier agent has made; a problem if there are none. */
@@ -18,6 +20,13 @@ void freeze_kill(void);
 bool freeze_emptied(void);
 /* Leave the cgroups as they are. */
 void freeze_forget(void);
+
+/* freeze_list.c */
+/*
+ * Whether it is that of a move: the agent's own, frozen, with processes in it. A descriptor, or -1.
+ * An empty one is removed. One that is not frozen could not be undone, and is decided.
+ */
+int freeze_open_found(int parent, const char *name);
 
 /* The ids of the moves that have such cgroups. */
 #define MAX_DOUBTS 64

@@ -3,6 +3,7 @@
  *
  *   prepare.c		the tree in its source: prepared, in doubt, decided
  *   freeze.c		the cgroups that hold it (freeze.h)
+ *   freeze_list.c	all such cgroups in this guest
  *   moved.c		the trees that have run in this guest, their destination
  */
 #ifndef OVR_MOVE_H
