@@ -61,7 +61,7 @@ bool archive_is_sent(void)
 
 bool archive_is_awaited(void)
 {
-	return fifo >= 0 && restore.phase == RELEASED;
+	return fifo >= 0 && restore.owner && restore.phase == RELEASED;
 }
 
 void archive_watch(struct loop *loop)

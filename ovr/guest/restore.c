@@ -350,7 +350,8 @@ void restore_watch(struct loop *loop)
 {
 	hook_watch(loop);
 	archive_watch(loop);
-	if ((criu_waits() || (restore.child_ended && restore.dump)) && restore.theirs.end >= 0)
+	if ((criu_waits() || (restore.child_ended && restore.dump && restore.phase != PREPARED)) &&
+	    restore.theirs.end >= 0)
 		loop_watch(loop, restore.theirs.end, POLLIN, on_criu_end, NULL);
 	if ((restore.phase == BUILDING || restore.phase == ENDING) && restore.late_at < LLONG_MAX)
 		loop_wake_at(loop, restore.late_at);

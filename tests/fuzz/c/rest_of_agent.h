@@ -268,7 +268,10 @@ bool archive_is_sent(void)
 	CHECK(restore.phase == RELEASED && dump.engine && !engine_lives);
 	return host_reads || !restore.owner;
 }
-bool archive_is_awaited(void) { return restore.phase == RELEASED && dump.engine; }
+bool archive_is_awaited(void)
+{
+	return restore.phase == RELEASED && restore.owner && dump.engine;
+}
 void archive_watch(struct loop *loop) { (void)loop; }
 void archive_forget(void) {}
 /* Nothing of what CRIU writes stays with podman, and CRIU writes no more. */

@@ -74,6 +74,14 @@ static struct dump {
 
 /* ------------------------------------------------------------------------ what happens */
 
+/* What has ended wakes the agent no more while it waits for a decision. */
+static void check_it_rests(const struct loop *loop)
+{
+	CHECK(loop->deadline < 0);
+	for (int i = 0; i < loop->count; i++)
+		CHECK(loop->fds[i].fd != restore.theirs.end);
+}
+
 static void turn(void)
 {
 	static struct loop loop;
@@ -87,6 +95,8 @@ static void turn(void)
 	/* Nothing else wakes the loop. */
 	if (restore.phase == SAVING && room)
 		CHECK(loop.deadline >= 0 && loop.deadline <= now);
+	if (restore.phase == PREPARED)
+		check_it_rests(&loop);
 	if (poll(loop.fds, (nfds_t)loop.count, 0) > 0)
 		for (int i = 0; i < loop.count; i++)
 			if (loop.fds[i].revents)
