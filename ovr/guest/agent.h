@@ -181,12 +181,14 @@ const char *criu_version(void);
 #define ENGINE_FIFO "archive" /* podman writes a container's archive into it */
 #define ENGINE_ERR "engine.err"
 
+#define CONTAINER_ID 64 /* hexadecimal digits in the id of a container of podman's */
+
 /* The engine's CRIU. Descriptors are -1 until the hook has reported it. */
 struct engine_criu {
 	int end; /* pidfd */
 	int log;
-	pid_t runtime;      /* parent of CRIU and of the restored tree */
-	char container[65]; /* podman's container id; empty: not known */
+	pid_t runtime;                    /* parent of CRIU and of the restored tree */
+	char container[CONTAINER_ID + 1]; /* podman's container id; empty: not known */
 };
 
 bool engine_known(const char *name);
@@ -203,6 +205,8 @@ struct engine_criu engine_adopt(pid_t criu, const char *log);
  * has nothing to do, -1 after the last step.
  */
 pid_t engine_clean_up(int step, const struct engine_criu *criu);
+/* Have podman remove a container, whatever is in it; its stderr is given. As engine_start(). */
+pid_t engine_start_removal(const char *container, int messages_fd);
 bool engine_criu_ended(const struct engine_criu *criu);
 void engine_forget(struct engine_criu *criu);
 void engine_forget_names(void);

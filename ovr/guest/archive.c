@@ -2,8 +2,8 @@
  * The archive of a dumped container: podman writes it to a FIFO, and it goes to the host piece by
  * piece, so that it needs no space in the guest.
  *
- * podman has ended the container by then. If the host is gone the archive is read all the same, or
- * podman would wait for ever.
+ * podman has ended the container by then, or it is moved. If the host is gone the archive is read
+ * all the same, or podman would wait for ever.
  */
 #include <errno.h>
 #include <fcntl.h>
@@ -29,6 +29,11 @@ static bool host_takes_more(void)
 	return !restore.owner || session_has_room(restore.owner);
 }
 
+static bool is_wanted(void)
+{
+	return restore.owner && (restore.phase == RELEASED || restore.phase == PACKING);
+}
+
 /* Read and send the next piece. False if there is none now. */
 static bool pass_on(void)
 {
@@ -37,7 +42,7 @@ static bool pass_on(void)
 
 	if (size < 0 && errno == EINTR)
 		return true;
-	if (size > 0 && restore.phase == RELEASED && restore.owner)
+	if (size > 0 && is_wanted())
 		dump_send(ENGINE_ARCHIVE, data, (size_t)size);
 	/* No writer: before podman opens it, too, but then nobody asks. */
 	if (size == 0 || (size < 0 && errno != EAGAIN))
@@ -61,7 +66,16 @@ bool archive_is_sent(void)
 
 bool archive_is_awaited(void)
 {
-	return fifo >= 0 && restore.owner && restore.phase == RELEASED;
+	return fifo >= 0 && is_wanted();
+}
+
+void archive_host_is_silent(void)
+{
+	/* A prepared move can be adopted; so the host is told, if it is there after all. */
+	if (restore.phase == PACKING)
+		session_break(restore.owner, CODE_SILENT, "the host was silent for too long");
+	else
+		restore.owner = NULL;
 }
 
 void archive_watch(struct loop *loop)

@@ -20,6 +20,7 @@
 #define DIRECTORY (O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC)
 #define MOST_CGROUPS 65536
 #define V2 "0::" /* begins its line of /proc/PID/cgroup */
+#define PODMAN_GROUP "libpod-"
 
 /* The second is where systemd has it if the controllers are of version 1. */
 static const char *const roots[] = {"/sys/fs/cgroup", "/sys/fs/cgroup/unified"};
@@ -69,6 +70,28 @@ bool cgroup_path(pid_t thread, char path[CGROUP_PATH])
 	for (line = strtok_r(text, "\n", &rest); line; line = strtok_r(NULL, "\n", &rest))
 		if (!strncmp(line, V2, strlen(V2)))
 			return snprintf(path, CGROUP_PATH, "%s", line + strlen(V2)) < CGROUP_PATH;
+	return false;
+}
+
+bool cgroup_container(int group, char id[CONTAINER_ID + 1])
+{
+	char link[64], path[2 * CGROUP_PATH], *name, *rest = NULL;
+	ssize_t size;
+
+	snprintf(link, sizeof(link), "/proc/self/fd/%d", group);
+	size = readlink(link, path, sizeof(path) - 1);
+	path[size > 0 ? size : 0] = 0;
+	/* The first one: what is below it may be a container's in the container. */
+	for (name = strtok_r(path, "/", &rest); name; name = strtok_r(NULL, "/", &rest)) {
+		if (strncmp(name, PODMAN_GROUP, strlen(PODMAN_GROUP)))
+			continue;
+		name += strlen(PODMAN_GROUP);
+		if (strspn(name, "0123456789abcdef") != CONTAINER_ID ||
+		    (name[CONTAINER_ID] && strcmp(name + CONTAINER_ID, ".scope")))
+			continue;
+		snprintf(id, CONTAINER_ID + 1, "%.*s", CONTAINER_ID, name);
+		return true;
+	}
 	return false;
 }
 

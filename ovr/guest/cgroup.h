@@ -12,6 +12,8 @@ bool cgroup_path(pid_t thread, char path[CGROUP_PATH]);
 /* A descriptor, or -1 and errno. No component of the path may be a symbolic link. */
 int cgroup_open(const char *path);
 int cgroup_open_child(int parent, const char *name);
+/* The id of podman's container that it is of: below libpod-ID or, with systemd, libpod-ID.scope. */
+bool cgroup_container(int group, char id[CONTAINER_ID + 1]);
 /* False and errno on failure. */
 bool cgroup_write(int group, const char *file, const char *text);
 /* Whether the file has this line; false if there is no such file. */

@@ -107,6 +107,16 @@ static bool good_container(struct session *session, const struct message *messag
 	return false;
 }
 
+static bool is_by_podman(const struct message *message)
+{
+	char engine[MAX_STRING];
+
+	if (!message_has(message, KEY_ENGINE))
+		return false;
+	message_str(message, KEY_ENGINE, engine);
+	return engine_is_podman(engine);
+}
+
 void dump_begin(struct session *session, const struct message *message)
 {
 	if (!restore_in_phase(session, UPLOADING) || !good_pid(session, message) ||
@@ -119,6 +129,7 @@ void dump_begin(struct session *session, const struct message *message)
 		return;
 	}
 	restore.dump = true;
+	restore.podman = is_by_podman(message);
 	restore.dumped = (pid_t)message_uint(message, KEY_PID);
 	restore.leave_running = message_uint(message, KEY_LEAVE_RUNNING);
 	restore.child = restore.engine ? start_engine(message) : start_dump(message);
@@ -314,6 +325,13 @@ static bool undone_whole(void)
 	return restore.engine || restore.child_status != 0;
 }
 
+/* CRIU has put back what it had changed, and no task was ended by it. */
+static bool engine_criu_let_go(void)
+{
+	return engine_criu_gave_up(&restore.theirs) ||
+	       (restore.leave_running && engine_criu_succeeded(&restore.theirs));
+}
+
 bool dump_is_whole(void)
 {
 	if (!restore.tracked && !restore.root && !restore.adopted)
@@ -322,9 +340,12 @@ bool dump_is_whole(void)
 		return false;
 	if (restore.adopted)
 		return true;
+	/* CRIU may hold it no more: it may have been killed. */
+	if (restore.container && !tree_task_lives(restore.root))
+		return false;
 	/* An engine's exit status does not tell how its CRIU has ended. */
 	if (restore.engine)
-		return engine_criu_gave_up(&restore.theirs);
+		return engine_criu_let_go();
 	/*
 	 * Killed between its hooks CRIU may leave parasite code in a task. At the second one it
 	 * leaves what it has locked, and after Go a part of the tree.
@@ -339,17 +360,14 @@ bool dump_runs_on(void)
 	 * Killed in the middle, CRIU may have ended a part of the tree. A tree that it has ended
 	 * may take a moment to die.
 	 */
-	return tree_task_lives(restore.root) &&
-	       (engine_criu_gave_up(&restore.theirs) ||
-		(restore.leave_running && engine_criu_succeeded(&restore.theirs)));
+	return tree_task_lives(restore.root) && engine_criu_let_go();
 }
 
-void dump_report_success(void)
+void dump_report_stats(struct session *session)
 {
 	static uint8_t stats[4096];
-	struct session *owner = restore.owner;
+	struct writer writer = session_writer(session, OP_DUMPED);
 	char path[300];
-	struct writer writer;
 	ssize_t size;
 	int fd;
 
@@ -358,10 +376,13 @@ void dump_report_success(void)
 	fd = restore.adopted ? -1 : open(path, O_RDONLY | O_NOFOLLOW | O_CLOEXEC);
 	size = fd < 0 ? 0 : read(fd, stats, sizeof(stats));
 	close_fd(&fd);
-	restore_forget();
-	if (!owner)
-		return;
-	writer = session_writer(owner, OP_DUMPED);
 	message_add_bin(&writer, KEY_STATS, stats, size > 0 ? (size_t)size : 0);
-	session_send(owner, &writer);
+	session_send(session, &writer);
+}
+
+void dump_report_success(void)
+{
+	if (restore.owner)
+		dump_report_stats(restore.owner);
+	restore_forget();
 }

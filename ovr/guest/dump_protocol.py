@@ -132,6 +132,8 @@ class Saved(Message):
 class Dumped(Message):
     """CRIU has ended the tree, or let it run on, and has ended itself.
 
+    As the answer to `move_protocol.Archive`: CRIU has let it go, and it is frozen.
+
     Attributes:
         stats: its ``stats-dump``; empty if podman has put it into the archive.
     """

@@ -189,6 +189,15 @@ static pid_t remove_container(const struct engine_criu *criu)
 	return pid > 0 ? pid : 0;
 }
 
+pid_t engine_start_removal(const char *container, int messages_fd)
+{
+	char id[CONTAINER_ID + 1], *env[] = {AGENT_PATH, "HOME=/root", "LC_ALL=C.UTF-8", NULL};
+	char *argv[] = {"podman", "container", "rm", "--force", "--time", "0", id, NULL};
+
+	snprintf(id, sizeof(id), "%s", container);
+	return child_start(argv, env, (struct child_io){-1, -1, messages_fd});
+}
+
 pid_t engine_clean_up(int step, const struct engine_criu *criu)
 {
 	/* Before CRIU has run there is no container, or an older one of the same name. */
@@ -227,7 +236,7 @@ pid_t engine_start(const struct directory *directory, const struct message *begi
 /* ------------------------------------------------------------------------ the engine's CRIU */
 
 /* podman runs CRIU with ID/userdata as its working directory. */
-static void container_of(pid_t criu, char id[65])
+static void container_of(pid_t criu, char id[CONTAINER_ID + 1])
 {
 	char path[64], link[512], *end;
 	ssize_t size;
@@ -236,10 +245,10 @@ static void container_of(pid_t criu, char id[65])
 	size = readlink(path, link, sizeof(link) - 1);
 	link[size > 0 ? size : 0] = 0;
 	end = strrchr(link, '/');
-	if (!end || strcmp(end, "/userdata") || end - link < 64)
+	if (!end || strcmp(end, "/userdata") || end - link < CONTAINER_ID)
 		return;
-	if (strspn(end - 64, "0123456789abcdef") == 64)
-		memcpy(id, end - 64, 64);
+	if (strspn(end - CONTAINER_ID, "0123456789abcdef") == CONTAINER_ID)
+		memcpy(id, end - CONTAINER_ID, CONTAINER_ID);
 }
 
 struct engine_criu engine_adopt(pid_t criu, const char *log)

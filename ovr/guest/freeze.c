@@ -5,7 +5,8 @@
  * In each cgroup with tasks of the tree a child is made, frozen, and the tasks are moved into it.
  * Frozen tasks run no instruction, are not moved by others than root or the owner of their cgroup,
  * and can be killed. The parent is the cgroup that they were in before, and the name of the child
- * has the id of the move: there is no other record that could contradict them.
+ * has the id of the move, and tells whether podman has to end the tree; which container that is,
+ * the name of a cgroup above tells. There is no other record that could contradict them.
  */
 #include <errno.h>
 #include <fcntl.h>
@@ -24,7 +25,8 @@
 #define BACK_MS 5000
 
 static struct {
-	char name[sizeof(FREEZE_PREFIX) + MOVE_ID];
+	char name[sizeof(FREEZE_PREFIX) + MOVE_ID + sizeof(FREEZE_PODMAN)];
+	char container[CONTAINER_ID + 1]; /* empty: podman is not to end the tree */
 	int count;
 	struct group {
 		int parent, fd;
@@ -45,9 +47,9 @@ static struct problem refusal(const char *text)
 	return (struct problem){CODE_CGROUP, text};
 }
 
-static void set_name(const char *move)
+static void set_name(const char *move, const char *kind)
 {
-	snprintf(frozen.name, sizeof(frozen.name), FREEZE_PREFIX "%s", move);
+	snprintf(frozen.name, sizeof(frozen.name), FREEZE_PREFIX "%s%s", move, kind);
 }
 
 void freeze_forget(void)
@@ -57,6 +59,12 @@ void freeze_forget(void)
 		close_fd(&frozen.groups[i].fd);
 	}
 	frozen.count = 0;
+	frozen.container[0] = 0;
+}
+
+const char *freeze_container(void)
+{
+	return frozen.container;
 }
 
 /* ------------------------------------------------------------------------ freeze */
@@ -120,6 +128,27 @@ static struct problem make_groups(const uint32_t *tasks, int count)
 	return problem;
 }
 
+/* Whether all are of the container `id`; if that is NULL, of any one. */
+static bool of_one_container(const char *id)
+{
+	char found[CONTAINER_ID + 1];
+
+	for (int i = 0; i < frozen.count; i++) {
+		if (!cgroup_container(frozen.groups[i].parent, found) || (id && strcmp(id, found)))
+			return false;
+		memcpy(frozen.container, found, sizeof(found));
+		id = frozen.container;
+	}
+	return id;
+}
+
+static struct problem check_container(const char *id)
+{
+	if (of_one_container(id))
+		return (struct problem){.text = NULL};
+	return refusal("its cgroups are not those of one container of podman's");
+}
+
 /* Whether a task is in one of the new cgroups; else the number of the one that it belongs in. */
 static bool is_inside(pid_t task, int *belongs)
 {
@@ -180,17 +209,19 @@ static bool await_frozen(void)
 	return true;
 }
 
-struct problem freeze_tree(const char *move, pid_t criu)
+struct problem freeze_tree(const char *move, pid_t criu, const char *container)
 {
 	static uint32_t tasks[MAX_TREE];
 	int count = tree_traced(criu, tasks);
 	struct problem problem;
 
 	freeze_forget();
-	set_name(move);
+	set_name(move, container ? FREEZE_PODMAN : "");
 	if (count <= 0)
 		return refusal(count ? "the tree has too many threads" : "criu holds no tree");
 	problem = make_groups(tasks, count);
+	if (!problem.text && container)
+		problem = check_container(container);
 	if (!problem.text && !move_in(tasks, count))
 		problem = failure("cannot move a task to another cgroup");
 	if (!problem.text && !await_frozen())
@@ -282,39 +313,55 @@ bool freeze_emptied(void)
 
 /* ------------------------------------------------------------------------ find again */
 
+/* The first one tells of which kind they are. */
 static void add_found(int parent, const char *name, void *context)
 {
-	bool *too_many = context;
+	const char **fault = context;
 	int fd;
 
-	if (strcmp(name, frozen.name))
+	if (!freeze_is_name(name))
 		return;
 	fd = freeze_open_found(parent, name);
 	if (fd < 0)
 		return;
-	if (frozen.count == MAX_GROUPS) {
-		*too_many = true;
+	if (frozen.count == MAX_GROUPS || (frozen.count && strcmp(name, frozen.name))) {
+		*fault = frozen.count == MAX_GROUPS ? "too many cgroups" : "cgroups of two kinds";
 		close(fd);
 		return;
 	}
 	parent = cgroup_open_child(parent, ".");
+	snprintf(frozen.name, sizeof(frozen.name), "%s", name);
 	frozen.groups[frozen.count++] = (struct group){parent, fd};
-	*too_many |= parent < 0;
+	if (parent < 0)
+		*fault = "too many cgroups";
+}
+
+static struct problem find_groups(const char *prefix)
+{
+	const char *fault = NULL;
+
+	if (!cgroup_find(prefix, add_found, &fault))
+		fault = "too many cgroups";
+	if (fault)
+		return refusal(fault);
+	if (!frozen.count)
+		return (struct problem){CODE_DOUBT, "no such move is in doubt"};
+	return (struct problem){.text = NULL};
 }
 
 struct problem freeze_find(const char *move)
 {
-	bool too_many = false;
+	char prefix[sizeof(FREEZE_PREFIX) + MOVE_ID];
+	struct problem problem;
 
 	freeze_forget();
-	set_name(move);
-	if (!cgroup_find(frozen.name, add_found, &too_many) || too_many) {
+	snprintf(prefix, sizeof(prefix), FREEZE_PREFIX "%s", move);
+	problem = find_groups(prefix);
+	if (!problem.text && strcmp(frozen.name, prefix))
+		problem = check_container(NULL);
+	if (problem.text)
 		freeze_forget();
-		return refusal("too many cgroups");
-	}
-	if (!frozen.count)
-		return (struct problem){CODE_DOUBT, "no such move is in doubt"};
-	return (struct problem){.text = NULL};
+	return problem;
 }
 
 pid_t freeze_tracer(void)

@@ -4,12 +4,19 @@
 
 #include "agent.h"
 
-#define FREEZE_PREFIX "ovr-move-" /* of the names of such cgroups */
+/* The name of such a cgroup: PREFIX ID, or PREFIX ID PODMAN. */
+#define FREEZE_PREFIX "ovr-move-"
+#define FREEZE_PODMAN ".podman" /* podman is to end the tree */
 
-/* Move the tasks that CRIU holds into new cgroups, which are frozen. Undone if there is a problem. */
-struct problem freeze_tree(const char *move, pid_t criu);
+/*
+ * Move the tasks that CRIU holds into new cgroups, which are frozen. Undone if there is a problem.
+ * They must all be of podman's container of the id `container`; NULL: podman is not to end them.
+ */
+struct problem freeze_tree(const char *move, pid_t criu, const char *container);
 /* Find the cgroups that an earlier agent has made; a problem if there are none. */
 struct problem freeze_find(const char *move);
+/* The id of the container that podman is to remove, to end the tree; empty: none. */
+const char *freeze_container(void);
 /* The tracer of a process in them, or 0. */
 pid_t freeze_tracer(void);
 /* Move all processes back, and remove the cgroups. False if some run where they are. */
@@ -27,6 +34,8 @@ void freeze_forget(void);
  * An empty one is removed. One that is not frozen could not be undone, and is decided.
  */
 int freeze_open_found(int parent, const char *name);
+/* Whether it is the name of one. */
+bool freeze_is_name(const char *name);
 
 /* The ids of the moves that have such cgroups. */
 #define MAX_DOUBTS 64

@@ -21,6 +21,15 @@ int freeze_open_found(int parent, const char *name)
 	return fd;
 }
 
+bool freeze_is_name(const char *name)
+{
+	const char *id = name + strlen(FREEZE_PREFIX), *kind = id + MOVE_ID;
+
+	return !strncmp(name, FREEZE_PREFIX, strlen(FREEZE_PREFIX)) &&
+	       strspn(id, "0123456789abcdef") == MOVE_ID &&
+	       (!*kind || !strcmp(kind, FREEZE_PODMAN));
+}
+
 void moves_remove(struct moves *moves, const char *id)
 {
 	for (int i = 0; i < moves->count; i++)
@@ -41,16 +50,17 @@ void moves_add(struct moves *moves, const char *id)
 
 static void list_found(int parent, const char *name, void *context)
 {
-	const char *id = name + strlen(FREEZE_PREFIX);
 	struct moves *moves = context;
+	char id[MOVE_ID + 1];
 	int fd;
 
-	if (strlen(id) != MOVE_ID || strspn(id, "0123456789abcdef") != MOVE_ID)
+	if (!freeze_is_name(name))
 		return;
 	fd = freeze_open_found(parent, name);
 	if (fd < 0)
 		return;
 	close(fd);
+	snprintf(id, sizeof(id), "%.*s", MOVE_ID, name + strlen(FREEZE_PREFIX));
 	moves_add(moves, id);
 }
 

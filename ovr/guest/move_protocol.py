@@ -10,6 +10,19 @@ Source
     `Prepared` hands it to another session. Then `Go` → `Dumped`, or `Abort` → `Aborted`, as in
     `dump_protocol`.
 
+Source, of a container of podman's
+    The destination needs podman's archive before the commit, and podman writes it only when its
+    CRIU has ended. So the dump is one that leaves the tree running, and between `Prepared` and `Go`
+    comes `Archive` → `Saved`… (named `protocol.ENGINE_ARCHIVE`) `Dumped`: CRIU has let the tree go,
+    and the cgroups hold it. `Failed` or `Aborted` instead: it runs on. Until the answer the host
+    must not be silent; if it is, or the link breaks, podman is left to end, its archive is lost,
+    and the move is in doubt; it cannot be adopted before podman has ended. `Abort` is possible at
+    any time before `Go`.
+
+    `Go` has podman remove the container → `Dumped`. If podman fails, or does not end within a
+    minute, the answer is an `Error`; the move is still prepared, and `Go` can be repeated, but no
+    `Abort` is accepted any more.
+
 Destination
     `Begin` has the id. `Moved` → `Outcome`, at any time, in any session.
 
@@ -22,6 +35,7 @@ __all__ = [
     "MOVES_KEPT",
     "MOVE_ID",
     "Adopt",
+    "Archive",
     "Doubts",
     "InDoubt",
     "Moved",
@@ -39,10 +53,15 @@ MOVES_KEPT = 64
 class Prepare(Message):
     """Freeze a held dump's tree until `Go` or `Abort`, whatever else happens.
 
-    Not for a tree that is to run on. After an `Error` it is held as before.
+    Not for a tree that is to run on, unless podman dumps it; then all of it must be in cgroups of
+    its container. After an `Error` it is held as before.
     """
 
     move: str
+
+
+class Archive(Message):
+    """Have CRIU let go of a prepared tree, which stays frozen, and podman write its archive."""
 
 
 class Doubts(Message):

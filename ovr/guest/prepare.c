@@ -6,6 +6,7 @@
  * gone, the cgroups alone hold the tree, and the agent ends it or lets it go itself. If the agent is
  * gone, the hook waits until the cgroups are undone or empty (hook.c).
  */
+#include <limits.h>
 #include <stdio.h>
 #include <string.h>
 #include <sys/syscall.h>
@@ -40,6 +41,12 @@ static void say_prepared(struct session *session)
 
 /* ------------------------------------------------------------------------ prepare */
 
+/* Of a container that is to run on after the dump, podman writes the archive before it is ended. */
+static bool may_be_prepared(void)
+{
+	return restore.dump && (!restore.leave_running || restore.podman);
+}
+
 static void prepare_tree(struct session *session, const struct message *message)
 {
 	struct problem problem;
@@ -47,17 +54,20 @@ static void prepare_tree(struct session *session, const struct message *message)
 
 	if (!move_id(session, message, id) || !restore_in_phase(session, HELD))
 		return;
-	if (!restore.dump || restore.leave_running) {
-		session_break(session, CODE_PROTOCOL, "no dump that is to end its tree");
+	if (!may_be_prepared()) {
+		session_break(session, CODE_PROTOCOL,
+			      "no dump that is to end its tree, nor one of podman's");
 		return;
 	}
-	problem = freeze_tree(id, restore.criu);
+	problem = freeze_tree(id, restore.criu,
+			      restore.leave_running ? restore.theirs.container : NULL);
 	if (problem.text) {
 		session_refuse(session, problem.code, "the tree cannot be frozen: %s",
 			       problem.text);
 		return;
 	}
 	snprintf(restore.move, sizeof(restore.move), "%s", id);
+	restore.container = restore.leave_running;
 	restore.phase = PREPARED;
 	if (hook_say(HOOK_PREPARED))
 		say_prepared(session);
@@ -73,8 +83,8 @@ bool move_hook(pid_t root, pid_t criu)
 void move_session_ended(void)
 {
 	populate_end();
-	/* An adopted move has no other state than its cgroups. */
-	if (restore.adopted)
+	/* An adopted move has no other state than its cgroups, and what was decided. */
+	if (restore.adopted && !restore.decided)
 		restore_forget();
 }
 
@@ -101,6 +111,7 @@ static struct problem take_over(const char *id)
 		return problem;
 	restore.phase = PREPARED;
 	restore.dump = restore.engine = restore.adopted = restore.child_ended = true;
+	restore.container = restore.packed = freeze_container()[0];
 	restore.stall_ms = DEATH_MS;
 	snprintf(restore.move, sizeof(restore.move), "%s", id);
 	find_criu();
@@ -128,6 +139,13 @@ static void adopt_move(struct session *session, const struct message *message)
 	say_prepared(session);
 }
 
+/* If podman works it is still undecided, or may be undone, and can be adopted afterwards. */
+static bool is_in_doubt(void)
+{
+	return !restore.owner &&
+	       (restore.phase == PREPARED || restore.phase == PACKING || restore.phase == REMOVING);
+}
+
 /* The agent's own move is in doubt according to its phase, whatever its cgroups are. */
 static void correct(struct moves *moves)
 {
@@ -135,7 +153,7 @@ static void correct(struct moves *moves)
 		return;
 	moves_remove(moves, restore.move);
 	/* If all its tasks have died, it has no cgroup. */
-	if (restore.phase == PREPARED && !restore.owner)
+	if (is_in_doubt())
 		moves_add(moves, restore.move);
 }
 
@@ -173,6 +191,8 @@ void move_go(bool told)
 
 bool move_work(void)
 {
+	if (restore.phase == REMOVING && !container_is_removed())
+		return true;
 	if (restore.phase != RELEASED || !restore.dump || !restore.move[0] ||
 	    !(restore.adopted || restore_all_ended()))
 		return false;
@@ -191,6 +211,8 @@ void move_watch(struct loop *loop)
 {
 	if (restore.dead_by)
 		loop_wake_at(loop, now_ms() + LOOK_MS);
+	if (restore.phase == REMOVING && restore.late_at < LLONG_MAX)
+		loop_wake_at(loop, restore.late_at);
 }
 
 /* ------------------------------------------------------------------------ destination */
@@ -215,6 +237,9 @@ void move_message(struct session *session, const struct message *message)
 	switch (message->op) {
 	case OP_PREPARE:
 		prepare_tree(session, message);
+		break;
+	case OP_ARCHIVE:
+		container_pack(session);
 		break;
 	case OP_ADOPT:
 		adopt_move(session, message);

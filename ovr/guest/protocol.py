@@ -111,7 +111,7 @@ __all__ = [
     "proof_text",
 ]
 
-VERSION = 11
+VERSION = 12
 VSOCK_PORT = 687
 """The agent's vsock port. Below 1024: to bind it needs CAP_NET_BIND_SERVICE in the initial user
 namespace (__vsock_bind_connectible in net/vmw_vsock/af_vsock.c). On a telephone's keys it reads

@@ -216,6 +216,17 @@ static void populate(struct session *session, const struct message *message)
 		session_refuse(session, problem.code, "%s", problem.text);
 }
 
+static void abort_by_host(struct session *session)
+{
+	if (restore.owner != session || restore.phase == IDLE || restore.phase == RELEASED)
+		session_refuse(session, CODE_IDLE, "no restore or dump is under way");
+	else if (restore.decided)
+		/* Another tree runs. */
+		session_break(session, CODE_PROTOCOL, "message out of order");
+	else if (restore.phase != ENDING) /* else the answer follows */
+		restore_abort(CODE_HOST, "aborted by the host");
+}
+
 void restore_message(struct session *session, const struct message *message)
 {
 	switch (message->op) {
@@ -245,12 +256,7 @@ void restore_message(struct session *session, const struct message *message)
 		restore_go(session);
 		break;
 	default:
-		if (restore.owner == session && restore.phase == ENDING)
-			break; /* the answer follows */
-		if (restore.owner == session && restore.phase != IDLE && restore.phase != RELEASED)
-			restore_abort(CODE_HOST, "aborted by the host");
-		else
-			session_refuse(session, CODE_IDLE, "no restore or dump is under way");
+		abort_by_host(session);
 	}
 }
 
@@ -263,8 +269,8 @@ void restore_session_ended(struct session *session)
 		move_session_ended();
 		return;
 	}
-	/* After Go the tree belongs to the guest, with or without a session. */
-	if (restore.phase != RELEASED && restore.phase != ENDING)
+	/* Later the tree belongs to the guest, with or without a session. */
+	if (restore.phase <= HELD)
 		restore_abort(CODE_LINK, "the link to the host broke");
 }
 
@@ -317,7 +323,7 @@ void restore_work(void)
 	if (restore_all_ended())
 		restore_child_ended();
 	else if (archive_is_awaited() && now_ms() >= restore.silent_at)
-		restore.owner = NULL;
+		archive_host_is_silent();
 	else if (criu_waits() && restore_criu_ended())
 		restore_abort(CODE_CRIU, restore.phase == TRACKING ?
 						 "criu died before it stopped the tree" :

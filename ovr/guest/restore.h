@@ -8,6 +8,7 @@
  *   track.c		the soft-dirty bits of its tree
  *   engine_dump.c	the same of a container, by its engine
  *   prepare.c		the commit of a move (move.h)
+ *   container.c		that of a container's move
  *   archive.c		the container's archive, on its way to the host
  *   progress.c		detection of a stalled CRIU
  */
@@ -25,6 +26,8 @@ enum phase {
 	SAVING,    /* dump: CRIU waits for its hook, its images are sent to the host */
 	HELD,      /* CRIU waits for its hook, with the whole tree */
 	PREPARED,  /* the tree of a move is frozen in cgroups, until Go or Abort */
+	PACKING,   /* the same, of a container: CRIU lets it go, podman writes its archive */
+	REMOVING,  /* Go received: podman removes the container, or it is PREPARED again */
 	RELEASED,  /* Go received: CRIU detaches (dump: or kills the tree) and exits */
 	ENDING, /* after an abort: an engine removes its container, a dump lets the tree run on */
 };
@@ -37,6 +40,7 @@ struct restore {
 	pid_t child; /* CRIU, or an engine that starts it, or a cleanup step */
 	pid_t criu, root;
 	bool engine, dump;
+	bool podman;        /* it is the engine of a dump */
 	bool tracked;       /* the host has let CRIU stop the tree */
 	bool leave_running; /* a dump's tree is to run on after Go */
 	int64_t tracking_since;
@@ -53,6 +57,9 @@ struct restore {
 	char move[MOVE_ID + 1]; /* empty: no move; of a dump, none that is prepared */
 	bool adopted;           /* prepared by an earlier agent */
 	bool move_damaged;      /* some of its tasks are not in their own cgroups */
+	bool container;  /* a prepared tree: podman is to end it, by removing its container */
+	bool packed;     /* CRIU and podman have let it go */
+	bool decided;    /* Go was received: no Abort any more */
 	int64_t dead_by; /* RELEASED: when the tasks of a prepared move must have died, or 0 */
 };
 
@@ -80,6 +87,8 @@ bool hook_say(char word);
 /* restore_end.c */
 /* The host commits. */
 void restore_go(struct session *session);
+/* Let CRIU go, and a container's archive come: PACKING. */
+void restore_pack(void);
 /* Tasks of a prepared tree do not die. */
 void restore_lives_on(void);
 bool restore_criu_ended(void);
@@ -114,6 +123,8 @@ bool dump_is_whole(void);
 /* Whether the tree of a container runs after Go: CRIU gave up at last, or was to leave it running. */
 bool dump_runs_on(void);
 void dump_report_success(void);
+/* Send CRIU's statistics, if they are there. */
+void dump_report_stats(struct session *session);
 void dump_forget(void);
 
 /* track.c */
@@ -142,6 +153,8 @@ void archive_watch(struct loop *loop);
 bool archive_is_sent(void);
 /* Whether the host has to be there for it. */
 bool archive_is_awaited(void);
+/* It is not: the rest is lost. */
+void archive_host_is_silent(void);
 
 /* progress.c */
 /* Watch restore.child and its descendants: they are stalled if nothing changes for this long. */

@@ -41,7 +41,7 @@ bool restore_all_ended(void)
 	if (!restore.child_ended || !restore.engine || !restore.dump)
 		return restore.child_ended;
 	/* Without its engine CRIU still ends the tree, or lets it run on. */
-	if (restore.phase == RELEASED)
+	if (restore.phase == RELEASED || restore.phase == PACKING)
 		return restore_criu_ended() && archive_is_sent();
 	return restore.phase != ENDING || restore_criu_ended();
 }
@@ -189,7 +189,7 @@ static void end_restore(void)
 
 void restore_abort(enum code code, const char *reason)
 {
-	if (restore.phase == PREPARED)
+	if (restore.phase == PREPARED || restore.phase == PACKING)
 		move_undo();
 	outcome = (struct outcome){
 		.undone = restore.phase == UPLOADING || restore.dump || kill_everything(),
@@ -217,9 +217,16 @@ static void dump_too_late(void)
 	restore.late_at = LLONG_MAX;
 }
 
+/* An engine whose CRIU has ended is of no more use to the tree of a dump. */
+static bool engine_may_be_killed(void)
+{
+	return !restore.dump || (restore.engine && restore.criu > 1 && restore_criu_ended() &&
+				 !restore.engine_killed);
+}
+
 void restore_end_too_late(void)
 {
-	if (restore.dump) {
+	if (!engine_may_be_killed()) {
 		dump_too_late();
 		return;
 	}
@@ -235,20 +242,26 @@ void restore_end_too_late(void)
 }
 
 /* False if it was not told so. */
-static bool say_go(void)
+static bool say_go(enum phase phase)
 {
 	/* The restored root becomes a child of init, as after any `criu restore -d`. */
 	prctl(PR_SET_CHILD_SUBREAPER, 0);
 	populate_end();
 	if (!restore.engine && !restore.dump)
 		hook_reset_priorities();
-	restore.phase = RELEASED;
+	restore.phase = phase;
 	if (restore.engine && restore.dump && !restore.adopted)
 		engine_strip_images(&restore.directory);
 	restore.dump_released = restore.dump && hook_say(HOOK_GO);
 	if (restore.dump_released)
 		close_fd(&restore.hook); /* a second one follows */
 	return restore.dump ? restore.dump_released : hook_say(HOOK_GO);
+}
+
+void restore_pack(void)
+{
+	/* If its hook is dead, CRIU runs another one, or ends. */
+	say_go(PACKING);
 }
 
 /* A restored tree that is moved here may run from the moment that this is recorded. */
@@ -263,11 +276,15 @@ void restore_go(struct session *session)
 
 	if (!restore_in_phase(session, prepared ? PREPARED : HELD))
 		return;
+	if (prepared && restore.container) {
+		container_go(session);
+		return;
+	}
 	if (!may_run()) {
 		restore_abort(CODE_OUTCOME, "cannot record that the moved tree runs");
 		return;
 	}
-	told = say_go();
+	told = say_go(RELEASED);
 	if (prepared) {
 		/* Another tree runs: there is no way back. */
 		move_go(told);
@@ -331,10 +348,23 @@ static bool prepared_without_engine(void)
 	return restore.dump && restore.move[0] && !restore.engine;
 }
 
+/* The host has the archive; or podman or CRIU failed, and the tree runs on. */
+static void pack_ended(void)
+{
+	if (exit_code(restore.child_status) == 0 || !restore.owner) {
+		container_packed();
+		return;
+	}
+	move_undo();
+	report_failure();
+}
+
 void restore_child_ended(void)
 {
 	if (restore.phase == ENDING)
 		clean_up();
+	else if (restore.phase == PACKING)
+		pack_ended();
 	else if (restore.phase == RELEASED &&
 		 (exit_code(restore.child_status) == 0 || prepared_without_engine()))
 		restore.dump ? dump_report_success() : report_success();

@@ -128,7 +128,7 @@ static void on_hook(int fd, short events, void *context)
 		if (restore.dump && size == (ssize_t)sizeof(report) && report.root == 0)
 			adopt(report.criu);
 		close_fd(&restore.hook);
-	} else if (restore.phase == RELEASED && restore.dump) {
+	} else if ((restore.phase == RELEASED || restore.phase == PACKING) && restore.dump) {
 		/* The second post-dump hook */
 		hook_say(HOOK_GO);
 		close_fd(&restore.hook);

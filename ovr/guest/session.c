@@ -206,7 +206,8 @@ static void prove(struct session *session, const struct message *message)
 
 static bool is_about_a_move(enum op op)
 {
-	return op == OP_PREPARE || op == OP_ADOPT || op == OP_DOUBTS || op == OP_MOVED;
+	return op == OP_PREPARE || op == OP_ARCHIVE || op == OP_ADOPT || op == OP_DOUBTS ||
+	       op == OP_MOVED;
 }
 
 static bool needs_proof(enum op op)

@@ -152,13 +152,44 @@ def _moves() -> Iterator[bytes]:
                 yield start + happens + decided + second
                 again = other + adopt[1:2] + bytes([number])
                 yield start + happens + gone + doubts + again + other + decided[1:] + second
+    yield from _moved_containers()
     earlier, earlier_with_criu = b"\x27", b"\x37"
+    podmans, removed, not_removed = b"\x3f", b"\4", b"\x0c"
+    for decided in (go + removed, go + not_removed + go + removed, go + gone + removed, abort):
+        yield podmans + doubts + adopt + decided + earlier + moved
     for start in (earlier, earlier_with_criu, earlier_with_criu + earlier):
         for decided in (go, abort, gone + adopt + go, b"\x40" + go[1:] + b"\x47\x45\xff"):
             yield start + doubts + adopt + decided + earlier + moved
     arrival = files + b"\0\1\x13\2" + asked + hook_ends + held
     for decided in (go + hook_ends + criu_ends, abort, hook_killed + go):
         yield arrival + moved + decided + moved
+
+
+def _moved_containers() -> Iterator[bytes]:
+    # A container whose tree is prepared: its archive, its removal.
+    prepare, adopt, doubts, _, archive = (bytes([0, 240 + op, 0]) for op in range(5))
+    go, abort, gone, other, late = b"\0\4\1", b"\0\5\1", b"\6", b"\x80", b"\5\xff"
+    asked, held, hook_ends, hook_killed = b"\2\0", b"\2\1", b"\3", b"\x0b"
+    files, criu_ends, criu_killed, tracked = b"\0\0\1", b"\4\0", b"\x0c", b"\x0f"
+    engine_ends, engine_fails, engine_killed = b"\x24", b"\x2c", b"\x34"
+    removed, not_removed, unread = b"\4", b"\x0c", b"\x47"
+    dump = files + b"\0\6\xff\6\x23" + asked + b"\0\7\1" + tracked + hook_ends + held
+    second = hook_ends + held + hook_ends
+    packed = second + criu_ends + engine_ends
+    start = dump + b"\7\7\7" + prepare
+    again = gone + doubts + other + adopt[1:]
+    for ends in (packed, second + criu_ends + engine_fails, second + criu_killed + engine_fails,
+                 second + engine_killed + criu_ends, criu_killed + engine_fails,
+                 hook_killed + held + hook_ends + criu_ends + engine_ends):  # fmt: skip
+        for decided in (go + removed, go + not_removed + go + removed, abort, go + late + removed):
+            yield start + archive + ends + decided + dump
+            yield start + archive + gone + ends + other + adopt[1:] + other + decided[1:] + removed
+            yield start + again + other + archive[1:] + ends + other + decided[1:] + removed
+    for late_word in (abort, go, archive, late, gone, unread + late):
+        yield start + archive + late_word + packed + other + adopt[1:] + other + abort[1:]
+        yield start + archive + second + late_word + criu_ends + late + engine_ends + dump
+        yield start + late_word + packed + late_word
+        yield start + archive + packed + go + late_word + removed + dump
 
 
 C_SEEDS = {

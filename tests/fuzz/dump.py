@@ -134,6 +134,7 @@ def dumping(data: bytes) -> None:
                 agent.end_dump,
                 agent.abort,
                 lambda: agent.prepare(MOVE),
+                lambda: agent.archive(lambda piece: None),
                 agent.doubts,
                 lambda: agent.adopt(MOVE),
                 lambda: agent.moved(MOVE),
@@ -157,6 +158,7 @@ def dumping_seeds() -> Iterator[bytes]:
     good = [*starting, *saved, stopped, *pages, stopped, dump_protocol.Dumped(b"x")]
     moves = [
         protocol.Aborted("host", "x", True), protocol.Pong(1), move_protocol.Prepared(),
+        dump_protocol.Saved(protocol.ENGINE_ARCHIVE, b"x" * 512), dump_protocol.Dumped(b""),
         move_protocol.InDoubt((MOVE, "")), move_protocol.Prepared(),
         move_protocol.Outcome(True, False),
     ]  # fmt: skip

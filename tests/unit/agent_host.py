@@ -276,8 +276,7 @@ def agent_host(directory: Path, binary: Path | None = None) -> Iterator[AgentHos
     (directory / "marks").mkdir()
     command = [*valgrind, binary, "--dir", directory / "run", "--criu", criu]
     command += ["--unix", directory / "stream", "--unix-serial", directory / "serial"]
-    env = os.environ | {"PATH": f"{directory}:{os.environ['PATH']}"}
-    with subprocess.Popen(command, stderr=subprocess.PIPE, env=env) as process:
+    with subprocess.Popen(command, stderr=subprocess.PIPE, env=_path(directory)) as process:
         assert process.stderr is not None
         assert b"ready" in process.stderr.readline()
         host = AgentHost(directory, process, binary)
@@ -297,7 +296,8 @@ def agent_host(directory: Path, binary: Path | None = None) -> Iterator[AgentHos
 def restarted(host: AgentHost) -> Iterator[None]:
     """Run the agent again, as systemd does after its death."""
     host.serial.unlink()
-    with subprocess.Popen(host.process.args, stderr=subprocess.PIPE) as process:
+    command, env = host.process.args, _path(host.directory)
+    with subprocess.Popen(command, stderr=subprocess.PIPE, env=env) as process:
         assert process.stderr is not None
         assert b"ready" in process.stderr.readline()
         host.process = process
@@ -307,6 +307,11 @@ def restarted(host: AgentHost) -> Iterator[None]:
         finally:
             process.terminate()
     assert process.returncode == 0
+
+
+def _path(directory: Path) -> dict[str, str]:
+    # The stand-ins for engines come first.
+    return os.environ | {"PATH": f"{directory}:{os.environ['PATH']}"}
 
 
 def valgrind_command(directory: Path) -> list[str]:

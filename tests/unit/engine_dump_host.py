@@ -19,7 +19,7 @@ from tests.unit.dump_host import dump as dump_process
 ID = "c0ffee" * 10 + "abcd"
 
 _ENGINE = """#!{python} -Ss
-import io, json, os, subprocess, sys, tarfile
+import io, json, os, subprocess, sys, tarfile, time
 
 directory, criu = {directory!r}, {criu!r}
 words = sys.argv[1:]
@@ -35,6 +35,19 @@ if "inspect" in words or words[0] == "state":
         print(json.dumps(dict(id={id!r}, state=state)))
     else:
         print(json.dumps(dict(id=words[-1], status="running", pid=state["Pid"])))
+    raise SystemExit
+if words[:2] == ["container", "rm"]:
+    with open(directory + "/removals", "a") as file:
+        print(*words, file=file)
+    with open(directory + "/remove-mode") as file:
+        mode = file.read()
+    if mode == "fail":
+        print("first", "Error: its storage is busy", sep="\\n", file=sys.stderr)
+        raise SystemExit(125)
+    if mode == "hang":
+        time.sleep(600)
+    for pid in pids.values() if mode == "ok" else []:
+        os.kill(pid, 9)
     raise SystemExit
 mode = options["--mode"]
 if "container" in words:
@@ -65,6 +78,16 @@ if mode == "fail-export":
 if "container" in words:
     with open(options["--export"], "r+b", buffering=0) as file:
         with tarfile.open(fileobj=file, mode="w|") as tar:
+            if mode in ("wait-export", "hang-export", "wait-fail-export"):
+                tar.addfile(tarfile.TarInfo("first" * 20))
+                file.write(tar.fileobj.buf)
+                tar.fileobj.buf = b""
+                open(options["--gate"] + "/at-export", "w").close()
+                while mode == "hang-export" or not os.path.exists(options["--gate"] + "/open"):
+                    time.sleep(0.01)
+            if mode == "wait-fail-export":
+                print("Error: no space left on device", file=sys.stderr)
+                raise SystemExit(125)
             for name in ("config.dump", "spec.dump", "large"):
                 info = tarfile.TarInfo(name)
                 info.size = int(options["--kib"]) << 10 if name == "large" else 2
@@ -82,19 +105,31 @@ def install(host: AgentHost, tree: Tree, name: str = "web") -> None:
         names = {"directory": str(host.directory), "criu": str(host.directory / "criu"), "id": ID}
         program.write_text(_ENGINE.format(python=str(PYTHON), **names))
         program.chmod(0o755)
+    choose_removal(host, "ok")
+
+
+def choose_removal(host: AgentHost, mode: str) -> None:
+    """Have podman remove containers: ok, fail, hang, or nothing, and say that it has."""
+    (host.directory / "remove-mode").write_text(mode)
+
+
+def removals(host: AgentHost) -> list[str]:
+    """The command lines with which podman was to remove containers."""
+    path = host.directory / "removals"
+    return path.read_text().splitlines() if path.exists() else []
 
 
 def dump(
     host: AgentHost, agent: LabAgent, tree: Tree, images: Images | None = None, mode: str = "ok",
     *, engine: str = "podman", name: str = "web", kib: int = 4, pid: int | None = None,
-    leave_running: bool = False, silence: float = 10.0,
+    leave_running: bool = False, silence: float = 10.0, stall: float = 60.0,
 ) -> HeldTree:  # fmt: skip
     """Have the stand-ins dump the container and hold it."""
     images = Images() if images is None else images
     return dump_process(
         agent, tree.process.pid if pid is None else pid, images.save,
         criu_options=options(host, mode, kib), leave_running=leave_running, silence=silence,
-        engine=engine, name=name,
+        stall=stall, engine=engine, name=name,
     )  # fmt: skip
 
 

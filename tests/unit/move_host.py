@@ -21,14 +21,14 @@ __all__ = ["Groups", "assert_as_before", "groups_for", "new_id", "to_doubt", "to
 
 @dataclass(frozen=True)
 class Groups:
-    """The cgroups of a tree: one for each of its tasks, below one of their own."""
+    """The cgroups of a tree: one for each of its tasks, below one of the test."""
 
     base: Path
     own: tuple[Path, Path]
 
     def made(self) -> list[Path]:
         """The cgroups that the agent has made."""
-        return sorted(self.base.glob("*/ovr-move-*"))
+        return sorted(self.base.rglob("ovr-move-*"))
 
 
 def new_id() -> str:
@@ -44,10 +44,10 @@ def _mount() -> Path:
 
 
 @contextmanager
-def groups_for(tree: Tree) -> Iterator[Groups]:
-    """Move each task of the tree into a cgroup of its own."""
+def groups_for(tree: Tree, names: tuple[str, str] = ("root", "child")) -> Iterator[Groups]:
+    """Move each task of the tree into a cgroup of its own, with that path below one of the test."""
     base = _mount() / f"ovr-test-{secrets.token_hex(4)}"
-    own = base / "root", base / "child"
+    own = base / names[0], base / names[1]
     try:
         for group, pid in zip(own, tree.pids, strict=True):
             group.mkdir(parents=True)
@@ -60,8 +60,8 @@ def groups_for(tree: Tree) -> Iterator[Groups]:
                 os.kill(pid, signal.SIGKILL)
         tree.close()
         wait_for(lambda: "populated 0" in (base / "cgroup.events").read_text())
-        for path in (*base.glob("*/*/"), *base.glob("*/"), base):
-            path.rmdir()
+        for path, _, _ in os.walk(base, topdown=False):
+            Path(path).rmdir()
 
 
 def group_of(pid: int) -> str:
@@ -98,9 +98,8 @@ def to_doubt(host: AgentHost, agent: LabAgent, tree: Tree, *criu_options: str) -
     return move
 
 
-def kill_hook(host: AgentHost) -> None:
+def kill_hook(host: AgentHost, criu: int) -> None:
     """Kill the hook that waits; CRIU runs the second one."""
-    criu = criu_of(host)
     first = host.hook(criu)
     kill(first)
 

@@ -285,7 +285,7 @@ def test_who_cannot_read_its_memory_gets_no_restore(host: AgentHost) -> None:
     move = "0" * move_protocol.MOVE_ID
     about_moves = (
         move_protocol.Prepare(move), move_protocol.Adopt(move), move_protocol.Moved(move),
-        move_protocol.Doubts(),
+        move_protocol.Doubts(), move_protocol.Archive(),
     )  # fmt: skip
     others = (protocol.Go(), protocol.Abort(), touch, protocol.Config())
     for message in (*UPLOAD, *others, *about_moves):

@@ -90,7 +90,7 @@ def link_breaks(host: AgentHost, agent: LabAgent, tree: Tree) -> str:
 def hook_dies(host: AgentHost, agent: LabAgent, tree: Tree) -> str:
     """A second hook follows, and waits as well."""
     move = to_prepared(host, agent, tree)
-    kill_hook(host)
+    kill_hook(host, criu_of(host))
     agent.ping()
     agent.close()
     return move
@@ -185,7 +185,7 @@ def test_criu_is_killed_with_something_locked(
 def test_all_hooks_are_killed(host: AgentHost, agent: LabAgent, tree: Tree, groups: Groups) -> None:
     """CRIU takes that for success, and ends the tree: at least it is not said to run on."""
     to_prepared(host, agent, tree)
-    kill_hook(host)
+    kill_hook(host, criu_of(host))
     kill(host.hook(criu_of(host)))
     wait_for(lambda: not alive(*tree.pids))
     with pytest.raises(AttemptFailed, match="may not run as before"):

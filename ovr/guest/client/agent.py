@@ -14,6 +14,7 @@ from ovr.guest.client.results import HeldTree, MappedObject, PoolInfo, Restored
 from ovr.guest.client.session import one_line
 from ovr.guest.client.steps import STALL_SECONDS, STEP_SECONDS
 from ovr.guest.codes import Code
+from ovr.guest.message import Message
 from ovr.guest.protocol import Touching
 from ovr.guest.wire import ProtocolError
 from ovr.memory.addresses import Gva
@@ -21,8 +22,9 @@ from ovr.memory.addresses import Gva
 __all__ = ["Agent"]
 
 _ABORT_SECONDS: Final = 180.0
-_OF_A_DUMP: Final = (
+_OF_A_DUMP: Final[tuple[type[Message], ...]] = (
     dump_protocol.Starts, dump_protocol.Frozen, dump_protocol.Tracked, dump_protocol.Saved,
+    protocol.Stopped,
 )  # fmt: skip
 
 
@@ -247,9 +249,10 @@ class Agent(Moves):
         self._send(protocol.Abort())
         deadline = self._deadline(_ABORT_SECONDS)
         # What the agent sent before it read this.
-        sent = (*_OF_A_DUMP, protocol.Stopped)
+        sent = _OF_A_DUMP + ((dump_protocol.Dumped,) if self._archive_is_due else ())
         while isinstance(message := self._receive(deadline), sent):
             pass
+        self._archive_is_due = False
         if isinstance(message, protocol.Aborted | protocol.Failed):
             if not message.undone:
                 self._checked(message, protocol.Stopped)

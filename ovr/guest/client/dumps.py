@@ -9,6 +9,7 @@ from ovr.guest.client.failures import failure
 from ovr.guest.client.requests import Files, file_frames
 from ovr.guest.client.results import HeldTree
 from ovr.guest.client.steps import STALL_SECONDS, STEP_SECONDS, Steps
+from ovr.guest.message import Message
 from ovr.guest.protocol import ENGINE_ARCHIVE, HOOK_HELD
 
 __all__ = ["Dumps"]
@@ -167,20 +168,27 @@ class Dumps(Steps):
             save_archive: called with the pieces of podman's archive, if podman dumps.
 
         Raises:
-            AttemptFailed: the dump had been aborted before, or CRIU failed at the last moment.
+            AttemptFailed: the dump had been aborted before, or CRIU failed at the last moment. With
+                the code ``engine``: podman has not removed a moved container, which is still
+                frozen; try again.
             ArchiveFailed: the engine failed after the container had ended.
             AgentUnreachable: the link broke.
             BaseException: whatever `save_archive` raises.
         """
         self._send(protocol.Go())
-        deadline = None if save_archive else self._deadline(STEP_SECONDS)
-        with self.keep_alive():
-            while isinstance(message := self._receive(deadline), dump_protocol.Saved):
-                if message.name != ENGINE_ARCHIVE or save_archive is None:
-                    raise self._broken(f"{message.name[:80]!r} after the commit")
-                save_archive(message.data)
+        message = self._receive_archive(save_archive)
         if isinstance(message, protocol.Failed) and not message.undone and self._engine != "criu":
             said = protocol.Failed(message.status, message.log, undone=True)
             cause = failure(said, self._engine)
             raise ArchiveFailed(str(cause), cause.hint)
         return self._checked(message, dump_protocol.Dumped).stats
+
+    def _receive_archive(self, save: Callable[[bytes], None] | None) -> Message:
+        # Returns the message after it.
+        deadline = None if save else self._deadline(STEP_SECONDS)
+        with self.keep_alive():
+            while isinstance(message := self._receive(deadline), dump_protocol.Saved):
+                if message.name != ENGINE_ARCHIVE or save is None:
+                    raise self._broken(f"{message.name[:80]!r} when CRIU ends")
+                save(message.data)
+        return message

@@ -34,12 +34,16 @@ static void check_dump(const struct message *message)
 		break;
 	case OP_STOPPED: CHECK(criu_lives && dump.hooks && traced); break;
 	case OP_DUMPED:
-		CHECK(said_go && !criu_lives && (dump.tree_ended || prepared.emptied));
+		CHECK(!criu_lives && !engine_lives && !remover_lives);
+		if (restore.phase == PREPARED)
+			CHECK(said_archive && !said_go && prepared.on && dump.succeeded);
+		else
+			CHECK(said_go && (prepared.emptied || (dump.succeeded && !prepared.on)));
 		break;
 	case OP_FAILED:
 	case OP_ABORTED:
 		if (message_uint(message, KEY_UNDONE))
-			CHECK((!criu_lives || !known_criu()) && !dump.tree_ended &&
+			CHECK((!criu_lives || !known_criu()) && !dump.tree_ended && !prepared.on &&
 			      (dump.hooks || !dump.killed || !dump.may_stop || !known_criu()));
 		break;
 	default: break;

@@ -29,6 +29,12 @@ void reap_children(void) {}
 
 static int fuzz_kill(pid_t pid, int number)
 {
+	if (pid == ENGINE || pid == REMOVER) {
+		CHECK(number == SIGKILL && dump.engine && known_criu() && !criu_lives);
+		CHECK(restore.phase == (pid == ENGINE ? ENDING : REMOVING));
+		pid == ENGINE ? end_engine(SIGKILL) : end_remover(SIGKILL);
+		return 0;
+	}
 	CHECK(pid == CRIU && (!dump.on || number == SIGCONT));
 	if (number == SIGKILL && criu_lives)
 		end_criu(SIGKILL);
@@ -99,7 +105,7 @@ pid_t criu_start(const struct criu_command *command)
 {
 	CHECK(directory_there && !criu_lives && subreaper == !restore.dump);
 	criu_lives = true;
-	dump = (struct dump){.on = restore.dump};
+	dump = (struct dump){.on = restore.dump, .leaves = restore.leave_running};
 	(void)command;
 	return CRIU;
 }
@@ -193,6 +199,7 @@ pid_t tree_parent(pid_t pid) { return pid == ROOT ? CRIU : 0; }
 
 /* Engines dump here, and restore nothing. */
 bool engine_known(const char *name) { return !strcmp(name, "podman"); }
+bool engine_is_podman(const char *name) { return !strcmp(name, "podman"); }
 bool engine_criu_ended(const struct engine_criu *criu)
 {
 	CHECK(criu->end >= 0 && (dump.adopted || restore.criu == EARLIER_CRIU));
@@ -222,7 +229,8 @@ struct engine_criu engine_adopt(pid_t criu, const char *log)
 {
 	CHECK(criu == CRIU && criu_lives && dump.engine && !strcmp(log, "dump.log"));
 	dump.adopted = true;
-	return (struct engine_criu){.end = open("/dev/null", O_RDONLY | O_CLOEXEC), .log = -1};
+	return (struct engine_criu){
+		.end = open("/dev/null", O_RDONLY | O_CLOEXEC), .log = -1, .container = CONTAINER};
 }
 
 pid_t engine_start_dump(struct directory *directory, const struct message *message)
@@ -236,7 +244,8 @@ pid_t engine_start_dump(struct directory *directory, const struct message *messa
 		return -1;
 	}
 	criu_lives = engine_lives = true;
-	dump = (struct dump){.on = true, .engine = true};
+	dump = (struct dump){
+		.on = true, .engine = true, .leaves = message_uint(message, KEY_LEAVE_RUNNING)};
 	return ENGINE;
 }
 
@@ -248,29 +257,39 @@ bool engine_open_images(struct directory *directory, pid_t criu)
 
 void engine_strip_images(const struct directory *directory)
 {
-	CHECK(said_go && dump.engine && directory->dump >= 0);
+	CHECK((said_go || said_archive) && dump.engine && directory->dump >= 0);
 }
 
 bool engine_criu_gave_up(const struct engine_criu *criu)
 {
 	CHECK(criu->end < 0 || !criu_lives);
-	return criu->end < 0 || (!dump.killed && !dump.tree_ended);
+	return criu->end < 0 || (!dump.killed && !dump.succeeded);
 }
 
 bool engine_criu_succeeded(const struct engine_criu *criu)
 {
 	CHECK(criu->end >= 0 && !criu_lives);
-	return dump.tree_ended;
+	return dump.succeeded;
 }
 
 bool archive_is_sent(void)
 {
-	CHECK(restore.phase == RELEASED && dump.engine && !engine_lives);
+	CHECK(restore.phase == RELEASED || restore.phase == PACKING);
+	CHECK(dump.engine && !engine_lives);
 	return host_reads || !restore.owner;
 }
 bool archive_is_awaited(void)
 {
-	return restore.phase == RELEASED && restore.owner && dump.engine;
+	return (restore.phase == RELEASED || restore.phase == PACKING) && restore.owner &&
+	       dump.engine && !restore.packed;
+}
+void archive_host_is_silent(void)
+{
+	CHECK(archive_is_awaited());
+	if (restore.phase == PACKING)
+		session_break(restore.owner, CODE_SILENT, "silent");
+	else
+		restore.owner = NULL;
 }
 void archive_watch(struct loop *loop) { (void)loop; }
 void archive_forget(void) {}
@@ -303,6 +322,13 @@ int engine_log_errors(const struct directory *directory, const struct engine_cri
 {
 	(void)criu;
 	CHECK(directory->path[0] && dump.engine && !engine_lives);
+	strcpy(lines[0], "Error: no");
+	return 1;
+}
+
+int log_collect(int fd, const char *word, char lines[LOG_LINES][LOG_WIDTH], int count)
+{
+	CHECK(fd >= 0 && !*word && !count);
 	strcpy(lines[0], "Error: no");
 	return 1;
 }

@@ -1,12 +1,12 @@
 /*
- * One restore or dump at a time (restore*.c, dump.c, prepare.c): two hosts, CRIU, its hooks
+ * One restore or dump at a time (restore*.c, dump.c, prepare.c, container.c): two hosts, CRIU, its hooks
  * and the clock do anything in any order.
  *
  * No tree of a restore is let go but by its owner's word while it is held; no
  * hook ends before the tree is dead or let go. No tree of a dump ends but by
  * that word, even if a hook is killed, and nobody kills its CRIU. A prepared one
- * waits for a word of its owner's (moves.h). When all is over, nothing is left
- * open.
+ * waits for a word of its owner's (moves.h), a container's without its CRIU once
+ * its archive is made. When all is over, nothing is left open.
  */
 #include <fcntl.h>
 #include <signal.h>
@@ -38,6 +38,7 @@ static long fuzz_syscall(long number, pid_t pid, unsigned flags);
 #include "../../../ovr/guest/restore_hook.c"
 #include "../../../ovr/guest/dump.c"
 #include "../../../ovr/guest/prepare.c"
+#include "../../../ovr/guest/container.c"
 #undef kill
 #undef prctl
 #undef syscall
@@ -45,14 +46,15 @@ static long fuzz_syscall(long number, pid_t pid, unsigned flags);
 #define CRIU 4242
 #define ROOT 5000
 #define ENGINE 4343
+#define REMOVER 4444 /* podman, which removes a container */
 
 struct options options;
 
 static struct session hosts[2];
 static int64_t now;
 static int hook = -1; /* CRIU's action script: our end of its connection */
-static bool criu_lives, engine_lives, subreaper, directory_there, said_go, tree_lives, tree_runs,
-	traced;
+static bool criu_lives, engine_lives, remover_lives, said_archive, subreaper, directory_there,
+	said_go, tree_lives, tree_runs, traced;
 static bool host_reads = true;
 static int room; /* for messages in the buffer of what is sent to the host */
 static int mappers;
@@ -60,12 +62,14 @@ static struct dump {
 	bool on;           /* CRIU was started for a dump, */
 	bool killed;       /* and killed */
 	bool engine;       /* by an engine, */
+	bool leaves;       /* to let the tree run on, */
 	bool adopted;      /* and known to the agent since its first hook */
 	bool may_stop;     /* the agent has let it stop the tree */
 	int hooks;         /* its post-dump hooks so far */
 	bool last_is_post; /* the present hook is such a one */
 	bool refused;      /* one of them did not end well */
-	bool tree_ended;   /* as CRIU does after two good ones */
+	bool succeeded;    /* as CRIU does after two good ones, */
+	bool tree_ended;   /* and ends the tree then */
 } dump;
 
 #include "moves.h"
@@ -95,7 +99,7 @@ static void turn(void)
 	/* Nothing else wakes the loop. */
 	if (restore.phase == SAVING && room)
 		CHECK(loop.deadline >= 0 && loop.deadline <= now);
-	if (restore.phase == PREPARED)
+	if (restore.phase == PREPARED && !stop_at)
 		check_it_rests(&loop);
 	if (poll(loop.fds, (nfds_t)loop.count, 0) > 0)
 		for (int i = 0; i < loop.count; i++)
@@ -104,18 +108,18 @@ static void turn(void)
 					      loop.contexts[i]);
 }
 
-/* A dump's CRIU exits with 0 if it has ended the tree. */
+/* A dump's CRIU exits with 0 if it has ended the tree, or was to let it run on. */
 static int exit_status(uint8_t code)
 {
 	if (dump.on)
-		code = dump.tree_ended ? 0 : code | 1;
+		code = dump.succeeded ? 0 : code | 1;
 	return code << 8;
 }
 
-/* An engine succeeds if its CRIU has ended well, and may be killed before. */
-static void engine_ends(bool killed)
+/* An engine succeeds if its CRIU has ended well and there is room, and may be killed before. */
+static void engine_ends(bool killed, bool fails)
 {
-	end_engine(killed ? SIGKILL : (criu_lives || !dump.tree_ended) << 8);
+	end_engine(killed ? SIGKILL : (criu_lives || !dump.succeeded || fails) << 8);
 }
 
 /*
@@ -124,14 +128,15 @@ static void engine_ends(bool killed)
  */
 static void dump_hook_ends(bool told, bool killed)
 {
-	CHECK(!told || said_go);
+	CHECK(!told || said_go || said_archive);
 	if (killed && dump.hooks == 2)
 		killed = false;
 	if (!told && !killed)
 		dump.refused = true;
 	if (criu_lives && dump.hooks == 2 && !dump.refused) {
-		CHECK(said_go);
-		dump.tree_ended = true;
+		CHECK(said_go || said_archive);
+		dump.succeeded = true;
+		dump.tree_ended = !dump.leaves;
 	}
 }
 
@@ -215,6 +220,7 @@ static void add_container(struct writer *writer, uint8_t value)
 {
 	static const char *const names[] = {"web", "web", "", "--all"};
 
+	message_add_bool(writer, KEY_LEAVE_RUNNING, value & 32);
 	if (!(value & 1))
 		return;
 	message_add_str(writer, KEY_ENGINE, value & 2 ? "podman" : "sh");
@@ -226,6 +232,7 @@ static void add_container(struct writer *writer, uint8_t value)
 static uint64_t add_start(struct writer *writer, enum op op, uint8_t value, struct input *input)
 {
 	uint8_t more = input_byte(input);
+	bool by_engine = op == OP_DUMP && (more & 7) == 6;
 
 	message_add_uint(writer, KEY_SILENCE_MS, 100u * (value & 15));
 	message_add_uint(writer, KEY_TIMEOUT_MS, 100u * (value >> 4));
@@ -233,13 +240,14 @@ static uint64_t add_start(struct writer *writer, enum op op, uint8_t value, stru
 	message_add_uint(writer, KEY_STALL_MS, 100u * (31 - (more >> 3)));
 	if (op == OP_DUMP) {
 		message_add_uint(writer, KEY_PID, value ? ROOT : 1);
-		if ((more & 7) == 6)
+		if (by_engine)
 			add_container(writer, input_byte(input));
 	}
 	if (op == OP_BEGIN && (value & 15) == 3)
 		message_add_str(writer, KEY_MOVE, ids[more >> 3 & 3]);
 	return 1ull << KEY_SILENCE_MS | 1ull << KEY_TIMEOUT_MS | 1ull << KEY_LOG_LEVEL |
-	       1ull << KEY_STALL_MS | (op == OP_DUMP ? 1ull << KEY_PID : 0);
+	       1ull << KEY_STALL_MS | (op == OP_DUMP ? 1ull << KEY_PID : 0) |
+	       (by_engine ? 1ull << KEY_LEAVE_RUNNING : 0);
 }
 
 static uint64_t some_pid(uint8_t value)
@@ -273,13 +281,27 @@ static uint64_t add_object(struct writer *writer, enum op op, uint8_t value)
 	}
 }
 
+/* What the owner says, where it may. */
+static void note_decision(enum op op, const struct session *host)
+{
+	bool owns = restore.owner == host, prepared_here = owns && restore.phase == PREPARED;
+
+	if (op == OP_GO && owns &&
+	    (restore.phase == HELD || (prepared_here && (!restore.container || restore.packed))))
+		said_go = true;
+	said_archive |= op == OP_ARCHIVE && prepared_here && restore.container && !restore.packed;
+	said_abort = op == OP_ABORT && !restore.decided &&
+		     (prepared_here || (owns && restore.phase == PACKING));
+}
+
 static void host_speaks(struct input *input, struct session *host)
 {
 	static const enum op ops[] = {OP_FILES, OP_BEGIN, OP_TOUCH, OP_MAP,   OP_GO,
 				      OP_ABORT, OP_DUMP,  OP_TRACK, OP_FETCH, OP_FREEZE};
-	static const enum op of_moves[] = {OP_PREPARE, OP_ADOPT, OP_DOUBTS, OP_MOVED};
+	static const enum op of_moves[] = {OP_PREPARE, OP_ADOPT, OP_DOUBTS, OP_MOVED, OP_ARCHIVE};
 	uint8_t which = input_byte(input);
-	enum op op = which < 240 ? ops[which % ARRAY_SIZE(ops)] : of_moves[which & 3];
+	enum op op = which < 240 ? ops[which % ARRAY_SIZE(ops)] :
+				   of_moves[(which - 240) % ARRAY_SIZE(of_moves)];
 	static uint8_t frame[4096];
 	struct message message;
 	struct writer writer;
@@ -301,15 +323,27 @@ static void host_speaks(struct input *input, struct session *host)
 	add_rest(&writer, op, given);
 	size = message_close(&writer);
 	CHECK(size && !message_parse(&message, frame + 4, size - 4));
-	if (op == OP_GO && (restore.phase == HELD || restore.phase == PREPARED) &&
-	    restore.owner == host)
-		said_go = true;
-	said_abort = op == OP_ABORT && restore.phase == PREPARED && restore.owner == host;
+	note_decision(op, host);
 	restore_session_heard(host);
 	if (which < 240)
 		restore_message(host, &message);
 	else
 		move_message(host, &message);
+}
+
+/* podman, another engine, or CRIU */
+static void program_ends(struct input *input, uint8_t what)
+{
+	if (remover_lives) {
+		end_remover(what & 8 ? 125 << 8 : 0);
+	} else if (engine_lives && what & 32) {
+		engine_ends(what & 16, what & 8);
+	} else if (criu_lives) {
+		/* It is stopped at its hook; after "go" its end lets the tree go, too. */
+		if (said_go)
+			tree_runs = tree_lives;
+		end_criu(what & 8 ? SIGKILL : exit_status(input_byte(input)));
+	}
 }
 
 static void step(struct input *input)
@@ -323,22 +357,12 @@ static void step(struct input *input)
 	case 1: host_speaks(input, host); break;
 	case 2: hook_comes(input); break;
 	case 3: hook_ends(what & 8); break;
-	case 4:
-		if (engine_lives && what & 32) {
-			engine_ends(what & 16);
-			break;
-		}
-		/* It is stopped at its hook; after "go" its end lets the tree go, too. */
-		if (criu_lives && said_go)
-			tree_runs = tree_lives;
-		if (criu_lives)
-			end_criu(what & 8 ? SIGKILL : exit_status(input_byte(input)));
-		break;
+	case 4: program_ends(input, what); break;
 	case 5: now += 100 * (int64_t)input_byte(input); break;
 	case 6: restore_session_ended(host); break;
 	default:
 		if (what & 32)
-			earlier_acts(what & 16);
+			earlier_acts(what & 16, what & 8);
 		else if (what & 8)
 			worker_acts(what & 16);
 		else
@@ -350,7 +374,8 @@ static void step(struct input *input)
 	CHECK(worker == NO_WORKER || (restore.phase == TRACKING && criu_lives));
 	CHECK(!(tree_runs || dump.tree_ended) || said_go);
 	CHECK(!dump.on || !criu_lives || !known_criu() || restore.phase >= BUILDING);
-	CHECK(!prepared.on || restore.phase == PREPARED || restore.phase == RELEASED);
+	CHECK(!prepared.on || (restore.phase >= PREPARED && restore.phase <= RELEASED));
+	CHECK(remover_lives == (restore.phase == REMOVING));
 	CHECK(!tree_runs || !restore.move[0] || marked);
 	/* A new one begins with nothing of the last. */
 	if (restore.phase == IDLE) {
@@ -360,7 +385,7 @@ static void step(struct input *input)
 		CHECK(!restore.owner && !subreaper && (!tree_lives || tree_runs));
 		criu_lives = criu_lives && said_go;
 		tree_lives = tree_runs = said_go = false;
-		criu_lives = engine_lives = marked = false;
+		criu_lives = engine_lives = marked = said_archive = false;
 	}
 }
 
@@ -372,11 +397,12 @@ static void decide(void)
 	struct writer writer;
 	size_t size;
 
-	message_open(&writer, frame, sizeof(frame), OP_ABORT);
+	message_open(&writer, frame, sizeof(frame), restore.decided ? OP_GO : OP_ABORT);
 	size = message_close(&writer);
 	CHECK(!message_parse(&message, frame + 4, size - 4) && !restore_lingers());
 	restore.owner = &hosts[0];
-	said_abort = true;
+	host_reads = true;
+	note_decision(message.op, restore.owner);
 	restore_message(restore.owner, &message);
 }
 
@@ -395,18 +421,26 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 	hook_ends(false);
 	earlier.criu_lives = false;
 	for (int i = 0; restore.phase != IDLE; i++) {
-		CHECK(i < 4 && (restore.phase == RELEASED || restore_lingers()));
+		CHECK(i < 6);
+		if (restore.phase == PREPARED) {
+			decide();
+			continue;
+		}
+		CHECK(restore.phase == RELEASED || restore_lingers());
 		if (criu_lives)
 			end_criu(exit_status(0));
 		if (engine_lives)
-			engine_ends(false);
+			engine_ends(false, false);
+		if (remover_lives)
+			end_remover(0);
 		host_reads = true;
 		turn();
 	}
 	stop_at = 0;
 	CHECK(restore.hook < 0 && restore.listener < 0 && !directory_there);
 	criu_lives = engine_lives = tree_lives = tree_runs = said_go = marked = false;
-	CHECK(!prepared.on);
+	said_archive = false;
+	CHECK(!prepared.on && !remover_lives);
 	earlier.there = false;
 	dump = (struct dump){.on = false};
 	return 0;

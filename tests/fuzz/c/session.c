@@ -115,7 +115,7 @@ void move_message(struct session *session, const struct message *message)
 	char text[MAX_STRING];
 
 	use_message(message);
-	if (message->op != OP_DOUBTS)
+	if (message->op != OP_DOUBTS && message->op != OP_ARCHIVE)
 		message_str(message, KEY_MOVE, text);
 	session_refuse(session, CODE_DOUBT, "no move");
 }
