@@ -154,28 +154,7 @@ class Archive:
                 f"{self.path}: images without a container's configuration ({_CONFIG}, {_SPEC})",
                 f"unpack it: mkdir DIR && tar -C DIR -xf {self.path} && ovr restore -D DIR/…",
             )
-        config = self._own.json(_CONFIG)
-        return Container(
-            maker="podman" if "spec" in config else "CRI-O",
-            id=_text(config, "id"),
-            name=_text(config, "name"),
-            runtime=_text(config, "runtime"),
-            image=_text(config, "rootfsImageName"),
-            volumes=self._volumes(config),
-        )
-
-    def _volumes(self, config: Mapping[str, Any]) -> tuple[str, ...]:
-        found = config.get("namedVolumes")
-        volumes = [volume for volume in _list(found) if isinstance(volume, dict)]
-        names = [volume.get("volumeName") for volume in volumes]
-        if len(names) > _MAX_VOLUMES:
-            raise ImagesDamaged(f"{self.path}: {len(names)} volumes", DUMP_AGAIN)
-        for name in names:
-            if not isinstance(name, str) or not _VOLUME.fullmatch(name):
-                raise ImagesDamaged(
-                    f"{self.path}: {str(name)[:40]} is not a volume name", DUMP_AGAIN
-                )
-        return tuple(map(str, names))
+        return _container_of(self._own)
 
     def _something_else(self) -> ImagesUnsupported:
         names = self._own.members
@@ -199,6 +178,9 @@ class BareArchive(Tarball):
     Args:
         path: the file.
 
+    Attributes:
+        container: the archived container.
+
     Raises:
         ImagesDamaged: it is truncated, or no checkpoint of a container.
         OvrError: as `Tarball`.
@@ -213,11 +195,19 @@ class BareArchive(Tarball):
                 f"{path}: podman's archive has no {' and no '.join(missing or [_IMAGES])}",
                 "is it a version of podman that docs/podman.md names?",
             )
+        try:
+            self.container = _container_of(self)
+        except BaseException:
+            self.close()
+            raise
 
     def with_images(self, images: Mapping[str, bytes | Slices]) -> Iterator[bytes]:
         """Yield the archive in pieces, uncompressed, with `images` instead of CRIU's images.
 
         All other members are copied byte for byte, including files beside the images.
+
+        Raises:
+            ImagesDamaged: the file became shorter.
         """
         for name in self.members:
             image = name.startswith(_IMAGES) and name.endswith(_IMAGE)
@@ -240,6 +230,30 @@ def _member(name: str, image: bytes | Slices) -> Iterable[bytes]:
     yield info.tobuf(tarfile.PAX_FORMAT)
     yield from image_chunks(image)
     yield bytes(padded(size) - size)
+
+
+def _container_of(archive: Tarball) -> Container:
+    config = archive.json(_CONFIG)
+    return Container(
+        maker="podman" if "spec" in config else "CRI-O",
+        id=_text(config, "id"),
+        name=_text(config, "name"),
+        runtime=_text(config, "runtime"),
+        image=_text(config, "rootfsImageName"),
+        volumes=_volumes(archive.path, config),
+    )
+
+
+def _volumes(path: Path, config: Mapping[str, Any]) -> tuple[str, ...]:
+    found = config.get("namedVolumes")
+    volumes = [volume for volume in _list(found) if isinstance(volume, dict)]
+    names = [volume.get("volumeName") for volume in volumes]
+    if len(names) > _MAX_VOLUMES:
+        raise ImagesDamaged(f"{path}: {len(names)} volumes", DUMP_AGAIN)
+    for name in names:
+        if not isinstance(name, str) or not _VOLUME.fullmatch(name):
+            raise ImagesDamaged(f"{path}: {str(name)[:40]} is not a volume name", DUMP_AGAIN)
+    return tuple(map(str, names))
 
 
 def _text(config: Mapping[str, Any], name: str) -> str:

@@ -8,9 +8,9 @@ import re
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Final, Self
 
-from ovr.checkpoint.archive import Archive
+from ovr.checkpoint.archive import Archive, BareArchive
 from ovr.errors import CheckFailed, ImagesUnsupported, UsageError
 from ovr.guest.client.session import AgentInfo
 from ovr.guest.protocol import ENGINE_ARCHIVE, HOOK_HELD
@@ -102,39 +102,61 @@ class PodmanCheckpoint(Checkpoint):
     """An archive that ``podman container checkpoint --export`` wrote.
 
     Args:
-        path: the archive, packed or not.
-        previous: the archive of the pre-checkpoint that it builds on, if any.
+        archive: the archive; closed with this.
+        images: CRIU's images, which need not be those in the archive; likewise.
         name: the container's new name; None keeps the old one.
         options: further options for the guest's ``podman container restore``.
-
-    Raises:
-        UsageError: options that would make podman restore something else.
-        OvrError: as `Archive.open`.
     """
 
     engine = "podman"
 
     def __init__(
         self,
+        archive: Archive | BareArchive,
+        images: ImageSet,
+        *,
+        name: str | None = None,
+        options: Sequence[str] = (),
+    ) -> None:
+        self._archive = archive
+        self.images = images
+        # podman fails if a volume exists; with that option it creates none.
+        if not any(option.startswith("--ignore-volumes") for option in options):
+            self.volumes = archive.container.volumes
+        self.options = (*(("--name", name) if name is not None else ()), *options)
+
+    @classmethod
+    def open(
+        cls,
         path: Path,
         *,
         previous: Path | None = None,
         name: str | None = None,
         options: Sequence[str] = (),
-    ) -> None:
+    ) -> Self:
+        """Open the archive in a file; arguments as for the class.
+
+        Args:
+            path: the archive, packed or not.
+            previous: the archive of the pre-checkpoint that it builds on, if any.
+            name: the container's new name.
+            options: for podman.
+
+        Raises:
+            UsageError: options that would make podman restore something else.
+            ImagesUnsupported: the archive of another program than podman.
+            OvrError: as `Archive.open`.
+        """
         _check_podman_options(options)
-        self._archive = Archive.open(path, previous)
-        self.images = self._archive.images
-        # podman fails if a volume exists; with that option it creates none.
-        if not any(option.startswith("--ignore-volumes") for option in options):
-            self.volumes = self._archive.container.volumes
-        self.options = (*(("--name", name) if name is not None else ()), *options)
-        if self._archive.container.maker != "podman":
-            self.close()
+        archive = Archive.open(path, previous)
+        found = cls(archive, archive.images, name=name, options=options)
+        if (maker := archive.container.maker) != "podman":
+            found.close()
             raise ImagesUnsupported(
-                f"{path}: written by {self._archive.container.maker}, not by podman",
+                f"{path}: written by {maker}, not by podman",
                 "podman cannot restore it: give --runtime and --bundle, see docs/podman.md",
             )
+        return found
 
     def files(self, inside: Images) -> dict[str, Iterable[bytes]]:
         """Return the archive with the inside image set."""
@@ -301,7 +323,9 @@ def open_checkpoint(
             bundle=bundle, name=name, options=engine_options,
         )  # fmt: skip
     if archive is not None:
-        return PodmanCheckpoint(Path(archive), previous=before, name=name, options=engine_options)
+        return PodmanCheckpoint.open(
+            Path(archive), previous=before, name=name, options=engine_options
+        )
     if name is not None or engine_options:
         stray = engine_options[0] if engine_options else "--name"
         raise UsageError(f"{stray} needs a container", "give --archive or --runtime")

@@ -95,7 +95,7 @@ def test_images_are_those_of_the_directory(dumps, archive, packer):
 
 
 def test_the_skeleton_has_other_images_and_nothing_else(archive, content):
-    with PodmanCheckpoint(archive, name="new", options=["--tcp-established"]) as checkpoint:
+    with PodmanCheckpoint.open(archive, name="new", options=["--tcp-established"]) as checkpoint:
         plan = make_plan(checkpoint.images)
         inside = build_inside(plan, NO_POOL).images
         (name, chunks), = checkpoint.files(inside).items()  # fmt: skip
@@ -143,7 +143,7 @@ def test_what_the_guest_must_have(archive):
         boot_id="", nonce=b"", force_write=True, secret_at=0, warm=0, warm_at=0,
         engines=("podman", "crun"),
     )  # fmt: skip
-    with PodmanCheckpoint(archive) as checkpoint:
+    with PodmanCheckpoint.open(archive) as checkpoint:
         checkpoint.check(hello)
         checkpoint.check(replace(hello, criu="3.19"))
         for other, match in (
@@ -224,7 +224,7 @@ def test_podman_cannot_restore_what_crio_wrote(tmp_path, content):
     config = {key: value for key, value in CONFIG.items() if key != "spec"}
     path = pack(tmp_path / "x.tar", content | {"config.dump": json.dumps(config).encode()})
     with pytest.raises(ImagesUnsupported, match="written by CRI-O"):
-        PodmanCheckpoint(path)
+        PodmanCheckpoint.open(path)
 
 
 @pytest.mark.parametrize("bad", [b"", b"[]", b"{", b"\xff" * 20])

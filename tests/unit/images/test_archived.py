@@ -83,7 +83,7 @@ def test_what_the_guest_gets_builds_on_nothing(tmp_path, archives, after, both, 
         path, previous = pack(tmp_path / "x.tar", both | more, links=LINKS), None
     else:
         pack(path, after | more, links=LINKS)
-    with PodmanCheckpoint(path, previous=previous) as checkpoint:
+    with PodmanCheckpoint.open(path, previous=previous) as checkpoint:
         plan = make_plan(checkpoint.images)
         (chunks,) = checkpoint.files(build_inside(plan, NO_POOL).images).values()
         made = members(b"".join(chunks))
