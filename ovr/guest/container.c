@@ -57,6 +57,7 @@ void container_go(struct session *session)
 		session_break(session, CODE_PROTOCOL, "message out of order");
 		return;
 	}
+	populate_end();
 	restore.decided = true;
 	messages = memfd_create("messages", MFD_CLOEXEC);
 	child = messages < 0 ? -1 : engine_start_removal(freeze_container(), messages);

@@ -168,6 +168,13 @@ static bool is_inside(pid_t task, int *belongs)
 	return group_at(path) >= 0;
 }
 
+bool freeze_owns(pid_t task)
+{
+	int belongs;
+
+	return frozen.count && is_inside(task, &belongs);
+}
+
 static bool move_in(const uint32_t *tasks, int count)
 {
 	char pid[16];

@@ -17,6 +17,8 @@ struct problem freeze_tree(const char *move, pid_t criu, const char *container);
 struct problem freeze_find(const char *move);
 /* The id of the container that podman is to remove, to end the tree; empty: none. */
 const char *freeze_container(void);
+/* Whether freeze_tree() has moved a task. */
+bool freeze_owns(pid_t task);
 /* The tracer of a process in them, or 0. */
 pid_t freeze_tracer(void);
 /* Move all processes back, and remove the cgroups. False if some run where they are. */

@@ -4,6 +4,7 @@
 #include <string.h>
 #include <sys/prctl.h>
 
+#include "freeze.h"
 #include "restore.h"
 
 #define MAX_DEADLINE_MS (24ll * 3600 * 1000)
@@ -179,8 +180,20 @@ static void begin(struct session *session, const struct message *message)
 /* A task of the held tree, or a worker that maps its memory. */
 static bool belongs(uint64_t pid)
 {
-	return pid > 1 && pid <= INT_MAX &&
-	       (populate_owns((pid_t)pid) || tree_tracer((pid_t)pid) == restore.criu);
+	if (pid <= 1 || pid > INT_MAX)
+		return false;
+	if (populate_owns((pid_t)pid))
+		return true;
+	return restore.packed ? freeze_owns((pid_t)pid) :
+				tree_tracer((pid_t)pid) == restore.criu;
+}
+
+/* A container's memory is read when its archive was made: pages may have gone to swap. */
+static bool may_populate(struct session *session, const struct message *message)
+{
+	bool packed = restore.phase == PREPARED && restore.packed && message->op == OP_TOUCH;
+
+	return restore_in_phase(session, packed ? PREPARED : HELD);
 }
 
 static bool all_belong(const struct message *message)
@@ -208,7 +221,7 @@ static void populate(struct session *session, const struct message *message)
 {
 	struct problem problem = {CODE_TASK, "not a task of the tree"};
 
-	if (!restore_in_phase(session, HELD))
+	if (!may_populate(session, message))
 		return;
 	if (all_belong(message))
 		problem = populate_start(session, message);

@@ -246,7 +246,9 @@ static bool say_go(enum phase phase)
 {
 	/* The restored root becomes a child of init, as after any `criu restore -d`. */
 	prctl(PR_SET_CHILD_SUBREAPER, 0);
-	populate_end();
+	/* The host goes on reading a container's memory when its archive is made. */
+	if (phase == RELEASED)
+		populate_end();
 	if (!restore.engine && !restore.dump)
 		hook_reset_priorities();
 	restore.phase = phase;

@@ -12,6 +12,7 @@ from tests.unit.move_host import (
     Groups,
     assert_as_before,
     assert_ended,
+    in_doubt,
     new_id,
 )
 
@@ -62,7 +63,7 @@ def to_packing(
 
 def assert_in_doubt(host: AgentHost, move: str) -> None:
     with host.connect() as other:
-        wait_for(lambda: other.doubts() == (move,))
+        wait_for(lambda: in_doubt(other) == (move,))
 
 
 def adopt(agent: LabAgent, move: str) -> None:

@@ -1,14 +1,17 @@
 """Cgroups of version 2 on this machine, for a tree whose move is prepared."""
 
 import contextlib
+import fcntl
 import os
 import secrets
 import signal
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 import pytest
 
@@ -17,6 +20,9 @@ from tests.unit.agent_host import AgentHost, alive, kill, wait_for
 from tests.unit.dump_host import Tree, begin, criu_of, programs_of, shut_gate
 
 __all__ = ["Groups", "assert_as_before", "groups_for", "new_id", "to_doubt", "to_prepared"]
+
+
+_MOVES: Final[set[str]] = set()
 
 
 @dataclass(frozen=True)
@@ -33,7 +39,22 @@ class Groups:
 
 def new_id() -> str:
     """Return an id for a move."""
-    return secrets.token_hex(16)
+    move = secrets.token_hex(16)
+    _MOVES.add(move)
+    return move
+
+
+def in_doubt(agent: LabAgent) -> tuple[str, ...]:
+    """The moves in doubt, but for those of other tests on this machine."""
+    return tuple(move for move in agent.doubts() if move in _MOVES)
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    # An agent that looks for moves in doubt removes a cgroup in which there is nothing yet.
+    with Path(tempfile.gettempdir(), "ovr-test-cgroups.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _mount() -> Path:
@@ -46,6 +67,11 @@ def _mount() -> Path:
 @contextmanager
 def groups_for(tree: Tree, names: tuple[str, str] = ("root", "child")) -> Iterator[Groups]:
     """Move each task of the tree into a cgroup of its own, with that path below one of the test."""
+    with _alone():
+        yield from _groups_for(tree, names)
+
+
+def _groups_for(tree: Tree, names: tuple[str, str]) -> Iterator[Groups]:
     base = _mount() / f"ovr-test-{secrets.token_hex(4)}"
     own = base / names[0], base / names[1]
     try:
@@ -94,7 +120,7 @@ def to_doubt(host: AgentHost, agent: LabAgent, tree: Tree, *criu_options: str) -
     move = to_prepared(host, agent, tree, *criu_options)
     agent.close()
     with host.connect() as other:
-        wait_for(lambda: other.doubts() == (move,))
+        wait_for(lambda: in_doubt(other) == (move,))
     return move
 
 
@@ -111,10 +137,10 @@ def kill_hook(host: AgentHost, criu: int) -> None:
     wait_for(follows)
 
 
-def assert_frozen(tree: Tree, groups: Groups) -> None:
+def assert_frozen(tree: Tree, groups: Groups, seconds: float = 1.5) -> None:
     """Nothing lets the tree run, for longer than its host may be silent."""
     before = tree.counts
-    time.sleep(1.5)
+    time.sleep(seconds)
     assert tree.counts == before
     assert len(groups.made()) == 2
     assert alive(*tree.pids)
@@ -128,7 +154,7 @@ def assert_as_before(host: AgentHost, tree: Tree, groups: Groups) -> None:
     assert not groups.made()
     wait_for(lambda: not programs_of(host))
     with host.connect() as other:
-        assert not other.doubts()
+        assert not in_doubt(other)
     wait_for(lambda: not host.restores)
 
 
@@ -138,7 +164,7 @@ def assert_ended(host: AgentHost, tree: Tree, groups: Groups) -> None:
     assert not groups.made()
     wait_for(lambda: not programs_of(host))
     with host.connect() as other:
-        assert not other.doubts()
+        assert not in_doubt(other)
     wait_for(lambda: not host.restores)
 
 

@@ -20,6 +20,7 @@ from tests.unit.move_host import (
     assert_ended,
     assert_frozen,
     groups_for,
+    in_doubt,
     kill_all,
     kill_hook,
     new_id,
@@ -55,7 +56,7 @@ def test_go(host: AgentHost, agent: LabAgent, tree: Tree, groups: Groups) -> Non
 def test_abort(host: AgentHost, agent: LabAgent, tree: Tree, groups: Groups) -> None:
     for _ in range(2):
         to_prepared(host, agent, tree)
-        assert agent.doubts() == ()  # it has a session
+        assert in_doubt(agent) == ()  # it has a session
         assert_frozen(tree, groups)
         agent.abort()
         assert_as_before(host, tree, groups)
@@ -70,7 +71,7 @@ def test_nothing_but_a_decision(
     with pytest.raises(AttemptFailed):
         agent.prepare(move)
     with host.connect() as other:
-        wait_for(lambda: other.doubts() == (move,))
+        wait_for(lambda: in_doubt(other) == (move,))
         with fails(Code.BUSY):
             begin(host, other, tree)
     assert_frozen(tree, groups)
@@ -108,7 +109,7 @@ def test_adopt_and_go(
     assert_frozen(tree, groups)
     with host.connect() as other:
         other.adopt(move)
-        assert other.doubts() == ()
+        assert in_doubt(other) == ()
         assert other.end_dump() == STATS
     assert_ended(host, tree, groups)
 
@@ -132,12 +133,12 @@ def test_who_may_adopt(host: AgentHost, agent: LabAgent, tree: Tree, groups: Gro
         with fails(Code.BUSY):
             other.adopt(move)
         agent.close()
-        wait_for(lambda: other.doubts() == (move,))
+        wait_for(lambda: in_doubt(other) == (move,))
         with fails(Code.BUSY):
             other.adopt(new_id())
         other.adopt(move)
     with host.connect() as third:
-        wait_for(lambda: third.doubts() == (move,))
+        wait_for(lambda: in_doubt(third) == (move,))
         third.adopt(move)
         third.abort()
     assert_as_before(host, tree, groups)
@@ -147,7 +148,7 @@ def test_who_may_adopt(host: AgentHost, agent: LabAgent, tree: Tree, groups: Gro
 def test_a_move_that_is_not_in_doubt(host: AgentHost, agent: LabAgent) -> None:
     with fails(Code.DOUBT):
         agent.adopt(new_id())
-    assert agent.doubts() == ()
+    assert in_doubt(agent) == ()
     agent.ping()
 
 
@@ -201,7 +202,7 @@ def test_the_tree_is_killed(host: AgentHost, agent: LabAgent, tree: Tree, groups
         os.kill(pid, signal.SIGKILL)
     wait_for(lambda: not alive(*tree.pids))
     with host.connect() as other:
-        assert other.doubts() == (move,)
+        assert in_doubt(other) == (move,)
         other.adopt(move)
         other.end_dump()
     assert_ended(host, tree, groups)
@@ -217,12 +218,12 @@ def test_the_next_agent_ends_it(
     assert_frozen(tree, groups)
     with restarted(host):
         with host.connect() as other:
-            assert other.doubts() == (move,)
+            assert in_doubt(other) == (move,)
             other.adopt(move)
-            assert other.doubts() == ()
+            assert in_doubt(other) == ()
         assert_frozen(tree, groups)
         with host.connect() as other:
-            wait_for(lambda: other.doubts() == (move,))
+            wait_for(lambda: in_doubt(other) == (move,))
             other.adopt(move)
             assert other.end_dump() == b""
         assert_ended(host, tree, groups)

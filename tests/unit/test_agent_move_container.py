@@ -6,12 +6,15 @@ CRIU has ended before the decision: the cgroups alone hold the tree. By Go podma
 import os
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from ovr.errors import CriuFailed, TreeDamaged
 from ovr.guest import move_protocol, protocol
+from ovr.guest.client.requests import Portion
 from ovr.guest.codes import Code
+from ovr.guest.protocol import Touching
 from ovr.lab.agent import LabAgent
 from tests.unit.agent_host import AgentHost, alive, fails, one_link, wait_for
 from tests.unit.container_move_host import (
@@ -41,9 +44,12 @@ from tests.unit.move_host import (
     assert_ended,
     assert_frozen,
     groups_for,
+    in_doubt,
     kill_hook,
     new_id,
 )
+
+PAGE = 4096
 
 
 @pytest.fixture
@@ -84,17 +90,37 @@ def test_go(host: AgentHost, agent: LabAgent, tree: Tree, groups: Groups) -> Non
     assert "checkpoint/pages-1.img" not in found
     assert not checkpoint_of(host).exists()
     assert tree.tracers() == {0}
-    assert_frozen(tree, groups)
+    assert_frozen(tree, groups, 0.2)
     assert removals(host) == []
     assert agent.end_dump() == b""
     assert_removed(host, tree, groups)
 
 
+def test_its_memory_is_read_when_its_archive_was_made(
+    host: AgentHost, agent: LabAgent, tree: Tree, groups: Groups
+) -> None:
+    """What has gone to swap meanwhile. It is the memory of frozen tasks of this move alone."""
+    to_packed(host, agent, tree)
+    for pid in tree.pids:
+        agent.touch([Portion(pid, Touching.READ, [(stack_of(pid), PAGE)])])
+    with fails(Code.TASK):
+        agent.touch([Portion(os.getpid(), Touching.READ, [(stack_of(os.getpid()), PAGE)])])
+    assert_frozen(tree, groups, 0.2)
+    agent.end_dump()
+    assert_removed(host, tree, groups)
+
+
+def stack_of(pid: int) -> int:
+    lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
+    (stack,) = [line for line in lines if line.endswith("[stack]")]
+    return int(stack.split()[0].split("-")[1], 16) - PAGE
+
+
 def test_abort(host: AgentHost, agent: LabAgent, tree: Tree, groups: Groups) -> None:
     for _ in range(2):
         to_packed(host, agent, tree)
-        assert agent.doubts() == ()
-        assert_frozen(tree, groups)
+        assert in_doubt(agent) == ()
+        assert_frozen(tree, groups, 0.2)
         agent.abort()
         assert_runs_on(host, tree, groups)
 
@@ -120,7 +146,7 @@ def test_abort_while_podman_writes(
     host: AgentHost, agent: LabAgent, tree: Tree, groups: Groups
 ) -> None:
     """The host aborts when it gets the first piece; podman writes more than the pipes hold."""
-    to_prepared(host, agent, tree, kib=64 << 10)
+    to_prepared(host, agent, tree, kib=8000)
     with pytest.raises(Broken):
         agent.archive(refuse)
     agent.abort()
@@ -200,7 +226,7 @@ def test_criu_is_killed_before_the_archive(
     to_prepared(host, agent, tree)
     for pid in tree.tracers():
         os.kill(pid, signal.SIGKILL)
-    assert_frozen(tree, groups)
+    assert_frozen(tree, groups, 0.2)
     with pytest.raises(TreeDamaged):
         agent.archive(lambda piece: None)
     assert_as_before(host, tree, groups)
@@ -275,7 +301,7 @@ def test_out_of_order_while_podman_writes(
     open_gate(host)
     with host.connect() as other:
         adopt(other, move)
-        assert_frozen(tree, groups)
+        assert_frozen(tree, groups, 0.2)
         other.abort()
     assert_runs_on(host, tree, groups)
 
@@ -286,7 +312,7 @@ def test_a_second_archive(host: AgentHost, agent: LabAgent, tree: Tree, groups: 
     with fails(Code.PROTOCOL):
         agent.archive(lambda piece: None)
     assert_in_doubt(host, move)
-    assert_frozen(tree, groups)
+    assert_frozen(tree, groups, 0.2)
     with host.connect() as other:
         other.adopt(move)
         other.end_dump()
