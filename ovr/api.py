@@ -18,7 +18,7 @@ from ovr.checkpoint import open_checkpoint
 from ovr.dump import AS_MANY_AS_HELP, dump
 from ovr.dump.container import to_dump
 from ovr.dump.report import DumpReport
-from ovr.move import DOWNTIME, MoveReport, move
+from ovr.move import DOWNTIME, MoveReport, move, to_move
 from ovr.restore import restore
 from ovr.restore.report import Report
 from ovr.vm.attach import AttachedVm
@@ -149,7 +149,7 @@ class Vm(AttachedVm):
 
     def move(
         self,
-        pid: int,
+        tree: int | str,
         to: AttachedVm,
         *,
         agent: str | None = None,
@@ -161,12 +161,14 @@ class Vm(AttachedVm):
         check_cpu: bool = True,
         criu_options: Sequence[str] = (),
         log_level: int = 2,
+        engine_options: Sequence[str] = (),
         timeout: float | None = None,
     ) -> MoveReport:
         """Move a running tree to another VM of this host; see `ovr.move.story.move`.
 
         Args:
-            pid: the root task, in the guest's initial pid namespace.
+            tree: the pid of the root task, in the guest's initial pid namespace; or the name or id
+                of a container of podman's.
             to: the VM that gets it.
             agent: the agent's address; lab VMs know their own.
             to_agent: that of the other VM's agent.
@@ -176,17 +178,20 @@ class Vm(AttachedVm):
             strict: let the tree stay where it is if more is left.
             verify: read back none of the memory, a ``sample``, or all (``full``).
             check_cpu: refuse a VM whose CPU lacks a feature of this one's.
-            criu_options: further options for ``criu dump`` and ``criu restore``.
+            criu_options: further options for ``criu dump`` and ``criu restore``; for a container
+                only ``--file-locks``.
             log_level: how much both guests' CRIUs log (their ``-v``).
+            engine_options: further options for ``podman container checkpoint`` and ``restore``.
             timeout: seconds that either CRIU may take; None: as long as it makes progress.
 
         Raises:
             MoveInDoubt: the tree may run in the other VM, or does, and is here too, frozen.
             OvrError: what went wrong. The tree runs on here, and the other VM is as it was.
         """
+        what = to_move(tree, criu_options=criu_options, engine_options=engine_options)
         watch, self._watch = self._watch, Stopwatch()
         return move(
-            self, to, pid, source_agent=agent, destination_agent=to_agent, rounds=rounds,
+            self, to, what, source_agent=agent, destination_agent=to_agent, rounds=rounds,
             downtime=downtime, strict=strict, verify=verify, check_cpu=check_cpu,
             criu_options=criu_options, log_level=log_level, timeout=timeout, watch=watch,
         )  # fmt: skip

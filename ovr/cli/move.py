@@ -36,21 +36,24 @@ __all__ = ["HELP", "USAGE", "add"]
 _log = logging.getLogger("ovr.move")
 
 HELP: Final = """\
-move a running process tree from one VM to another, from outside
+move a running process tree or container from one VM to another, from outside
 
 Move a process tree from one VM of this host to another. Its memory goes from RAM to RAM while it
 runs; then it is stopped, the rest follows, and it runs on in the other VM. It never runs in both,
 and after an error it runs on where it was. If ovr cannot tell whether it runs in the other VM (exit
 code 9), the old tree stays frozen until --finish or --back decides the move. Accepts the options of
-`criu dump` and `criu restore`, for the CRIU of both VMs.
+`criu dump` and `criu restore`, for the CRIU of both VMs. A container of podman comes with the
+changes in its root file system; its memory goes when it is stopped.
 
 ovr move -t 4242 --from libvirt:a --to libvirt:b
 ovr move -t 4242 --from name:a --to name:b --rounds 3 --verify full --json
+ovr move --container web --from libvirt:a --to libvirt:b
 ovr move --finish --from libvirt:a --to libvirt:b
 ovr move --back --from libvirt:a --to libvirt:b
 """
 USAGE: Final = (
     "ovr move -t PID --from VM --to VM [option …] [option of criu …]\n"
+    "       ovr move --container NAME --from VM --to VM [option …] [-- podman option …]\n"
     "       ovr move --finish|--back --from VM [--to VM] [--id ID]"
 )
 
@@ -58,6 +61,10 @@ USAGE: Final = (
 def add(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
     add_tree(parser)
+    parser.add_argument(
+        "--container", metavar="NAME",
+        help="a container of podman in the VM --from, by its name or id, instead of -t",
+    )  # fmt: skip
     parser.add_argument(
         "--from", dest="source", metavar="VM", required=True, help="the VM that has the tree"
     )
@@ -100,6 +107,11 @@ def add(parser: argparse.ArgumentParser) -> None:
     add_verbosity(parser)
     parser.add_argument("-o", "--log-file", metavar="FILE", help="log there, not to stderr")
     json_option(parser)
+    parser.add_argument(
+        "engine_options", nargs="*", metavar="-- OPTION",
+        help="after --: options of podman container checkpoint and podman container restore; values"
+        " as --option=value",
+    )  # fmt: skip
     add_criu_options(parser, "dump and criu restore")
 
 
@@ -151,21 +163,27 @@ def _check(options: argparse.Namespace) -> None:
         error.code = "same-vm"
         raise error
     if options.finish or options.back:
-        if options.tree is not None:
-            raise UsageError("-t begins a move, --finish and --back decide one", "omit one of them")
+        if options.tree is not None or options.container is not None:
+            raise UsageError(
+                "-t and --container begin a move, --finish and --back decide one",
+                "omit one of them",
+            )
         if options.finish and options.destination is None:
             raise UsageError("a move is finished by looking into its destination", "give --to VM")
         return
     if options.id is not None:
         raise UsageError("--id names a move that is in doubt", "give --finish or --back, too")
-    if options.tree is None or options.destination is None:
-        raise UsageError("no tree to move, or no VM to move it to", "give -t PID and --to VM")
+    if (options.tree is None) == (options.container is None) or options.destination is None:
+        raise UsageError(
+            "not exactly one tree to move, or no VM to move it to",
+            "give -t PID or --container NAME, and --to VM",
+        )
 
 
 def _move_and_tell(options: argparse.Namespace) -> int:
-    pid = pid_of(options.tree)
+    tree = options.container if options.tree is None else pid_of(options.tree)
     with ended_in_order():
-        report = _move(pid, options)
+        report = _move(tree, options)
     with printed(f"pid {report.pid} runs in {options.destination}"):
         if options.json:
             document("ovr.move/1", report.as_json())
@@ -174,18 +192,18 @@ def _move_and_tell(options: argparse.Namespace) -> int:
     return 0
 
 
-def _move(pid: int, options: argparse.Namespace) -> MoveReport:
+def _move(tree: int | str, options: argparse.Namespace) -> MoveReport:
     with (
         make_watch(progress_mode(options)) as watch,
         attach(options.source, vmlinux=options.from_vmlinux, watch=watch) as source,
         attach(options.destination, vmlinux=options.to_vmlinux) as destination,
     ):
         return source.move(
-            pid, destination, agent=options.from_agent, to_agent=options.to_agent,
+            tree, destination, agent=options.from_agent, to_agent=options.to_agent,
             rounds=options.rounds, downtime=options.downtime, strict=options.strict,
             verify=options.verify, check_cpu=not options.ignore_cpu,
             criu_options=options.criu_options, log_level=options.log_level,
-            timeout=options.timeout,
+            engine_options=options.engine_options, timeout=options.timeout,
         )  # fmt: skip
 
 
@@ -217,8 +235,9 @@ def _authenticated(options: argparse.Namespace, stack: ExitStack) -> Agent:
 
 
 def _sentence(report: MoveReport, options: argparse.Namespace) -> str:
+    what = f"container {report.container[:12]}" if report.container else f"pid {report.pid}"
     return (
-        f"moved pid {report.pid} from {options.source} to {options.destination}"
+        f"moved {what} from {options.source} to {options.destination}"
         f" ({report.tasks} tasks, {size(report.bytes_total)}) in {report.seconds['total']:.3f} s;"
         f" down for {report.downtime:.3f} s"
     )

@@ -12,7 +12,7 @@ from ovr.errors import AgentUnreachable, UsageError
 from ovr.guest.client.agent import Agent
 from ovr.guest.client.session import one_line
 
-__all__ = ["PODMAN", "STDOUT", "Container", "Running", "to_dump"]
+__all__ = ["PODMAN", "STDOUT", "Container", "Running", "check_name", "to_dump"]
 
 _NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,254}")
 _PID_MAX_LIMIT: Final = 1 << 22  # include/linux/threads.h
@@ -175,8 +175,7 @@ def _container_of(
     engine = runtime or PODMAN
     if engine not in _PASSED or (runtime is not None and runtime not in RUNTIMES):
         raise UsageError(f"no container runtime {engine!r}", f"take {' or '.join(RUNTIMES)}")
-    if not _NAME.fullmatch(name):
-        raise UsageError(f"{name[:80]!r} is not the name or id of a container", "see podman ps")
+    check_name(name)
     for option in criu_options:
         if option not in _BOTH:
             raise UsageError(
@@ -190,6 +189,16 @@ def _container_of(
                 f"after -- may be {', '.join(_PASSED[engine])}; values as --option=value",
             )
     return Container(engine, name, (*criu_options, *engine_options))
+
+
+def check_name(name: str) -> None:
+    """Check that a container may have this name or id.
+
+    Raises:
+        UsageError: it may not.
+    """
+    if not _NAME.fullmatch(name):
+        raise UsageError(f"{name[:80]!r} is not the name or id of a container", "see podman ps")
 
 
 def _coded(error: UsageError, code: str) -> UsageError:

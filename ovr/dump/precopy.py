@@ -118,10 +118,15 @@ class PreCopy:
     def let_stop(self) -> None:
         """Look for the last time which pages have changed, and let CRIU stop the tree.
 
+        Without copies there is nothing to look for.
+
         Raises:
             CriuFailed: CRIU failed.
             AttemptFailed, GuestFault, KernelNotFound, AgentUnreachable: as `run`.
         """
+        if not self.copies:
+            self._attempt.agent.track(stop=True)
+            return
         started = time.perf_counter()
         self._attempt.agent.freeze()
         _, frozen = self._look(stop=True)

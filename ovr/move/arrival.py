@@ -1,14 +1,11 @@
 """The restore of a moved tree in the destination, up to its commit."""
 
-from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 
 from ovr.attempt import settings
 from ovr.attempt.attempt import Attempt
 from ovr.attempt.stopwatch import Stopwatch
-from ovr.checkpoint import ImagesCheckpoint
-from ovr.dump.output import NewImages
+from ovr.checkpoint import Checkpoint
 from ovr.guest.client.results import PoolInfo
 from ovr.move.pool import with_pool
 from ovr.move.stopped import Stopped, pages_there
@@ -46,14 +43,12 @@ class Arrived:
 def arrive(
     attempt: Attempt,
     stopped: Stopped,
-    images: NewImages,
-    stack: ExitStack,
+    checkpoint: Checkpoint,
     *,
     move: str,
     pool: PoolInfo | None,
     seats: Seats,
     verify: str,
-    criu_options: Sequence[str],
     log_level: int,
     timeout: float | None,
     watch: Stopwatch,
@@ -63,14 +58,12 @@ def arrive(
     Args:
         attempt: of the destination; it holds the tree from then on.
         stopped: the tree in the source.
-        images: its images, without the pages that go outside.
-        stack: closes the images.
+        checkpoint: its images, without the pages that go outside.
         move: the id of the move.
         pool: the destination's pool, with pages of the tree.
         seats: where they are in it.
         verify: compare none of the memory with the source, a ``sample``, or all (``full``).
-        criu_options: as for `ovr.move.story.move`.
-        log_level: likewise.
+        log_level: as for `ovr.move.story.move`.
         timeout: likewise.
         watch: measures the phases.
 
@@ -79,7 +72,6 @@ def arrive(
     """
     kernel, agent = attempt.vm.kernel, attempt.agent
     with watch("plan"):
-        checkpoint = stack.enter_context(ImagesCheckpoint(images.path, criu_options))
         refuse_taken_pids(checkpoint.images, kernel)
         guest = with_pool(agent.hello, pool)
         plan = make_plan(checkpoint.images, force_write=guest.force_write, contents=stopped)

@@ -6,14 +6,16 @@ known whether the destination's tree runs, the move is in doubt until `decide` h
 """
 
 from collections.abc import Callable
-from typing import Final, TypeVar
+from enum import IntEnum, auto
+from types import TracebackType
+from typing import Final, Self, TypeVar
 
 from ovr.attempt.attempt import Attempt
 from ovr.errors import AttemptFailed, MoveInDoubt
 from ovr.guest.client.agent import Agent
 from ovr.kernel import find_task
 
-__all__ = ["commit"]
+__all__ = ["Commit"]
 
 T = TypeVar("T")
 
@@ -21,97 +23,150 @@ _BACK: Final = "ovr move --back, with the same --from and --to, lets it run on"
 _DECIDE: Final = "ovr move --finish or ovr move --back, with the same --from and --to, decides it"
 
 
-def commit(
-    source: Attempt,
-    destination: Attempt,
-    move: str,
-    root_pid: int,
-    let_run: Callable[[Agent], T],
-) -> tuple[T, bytes]:
-    """Let the destination's tree run, and end that of the source.
+class _State(IntEnum):
+    HELD = auto()  # the source holds its tree as for any dump, or leaves it as it is
+    PREPARED = auto()  # it is frozen, and the destination was told nothing
+    TOLD = auto()  # the destination may have let its tree run
+    RUNS = auto()  # it has
+
+
+class Commit:
+    """Two attempts at one move; a context manager around all of it from `prepare` on.
+
+    Leaving it with an error lets the source's tree run on, unless that of the destination may run.
 
     Args:
-        source: holds the tree that was dumped.
-        destination: holds the restored one.
+        source: holds the tree that is dumped.
+        destination: holds the restored one when `run` is called.
         move: the id of the move, which the destination's agent knows.
-        root_pid: pid of the restored root task, in the initial pid namespace.
-        let_run: lets the restored tree run, and checks that it does.
-
-    Returns:
-        The result of `let_run`, and the ``stats-dump`` of the source's CRIU.
 
     Raises:
         MoveInDoubt: it is not known whether the destination's tree runs; the source's is frozen.
-            Or it runs, and the source's is still there, frozen.
-        OvrError: the source's tree runs on, and there is none in the destination.
+            Or it runs, and the source's is still there, frozen. Or the source's may be frozen.
     """
-    told = runs = False
 
-    def tell(agent: Agent) -> T:
-        nonlocal told
-        # Before the first byte is sent: whatever interrupts us, the source's tree stays frozen.
-        source.keep()
-        told = True
-        return let_run(agent)
+    def __init__(self, source: Attempt, destination: Attempt, move: str) -> None:
+        self._source = source
+        self._destination = destination
+        self._move = move
+        self._state = _State.HELD
+        self._root_pid = 0
 
-    _prepare(source, move)
-    try:
-        done = destination.commit(tell)
-        runs = True
-        return done, source.commit(Agent.end_dump)
-    except BaseException as error:
-        if runs:
-            source.leave()
-            raise MoveInDoubt(
-                f"the tree runs in the destination, and that of the source is still there, frozen:"
+    def prepare(self) -> None:
+        """Freeze the source's tree until it is ended or let run on.
+
+        Raises:
+            AttemptFailed: it cannot be frozen, and is held as before.
+            MoveInDoubt: it may be frozen.
+        """
+        try:
+            self._source.agent.prepare(self._move)
+        except AttemptFailed:
+            raise
+        except BaseException as error:
+            self._source.leave()
+            raise self._in_doubt(
+                "the tree does not run in the destination, and may be frozen in the source:"
+                f" {_said(error)}",
+                _BACK,
+            ) from error
+        self._state = _State.PREPARED
+
+    def archive(self, save: Callable[[bytes], None]) -> None:
+        """Have podman in the source write the archive of the container, which is prepared.
+
+        Args:
+            save: called with its pieces.
+
+        Raises:
+            AttemptFailed: podman failed, and the container runs on.
+            OvrError: as for `run`.
+        """
+        try:
+            self._source.agent.archive(save)
+        except AttemptFailed:
+            self._state = _State.HELD  # the agent has put it back
+            raise
+
+    def run(self, root_pid: int, let_run: Callable[[Agent], T]) -> tuple[T, bytes]:
+        """Let the destination's tree run, and end that of the source, which is prepared.
+
+        Args:
+            root_pid: pid of the restored root task, in the initial pid namespace.
+            let_run: lets the restored tree run, and checks that it does.
+
+        Returns:
+            The result of `let_run`, and the ``stats-dump`` of the source's CRIU.
+
+        Raises:
+            OvrError: on leaving the context this becomes `MoveInDoubt`, or the source's tree runs
+                on and there is none in the destination.
+        """
+        assert self._state == _State.PREPARED, "run() before prepare()"
+        self._root_pid = root_pid
+
+        def tell(agent: Agent) -> T:
+            # Before the first byte is sent: whatever interrupts us, the source's tree stays frozen.
+            self._source.keep()
+            self._state = _State.TOLD
+            return let_run(agent)
+
+        done = self._destination.commit(tell)
+        self._state = _State.RUNS
+        stats = self._source.commit(Agent.end_dump)
+        self._state = _State.HELD
+        return done, stats
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if error is None or self._state == _State.HELD:
+            return
+        if self._state == _State.RUNS:
+            self._source.leave()
+            raise self._in_doubt(
+                "the tree runs in the destination, and that of the source is still there, frozen:"
                 f" {_said(error)}",
                 "ovr move --finish, with the same --from and --to, ends it",
-                move,
             ) from error
-        if told and not (isinstance(error, AttemptFailed) and _gone(destination, root_pid)):
-            source.leave()
-            raise MoveInDoubt(
-                f"it is not known whether the tree runs in the destination: {_said(error)}",
-                _DECIDE, move,
-            ) from error  # fmt: skip
-        _take_back(source, move, error)
-        raise
+        if self._state == _State.TOLD and not self._has_failed(error):
+            self._source.leave()
+            raise self._in_doubt(
+                f"it is not known whether the tree runs in the destination: {_said(error)}", _DECIDE
+            ) from error
+        self._take_back(error)
 
+    def _has_failed(self, error: BaseException) -> bool:
+        """Return whether the destination says so, and its tree is gone."""
+        if not isinstance(error, AttemptFailed):
+            return False
+        try:
+            self._destination.vm.check_same_boot()
+            task = find_task(self._destination.vm.kernel, self._root_pid)
+            return task is None or not task.mm
+        except BaseException:
+            return False  # not known, whatever the reason; the first error is reported
 
-def _prepare(source: Attempt, move: str) -> None:
-    try:
-        source.agent.prepare(move)
-    except AttemptFailed:
-        raise  # it is held as before
-    except BaseException as error:
-        source.leave()
-        raise MoveInDoubt(
-            f"the tree does not run in the destination, and may be frozen in the source:"
-            f" {_said(error)}",
-            _BACK, move,
-        ) from error  # fmt: skip
+    def _take_back(self, cause: BaseException) -> None:
+        try:
+            self._source.abort()
+        except AttemptFailed:
+            raise  # it runs, but not as before
+        except BaseException as error:
+            raise self._in_doubt(
+                f"the tree does not run in the destination ({_said(cause)}), and is frozen in the"
+                f" source: {_said(error)}",
+                _BACK,
+            ) from cause
 
-
-def _take_back(source: Attempt, move: str, cause: BaseException) -> None:
-    try:
-        source.abort()
-    except AttemptFailed:
-        raise  # it runs, but not as before
-    except BaseException as error:
-        raise MoveInDoubt(
-            f"the tree does not run in the destination ({_said(cause)}), and is frozen in the"
-            f" source: {_said(error)}",
-            _BACK, move,
-        ) from cause  # fmt: skip
-
-
-def _gone(destination: Attempt, root_pid: int) -> bool:
-    try:
-        destination.vm.check_same_boot()
-        task = find_task(destination.vm.kernel, root_pid)
-        return task is None or not task.mm
-    except BaseException:
-        return False  # not known, whatever the reason; the caller reports the first error
+    def _in_doubt(self, text: str, cure: str) -> MoveInDoubt:
+        return MoveInDoubt(text, cure, self._move)
 
 
 def _said(error: BaseException) -> str:

@@ -7,7 +7,10 @@ from itertools import islice
 from typing import Any, Final, NamedTuple
 
 from ovr.attempt.attempt import Attempt
+from ovr.checkpoint import check_engine
+from ovr.dump.container import Container, Running
 from ovr.errors import CheckFailed, KernelNotFound
+from ovr.guest.client.agent import Agent
 from ovr.kernel import (
     Kernel,
     Struct,
@@ -35,20 +38,29 @@ class Problem(NamedTuple):
     cure: str
 
 
-def check_move(source: Attempt, destination: Attempt, root_pid: int, *, cpu: bool = True) -> None:
+def check_move(
+    source: Attempt,
+    destination: Attempt,
+    running: Running,
+    container: Container | None = None,
+    *,
+    cpu: bool = True,
+) -> None:
     """Check that a tree can be moved.
 
     Args:
         source: the VM that has it.
         destination: the VM that is to get it.
-        root_pid: the root task, in the source's initial pid namespace.
+        running: the tree.
+        container: its container, if it is one.
         cpu: compare the CPUs.
 
     Raises:
         CheckFailed: it cannot; all reasons.
         GuestFault, KernelNotFound: invalid kernel objects or types in a guest.
+        AttemptFailed, AgentUnreachable: podman cannot be asked.
     """
-    found = [*problems_of(source, destination, root_pid, cpu=cpu)]
+    found = [*problems_of(source, destination, running, container, cpu=cpu)]
     if found:
         error = CheckFailed(
             "; ".join(problem.text for problem in found),
@@ -59,11 +71,18 @@ def check_move(source: Attempt, destination: Attempt, root_pid: int, *, cpu: boo
 
 
 def problems_of(
-    source: Attempt, destination: Attempt, root_pid: int, *, cpu: bool
+    source: Attempt,
+    destination: Attempt,
+    running: Running,
+    container: Container | None,
+    *,
+    cpu: bool,
 ) -> Iterator[Problem]:
     """Yield the reasons why a tree cannot be moved; arguments as for `check_move`."""
     yield from _of_criu(source.agent.hello.criu, destination.agent.hello.criu)
-    yield from _of_pids(source.vm.kernel, destination.vm.kernel, root_pid)
+    yield from _of_pids(source.vm.kernel, destination.vm.kernel, running.pid)
+    if container:
+        yield from _of_container(destination.agent, container, running.id or container.name)
     if cpu:
         yield from _of_cpu(source.vm.kernel, destination.vm.kernel)
 
@@ -111,6 +130,21 @@ def _of_pids(source: Kernel, destination: Kernel, root_pid: int) -> list[Problem
 
 def _tids(task: Struct, ns: Struct) -> list[int]:
     return [pid_nr_ns(one.thread_pid, ns) for one in for_each_thread(task)]
+
+
+def _of_container(agent: Agent, container: Container, id_: str) -> Iterator[Problem]:
+    try:
+        check_engine(agent.hello, container.engine)
+    except CheckFailed as error:
+        yield Problem(f"in the destination: {error}", error.hint)
+        return
+    for name in dict.fromkeys((container.name, id_)):
+        if not agent.find(container.engine, name).status:
+            yield Problem(
+                f"the destination has a container {name[:12] if name == id_ else name}",
+                f"podman rm {name}, in the destination",
+            )
+            return
 
 
 def _of_cpu(source: Kernel, destination: Kernel) -> Iterator[Problem]:

@@ -20,6 +20,7 @@ class MoveReport:
     Attributes:
         move: its id.
         pid: the root task's pid in the destination's initial pid namespace.
+        container: podman's id of the container; None: it is none.
         tasks: number of tasks with memory.
         bytes_total: size of all pages.
         bytes_outside: size of those that went from RAM to RAM.
@@ -39,6 +40,7 @@ class MoveReport:
 
     move: str = ""
     pid: int = 0
+    container: str | None = None
     tasks: int = 0
     bytes_total: int = 0
     bytes_outside: int = 0
@@ -60,6 +62,7 @@ class MoveReport:
         return {
             "move": self.move,
             "pid": self.pid,
+            "container": self.container,
             "tasks": self.tasks,
             "bytes_total": self.bytes_total,
             "bytes_outside": self.bytes_outside,
@@ -82,6 +85,7 @@ def make_report(
     move: str,
     arrived: Arrived,
     *,
+    container: str | None,
     source: Attempt,
     destination: Attempt,
     rounds: Sequence[Round],
@@ -94,6 +98,7 @@ def make_report(
     Args:
         move: its id.
         arrived: the tree.
+        container: as in the report.
         source: committed.
         destination: committed.
         rounds: of copies while the tree ran.
@@ -106,6 +111,7 @@ def make_report(
     return MoveReport(
         move=move,
         pid=arrived.root_pid,
+        container=container,
         tasks=len(plan.tasks),
         bytes_total=plan.bytes_total,
         bytes_outside=plan.bytes_outside,

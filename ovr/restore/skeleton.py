@@ -73,10 +73,10 @@ def check_inside_size(size: int) -> None:
 
 
 def _pool(plan: Plan, checkpoint: Checkpoint, guest: AgentInfo, seats: Seats | None) -> Pool | Cold:
-    if not guest.warm:
-        return NO_POOL
     if checkpoint.engine is not None:
         return Cold(f"{checkpoint.engine} starts a CRIU of its own")
+    if not guest.warm:
+        return NO_POOL
     if foreign_cgroup(plan.images, checkpoint.options):
         return Cold(
             "the tasks belong into a cgroup of their own, and the pool is charged to the agent's"

@@ -163,10 +163,24 @@ def test_options_are_arguments_of_the_move(host, capsys):
         "strict": True, "verify": "full",
         "check_cpu": False, "log_level": 4, "timeout": 9.0,
         "criu_options": ["--shell-job", "--tcp-established", "--external=mnt[]:m"],
+        "engine_options": [],
     }  # fmt: skip
     out = capsys.readouterr().out
     assert out.startswith("moved pid 4711 from qmp:/a to qmp:/b (2 tasks, 48.2 MiB)")
     assert out.endswith("down for 0.250 s\n")
+
+
+def test_a_container(host):
+    assert run("--container", "web", "--file-locks", "--", "--ignore-volumes") == 0
+    [(_, tree, destination, options)] = host.moves
+    assert (tree, destination) == ("web", "qmp:/b")
+    assert options["criu_options"] == ["--file-locks"]
+    assert options["engine_options"] == ["--ignore-volumes"]
+
+
+def test_a_container_and_a_process(host):
+    assert run("--container", "web", "-t", "4242") == 2
+    assert not host.moves
 
 
 def test_what_is_not_asked_for(host):
@@ -176,6 +190,7 @@ def test_what_is_not_asked_for(host):
         "agent": None, "to_agent": None, "rounds": AS_MANY_AS_HELP, "downtime": 0.3,
         "strict": False, "verify": "sample",
         "check_cpu": True, "log_level": 2, "timeout": None, "criu_options": [],
+        "engine_options": [],
     }  # fmt: skip
 
 
@@ -375,6 +390,14 @@ def test_the_document_decides(host):
 
 
 def test_the_readme_moves(host):
-    *_, line = commands(block("README.md", "ovr move  "))
+    for line in commands(block("README.md", "ovr move  "))[-2:]:
+        assert cli.main(shlex.split(line)[1:]) == 0
+    assert [move[:3] for move in host.moves] == [
+        ("libvirt:vm-a", tree, "libvirt:vm-b") for tree in (4242, "web")
+    ]
+
+
+def test_the_document_moves_a_container(host):
+    [line] = commands(block("docs/move.md", "ovr move --container"))
     assert cli.main(shlex.split(line)[1:]) == 0
-    assert host.moves[0][:3] == ("libvirt:vm-a", 4242, "libvirt:vm-b")
+    assert host.moves[0][:3] == ("libvirt:vm-a", "web", "libvirt:vm-b")

@@ -8,13 +8,14 @@ from ovr.errors import (
     AgentUnreachable,
     AttemptFailed,
     CheckFailed,
+    CriuFailed,
     MoveInDoubt,
     UsageError,
     VmUnreachable,
 )
 from ovr.guest.client.results import Outcome
 from ovr.move import commit as commit_module
-from ovr.move.commit import commit
+from ovr.move.commit import Commit
 from ovr.move.decide import decide
 
 MOVE = "0123456789abcdef" * 2
@@ -38,6 +39,11 @@ class Side:
         assert move == MOVE
         self.fail("prepare")
         self.events.append("source is frozen")
+
+    def archive(self, save):
+        self.fail("archive")
+        self.events.append("archived")
+        save(b"archive")
 
     def commit(self, go):
         self.fail("before go")
@@ -77,7 +83,17 @@ def events():
     return []
 
 
-def run(monkeypatch, events, source=(), destination=(), *, there=False, find=None):
+def nothing(commit):
+    pass
+
+
+def archive(commit):
+    commit.archive(lambda data: None)
+
+
+def run(
+    monkeypatch, events, source=(), destination=(), *, there=False, find=None, meanwhile=nothing
+):
     """Commit, and leave both attempts as the story does; return the result."""
     monkeypatch.setattr(
         commit_module, "Agent", SimpleNamespace(end_dump=lambda agent: agent.end_dump())
@@ -86,7 +102,10 @@ def run(monkeypatch, events, source=(), destination=(), *, there=False, find=Non
     monkeypatch.setattr(commit_module, "find_task", find or (lambda kernel, pid: task))
     one, other = Side("source", events, source), Side("destination", events, destination)
     try:
-        return commit(one, other, MOVE, ROOT, lambda agent: agent.go())
+        with Commit(one, other, MOVE) as commit:
+            commit.prepare()
+            meanwhile(commit)
+            return commit.run(ROOT, lambda agent: agent.go())
     finally:
         other.close()
         one.close()
@@ -95,6 +114,37 @@ def run(monkeypatch, events, source=(), destination=(), *, there=False, find=Non
 def test_one_after_the_other(monkeypatch, events):
     assert run(monkeypatch, events) == ("restored", b"stats")
     assert events == ["source is frozen", "destination runs", "source ended"]
+
+
+def test_a_container(monkeypatch, events):
+    assert run(monkeypatch, events, meanwhile=archive) == ("restored", b"stats")
+    assert events == ["source is frozen", "archived", "destination runs", "source ended"]
+
+
+def test_a_container_whose_podman_fails(monkeypatch, events):
+    """Its agent has put it back: there is nothing left to be aborted."""
+    failing = {"archive": CriuFailed("podman failed"), "abort": AttemptFailed("nothing to abort")}
+    with pytest.raises(CriuFailed):
+        run(monkeypatch, events, source=failing, meanwhile=archive)
+    assert "destination runs" not in events
+
+
+def test_a_container_whose_archive_does_not_come(monkeypatch, events):
+    failing = {"archive": AgentUnreachable("gone"), "abort": AgentUnreachable("gone")}
+    with pytest.raises(MoveInDoubt) as caught:
+        run(monkeypatch, events, source=failing, meanwhile=archive)
+    assert "--back" in caught.value.hint
+
+
+@pytest.mark.parametrize("error", [UsageError("disk full"), KeyboardInterrupt()])
+def test_a_container_that_cannot_be_built(monkeypatch, events, error):
+    def fail(commit):
+        archive(commit)
+        raise error
+
+    with pytest.raises(type(error)):
+        run(monkeypatch, events, meanwhile=fail)
+    assert events == ["source is frozen", "archived", "source aborted", "destination aborted"]
 
 
 def test_a_source_that_cannot_be_frozen(monkeypatch, events):

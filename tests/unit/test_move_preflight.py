@@ -4,10 +4,13 @@ from types import SimpleNamespace
 
 import pytest
 
+from ovr.dump.container import Container, Running
 from ovr.errors import CheckFailed, KernelNotFound
 from ovr.move import preflight
 from ovr.move.preflight import check_move
 
+ID = "0123456789abcdef" * 4
+WEB = Container("podman", "web")
 SOURCE, DESTINATION = SimpleNamespace(name="source"), SimpleNamespace(name="destination")
 
 
@@ -18,6 +21,7 @@ class Guests:
         self.criu = {"source": "4.1.1", "destination": "4.1.1"}
         self.tids = [[4242, 4243], [4250]]
         self.taken = {}
+        self.engines, self.containers = ["podman"], []
         self.features = {"source": {1, 2, 300}, "destination": {1, 2, 300, 301}}
         tasks = [SimpleNamespace(tids=tids) for tids in self.tids]
         self.tree = [(tids[0], task) for tids, task in zip(self.tids, tasks, strict=True)]
@@ -28,15 +32,18 @@ class Guests:
         monkeypatch.setattr(preflight, "_features", lambda kernel: self.features[kernel.name])
         monkeypatch.setattr(preflight, "_name", lambda kernel, feature: f"feature{feature}")
 
-    def check(self, **options):
+    def check(self, container=None, **options):
         sides = [
             SimpleNamespace(
-                agent=SimpleNamespace(hello=SimpleNamespace(criu=self.criu[kernel.name])),
+                agent=SimpleNamespace(
+                    hello=SimpleNamespace(criu=self.criu[kernel.name], engines=self.engines),
+                    find=lambda engine, name: SimpleNamespace(status=name not in self.containers),
+                ),
                 vm=SimpleNamespace(kernel=kernel),
             )
             for kernel in (SOURCE, DESTINATION)
         ]
-        check_move(*sides, 4242, **options)
+        check_move(*sides, Running(4242, ID if container else None), container, **options)
 
     def problems(self, **options):
         """The texts and the cures of what is in the way."""
@@ -135,3 +142,22 @@ def test_all_reasons_at_once(guests):
     guests.features["source"].add(400)
     texts, _ = guests.problems()
     assert len(texts) == 3
+
+
+def test_a_container(guests):
+    guests.check(WEB)
+
+
+def test_a_destination_without_podman(guests):
+    guests.engines = []
+    [text], [cure] = guests.problems(container=WEB)
+    assert text.startswith("in the destination: ")
+    assert "podman" in cure
+
+
+@pytest.mark.parametrize("there", ["web", ID])
+def test_a_container_that_the_destination_has(guests, there):
+    guests.containers = [there]
+    [text], [cure] = guests.problems(container=WEB)
+    assert there[:12] in text
+    assert there in cure

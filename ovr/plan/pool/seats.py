@@ -7,11 +7,11 @@ of areas that have a seat use the pool, at their seats, and nothing else.
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from ovr.plan.pool.units import TABLE_SPAN, UNIT
 
-__all__ = ["RunningAreas", "Seat", "Seats", "assign_seats", "family_order"]
+__all__ = ["NO_SEATS", "RunningAreas", "Seat", "Seats", "assign_seats", "family_order"]
 
 
 class Seat(NamedTuple):
@@ -42,6 +42,10 @@ class Seats:
     of: Mapping[int, Sequence[Seat]]
     size: int
     place: int
+
+
+NO_SEATS: Final = Seats({}, 0, 0)
+"""Those of a tree that uses no pool."""
 
 
 class RunningAreas(NamedTuple):
