@@ -8,6 +8,7 @@ import os
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
@@ -20,10 +21,11 @@ from ovr.lab.cache import cache_directory
 from ovr.lab.image import SUITES
 from tests import subject
 from tests.kill import check
-from tests.kill.attempt import DUMP, MOVE, RESTORE, Point, Story, perform, points
+from tests.kill.attempt import DUMP, MOVE, RESTORE, Story, perform, points
 from tests.kill.dumping import DumpRange
 from tests.kill.moving import MoveRange
 from tests.kill.place import Place
+from tests.kill.steps import Point
 
 MIB = 1 << 20
 MEMORY = "512M"
@@ -88,9 +90,10 @@ def sweep(place: Place, victim: str, count: int, outcome: Outcome) -> None:
         except (OvrError, AssertionError) as error:
             verdict = "; ".join([f"FAILED  {error}", *place.trouble()])
             outcome.failed.append(f"{victim} {point}: {error}")
+            traceback.print_exc()
             place.down()  # what is left in it must not spoil the next
         took = time.monotonic() - started
-        print(f"{victim:7}  {point.event:3} {point.name:32} {took:5.1f} s  {verdict}")
+        print(f"{victim:7}  {point!s:54} {took:5.1f} s  {verdict}")
         sys.stdout.flush()
 
 

@@ -14,10 +14,11 @@ from pathlib import Path
 from ovr import lab
 from ovr.errors import AgentUnreachable, OvrError
 from tests import subject
+from tests.kill.steps import Point, Step
 
 __all__ = [
-    "DUMP", "MOVE", "ON_THE_HOST", "RESTORE", "TRACER", "Attempt", "Event", "Point", "Story",
-    "events_of", "name_of", "perform", "points",
+    "DUMP", "MOVE", "ON_THE_HOST", "RESTORE", "TRACER", "Attempt", "Event", "Story", "events_of",
+    "kind_of", "name_of", "perform", "points",
 ]  # fmt: skip
 
 PATIENCE = 180.0  # seconds for it to come to its end, whatever was killed: CRIU may hang for 120
@@ -80,32 +81,22 @@ MOVE = Story(
 
 @dataclass(frozen=True)
 class Event:
-    """A step of a restore, dump or move.
+    """A step of one restore, dump or move.
 
     Attributes:
         held: whether a VM is stopped meanwhile.
-        name: what it is.
+        step: which one it is.
         at: seconds since it began.
     """
 
     held: bool
-    name: str
+    step: Step
     at: float
 
-
-@dataclass(frozen=True)
-class Point:
-    """When to kill.
-
-    Attributes:
-        event: its number.
-        delay: seconds after it; 0 is while it is waited in.
-        name: for people.
-    """
-
-    event: int
-    delay: float
-    name: str
+    @property
+    def name(self) -> str:
+        """What it is."""
+        return self.step.name
 
 
 class Attempt:
@@ -113,36 +104,30 @@ class Attempt:
 
     Args:
         command: module of `restorer`, `dumper` or `mover`, with its arguments but for the last.
-        event: the number of the event to wait at, or -1.
+        step: the one to wait at, if any.
         scratch: an empty directory for its temporary files.
     """
 
-    def __init__(self, command: Sequence[str], event: int, scratch: Path) -> None:
+    def __init__(self, command: Sequence[str], step: Step | None, scratch: Path) -> None:
         self._log = (scratch.parent / "restorer.log").open("w+")
         self.process = subprocess.Popen(
-            [sys.executable, "-m", *command, str(event)],
+            [sys.executable, "-m", *command, str(step or "")],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log,
             env={**os.environ, "TMPDIR": str(scratch)}, bufsize=0,
         )  # fmt: skip
+        self._step = step
         self._started = time.monotonic()
         self._input = b""
         self.events: list[Event] = []
         self.last = ""
         """Its last message: done, or failed and why; empty if it was killed."""
 
-    def read_up_to(self, event: int) -> bool:
-        """Read what it tells until that event has come; False when it ended before."""
+    def waits(self) -> bool:
+        """Read what it tells until it waits at its step; False if it ended before."""
         deadline = time.monotonic() + PATIENCE
-        while len(self.events) <= event:
-            line = self._line(deadline)
-            if line is None:
+        while not self.events or self.events[-1].step != self._step:
+            if not self._read(deadline):
                 return False
-            if line.startswith("event "):
-                _, number, held, name = line.split(" ", 3)
-                assert int(number) == len(self.events), line
-                self.events.append(Event(held == "1", name, time.monotonic() - self._started))
-            else:
-                self.last = line
         return True
 
     def go_on(self) -> None:
@@ -153,8 +138,10 @@ class Attempt:
 
     def finish(self) -> None:
         """Wait for its end, and read the rest."""
+        deadline = time.monotonic() + PATIENCE
         try:
-            self.read_up_to(1 << 30)
+            while self._read(deadline):
+                pass
             self.process.wait(PATIENCE)
         finally:
             self.process.kill()
@@ -179,6 +166,19 @@ class Attempt:
             assert stream is not None
             stream.close()
 
+    def _read(self, deadline: float) -> bool:
+        line = self._line(deadline)
+        if line is None:
+            return False
+        if line.startswith("event "):
+            _, number, held, step = line.split(" ", 3)
+            assert int(number) == len(self.events), line
+            at = time.monotonic() - self._started
+            self.events.append(Event(held == "1", Step.parse(step), at))
+        else:
+            self.last = line
+        return True
+
     def _line(self, deadline: float) -> str | None:
         assert self.process.stdout is not None
         while b"\n" not in self._input:
@@ -195,7 +195,7 @@ class Attempt:
 
 def events_of(command: Sequence[str], scratch: Path) -> list[Event]:
     """Restore, dump or move once without harm, and return the events."""
-    attempt = Attempt(command, -1, scratch)
+    attempt = Attempt(command, None, scratch)
     try:
         attempt.finish()
         assert attempt.last == "done", f"{attempt.last}: {attempt.errors}"
@@ -217,14 +217,13 @@ def points(events: list[Event], victim: str, count: int, story: Story) -> list[P
     free = [n for n in there if not (kind_of(victim) in IN_THE_GUEST and events[n].held)]
     late = max(int(count * story.late), 1)
     numbers = _spread(free, count - late, names.index(story.dense) if story.dense else None)
-    found = [Point(number, 0.0, names[number]) for number in numbers]
+    found = [(number, 0.0) for number in numbers]
     for place, words in enumerate(story.busy):
         number = names.index(words)
         span = events[number + 2].at - events[number].at
         share = len(range(place, late, len(story.busy)))
-        for delay in (span * (i + 0.5) / share for i in range(share)):
-            found.append(Point(number, delay, f"{delay * 1000:.0f} ms {words}"))
-    return sorted(found, key=lambda point: (point.event, point.delay))
+        found += [(number, span * (i + 0.5) / share) for i in range(share)]
+    return [Point(events[number].step, delay) for number, delay in sorted(found)]
 
 
 def _spread(free: Sequence[int], count: int, dense: int | None) -> list[int]:
@@ -241,7 +240,11 @@ def kind_of(victim: str) -> str:
 
 
 def kill(vms: Sequence[lab.LabVm], victim: str, attempt: Attempt) -> bool:
-    """Kill the victim; False if there was none at that moment."""
+    """Kill the victim; False if there was none at that moment.
+
+    Raises:
+        AgentUnreachable: the guest's agent cannot be asked to do it.
+    """
     if victim in ON_THE_HOST:
         return kill_here(victim, attempt)
     vm = vms[1 if victim.endswith("-b") else 0]
@@ -249,12 +252,13 @@ def kill(vms: Sequence[lab.LabVm], victim: str, attempt: Attempt) -> bool:
     if kind == "qemu":
         os.kill(vm.pid, signal.SIGKILL)
         return True
-    try:
-        return subject.kill(vm, kind)
-    except AgentUnreachable:
-        if kind == "agent":
-            return True  # it cannot tell
-        raise
+    with vm.connect() as agent:
+        try:
+            return subject.kill(agent, kind)
+        except AgentUnreachable:
+            if kind == "agent":
+                return True  # it cannot tell
+            raise
 
 
 def kill_here(victim: str, attempt: Attempt) -> bool:
@@ -302,12 +306,16 @@ def perform(
 ) -> tuple[Attempt, bool]:
     """Run it, and kill the victim at that point; returns how it went, and whether it met one.
 
-    `before` is called while it waits at the event.
+    `before` is called while it waits at the point's step.
     """
-    attempt = Attempt(command, point.event, scratch)
+    attempt = Attempt(command, point.step, scratch)
     try:
         met = False
-        if attempt.read_up_to(point.event):
+        if attempt.waits():
+            # A guest that is stopped kills nobody.
+            assert not (attempt.events[-1].held and kind_of(victim) in IN_THE_GUEST), (
+                f"a VM is held at {point}, where {victim} was to be killed"
+            )
             before(attempt)
             if point.delay:
                 attempt.go_on()
@@ -315,7 +323,8 @@ def perform(
             met = kill(vms, victim, attempt)
             attempt.go_on()
         attempt.finish()
-    except (AssertionError, OvrError):
+    except (AssertionError, OvrError) as error:
+        error.add_note(f"after {attempt.events[-1:]}: {attempt.last or attempt.errors}")
         attempt.close()
         raise
     return attempt, met

@@ -1,6 +1,6 @@
 """A dump that tells where it is, and waits there.
 
-``python -m tests.kill.dumper VM PID IMAGES ROUNDS POINT`` does for a dump, with so many rounds of
+``python -m tests.kill.dumper VM PID IMAGES ROUNDS STEP`` does for a dump, with so many rounds of
 pre-copies, what `restorer` does for a restore.
 """
 
@@ -12,10 +12,10 @@ from tests.kill.restorer import Events, perform
 
 
 def main() -> int:
-    spec, pid, images, rounds, point = sys.argv[1:]
+    spec, pid, images, rounds, step = sys.argv[1:]
     return perform(
         [spec],
-        Events(int(point)),
+        Events(step),
         lambda vm: dump(vm, int(pid), Path(images), pre_copies=int(rounds), verify="full"),
     )
 

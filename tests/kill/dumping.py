@@ -8,8 +8,9 @@ from ovr import lab
 from ovr.lab.share import SHARE
 from tests import subject
 from tests.kill import check
-from tests.kill.attempt import DUMP, Attempt, Point, events_of, perform
+from tests.kill.attempt import DUMP, Attempt, events_of, perform
 from tests.kill.place import Place
+from tests.kill.steps import Point
 
 __all__ = ["DumpRange"]
 

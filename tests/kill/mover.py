@@ -1,6 +1,6 @@
 """A move that tells where it is, and waits there.
 
-``python -m tests.kill.mover SOURCE DESTINATION PID POINT`` does for a move what `restorer` does for
+``python -m tests.kill.mover SOURCE DESTINATION PID STEP`` does for a move what `restorer` does for
 a restore. Names of messages begin with ``a`` for the source, ``b`` for the destination.
 """
 
@@ -16,7 +16,7 @@ from tests.kill.restorer import Events, perform
 
 
 def main() -> int:
-    *specs, pid, point = sys.argv[1:]
+    *specs, pid, step = sys.argv[1:]
     sides: dict[str, str] = {}
     # Other moves on this host have theirs in the usual place.
     scratch._MEMORY = Path(tempfile.gettempdir())  # type: ignore[misc]
@@ -29,7 +29,7 @@ def main() -> int:
     def side(agent: Agent) -> str:
         return sides[agent.address]
 
-    return perform(specs, Events(int(point)), move, side)
+    return perform(specs, Events(step), move, side)
 
 
 if __name__ == "__main__":

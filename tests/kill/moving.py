@@ -11,8 +11,9 @@ from ovr.errors import AgentUnreachable, AttemptFailed, CheckFailed
 from ovr.move.decide import decide
 from tests import subject
 from tests.kill import check
-from tests.kill.attempt import MOVE, Attempt, Point, events_of, kind_of, perform
+from tests.kill.attempt import MOVE, Attempt, events_of, kind_of, perform
 from tests.kill.place import Place
+from tests.kill.steps import Point
 
 __all__ = ["MoveRange"]
 

@@ -9,13 +9,26 @@ from typing import ClassVar
 
 from ovr import lab
 from tests import subject
-from tests.kill.attempt import Event, Point, Story, events_of
+from tests.kill.attempt import Event, Story, events_of
+from tests.kill.steps import Point
 
-__all__ = ["Place"]
+__all__ = ["Place", "crashes"]
 
 _TROUBLE = re.compile(
-    r"^.*(?:Oops|BUG:|Kernel panic|segfault|ERROR: \w+Sanitizer).*$", re.MULTILINE
+    r"^.*(?:Oops|BUG:|Kernel panic|segfault|ERROR: \w+Sanitizer|panicked at).*$",
+    re.MULTILINE,
 )
+
+
+def crashes(vm: lab.LabVm) -> list[str]:
+    """Return lines that tell of crashes of a guest, or of the daemon of its vsock device.
+
+    See `tests.tcg` for stale int3. vhost-device-vsock panics, and serves its VM no longer, if a
+    client closes a connection before the guest has accepted it.
+    """
+    logs = [vm.console, vm.console.with_name("vsock.log")]
+    texts = [log.read_text("utf-8", "replace") for log in logs if log.exists()]
+    return [line for text in texts for line in _TROUBLE.findall(text)]
 
 
 class Place(ABC):
@@ -74,11 +87,8 @@ class Place(ABC):
             self._down(number)
 
     def trouble(self) -> list[str]:
-        """What the consoles of the guests show of crashes; see `tests.tcg` for stale int3."""
-        consoles = [vm.console for vm in self._vms if vm is not None and vm.console.exists()]
-        return [
-            line for one in consoles for line in _TROUBLE.findall(one.read_text("utf-8", "replace"))
-        ]
+        """Lines that tell of crashes, in the logs of the VMs."""
+        return [line for vm in self._vms if vm is not None for line in crashes(vm)]
 
     @abstractmethod
     def command(self) -> list[str]:

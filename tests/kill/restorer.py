@@ -1,9 +1,10 @@
 """A restore that tells where it is, and waits there.
 
-``python -m tests.kill.restorer VM IMAGES POINT`` runs in a process of its own, to be killed. Every
+``python -m tests.kill.restorer VM IMAGES STEP`` runs in a process of its own, to be killed. Every
 step is an event: phases of the restore begin and end, messages are sent to the agent and answered,
-the VM is held, memory is written. Each is a line on stdout, "event NUMBER HELD NAME"; at number
-POINT it waits for a line on stdin before it goes on. The last line is "done" or "failed KIND: WHY".
+the VM is held, memory is written. Each is a line on stdout, "event NUMBER HELD STEP"; at STEP (see
+`Step`; empty for none) it waits for a line on stdin before it goes on. The last line is "done" or
+"failed KIND: WHY".
 """
 
 import sys
@@ -23,13 +24,15 @@ from ovr.guest.message import Message
 from ovr.guest.protocol import Alive
 from ovr.vm import hold
 from ovr.vm.hold import Holder
+from tests.kill.steps import Steps
 
 
 class Events:
-    """Counts and tells events, and waits at one of them."""
+    """Counts and tells events, and waits at that of the step `wait_at`."""
 
-    def __init__(self, point: int) -> None:
-        self._point = point
+    def __init__(self, wait_at: str) -> None:
+        self._wait_at = wait_at
+        self._steps = Steps()
         self._count = 0
         self._main = threading.current_thread()
         self.holds = 0
@@ -37,8 +40,9 @@ class Events:
     def __call__(self, name: str) -> None:
         if threading.current_thread() is not self._main:
             return
-        print(f"event {self._count} {int(self.holds > 0)} {name}", flush=True)
-        if self._count == self._point:
+        step = str(self._steps(name))
+        print(f"event {self._count} {int(self.holds > 0)} {step}", flush=True)
+        if step == self._wait_at:
             sys.stdin.readline()
         self._count += 1
 
@@ -137,8 +141,8 @@ def perform(
 
 
 def main() -> int:
-    spec, images, point = sys.argv[1:]
-    return perform([spec], Events(int(point)), lambda vm: vm.restore(images, verify="full"))
+    spec, images, step = sys.argv[1:]
+    return perform([spec], Events(step), lambda vm: vm.restore(images, verify="full"))
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from ovr import lab
 from ovr.lab import demo
+from ovr.lab.agent import LabAgent
 from ovr.lab.cache import digest
 from ovr.lab.share import SHARE
 from ovr.lab.workload import build_workload
@@ -111,7 +112,8 @@ def pages(size: int) -> int:
 
 def look(vm: lab.LabVm) -> dict[str, int]:
     """How many there are of this and that: see `look.c`."""
-    lines = _run(vm, LOOK).splitlines()
+    with vm.connect() as agent:
+        lines = _run(agent, LOOK).splitlines()
     return {name: int(count) for name, count in (line.rsplit(" ", 1) for line in lines)}
 
 
@@ -126,19 +128,19 @@ def forget_marks(vm: lab.LabVm) -> None:
         agent.run(["/bin/rm", "-f", *(f"{DIRECTORY}/{mark}" for mark in sorted(MARKS))])
 
 
-def kill(vm: lab.LabVm, victim: str) -> bool:
+def kill(agent: LabAgent, victim: str) -> bool:
     """Kill a victim that `look.c` knows; False if there is none."""
-    return "killed" in _run(vm, LOOK, "kill", victim)
+    return "killed" in _run(agent, LOOK, "kill", victim)
 
 
 def end(vm: lab.LabVm) -> None:
     """Kill all of it, wait until it is gone, and take the marks away."""
-    _run(vm, LOOK, "end")
-
-
-def _run(vm: lab.LabVm, *command: str) -> str:
     with vm.connect() as agent:
-        done = agent.run(command, timeout=PATIENCE)
+        _run(agent, LOOK, "end")
+
+
+def _run(agent: LabAgent, *command: str) -> str:
+    done = agent.run(command, timeout=PATIENCE)
     assert done.status == 0, f"{command}: {done}"
     return done.stdout.decode()
 

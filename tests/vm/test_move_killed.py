@@ -6,8 +6,8 @@ import pytest
 
 from ovr import lab
 from ovr.lab import demo
-from tests.kill.attempt import Point
 from tests.kill.moving import MoveRange
+from tests.kill.steps import Point
 from tests.vm.conftest import PREFIX
 
 pytestmark = pytest.mark.timeout(1800)
@@ -30,8 +30,7 @@ def place(vms, tmp_path_factory) -> MoveRange:
     return MoveRange([lambda: source, lambda: destination], tmp_path_factory.mktemp("scratch"))
 
 
-# `shoot` checks that exactly one tree is left, and decides a move that is in doubt. Which one it is
-# depends on how many events this run has before the one that is meant.
+# `shoot` checks that exactly one tree is left, and decides a move that is in doubt.
 @pytest.mark.parametrize(
     ("victim", "name"),
     [
@@ -45,5 +44,5 @@ def place(vms, tmp_path_factory) -> MoveRange:
 )
 def test_killed_in_a_move(place, victim, name):
     names = [event.name for event in place.events]
-    became = place.shoot(victim, Point(names.index(name), 0.0, name))
+    became = place.shoot(victim, Point(place.events[names.index(name)].step))
     assert became.startswith(("runs on in A", "in doubt, ", "runs in B"))

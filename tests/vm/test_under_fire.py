@@ -11,8 +11,9 @@ from ovr import lab
 from ovr.lab import demo
 from tests import subject
 from tests.kill.__main__ import Range
-from tests.kill.attempt import ON_THE_HOST, Point
+from tests.kill.attempt import ON_THE_HOST
 from tests.kill.dumping import DumpRange
+from tests.kill.steps import Point
 from tests.soak.__main__ import GROWTH, soak
 from tests.stress.__main__ import Outcome, Stress, run
 from tests.stress.copier import counting
@@ -86,8 +87,8 @@ POINTS = {
 @pytest.mark.parametrize("victim", POINTS)
 def test_killed(vm, place, victim):
     assert place.vm is vm
-    [number, *_] = [n for n, event in enumerate(place.events) if event.name == POINTS[victim]]
-    assert place.shoot(victim, Point(number, 0.0, POINTS[victim])) == "gone"
+    [event, *_] = [event for event in place.events if event.name == POINTS[victim]]
+    assert place.shoot(victim, Point(event.step)) == "gone"
 
 
 @pytest.fixture(scope="module", params=[0, 2], ids=["stopped", "pre-copied"])
@@ -114,7 +115,7 @@ def test_killed_in_a_dump(vm, dumping, victim, before):
         number -= 1
     # Without its tracer a hold is broken off, and read again.
     became = "ended, and restored" if victim == "tracer" else "runs on"
-    assert dumping.shoot(victim, Point(number, 0.0, names[number])) == became
+    assert dumping.shoot(victim, Point(dumping.events[number].step)) == became
 
 
 def test_under_stress(vm, images):
@@ -128,7 +129,7 @@ def test_under_stress(vm, images):
 
 def test_qemu_is_killed(vm, place):
     """The last test: the VM is dead afterwards."""
-    [number, *_] = [n for n, event in enumerate(place.events) if event.name == "before copying"]
-    said = place.hit("qemu", Point(number, 0.0, ""))
+    [event, *_] = [event for event in place.events if event.name == "before copying"]
+    said = place.hit("qemu", Point(event.step))
     assert said.startswith("failed VmUnreachable"), said
     assert not vm.alive
