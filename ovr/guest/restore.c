@@ -184,8 +184,7 @@ static bool belongs(uint64_t pid)
 		return false;
 	if (populate_owns((pid_t)pid))
 		return true;
-	return restore.packed ? freeze_owns((pid_t)pid) :
-				tree_tracer((pid_t)pid) == restore.criu;
+	return restore.packed ? freeze_owns((pid_t)pid) : tree_tracer((pid_t)pid) == restore.criu;
 }
 
 /* A container's memory is read when its archive was made: pages may have gone to swap. */
@@ -356,7 +355,15 @@ void restore_work(void)
 /* Wakes the loop: restore_work() checks for CRIU's exit. */
 static void on_criu_end(int fd, short events, void *context)
 {
-	(void)fd, (void)events, (void)context;
+	(void)events, (void)context;
+	restore.criu_end_seen |= fd == restore.theirs.end;
+}
+
+/* Until it is seen: a pidfd stays readable, and what follows may be a decision, or the archive. */
+static bool criu_end_matters(void)
+{
+	return restore.theirs.end >= 0 && !restore.criu_end_seen &&
+	       (criu_waits() || (restore.child_ended && restore.dump && restore.phase != PREPARED));
 }
 
 void restore_rest(void)
@@ -369,8 +376,7 @@ void restore_watch(struct loop *loop)
 {
 	hook_watch(loop);
 	archive_watch(loop);
-	if ((criu_waits() || (restore.child_ended && restore.dump && restore.phase != PREPARED)) &&
-	    restore.theirs.end >= 0)
+	if (criu_end_matters())
 		loop_watch(loop, restore.theirs.end, POLLIN, on_criu_end, NULL);
 	if ((restore.phase == BUILDING || restore.phase == ENDING) && restore.late_at < LLONG_MAX)
 		loop_wake_at(loop, restore.late_at);

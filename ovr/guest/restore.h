@@ -48,6 +48,7 @@ struct restore {
 	bool dump_locks;           /* CRIU locks the tree's network, or freezes its cgroup */
 	bool dump_released;        /* CRIU was told to end the tree */
 	struct engine_criu theirs; /* the engine's CRIU, once its hook has connected */
+	bool criu_end_seen;        /* by the loop, which would be woken for ever */
 	bool child_ended, keep_log, warm, engine_killed;
 	bool grace; /* silence is not declared before unread input was read */
 	int child_status;

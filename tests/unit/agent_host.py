@@ -345,6 +345,11 @@ def alive(*pids: int) -> bool:
     return any(_may_run(pid) for pid in pids)
 
 
+def state_of(pid: int) -> str:
+    """The letter in /proc/PID/stat."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
 def kill(*pids: int) -> None:
     """SIGKILL, and wait: until a task is dead it goes on making its mark."""
     for pid in pids:

@@ -12,7 +12,16 @@ import pytest
 from ovr.errors import AgentUnreachable, AttemptFailed
 from ovr.guest.codes import Code
 from ovr.lab.agent import LabAgent
-from tests.unit.agent_host import AgentHost, alive, fails, kill, one_link, restarted, wait_for
+from tests.unit.agent_host import (
+    AgentHost,
+    alive,
+    fails,
+    kill,
+    one_link,
+    restarted,
+    state_of,
+    wait_for,
+)
 from tests.unit.dump_host import STATS, Tree, begin, counting, criu_of, dump, options
 from tests.unit.move_host import (
     Groups,
@@ -261,6 +270,29 @@ def test_the_next_agent_lets_it_run_without_criu(
             with pytest.raises(AttemptFailed, match="may not run as before"):
                 other.abort()
         assert_as_before(host, tree, groups)
+
+
+@one_link
+def test_the_next_agent_sleeps_without_criu(
+    host: AgentHost, agent: LabAgent, tree: Tree, groups: Groups
+) -> None:
+    """CRIU's end is no event that goes on until the move is decided."""
+    move = to_prepared(host, agent, tree)
+    criu = criu_of(host)
+    agent_ends(host, "kill")
+    with restarted(host):
+        with host.connect() as other:
+            other.adopt(move)
+            os.kill(criu, signal.SIGKILL)
+            wait_for(lambda: tree.tracers() == {0})
+            wait_for(lambda: sleeps(host.process.pid))
+            assert other.end_dump() == b""
+        assert_ended(host, tree, groups)
+
+
+def sleeps(pid: int) -> bool:
+    """Whether a process sleeps, each time that it is looked at."""
+    return all(state_of(pid) == "S" for _ in range(1000))
 
 
 def agent_ends(host: AgentHost, how: str) -> None:

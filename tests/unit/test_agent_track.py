@@ -16,7 +16,7 @@ from ovr.guest import dump_protocol
 from ovr.guest.codes import Code
 from ovr.guest.protocol import Stopped
 from ovr.lab.agent import LabAgent
-from tests.unit.agent_host import PYTHON, AgentHost, alive, wait_for
+from tests.unit.agent_host import PYTHON, AgentHost, alive, state_of, wait_for
 from tests.unit.dump_host import (
     PARENT,
     STATS,
@@ -58,11 +58,6 @@ def waiting(host: AgentHost, agent: LabAgent, tree: Tree) -> LabAgent:
     """The session of a dump whose CRIU waits before it stops the tree."""
     agent.start_dump(tree.process.pid, PARENT, criu_options=options(host))
     return agent
-
-
-def state_of(pid: int) -> str:
-    """The letter in /proc/PID/stat."""
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
 
 
 def test_frozen_until_tracked(host: AgentHost, waiting: LabAgent, tree: Tree) -> None:
