@@ -16,9 +16,11 @@ UMASK = 0o137
 SIZE = 192 << 20
 SUITES = ("trixie", "bookworm", "forky")
 EVERYTHING = bool(os.environ.get("OVR_ALL"))
-"""Whether to run what is much the same on another suite, too: an hour under TCG."""
-one_suite = pytest.mark.parametrize("suite", SUITES if EVERYTHING else SUITES[:1], indirect=True)
-"""For a test of what no kernel and no CRIU has different."""
+"""Whether to run each test on every suite and with every program: hours under TCG.
+
+By default each behaviour is tested once, where it is hardest; see docs/stress.md.
+"""
+ONLY_ALL = "only with OVR_ALL=1"
 
 PREFIX = f"test-{os.getpid()}-"
 FINDING = re.compile(r"ERROR: \w+Sanitizer|runtime error:")
@@ -26,6 +28,11 @@ FINDING = re.compile(r"ERROR: \w+Sanitizer|runtime error:")
 
 def pytest_configure(config):
     config.pluginmanager.register(Guests(PREFIX))
+
+
+def contained_in(test: str) -> pytest.MarkDecorator:
+    """Mark a test whose behaviour is wholly another one's, which always runs."""
+    return pytest.mark.skipif(not EVERYTHING, reason=f"{ONLY_ALL}: contained in {test}")
 
 
 def pytest_collection_modifyitems(items):
@@ -122,7 +129,7 @@ def dumps(tmp_path_factory) -> Iterator[dict[str, Dump]]:
     yield Dumps()
 
 
-@pytest.fixture(scope="module", params=SUITES)
+@pytest.fixture(scope="module", params=SUITES if EVERYTHING else SUITES[:1])
 def suite(request) -> str:
     """A suite. A module runs all tests of one before those of the next: `Pool` has few VMs."""
     return request.param

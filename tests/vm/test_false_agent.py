@@ -16,7 +16,7 @@ from ovr.guest.protocol import VSOCK_PORT
 from ovr.guest.wire import header
 from ovr.lab.workload import build_workload
 from tests.liar.proxy import LyingAgent
-from tests.vm.conftest import alive, one_suite
+from tests.vm.conftest import alive
 from tests.vm.test_failures import ovr_command, refused, unharmed
 
 SOURCE = Path(__file__).parent / "programs" / "impostor"
@@ -103,7 +103,6 @@ def test_whoever_poses_as_the_agent_is_sent_nothing(vm, dump, program, kind):
     assert not alive(vm, dump.pid)
 
 
-@one_suite
 @pytest.mark.parametrize("kind", KINDS)
 def test_it_is_these_checks_that_keep_it_out(vm, dump, program, kind, monkeypatch):
     """With them switched off it is sent the images: else the test above would show nothing."""
@@ -129,7 +128,6 @@ def test_who_names_the_agents_own_secret_does_not_know_it(vm, dump, program):
         assert false.sent == ["hello", "prove"]
 
 
-@one_suite
 def test_a_user_cannot_take_the_agents_port(vm, program):
     with impostor(vm, program, "user") as false:
         assert f"port {VSOCK_PORT}: Permission denied" in false.said
@@ -137,7 +135,6 @@ def test_a_user_cannot_take_the_agents_port(vm, program):
         assert "listening as user 1000" in false.said
 
 
-@one_suite
 def test_commands_say_so(vm, dump, program):
     with impostor(vm, program, "user") as false:
         done = ovr_command(
