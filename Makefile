@@ -2,8 +2,9 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-# Two test files at a time: a VM under TCG has a busy vCPU or waits, seldom two busy ones.
-PARALLEL := -n 2 --dist loadfile
+# Two test files at a time: a VM under TCG has a busy vCPU or waits, seldom two busy ones. In the
+# order of collection: the files with few tests, which would come last, are those that take long.
+PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
 PACKAGES := gcc libc6-dev python3-dev python3-venv qemu-system-x86 qemu-system-common \
 	mmdebstrap e2fsprogs kmod debian-archive-keyring
 # For tests only: a libvirtd of their own, terminals to look at, a debugger.
@@ -82,9 +83,8 @@ lint: setup
 	$(LIST_C) | xargs $(BIN)/python -m tests.lint_c
 	$(BIN)/codespell
 
-# In the order of names: the files with few tests, which would come last, are those that take long.
 unit: setup
-	$(BIN)/python -m pytest tests/unit -q $(PARALLEL) --no-loadscope-reorder $(PYTEST)
+	$(BIN)/python -m pytest tests/unit -q $(PARALLEL) $(PYTEST)
 
 # The benchmarks run, small and once; nobody judges their times. The fuzz targets run for seconds.
 smoke: setup

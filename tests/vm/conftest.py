@@ -12,6 +12,7 @@ from ovr import lab
 from ovr.lab import demo
 from tests.tcg import Guests
 
+HERE = Path(__file__).parent
 UMASK = 0o137
 SIZE = 192 << 20
 SUITES = ("trixie", "bookworm", "forky")
@@ -21,6 +22,12 @@ EVERYTHING = bool(os.environ.get("OVR_ALL"))
 By default each behaviour is tested once, where it is hardest; see docs/stress.md.
 """
 ONLY_ALL = "only with OVR_ALL=1"
+LONGEST = (
+    "test_quickstart", "test_pool", "test_move_podman", "test_podman_dump", "test_podman",
+    "test_states", "test_under_fire", "test_chains", "test_services", "test_warm", "test_restore",
+    "test_move_killed", "test_dump", "test_move", "test_view", "test_kernels", "test_dump_precopy",
+)  # fmt: skip
+"""Files that take a minute and more; the longest first."""
 
 PREFIX = f"test-{os.getpid()}-"
 FINDING = re.compile(r"ERROR: \w+Sanitizer|runtime error:")
@@ -36,9 +43,13 @@ def contained_in(test: str) -> pytest.MarkDecorator:
 
 
 def pytest_collection_modifyitems(items):
-    for item in items:
-        if "tests/vm" in str(item.fspath):
-            item.add_marker("vm")
+    """Begin with the files that take longest: one that begins last has a worker for itself."""
+    ours = [item for item in items if item.path.is_relative_to(HERE)]
+    for item in ours:
+        item.add_marker("vm")
+    places = {name: place for place, name in enumerate(LONGEST)}
+    ours.sort(key=lambda item: places.get(item.path.stem, len(places)))
+    items[:] = [item for item in items if not item.path.is_relative_to(HERE)] + ours
 
 
 @pytest.fixture(autouse=True)
