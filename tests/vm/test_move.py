@@ -15,13 +15,13 @@ from ovr.lab import demo
 from ovr.move import story
 from ovr.move.decide import decide
 from ovr.restore.release import let_run
+from tests.stress.guest import TROUBLE
 from tests.vm import pool
-from tests.vm.conftest import EVERYTHING, PREFIX, SUITES, alive
-from tests.vm.test_pool import ONLY_ALL, TROUBLE
+from tests.vm.conftest import EVERYTHING, ONLY_ALL, PREFIX, SUITES, alive
 
 pytestmark = pytest.mark.timeout(3600)
 
-CHOSEN = {"threads", "cow", "shared"}
+CHOSEN = {"shared"}  # the tree of test_move_killed.py has threads, and memory shared by fork
 SIZE = 96 << 20
 UMASK = 0o137
 RATE = 20  # MiB/s
