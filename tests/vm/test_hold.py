@@ -19,9 +19,10 @@ from ovr.lab import boot, demo
 from ovr.lab.demo import answer_of
 from ovr.lab.process import Process
 from ovr.vm.hold import Holder
-from tests.vm.conftest import PREFIX, SIZE, end_workload
+from tests.vm.conftest import EVERYTHING, PREFIX, SIZE, end_workload
 
 SUITE = "trixie"
+TIMES = 3 if EVERYTHING else 1  # each with several holds
 
 
 def states(pid):
@@ -98,7 +99,7 @@ def test_in_tmux(dumps, tmux, ends, monkeypatch):
     vm = lab.up(f"{PREFIX}tmux", suite=SUITE, memory="1G")
     try:
         demo.prepare(vm)
-        for _ in range(3):
+        for _ in range(TIMES):
             restored(vm, dumps[SUITE])
         assert ends and all(state == {"t"} for state in ends)
     finally:
@@ -163,7 +164,7 @@ def test_in_the_foreground_of_a_shell(dumps, shell, ends, monkeypatch, tmp_path)
         before = termios.tcgetattr(shell.terminal), jobs_of(vm.pid)
         group, foreground = before[1]
         assert group == foreground
-        for _ in range(3):
+        for _ in range(TIMES):
             restored(vm, dumps[SUITE])
         assert (termios.tcgetattr(shell.terminal), jobs_of(vm.pid)) == before
         assert "Stopped" not in shell.said()

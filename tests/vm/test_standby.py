@@ -16,7 +16,7 @@ import pytest
 from ovr import lab
 from ovr.lab import demo
 from ovr.standby.place import _directory_path
-from tests.vm.conftest import PREFIX, alive, end_workload, whole
+from tests.vm.conftest import EVERYTHING, PREFIX, alive, end_workload, whole
 
 NOTE = "restore: done by the standby process\n"
 
@@ -139,9 +139,12 @@ def test_without_a_pool(host, vm, dump):
     whole(vm, dump)
 
 
-@pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 143), (signal.SIGINT, 130)]
-)
+ENDS = [(signal.SIGKILL, -9), (signal.SIGINT, 130)]
+if EVERYTHING:
+    ENDS += [(signal.SIGTERM, 143)]
+
+
+@pytest.mark.parametrize(("number", "code"), ENDS)
 def test_a_restore_that_is_ended(host, vm, dump, number, code):
     """As by a command that does it itself: the tree is gone, and the VM takes the next."""
     host.run("warm", "-D", dump.path)

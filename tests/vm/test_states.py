@@ -36,8 +36,8 @@ class Experiment:
 
 
 EXPERIMENTS = [
-    (suite, processes) for suite in SUITES for processes in (1, 3)
-    if EVERYTHING or processes > 1 or suite == SUITES[0]
+    (suite, processes) for suite in reversed(SUITES) for processes in (1, 3)
+    if EVERYTHING or processes > 1
 ]  # fmt: skip
 
 
@@ -135,7 +135,7 @@ def test_nothing_is_left_out(experiment):
     assert set(experiment.report.states) == {"memory", *NAMES}
 
 
-@pytest.mark.parametrize("suite", SUITES if EVERYTHING else SUITES[:2], indirect=True)
+@pytest.mark.parametrize("suite", SUITES if EVERYTHING else SUITES[:1], indirect=True)
 def test_chosen_kinds(suite, pool, tmp_path):
     """A group and a name: those outside, everything else inside, and all of it right."""
     vm = pool.get(suite)

@@ -10,7 +10,7 @@ from ovr.lab import demo
 from tests import subject
 from tests.stress.copier import before_each_copy, ignoring_clean
 from tests.stress.guest import trouble
-from tests.vm.conftest import PREFIX
+from tests.vm.conftest import EVERYTHING, PREFIX
 
 SIZE = 64 << 20
 TRIES = 5  # the guest may make a clean page dirty again by itself
@@ -46,7 +46,8 @@ def place(tmp_path_factory) -> Iterator[tuple[lab.LabVm, subject.Images]]:
         yield vm, subject.Images(path, pid, SIZE)
 
 
-@pytest.fixture(params=SET_UP)
+# Under stress (test_under_fire.py) the guest has zram, too.
+@pytest.fixture(params=SET_UP if EVERYTHING else ["file"])
 def vm(request, place) -> Iterator[lab.LabVm]:
     vm, _ = place
     subject.must(vm, SET_UP[request.param])
