@@ -58,7 +58,7 @@ outside. *restored* counts the programs that found all of their memory and state
 Where a program did not come back, CRIU alone was tried on the same images, and the remark says if
 that failed, too. RAM is 1 GiB in a file, CPUs have 5-level paging, and the kernel has KASLR,
 unless the column *machine* differs. There are fourteen programs; a smaller total means that no
-others were run. `make test` takes two of these setups in turn, with four of the programs.
+others were run. `make test` takes one of these setups in turn, with four of the programs.
 """
 
 

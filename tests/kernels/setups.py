@@ -91,7 +91,7 @@ CANNOT = {
 """Setups that the matrix cannot have, each with its reason."""
 
 
-def in_turn(number: int, count: int = 2) -> list[Setup]:
+def in_turn(number: int, count: int = 1) -> list[Setup]:
     """Return `count` setups that anything can run; the next `number` gives the next ones.
 
     Not those that need pages reserved on the host or have to be refused, and not the suites' own

@@ -1,4 +1,4 @@
-"""Two setups of `make kernels`, others from commit to commit, with a few programs of the pool.
+"""A setup of `make kernels`, another from commit to commit, with a few programs of the pool.
 
 OVR_KERNELS names setups instead, separated by commas; `python -m tests.kernels --list` has them.
 """
@@ -12,7 +12,7 @@ import pytest
 from tests.kernels.run import RESTORED, run
 from tests.kernels.setups import SETUPS, Setup, in_turn
 from tests.vm import pool
-from tests.vm.conftest import PREFIX
+from tests.vm.conftest import EVERYTHING, PREFIX
 
 PROGRAMS = ("private", "threads", "cow", "shared")
 ROOT = Path(__file__).parents[2]
@@ -22,7 +22,7 @@ def chosen() -> list[Setup]:
     if names := os.environ.get("OVR_KERNELS"):
         by_name = {setup.name: setup for setup in SETUPS}
         return [by_name[name.strip()] for name in names.split(",")]
-    return in_turn(commits())
+    return in_turn(commits(), 2 if EVERYTHING else 1)
 
 
 def commits() -> int:
