@@ -24,7 +24,7 @@ from ovr.plan import make_plan
 from tests.documents import block, commands, said
 from tests.documents import run as shell
 from tests.vm import pool
-from tests.vm.conftest import EVERYTHING, PREFIX
+from tests.vm.conftest import EVERYTHING, PREFIX, contained_in
 from tests.vm.containers import (
     CACHE,
     GROWING,
@@ -148,16 +148,19 @@ def test_goes_on_as_podmans_container(journey):
     goes_on(journey, CACHE, CACHE, report)
 
 
+@contained_in("test_from_python, which restores the same container under another name")
 def test_a_pod_goes_on(journey):
     """Several processes, a volume, a changed root file system; under runc."""
     goes_on(journey, POD, POD, journey.restore(POD).as_json())
 
 
+@contained_in("test_from_python; test_goes_on_in_its_bundle has the command's --name")
 def test_under_another_name(journey):
     goes_on(journey, CACHE, replace(CACHE, name="web2"), journey.restored(RENAMED))
 
 
 def test_from_python(journey, monkeypatch, capsys):
+    """A pod: several processes, a volume, a changed root file system; under runc."""
     monkeypatch.chdir(journey.directory)
     ours = {
         "libvirt:vm-b": f"lab:{journey.vm.name}",
@@ -179,7 +182,7 @@ def goes_on(journey, was, container, report):
     assert found["OCIRuntime"] == container.runtime
     assert container.answer(journey.vm) == journey.answers[was.name]
     assert LOGGED in podman(journey.vm, f"logs {container.name}")
-    podman(journey.vm, f"stop -t 10 {container.name}")  # a shell as pid 1 does not hear it
+    podman(journey.vm, f"stop -t 1 {container.name}")  # a shell as pid 1 does not hear it
     assert container.inspect(journey.vm)["State"]["Status"] == "exited"
     podman(journey.vm, f"rm -v {container.name}")
     podman(journey.vm, "volume rm --all --force")

@@ -15,7 +15,7 @@ How a service goes from VM A to a fresh VM B::
     service.end(vm_b)
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 
 from tests.vm.services.base import Service
@@ -26,7 +26,10 @@ from tests.vm.services.postgres import Postgres
 from tests.vm.services.python import Python
 from tests.vm.services.redis import Redis
 
-__all__ = ["HARDWARE", "PACKAGES", "SERVICES", "Service", "dump", "pack", "restore_plain", "unpack"]
+__all__ = [
+    "HARDWARE", "PACKAGES", "SERVICES", "Service", "dump", "pack", "packages", "restore_plain",
+    "unpack",
+]  # fmt: skip
 
 SERVICES: Mapping[str, Service] = MappingProxyType(
     {one.name: one for one in (Redis(), Nginx(), Python(), Postgres(), Jvm())}
@@ -40,12 +43,22 @@ One vCPU: where code is patched while another vCPU runs it, QEMU's TCG may execu
 before. So a JVM crashes now and then on two (1 of 7 starts, before anybody dumped it).
 """
 
-_PACKAGES = ("redis-server", "nginx-light", "python3", "ecj")
+_VERSIONS = {"trixie": (17, 21), "bookworm": (15, 17)}
+
+
+def packages(suite: str, names: Iterable[str] = SERVICES) -> tuple[str, ...]:
+    """Return the packages of an image for some services and their clients, for `ovr.lab.up`."""
+    postgres, java = _VERSIONS[suite]
+    own = {
+        "redis": ("redis-server",),
+        "nginx": ("nginx-light",),
+        "postgres": (f"postgresql-{postgres}",),
+        "jvm": ("ecj", f"openjdk-{java}-jre-headless"),
+    }
+    return "python3", *(package for name in names for package in own.get(name, ()))
+
 
 PACKAGES: Mapping[str, tuple[str, ...]] = MappingProxyType(
-    {
-        "trixie": (*_PACKAGES, "postgresql-17", "openjdk-21-jre-headless"),
-        "bookworm": (*_PACKAGES, "postgresql-15", "openjdk-17-jre-headless"),
-    }
+    {suite: packages(suite) for suite in _VERSIONS}
 )
-"""Packages of the one image for all of them, by suite, for `ovr.lab.up`."""
+"""Packages of the one image for all of them, by suite."""
