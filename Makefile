@@ -13,7 +13,7 @@ PACKAGES += libvirt-daemon libvirt-daemon-driver-qemu libvirt-clients tmux strac
 PACKAGES += $(shell apt-cache show virtiofsd >/dev/null 2>&1 && echo virtiofsd)
 
 .PHONY: demo test bench fuzz stress kernels killtest soak shapes namespaces liar sanitize valgrind lint \
-	unit smoke vm setup packages clean
+	lint-python lint-c unit smoke smoke-bench smoke-fuzz vm setup packages clean
 
 demo: setup
 	$(BIN)/python -m ovr demo $(DEMO)
@@ -71,7 +71,13 @@ shapes: setup
 # C to lint: not what Cython generates, nor the source of recorded images, which stays as recorded.
 LIST_C := find ovr tests bench -name '*.[ch]' ! -name _fastcopy.c ! -path '*/images/data/*'
 
+# mypy and the benchmarks keep one core busy, what runs beside them the other one.
+BESIDE := --no-print-directory --output-sync --jobs 2
+
 lint: setup
+	$(MAKE) $(BESIDE) lint-python lint-c
+
+lint-python:
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -79,16 +85,23 @@ lint: setup
 	PATH=$(BIN):$$PATH cython-lint ovr/_fastcopy.pyx ovr/native/*.pxi
 	$(BIN)/python -m mypy.stubtest ovr._fastcopy --mypy-config-file pyproject.toml \
 		--ignore-disjoint-bases --allowlist tests/stubtest.allow
+	$(BIN)/codespell
+
+lint-c:
 	$(LIST_C) | xargs $(BIN)/clang-format --dry-run --Werror
 	$(LIST_C) | xargs $(BIN)/python -m tests.lint_c
-	$(BIN)/codespell
 
 unit: setup
 	$(BIN)/python -m pytest tests/unit -q $(PARALLEL) $(PYTEST)
 
 # The benchmarks run, small and once; nobody judges their times. The fuzz targets run for seconds.
 smoke: setup
+	$(MAKE) $(BESIDE) smoke-bench smoke-fuzz
+
+smoke-bench:
 	OVR_BENCH=smoke $(BIN)/python -m pytest bench -q
+
+smoke-fuzz:
 	$(BIN)/python -m pytest tests/fuzz -q -n 2
 
 vm: setup
