@@ -378,6 +378,12 @@ pid_t tree_tracer(pid_t pid)
 {
 	return pid == ROOT && (tree_lives || (criu_lives && dump.hooks)) ? CRIU : 0;
 }
+/* Of a prepared container, which its CRIU has let go. */
+bool freeze_owns(pid_t pid)
+{
+	CHECK(restore.phase == PREPARED && restore.packed);
+	return pid == ROOT;
+}
 bool populate_owns(pid_t pid) { return mappers && pid == 6000; }
 void populate_end(void) { mappers = 0; }
 
@@ -401,8 +407,11 @@ static void check_pids(const struct message *message)
 
 struct problem populate_start(struct session *session, const struct message *message)
 {
-	CHECK(restore.phase == HELD && session == restore.owner);
-	CHECK(dump.on ? dump.hooks > 0 : tree_lives && !tree_runs);
+	bool packed = restore.phase == PREPARED && restore.packed;
+
+	CHECK(session == restore.owner && (restore.phase == HELD || packed));
+	CHECK(packed || (dump.on ? dump.hooks > 0 : tree_lives && !tree_runs));
+	CHECK(!packed || message->op == OP_TOUCH);
 	check_pids(message);
 	mappers += message->op == OP_MAP;
 	return (struct problem){.text = NULL};
