@@ -97,7 +97,7 @@ static void turn(void)
 	loop.deadline = -1;
 	restore_watch(&loop);
 	/* Nothing else wakes the loop. */
-	if (restore.phase == SAVING && room)
+	if (restore.phase == SAVING && room > 0)
 		CHECK(loop.deadline >= 0 && loop.deadline <= now);
 	if (restore.phase == PREPARED && !stop_at)
 		check_it_rests(&loop);
