@@ -1,7 +1,10 @@
 """Points of `tests.kill`: the step that was meant is the one at which the victim is killed."""
 
+import signal
+import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -10,9 +13,11 @@ from ovr import lab
 from ovr.errors import AgentUnreachable
 from ovr.lab.agent import Completed
 from ovr.lab.qemu import Hardware
+from tests.kill import check
 from tests.kill.attempt import Attempt, Event, Story, events_of, kill, perform, points
 from tests.kill.place import crashes
 from tests.kill.steps import Point, Step
+from tests.unit.agent_host import state_of, wait_for
 
 ROOT = Path(__file__).parents[2]
 FEW, MANY = 2, 5  # holds
@@ -150,6 +155,40 @@ def test_a_failure_says_where(scratch: Path) -> None:
     with pytest.raises(AgentUnreachable) as failure:
         perform([vm(fails, killed)], command(FEW), "criu-a", Point(go.step), scratch)
     assert any(GO in note for note in failure.value.__notes__)
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_a_tracer_that_is_dying(ends: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has no command line any more, and what it holds is let go a moment later."""
+    monkeypatch.setattr(check, "PATIENCE", 30.0 if ends else 0.5)
+    with subprocess.Popen(["/bin/sleep", "inf"]) as qemu:
+        qemu.send_signal(signal.SIGSTOP)
+        wait_for(lambda: state_of(qemu.pid) == "T")
+        asked: list[int] = []
+        try:
+            if ends:
+                check.not_held(held_vm(qemu, asked))
+            else:
+                with pytest.raises(AssertionError, match="held"):
+                    check.not_held(cast(lab.LabVm, SimpleNamespace(name="", pid=qemu.pid, alive=1)))
+        finally:
+            qemu.kill()
+
+
+def held_vm(qemu: "subprocess.Popen[bytes]", asked: list[int]) -> lab.LabVm:
+    """A VM that is let go when it is looked at for the second time."""
+
+    class Held:
+        name, alive = "", True
+
+        @property
+        def pid(self) -> int:
+            asked.append(qemu.pid)
+            if len(asked) == 2:
+                qemu.send_signal(signal.SIGCONT)
+            return qemu.pid
+
+    return cast(lab.LabVm, Held())
 
 
 def test_a_crash_of_the_vsock_device(tmp_path: Path) -> None:
