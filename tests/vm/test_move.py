@@ -13,6 +13,7 @@ from ovr.errors import AgentUnreachable, AttemptFailed, CheckFailed, MoveInDoubt
 from ovr.guest.client.agent import Agent
 from ovr.lab import demo
 from ovr.move import story
+from ovr.move.commit import Commit
 from ovr.move.decide import decide
 from ovr.restore.release import let_run
 from tests.stress.guest import TROUBLE
@@ -144,12 +145,14 @@ def test_a_pid_that_is_taken_is_told_before_anything_is_frozen(pair, writer):
     still_there(pair, writer)
 
 
-@pytest.mark.parametrize("step", ["look_at_stopped", "arrive", "commit"])
-def test_what_fails_before_the_commit_leaves_it_where_it_is(pair, writer, step, monkeypatch):
+@pytest.mark.parametrize(
+    ("where", "step"), [(story, "look_at_stopped"), (story, "arrive"), (Commit, "run")]
+)
+def test_what_fails_before_go_leaves_it_where_it_is(pair, writer, where, step, monkeypatch):
     def fail(*_: object, **__: object) -> None:
         raise AttemptFailed("something failed")
 
-    monkeypatch.setattr(story, step, fail)
+    monkeypatch.setattr(where, step, fail)
     with pytest.raises(AttemptFailed):
         move(pair.one, pair.other, writer)
     still_there(pair, writer)
