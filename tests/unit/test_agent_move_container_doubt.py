@@ -269,7 +269,8 @@ def test_podman_does_not_remove_it(
     said: str,
 ) -> None:
     """It is still prepared; the decision stands."""
-    move = to_packed(host, agent, tree, stall=1.0)
+    # Its removal may take as long; a loaded machine takes seconds to start any program.
+    move = to_packed(host, agent, tree, stall=5.0 if mode == "hang" else 60.0)
     choose_removal(host, mode)
     for _ in range(2):
         with pytest.raises(AttemptFailed, match=said, check=lambda e: e.code == Code.ENGINE):
@@ -331,7 +332,7 @@ def test_the_link_breaks_while_podman_removes_it(
     host: AgentHost, agent: LabAgent, tree: Tree, groups: Groups
 ) -> None:
     """It is in doubt until podman has succeeded, for it may fail."""
-    move = to_packed(host, agent, tree, stall=3.0)
+    move = to_packed(host, agent, tree, stall=5.0)
     choose_removal(host, "hang")
     agent._send(protocol.Go())
     wait_for(lambda: removals(host))
