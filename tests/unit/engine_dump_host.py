@@ -39,8 +39,11 @@ if "inspect" in words or words[0] == "state":
 if words[:2] == ["container", "rm"]:
     with open(directory + "/removals", "a") as file:
         print(*words, file=file)
-    with open(directory + "/remove-mode") as file:
-        mode = file.read()
+    mode = "wait"
+    while mode in ("wait", ""):
+        time.sleep(0.01)
+        with open(directory + "/remove-mode") as file:
+            mode = file.read()
     if mode == "fail":
         print("first", "Error: its storage is busy", sep="\\n", file=sys.stderr)
         raise SystemExit(125)
@@ -109,7 +112,7 @@ def install(host: AgentHost, tree: Tree, name: str = "web") -> None:
 
 
 def choose_removal(host: AgentHost, mode: str) -> None:
-    """Have podman remove containers: ok, fail, hang, or nothing, and say that it has."""
+    """Have podman remove containers: ok, fail, hang, wait for another choice, or do nothing."""
     (host.directory / "remove-mode").write_text(mode)
 
 

@@ -186,7 +186,7 @@ def test_podman_hangs_after_an_abort(
     host: AgentHost, agent: LabAgent, tree: Tree, groups: Groups
 ) -> None:
     """It is killed, and the container is none the worse."""
-    to_prepared(host, agent, tree, "hang-export", stall=4.0)
+    to_prepared(host, agent, tree, "hang-export", stall=10.0)
     with pytest.raises(Broken):
         agent.archive(refuse)
     agent.abort()
