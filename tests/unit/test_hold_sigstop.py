@@ -5,7 +5,6 @@ import pty
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -151,10 +150,11 @@ def test_killed_in_a_hold(machine):
 
 
 def test_broken_off(machine):
-    process = start(HOLD_ON, machine)
+    # Long enough for a loaded machine to come to the print, and far shorter than the sleep.
+    process = start(HOLD_ON.replace("with", "hold.BOUND_SECONDS = 3\nwith", 1), machine)
     assert process.stdout.readline()
-    time.sleep(0.3)
-    assert machine.runs
+    assert eventually(lambda: machine.runs)
+    assert process.poll() is None
     process.kill()
     process.communicate()
 
