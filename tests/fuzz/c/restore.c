@@ -376,6 +376,7 @@ static void step(struct input *input)
 	CHECK(!dump.on || !criu_lives || !known_criu() || restore.phase >= BUILDING);
 	CHECK(!prepared.on || (restore.phase >= PREPARED && restore.phase <= RELEASED));
 	CHECK(remover_lives == (restore.phase == REMOVING));
+	CHECK(!remover_lives || now < restore.late_at);
 	CHECK(!tree_runs || !restore.move[0] || marked);
 	/* A new one begins with nothing of the last. */
 	if (restore.phase == IDLE) {
