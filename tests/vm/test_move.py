@@ -56,9 +56,11 @@ def pair(request) -> Iterator[Pair]:
             assert vm.sh("find /sys/fs/cgroup -name 'ovr-move-*'").stdout == b""
 
 
-def move(source: lab.LabVm, destination: lab.LabVm, pid: int, **options) -> ovr.move.MoveReport:
+def move(
+    source: lab.LabVm, destination: lab.LabVm, tree: int | str, **options
+) -> ovr.move.MoveReport:
     with ovr.attach(f"lab:{source.name}") as here, ovr.attach(f"lab:{destination.name}") as there:
-        return here.move(pid, there, **{"verify": "full", **options})
+        return here.move(tree, there, **{"verify": "full", **options})
 
 
 @pytest.fixture(params=pool.BY_NAME)

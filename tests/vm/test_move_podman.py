@@ -8,21 +8,20 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 
 import ovr
 from ovr import lab
-from ovr.attempt.attempt import Attempt
 from ovr.errors import AttemptFailed, CheckFailed, CriuFailed
 from ovr.guest.client.agent import Agent
 from ovr.lab import demo
 from ovr.lab.share import SHARE
-from ovr.move.decide import decide
 from tests.vm.conftest import PREFIX
 from tests.vm.containers import CACHE, POD, Container, load_image, make_image, podman
 from tests.vm.services.base import run
+from tests.vm.test_move import Pair, decided, move
 from tests.vm.test_podman import HARDWARE
 
 pytestmark = pytest.mark.timeout(1800)
@@ -32,18 +31,6 @@ ALWAYS = replace(CACHE, name="always", options="--restart=always")
 
 class Interrupted(Exception):
     """What interrupts a move."""
-
-
-@dataclass(frozen=True)
-class Pair:
-    """Two VMs."""
-
-    one: lab.LabVm
-    other: lab.LabVm
-
-    @property
-    def both(self) -> tuple[lab.LabVm, lab.LabVm]:
-        return self.one, self.other
 
 
 @pytest.fixture(scope="module")
@@ -78,11 +65,6 @@ def nothing_is_left(vm: lab.LabVm) -> bool:
     groups = run(vm, "find /sys/fs/cgroup -name 'ovr-move-*'")
     frozen = run(vm, "cat $(find /sys/fs/cgroup -name cgroup.freeze)")
     return not left and not groups and "1" not in frozen
-
-
-def move(source: lab.LabVm, destination: lab.LabVm, name: str, **options) -> ovr.move.MoveReport:
-    with ovr.attach(f"lab:{source.name}") as here, ovr.attach(f"lab:{destination.name}") as there:
-        return here.move(name, there, **{"verify": "full", **options})
 
 
 def goes_on(pair: Pair, container: Container, answer: str) -> None:
@@ -201,13 +183,3 @@ def test_a_move_in_doubt_is_finished(pair, cache, monkeypatch):
     assert cache.answer(pair.other) == answer
     for vm in pair.both:
         assert nothing_is_left(vm)
-
-
-def decided(pair: Pair, *, finish: bool) -> None:
-    with (
-        ovr.attach(f"lab:{pair.one.name}") as vm,
-        ovr.attach(f"lab:{pair.other.name}") as there,
-        Attempt(there) as other,
-        Attempt(vm) as attempt,
-    ):
-        decide(attempt, other.agent, None, finish=finish)
